@@ -9,7 +9,7 @@
 - `start()`: libraries for CPUs are compiled in the background (background.py), once on a machine; `prepare()` waits
   for them, `waiting()` for all that calls need.
 - `linear(x, w, b)`: a linear layer, in eager mode, where that is faster than by torch (dispatch.py); `prepare_linear()`
-  waits for its kernels.
+  waits for its kernels; `start_blocks()` and `prepare_blocks()` build those of weights in GGUF blocks.
 - `layer_programs_are_built()`: whether layers may run as programs (cpu/layer_program.py).
 - `install()`: fill in the kernels of all ops; nothing else does.
 """
@@ -22,8 +22,10 @@ from fhopt.codegen.dispatch import (
     layer_programs_are_built,
     linear,
     prepare,
+    prepare_blocks,
     prepare_linear,
     start,
+    start_blocks,
     waiting,
 )
 
@@ -35,8 +37,10 @@ __all__ = [
     "layer_programs_are_built",
     "linear",
     "prepare",
+    "prepare_blocks",
     "prepare_linear",
     "render",
     "start",
+    "start_blocks",
     "waiting",
 ]

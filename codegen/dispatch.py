@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.build import build_triton, without_compiler
-from fhopt.codegen.cpu import graph_kernels, skinny_linear, wide_linear
+from fhopt.codegen.cpu import gguf_blocks, graph_kernels, skinny_linear, wide_linear
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu import prefill as cpu_prefill
@@ -93,22 +93,28 @@ def waiting() -> Iterator[None]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Compute a linear layer by a compiled kernel; None where none serves, or it is not built yet.
 
-    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may be one of signed bytes
-    (`skinny_linear.signed_bytes`). Few rows are served (cpu/skinny_linear.py), and many where torch multiplies their
-    type by loops (cpu/wide_linear.py). For calls without gradients.
+    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may be one of signed bytes, or
+    stand in the blocks of a GGUF file (`skinny_linear.quantized`). Few rows are served (cpu/skinny_linear.py), and many where
+    torch multiplies their type by loops (cpu/wide_linear.py). For calls without gradients.
     """
-    rows, scale = x.numel() // max(x.shape[-1], 1) if x.dim() else 0, None
+    rows, scale, format = x.numel() // max(x.shape[-1], 1) if x.dim() else 0, None, 0
     is_wide = wide_linear.serves(rows, x.dtype)
     if not is_wide and not skinny_linear.serves(rows, weight):
         return None
     if not skinny_linear.takes(x, weight, bias):
-        quantized = skinny_linear.signed_bytes(x, weight, bias)
+        quantized = skinny_linear.quantized(x, weight, bias)
         if quantized is None:
             return None
-        weight, scale = quantized
+        weight = quantized.values
+        if isinstance(quantized, skinny_linear.Blocks):
+            if rows > skinny_linear.MOST_ROWS or not _has_blocks():
+                return None
+            format = quantized.format
+        else:
+            scale = quantized.scale
     if not _has_ops() or (is_wide and not graph_kernels.serve_wide()):
         return None
-    output: Tensor = torch.ops.fhopt.linear_kernel.default(x, weight, bias, scale)
+    output: Tensor = torch.ops.fhopt.linear_kernel.default(x, weight, bias, scale, format)
     return output
 
 
@@ -136,6 +142,26 @@ def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor
 def _has_ops() -> bool:
     """Return whether the C++ ops can be called; while they are built, in the background, they cannot."""
     return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_linear, graph_kernels.compiles_linear))
+
+
+def _has_blocks() -> bool:
+    """Return whether products with blocks of GGUF files can be called; while they are built, they cannot."""
+    return bool(builder.get(gguf_blocks.NAME, gguf_blocks.serve, gguf_blocks.needs_compiling))
+
+
+def start_blocks() -> None:
+    """Start to build what products with blocks of GGUF files need."""
+    for name, job in _BLOCKS.items():
+        builder.start(name, job)
+
+
+def prepare_blocks() -> None:
+    """Build what products with blocks of GGUF files need, and wait for it."""
+    start_blocks()
+    builder.wait(_BLOCKS)
+
+
+_BLOCKS = {graph_kernels.NAME: graph_kernels.serve_linear, gguf_blocks.NAME: gguf_blocks.serve}
 
 
 def layer_programs_are_built() -> bool:

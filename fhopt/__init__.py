@@ -4,6 +4,7 @@
     fhopt.apply(model, plan); model.generate(...)                   cache latents
     torch.compile(model, backend="flashhead")                       the compiler backend, registered by installation
     model = fhopt.load(FOLDER)                                      what `fhopt rewrite` wrote, ready to generate
+    model, tokenizer = fhopt.load_gguf(FILE)                        weights left in their blocks
 
 Importing this package is cheap: names are loaded when they are first used. The one thing that it does: when
 transformers loads its registry of quantizers, fhopt's is entered, so that `from_pretrained` opens rewritten folders.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fhopt.hf.apply import latent_cache as latent_cache
     from fhopt.hf.apply import prepare as prepare
     from fhopt.hf.apply import unapply as unapply
+    from fhopt.hf.gguf import load_gguf as load_gguf
     from fhopt.hf.load import load as load
     from fhopt.hf.prompt_cache import load_cache as load_cache
     from fhopt.hf.prompt_cache import save_cache as save_cache
@@ -44,6 +46,7 @@ _WHERE = {
     "latent_cache": "fhopt.hf.apply",
     "load": "fhopt.hf.load",
     "load_cache": "fhopt.hf.prompt_cache",
+    "load_gguf": "fhopt.hf.gguf",
     "prepare": "fhopt.hf.apply",
     "report": "fhopt.backend.compile_report",
     "save_cache": "fhopt.hf.prompt_cache",
@@ -62,6 +65,7 @@ __all__ = [
     "latent_cache",
     "load",
     "load_cache",
+    "load_gguf",
     "prepare",
     "report",
     "save_cache",

@@ -59,7 +59,7 @@ _LIB.define(
     "Tensor? inside, Tensor? far, Tensor? lengths, Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, "
     "Tensor? turn_phases, int segment, float scale, float softcap) -> Tensor"
 )
-_LIB.define("linear_kernel(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
+_LIB.define("linear_kernel(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None, int format=0) -> Tensor")
 _LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!) scale, int at) -> ()")
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
@@ -86,7 +86,9 @@ torch.library.register_fake("fhopt::attend_kernel", _attend_kernel_fake, lib=_LI
 torch.library.register_fake("fhopt::pack_kernel", empty_packed, lib=_LIB)
 
 
-def _linear_kernel_fake(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+def _linear_kernel_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, format: int = 0
+) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 

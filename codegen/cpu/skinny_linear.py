@@ -67,24 +67,60 @@ class SignedBytes:
     given: Tensor  # the library's scales, and their version then
     version: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight that they stand for."""
+        return self.values.shape
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What kernels read."""
+        return self.values, self.scale
+
     def is_current(self, weight: Any) -> bool:
         """Return whether the weight still has these values and scales."""
         return weight.qdata is self.values and weight.scale is self.given and _version(self.given) == self.version
 
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A weight [N, width] in blocks: uint8 [N, bytes of a row], dense, on the CPU (gguf_blocks.py)."""
+
+    values: Tensor
+    format: int
+    width: int
+
+    def is_current(self, weight: Any) -> bool:
+        """Return whether the weight still has these blocks."""
+        return getattr(weight, "gguf_blocks", None) is self
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight that they stand for."""
+        return torch.Size((self.values.shape[0], self.width))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What kernels read."""
+        return (self.values,)
+
+
 _signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `SignedBytes`; None where kernels do not take it
 
 
-def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return values int8 [N,K] and scales float32 [N] of a quantized weight that kernels take; None for others."""
+def quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> SignedBytes | Blocks | None:
+    """Return what a quantized weight is kept as, where kernels take it with these operands; None for others."""
     if type(weight) in _PLAIN:
         return None
-    found = kept_bytes(weight)
-    return None if found is None or not _takes(x, found.values.shape, bias) else (found.values, found.scale)
+    found = kept_quantized(weight)
+    return found if found is not None and _takes(x, found.shape, bias) else None
 
 
-def kept_bytes(weight: Tensor) -> SignedBytes | None:
+def kept_quantized(weight: Tensor) -> SignedBytes | Blocks | None:
     """Return what a quantized weight is kept as now, the same object as long as that is so; None of any other."""
+    blocks = getattr(weight, "gguf_blocks", None)
+    if isinstance(blocks, Blocks):
+        return blocks
     found: SignedBytes | None = _signed_bytes.get(weight)
     if found is None and weight in _signed_bytes:
         return None

@@ -36,6 +36,7 @@ from fhopt.codegen.layers.program import LayerProgram, Segment, Stored
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 MOST_JOINED = 16  # products of one input that are one parallel loop
+_FORMATS = 16  # FORMATS of gguf_formats.h
 
 
 def lower(trace: LayerTrace) -> LayerProgram:
@@ -201,23 +202,27 @@ class Lowering:
         self.emit(Instruction(code, four(a.view.shape), Value(out.view.expand(a.view.shape), out.buffer), a))
         return out if keep else Value(out.view.squeeze(-1), out.buffer)
 
-    def linear(self, x: Any, weight: Value, bias: Any, scale: Any = None) -> Value:
-        """Emit x [..., K] times weight [N, K], joined with an earlier product of the same input."""
+    def linear(self, x: Any, weight: Value, bias: Any = None, scale: Any = None, format: int = 0) -> Value:
+        """Emit x [..., K] times weight [N, K], joined with an earlier product of the same input.
+
+        format: of the blocks of a GGUF file that the weight stands in, [N, bytes of a row]; 0: in none.
+        """
         a = self.operand(x)
-        width, columns = weight.view.shape[1], weight.view.shape[0]
+        columns, width = weight.view.shape[0], a.view.shape[-1] if format else weight.view.shape[1]
         if weight.external < 0 or weight.view.stride(1) != 1 or weight.view.storage_offset():
             raise UnsupportedError("a product with what is no weight")
-        quantized = scale is not None
+        quantized = scale is not None or format > 0
         if (weight.view.dtype not in TYPES and not quantized) or a.view.shape[-1] != width:
             raise UnsupportedError(f"a product with a weight of {weight.view.dtype}")
         rows = row_layout(a.view) or row_layout((a := self._dense(a)).view)
         assert rows is not None
         out = self.new((*a.view.shape[:-1], columns))
         dtype = self.trace.values[self.trace.output.number].dtype
-        kind = 3 + TYPES.index(dtype) if quantized else TYPES.index(weight.view.dtype)
+        kind = TYPES.index(dtype if quantized else weight.view.dtype)
+        code = kind + (_FORMATS * format if format else 3 if quantized else 0)
         product = Instruction(
             LINEAR, (1, rows[0], width, columns), out, Value(a.view, a.buffer), external=weight.external,
-            type=kind, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, TYPES[kind % 3]),
+            type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, TYPES[kind]),
             scale=self._whole(scale, columns, torch.float32),
         )  # fmt: skip
         product.number = rows[1]  # from one row to the next

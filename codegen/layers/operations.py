@@ -154,8 +154,8 @@ def _transposed(value: Value) -> Value:
 
 
 def _linear_layer(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-    x, weight, bias, scale = (*args, None, None)[:4]
-    return low.linear(x, low.value(weight), bias, scale)
+    x, weight, *others = args
+    return low.linear(x, low.value(weight), *others)
 
 
 HANDLERS: dict[str, Handler] = {

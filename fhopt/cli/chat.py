@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import json_option, placement_options
+from fhopt.cli.options import blocks_option, json_option, placement_options
 from fhopt.cli.text_model import (
     TextModel,
     interruptible,
@@ -37,10 +37,12 @@ _PROMPT = "> "
 @click.option("--system", default="", help="System message: how the model is to answer.")
 @sampling_options
 @placement_options
+@blocks_option
 @json_option
 def chat(
     model: str, system: str, plan_path: Path | None, exact: bool, max_new_tokens: int | None, temperature: float,
-    top_p: float, seed: int, device_map: str | None, dtype: str, as_json: bool,
+    top_p: float, seed: int, device_map: str | None, dtype: str, keep_blocks: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Chat with MODEL on one KV cache, a plan's or the exact one: each turn reads its new tokens alone.
 
@@ -50,7 +52,7 @@ def chat(
     with interruptible():
         sampling = read_sampling(model, max_new_tokens, temperature, top_p, seed, needs_template=True)
         plan = read_plan(model, plan_path, exact)
-        opened = load_text_model(model, dtype, device_map, plan, as_json)
+        opened = load_text_model(model, dtype, device_map, plan, as_json, keep_blocks)
         from fhopt.hf import chat as conversations
 
         conversations.check_template(opened.tokenizer, model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import busy, json_option, placement_options, print_json
+from fhopt.cli.options import blocks_option, busy, json_option, placement_options, print_json
 from fhopt.cli.text_model import (
     INTERRUPTED,
     TextModel,
@@ -46,11 +46,12 @@ if TYPE_CHECKING:
 )
 @sampling_options
 @placement_options
+@blocks_option
 @json_option
 def generate(
     model: str, prompt: str | None, prompt_file: Path | None, chat: bool | None, plan_path: Path | None, exact: bool,
     max_new_tokens: int | None, temperature: float, top_p: float, seed: int, device_map: str | None, dtype: str,
-    as_json: bool,
+    keep_blocks: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text behind PROMPT with MODEL, streamed to standard output, with a plan's KV cache or the exact one.
 
@@ -61,7 +62,7 @@ def generate(
         text = _read_prompt(prompt, prompt_file)
         plan = read_plan(model, plan_path, exact)
         _check_prompt(model, text, chat, sampling)
-        opened = load_text_model(model, dtype, device_map, plan, as_json)
+        opened = load_text_model(model, dtype, device_map, plan, as_json, keep_blocks)
         ids, used = _tokens(opened.tokenizer, text, chat, model)
         done = run_generation(opened, ids, sampling, silent=as_json)
     if as_json:

@@ -175,6 +175,12 @@ def placement_options(command: Callable[..., None]) -> Callable[..., None]:
     return spread(dtype(command))
 
 
+blocks_option = click.option(
+    "--keep-blocks", is_flag=True,
+    help="Leave the weights of a GGUF file in their blocks: less memory and faster decoding, on CPUs. --dtype is that "
+    "of everything else.",
+)  # fmt: skip
+
 device_option = click.option(
     "--device", "devices", type=DEVICE, multiple=True, default=SHOWN, show_default=True,
     help="Device for break-even contexts and rooflines, as in cost; repeatable.",

@@ -14,6 +14,8 @@ from fhopt.cli.options import busy
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
+    import torch
+
     from fhopt.hf.sampling import Sampling
     from fhopt.hf.streaming import Generated
     from fhopt.models.loaded_model import LoadedModel
@@ -109,9 +111,13 @@ def read_plan(model: str, plan_path: Path | None, exact: bool = False) -> Latent
 
 
 def load_text_model(
-    name: str, dtype: str, device_map: str | None, plan: LatentPlan | None, as_json: bool = False
-) -> TextModel:
-    """Load MODEL, with a bar that goes when it is loaded, and apply the plan. Raises FhoptError."""
+    name: str, dtype: str, device_map: str | None, plan: LatentPlan | None, as_json: bool = False,
+    keep_blocks: bool = False,
+) -> TextModel:  # fmt: skip
+    """Load MODEL, with a bar that goes when it is loaded, and apply the plan. Raises FhoptError.
+
+    keep_blocks: the weights of a GGUF file stay in their blocks.
+    """
     import torch
 
     from fhopt.hf.apply import apply
@@ -119,11 +125,29 @@ def load_text_model(
     from fhopt.parallel.device_map import placement
 
     with busy("loading", as_json):
-        loaded: LoadedModel = load_model(name, getattr(torch, dtype), placement(device_map))
+        if keep_blocks:
+            loaded = _load_blocks(name, getattr(torch, dtype), device_map)
+        else:
+            loaded = load_model(name, getattr(torch, dtype), placement(device_map))
     network = loaded.language_model()
     if plan is not None:
         apply(network, plan)
     return TextModel(loaded.name, network, loaded.tokenizer, plan)
+
+
+def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> LoadedModel:
+    """Load the model of a GGUF file, its weights left in their blocks. Raises FhoptError for any other model."""
+    from fhopt.hf.gguf import load_gguf
+    from fhopt.models.loaded_model import LoadedModel
+    from fhopt.models.loader import gguf_file
+
+    path = gguf_file(name)
+    if path is None:
+        raise FhoptError(f"--keep-blocks is for GGUF files, and {name} is none. Leave it out, or name a .gguf file.")
+    if device_map not in (None, "cpu"):
+        raise FhoptError("--keep-blocks is for CPUs, and --device-map names another place. Leave one of them out.")
+    model, tokenizer = load_gguf(path, dtype)
+    return LoadedModel(name if name == "demo" else path.stem, model, tokenizer)
 
 
 @contextmanager

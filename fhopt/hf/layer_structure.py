@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.skinny_linear import kept_bytes
+from fhopt.codegen.cpu.skinny_linear import kept_quantized
 from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.layer_trace import SCALARS, Weight, leaves
 
@@ -71,13 +71,13 @@ def _kind(x: Any) -> Hashable:
 class WeightPlace:
     """Where a weight stands in a layer: the name of the module, which of its dicts, the name in it.
 
-    is_scale: of a weight that is kept as signed bytes, whether its scale is meant.
+    place: of a weight that is kept quantized, which of its parts is meant.
     """
 
     module: str
     part: str
     name: str
-    is_scale: bool
+    place: int
 
     def of(self, modules: Mapping[str, torch.nn.Module]) -> Weight:
         """Return the weight at this place of a layer, whose modules are given by their names.
@@ -87,20 +87,22 @@ class WeightPlace:
         holder = vars(modules[self.module])[self.part]
         tensor = holder[self.name]
         is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
-        kept = None if is_plain else kept_bytes(tensor)
+        kept = None if is_plain else kept_quantized(tensor)
         if kept is None and not is_plain:
             raise UnsupportedError(f"a weight of type {type(tensor).__name__}")
-        read = tensor if kept is None else kept.scale if self.is_scale else kept.values
+        read = tensor if kept is None else kept.parts[self.place]
         return Weight(holder, self.name, tensor, read.data_ptr(), kept)
 
 
 def weight_places(layer: torch.nn.Module, weights: Mapping[int, Weight]) -> dict[int, WeightPlace]:
     """Return where the weights of a recording stand in the layer, by the numbers of their values."""
     holders = {id(vars(module)[part]): (name, part) for name, module in _modules(layer).items() for part in _PARTS}
-    return {
-        number: WeightPlace(*holders[id(w.holder)], w.name, w.kept is not None and w.address == w.kept.scale.data_ptr())
-        for number, w in weights.items()
-    }
+    return {number: WeightPlace(*holders[id(w.holder)], w.name, _place(w)) for number, w in weights.items()}
+
+
+def _place(weight: Weight) -> int:
+    """Return which part of a quantized weight is at its address."""
+    return 0 if weight.kept is None else [part.data_ptr() for part in weight.kept.parts].index(weight.address)
 
 
 def weights_at(layer: torch.nn.Module, places: Mapping[int, WeightPlace]) -> dict[int, Weight]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fhopt.attention.interface import rehearsed
-from fhopt.codegen.cpu.skinny_linear import SignedBytes, kept_bytes
+from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
@@ -32,14 +32,14 @@ _OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # of attenti
 class Weight:
     """A parameter or buffer: the dict of its module that holds it, its name there, the tensor, its address.
 
-    kept: of a weight that a library keeps as signed bytes: these and their scales, one of which is at `address`.
+    kept: of a weight that is kept quantized: as what, one of whose parts is at `address`.
     """
 
     holder: dict[str, Any]
     name: str
     tensor: Tensor
     address: int
-    kept: SignedBytes | None = None
+    kept: SignedBytes | Blocks | None = None
 
     def is_current(self) -> bool:
         """Return whether the module still has this tensor, at this address."""
@@ -157,8 +157,8 @@ class _Recorder(TorchDispatchMode):
         if known is not None and type(x) in (Tensor, torch.nn.Parameter):
             return Weight(*known, x.data_ptr())
         for quantized in self.quantized:
-            kept = kept_bytes(quantized[2])
-            if kept is not None and (kept.values is x or kept.scale is x):
+            kept = kept_quantized(quantized[2])
+            if kept is not None and any(part is x for part in kept.parts):
                 return Weight(*quantized, x.data_ptr(), kept)
         return None
 

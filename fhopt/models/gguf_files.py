@@ -27,25 +27,36 @@ _ROWS_BYTES = 1 << 24  # of quantized blocks that are dequantized at once
 def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Read the model, its weights in `dtype`, and the tokenizer of a GGUF file. Raises FhoptError."""
     hf = transformers()
+    check_packages()
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    if hasattr(hf, "GgufConfig"):  # else newer versions leave weights in their blocks where they have kernels
+        options["quantization_config"] = hf.GgufConfig(dequantize=True)
+    with not_read(path), QuietProgress(), frugal():
+        tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = hf.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    return _plain(model), tokenizer
+
+
+def check_packages() -> None:
+    """Raise FhoptError where packages are missing that read GGUF files."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FhoptError(
                 f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
             )
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
-    if hasattr(hf, "GgufConfig"):  # else newer versions leave weights in their blocks where they have kernels
-        options["quantization_config"] = hf.GgufConfig(dequantize=True)
+
+
+@contextmanager
+def not_read(path: Path) -> Iterator[None]:
+    """Raise FhoptError for what readers raise inside about a file."""
     try:
-        with QuietProgress(), _frugal():
-            tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = hf.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FhoptError(
             f"{path} could not be read as a GGUF model ({reason}). Fetch the file again, or convert it with "
             "llama.cpp's own script."
         ) from error
-    return _plain(model), tokenizer
 
 
 def _plain(model: Any) -> Any:
@@ -59,7 +70,7 @@ def _plain(model: Any) -> Any:
 
 
 @contextmanager
-def _frugal() -> Iterator[None]:
+def frugal() -> Iterator[None]:
     """Cache gguf's readers and name maps, which transformers makes again each time, and dequantize row by row."""
     gguf: Any = importlib.import_module("gguf")
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map", "dequantize")}
@@ -92,11 +103,11 @@ def _dequantize_rows(dequantize: Callable[[Any, Any], Any], data: Any, kind: Any
     result[:rows] = first
     for start in range(rows, len(data), rows):
         result[start : start + rows] = dequantize(data[start : start + rows], kind)
-        _forget(data)
+        forget(data)
     return result
 
 
-def _forget(data: Any) -> None:
+def forget(data: Any) -> None:
     """Tell the system that the pages of a mapped file that were read are not needed again."""
     while isinstance(data, np.ndarray):
         data = data.base

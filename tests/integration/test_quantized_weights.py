@@ -85,14 +85,14 @@ def test_rows_are_multiplied_with_the_bytes_as_they_are(
     linear: Any = torch.nn.Linear(256, 700, bias=True).to(dtype)
     model = in_bytes(torch.nn.Sequential(linear))
     taken: list[bool] = []
-    before = skinny_linear.signed_bytes
+    before = skinny_linear.quantized
 
     def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         found = before(x, weight, bias)
         taken.append(found is not None)
         return found
 
-    monkeypatch.setattr(skinny_linear, "signed_bytes", watched)
+    monkeypatch.setattr(skinny_linear, "quantized", watched)
     x = torch.randn(2, 3, 256, dtype=dtype)
     weight, bias = linear.weight.dequantize().double(), linear.bias.double()
     fhopt.codegen.prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from tokenizers import pre_tokenizers
 LAYERS, WIDTH, KV_WIDTH, INNER, CONTEXT = 2, 64, 32, 96, 2048
 
 
-def save_text_gguf(path: Path) -> None:
-    """A Llama of random weights, H=4, G=2, D=16, with a tokenizer of bytes and a chat template."""
+def save_text_gguf(path: Path, kinds: Mapping[str, str] | None = None, tied: bool = True) -> None:
+    """A Llama of random weights, H=4, G=2, D=16, with a tokenizer of bytes and a chat template.
+
+    kinds: formats of matrices by what their names contain; "" for those of which nothing else is said. tied: the head
+    is the embedding.
+    """
     gguf: Any = pytest.importorskip("gguf")
     torch.manual_seed(1)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -30,9 +35,15 @@ def save_text_gguf(path: Path) -> None:
     writer.add_token_list(words)
     writer.add_token_merges(["a b"])
     writer.add_chat_template(TEMPLATE)
-    for name, shape in shapes(len(words)).items():
+    head = {} if tied else {"output": (len(words), WIDTH)}
+    for name, shape in (shapes(len(words)) | head).items():
         weight = torch.ones(shape) if "norm" in name else 0.2 * torch.randn(shape)
-        writer.add_tensor(f"{name}.weight", weight.numpy())
+        kind = next((kind for part, kind in (kinds or {}).items() if part in name), None)
+        if kind is None or weight.dim() < 2:
+            writer.add_tensor(f"{name}.weight", weight.numpy())
+            continue
+        type = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(weight.numpy(), type), raw_dtype=type)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()

@@ -50,6 +50,7 @@ using torch::stable::Tensor;
 #include "turning.h"
 #include "pack_call.h"
 #include "skinny_call.h"
+#include "gguf_formats.h"
 #include "cache_attention.h"
 #include "window_rows.h"
 
@@ -421,13 +422,21 @@ void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor 
     else round_rows<c10::Half>(x, its, codes, scale, at);
 }
 
-Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {
+// format: of the blocks that the weight stands in, 0: it is no such weight.
+Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
+                     int64_t format) {
     const std::string name = "linear";
     expect(run_skinny != nullptr, name, "no code to run; compile the graph again");
     const int dims = int(input.dim());
     const ScalarType type = input.scalar_type();
-    expect(dims >= 1 && weight.dim() == 2 && input.size(dims - 1) == weight.size(1), name, "a weight of another width");
-    const bool fits = weight.scalar_type() == (scale ? ScalarType::Char : type);
+    expect(dims >= 1 && weight.dim() == 2, name, "a weight of other dimensions");
+    const int64_t width = input.size(dims - 1);
+    const Size size = size_of(format);
+    const bool is_wide = format ? size.numbers && weight.size(1) * size.numbers == width * size.bytes
+                                : weight.size(1) == width;
+    expect(is_wide, name, "a weight of another width");
+    const ScalarType held = format ? ScalarType::Byte : scale ? ScalarType::Char : type;
+    const bool fits = weight.scalar_type() == held;
     expect(fits && (weight.stride(1) == 1 || weight.size(1) <= 1), name, "another weight");
     if (scale) {
         const bool is_row = scale->numel() == weight.size(0) && scale->scalar_type() == ScalarType::Float;
@@ -445,14 +454,15 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
     int64_t rows = 1;
     for (int i = 0; i < dims - 1; i++) rows *= input.size(i);
     // clang-format off
-    const Skinny a{rows, weight.size(1), weight.size(0), int64_t(torch::stable::get_num_threads()),
-                   (type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2) + (scale ? 3 : 0),
-                   input.data_ptr(), weight.size(1), weight.data_ptr(), weight.stride(0),
+    const Skinny a{rows, width, weight.size(0), int64_t(torch::stable::get_num_threads()),
+                   (type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2) +
+                       (format ? FORMATS * format : scale ? 3 : 0),
+                   input.data_ptr(), width, weight.data_ptr(), weight.stride(0),
                    bias ? bias->data_ptr() : nullptr, output.data_ptr(),
                    scale ? static_cast<const float*>(scale->data_ptr()) : nullptr, 0};
     // clang-format on
     const auto wide = run_wide.load();
-    (wide && rows > most_skinny ? wide : run_skinny)(&a);
+    (wide && !format && rows > most_skinny ? wide : run_skinny)(&a);
     return output;
 }
 

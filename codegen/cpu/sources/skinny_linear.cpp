@@ -4,7 +4,8 @@
 //
 //     y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]    x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
 //
-// Weights are of the type of the input, and have no scale; or signed bytes, and have one for each row.
+// Weights are of the type of the input, and have no scale; or signed bytes, and have one for each row. Those in the
+// blocks of GGUF files are handed on to another library.
 //
 //     M rows, K width of the input, N width of the output
 //
@@ -47,6 +48,7 @@ struct Arguments {
 };
 
 #include "products.h"
+#include "gguf_formats.h"
 
 constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
 constexpr int64_t SHARE = 8;    // rows of a weight of which a thread takes a multiple, where it can
@@ -142,10 +144,15 @@ void products(const Arguments* all, int64_t count) {
     std::free(input);
 }
 
+void (*run_blocks)(const Arguments*, int64_t) = nullptr;  // of block_linear.cpp
+
 }  // namespace
+
+extern "C" void serve_blocks(void (*run)(const Arguments*, int64_t)) { run_blocks = run; }
 
 // Products of one input with `count` weights, all of one type.
 extern "C" void skinny_group(const Arguments* all, int64_t count) {
+    if (all->type >= FORMATS) return run_blocks(all, count);
     switch (all->type) {
         case FLOAT32: return products<OfFloat32>(all, count);
         case BFLOAT16: return products<OfBFloat16Pairs>(all, count);

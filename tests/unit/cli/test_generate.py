@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from command_models import call
+from gguf_models import save_text_gguf
 from rewritten_folders import written
 from small_models import Fitted, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
@@ -109,3 +110,17 @@ def test_ctrl_c_stops_and_still_prints_the_statistics(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130, lines
     assert text.endswith("\n") and "decode" in lines and "exact KV cache" in lines and "Traceback" not in lines
+
+
+def test_weights_of_a_gguf_file_may_stay_in_their_blocks(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    save_text_gguf(path, {"": "Q8_0"})
+    options = ["hello", "--raw", "--max-new-tokens", "8"]
+    kept, whole = (call("generate", str(path), *options, *more) for more in (["--keep-blocks"], []))
+    assert kept.exit_code == 0 and kept.stdout == whole.stdout
+    for command in ("generate", "chat"):
+        refused = call(command, str(folder), "--keep-blocks", *(["hello"] if command == "generate" else []))
+        assert refused.exit_code == 2 and "--keep-blocks is for GGUF files" in refused.stderr
+    elsewhere = call("generate", str(path), *options, "--keep-blocks", "--device-map", "auto")
+    assert elsewhere.exit_code == 2 and "--keep-blocks is for CPUs" in elsewhere.stderr

@@ -44,7 +44,7 @@ def test_the_model_read_is_one_like_any_other(tmp_path: Path) -> None:
 def test_metadata_is_read_from_plain_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf: Any = pytest.importorskip("gguf")
     save_text_gguf(tmp_path / "text.gguf")
-    with gguf_files._frugal():
+    with gguf_files.frugal():
         reader = gguf.GGUFReader(tmp_path / "text.gguf")
         assert reader is gguf.GGUFReader(tmp_path / "text.gguf")
     assert type(reader.data).__name__ == "ndarray" and isinstance(reader.data.base.base, mmap.mmap)

@@ -1,0 +1,159 @@
+"""Weights that stay in the blocks of a GGUF file, as tensors that linear layers and embeddings take.
+
+A `BlockWeight` looks like the dequantized weight, [N, K] of a floating type, and holds the bytes of the file. Products
+of few rows read these (fhopt/codegen/cpu/gguf_blocks.py); for those of many rows, as prompts have, some rows of the
+weight are dequantized at a time; an embedding dequantizes the rows that are asked for. Every other operation sees the
+dequantized weight, which lives as long as the operation.
+
+Letters: N rows of the weight, K numbers in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fhopt import codegen
+from fhopt.codegen.cpu import gguf_blocks
+from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.hardware import float_products
+
+PART = 1 << 22  # numbers of a weight that are dequantized at once
+_aten = torch.ops.aten
+
+
+class BlockWeight(Tensor):
+    """A weight [N, K] in blocks. Of `dtype` is what it is dequantized to.
+
+    gguf_blocks: the blocks. Raises ValueError for bytes that are not those of such a weight.
+    """
+
+    gguf_blocks: Blocks
+
+    @staticmethod
+    def __new__(cls, blocks: Blocks, dtype: torch.dtype) -> BlockWeight:
+        """Make a weight of blocks."""
+        values = blocks.values
+        size = gguf_blocks.row_bytes(blocks.format, blocks.width)
+        if values.dtype != torch.uint8 or values.dim() != 2 or values.shape[1] != size or not values.is_contiguous():
+            shape = tuple(values.shape)
+            raise ValueError(f"blocks are {values.dtype} {shape}; expected torch.uint8 [N, {size}], dense.")
+        made: BlockWeight = Tensor._make_wrapper_subclass(cls, blocks.shape, dtype=dtype, device=values.device)
+        made.gguf_blocks = blocks
+        return made
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
+        """See `__new__`."""
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Return shape, dtype and format."""
+        return f"BlockWeight({tuple(self.shape)}, dtype={self.dtype}, format={self.gguf_blocks.format})"
+
+    def dequantize(self) -> Tensor:
+        """Return the weight as a plain tensor of its dtype."""
+        return rows_of(self.gguf_blocks, self.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how to make it again: of its blocks."""
+        return _made, (self.gguf_blocks.values, self.gguf_blocks.format, self.gguf_blocks.width, self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockWeight:
+        """Return a weight with blocks of its own."""
+        found: BlockWeight | None = memo.get(id(self))
+        if found is None:
+            found = memo[id(self)] = _made(self.gguf_blocks.values.clone(), *_about(self))
+        return found
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute linear layers and embeddings on blocks."""
+        own = _OWN.get(func)
+        if own is not None:
+            return own(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run any other operation on the dequantized weight; aliases, and casts to floating types, stay in blocks."""
+        kwargs = kwargs or {}
+        if func in (_aten.detach.default, _aten.alias.default):
+            return cls(args[0].gguf_blocks, args[0].dtype)
+        if func is _aten._to_copy.default and _is_cast(kwargs):
+            return cls(args[0].gguf_blocks, kwargs.get("dtype") or args[0].dtype)
+        if func is _aten.clone.default:
+            return _made(args[0].gguf_blocks.values.clone(), *_about(args[0]))
+        args, kwargs = tree_map_only(BlockWeight, lambda weight: weight.dequantize(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _about(weight: BlockWeight) -> tuple[int, int, torch.dtype]:
+    return weight.gguf_blocks.format, weight.gguf_blocks.width, weight.dtype
+
+
+def _made(values: Tensor, format: int, width: int, dtype: torch.dtype) -> BlockWeight:
+    return BlockWeight(Blocks(values, format, width), dtype)
+
+
+def _is_cast(kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy is of another floating type, on the CPU."""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    return on_cpu and (dtype is None or dtype.is_floating_point)
+
+
+def rows_of(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
+    """Return rows [first, end) of a weight."""
+    found = gguf_blocks.unpack(blocks, dtype if dtype in gguf_blocks.TYPES else torch.float32, first, end)
+    if found is None:  # there is no compiler
+        import gguf
+
+        numbers = gguf.dequantize(blocks.values[first:end].numpy(), gguf.GGMLQuantizationType(blocks.format))
+        found = torch.from_numpy(numbers)
+    return found.to(dtype)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x [..., K] w^T + bias [N] -> [..., N] with a `BlockWeight`; gradients go to x alone."""
+    blocks, needed = getattr(weight, "gguf_blocks", None), (input, bias)
+    if blocks is None or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)):
+        whole = weight.dequantize() if isinstance(weight, BlockWeight) else weight
+        return torch.nn.functional.linear(input, whole, bias)
+    found = codegen.linear(input, weight, bias)
+    if found is not None:
+        return found
+    output = input.new_empty((*input.shape[:-1], blocks.shape[0]))
+    step = max(1, PART // blocks.width)
+    for first in range(0, blocks.shape[0], step):
+        part = slice(first, first + step)
+        rows = rows_of(blocks, input.dtype, first, first + step)
+        output[..., part] = _many_rows(input, rows, None if bias is None else bias[part])
+    return output
+
+
+def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found = codegen.linear(x, weight, bias)
+    return float_products.linear(x, weight, bias) if found is None else found
+
+
+def embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return the rows of a `BlockWeight` at the numbers in `input`, [..., K]."""
+    blocks: Blocks = weight.gguf_blocks  # type: ignore[attr-defined]
+    asked = Blocks(blocks.values[input.reshape(-1)], blocks.format, blocks.width)
+    return rows_of(asked, weight.dtype).view(*input.shape, blocks.width)
+
+
+_OWN: dict[Any, Callable[..., Tensor]] = {
+    torch.nn.functional.linear: linear, torch.nn.functional.embedding: embedding,
+}  # fmt: skip

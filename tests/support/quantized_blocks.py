@@ -1,0 +1,23 @@
+"""Random weights in the blocks of GGUF files."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fhopt.codegen.cpu.gguf_blocks import FORMATS
+from fhopt.codegen.cpu.skinny_linear import Blocks
+
+# Where the float16 numbers of a block stand, by format: any bytes there would be infinite, or none, at times.
+HALVES = {2: (0,), 3: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2), 14: (208,), 20: (0,), 23: (0,)}
+
+
+def random_blocks(format: int, rows: int, width: int, seed: int = 0) -> Blocks:
+    """A weight [rows, width] of random codes and scales."""
+    random = np.random.default_rng(seed)
+    numbers, size = FORMATS[format]
+    blocks = random.integers(0, 256, (rows * width // numbers, size), dtype=np.uint8)
+    for at in HALVES[format]:
+        scale = (random.uniform(-1, 1, (len(blocks), 1)) / 256).astype(np.float16)
+        blocks[:, at : at + 2] = scale.view(np.uint8)
+    return Blocks(torch.from_numpy(blocks.reshape(rows, -1)), format, width)

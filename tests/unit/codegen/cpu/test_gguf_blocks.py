@@ -1,0 +1,136 @@
+"""Weights in the blocks of GGUF files (cpu/gguf_blocks.py): the numbers of gguf, and products with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from needs import needs_compiler
+from quantized_blocks import HALVES, random_blocks
+from torch import Tensor
+
+from fhopt import codegen
+from fhopt.codegen.cpu import gguf_blocks
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
+
+gguf: Any = pytest.importorskip("gguf")
+pytestmark = needs_compiler
+# Of the norm of a product: 15 bits of an input, or one rounding to the type.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FORMATS = sorted(HALVES)
+
+
+@pytest.fixture(autouse=True)
+def served() -> None:
+    codegen.install()
+    codegen.prepare_blocks()
+
+
+def numbers_of(blocks: Blocks) -> Tensor:
+    kind = gguf.GGMLQuantizationType(blocks.format)
+    return torch.from_numpy(gguf.dequantize(blocks.values.numpy(), kind))
+
+
+def product(x: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
+    made: Tensor = torch.ops.fhopt.linear_kernel(x, blocks.values, bias, None, blocks.format)
+    return made
+
+
+def test_all_formats_are_tested_and_have_the_sizes_of_gguf() -> None:
+    assert set(FORMATS) == gguf_blocks.FORMATS.keys()
+    for format, size in gguf_blocks.FORMATS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(format)] == size
+        assert gguf_blocks.row_bytes(format, 512) == 512 // size[0] * size[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_numbers_are_those_of_gguf(format: int, dtype: torch.dtype) -> None:
+    blocks = random_blocks(format, 37, 512)
+    expected = numbers_of(blocks)
+    found = gguf_blocks.unpack(blocks, dtype)
+    assert found is not None and found.dtype == dtype
+    assert torch.allclose(found.float(), expected.to(dtype).float(), rtol=2e-6 if dtype == torch.float32 else 8e-3)
+    some = gguf_blocks.unpack(blocks, dtype, 5, 12)
+    assert some is not None and torch.equal(some, found[5:12])
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    st.sampled_from(FORMATS), st.sampled_from(sorted(TOLERANCES, key=str)), st.integers(1, MOST_ROWS),
+    st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_products_are_those_of_float64(
+    format: int, dtype: torch.dtype, rows: int, columns: int, blocks_of_row: int, has_bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    width = blocks_of_row * gguf_blocks.FORMATS[format][0]
+    blocks = random_blocks(format, columns, width, seed)
+    x, bias = torch.randn(rows, 1, width).to(dtype), torch.randn(columns).to(dtype) if has_bias else None
+    found = product(x, blocks, bias)
+    expected = x.double() @ numbers_of(blocks).double().T
+    size = (x.double().norm(dim=-1, keepdim=True) * numbers_of(blocks).double().norm(dim=1)).clamp_min(1e-30)
+    if bias is not None:
+        expected = expected + bias.double()
+        size = size + bias.double().abs()
+    assert found.dtype == dtype and found.shape == (rows, 1, columns)
+    assert float(((found.double() - expected).abs() / size).max()) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_number_of_any_size_counts_beside_others(format: int) -> None:
+    """Each group of an input has a unit of its own: an outlier takes nothing from the others."""
+    blocks = random_blocks(format, 40, 512)
+    x = torch.randn(1, 512)
+    x[:, :32] *= 1e4
+    x[:, 64:96] = 0
+    rest = x.clone()
+    rest[:, :32] = 0
+    numbers = numbers_of(blocks)
+    alone = product(rest, blocks) - rest @ numbers.T
+    assert float(alone.norm()) <= 1e-4 * float(rest.norm() * numbers.norm())
+    assert float((product(x, blocks) - x @ numbers.T).norm()) <= 1e-4 * float(x.norm() * numbers[:, :32].norm())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_number_depends_on_neither_threads_nor_other_rows(format: int) -> None:
+    blocks, x = random_blocks(format, 700, 768), torch.randn(7, 768).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([product(row[None], blocks) for row in x])
+        torch.set_num_threads(3)
+        assert torch.equal(product(x, blocks), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_is_nothing() -> None:
+    blocks = random_blocks(12, 9, 256)
+    assert torch.equal(product(torch.zeros(2, 256), blocks), torch.zeros(2, 9))
+    assert product(torch.zeros(0, 256), blocks).shape == (0, 9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, b: (x[:, :-1], b),
+        lambda x, b: (x, Blocks(b.values[:, :-1].contiguous(), b.format, b.width)),
+        lambda x, b: (x, Blocks(b.values.to(torch.int8), b.format, b.width)),
+        lambda x, b: (x, Blocks(b.values, 7, b.width)),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Any) -> None:
+    x, blocks = change(torch.randn(1, 512), random_blocks(12, 9, 512))
+    with pytest.raises(RuntimeError, match="weight"):
+        product(x, blocks)
+
+
+def test_blocks_are_random_bytes_with_sound_scales() -> None:
+    """So that all codes, and all scales of a block, are met."""
+    values = random_blocks(12, 64, 4096).values.numpy()
+    assert len(np.unique(values)) == 256 and bool(numbers_of(random_blocks(12, 64, 4096)).isfinite().all())

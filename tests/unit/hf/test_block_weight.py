@@ -1,0 +1,108 @@
+"""A `BlockWeight` is its dequantized weight to whatever reads it."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from needs import needs_compiler
+from quantized_blocks import HALVES, random_blocks
+
+from fhopt import codegen
+from fhopt.codegen.cpu import gguf_blocks
+from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.hf import block_weight
+from fhopt.hf.block_weight import BlockWeight
+
+pytestmark = needs_compiler
+FORMATS = sorted(HALVES)
+
+
+@pytest.fixture(autouse=True)
+def served() -> None:
+    codegen.install()
+    codegen.prepare_blocks()
+
+
+def weight_of(format: int = 12, dtype: torch.dtype = torch.float32, rows: int = 50, width: int = 512) -> BlockWeight:
+    return BlockWeight(random_blocks(format, rows, width), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 200])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int) -> None:
+    weight, x, bias = weight_of(format), torch.randn(2, rows, 512)[:1], torch.randn(50)
+    whole = weight.dequantize()
+    layer = torch.nn.Linear(512, 50, device="meta")
+    layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), torch.nn.Parameter(bias)
+    with torch.no_grad():
+        found, expected = layer(x), F.linear(x, whole, bias)
+    assert found.shape == expected.shape
+    assert float((found - expected).norm()) <= 1e-4 * float(x.norm() * whole.norm())
+
+
+def test_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = weight_of(), torch.randn(40, 512)
+    expected = F.linear(x, weight)
+    monkeypatch.setattr(block_weight, "PART", 7 * 512)
+    assert torch.allclose(F.linear(x, weight), expected, atol=1e-5)
+
+
+def test_gradients_go_to_the_input_alone() -> None:
+    weight, x = weight_of(), torch.randn(3, 512, requires_grad=True)
+    F.linear(x, weight).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, weight.dequantize().sum(0).expand(3, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_embedding_has_its_rows(dtype: torch.dtype) -> None:
+    weight, ids = weight_of(dtype=dtype), torch.tensor([[3, 0], [49, 3]])
+    found = F.embedding(ids, weight)
+    assert found.dtype == dtype and torch.equal(found, weight.dequantize()[ids])
+
+
+def test_anything_else_sees_the_dequantized_weight() -> None:
+    weight, other = weight_of(), torch.randn(50, 512)
+    whole = weight.dequantize()
+    assert weight.shape == (50, 512) and weight.dtype == torch.float32 and weight.is_cpu
+    assert torch.equal(weight + other, whole + other) and torch.equal(weight[3], whole[3])
+    assert torch.equal(weight.t() @ torch.ones(50), whole.t() @ torch.ones(50))
+    assert float(weight.double().square().sum()) == pytest.approx(float(whole.double().square().sum()))
+
+
+def test_casts_and_copies_stay_in_blocks() -> None:
+    weight = weight_of()
+    layer = torch.nn.Linear(512, 50, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    cast = copy.deepcopy(layer).to(torch.bfloat16).weight
+    assert isinstance(cast, BlockWeight) and cast.dtype == torch.bfloat16
+    assert torch.equal(cast.dequantize(), weight.dequantize().bfloat16())
+    assert cast.gguf_blocks.values.data_ptr() != weight.gguf_blocks.values.data_ptr()  # of the copy
+    buffer = io.BytesIO()
+    torch.save(weight, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert isinstance(again, BlockWeight) and torch.equal(again.dequantize(), weight.dequantize())
+    assert "format=12" in repr(weight)
+
+
+@pytest.mark.parametrize(
+    "values", [torch.zeros(4, 143, dtype=torch.uint8), torch.zeros(4, 144), torch.zeros(144, dtype=torch.uint8)]
+)
+def test_other_bytes_are_refused(values: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected torch.uint8 \[N, 144\]"):
+        BlockWeight(Blocks(values, 12, 256), torch.float32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_a_compiler_gguf_dequantizes(format: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    weight, x = weight_of(format), torch.randn(3, 512)
+    whole = weight.dequantize()
+    monkeypatch.setattr(gguf_blocks, "unpack", lambda *_: None)
+    monkeypatch.setattr(codegen, "linear", lambda *_: None)
+    assert torch.allclose(weight.dequantize(), whole, rtol=2e-6)
+    assert torch.allclose(F.linear(x, weight), F.linear(x, whole), atol=1e-3)
