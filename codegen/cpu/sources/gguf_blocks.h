@@ -60,16 +60,31 @@ INLINE Codes four_bit_levels(Codes at) {
 }
 
 // What formats have in common, unless they say otherwise. PARTS: scales of a group. OFFSET: there are offsets. Of
-// blocks of one group, `scales` gives those of one block, and `codes<0>` its codes.
+// blocks of one group, `scales` gives those of one or of eight, and `codes<0>` the codes of one.
 struct Plain {
     static constexpr int PARTS = 1;
     static constexpr bool SIGNED = false, OFFSET = true;
 };
 
+// Float16 numbers of COUNT blocks as floats, times a factor: one or eight.
+template <Format FORMAT, int COUNT>
+INLINE void small_scales(const uint8_t* b, float factor, float* to) {
+    constexpr int64_t BYTES = size_of(FORMAT).bytes;
+#if defined(__AVX2__)
+    if constexpr (COUNT == 8) {  // eight stores that are read as one would be waited for
+        Halves8 halves;
+        UNROLL(8) for (int i = 0; i < 8; i++) std::memcpy(&halves[i], b + i * BYTES, 2);
+        return store(to, (Floats8)_mm256_cvtph_ps((__m128i)halves) * factor);
+    }
+#endif
+    for (int i = 0; i < COUNT; i++) to[i] = half_at(b + i * BYTES) * factor;
+}
+
 struct OfQ4_0 : Plain {
     static constexpr Format FORMAT = Q4_0;
+    template <int COUNT>
     static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        scale[0] = half_at(b), offset[0] = -8 * scale[0];
+        small_scales<Q4_0, COUNT>(b, 1.0f, scale), small_scales<Q4_0, COUNT>(b, -8.0f, offset);
     }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
@@ -79,8 +94,9 @@ struct OfQ4_0 : Plain {
 
 struct OfQ4_1 : Plain {
     static constexpr Format FORMAT = Q4_1;
+    template <int COUNT>
     static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        scale[0] = half_at(b), offset[0] = half_at(b + 2);
+        small_scales<Q4_1, COUNT>(b, 1.0f, scale), small_scales<Q4_1, COUNT>(b + 2, 1.0f, offset);
     }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
@@ -91,7 +107,10 @@ struct OfQ4_1 : Plain {
 struct OfQ8_0 : Plain {
     static constexpr Format FORMAT = Q8_0;
     static constexpr bool SIGNED = true, OFFSET = false;
-    static INLINE void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
+    template <int COUNT>
+    static INLINE void scales(const uint8_t* b, float* scale, float*) {
+        small_scales<Q8_0, COUNT>(b, 1.0f, scale);
+    }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
         return codes_at(b + 2);
@@ -100,6 +119,10 @@ struct OfQ8_0 : Plain {
 
 struct OfIQ4_NL : OfQ8_0 {
     static constexpr Format FORMAT = IQ4_NL;
+    template <int COUNT>
+    static INLINE void scales(const uint8_t* b, float* scale, float*) {
+        small_scales<IQ4_NL, COUNT>(b, 1.0f, scale);
+    }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
         return four_bit_levels(nibbles_at(b + 2));
@@ -127,7 +150,10 @@ INLINE void six_bit_scales(const uint8_t* b, float* scale, float* offset) {
 
 struct OfQ4_K : Plain {
     static constexpr Format FORMAT = Q4_K;
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) { six_bit_scales(b, scale, offset); }
+    template <int COUNT>
+    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
+        six_bit_scales(b, scale, offset);
+    }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
         const Codes both = codes_at(b + 16 + GROUP / 2 * 32);
@@ -146,6 +172,7 @@ struct OfQ5_K : OfQ4_K {
 struct OfQ6_K : Plain {
     static constexpr Format FORMAT = Q6_K;
     static constexpr int PARTS = 2;
+    template <int COUNT>
     static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
         const float factor = half_at(b + 208);
         for (int i = 0; i < 16; i += 8) {
@@ -170,6 +197,7 @@ struct OfQ6_K : Plain {
 struct OfQ2_K : Plain {
     static constexpr Format FORMAT = Q2_K;
     static constexpr int PARTS = 2;
+    template <int COUNT>
     static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
         for (int i = 0; i < 16; i += 8) {
             uint64_t eight;
@@ -187,13 +215,17 @@ struct OfQ2_K : Plain {
 struct OfQ3_K : Plain {
     static constexpr Format FORMAT = Q3_K;
     static constexpr int PARTS = 2;
+    template <int COUNT>
     static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
         const float factor = half_at(b + 108);
-        for (int i = 0; i < 16; i++) {
-            const int low = i < 8 ? b[96 + i] & 15 : b[96 + i - 8] >> 4, high = b[104 + i % 4] >> i / 4 * 2 & 3;
-            scale[i] = factor * float((low | high << 4) - 32);
-            offset[i] = -4 * scale[i];
+        uint64_t low;
+        uint32_t high;
+        std::memcpy(&low, b + 96, 8), std::memcpy(&high, b + 104, 4);
+        for (int i = 0; i < 2; i++) {  // two upper bits of four scales each
+            const uint64_t first = high >> 4 * i & 0x03030303, second = high >> (4 * i + 2) & 0x03030303;
+            store_floats((low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | (first | second << 32) << 4, factor, scale + 8 * i);
         }
+        for (int i = 0; i < 16; i++) scale[i] -= 32 * factor, offset[i] = -4 * scale[i];
     }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
@@ -204,6 +236,7 @@ struct OfQ3_K : Plain {
 struct OfIQ4_XS : Plain {
     static constexpr Format FORMAT = IQ4_XS;
     static constexpr bool SIGNED = true, OFFSET = false;
+    template <int COUNT>
     static INLINE void scales(const uint8_t* b, float* scale, float*) {
         const float factor = half_at(b);
         const int upper = b[2] | b[3] << 8;
@@ -332,6 +365,8 @@ INLINE void in_memory(T& numbers) {
     asm("" : "+m"(numbers));
 }
 
+constexpr int64_t FETCHED = 4096;  // bytes behind those that are multiplied
+
 // What ROWS rows of the input, from `row` on, times a row of a weight add up to.
 template <class T, int ROWS>
 struct BlockSums {
@@ -346,9 +381,10 @@ struct BlockSums {
     INLINE void add(const uint8_t* blocks, int64_t at) {
         constexpr int SCALES = COUNT * T::PARTS, ROOM = std::max(SCALES, 8);
         alignas(32) float scale[ROOM], offset[ROOM], factor[ROWS][ROOM];
-        if constexpr (SMALL) {
-            UNROLL(8) for (int g = 0; g < COUNT; g++) T::scales(blocks + g * BYTES<T>, scale + g, offset + g);
-        } else T::scales(blocks, scale, offset);
+        T::template scales<COUNT>(blocks, scale, offset);
+        for (int64_t p = 0; p < COUNT * GROUP / NUMBERS<T> * BYTES<T>; p += 64) {
+            __builtin_prefetch(blocks + FETCHED + p);
+        }
         UNROLL(4) for (int r = 0; r < ROWS; r++) {
             const uint64_t part = uint64_t((row + r) * x.width + at) / (GROUP / T::PARTS);
             const float *unit = x.unit[T::PARTS - 1] + part, *sum = x.sum[T::PARTS - 1] + part;
@@ -422,7 +458,7 @@ void block_rows_at(std::integer_sequence<int, I...>, int count, const ByteRows& 
 template <class T>
 INLINE void unpack_block(const uint8_t* blocks, float* to) {
     float scale[16], offset[16] = {};
-    T::scales(blocks, scale, offset);
+    T::template scales<NUMBERS<T> / GROUP>(blocks, scale, offset);
     for_groups(std::make_integer_sequence<int, NUMBERS<T> / GROUP>(), [&](auto group) {
         constexpr int G = decltype(group)::value, SIZE = GROUP / T::PARTS;
         const Codes codes = T::template codes<G>(blocks);
