@@ -46,7 +46,7 @@ class Peer:
 
     @property
     def has_small_weights(self) -> bool:
-        """Tell whether its weights are quantized, which fhopt's are not."""
+        """Tell whether its weights are quantized."""
         return self.form in ("q4_0.gguf", "onnx-int4") or "weights" in self.options
 
 
@@ -102,8 +102,9 @@ def _others() -> list[Peer]:
 
 
 def _fhopt() -> list[Peer]:
-    """Return fhopt: `apply` and `generate()`, and compiled steps."""
+    """Return fhopt: `apply` and `generate()`, also on a GGUF file whose weights stay in blocks, and compiled steps."""
     made = [Peer(f"fhopt {plan}", OURS, "fhopt", "folder", {}, plan) for plan in ("exact", "4x", "8x")]
+    made.append(Peer("fhopt 4x, Q4_0", OURS, "fhopt", "q4_0.gguf", {}, "4x"))
     made.append(Peer("fhopt exact, compiled", OURS, "fhopt", "folder", {"compiled": True}, "", True))
     for plan, is_default in (("4x", True), ("8x", False)):
         made.append(

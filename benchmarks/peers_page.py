@@ -85,16 +85,16 @@ def earlier(file: Path) -> list[Row]:
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Give rows of fhopt a baseline: the best of all other engines in the case whose weights have 16 bits or more.
+    """Give rows of fhopt a baseline: the best of all other engines in the case whose weights have 16 bits or more,
+    or of all of them where its own weights are quantized.
 
     The ratio is above 1 where fhopt is better.
     """
-    rivals = [
-        row for row in rows if not is_ours(row.impl) and row.impl not in SMALL_WEIGHTS and math.isfinite(row.value)
-    ]
+    rivals = [row for row in rows if not is_ours(row.impl) and math.isfinite(row.value)]
     out = []
     for row in rows:
-        others = [rival.value for rival in rivals if (rival.case, rival.metric) == (row.case, row.metric)]
+        same = [rival for rival in rivals if (rival.case, rival.metric) == (row.case, row.metric)]
+        others = [r.value for r in same if row.impl in SMALL_WEIGHTS or r.impl not in SMALL_WEIGHTS]
         if row.metric not in HIGHER or not is_ours(row.impl) or not others or not math.isfinite(row.value):
             out.append(row)
             continue
