@@ -85,10 +85,10 @@ def earlier(file: Path) -> list[Row]:
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Give rows of fhopt a baseline: the best of all other engines in the case whose weights have 16 bits or more,
-    or of all of them where its own weights are quantized.
+    """Give rows of fhopt a baseline: the best of all other engines in the case.
 
-    The ratio is above 1 where fhopt is better.
+    These are engines whose weights have 16 bits or more, and all of them where its own weights are quantized. The ratio
+    is above 1 where fhopt is better.
     """
     rivals = [row for row in rows if not is_ours(row.impl) and math.isfinite(row.value)]
     out = []
