@@ -157,7 +157,7 @@ sanitize: $(TEST)  ## the tests of C++ kernels under AddressSanitizer and UBSan 
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0 \
 	$(BIN)/python -m pytest -q -x --sanitize -p no:xdist -p no:cacheprovider \
 		tests/unit/codegen/cpu tests/unit/codegen/layers tests/unit/codegen/test_dispatch.py \
-		tests/unit/codegen/test_compiler.py tests/unit/hf/test_block_weight.py tests/unit/hf/test_layer_programs.py tests/unit/hf/test_cache_steps.py \
+		tests/unit/codegen/test_compiler.py tests/unit/hf/test_block_weight.py tests/unit/hf/test_gguf.py tests/unit/hf/test_layer_programs.py tests/unit/hf/test_cache_steps.py \
 		tests/unit/hf/test_step_chain.py tests/unit/hf/test_steps_ahead.py tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
 
 bench-attention: $(BENCH)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)

@@ -146,22 +146,19 @@ def _has_ops() -> bool:
 
 def _has_blocks() -> bool:
     """Return whether products with blocks of GGUF files can be called; while they are built, they cannot."""
-    return bool(builder.get(gguf_blocks.NAME, gguf_blocks.serve, gguf_blocks.needs_compiling))
+    return bool(builder.get(gguf_blocks.NAME, graph_kernels.serve_blocks, graph_kernels.compiles_blocks))
 
 
 def start_blocks() -> None:
     """Start to build what products with blocks of GGUF files need."""
-    for name, job in _BLOCKS.items():
-        builder.start(name, job)
+    builder.start(gguf_blocks.NAME, graph_kernels.serve_blocks)
 
 
-def prepare_blocks() -> None:
-    """Build what products with blocks of GGUF files need, and wait for it."""
+def prepare_blocks() -> bool:
+    """Build what products with blocks of GGUF files need, wait for it, and return whether it is there."""
     start_blocks()
-    builder.wait(_BLOCKS)
-
-
-_BLOCKS = {graph_kernels.NAME: graph_kernels.serve_linear, gguf_blocks.NAME: gguf_blocks.serve}
+    builder.wait([gguf_blocks.NAME])
+    return _has_blocks()
 
 
 def layer_programs_are_built() -> bool:

@@ -8,7 +8,7 @@ time of one of 16. Codes are multiplied as they are, as bytes; the input is spli
 unit for each 32 numbers: 15 bits of the largest of these, where other engines have 8. So results are those of the
 dequantized weight, within less than the rounding of bfloat16.
 
-Other formats (IQ1 to IQ3) have no kernel.
+Other formats (IQ1 to IQ3, Q5_0 and Q5_1 among them) have no kernel.
 
 Letters: M rows, K width of the input, N width of the output.
 """

@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, compiles, load
-from fhopt.codegen.cpu import packing, skinny_linear, wide_linear
+from fhopt.codegen.cpu import gguf_blocks, packing, skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
@@ -359,6 +359,22 @@ def serve_wide() -> bool:
     loaded.fhopt_serve_wide.argtypes, loaded.fhopt_serve_wide.restype = (ctypes.c_void_p,), None
     loaded.fhopt_serve_wide(address)
     return True
+
+
+@functools.cache
+def serve_blocks() -> bool:
+    """Make linear layers with weights in blocks of GGUF files known to the library; False where that cannot be done."""
+    if not serve_linear() or not gguf_blocks.serve():
+        return False
+    loaded = library()
+    assert loaded is not None
+    loaded.fhopt_serve_blocks()
+    return True
+
+
+def compiles_blocks() -> bool:
+    """Return whether `serve_blocks` runs a compiler."""
+    return compiles_linear() or gguf_blocks.needs_compiling()
 
 
 def compiles_linear() -> bool:

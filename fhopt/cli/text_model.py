@@ -139,7 +139,7 @@ def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> Loade
     """Load the model of a GGUF file, its weights left in their blocks. Raises FhoptError for any other model."""
     from fhopt.hf.gguf import load_gguf
     from fhopt.models.loaded_model import LoadedModel
-    from fhopt.models.loader import gguf_file
+    from fhopt.models.loader import DEMO_NAME, gguf_file
 
     path = gguf_file(name)
     if path is None:
@@ -147,7 +147,7 @@ def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> Loade
     if device_map not in (None, "cpu"):
         raise FhoptError("--keep-blocks is for CPUs, and --device-map names another place. Leave one of them out.")
     model, tokenizer = load_gguf(path, dtype)
-    return LoadedModel(name if name == "demo" else path.stem, model, tokenizer)
+    return LoadedModel(DEMO_NAME if name == "demo" else path.stem, model, tokenizer)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ _aten = torch.ops.aten
 class BlockWeight(Tensor):
     """A weight [N, K] in blocks. Of `dtype` is what it is dequantized to.
 
-    gguf_blocks: the blocks. Raises ValueError for bytes that are not those of such a weight.
+    gguf_blocks: the blocks. Raises ValueError for bytes that are not those of such a weight. It cannot be written to:
+    what would do so raises RuntimeError.
     """
 
     gguf_blocks: Blocks
@@ -37,7 +38,12 @@ class BlockWeight(Tensor):
     @staticmethod
     def __new__(cls, blocks: Blocks, dtype: torch.dtype) -> BlockWeight:
         """Make a weight of blocks."""
-        values = blocks.values
+        values, numbers = blocks.values, gguf_blocks.FORMATS.get(blocks.format, (0, 0))[0]
+        if not numbers or blocks.width % numbers or not values.is_cpu:
+            raise ValueError(
+                f"a weight of width {blocks.width} in blocks of format {blocks.format} on {values.device}; expected a "
+                f"format of {sorted(gguf_blocks.FORMATS)}, whole blocks, the CPU."
+            )
         size = gguf_blocks.row_bytes(blocks.format, blocks.width)
         if values.dtype != torch.uint8 or values.dim() != 2 or values.shape[1] != size or not values.is_contiguous():
             shape = tuple(values.shape)
@@ -59,13 +65,14 @@ class BlockWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return how to make it again: of its blocks."""
-        return _made, (self.gguf_blocks.values, self.gguf_blocks.format, self.gguf_blocks.width, self.dtype)
+        return _made, (self.gguf_blocks.values, *_about(self), _is_parameter(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockWeight:
         """Return a weight with blocks of its own."""
         found: BlockWeight | None = memo.get(id(self))
         if found is None:
-            found = memo[id(self)] = _made(self.gguf_blocks.values.clone(), *_about(self))
+            about = _about(self)
+            found = memo[id(self)] = _made(self.gguf_blocks.values.clone(), *about, is_parameter=_is_parameter(self))
         return found
 
     @classmethod
@@ -91,6 +98,8 @@ class BlockWeight(Tensor):
             return cls(args[0].gguf_blocks, kwargs.get("dtype") or args[0].dtype)
         if func is _aten.clone.default:
             return _made(args[0].gguf_blocks.values.clone(), *_about(args[0]))
+        if func._schema.is_mutable:
+            raise RuntimeError(f"{func} would write to a weight in blocks of a GGUF file; load the file dequantized.")
         args, kwargs = tree_map_only(BlockWeight, lambda weight: weight.dequantize(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -99,8 +108,13 @@ def _about(weight: BlockWeight) -> tuple[int, int, torch.dtype]:
     return weight.gguf_blocks.format, weight.gguf_blocks.width, weight.dtype
 
 
-def _made(values: Tensor, format: int, width: int, dtype: torch.dtype) -> BlockWeight:
-    return BlockWeight(Blocks(values, format, width), dtype)
+def _made(values: Tensor, format: int, width: int, dtype: torch.dtype, is_parameter: bool = False) -> Any:
+    made = BlockWeight(Blocks(values, format, width), dtype)
+    return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
+
+
+def _is_parameter(weight: BlockWeight) -> bool:
+    return isinstance(weight, torch.nn.Parameter)
 
 
 def _is_cast(kwargs: dict[str, Any]) -> bool:
@@ -124,9 +138,11 @@ def rows_of(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x [..., K] w^T + bias [N] -> [..., N] with a `BlockWeight`; gradients go to x alone."""
     blocks, needed = getattr(weight, "gguf_blocks", None), (input, bias)
-    if blocks is None or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)):
-        whole = weight.dequantize() if isinstance(weight, BlockWeight) else weight
-        return torch.nn.functional.linear(input, whole, bias)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)
+    others = any(isinstance(t, BlockWeight) for t in needed)
+    if blocks is None or needs_gradient or others or torch.is_autocast_enabled("cpu"):
+        plain = [t.dequantize() if isinstance(t, BlockWeight) else t for t in (input, weight, bias)]
+        return torch.nn.functional.linear(*plain)  # type: ignore[arg-type]
     found = codegen.linear(input, weight, bias)
     if found is not None:
         return found
@@ -149,8 +165,10 @@ def embedding(
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the rows of a `BlockWeight` at the numbers in `input`, [..., K]."""
-    blocks: Blocks = weight.gguf_blocks  # type: ignore[attr-defined]
-    asked = Blocks(blocks.values[input.reshape(-1)], blocks.format, blocks.width)
+    blocks: Blocks | None = getattr(weight, "gguf_blocks", None)
+    if blocks is None or max_norm is not None:
+        raise RuntimeError("an embedding with a weight in blocks has plain numbers of rows, and no largest norm.")
+    asked = Blocks(blocks.values.index_select(0, input.reshape(-1)), blocks.format, blocks.width)
     return rows_of(asked, weight.dtype).view(*input.shape, blocks.width)
 
 

@@ -51,7 +51,11 @@ def load_gguf(file: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16)
         config = hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         model = _model_of(hf, config, dtype)
         _fill(model, path, dtype)
-    codegen.prepare_blocks()
+    if not codegen.prepare_blocks():
+        raise FhoptError(
+            "no C++ compiler was found, and weights in blocks are multiplied by compiled kernels. Install g++ (or "
+            "clang++), or load the file dequantized."
+        )
     model.config.name_or_path = str(path.parent)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -67,7 +71,7 @@ def _model_of(hf: Any, config: Any, dtype: torch.dtype) -> Any:
 def _fill(model: Any, path: Path, dtype: torch.dtype) -> None:
     """Give a model the weights of a file. Raises FhoptError, and what gguf and transformers raise."""
     gguf: Any = importlib.import_module("gguf")
-    reader = gguf.GGUFReader(os.fspath(path))  # the one that transformers made
+    reader = gguf.GGUFReader(os.path.join(path.parent, path.name))  # as transformers names it, which made one
     names, process = _names_and_process(model, path, reader)
     for tensor in reader.tensors:
         name = names.get(tensor.name)

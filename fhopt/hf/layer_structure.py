@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.skinny_linear import kept_quantized
+from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.layer_trace import SCALARS, Weight, leaves
 
@@ -63,7 +63,9 @@ def _shapes(module: torch.nn.Module) -> Hashable:
 
 def _kind(x: Any) -> Hashable:
     if isinstance(x, Tensor):
-        return type(x), x.shape, x.stride() if x.layout == torch.strided else None, x.dtype, x.layout, x.device
+        blocks = getattr(x, "gguf_blocks", None)  # those of one weight may be of another format than another's
+        kept = None if blocks is None else (blocks.format, blocks.values.shape)
+        return type(x), x.shape, x.stride() if x.layout == torch.strided else None, x.dtype, x.layout, x.device, kept
     return (type(x), x if isinstance(x, SCALARS) else None)
 
 
@@ -71,13 +73,14 @@ def _kind(x: Any) -> Hashable:
 class WeightPlace:
     """Where a weight stands in a layer: the name of the module, which of its dicts, the name in it.
 
-    place: of a weight that is kept quantized, which of its parts is meant.
+    place: of a weight that is kept quantized, which of its parts is meant; kept: what that part looks like.
     """
 
     module: str
     part: str
     name: str
     place: int
+    kept: Hashable = None
 
     def of(self, modules: Mapping[str, torch.nn.Module]) -> Weight:
         """Return the weight at this place of a layer, whose modules are given by their names.
@@ -91,18 +94,28 @@ class WeightPlace:
         if kept is None and not is_plain:
             raise UnsupportedError(f"a weight of type {type(tensor).__name__}")
         read = tensor if kept is None else kept.parts[self.place]
+        if kept is not None and _looks(kept, self.place) != self.kept:
+            raise UnsupportedError("a weight that is kept in another way than that of a layer that is built alike")
         return Weight(holder, self.name, tensor, read.data_ptr(), kept)
 
 
 def weight_places(layer: torch.nn.Module, weights: Mapping[int, Weight]) -> dict[int, WeightPlace]:
     """Return where the weights of a recording stand in the layer, by the numbers of their values."""
     holders = {id(vars(module)[part]): (name, part) for name, module in _modules(layer).items() for part in _PARTS}
-    return {number: WeightPlace(*holders[id(w.holder)], w.name, _place(w)) for number, w in weights.items()}
+    return {number: WeightPlace(*holders[id(w.holder)], w.name, *_place(w)) for number, w in weights.items()}
 
 
-def _place(weight: Weight) -> int:
-    """Return which part of a quantized weight is at its address."""
-    return 0 if weight.kept is None else [part.data_ptr() for part in weight.kept.parts].index(weight.address)
+def _place(weight: Weight) -> tuple[int, Hashable]:
+    """Return which part of a quantized weight is at its address, and what that looks like."""
+    if weight.kept is None:
+        return 0, None
+    place = [part.data_ptr() for part in weight.kept.parts].index(weight.address)
+    return place, _looks(weight.kept, place)
+
+
+def _looks(kept: SignedBytes | Blocks, place: int) -> Hashable:
+    part = kept.parts[place]
+    return type(kept), getattr(kept, "format", None), part.dtype, part.shape, part.stride()
 
 
 def weights_at(layer: torch.nn.Module, places: Mapping[int, WeightPlace]) -> dict[int, Weight]:

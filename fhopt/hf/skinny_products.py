@@ -5,9 +5,9 @@
 
 Decoding is bound by reading weights and cache. More rows go to a kernel where torch has only loops for their type
 (fhopt/codegen/cpu/wide_linear.py), else the fastest way that torch has on this CPU (fhopt/hardware/float_products.py).
-Calls that no kernel serves are torch's as before: gradients, autocast, weights that are no plain dense tensors, graphs
-that are being compiled (which have ways of their own, fhopt/codegen/cpu/graph_kernels.py), and all calls until the
-kernels are built.
+Calls that no kernel serves are torch's as before: gradients, autocast, weights that are neither plain dense tensors nor
+kept in a way that a kernel reads, graphs that are being compiled (which have ways of their own,
+fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernels are built.
 
 Letters: M rows, K width of the input, N width of the output.
 """

@@ -323,15 +323,16 @@ struct ByteRows {
             for (int i = 0; i < 8; i++) largest = std::max(largest, top[i]);
             constexpr int MOST = 127 * RADIX + RADIX / 2 - 1;
             const float inverse = largest > 1e-30f ? MOST / largest : 0.0f;
-            unit[0][at / GROUP] = unit[1][at / 16] = unit[1][at / 16 + 1] = largest / MOST;
             split_group(eight, inverse, high + at, low + at);
             for (int part = 0; part < 2; part++) {
                 const Floats8 both = eight[2 * part] + eight[2 * part + 1];
-                float total = 0;
-                for (int i = 0; i < 8; i++) total += both[i];
-                sum[1][at / 16 + part] = total;
+                float added = 0;
+                for (int i = 0; i < 8; i++) added += both[i];
+                sum[1][at / 16 + part] = added;
             }
-            sum[0][at / GROUP] = sum[1][at / 16] + sum[1][at / 16 + 1];
+            const float total = sum[0][at / GROUP] = sum[1][at / 16] + sum[1][at / 16 + 1];
+            const float its = largest / MOST + 0.0f * total;  // NaN where a number is, or is infinite
+            unit[0][at / GROUP] = unit[1][at / 16] = unit[1][at / 16 + 1] = its;
         }
     }
 };

@@ -72,6 +72,7 @@ std::shared_mutex guard;
 void (*run_pack)(const Pack*) = nullptr;
 void (*run_skinny)(const Skinny*) = nullptr;  // of any rows, made for few
 int64_t most_skinny = 0;
+std::atomic<bool> has_blocks{false};  // `run_skinny` multiplies with weights in the blocks of GGUF files
 std::atomic<void (*)(const Skinny*)> run_wide{nullptr};  // of more than `most_skinny`, where that is faster
 
 // ------------------------------------------------------------------------------------------------ checks
@@ -432,7 +433,9 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
     expect(dims >= 1 && weight.dim() == 2, name, "a weight of other dimensions");
     const int64_t width = input.size(dims - 1);
     const Size size = size_of(format);
-    const bool is_wide = format ? size.numbers && weight.size(1) * size.numbers == width * size.bytes
+    expect(!format || has_blocks, name, "no code to run on the blocks of a weight");
+    const bool is_wide = format ? size.numbers && width % size.numbers == 0 &&
+                                      weight.size(1) == width / size.numbers * size.bytes
                                 : weight.size(1) == width;
     expect(is_wide, name, "a weight of another width");
     const ScalarType held = format ? ScalarType::Byte : scale ? ScalarType::Char : type;
@@ -480,6 +483,8 @@ extern "C" void fhopt_serve(
 extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 
 extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*), int64_t most) { most_skinny = most, run_skinny = run; }
+
+extern "C" void fhopt_serve_blocks() { has_blocks = true; }
 
 extern "C" void fhopt_serve_wide(void (*run)(const Skinny*)) { run_wide = run; }
 

@@ -18,6 +18,7 @@ from small_models import Fitted, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
 from fhopt.cli.app import main
+from fhopt.models import loader
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +113,17 @@ def test_ctrl_c_stops_and_still_prints_the_statistics(tmp_path: Path) -> None:
     assert text.endswith("\n") and "decode" in lines and "exact KV cache" in lines and "Traceback" not in lines
 
 
-def test_weights_of_a_gguf_file_may_stay_in_their_blocks(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     save_text_gguf(path, {"": "Q8_0"})
     options = ["hello", "--raw", "--max-new-tokens", "8"]
-    kept, whole = (call("generate", str(path), *options, *more) for more in (["--keep-blocks"], []))
+    whole = call("generate", str(path), *options)
+    with monkeypatch.context() as patched:
+        patched.setattr(loader, "load_model", lambda *_: pytest.fail("the file is dequantized"))
+        kept = call("generate", str(path), *options, "--keep-blocks")
     assert kept.exit_code == 0 and kept.stdout == whole.stdout
     for command in ("generate", "chat"):
         refused = call(command, str(folder), "--keep-blocks", *(["hello"] if command == "generate" else []))

@@ -13,7 +13,7 @@ from quantized_blocks import HALVES, random_blocks
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
-from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
 from fhopt.hf import block_weight
 from fhopt.hf.block_weight import BlockWeight
 
@@ -40,6 +40,7 @@ def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int
     layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), torch.nn.Parameter(bias)
     with torch.no_grad():
         found, expected = layer(x), F.linear(x, whole, bias)
+        assert (codegen.linear(x, layer.weight, bias) is not None) == (rows <= MOST_ROWS), "a kernel serves few rows"
     assert found.shape == expected.shape
     assert float((found - expected).norm()) <= 1e-4 * float(x.norm() * whole.norm())
 
@@ -81,12 +82,49 @@ def test_casts_and_copies_stay_in_blocks() -> None:
     assert isinstance(cast, BlockWeight) and cast.dtype == torch.bfloat16
     assert torch.equal(cast.dequantize(), weight.dequantize().bfloat16())
     assert cast.gguf_blocks.values.data_ptr() != weight.gguf_blocks.values.data_ptr()  # of the copy
+    copied = copy.deepcopy(layer)
+    assert isinstance(copied.weight, torch.nn.Parameter) and not copied.weight.requires_grad
+    layer.weight = copied.weight
+    assert copied.to("meta").weight.is_meta
     buffer = io.BytesIO()
     torch.save(weight, buffer)
     buffer.seek(0)
     again = torch.load(buffer, weights_only=False)
     assert isinstance(again, BlockWeight) and torch.equal(again.dequantize(), weight.dequantize())
     assert "format=12" in repr(weight)
+
+
+def test_it_cannot_be_written_to() -> None:
+    layer = torch.nn.Linear(512, 50, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight_of(), requires_grad=False)
+    before = layer.weight.dequantize()
+    for write in (
+        lambda: layer.weight.copy_(torch.zeros(50, 512)),
+        lambda: layer.weight.mul_(2),
+        lambda: layer.weight.data.add_(1),
+        lambda: layer.load_state_dict({"weight": torch.zeros(50, 512)}),
+    ):
+        with pytest.raises(RuntimeError, match="load the file dequantized"):
+            write()
+    assert torch.equal(layer.weight.dequantize(), before)
+
+
+def test_it_may_stand_anywhere_in_a_product() -> None:
+    weight, other = weight_of(), torch.randn(30, 512)
+    whole = weight.dequantize()
+    assert torch.equal(F.linear(weight, other), F.linear(whole, other))
+    assert torch.equal(F.linear(weight, weight), F.linear(whole, whole))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(other, weight).dtype == torch.bfloat16
+    with pytest.raises((IndexError, RuntimeError)):
+        F.embedding(torch.tensor([-1]), weight)
+
+
+def test_blocks_of_no_format_and_no_whole_width_are_refused() -> None:
+    values = torch.zeros(4, 144, dtype=torch.uint8)
+    for blocks in (Blocks(values, 12, 300), Blocks(values, 7, 256), Blocks(values.to("meta"), 12, 256)):
+        with pytest.raises(ValueError, match="whole blocks, the CPU"):
+            BlockWeight(blocks, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from torch import Tensor
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
+from fhopt.codegen.layers import lowering
+from fhopt.codegen.source_files import read_source
 
 gguf: Any = pytest.importorskip("gguf")
 pytestmark = needs_compiler
@@ -109,6 +111,23 @@ def test_a_number_depends_on_neither_threads_nor_other_rows(format: int) -> None
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_no_number_is_seen(format: int, broken: float) -> None:
+    blocks, x = random_blocks(format, 20, 512), torch.randn(2, 512)
+    x[1, 300] = broken
+    found = product(x, blocks)
+    assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
+
+
+def test_programs_and_kernels_name_formats_alike() -> None:
+    text = read_source("fhopt.codegen.cpu", "block_linear.cpp").template
+    assert f"constexpr int64_t FORMATS = {lowering._FORMATS};" in text
+    for format, (numbers, size) in gguf_blocks.FORMATS.items():
+        name = gguf.GGMLQuantizationType(format).name
+        assert f"{name} = {format}" in text and f"case {name}: return {{{numbers}, {size}}};" in text
+
+
 def test_nothing_is_nothing() -> None:
     blocks = random_blocks(12, 9, 256)
     assert torch.equal(product(torch.zeros(2, 256), blocks), torch.zeros(2, 9))
@@ -122,6 +141,7 @@ def test_nothing_is_nothing() -> None:
         lambda x, b: (x, Blocks(b.values[:, :-1].contiguous(), b.format, b.width)),
         lambda x, b: (x, Blocks(b.values.to(torch.int8), b.format, b.width)),
         lambda x, b: (x, Blocks(b.values, 7, b.width)),
+        lambda x, b: (x[:, :128], Blocks(b.values[:, :72].contiguous(), b.format, 128)),  # half a block
     ],
 )
 def test_what_does_not_fit_is_refused(change: Any) -> None:
