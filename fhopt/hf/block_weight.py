@@ -23,6 +23,8 @@ from fhopt.codegen.cpu.skinny_linear import Blocks
 from fhopt.hardware import float_products
 
 PART = 1 << 22  # numbers of a weight that are dequantized at once
+_NOT_WRITTEN = "{} would write to a weight in blocks of a GGUF file; load the file dequantized."
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
 
 
@@ -79,10 +81,14 @@ class BlockWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute linear layers and embeddings on blocks."""
+        """Compute linear layers and embeddings on blocks; take other blocks where `data` is set to them."""
         own = _OWN.get(func)
         if own is not None:
             return own(*args, **(kwargs or {}))
+        if func == _SET_DATA:  # an object of its own each time
+            if not isinstance(args[1], BlockWeight):
+                raise RuntimeError(_NOT_WRITTEN.format("setting data"))
+            args[0].gguf_blocks = args[1].gguf_blocks
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -99,7 +105,7 @@ class BlockWeight(Tensor):
         if func is _aten.clone.default:
             return _made(args[0].gguf_blocks.values.clone(), *_about(args[0]))
         if func._schema.is_mutable:
-            raise RuntimeError(f"{func} would write to a weight in blocks of a GGUF file; load the file dequantized.")
+            raise RuntimeError(_NOT_WRITTEN.format(func))
         args, kwargs = tree_map_only(BlockWeight, lambda weight: weight.dequantize(), (args, kwargs))
         return func(*args, **kwargs)
 

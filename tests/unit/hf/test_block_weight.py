@@ -98,7 +98,12 @@ def test_it_cannot_be_written_to() -> None:
     layer = torch.nn.Linear(512, 50, bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight_of(), requires_grad=False)
     before = layer.weight.dequantize()
+    other = weight_of(14)
+    layer.weight.data = other
+    assert vars(layer.weight)["gguf_blocks"] is other.gguf_blocks
+    layer.weight.data = weight_of()
     for write in (
+        lambda: setattr(layer.weight, "data", torch.zeros(50, 512)),
         lambda: layer.weight.copy_(torch.zeros(50, 512)),
         lambda: layer.weight.mul_(2),
         lambda: layer.weight.data.add_(1),
