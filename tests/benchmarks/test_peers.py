@@ -24,6 +24,8 @@ import recording
 import results_page
 import torch
 from click.testing import CliRunner
+from gguf_models import save_text_gguf
+from needs import needs_compiler
 from peers_catalog import Peer
 from peers_environments import Environment, ModelForms, Unavailable
 from peers_protocol import Clock, Report, Request, StepCounter
@@ -148,6 +150,7 @@ def test_fhopt_is_compared_with_the_best_of_all_others_in_its_case() -> None:
         (case[0], FAST.name): Outcome([replace(at_speed(40), first_token_s=1.0)]),
         (case[0], "llama.cpp Q4_0, K/V f16"): Outcome([at_speed(400)]),  # weights of 4 bits are no baseline
         (case[0], PLAN.name): Outcome([at_speed(80)]),
+        (case[0], "fhopt 4x, Q4_0"): Outcome([at_speed(100)]),
         (case[1], PLAN.name): Outcome([at_speed(80)]),
         (case[1], SDPA.name): Outcome(error="too long"),
     }
@@ -158,6 +161,7 @@ def test_fhopt_is_compared_with_the_best_of_all_others_in_its_case() -> None:
     assert rows["m/512/1/AVX2", PLAN.name, "first_token_s"].ratio == pytest.approx(0.5)  # less is better
     assert rows["m/8000/1/AVX2", PLAN.name, key].baseline is None
     assert rows["m/512/1/AVX2", FAST.name, key].baseline is None
+    assert rows["m/512/1/AVX2", "fhopt 4x, Q4_0", key].baseline == pytest.approx(400)  # but of weights of 4 bits
 
 
 def test_a_run_replaces_its_own_figures_in_the_file_and_keeps_others(
@@ -378,7 +382,8 @@ def test_programs_of_other_engines_import_nothing_of_fhopt() -> None:
 
 def test_engines_are_chosen_by_the_start_of_their_names() -> None:
     names = {peer.name for peer in peers_catalog.chosen(["fhopt 4", "onnx"])}
-    assert names == {"fhopt 4x", "fhopt 4x, compiled", "ONNX-Runtime int4", "ONNX-Runtime fp32"}
+    fours = {"fhopt 4x", "fhopt 4x, Q4_0", "fhopt 4x, compiled"}
+    assert names == fours | {"ONNX-Runtime int4", "ONNX-Runtime fp32"}
     assert [peer.name for peer in peers_catalog.chosen(["fhopt 4x"])] == ["fhopt 4x"]
     with pytest.raises(ValueError, match="no peer is called 'gpt'; expected the start of a name, such as transformers"):
         peers_catalog.chosen(["gpt"])
@@ -420,6 +425,19 @@ def test_transformers_and_fhopt_generate_the_same_tokens_in_every_way(
     assert [report.tokens for report in found] == [found[0].tokens] * len(found)
     assert len(found[0].tokens) == given.steps
     assert {report.decode_tokens for report in found} == {given.batch * given.new_tokens}
+
+
+@needs_compiler
+def test_fhopt_takes_a_gguf_file_with_the_plan_of_what_it_was_quantized_from(tmp_path: Path) -> None:
+    save_text_gguf(tmp_path / "m.gguf", {"": "Q4_0"})
+    sites = find_sites(load_model(str(tmp_path / "m.gguf"))).sites.values()
+    plan = fit_plan.exact_plan(sites, recent=4, block=2).with_provenance(fingerprint="of another model")
+    (tmp_path / "prompts.json").write_text(json.dumps([list(range(3, 15))]))
+    options = {"plan": str(plan.save(tmp_path / "plan"))}
+    report = peers_run_fhopt.measure(
+        Request(str(tmp_path / "m.gguf"), str(tmp_path / "prompts.json"), 12, 1, 3, (0,), 0.0, options=options)
+    )
+    assert len(report.tokens) == 6 and report.decode_tokens == 3  # the first one, two that are not timed, three
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 2e-3), ("q4_0", 0.5)])  # F16 has 11 bits, Q4_0 has 4
