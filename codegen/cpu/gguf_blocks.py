@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import skinny_linear
-from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.skinny_linear import DTYPES, Blocks
 from fhopt.codegen.source_files import read_source
 
 NAME = "blocks"  # of the library
@@ -32,7 +32,6 @@ FORMATS = {  # as ggml numbers them: numbers and bytes of a block
     2: (32, 18), 3: (32, 20), 8: (32, 34), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176),
     14: (256, 210), 20: (32, 18), 23: (256, 136),
 }  # fmt: skip
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +66,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def unpack(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor | None:
-    """Return rows [first, end) of a weight in a dtype of TYPES; None where there is no compiler."""
+    """Return rows [first, end) of a weight in a dtype of DTYPES; None where there is no compiler."""
     loaded = library()
     if loaded is None:
         return None
@@ -75,7 +74,7 @@ def unpack(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None =
     numbers = torch.empty((part.shape[0], blocks.width), dtype=dtype)
     loaded.unpack_blocks(
         blocks.format, part.data_ptr(), part.stride(0), part.shape[0], blocks.width, numbers.data_ptr(),
-        TYPES.index(dtype), torch.get_num_threads(),
+        DTYPES.index(dtype), torch.get_num_threads(),
     )  # fmt: skip
     return numbers
 

@@ -31,7 +31,7 @@ from fhopt.codegen.source_files import read_source
 NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of `Type` of the C++ files
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _takes(x: Tensor, shape: torch.Size, bias: Tensor | None) -> bool:
     """Return whether input and bias are ones that kernels take, beside a weight of that shape."""
-    if type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or x.shape[-1] != shape[1]:
+    if type(x) is not Tensor or x.dtype not in DTYPES or not x.is_cpu or x.shape[-1] != shape[1]:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fhopt import codegen
-from fhopt.codegen.cpu import gguf_blocks
+from fhopt.codegen.cpu import gguf_blocks, skinny_linear
 from fhopt.codegen.cpu.skinny_linear import Blocks
-from fhopt.hardware import float_products
+from fhopt.hf.skinny_products import product
 
 PART = 1 << 22  # numbers of a weight that are dequantized at once
 _NOT_WRITTEN = "{} would write to a weight in blocks of a GGUF file; load the file dequantized."
@@ -132,7 +132,7 @@ def _is_cast(kwargs: dict[str, Any]) -> bool:
 
 def rows_of(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
     """Return rows [first, end) of a weight."""
-    found = gguf_blocks.unpack(blocks, dtype if dtype in gguf_blocks.TYPES else torch.float32, first, end)
+    found = gguf_blocks.unpack(blocks, dtype if dtype in skinny_linear.DTYPES else torch.float32, first, end)
     if found is None:  # there is no compiler
         import gguf
 
@@ -157,13 +157,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for first in range(0, blocks.shape[0], step):
         part = slice(first, first + step)
         rows = rows_of(blocks, input.dtype, first, first + step)
-        output[..., part] = _many_rows(input, rows, None if bias is None else bias[part])
+        output[..., part] = product(input, rows, None if bias is None else bias[part])
     return output
-
-
-def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found = codegen.linear(x, weight, bias)
-    return float_products.linear(x, weight, bias) if found is None else found
 
 
 def embedding(

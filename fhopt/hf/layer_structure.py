@@ -63,9 +63,8 @@ def _shapes(module: torch.nn.Module) -> Hashable:
 
 def _kind(x: Any) -> Hashable:
     if isinstance(x, Tensor):
-        blocks = getattr(x, "gguf_blocks", None)  # those of one weight may be of another format than another's
-        kept = None if blocks is None else (blocks.format, blocks.values.shape)
-        return type(x), x.shape, x.stride() if x.layout == torch.strided else None, x.dtype, x.layout, x.device, kept
+        strides = x.stride() if x.layout == torch.strided else None
+        return type(x), x.shape, strides, x.dtype, x.layout, x.device, _looks(_kept(x))
     return (type(x), x if isinstance(x, SCALARS) else None)
 
 
@@ -73,14 +72,14 @@ def _kind(x: Any) -> Hashable:
 class WeightPlace:
     """Where a weight stands in a layer: the name of the module, which of its dicts, the name in it.
 
-    place: of a weight that is kept quantized, which of its parts is meant; kept: what that part looks like.
+    place: of a weight that is kept quantized, which of its parts is meant; looks: what it is kept as (`_looks`).
     """
 
     module: str
     part: str
     name: str
     place: int
-    kept: Hashable = None
+    looks: Hashable = None
 
     def of(self, modules: Mapping[str, torch.nn.Module]) -> Weight:
         """Return the weight at this place of a layer, whose modules are given by their names.
@@ -89,12 +88,11 @@ class WeightPlace:
         """
         holder = vars(modules[self.module])[self.part]
         tensor = holder[self.name]
-        is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
-        kept = None if is_plain else kept_quantized(tensor)
-        if kept is None and not is_plain:
+        kept = _kept(tensor)
+        if kept is None and not _is_plain(tensor):
             raise UnsupportedError(f"a weight of type {type(tensor).__name__}")
         read = tensor if kept is None else kept.parts[self.place]
-        if kept is not None and _looks(kept, self.place) != self.kept:
+        if _looks(kept) != self.looks:
             raise UnsupportedError("a weight that is kept in another way than that of a layer that is built alike")
         return Weight(holder, self.name, tensor, read.data_ptr(), kept)
 
@@ -110,12 +108,23 @@ def _place(weight: Weight) -> tuple[int, Hashable]:
     if weight.kept is None:
         return 0, None
     place = [part.data_ptr() for part in weight.kept.parts].index(weight.address)
-    return place, _looks(weight.kept, place)
+    return place, _looks(weight.kept)
 
 
-def _looks(kept: SignedBytes | Blocks, place: int) -> Hashable:
-    part = kept.parts[place]
-    return type(kept), getattr(kept, "format", None), part.dtype, part.shape, part.stride()
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _kept(x: Tensor) -> SignedBytes | Blocks | None:
+    """Return what a weight is kept as that is no plain tensor; None of any other that kernels do not read."""
+    return None if _is_plain(x) else kept_quantized(x)
+
+
+def _looks(kept: SignedBytes | Blocks | None) -> Hashable:
+    """Return what is equal for weights that a program may read alike: format, and bytes of rows."""
+    if kept is None:
+        return None
+    return getattr(kept, "format", None), tuple([(part.dtype, part.shape, part.stride()) for part in kept.parts])
 
 
 def weights_at(layer: torch.nn.Module, places: Mapping[int, WeightPlace]) -> dict[int, Weight]:

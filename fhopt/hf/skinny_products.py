@@ -48,7 +48,10 @@ def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
     weight, bias = self.weight, self.bias
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return linear(input, weight, bias)
+    return product(input, weight, bias)
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a linear layer without gradients by a kernel where one serves, else in torch's fastest way."""
     output = codegen.linear(input, weight, bias)
-    if output is not None:
-        return output
-    return float_products.linear(input, weight, bias)
+    return float_products.linear(input, weight, bias) if output is None else output
