@@ -156,8 +156,7 @@ struct OfQ4_K : Plain {
     }
     template <int GROUP>
     static INLINE Codes codes(const uint8_t* b) {
-        const Codes both = codes_at(b + 16 + GROUP / 2 * 32);
-        return bits_of<GROUP % 2 * 4, 15>(both);
+        return bits_of<GROUP % 2 * 4, 15>(codes_at(b + 16 + GROUP / 2 * 32));
     }
 };
 
@@ -274,7 +273,7 @@ struct ByteRows {
     int8_t *high, *low;  // [rows, K]
     // Of a group, [rows, K / 32], and of its parts, [rows, K / 16].
     float *unit[2], *sum[2];
-    float* numbers;      // [rows, K], where bytes are not multiplied
+    float* numbers;  // [rows, K]
 
     ByteRows(int64_t rows, int64_t K) : width(K) {
         high = array<int8_t>(rows * K), low = array<int8_t>(rows * K);
@@ -338,13 +337,11 @@ struct ByteRows {
 };
 
 #if defined(__AVX2__)
-INLINE __m256i bytes_of_row(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-
 // Sums of four codes times numbers, each of two bytes.
 template <bool SIGNED>
 INLINE Floats8 sums_of_group(Codes codes, const int8_t* high, const int8_t* low) {
     const auto pairs = [&](const int8_t* row) {
-        const __m256i x = bytes_of_row(row);
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
         if constexpr (!SIGNED) return _mm256_maddubs_epi16((__m256i)codes, x);
         else return _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)codes), _mm256_sign_epi8(x, (__m256i)codes));
     };
@@ -352,9 +349,7 @@ INLINE Floats8 sums_of_group(Codes codes, const int8_t* high, const int8_t* low)
     const __m256i lower = _mm256_madd_epi16(pairs(low), _mm256_set1_epi16(1));
     return (Floats8)_mm256_cvtepi32_ps(_mm256_add_epi32(upper, lower));
 }
-#endif
 
-#if defined(__AVX2__)
 constexpr bool AS_BYTES = true;
 #else
 constexpr bool AS_BYTES = false;
