@@ -8,6 +8,10 @@ time of one of 16. Codes are multiplied as they are, as bytes; the input is spli
 unit for each 32 numbers: 15 bits of the largest of these, where other engines have 8. So results are those of the
 dequantized weight, within less than the rounding of bfloat16.
 
+Eight rows of a weight stand side by side (`arranged`): four bytes of codes of each row are a vector of 32 bytes, whose
+sums of products are those of eight rows, so that nothing is added across a vector and scales are read for eight rows
+at once. Blocks keep their size; rows behind the last eight stand as in the file.
+
 Other formats (IQ1 to IQ3, Q5_0 and Q5_1 among them) have no kernel.
 
 Letters: M rows, K width of the input, N width of the output.
@@ -18,8 +22,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, compiles, load
@@ -32,6 +39,15 @@ FORMATS = {  # as ggml numbers them: numbers and bytes of a block
     2: (32, 18), 3: (32, 20), 8: (32, 34), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176),
     14: (256, 210), 20: (32, 18), 23: (256, 136),
 }  # fmt: skip
+EIGHT = 8  # rows side by side
+_FIELDS = {  # of a block: from which byte to which, and how many bytes stay together
+    2: ((0, 2, 2), (2, 18, 4)), 3: ((0, 4, 2), (4, 20, 4)), 8: ((0, 2, 2), (2, 34, 4)),
+    10: ((0, 16, 1), (16, 80, 4), (80, 84, 2)), 11: ((0, 96, 4), (96, 108, 1), (108, 110, 2)),
+    12: ((0, 4, 2), (4, 16, 1), (16, 144, 4)), 13: ((0, 4, 2), (4, 16, 1), (16, 176, 4)),
+    14: ((0, 192, 4), (192, 208, 1), (208, 210, 2)), 20: ((0, 2, 2), (2, 18, 4)),
+    23: ((0, 4, 2), (4, 8, 1), (8, 136, 4)),
+}  # fmt: skip
+_PART = 1 << 20  # bytes of a weight that are arranged at once
 log = logging.getLogger(__name__)
 
 
@@ -39,6 +55,54 @@ def row_bytes(format: int, width: int) -> int:
     """Return the bytes of a row of `width` numbers."""
     numbers, size = FORMATS[format]
     return width // numbers * size
+
+
+def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
+    """Return a weight whose rows are those of a file, uint8 [N, bytes of a row], with eight of them side by side."""
+    made = np.empty_like(rows)
+    made[_whole(rows) :] = rows[_whole(rows) :]
+    for of_rows, of_eights in _parts(rows, made, format):
+        for begin, end, unit in _FIELDS[format]:
+            of_eights[..., EIGHT * begin : EIGHT * end] = _turned(of_rows[..., begin:end], EIGHT, unit)
+    return Blocks(torch.from_numpy(made), format, width)
+
+
+def as_in_file(blocks: Blocks) -> NDArray[np.uint8]:
+    """Return the rows of a weight as they stand in a file, uint8 [N, bytes of a row]."""
+    values = blocks.values.numpy()
+    made = np.empty_like(values)
+    made[_whole(made) :] = values[_whole(made) :]
+    for of_rows, of_eights in _parts(made, values, blocks.format):
+        for begin, end, unit in _FIELDS[blocks.format]:
+            turned = _turned(of_eights[..., EIGHT * begin : EIGHT * end], (end - begin) // unit, unit)
+            of_rows[..., begin:end] = turned.reshape(*of_rows.shape[:3], end - begin)
+    return made
+
+
+def _parts(
+    rows: NDArray[np.uint8], eights: NDArray[np.uint8], format: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Yield views of some of the rows, [G, blocks of a row, 8, bytes], and of their eights, [G, blocks, 8 x bytes]."""
+    size = FORMATS[format][1]
+    whole, blocks = _whole(rows), rows.shape[1] // size
+    step = max(EIGHT, _PART // rows.shape[1] // EIGHT * EIGHT)
+    for first in range(0, whole, step):
+        part = slice(first, min(first + step, whole))
+        yield (
+            rows[part].reshape(-1, EIGHT, blocks, size).swapaxes(1, 2),
+            eights[part].reshape(-1, blocks, EIGHT * size),
+        )
+
+
+def _whole(rows: NDArray[np.uint8]) -> int:
+    """Return how many rows stand side by side; those behind them are as in the file."""
+    return len(rows) // EIGHT * EIGHT
+
+
+def _turned(numbers: NDArray[np.uint8], rows: int, unit: int) -> NDArray[np.uint8]:
+    """Return matrices of `rows` rows of units of bytes with rows and columns exchanged, [G, blocks, bytes]."""
+    matrices = np.ascontiguousarray(numbers).view(f"u{unit}").reshape(*numbers.shape[:2], rows, -1)
+    return np.ascontiguousarray(matrices.swapaxes(2, 3)).view(np.uint8).reshape(*numbers.shape[:2], -1)
 
 
 def render() -> str:
@@ -60,21 +124,33 @@ def library() -> ctypes.CDLL | None:
         log.info("%s Weights in blocks are dequantized.", error)
         return None
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    loaded.unpack_blocks.argtypes = size, pointer, size, size, size, pointer, size, size
+    loaded.unpack_blocks.argtypes = size, pointer, size, size, size, size, pointer, size, pointer, size, size
     loaded.unpack_blocks.restype = None
     return loaded
 
 
-def unpack(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor | None:
-    """Return rows [first, end) of a weight in a dtype of DTYPES; None where there is no compiler."""
+def unpack(
+    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None
+) -> Tensor | None:
+    """Return rows of a weight in a dtype of DTYPES: [first, end), or those of a list; None where there is no compiler.
+
+    which: int64 [rows], numbers of rows. Raises IndexError where there is no such row.
+    """
     loaded = library()
     if loaded is None:
         return None
-    part = blocks.values[first:end]
-    numbers = torch.empty((part.shape[0], blocks.width), dtype=dtype)
+    rows = len(blocks.values)
+    if which is not None:
+        which = which.contiguous()
+        if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < rows:
+            raise IndexError(f"rows {int(which.min())} to {int(which.max())} of a weight of {rows} rows.")
+    first, end, _ = slice(first, end).indices(rows)
+    count = max(0, end - first) if which is None else len(which)
+    numbers = torch.empty((count, blocks.width), dtype=dtype)
     loaded.unpack_blocks(
-        blocks.format, part.data_ptr(), part.stride(0), part.shape[0], blocks.width, numbers.data_ptr(),
-        DTYPES.index(dtype), torch.get_num_threads(),
+        blocks.format, blocks.values.data_ptr(), blocks.values.stride(0), rows, blocks.width, first,
+        None if which is None else which.data_ptr(), count, numbers.data_ptr(), DTYPES.index(dtype),
+        torch.get_num_threads(),
     )  # fmt: skip
     return numbers
 

@@ -84,7 +84,7 @@ class SignedBytes:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight [N, width] in blocks: uint8 [N, bytes of a row], dense, on the CPU (gguf_blocks.py)."""
+    """A weight [N, width] in blocks: uint8 [N, bytes of a row], dense, on the CPU, as `gguf_blocks.arranged` makes it."""
 
     values: Tensor
     format: int

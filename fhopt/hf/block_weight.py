@@ -1,6 +1,6 @@
 """Weights that stay in the blocks of a GGUF file, as tensors that linear layers and embeddings take.
 
-A `BlockWeight` looks like the dequantized weight, [N, K] of a floating type, and holds the bytes of the file. Products
+A `BlockWeight` looks like the dequantized weight, [N, K] of a floating type, and holds the blocks of the file. Products
 of few rows read these (fhopt/codegen/cpu/gguf_blocks.py); for those of many rows, as prompts have, some rows of the
 weight are dequantized at a time; an embedding dequantizes the rows that are asked for. Every other operation sees the
 dequantized weight, which lives as long as the operation.
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks, skinny_linear
+from fhopt.codegen.cpu.gguf_blocks import EIGHT
 from fhopt.codegen.cpu.skinny_linear import Blocks
 from fhopt.hf.skinny_products import product
 
@@ -31,7 +32,8 @@ _aten = torch.ops.aten
 class BlockWeight(Tensor):
     """A weight [N, K] in blocks. Of `dtype` is what it is dequantized to.
 
-    gguf_blocks: the blocks. Raises ValueError for bytes that are not those of such a weight. It cannot be written to:
+    gguf_blocks: the blocks, as `gguf_blocks.arranged` makes them of those of a file. Raises ValueError for bytes that
+    are not those of such a weight. It cannot be written to:
     what would do so raises RuntimeError.
     """
 
@@ -130,13 +132,18 @@ def _is_cast(kwargs: dict[str, Any]) -> bool:
     return on_cpu and (dtype is None or dtype.is_floating_point)
 
 
-def rows_of(blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
-    """Return rows [first, end) of a weight."""
-    found = gguf_blocks.unpack(blocks, dtype if dtype in skinny_linear.DTYPES else torch.float32, first, end)
+def rows_of(
+    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None
+) -> Tensor:
+    """Return rows [first, end) of a weight, or those of a list. Raises IndexError where there is no such row."""
+    unpacked = dtype if dtype in skinny_linear.DTYPES else torch.float32
+    found = gguf_blocks.unpack(blocks, unpacked, first, end, which)
     if found is None:  # there is no compiler
         import gguf
 
-        numbers = gguf.dequantize(blocks.values[first:end].numpy(), gguf.GGMLQuantizationType(blocks.format))
+        rows = gguf_blocks.as_in_file(blocks)
+        rows = rows[first:end] if which is None else rows[which]
+        numbers = gguf.dequantize(rows, gguf.GGMLQuantizationType(blocks.format))
         found = torch.from_numpy(numbers)
     return found.to(dtype)
 
@@ -153,7 +160,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if found is not None:
         return found
     output = input.new_empty((*input.shape[:-1], blocks.shape[0]))
-    step = max(1, PART // blocks.width)
+    step = max(EIGHT, PART // blocks.width // EIGHT * EIGHT)
     for first in range(0, blocks.shape[0], step):
         part = slice(first, first + step)
         rows = rows_of(blocks, input.dtype, first, first + step)
@@ -169,8 +176,8 @@ def embedding(
     blocks: Blocks | None = getattr(weight, "gguf_blocks", None)
     if blocks is None or max_norm is not None:
         raise RuntimeError("an embedding with a weight in blocks has plain numbers of rows, and no largest norm.")
-    asked = Blocks(blocks.values.index_select(0, input.reshape(-1)), blocks.format, blocks.width)
-    return rows_of(asked, weight.dtype).view(*input.shape, blocks.width)
+    which = input.reshape(-1).long()
+    return rows_of(blocks, weight.dtype, which=which).view(*input.shape, blocks.width)
 
 
 _OWN: dict[Any, Callable[..., Tensor]] = {

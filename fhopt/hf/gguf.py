@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from fhopt import codegen
-from fhopt.codegen.cpu.gguf_blocks import FORMATS
-from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.gguf_blocks import FORMATS, arranged
 from fhopt.errors import FhoptError
 from fhopt.hf.block_weight import BlockWeight
 from fhopt.models.gguf_files import check_packages, forget, frugal, not_read
@@ -130,8 +129,8 @@ def _kept(tensor: Any, process: Process, dtype: torch.dtype) -> Tensor | None:
     if not np.array_equal(np.sort(order), np.arange(rows)):
         return None
     is_in_order = bool((order == np.arange(rows)).all())
-    values = torch.from_numpy(np.array(data) if is_in_order else np.asarray(data)[order])
-    return BlockWeight(Blocks(values, format, width), dtype)
+    rows = np.asarray(data) if is_in_order else np.asarray(data)[order]
+    return BlockWeight(arranged(rows, format, width), dtype)
 
 
 def _set(model: Any, name: str, weight: Tensor) -> None:

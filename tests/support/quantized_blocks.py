@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from fhopt.codegen.cpu.gguf_blocks import FORMATS
+from fhopt.codegen.cpu.gguf_blocks import FORMATS, arranged
 from fhopt.codegen.cpu.skinny_linear import Blocks
 
 # Where the float16 numbers of a block stand, by format: any bytes there would be infinite, or none, at times.
@@ -14,10 +14,15 @@ HALVES = {2: (0,), 3: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13:
 
 def random_blocks(format: int, rows: int, width: int, seed: int = 0) -> Blocks:
     """A weight [rows, width] of random codes and scales."""
+    return arranged(random_rows(format, rows, width, seed), format, width)
+
+
+def random_rows(format: int, rows: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Its rows as they stand in a file: uint8 [rows, bytes of a row]."""
     random = np.random.default_rng(seed)
     numbers, size = FORMATS[format]
     blocks = random.integers(0, 256, (rows * width // numbers, size), dtype=np.uint8)
     for at in HALVES[format]:
         scale = (random.uniform(-1, 1, (len(blocks), 1)) / 256).astype(np.float16)
         blocks[:, at : at + 2] = scale.view(np.uint8)
-    return Blocks(torch.from_numpy(blocks.reshape(rows, -1)), format, width)
+    return blocks.reshape(rows, -1)

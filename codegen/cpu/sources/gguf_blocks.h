@@ -5,14 +5,45 @@
 //
 //     w = scale * code + offset      a scale and an offset for each 16 numbers of it, or for all 32
 //
-// Codes are unsigned, or signed. The layouts are those of ggml (struct block_q4_0 and others of ggml-common.h).
+// Codes are unsigned, or signed. The layouts are those of ggml (struct block_q4_0 and others of ggml-common.h), with
+// eight rows of a weight side by side: four bytes of codes of each row, one row behind the other, are a vector, in
+// which every sum belongs to a row of its own; numbers of a block's head stand eight in a row, too. What is left of
+// the rows behind the last eight stands as in the file.
+
+constexpr int GROUP = 32, EIGHT = 8;  // numbers of a group, rows side by side
 
 typedef uint8_t Codes __attribute__((vector_size(32)));
 
-INLINE float half_at(const uint8_t* p) {
-    uint16_t half;
-    std::memcpy(&half, p, 2);
-    return from_float16(half);
+struct Field {
+    int64_t begin, unit;  // of a block: bytes that stay together from here on
+};
+
+constexpr Field field_of(Format format, int64_t at) {
+    const auto of = [at](std::initializer_list<Field> fields) {
+        Field found = {0, 1};
+        for (const Field& field : fields) found = at >= field.begin ? field : found;
+        return found;
+    };
+    switch (format) {
+        case Q4_0:
+        case Q8_0:
+        case IQ4_NL: return of({{0, 2}, {2, 4}});
+        case Q4_1: return of({{0, 2}, {4, 4}});
+        case Q2_K: return of({{0, 1}, {16, 4}, {80, 2}});
+        case Q3_K: return of({{0, 4}, {96, 1}, {108, 2}});
+        case Q4_K:
+        case Q5_K: return of({{0, 2}, {4, 1}, {16, 4}});
+        case Q6_K: return of({{0, 4}, {192, 1}, {208, 2}});
+        case IQ4_XS: return of({{0, 2}, {4, 1}, {8, 4}});
+    }
+    return {0, 1};
+}
+
+// Where a byte of a block of one of eight rows stands.
+constexpr int64_t place_of(Format format, int64_t at, int64_t row) {
+    const Field field = field_of(format, at);
+    const int64_t of_field = at - field.begin, unit = field.unit;
+    return EIGHT * (field.begin + of_field / unit * unit) + row * unit + of_field % unit;
 }
 
 INLINE Codes codes_at(const uint8_t* p) {
@@ -22,27 +53,50 @@ INLINE Codes codes_at(const uint8_t* p) {
 }
 
 // Bytes shifted to the right, or with a negative count to the left, of which the bits of a mask are kept.
-template <int COUNT, uint8_t MASK>
-INLINE Codes bits_of(Codes x) {
+INLINE Codes bits_of(Codes x, int count, uint8_t mask) {
     typedef uint16_t Words __attribute__((vector_size(32)));
-    if constexpr (COUNT >= 0) return (Codes)((Words)x >> COUNT) & MASK;
-    else return (Codes)((Words)x << -COUNT) & MASK;
+    return (Codes)(count >= 0 ? (Words)x >> count : (Words)x << -count) & mask;
 }
 
-// The lower halves of 16 bytes, then the upper ones.
-INLINE Codes nibbles_at(const uint8_t* p) {
+// Four codes of a group of each of eight rows, WORD of eight: bytes from `at` of a block on, or the lower halves of 16
+// of these and then the upper ones.
+template <int WORD>
+struct Word {
+    const uint8_t* blocks;
+
+    INLINE Codes bytes(int at) const { return codes_at(blocks + EIGHT * (at + 4 * WORD)); }
+    INLINE Codes nibbles(int at) const {
+        return bits_of(codes_at(blocks + EIGHT * (at + 4 * (WORD % 4))), WORD / 4 * 4, 15);
+    }
+};
+
+// Float16 numbers, bytes and signed bytes of the heads of eight blocks.
+INLINE Floats8 halves_at(const uint8_t* blocks, int at) {
+    Halves8 halves;
+    std::memcpy(&halves, blocks + EIGHT * at, sizeof halves);
 #if defined(__AVX2__)
-    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return (Codes)_mm256_set_m128i(_mm_srli_epi16(both, 4), both) & 15;
+    return (Floats8)_mm256_cvtph_ps((__m128i)halves);
 #else
-    Bytes16 both[2];
-    std::memcpy(both, p, 16);
-    both[1] = both[0] >> 4, both[0] &= 15;
-    Codes codes;
-    std::memcpy(&codes, both, sizeof codes);
-    return codes;
+    Floats8 x;
+    for (int i = 0; i < EIGHT; i++) x[i] = from_float16(halves[i]);
+    return x;
 #endif
 }
+
+template <class Byte>
+INLINE Ints8 bytes_at(const uint8_t* blocks, int at) {
+    typedef Byte Eight __attribute__((vector_size(8)));
+    Eight eight;
+    std::memcpy(&eight, blocks + EIGHT * at, sizeof eight);
+#if defined(__AVX2__)  // which GCC does not find by itself
+    const __m128i loaded = _mm_cvtsi64_si128((int64_t)eight);
+    return (Ints8)(std::is_signed_v<Byte> ? _mm256_cvtepi8_epi32(loaded) : _mm256_cvtepu8_epi32(loaded));
+#else
+    return __builtin_convertvector(eight, Ints8);
+#endif
+}
+
+INLINE Floats8 as_floats(Ints8 x) { return __builtin_convertvector(x, Floats8); }
 
 // Of IQ4: `kvalues_iq4nl` of ggml-common.h.
 alignas(16) constexpr int8_t FOUR_BIT_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
@@ -59,205 +113,169 @@ INLINE Codes four_bit_levels(Codes at) {
 #endif
 }
 
-// What formats have in common, unless they say otherwise. PARTS: scales of a group. OFFSET: there are offsets. Of
-// blocks of one group, `scales` gives those of one or of eight, and `codes<0>` the codes of one.
+// Scales and offsets of eight rows, for a group or half of one.
+struct Scales {
+    Floats8 scale, offset;
+};
+
+// What formats have in common, unless they say otherwise. PARTS: scales of a group. OFFSET: there are offsets. MOST:
+// the largest magnitude of a code. CHUNK: groups whose codes stand in the same bytes, or one; AT is one of these.
 struct Plain {
-    static constexpr int PARTS = 1;
+    static constexpr int PARTS = 1, MOST = 15, CHUNK = 1;
     static constexpr bool SIGNED = false, OFFSET = true;
 };
 
-// Float16 numbers of COUNT blocks as floats, times a factor: one or eight.
-template <Format FORMAT, int COUNT>
-INLINE void small_scales(const uint8_t* b, float factor, float* to) {
-    constexpr int64_t BYTES = size_of(FORMAT).bytes;
-#if defined(__AVX2__)
-    if constexpr (COUNT == 8) {  // eight stores that are read as one would be waited for
-        Halves8 halves;
-        UNROLL(8) for (int i = 0; i < 8; i++) std::memcpy(&halves[i], b + i * BYTES, 2);
-        return store(to, (Floats8)_mm256_cvtph_ps((__m128i)halves) * factor);
-    }
-#endif
-    for (int i = 0; i < COUNT; i++) to[i] = half_at(b + i * BYTES) * factor;
-}
-
 struct OfQ4_0 : Plain {
     static constexpr Format FORMAT = Q4_0;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        small_scales<Q4_0, COUNT>(b, 1.0f, scale), small_scales<Q4_0, COUNT>(b, -8.0f, offset);
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        const Floats8 factor = halves_at(b, 0);
+        return {factor, factor * -8.0f};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return nibbles_at(b + 2);
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int) {
+        return b.nibbles(2);
     }
 };
 
 struct OfQ4_1 : Plain {
     static constexpr Format FORMAT = Q4_1;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        small_scales<Q4_1, COUNT>(b, 1.0f, scale), small_scales<Q4_1, COUNT>(b + 2, 1.0f, offset);
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        return {halves_at(b, 0), halves_at(b, 2)};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return nibbles_at(b + 4);
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int) {
+        return b.nibbles(4);
     }
 };
 
 struct OfQ8_0 : Plain {
     static constexpr Format FORMAT = Q8_0;
+    static constexpr int MOST = 128;
     static constexpr bool SIGNED = true, OFFSET = false;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float*) {
-        small_scales<Q8_0, COUNT>(b, 1.0f, scale);
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        return {halves_at(b, 0), Floats8{}};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return codes_at(b + 2);
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int) {
+        return b.bytes(2);
     }
 };
 
 struct OfIQ4_NL : OfQ8_0 {
     static constexpr Format FORMAT = IQ4_NL;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float*) {
-        small_scales<IQ4_NL, COUNT>(b, 1.0f, scale);
-    }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return four_bit_levels(nibbles_at(b + 2));
+    static constexpr int MOST = 127;
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int) {
+        return four_bit_levels(b.nibbles(2));
     }
 };
 
-// Eight bytes as floats, times a factor.
-INLINE void store_floats(uint64_t bytes, float factor, float* to) {
-#if defined(__AVX2__)  // which GCC does not find by itself
-    store(to, (Floats8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)))) * factor);
-#else
-    for (int i = 0; i < 8; i++) to[i] = float(bytes >> 8 * i & 255) * factor;
-#endif
-}
-
-// Scales and offsets of 6 bits of eight groups, in 12 bytes.
-INLINE void six_bit_scales(const uint8_t* b, float* scale, float* offset) {
-    uint32_t low, middle, high;
-    std::memcpy(&low, b + 4, 4), std::memcpy(&middle, b + 8, 4), std::memcpy(&high, b + 12, 4);
-    const uint32_t upper_scales = (high & 0x0f0f0f0f) | (low >> 2 & 0x30303030);
-    const uint32_t upper_offsets = (high >> 4 & 0x0f0f0f0f) | (middle >> 2 & 0x30303030);
-    store_floats(uint64_t(upper_scales) << 32 | (low & 0x3f3f3f3f), half_at(b), scale);
-    store_floats(uint64_t(upper_offsets) << 32 | (middle & 0x3f3f3f3f), -half_at(b + 2), offset);
-}
-
 struct OfQ4_K : Plain {
     static constexpr Format FORMAT = Q4_K;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        six_bit_scales(b, scale, offset);
+    static constexpr int CHUNK = 2;
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {  // of 6 bits; upper bits of the last four stand with the first four
+        Ints8 scale = bytes_at<uint8_t>(b, 4 + PART % 4), offset = bytes_at<uint8_t>(b, 8 + PART % 4);
+        if constexpr (PART < 4) {
+            scale &= 63, offset &= 63;
+        } else {
+            const Ints8 lower = bytes_at<uint8_t>(b, 8 + PART);
+            scale = (lower & 15) | (scale >> 6 << 4), offset = lower >> 4 | offset >> 6 << 4;
+        }
+        return {as_floats(scale) * halves_at(b, 0), as_floats(offset) * -halves_at(b, 2)};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return bits_of<GROUP % 2 * 4, 15>(codes_at(b + 16 + GROUP / 2 * 32));
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int chunk) {
+        return bits_of(b.bytes(16 + 32 * chunk), AT * 4, 15);
     }
 };
 
 struct OfQ5_K : OfQ4_K {
     static constexpr Format FORMAT = Q5_K;
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return bits_of<GROUP % 2 * 4, 15>(codes_at(b + 48 + GROUP / 2 * 32)) | bits_of<GROUP - 4, 16>(codes_at(b + 16));
+    static constexpr int MOST = 31, CHUNK = 8;
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int) {
+        return bits_of(b.bytes(48 + AT / 2 * 32), AT % 2 * 4, 15) | bits_of(b.bytes(16), AT - 4, 16);
     }
 };
 
 struct OfQ6_K : Plain {
     static constexpr Format FORMAT = Q6_K;
-    static constexpr int PARTS = 2;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        const float factor = half_at(b + 208);
-        for (int i = 0; i < 16; i += 8) {
-            Floats8 its;
-#if defined(__AVX2__)
-            const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b + 192 + i));
-            its = (Floats8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)) * factor;
-#else
-            for (int k = 0; k < 8; k++) its[k] = float(int8_t(b[192 + i + k])) * factor;
-#endif
-            store(scale + i, its), store(offset + i, its * -32.0f);
-        }
+    static constexpr int PARTS = 2, MOST = 63, CHUNK = 4;
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        const Floats8 scale = as_floats(bytes_at<int8_t>(b, 192 + PART)) * halves_at(b, 208);
+        return {scale, scale * -32.0f};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        constexpr int HALF = GROUP / 4, AT = GROUP % 4;
-        const Codes both = codes_at(b + 64 * HALF + 32 * (AT % 2)), upper = codes_at(b + 128 + 32 * HALF);
-        return bits_of<AT / 2 * 4, 15>(both) | bits_of<2 * AT - 4, 48>(upper);
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int chunk) {
+        const Codes both = b.bytes(64 * chunk + 32 * (AT % 2)), upper = b.bytes(128 + 32 * chunk);
+        return bits_of(both, AT / 2 * 4, 15) | bits_of(upper, 2 * AT - 4, 48);
     }
 };
 
 struct OfQ2_K : Plain {
     static constexpr Format FORMAT = Q2_K;
-    static constexpr int PARTS = 2;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        for (int i = 0; i < 16; i += 8) {
-            uint64_t eight;
-            std::memcpy(&eight, b + i, 8);
-            store_floats(eight & 0x0f0f0f0f0f0f0f0f, half_at(b + 80), scale + i);
-            store_floats(eight >> 4 & 0x0f0f0f0f0f0f0f0f, -half_at(b + 82), offset + i);
-        }
+    static constexpr int PARTS = 2, MOST = 3, CHUNK = 4;
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        const Ints8 both = bytes_at<uint8_t>(b, PART);
+        return {as_floats(both & 15) * halves_at(b, 80), as_floats(both >> 4) * -halves_at(b, 82)};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return bits_of<GROUP % 4 * 2, 3>(codes_at(b + 16 + GROUP / 4 * 32));
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int chunk) {
+        return bits_of(b.bytes(16 + 32 * chunk), AT * 2, 3);
     }
 };
 
 struct OfQ3_K : Plain {
     static constexpr Format FORMAT = Q3_K;
-    static constexpr int PARTS = 2;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float* offset) {
-        const float factor = half_at(b + 108);
-        uint64_t low;
-        uint32_t high;
-        std::memcpy(&low, b + 96, 8), std::memcpy(&high, b + 104, 4);
-        for (int i = 0; i < 2; i++) {  // two upper bits of four scales each
-            const uint64_t first = high >> 4 * i & 0x03030303, second = high >> (4 * i + 2) & 0x03030303;
-            store_floats((low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | (first | second << 32) << 4, factor, scale + 8 * i);
-        }
-        for (int i = 0; i < 16; i++) scale[i] -= 32 * factor, offset[i] = -4 * scale[i];
+    static constexpr int PARTS = 2, MOST = 7, CHUNK = 4;
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        const Ints8 lower = bytes_at<uint8_t>(b, 96 + PART % 8) >> PART / 8 * 4 & 15;
+        const Ints8 upper = bytes_at<uint8_t>(b, 104 + PART % 4) >> PART / 4 * 2 & 3;
+        const Floats8 scale = as_floats((lower | upper << 4) - 32) * halves_at(b, 108);
+        return {scale, scale * -4.0f};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return bits_of<GROUP % 4 * 2, 3>(codes_at(b + 32 + GROUP / 4 * 32)) | bits_of<GROUP - 2, 4>(codes_at(b));
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int chunk) {
+        return bits_of(b.bytes(32 + 32 * chunk), AT * 2, 3) | bits_of(b.bytes(0), 4 * chunk + AT, 1) << 2;
     }
 };
 
 struct OfIQ4_XS : Plain {
     static constexpr Format FORMAT = IQ4_XS;
+    static constexpr int MOST = 127;
     static constexpr bool SIGNED = true, OFFSET = false;
-    template <int COUNT>
-    static INLINE void scales(const uint8_t* b, float* scale, float*) {
-        const float factor = half_at(b);
-        const int upper = b[2] | b[3] << 8;
-        for (int i = 0; i < 8; i++) {
-            const int low = b[4 + i / 2] >> i % 2 * 4 & 15;
-            scale[i] = factor * float((low | (upper >> 2 * i & 3) << 4) - 32);
-        }
+    template <int PART>
+    static INLINE Scales scales(const uint8_t* b) {
+        Halves8 sixteen;
+        std::memcpy(&sixteen, b + EIGHT * 2, sizeof sixteen);
+        const Ints8 upper = __builtin_convertvector(sixteen, Ints8) >> 2 * PART & 3;
+        const Ints8 lower = bytes_at<uint8_t>(b, 4 + PART / 2) >> PART % 2 * 4 & 15;
+        return {as_floats((lower | upper << 4) - 32) * halves_at(b, 0), Floats8{}};
     }
-    template <int GROUP>
-    static INLINE Codes codes(const uint8_t* b) {
-        return four_bit_levels(nibbles_at(b + 8 + 16 * GROUP));
+    template <int AT, int WORD>
+    static INLINE Codes codes(Word<WORD> b, int chunk) {
+        return four_bit_levels(b.nibbles(8 + 16 * chunk));
     }
 };
 
+#define INLINE_CALL __attribute__((always_inline))
+
 template <class F, int... I>
-INLINE void for_groups(std::integer_sequence<int, I...>, F f) {
+INLINE void each(std::integer_sequence<int, I...>, F f) {
     (f(std::integral_constant<int, I>()), ...);
 }
 
-// ------------------------------------------------------------------------------------------------ their products
+template <int COUNT>
+using Upto = std::make_integer_sequence<int, COUNT>;
 
-constexpr int GROUP = 32;  // numbers
+// ------------------------------------------------------------------------------------------------ their products
 
 template <class T>
 constexpr int NUMBERS = int(size_of(T::FORMAT).numbers);
@@ -271,28 +289,26 @@ struct ByteRows {
 
     int64_t width;
     int8_t *high, *low;  // [rows, K]
-    // Of a group, [rows, K / 32], and of its parts, [rows, K / 16].
-    float *unit[2], *sum[2];
-    float* numbers;  // [rows, K]
+    float* unit;  // [rows, K / 32]
+    float* sum[2];  // of a group, [rows, K / 32], and of its parts, [rows, K / 16]
+    float* numbers;  // [K], of a row
 
     ByteRows(int64_t rows, int64_t K) : width(K) {
         high = array<int8_t>(rows * K), low = array<int8_t>(rows * K);
-        numbers = array<float>(rows * K);
-        for (int i = 0; i < 2; i++) {
-            unit[i] = array<float>(rows * K / 32 * (i + 1)), sum[i] = array<float>(rows * K / 32 * (i + 1));
-        }
+        numbers = array<float>(K), unit = array<float>(rows * K / 32);
+        for (int i = 0; i < 2; i++) sum[i] = array<float>(rows * K / 32 * (i + 1));
     }
     ByteRows(const ByteRows&) = delete;
     ~ByteRows() {
-        for (void* p : {(void*)high, (void*)low, (void*)numbers}) std::free(p);
-        for (int i = 0; i < 2; i++) std::free(unit[i]), std::free(sum[i]);
+        for (void* p : {(void*)high, (void*)low, (void*)numbers, (void*)unit, (void*)sum[0], (void*)sum[1]}) {
+            std::free(p);
+        }
     }
     template <class T>
     static T* array(int64_t count) {
         return static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64));
     }
-    static INLINE void split_group([[maybe_unused]] const Floats8 (&x)[4], [[maybe_unused]] float inverse,
-                                   [[maybe_unused]] int8_t* high, [[maybe_unused]] int8_t* low) {
+    static INLINE void split_group(const Floats8 (&x)[4], float inverse, int8_t* high, int8_t* low) {
 #if defined(__AVX2__)
         __m256i upper[4], lower[4];
         for (int i = 0; i < 4; i++) {
@@ -307,13 +323,23 @@ struct ByteRows {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), all);
         };
         bytes(upper, high), bytes(lower, low);
+#else
+        for (int i = 0; i < GROUP; i++) {
+            const float whole = x[i / 8][i % 8] * inverse;
+            if (!(whole - whole == 0.0f)) {  // the unit says so
+                high[i] = low[i] = 0;
+                continue;
+            }
+            const int upper = int(std::lrint(whole * (1.0f / RADIX)));
+            high[i] = int8_t(upper), low[i] = int8_t(std::lrint(whole - float(upper * RADIX)));
+        }
 #endif
     }
     void split(int64_t row) {
-        for (int64_t at = row * width; at < (row + 1) * width; at += GROUP) {
-            const float* x = numbers + at;
+        for (int64_t at = 0; at < width; at += GROUP) {
+            const int64_t to = row * width + at;
             Floats8 eight[4], top = {};
-            std::memcpy(eight, x, sizeof eight);
+            std::memcpy(eight, numbers + at, sizeof eight);
             for (const Floats8& v : eight) {
                 const Floats8 magnitude = v < 0.0f ? -v : v;
                 top = magnitude > top ? magnitude : top;
@@ -322,153 +348,223 @@ struct ByteRows {
             for (int i = 0; i < 8; i++) largest = std::max(largest, top[i]);
             constexpr int MOST = 127 * RADIX + RADIX / 2 - 1;
             const float inverse = largest > 1e-30f ? MOST / largest : 0.0f;
-            split_group(eight, inverse, high + at, low + at);
+            split_group(eight, inverse, high + to, low + to);
             for (int part = 0; part < 2; part++) {
                 const Floats8 both = eight[2 * part] + eight[2 * part + 1];
                 float added = 0;
                 for (int i = 0; i < 8; i++) added += both[i];
-                sum[1][at / 16 + part] = added;
+                sum[1][to / 16 + part] = added;
             }
-            const float total = sum[0][at / GROUP] = sum[1][at / 16] + sum[1][at / 16 + 1];
-            const float its = largest / MOST + 0.0f * total;  // NaN where a number is, or is infinite
-            unit[0][at / GROUP] = unit[1][at / 16] = unit[1][at / 16 + 1] = its;
+            const float total = sum[0][to / GROUP] = sum[1][to / 16] + sum[1][to / 16 + 1];
+            unit[to / GROUP] = largest / MOST + 0.0f * total;  // NaN where a number is, or is infinite
         }
     }
 };
 
 #if defined(__AVX2__)
-// Sums of four codes times numbers, each of two bytes.
-template <bool SIGNED>
-INLINE Floats8 sums_of_group(Codes codes, const int8_t* high, const int8_t* low) {
-    const auto pairs = [&](const int8_t* row) {
-        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
-        if constexpr (!SIGNED) return _mm256_maddubs_epi16((__m256i)codes, x);
-        else return _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)codes), _mm256_sign_epi8(x, (__m256i)codes));
-    };
-    const __m256i upper = _mm256_madd_epi16(pairs(high), _mm256_set1_epi16(ByteRows::RADIX));
-    const __m256i lower = _mm256_madd_epi16(pairs(low), _mm256_set1_epi16(1));
-    return (Floats8)_mm256_cvtepi32_ps(_mm256_add_epi32(upper, lower));
-}
-
-constexpr bool AS_BYTES = true;
-#else
-constexpr bool AS_BYTES = false;
+// Keeps a compiler from adding later, for which products would have to wait in memory.
+INLINE void in_register(__m256i& sums) { asm("" : "+x"(sums)); }
 #endif
 
-// Keeps a compiler from taking numbers out of vectors that it has just stored: to read each again costs less.
-template <class T>
-INLINE void in_memory(T& numbers) {
-    asm("" : "+m"(numbers));
+// On other CPUs: a function of its own, since there are many calls.
+template <bool SIGNED>
+__attribute__((noinline, unused)) void add_word(const Codes& codes, const int8_t* high, const int8_t* low,
+                                                Ints8& sums) {
+    for (int k = 0; k < 4; k++) {
+        const Ints8 code = SIGNED ? (Ints8)codes << (24 - 8 * k) >> 24 : (Ints8)codes >> 8 * k & 255;
+        sums += code * (high[k] * ByteRows::RADIX + low[k]);
+    }
 }
+
+// Sums over codes of eight rows times numbers of two bytes each, WORDS times four of them.
+template <class T, int WORDS>
+struct WholeSums {
+    Ints8 sums = {};
+#if defined(__AVX2__)
+    static constexpr int HELD = std::min(WORDS, 32767 / (2 * T::MOST * 127));  // sums of 16 bits have room for
+    static_assert(HELD >= 1 && WORDS % HELD == 0);
+    __m256i upper = {}, lower = {};
+
+    template <int WORD>
+    INLINE void add(Codes codes, const int8_t* high, const int8_t* low) {
+        const auto pairs = [&](const int8_t* four) {
+            int32_t bits;
+            std::memcpy(&bits, four, sizeof bits);
+            const __m256i x = _mm256_set1_epi32(bits);
+            if constexpr (!T::SIGNED) return _mm256_maddubs_epi16((__m256i)codes, x);
+            else return _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)codes), _mm256_sign_epi8(x, (__m256i)codes));
+        };
+        if constexpr (WORD % HELD == 0) {
+            upper = pairs(high), lower = pairs(low);
+        } else {
+            upper = _mm256_add_epi16(upper, pairs(high)), lower = _mm256_add_epi16(lower, pairs(low));
+        }
+        in_register(upper), in_register(lower);
+        if constexpr (WORD % HELD == HELD - 1) {
+            const Ints8 added = (Ints8)_mm256_madd_epi16(upper, _mm256_set1_epi16(ByteRows::RADIX)) +
+                                (Ints8)_mm256_madd_epi16(lower, _mm256_set1_epi16(1));
+            sums = WORD < HELD ? added : sums + added;
+        }
+    }
+#elif defined(__ARM_FEATURE_DOTPROD)
+    int32x4_t upper[2] = {}, lower[2] = {};
+
+    template <int WORD>
+    INLINE void add(Codes codes, const int8_t* high, const int8_t* low) {
+        int8x16_t halves[2];
+        std::memcpy(halves, &codes, sizeof halves);
+        const auto of_row = [](const int8_t* four) {
+            int32_t bits;
+            std::memcpy(&bits, four, sizeof bits);
+            return vreinterpretq_s8_s32(vdupq_n_s32(bits));
+        };
+        const int8x16_t x = of_row(high), rest = of_row(low);
+        for (int i = 0; i < 2; i++) {
+            upper[i] = vdotq_s32(upper[i], halves[i], x), lower[i] = vdotq_s32(lower[i], halves[i], rest);
+        }
+        if constexpr (WORD == WORDS - 1) {
+            for (int i = 0; i < 2; i++) upper[i] = vmlaq_n_s32(lower[i], upper[i], ByteRows::RADIX);
+            std::memcpy(&sums, upper, sizeof sums);
+        }
+    }
+#else
+    template <int WORD>
+    INLINE void add(Codes codes, const int8_t* high, const int8_t* low) {
+        add_word<T::SIGNED>(codes, high, low, sums);
+    }
+#endif
+};
 
 constexpr int64_t FETCHED = 4096;  // bytes behind those that are multiplied
 
-// What ROWS rows of the input, from `row` on, times a row of a weight add up to.
-template <class T, int ROWS>
-struct BlockSums {
-    static constexpr bool SMALL = NUMBERS<T> == GROUP;  // a block is a group
+// Keeps a compiler from holding what it has read there, of which there is more than registers.
+INLINE const uint8_t* read_again(const uint8_t* blocks) {
+    asm("" : "+r"(blocks));
+    return blocks;
+}
 
-    const ByteRows& x;
-    int64_t row;
-    Floats8 totals[2][ROWS] = {};  // of every second group
+// Scales of all groups of a block of each of eight rows.
+template <class T>
+struct BlockScales {
+    Scales of[NUMBERS<T> / GROUP * T::PARTS];
 
-    // COUNT groups, the first of them at `blocks`, times numbers from `at` on.
-    template <int COUNT>
-    INLINE void add(const uint8_t* blocks, int64_t at) {
-        constexpr int SCALES = COUNT * T::PARTS, ROOM = std::max(SCALES, 8);
-        alignas(32) float scale[ROOM], offset[ROOM], factor[ROWS][ROOM];
-        T::template scales<COUNT>(blocks, scale, offset);
-        for (int64_t p = 0; p < COUNT * GROUP / NUMBERS<T> * BYTES<T>; p += 64) {
-            __builtin_prefetch(blocks + FETCHED + p);
-        }
-        UNROLL(4) for (int r = 0; r < ROWS; r++) {
-            const uint64_t part = uint64_t((row + r) * x.width + at) / (GROUP / T::PARTS);
-            const float *unit = x.unit[T::PARTS - 1] + part, *sum = x.sum[T::PARTS - 1] + part;
-            if constexpr (SCALES < 8) {
-                for (int i = 0; i < SCALES; i++) {
-                    factor[r][i] = AS_BYTES ? scale[i] * unit[i] : scale[i];
-                    if (T::OFFSET) totals[1][r][i] += offset[i] * sum[i];
-                }
-            } else {
-                for (int i = 0; i < SCALES; i += 8) {
-                    store(factor[r] + i, AS_BYTES ? eight(scale + i) * eight(unit + i) : eight(scale + i));
-                    if (T::OFFSET) totals[i / 8 % 2][r] += eight(offset + i) * eight(sum + i);
-                }
-            }
-        }
-        in_memory(factor);
-        for_groups(std::make_integer_sequence<int, COUNT>(), [&](auto group) {
-            constexpr int G = decltype(group)::value;
-            const Codes codes = SMALL ? T::template codes<0>(blocks + G * BYTES<T>) : T::template codes<G>(blocks);
-            UNROLL(4) for (int r = 0; r < ROWS; r++) {
-                add_group<G>(codes, (row + r) * x.width + at + GROUP * G, factor[r] + T::PARTS * G, r);
-            }
-        });
-    }
-    template <int G>
-    INLINE void add_group(Codes codes, int64_t at, const float* factor, int r) {
-#if defined(__AVX2__)
-        const Floats8 sum = sums_of_group<T::SIGNED>(codes, x.high + at, x.low + at);
-        __m256 of_halves = _mm256_broadcast_ss(factor);
-        if (T::PARTS == 2) of_halves = _mm256_blend_ps(of_halves, _mm256_broadcast_ss(factor + 1), 0xf0);
-        totals[G % 2][r] += sum * (Floats8)of_halves;
-#else
-        for (int i = 0; i < 4; i++) {
-            Floats8 code;
-            for (int k = 0; k < 8; k++) code[k] = T::SIGNED ? float(int8_t(codes[8 * i + k])) : float(codes[8 * i + k]);
-            totals[i % 2][r] += code * eight(x.numbers + at + 8 * i) * factor[i * T::PARTS / 4];
-        }
-#endif
-    }
-    static INLINE Floats8 eight(const float* p) {
-        Floats8 v;
-        std::memcpy(&v, p, sizeof v);
-        return v;
-    }
-    INLINE float of(int r) const {
-        const Floats8 v = totals[0][r] + totals[1][r];
-        return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    explicit INLINE BlockScales(const uint8_t* blocks) {
+        each(Upto<NUMBERS<T> / GROUP * T::PARTS>(),
+             [&](auto part) INLINE_CALL { of[part] = T::template scales<decltype(part)::value>(blocks); });
     }
 };
 
-// Products of ROWS rows of the input, from `row` on, with a row of a weight.
+// Products of ROWS rows of the input, from `row` on, with eight rows of a weight: [ROWS, 8].
 template <class T, int ROWS>
-void block_row(const ByteRows& x, int64_t row, const uint8_t* blocks, float* sums) {
-    constexpr int STEP = 8 * GROUP, BYTES_OF_STEP = STEP / NUMBERS<T> * BYTES<T>;
-    BlockSums<T, ROWS> its = {x, row};
-    int64_t at = 0;
-    for (; at + STEP <= x.width; at += STEP, blocks += BYTES_OF_STEP) its.template add<8>(blocks, at);
-    if constexpr (its.SMALL) {
-        for (; at < x.width; at += GROUP, blocks += BYTES<T>) its.template add<1>(blocks, at);
+void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float* products) {
+    constexpr int WORDS = 8 / T::PARTS;
+    const int64_t width = x.width;
+    const int8_t *high[ROWS], *low[ROWS];
+    const float *unit[ROWS], *sum[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        high[r] = x.high + (row + r) * width, low[r] = x.low + (row + r) * width;
+        unit[r] = x.unit + (row + r) * (width / GROUP);
+        sum[r] = x.sum[T::PARTS - 1] + (row + r) * (width / GROUP) * T::PARTS;
     }
-    for (int r = 0; r < ROWS; r++) sums[r] = its.of(r);
+    Floats8 totals[ROWS] = {};
+    for (int64_t at = 0; at < width; at += NUMBERS<T>, blocks += EIGHT * BYTES<T>) {
+        for (int p = 0; p < EIGHT * BYTES<T>; p += 64) __builtin_prefetch(blocks + FETCHED + p);
+        const BlockScales<T> scales(blocks);
+        for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
+            each(Upto<T::CHUNK * T::PARTS>(), [&](auto part) INLINE_CALL {
+                constexpr int PART = decltype(part)::value, AT = PART / T::PARTS, FIRST = PART % T::PARTS * WORDS;
+                const int64_t group = at / GROUP + chunk * T::CHUNK + AT;
+                WholeSums<T, WORDS> sums[ROWS];
+                const uint8_t* from = read_again(blocks);
+                each(Upto<WORDS>(), [&](auto word) INLINE_CALL {
+                    constexpr int WORD = decltype(word)::value;
+                    const Codes codes = T::template codes<AT>(Word<FIRST + WORD>{from}, chunk);
+                    UNROLL(4) for (int r = 0; r < ROWS; r++) {
+                        const int64_t four = GROUP * group + 4 * (FIRST + WORD);
+                        sums[r].template add<WORD>(codes, high[r] + four, low[r] + four);
+                    }
+                });
+                const Scales its = scales.of[chunk * T::CHUNK * T::PARTS + PART];
+                UNROLL(4) for (int r = 0; r < ROWS; r++) {
+                    totals[r] += as_floats(sums[r].sums) * (its.scale * unit[r][group]);
+                    if (T::OFFSET) totals[r] += its.offset * sum[r][group * T::PARTS + PART % T::PARTS];
+                }
+            });
+        }
+    }
+    for (int r = 0; r < ROWS; r++) store(products + EIGHT * r, totals[r]);
 }
 
-template <class T, int... I>
-void block_rows_at(std::integer_sequence<int, I...>, int count, const ByteRows& x, int64_t row, const uint8_t* blocks,
-                   float* sums) {
-    ((count == I + 1 ? block_row<T, I + 1>(x, row, blocks, sums) : void()), ...);
-}
-
-// The numbers of a block.
+// Of up to four rows, and of how many: 1, 2 or 4.
 template <class T>
-INLINE void unpack_block(const uint8_t* blocks, float* to) {
-    float scale[16], offset[16] = {};
-    T::template scales<NUMBERS<T> / GROUP>(blocks, scale, offset);
-    for_groups(std::make_integer_sequence<int, NUMBERS<T> / GROUP>(), [&](auto group) {
-        constexpr int G = decltype(group)::value, SIZE = GROUP / T::PARTS;
-        const Codes codes = T::template codes<G>(blocks);
-        uint8_t bytes[GROUP];
-        std::memcpy(bytes, &codes, GROUP);
-        for (int part = 0; part < T::PARTS; part++) {
-            const float factor = scale[T::PARTS * G + part], added = T::OFFSET ? offset[T::PARTS * G + part] : 0.0f;
-            float* numbers = to + GROUP * G + SIZE * part;
-            const uint8_t* its = bytes + SIZE * part;
-            for (int i = 0; i < SIZE; i++) {
-                numbers[i] = (T::SIGNED ? float(int8_t(its[i])) : float(its[i])) * factor + added;
+int eight_columns_of(int64_t rows, const ByteRows& x, int64_t row, const uint8_t* blocks, float* products) {
+    if (rows >= 4) return eight_columns<T, 4>(x, row, blocks, products), 4;
+    if (rows >= 2) return eight_columns<T, 2>(x, row, blocks, products), 2;
+    return eight_columns<T, 1>(x, row, blocks, products), 1;
+}
+
+// The numbers of a block of each of eight rows, [8, numbers].
+template <class T>
+INLINE void unpack_eight(const uint8_t* blocks, float* to) {
+    constexpr int SIZE = GROUP / T::PARTS;
+    const BlockScales<T> scales(blocks);
+    for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
+        each(Upto<T::CHUNK>(), [&](auto at) INLINE_CALL {
+            constexpr int AT = decltype(at)::value;
+            const int group = chunk * T::CHUNK + AT;
+            uint32_t words[8][EIGHT];
+            each(Upto<8>(), [&](auto word) INLINE_CALL {
+                const Codes codes = T::template codes<AT>(Word<decltype(word)::value>{blocks}, chunk);
+                std::memcpy(words[word], &codes, sizeof codes);
+            });
+            for (int part = 0; part < T::PARTS; part++) {
+                const Scales its = scales.of[group * T::PARTS + part];
+                for (int r = 0; r < EIGHT; r++) {
+                    float* numbers = to + r * NUMBERS<T> + GROUP * group + SIZE * part;
+                    uint32_t of_row[SIZE / 4];
+                    for (int i = 0; i < SIZE / 4; i++) of_row[i] = words[SIZE / 4 * part + i][r];
+                    uint8_t codes[SIZE];
+                    std::memcpy(codes, of_row, SIZE);
+                    for (int i = 0; i < SIZE; i++) {
+                        numbers[i] = (T::SIGNED ? float(int8_t(codes[i])) : float(codes[i])) * its.scale[r];
+                        if (T::OFFSET) numbers[i] += its.offset[r];
+                    }
+                }
+            }
+        });
+    }
+}
+
+// Up to eight rows as they stand in a file, side by side; what is missing is zeros.
+template <class T>
+struct SideBySide {
+    uint8_t* blocks;
+
+    SideBySide(const uint8_t* rows, int64_t row_bytes, int64_t count) {
+        blocks = static_cast<uint8_t*>(std::calloc(EIGHT, row_bytes));
+        for (int64_t r = 0; r < count; r++) {
+            for (int64_t at = 0; at < row_bytes; at++) {
+                const int64_t block = at / BYTES<T>, of_block = at % BYTES<T>;
+                blocks[block * EIGHT * BYTES<T> + place_of(T::FORMAT, of_block, r)] = rows[r * row_bytes + at];
             }
         }
-    });
+    }
+    SideBySide(const SideBySide&) = delete;
+    ~SideBySide() { std::free(blocks); }
+};
+
+// Calls f with the blocks of each eight rows that are wanted of N: f(first, count, blocks).
+template <class T, class F>
+INLINE void for_eights(const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t begin, int64_t end, F f) {
+    for (int64_t first = begin; first < end; first += EIGHT) {
+        const int64_t count = std::min<int64_t>(N - first, EIGHT);
+        if (count == EIGHT) {
+            f(first, count, weight + first * row_bytes);
+        } else {
+            const SideBySide<T> last(weight + first * row_bytes, row_bytes, count);
+            f(first, count, static_cast<const uint8_t*>(last.blocks));
+        }
+    }
 }
 
 // Calls f of the format.

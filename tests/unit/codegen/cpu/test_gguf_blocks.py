@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import needs_compiler
-from quantized_blocks import HALVES, random_blocks
+from quantized_blocks import HALVES, random_blocks, random_rows
 from torch import Tensor
 
 from fhopt import codegen
@@ -34,7 +34,7 @@ def served() -> None:
 
 def numbers_of(blocks: Blocks) -> Tensor:
     kind = gguf.GGMLQuantizationType(blocks.format)
-    return torch.from_numpy(gguf.dequantize(blocks.values.numpy(), kind))
+    return torch.from_numpy(gguf.dequantize(gguf_blocks.as_in_file(blocks), kind))
 
 
 def product(x: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
@@ -49,6 +49,17 @@ def test_all_formats_are_tested_and_have_the_sizes_of_gguf() -> None:
         assert gguf_blocks.row_bytes(format, 512) == 512 // size[0] * size[1]
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 29])
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_side_by_side_are_those_of_the_file(format: int, rows: int) -> None:
+    """Numbers below are compared with what is brought back into the order of the file."""
+    given_ = random_rows(format, rows, 512)
+    blocks = gguf_blocks.arranged(given_, format, 512)
+    assert np.array_equal(gguf_blocks.as_in_file(blocks), given_)
+    assert np.array_equal(blocks.values, given_) == (rows < 8)
+    assert np.array_equal(blocks.values[rows // 8 * 8 :], given_[rows // 8 * 8 :])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_numbers_are_those_of_gguf(format: int, dtype: torch.dtype) -> None:
@@ -59,6 +70,13 @@ def test_numbers_are_those_of_gguf(format: int, dtype: torch.dtype) -> None:
     assert torch.allclose(found.float(), expected.to(dtype).float(), rtol=2e-6 if dtype == torch.float32 else 8e-3)
     some = gguf_blocks.unpack(blocks, dtype, 5, 12)
     assert some is not None and torch.equal(some, found[5:12])
+    which = torch.tensor([36, 0, 31, 32, 0])
+    listed = gguf_blocks.unpack(blocks, dtype, which=which)
+    assert listed is not None and torch.equal(listed, found[which])
+    for nothing in (gguf_blocks.unpack(blocks, dtype, 9, 9), gguf_blocks.unpack(blocks, dtype, which=which[:0])):
+        assert nothing is not None and nothing.shape == (0, 512)
+    with pytest.raises(IndexError, match="of a weight of 37 rows"):
+        gguf_blocks.unpack(blocks, dtype, which=torch.tensor([3, 37]))
 
 
 @settings(deadline=None, max_examples=120)
