@@ -107,7 +107,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
             return None
         weight = quantized.values
         if isinstance(quantized, skinny_linear.Blocks):
-            if rows > skinny_linear.MOST_ROWS or not _has_blocks():
+            if not _has_blocks() or rows > gguf_blocks.most_rows(quantized.format):
                 return None
             format = quantized.format
         else:

@@ -30,6 +30,7 @@ from fhopt.codegen.source_files import read_source
 
 NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
+MOST_BLOCK_ROWS = 128  # and those of a weight in blocks at most (`gguf_blocks.most_rows`)
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of `Type` of the C++ files
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
@@ -38,8 +39,10 @@ log = logging.getLogger(__name__)
 
 def serves(rows: int, weight: Tensor) -> bool:
     """Return whether the kernel is worth it for so many rows: plain weights below LEAST_BYTES are left to torch."""
-    is_large = type(weight) not in (*_PLAIN, FakeTensor) or weight.numel() * weight.element_size() >= LEAST_BYTES
-    return 1 <= rows <= MOST_ROWS and is_large
+    is_quantized = type(weight) not in (*_PLAIN, FakeTensor)
+    is_large = is_quantized or weight.numel() * weight.element_size() >= LEAST_BYTES
+    most = MOST_BLOCK_ROWS if is_quantized and hasattr(weight, "gguf_blocks") else MOST_ROWS
+    return 1 <= rows <= most and is_large
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -84,7 +87,7 @@ class SignedBytes:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight [N, width] in blocks: uint8 [N, bytes of a row], dense, on the CPU, as `gguf_blocks.arranged` makes it."""
+    """A weight [N, width] in blocks: uint8 [N, bytes of a row], dense, on the CPU (of `gguf_blocks.arranged`)."""
 
     values: Tensor
     format: int

@@ -21,6 +21,7 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -55,12 +56,14 @@ void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, 
     for_eights<T>(weight, its.weight_row, its.columns, begin, end, add);
 }
 
+constexpr int64_t ROWS = 16;  // of the input that are multiplied at once
+
 constexpr int64_t eights_of(int64_t columns) { return (columns + EIGHT - 1) / EIGHT; }
 
 }  // namespace
 
-// Products of one input with `count` weights, all of one type and format.
-extern "C" void block_group(const Skinny* all, int64_t count) {
+// Products of up to ROWS rows of an input, which the cache has room for, with `count` weights.
+static void block_rows(const Skinny* all, int64_t count) {
     const Skinny& a = all[0];
     const Type type = Type(a.type % FORMATS), read = a.is_float ? FLOAT32 : type;
     ByteRows x(a.rows, a.width);
@@ -89,6 +92,31 @@ extern "C" void block_group(const Skinny* all, int64_t count) {
             }
         }
     });
+}
+
+// Products of one input with `count` weights, all of one type and format.
+extern "C" void block_group(const Skinny* all, int64_t count) {
+    if (all[0].rows <= ROWS) return block_rows(all, count);
+    std::vector<Skinny> some(all, all + count);
+    const Type type = Type(all[0].type % FORMATS), read = all[0].is_float ? FLOAT32 : type;
+    for (int64_t row = 0; row < all[0].rows; row += ROWS) {
+        for (int64_t i = 0; i < count; i++) {
+            some[i].rows = std::min<int64_t>(ROWS, all[i].rows - row);
+            some[i].input = static_cast<const uint8_t*>(all[i].input) + row * all[i].input_row * bytes_of(read);
+            some[i].output = static_cast<uint8_t*>(all[i].output) + row * all[i].columns * bytes_of(read);
+        }
+        block_rows(some.data(), count);
+    }
+}
+
+// For how many rows products are faster than with the numbers that blocks stand for: where codes take few operations,
+// for more.
+extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format) {
+#if defined(__AVX2__)
+    return format == Q4_0 || format == Q4_1 || format == Q4_K ? 128 : 48;
+#else
+    return ROWS;
+#endif
 }
 
 // The numbers of rows of a weight of N rows that are `row_bytes` apart: [rows, width], of a type. Which rows: those of

@@ -29,7 +29,8 @@ gguf: Any = pytest.importorskip("gguf")
 pytestmark = needs_compiler
 ALL = {"": "Q8_0"}
 UNLIKE = {"blk.0.ffn_down": "F16", "blk.0.ffn": "Q4_0", "blk.1.attn_q": "Q8_0", "": "Q4_1"}  # by layer: as Q4_K_M is
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+# Products of 15 bits move a number to the next code of the cache now and then, in a model of a few channels.
+TOLERANCE = 0.01
 MIXED = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q8_0", "ffn_down": "Q5_1", "ffn": "Q4_1", "token": "Q8_0"}
 
 
@@ -86,13 +87,15 @@ def test_a_plan_of_the_dequantized_model_is_taken_and_layers_run_as_programs(
     kinds: dict[str, str], dtype: torch.dtype, saved: Callable[..., Path]
 ) -> None:
     path = saved(kinds)
-    whole = read_gguf(path, dtype)[0].eval()
     plan = coded(plans(lambda: read_gguf(path, torch.float32)[0].eval(), 8))
-    expected = logits(fhopt.apply(whole, plan))
+    in_float32, expected = (
+        logits(fhopt.apply(read_gguf(path, kept)[0].eval(), plan)).float() for kept in (torch.float32, dtype)
+    )
     model, _ = fhopt.load_gguf(path, dtype)
     fhopt.prepare(fhopt.apply(model, plan))
-    found = logits(model).float()
-    assert float((found - expected.float()).norm() / expected.float().norm()) < TOLERANCES[dtype]
+    found, size = logits(model).float(), in_float32.norm()
+    rounding = float((expected - in_float32).norm() / size)  # of the type
+    assert float((found - in_float32).norm() / size) < TOLERANCE + 1.5 * rounding
     assert set(program_reasons(model).values()) == {""}
     held = [vars(layer)["_fhopt_layer_programs"].known.bound for layer in model.model.layers]
     assert all(held), "a program is bound"

@@ -81,7 +81,7 @@ def test_numbers_are_those_of_gguf(format: int, dtype: torch.dtype) -> None:
 
 @settings(deadline=None, max_examples=120)
 @given(
-    st.sampled_from(FORMATS), st.sampled_from(sorted(TOLERANCES, key=str)), st.integers(1, MOST_ROWS),
+    st.sampled_from(FORMATS), st.sampled_from(sorted(TOLERANCES, key=str)), st.integers(1, 3 * MOST_ROWS),
     st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_products_are_those_of_float64(
