@@ -113,7 +113,7 @@ extern "C" void block_group(const Skinny* all, int64_t count) {
 // for more.
 extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format) {
 #if defined(__AVX2__)
-    return format == Q4_0 || format == Q4_1 || format == Q4_K ? 128 : 48;
+    return format == Q4_0 || format == Q4_1 ? 128 : format == Q4_K ? 64 : 48;
 #else
     return ROWS;
 #endif
