@@ -72,10 +72,9 @@ def compiled(text: str, cpu: str, made: Path, *flags: str) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_library_compiles(name: str, cpu: str, tmp_path: Path) -> None:
-    compiled(LIBRARIES[name](), cpu, tmp_path / "library")
+def test_a_library_compiles(name: str, tmp_path: Path) -> None:
+    compiled(LIBRARIES[name](), "neoverse-n1", tmp_path / "library")
 
 
 @pytest.mark.timeout(1200)
