@@ -94,8 +94,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Compute a linear layer by a compiled kernel; None where none serves, or it is not built yet.
 
     x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may be one of signed bytes, or
-    stand in the blocks of a GGUF file (`skinny_linear.quantized`). Few rows are served (cpu/skinny_linear.py), and
-    many where torch multiplies their type by loops (cpu/wide_linear.py). For calls without gradients.
+    stand in the blocks of a GGUF file (`skinny_linear.quantized`). Few rows are served (cpu/skinny_linear.py), more of
+    them beside blocks (`gguf_blocks.most_rows`), and many where torch multiplies their type by loops
+    (cpu/wide_linear.py). For calls without gradients.
     """
     rows, scale, format = x.numel() // max(x.shape[-1], 1) if x.dim() else 0, None, 0
     is_wide = wide_linear.serves(rows, x.dtype)
@@ -112,7 +113,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
             format = quantized.format
         else:
             scale = quantized.scale
-    if not _has_ops() or (is_wide and not graph_kernels.serve_wide()):
+    if not _has_ops() or (is_wide and not format and not graph_kernels.serve_wide()):
         return None
     output: Tensor = torch.ops.fhopt.linear_kernel.default(x, weight, bias, scale, format)
     return output

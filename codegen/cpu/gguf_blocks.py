@@ -41,7 +41,7 @@ FORMATS = {  # as ggml numbers them: numbers and bytes of a block
     14: (256, 210), 20: (32, 18), 23: (256, 136),
 }  # fmt: skip
 EIGHT = 8  # rows side by side
-_FIELDS = {  # of a block: from which byte to which, and how many bytes stay together
+_FIELDS = {  # of a block: from which byte to which, and how many bytes stay together (`field_of` of gguf_blocks.h)
     2: ((0, 2, 2), (2, 18, 4)), 3: ((0, 4, 2), (4, 20, 4)), 8: ((0, 2, 2), (2, 34, 4)),
     10: ((0, 16, 1), (16, 80, 4), (80, 84, 2)), 11: ((0, 96, 4), (96, 108, 1), (108, 110, 2)),
     12: ((0, 4, 2), (4, 16, 1), (16, 144, 4)), 13: ((0, 4, 2), (4, 16, 1), (16, 176, 4)),
@@ -60,7 +60,7 @@ def row_bytes(format: int, width: int) -> int:
 
 def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
     """Return a weight whose rows are those of a file, uint8 [N, bytes of a row], with eight of them side by side."""
-    made = np.empty_like(rows)
+    made = np.empty(rows.shape, np.uint8)
     made[_whole(rows) :] = rows[_whole(rows) :]
 
     def arrange(part: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> None:
@@ -76,7 +76,7 @@ def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
 def as_in_file(blocks: Blocks) -> NDArray[np.uint8]:
     """Return the rows of a weight as they stand in a file, uint8 [N, bytes of a row]."""
     values = blocks.values.numpy()
-    made = np.empty_like(values)
+    made = np.empty(values.shape, np.uint8)
     made[_whole(made) :] = values[_whole(made) :]
     for of_rows, of_eights in _parts(made, values, blocks.format):
         for begin, end, unit in _FIELDS[blocks.format]:
@@ -91,7 +91,7 @@ def _parts(
     """Yield views of some of the rows, [G, blocks of a row, 8, bytes], and of their eights, [G, blocks, 8 x bytes]."""
     size = FORMATS[format][1]
     whole, blocks = _whole(rows), rows.shape[1] // size
-    step = max(EIGHT, _PART // rows.shape[1] // EIGHT * EIGHT)
+    step = max(EIGHT, _PART // max(1, rows.shape[1]) // EIGHT * EIGHT)
     for first in range(0, whole, step):
         part = slice(first, min(first + step, whole))
         yield (
@@ -143,21 +143,28 @@ def most_rows(format: int) -> int:
     return 0 if loaded is None else int(loaded.most_block_rows(format))
 
 
+def _checked(which: Tensor, rows: int) -> Tensor:
+    """Return numbers of rows as the library reads them. Raises IndexError where they are none, TypeError for others."""
+    if not which.is_cpu or which.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"numbers of rows are {which.dtype} on {which.device}; expected torch.int64 on the CPU.")
+    if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < rows:
+        raise IndexError(f"rows {int(which.min())} to {int(which.max())} of a weight of {rows} rows.")
+    return which.long().contiguous()
+
+
 def unpack(
     blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None
 ) -> Tensor | None:
     """Return rows of a weight in a dtype of DTYPES: [first, end), or those of a list; None where there is no compiler.
 
-    which: int64 [rows], numbers of rows. Raises IndexError where there is no such row.
+    which: int32 or int64 [rows], numbers of rows. Raises IndexError where there is no such row.
     """
+    rows = len(blocks.values)
+    if which is not None:
+        which = _checked(which, rows)
     loaded = library()
     if loaded is None:
         return None
-    rows = len(blocks.values)
-    if which is not None:
-        which = which.contiguous()
-        if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < rows:
-            raise IndexError(f"rows {int(which.min())} to {int(which.max())} of a weight of {rows} rows.")
     first, end, _ = slice(first, end).indices(rows)
     count = max(0, end - first) if which is None else len(which)
     numbers = torch.empty((count, blocks.width), dtype=dtype)

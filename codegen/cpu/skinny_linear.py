@@ -30,7 +30,7 @@ from fhopt.codegen.source_files import read_source
 
 NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
-MOST_BLOCK_ROWS = 128  # and those of a weight in blocks at most (`gguf_blocks.most_rows`)
+MOST_BLOCK_ROWS = 128  # beside a weight in blocks, of any format: `gguf_blocks.most_rows` is for one
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of `Type` of the C++ files
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map_only
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks, skinny_linear
-from fhopt.codegen.cpu.gguf_blocks import EIGHT
 from fhopt.codegen.cpu.skinny_linear import Blocks
 from fhopt.hf.skinny_products import product
 
@@ -33,8 +32,7 @@ class BlockWeight(Tensor):
     """A weight [N, K] in blocks. Of `dtype` is what it is dequantized to.
 
     gguf_blocks: the blocks, as `gguf_blocks.arranged` makes them of those of a file. Raises ValueError for bytes that
-    are not those of such a weight. It cannot be written to:
-    what would do so raises RuntimeError.
+    are not those of such a weight. It cannot be written to: what would do so raises RuntimeError.
     """
 
     gguf_blocks: Blocks
@@ -69,7 +67,8 @@ class BlockWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return how to make it again: of its blocks."""
-        return _made, (self.gguf_blocks.values, *_about(self), _is_parameter(self))
+        in_file = torch.from_numpy(gguf_blocks.as_in_file(self.gguf_blocks))
+        return _made_of_file, (in_file, *_about(self), _is_parameter(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockWeight:
         """Return a weight with blocks of its own."""
@@ -121,6 +120,11 @@ def _made(values: Tensor, format: int, width: int, dtype: torch.dtype, is_parame
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 
+def _made_of_file(values: Tensor, format: int, width: int, dtype: torch.dtype, is_parameter: bool) -> Any:
+    arranged = gguf_blocks.arranged(values.numpy(), format, width)
+    return _made(arranged.values, format, width, dtype, is_parameter)
+
+
 def _is_parameter(weight: BlockWeight) -> bool:
     return isinstance(weight, torch.nn.Parameter)
 
@@ -142,7 +146,7 @@ def rows_of(
         import gguf
 
         rows = gguf_blocks.as_in_file(blocks)
-        rows = rows[first:end] if which is None else rows[which]
+        rows = rows[first:end] if which is None else rows[which.numpy()]
         numbers = gguf.dequantize(rows, gguf.GGMLQuantizationType(blocks.format))
         found = torch.from_numpy(numbers)
     return found.to(dtype)
@@ -160,7 +164,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if found is not None:
         return found
     output = input.new_empty((*input.shape[:-1], blocks.shape[0]))
-    step = max(EIGHT, PART // blocks.width // EIGHT * EIGHT)
+    step = max(gguf_blocks.EIGHT, PART // blocks.width // gguf_blocks.EIGHT * gguf_blocks.EIGHT)
     for first in range(0, blocks.shape[0], step):
         part = slice(first, first + step)
         rows = rows_of(blocks, input.dtype, first, first + step)
@@ -176,8 +180,7 @@ def embedding(
     blocks: Blocks | None = getattr(weight, "gguf_blocks", None)
     if blocks is None or max_norm is not None:
         raise RuntimeError("an embedding with a weight in blocks has plain numbers of rows, and no largest norm.")
-    which = input.reshape(-1).long()
-    return rows_of(blocks, weight.dtype, which=which).view(*input.shape, blocks.width)
+    return rows_of(blocks, weight.dtype, which=input.reshape(-1)).view(*input.shape, blocks.width)
 
 
 _OWN: dict[Any, Callable[..., Tensor]] = {

@@ -1,7 +1,7 @@
 """GGUF files opened with their weights left in blocks, for decoding on a CPU.
 
-transformers reads the configuration and knows the names of weights; it dequantizes all of them. Here matrices stay as
-they stand in the file, as `BlockWeight`s of ordinary linear layers and embeddings. What transformers does to a matrix
+transformers reads the configuration and knows the names of weights; it dequantizes all of them. Here matrices keep the
+blocks of the file, as `BlockWeight`s of ordinary linear layers and embeddings. What transformers does to a matrix
 (rows of queries and keys of some families stand in another order) is done to its blocks, where it moves whole rows; a
 matrix of which it does anything else is dequantized.
 
@@ -129,8 +129,8 @@ def _kept(tensor: Any, process: Process, dtype: torch.dtype) -> Tensor | None:
     if not np.array_equal(np.sort(order), np.arange(rows)):
         return None
     is_in_order = bool((order == np.arange(rows)).all())
-    rows = np.asarray(data) if is_in_order else np.asarray(data)[order]
-    return BlockWeight(arranged(rows, format, width), dtype)
+    in_order = np.asarray(data) if is_in_order else np.asarray(data)[order]
+    return BlockWeight(arranged(in_order, format, width), dtype)
 
 
 def _set(model: Any, name: str, weight: Tensor) -> None:

@@ -34,7 +34,7 @@
 #include "gguf_formats.h"
 #include "gguf_blocks.h"
 
-// Products of one input with columns [begin, end) of a weight; the first is the first of eight.
+// Products of one input with columns [begin, end) of a weight; begin is a multiple of EIGHT.
 template <class T>
 void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, int64_t end) {
     const auto* bias = static_cast<const uint8_t*>(its.bias);
@@ -42,7 +42,7 @@ void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, 
     const Type written = its.is_float ? FLOAT32 : type;
     const auto* weight = static_cast<const uint8_t*>(its.weight);
     const auto add = [&](int64_t first, int64_t count, const uint8_t* blocks) {
-        float added[EIGHT] = {}, products[4][EIGHT];
+        float added[EIGHT] = {}, products[MOST_AT_ONCE][EIGHT];
         if (bias) to_floats(bias + first * bytes_of(type), type, count, added);
         for (int64_t row = 0, rows; row < its.rows; row += rows) {
             rows = eight_columns_of<T>(its.rows - row, x, row, blocks, products[0]);
@@ -56,13 +56,13 @@ void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, 
     for_eights<T>(weight, its.weight_row, its.columns, begin, end, add);
 }
 
-constexpr int64_t ROWS = 16;  // of the input that are multiplied at once
+constexpr int64_t SPLIT_ROWS = 16;  // of the input that are split into bytes, and multiplied, at once
 
 constexpr int64_t eights_of(int64_t columns) { return (columns + EIGHT - 1) / EIGHT; }
 
 }  // namespace
 
-// Products of up to ROWS rows of an input, which the cache has room for, with `count` weights.
+// Products of up to SPLIT_ROWS rows of an input, which the cache has room for, with `count` weights.
 static void block_rows(const Skinny* all, int64_t count) {
     const Skinny& a = all[0];
     const Type type = Type(a.type % FORMATS), read = a.is_float ? FLOAT32 : type;
@@ -96,12 +96,12 @@ static void block_rows(const Skinny* all, int64_t count) {
 
 // Products of one input with `count` weights, all of one type and format.
 extern "C" void block_group(const Skinny* all, int64_t count) {
-    if (all[0].rows <= ROWS) return block_rows(all, count);
+    if (all[0].rows <= SPLIT_ROWS) return block_rows(all, count);
     std::vector<Skinny> some(all, all + count);
     const Type type = Type(all[0].type % FORMATS), read = all[0].is_float ? FLOAT32 : type;
-    for (int64_t row = 0; row < all[0].rows; row += ROWS) {
+    for (int64_t row = 0; row < all[0].rows; row += SPLIT_ROWS) {
         for (int64_t i = 0; i < count; i++) {
-            some[i].rows = std::min<int64_t>(ROWS, all[i].rows - row);
+            some[i].rows = std::min<int64_t>(SPLIT_ROWS, all[i].rows - row);
             some[i].input = static_cast<const uint8_t*>(all[i].input) + row * all[i].input_row * bytes_of(read);
             some[i].output = static_cast<uint8_t*>(all[i].output) + row * all[i].columns * bytes_of(read);
         }
@@ -109,13 +109,13 @@ extern "C" void block_group(const Skinny* all, int64_t count) {
     }
 }
 
-// For how many rows products are faster than with the numbers that blocks stand for: where codes take few operations,
-// for more.
+// For how many rows products are faster than with the numbers that blocks stand for, measured with AVX2: where codes
+// take few operations, for more. CPUs with wider vectors multiply those numbers faster.
 extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
     return format == Q4_0 || format == Q4_1 ? 128 : format == Q4_K ? 64 : 48;
 #else
-    return ROWS;
+    return SPLIT_ROWS;
 #endif
 }
 

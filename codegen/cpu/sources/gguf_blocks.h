@@ -10,6 +10,8 @@
 // which every sum belongs to a row of its own; numbers of a block's head stand eight in a row, too. What is left of
 // the rows behind the last eight stands as in the file.
 
+#define INLINE_CALL __attribute__((always_inline))  // of a lambda
+
 constexpr int GROUP = 32, EIGHT = 8;  // numbers of a group, rows side by side
 
 typedef uint8_t Codes __attribute__((vector_size(32)));
@@ -18,7 +20,7 @@ struct Field {
     int64_t begin, unit;  // of a block: bytes that stay together from here on
 };
 
-constexpr Field field_of(Format format, int64_t at) {
+constexpr Field field_of(Format format, int64_t at) {  // _FIELDS of gguf_blocks.py
     const auto of = [at](std::initializer_list<Field> fields) {
         Field found = {0, 1};
         for (const Field& field : fields) found = at >= field.begin ? field : found;
@@ -119,7 +121,8 @@ struct Scales {
 };
 
 // What formats have in common, unless they say otherwise. PARTS: scales of a group. OFFSET: there are offsets. MOST:
-// the largest magnitude of a code. CHUNK: groups whose codes stand in the same bytes, or one; AT is one of these.
+// the largest magnitude of a code. CHUNK: groups whose codes stand in the same bytes, or one; AT is one of these. PART
+// of `scales` is one of a block.
 struct Plain {
     static constexpr int PARTS = 1, MOST = 15, CHUNK = 1;
     static constexpr bool SIGNED = false, OFFSET = true;
@@ -265,8 +268,6 @@ struct OfIQ4_XS : Plain {
     }
 };
 
-#define INLINE_CALL __attribute__((always_inline))
-
 template <class F, int... I>
 INLINE void each(std::integer_sequence<int, I...>, F f) {
     (f(std::integral_constant<int, I>()), ...);
@@ -364,24 +365,24 @@ struct ByteRows {
 #if defined(__AVX2__)
 // Keeps a compiler from adding later, for which products would have to wait in memory.
 INLINE void in_register(__m256i& sums) { asm("" : "+x"(sums)); }
-#endif
-
+#elif !defined(__ARM_FEATURE_DOTPROD)
 // On other CPUs: a function of its own, since there are many calls.
 template <bool SIGNED>
-__attribute__((noinline, unused)) void add_word(const Codes& codes, const int8_t* high, const int8_t* low,
-                                                Ints8& sums) {
+__attribute__((noinline)) void add_word(const Codes& codes, const int8_t* high, const int8_t* low, Ints8& sums) {
     for (int k = 0; k < 4; k++) {
         const Ints8 code = SIGNED ? (Ints8)codes << (24 - 8 * k) >> 24 : (Ints8)codes >> 8 * k & 255;
         sums += code * (high[k] * ByteRows::RADIX + low[k]);
     }
 }
+#endif
 
 // Sums over codes of eight rows times numbers of two bytes each, WORDS times four of them.
 template <class T, int WORDS>
 struct WholeSums {
     Ints8 sums = {};
 #if defined(__AVX2__)
-    static constexpr int HELD = std::min(WORDS, 32767 / (2 * T::MOST * 127));  // sums of 16 bits have room for
+    // Words whose products sums of 16 bits have room for.
+    static constexpr int HELD = std::min(WORDS, 32767 / (2 * T::MOST * 127));
     static_assert(HELD >= 1 && WORDS % HELD == 0);
     __m256i upper = {}, lower = {};
 
@@ -495,7 +496,9 @@ void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float*
     for (int r = 0; r < ROWS; r++) store(products + EIGHT * r, totals[r]);
 }
 
-// Of up to four rows, and of how many: 1, 2 or 4.
+constexpr int MOST_AT_ONCE = 4;  // rows of the input that are multiplied with a block
+
+// Of up to MOST_AT_ONCE rows, and of how many: 1, 2 or 4.
 template <class T>
 int eight_columns_of(int64_t rows, const ByteRows& x, int64_t row, const uint8_t* blocks, float* products) {
     if (rows >= 4) return eight_columns<T, 4>(x, row, blocks, products), 4;
@@ -553,7 +556,7 @@ struct SideBySide {
     ~SideBySide() { std::free(blocks); }
 };
 
-// Calls f with the blocks of each eight rows that are wanted of N: f(first, count, blocks).
+// Calls f with the blocks of each eight of N rows, from `begin`, a multiple of EIGHT, on: f(first, count, blocks).
 template <class T, class F>
 INLINE void for_eights(const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t begin, int64_t end, F f) {
     for (int64_t first = begin; first < end; first += EIGHT) {

@@ -440,7 +440,8 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
     expect(is_wide, name, "a weight of another width");
     const ScalarType held = format ? ScalarType::Byte : scale ? ScalarType::Char : type;
     const bool fits = weight.scalar_type() == held;
-    expect(fits && (weight.stride(1) == 1 || weight.size(1) <= 1), name, "another weight");
+    const bool has_rows = weight.stride(1) == 1 || weight.size(1) <= 1;
+    expect(fits && has_rows && (!format || weight.is_contiguous()), name, "another weight");
     if (scale) {
         const bool is_row = scale->numel() == weight.size(0) && scale->scalar_type() == ScalarType::Float;
         expect(is_row && scale->is_contiguous(), name, "other scales");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ pytestmark = needs_compiler
 # Of the norm of a product: 15 bits of an input, or one rounding to the type.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FORMATS = sorted(HALVES)
+SKINNY = struct.Struct("@5qPqPqPPPq")  # of skinny_call.h
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +54,9 @@ def test_all_formats_are_tested_and_have_the_sizes_of_gguf() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 29])
 @pytest.mark.parametrize("format", FORMATS)
-def test_rows_side_by_side_are_those_of_the_file(format: int, rows: int) -> None:
+def test_rows_side_by_side_are_those_of_the_file(format: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers below are compared with what is brought back into the order of the file."""
+    monkeypatch.setattr(gguf_blocks, "_PART", 8 * gguf_blocks.row_bytes(format, 512))  # parts of eight rows
     given_ = random_rows(format, rows, 512)
     blocks = gguf_blocks.arranged(given_, format, 512)
     assert np.array_equal(gguf_blocks.as_in_file(blocks), given_)
@@ -138,6 +142,46 @@ def test_what_is_no_number_is_seen(format: int, broken: float) -> None:
     assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
 
 
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_largest_codes_and_inputs_have_room(format: int, byte: int) -> None:
+    """Sums of products of bytes are of 16 bits for a while."""
+    rows = np.full((9, gguf_blocks.row_bytes(format, 512)), byte, np.uint8)
+    blocks_of_rows = rows.reshape(-1, gguf_blocks.FORMATS[format][1])
+    for at in HALVES[format]:
+        blocks_of_rows[:, at : at + 2] = np.full((len(blocks_of_rows), 1), 0.01, np.float16).view(np.uint8)
+    blocks = gguf_blocks.arranged(rows, format, 512)
+    ones = torch.ones(512)
+    x = torch.stack([ones, -ones, ones - 2 * (torch.arange(512) % 2), ones - 2 * (torch.arange(512) // 2 % 2)])
+    expected = x.double() @ numbers_of(blocks).double().T
+    size = x.double().norm(dim=1)[:, None] * numbers_of(blocks).double().norm(dim=1)
+    assert bool(((product(x, blocks).double() - expected).abs() <= 1e-4 * size + 1e-12).all())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("is_float", [False, True])
+def test_products_of_one_input_with_several_weights(is_float: bool, rows: int, threads: int) -> None:
+    """As layer programs ask for them. Numbers of the input are of floats where a program computed them."""
+    format, width = 12, 512
+    weights = [random_blocks(format, columns, width, columns) for columns in (21, 8, 13)]
+    x = torch.randn(rows, width).bfloat16()
+    given = x.float() if is_float else x
+    made = [torch.zeros(rows, len(b.values), dtype=given.dtype) for b in weights]
+    calls = [
+        SKINNY.pack(
+            rows, width, len(b.values), threads, lowering._FORMATS * format + 1, given.data_ptr(), width,
+            b.values.data_ptr(), b.values.stride(0), 0, y.data_ptr(), 0, is_float,
+        ) for b, y in zip(weights, made, strict=True)
+    ]  # fmt: skip
+    library = gguf_blocks.library()
+    assert library is not None
+    library.block_group(b"".join(calls), ctypes.c_int64(len(calls)))
+    for blocks, y in zip(weights, made, strict=True):
+        expected = product(x, blocks)
+        assert torch.equal(y.bfloat16(), expected)
+
+
 def test_programs_and_kernels_name_formats_alike() -> None:
     text = read_source("fhopt.codegen.cpu", "block_linear.cpp").template
     assert f"constexpr int64_t FORMATS = {lowering._FORMATS};" in text
@@ -159,6 +203,7 @@ def test_nothing_is_nothing() -> None:
         lambda x, b: (x, Blocks(b.values[:, :-1].contiguous(), b.format, b.width)),
         lambda x, b: (x, Blocks(b.values.to(torch.int8), b.format, b.width)),
         lambda x, b: (x, Blocks(b.values, 7, b.width)),
+        lambda x, b: (x, Blocks(b.values[::2], b.format, b.width)),  # eight rows are dense
         lambda x, b: (x[:, :128], Blocks(b.values[:, :72].contiguous(), b.format, 128)),  # half a block
     ],
 )
