@@ -1,7 +1,8 @@
 """Reading a GGUF file: its weights dequantized to one dtype, its configuration, its tokenizer.
 
-transformers does the reading. What is added here: metadata is parsed once, not three times; a tensor is dequantized a
-few rows at a time, since gguf holds several copies of a whole one; and the model does not keep what it was made from.
+transformers does the reading. What is added here: metadata is parsed once, not three times, and its long lists without a
+call of many functions for each word; a tensor is dequantized a few rows at a time, since gguf holds several copies of a
+whole one; and the model does not keep what it was made from.
 """
 
 from __future__ import annotations
@@ -74,14 +75,82 @@ def frugal() -> Iterator[None]:
     """Cache gguf's readers and name maps, which transformers makes again each time, and dequantize row by row."""
     gguf: Any = importlib.import_module("gguf")
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map", "dequantize")}
-    gguf.GGUFReader = functools.cache(type("PlainReader", (before["GGUFReader"],), {"data": property(_bytes, _keep)}))
+    gguf.GGUFReader = functools.cache(_plain_reader(before["GGUFReader"], gguf.GGUFValueType))
     gguf.get_tensor_name_map = functools.cache(before["get_tensor_name_map"])
     gguf.dequantize = functools.partial(_dequantize_rows, before["dequantize"])
     try:
-        yield
+        with _quick_strings():
+            yield
     finally:
         for name, make in before.items():
             setattr(gguf, name, make)
+
+
+@contextmanager
+def _quick_strings() -> Iterator[None]:
+    """Let transformers decode strings of a list at once, where it has the function that makes a list of their bytes."""
+    try:
+        of: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+        parse = of._gguf_parse_value
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def parsed(value: Any, kinds: Any) -> Any:
+        return value.tobytes().decode() if kinds == [9, 8] else parse(value, kinds)  # a list, of strings
+
+    of._gguf_parse_value = parsed
+    try:
+        yield
+    finally:
+        of._gguf_parse_value = parse
+
+
+def _plain_reader(reader: Any, kinds: Any) -> Any:
+    """Make a reader of gguf that is quick with lists, as vocabularies are. kinds: gguf's numbers of types."""
+
+    class PlainReader(reader):  # type: ignore[misc]
+        data = property(_bytes, _keep)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            known = getattr(self, "byte_order", "") == "I" and raw_type == kinds.ARRAY
+            found = _list_at(self.data, orig_offs, kinds, reader.gguf_scalar_to_np) if known else None
+            return found or super()._get_field_parts(orig_offs, raw_type)
+
+    return PlainReader
+
+
+def _list_at(data: Any, at: int, kinds: Any, scalars: Any) -> tuple[int, list[Any], list[int], list[Any]] | None:
+    """Read a list as gguf does: its size, its parts, which of them are values, its types. None for what gguf refuses.
+
+    A part of a number is that number; a string has two, its length and its bytes.
+    """
+    if at + 12 > len(data):
+        return None
+    kind, count = data[at : at + 4].view(np.uint32), data[at + 4 : at + 12].view(np.uint64)
+    here, parts, is_string = at + 12, [kind, count], kind[0] == kinds.STRING
+    if not is_string and kind[0] not in scalars:
+        return None
+    if is_string:
+        for _ in range(int(count[0])):
+            if here + 8 > len(data):
+                return None
+            length = data[here : here + 8].view(np.uint64)
+            end = here + 8 + int(length[0])
+            if end > len(data):
+                return None
+            parts += (length, data[here + 8 : end])
+            here = end
+    else:
+        dtype = np.dtype(scalars[kind[0]])
+        end = here + int(count[0]) * dtype.itemsize
+        if end > len(data):
+            return None
+        values = data[here:end].view(dtype)
+        parts += [values[i : i + 1] for i in range(len(values))]
+        here = end
+    values_of = list(range(3, len(parts), 2)) if is_string else list(range(2, len(parts)))
+    return here - at, parts, values_of, [kinds.ARRAY, *([kinds(kind[0])] if count[0] else [])]
 
 
 def _bytes(reader: Any) -> Any:

@@ -6,6 +6,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf_models import save_text_gguf
@@ -52,6 +53,47 @@ def test_metadata_is_read_from_plain_slices(tmp_path: Path, monkeypatch: pytest.
     plain = gguf.GGUFReader(tmp_path / "text.gguf")
     assert [t.name for t in plain.tensors] == [t.name for t in reader.tensors]
     assert all((a.data == b.data).all() for a, b in zip(plain.tensors, reader.tensors, strict=True))
+    assert plain.fields.keys() == reader.fields.keys()
+    for name, field in plain.fields.items():
+        found = reader.fields[name]
+        assert (found.offset, found.types, found.data) == (field.offset, field.types, field.data), name
+        for a, b in zip(found.parts, field.parts, strict=True):
+            assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    assert [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING] in [field.types for field in plain.fields.values()]
+
+
+def test_strings_are_decoded_as_transformers_does() -> None:
+    of: Any = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    before, given = of._gguf_parse_value, np.frombuffer("ä b".encode(), np.uint8)
+    with gguf_files.frugal():
+        assert of._gguf_parse_value is not before
+        assert of._gguf_parse_value(given, [9, 8]) == before(given, [9, 8]) == "ä b"
+        assert of._gguf_parse_value(given, [8]) == "ä b" and of._gguf_parse_value(given, [9, 0]) == given[0]
+    assert of._gguf_parse_value is before
+
+
+def test_lists_that_go_on_behind_the_file_are_left_to_gguf() -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    kinds, scalars = gguf.GGUFValueType, gguf.GGUFReader.gguf_scalar_to_np
+
+    def list_of(kind: int, count: int, rest: bytes) -> Any:
+        data = np.frombuffer(kind.to_bytes(4, "little") + count.to_bytes(8, "little") + rest, np.uint8)
+        return gguf_files._list_at(data, 0, kinds, scalars)
+
+    one = (3).to_bytes(8, "little") + b"abc"
+    size, parts, values, types = list_of(kinds.STRING, 2, 2 * one)
+    assert size == 34 and [parts[i].tobytes() for i in values] == [b"abc", b"abc"]
+    assert types == [kinds.ARRAY, kinds.STRING]
+    size, parts, values, types = list_of(kinds.INT16, 3, b"\1\0\2\0\3\0")
+    assert size == 18 and [parts[i].tolist() for i in values] == [[1], [2], [3]]
+    assert types == [kinds.ARRAY, kinds.INT16]
+    assert list_of(kinds.STRING, 0, b"") == (12, list_of(kinds.STRING, 0, b"")[1], [], [kinds.ARRAY])
+    for kind, count, rest in (
+        (kinds.STRING, 3, 2 * one), (kinds.STRING, 1, one[:-1]), (kinds.STRING, 1, b"\1"), (kinds.INT32, 2, b"1234567"),
+        (kinds.STRING, 2**60, one), (kinds.INT32, 2**62, b"1234"), (kinds.ARRAY, 1, one), (99, 1, one),
+    ):  # fmt: skip
+        assert list_of(kind, count, rest) is None
+    assert gguf_files._list_at(np.zeros(11, np.uint8), 0, kinds, scalars) is None
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
