@@ -1,8 +1,8 @@
 """Reading a GGUF file: its weights dequantized to one dtype, its configuration, its tokenizer.
 
-transformers does the reading. What is added here: metadata is parsed once, not three times, and its long lists without a
-call of many functions for each word; a tensor is dequantized a few rows at a time, since gguf holds several copies of a
-whole one; and the model does not keep what it was made from.
+transformers does the reading. What is added here: metadata is parsed once, not three times, and its long lists without
+a call of many functions for each word; a tensor is dequantized a few rows at a time, since gguf holds several copies of
+a whole one; and the model does not keep what it was made from.
 """
 
 from __future__ import annotations
