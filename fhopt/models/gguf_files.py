@@ -109,15 +109,12 @@ def _quick_strings() -> Iterator[None]:
 def _plain_reader(reader: Any, kinds: Any) -> Any:
     """Make a reader of gguf that is quick with lists, as vocabularies are. kinds: gguf's numbers of types."""
 
-    class PlainReader(reader):  # type: ignore[misc]
-        data = property(_bytes, _keep)
+    def field_parts(self: Any, at: int, kind: int) -> Any:
+        known = getattr(self, "byte_order", "") == "I" and kind == kinds.ARRAY
+        found = _list_at(self.data, at, kinds, reader.gguf_scalar_to_np) if known else None
+        return found or reader._get_field_parts(self, at, kind)
 
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            known = getattr(self, "byte_order", "") == "I" and raw_type == kinds.ARRAY
-            found = _list_at(self.data, orig_offs, kinds, reader.gguf_scalar_to_np) if known else None
-            return found or super()._get_field_parts(orig_offs, raw_type)
-
-    return PlainReader
+    return type("PlainReader", (reader,), {"data": property(_bytes, _keep), "_get_field_parts": field_parts})
 
 
 def _list_at(data: Any, at: int, kinds: Any, scalars: Any) -> tuple[int, list[Any], list[int], list[Any]] | None:

@@ -52,10 +52,10 @@ def test_a_kernel_serves_as_many_rows_as_of_other_weights_or_more(format: int) -
 
 
 def test_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = weight_of(), torch.randn(140, 512)
+    weight, x = weight_of(dtype=torch.float64), torch.randn(40, 512, dtype=torch.float64)  # no kernel serves it
     expected = F.linear(x, weight)
     monkeypatch.setattr(block_weight, "PART", 7 * 512)
-    assert torch.allclose(F.linear(x, weight), expected, atol=1e-4)
+    assert torch.allclose(F.linear(x, weight), expected, atol=1e-5)
 
 
 def test_gradients_go_to_the_input_alone() -> None:
