@@ -153,11 +153,13 @@ def _checked(which: Tensor, rows: int) -> Tensor:
 
 
 def unpack(
-    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None
-) -> Tensor | None:
+    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
+    memory: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """Return rows of a weight in a dtype of DTYPES: [first, end), or those of a list; None where there is no compiler.
 
-    which: int32 or int64 [rows], numbers of rows. Raises IndexError where there is no such row.
+    which: int32 or int64 [rows], numbers of rows. memory: one-dimensional, of that dtype, where they are put if there
+    is room. Raises IndexError where there is no such row.
     """
     rows = len(blocks.values)
     if which is not None:
@@ -167,7 +169,9 @@ def unpack(
         return None
     first, end, _ = slice(first, end).indices(rows)
     count = max(0, end - first) if which is None else len(which)
-    numbers = torch.empty((count, blocks.width), dtype=dtype)
+    if memory is None or memory.numel() < count * blocks.width:
+        memory = torch.empty(count * blocks.width, dtype=dtype)
+    numbers = memory[: count * blocks.width].view(count, blocks.width)
     loaded.unpack_blocks(
         blocks.format, blocks.values.data_ptr(), blocks.values.stride(0), rows, blocks.width, first,
         None if which is None else which.data_ptr(), count, numbers.data_ptr(), DTYPES.index(dtype),

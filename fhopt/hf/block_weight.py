@@ -10,6 +10,7 @@ Letters: N rows of the weight, K numbers in each.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,10 +23,26 @@ from fhopt.codegen.cpu import gguf_blocks, skinny_linear
 from fhopt.codegen.cpu.skinny_linear import Blocks
 from fhopt.hf.skinny_products import product
 
-PART = 1 << 22  # numbers of a weight that are dequantized at once
+PART = 1 << 21  # numbers of a weight that are dequantized at once
 _NOT_WRITTEN = "{} would write to a weight in blocks of a GGUF file; load the file dequantized."
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
+
+
+class _Memory(threading.local):
+    """Of a thread: what parts of weights are dequantized to. Pages of new memory take longer than dequantizing."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.dtype, Tensor] = {}
+
+    def for_part(self, dtype: torch.dtype) -> Tensor:
+        """Return memory for PART numbers of a dtype, [PART]."""
+        if dtype not in self.of:
+            self.of = {dtype: torch.empty(PART, dtype=dtype)}
+        return self.of[dtype]
+
+
+_memory = _Memory()
 
 
 class BlockWeight(Tensor):
@@ -137,11 +154,15 @@ def _is_cast(kwargs: dict[str, Any]) -> bool:
 
 
 def rows_of(
-    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None
-) -> Tensor:
-    """Return rows [first, end) of a weight, or those of a list. Raises IndexError where there is no such row."""
+    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
+    memory: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return rows [first, end) of a weight, or those of a list. Raises IndexError where there is no such row.
+
+    memory: of the dtype, if it is one of DTYPES; where rows may be put.
+    """
     unpacked = dtype if dtype in skinny_linear.DTYPES else torch.float32
-    found = gguf_blocks.unpack(blocks, unpacked, first, end, which)
+    found = gguf_blocks.unpack(blocks, unpacked, first, end, which, memory)
     if found is None:  # there is no compiler
         import gguf
 
@@ -165,9 +186,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return found
     output = input.new_empty((*input.shape[:-1], blocks.shape[0]))
     step = max(gguf_blocks.EIGHT, PART // blocks.width // gguf_blocks.EIGHT * gguf_blocks.EIGHT)
+    memory = _memory.for_part(input.dtype) if input.dtype in skinny_linear.DTYPES else None
     for first in range(0, blocks.shape[0], step):
         part = slice(first, first + step)
-        rows = rows_of(blocks, input.dtype, first, first + step)
+        rows = rows_of(blocks, input.dtype, first, first + step, memory=memory)
         output[..., part] = product(input, rows, None if bias is None else bias[part])
     return output
 

@@ -109,11 +109,13 @@ extern "C" void block_group(const Skinny* all, int64_t count) {
     }
 }
 
-// For how many rows products are faster than with the numbers that blocks stand for, measured with AVX2: where codes
-// take few operations, for more. CPUs with wider vectors multiply those numbers faster.
+// For how many rows products are faster than with the numbers that blocks stand for, as measured: with AVX2, where
+// codes take few operations, for more. CPUs with wider vectors multiply those numbers faster.
 extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     return format == Q4_0 || format == Q4_1 ? 128 : format == Q4_K ? 64 : 48;
+#elif defined(__AVX512F__) && defined(FOUR_PRODUCTS)
+    return 2 * SPLIT_ROWS;
 #else
     return SPLIT_ROWS;
 #endif

@@ -363,8 +363,13 @@ struct ByteRows {
 };
 
 #if defined(__AVX2__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define FOUR_PRODUCTS _mm256_dpbusd_epi32  // four products of bytes and their sum, to a lane of 32 bits
+#elif defined(__AVXVNNI__)
+#define FOUR_PRODUCTS _mm256_dpbusd_avx_epi32
+#endif
 // Keeps a compiler from adding later, for which products would have to wait in memory.
-INLINE void in_register(__m256i& sums) { asm("" : "+x"(sums)); }
+INLINE void in_register(__m256i& sums) { asm("" : "+v"(sums)); }
 #elif !defined(__ARM_FEATURE_DOTPROD)
 // On other CPUs: a function of its own, since there are many calls.
 template <bool SIGNED>
@@ -380,7 +385,23 @@ __attribute__((noinline)) void add_word(const Codes& codes, const int8_t* high, 
 template <class T, int WORDS>
 struct WholeSums {
     Ints8 sums = {};
-#if defined(__AVX2__)
+#if defined(FOUR_PRODUCTS)
+    __m256i upper = {}, lower = {};
+
+    template <int WORD>
+    INLINE void add(Codes codes, const int8_t* high, const int8_t* low) {
+        const auto added = [&](__m256i to, const int8_t* four) {
+            int32_t bits;
+            std::memcpy(&bits, four, sizeof bits);
+            const __m256i x = _mm256_set1_epi32(bits);
+            if constexpr (!T::SIGNED) return FOUR_PRODUCTS(to, (__m256i)codes, x);
+            else return FOUR_PRODUCTS(to, _mm256_abs_epi8((__m256i)codes), _mm256_sign_epi8(x, (__m256i)codes));
+        };
+        upper = added(upper, high), lower = added(lower, low);
+        in_register(upper), in_register(lower);
+        if constexpr (WORD == WORDS - 1) sums = (Ints8)upper * ByteRows::RADIX + (Ints8)lower;
+    }
+#elif defined(__AVX2__)
     // Words whose products sums of 16 bits have room for.
     static constexpr int HELD = std::min(WORDS, 32767 / (2 * T::MOST * 127));
     static_assert(HELD >= 1 && WORDS % HELD == 0);
@@ -509,7 +530,6 @@ int eight_columns_of(int64_t rows, const ByteRows& x, int64_t row, const uint8_t
 // The numbers of a block of each of eight rows, [8, numbers].
 template <class T>
 INLINE void unpack_eight(const uint8_t* blocks, float* to) {
-    constexpr int SIZE = GROUP / T::PARTS;
     const BlockScales<T> scales(blocks);
     for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
         each(Upto<T::CHUNK>(), [&](auto at) INLINE_CALL {
@@ -520,18 +540,21 @@ INLINE void unpack_eight(const uint8_t* blocks, float* to) {
                 const Codes codes = T::template codes<AT>(Word<decltype(word)::value>{blocks}, chunk);
                 std::memcpy(words[word], &codes, sizeof codes);
             });
+            float scale[T::PARTS][EIGHT], offset[T::PARTS][EIGHT];
             for (int part = 0; part < T::PARTS; part++) {
                 const Scales its = scales.of[group * T::PARTS + part];
-                for (int r = 0; r < EIGHT; r++) {
-                    float* numbers = to + r * NUMBERS<T> + GROUP * group + SIZE * part;
-                    uint32_t of_row[SIZE / 4];
-                    for (int i = 0; i < SIZE / 4; i++) of_row[i] = words[SIZE / 4 * part + i][r];
-                    uint8_t codes[SIZE];
-                    std::memcpy(codes, of_row, SIZE);
-                    for (int i = 0; i < SIZE; i++) {
-                        numbers[i] = (T::SIGNED ? float(int8_t(codes[i])) : float(codes[i])) * its.scale[r];
-                        if (T::OFFSET) numbers[i] += its.offset[r];
-                    }
+                store(scale[part], its.scale), store(offset[part], its.offset);
+            }
+            for (int r = 0; r < EIGHT; r++) {
+                uint32_t of_row[8];
+                for (int i = 0; i < 8; i++) of_row[i] = words[i][r];
+                for (int i = 0; i < GROUP / EIGHT; i++) {
+                    const int part = i * T::PARTS * EIGHT / GROUP;
+                    const auto* codes = reinterpret_cast<const uint8_t*>(of_row);
+                    typedef std::conditional_t<T::SIGNED, int8_t, uint8_t> Byte;
+                    Floats8 numbers = as_floats(bytes_at<Byte>(codes, i)) * scale[part][r];
+                    if (T::OFFSET) numbers += offset[part][r];
+                    store(to + r * NUMBERS<T> + GROUP * group + EIGHT * i, numbers);
                 }
             }
         });
