@@ -217,7 +217,7 @@ class RoundedWindow(ExactWindow):
         """Hold the token that was written behind those that `take` put into a room."""
         state = self._state
         assert isinstance(state, _InRoom)
-        self.take(state.room, 1)
+        self._state = _InRoom(state.sinks, state.room, state.taken + 1)
 
     def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
         """Return whether the window is the first `count` tokens of `room`."""

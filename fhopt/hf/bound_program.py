@@ -26,7 +26,7 @@ Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and what 
 _CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # kinds of arguments
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ReadyStep:
     """A step whose addresses are set. read: tensors that the program reads; result: what the layer returns then."""
 

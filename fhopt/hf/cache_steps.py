@@ -60,13 +60,12 @@ class CacheStep:
         return self._is_where_it_was(layer)
 
     def _is_where_it_was(self, layer: LatentLayer) -> bool:
-        rooms, count = self._rooms, self._count
         keys, values = self._windows
-        windows = zip((layer.window_keys, layer.window_values), self._windows, strict=True)
-        if layer.quantized != self.quantized or not all(x is y for x, y in windows):
+        if not (keys.is_in(self._rooms[0], self._count) and values.is_in(self._rooms[1], self._count)):
             return False
-        is_grown: bool = keys.is_in(rooms[0], count) and values.is_in(rooms[1], count)
-        return is_grown and all(map(is_, _staying(layer), self._stays))
+        if layer.quantized != self.quantized or layer.window_keys is not keys or layer.window_values is not values:
+            return False
+        return all(map(is_, _staying(layer), self._stays))
 
     def move(self, layer: LatentLayer, threads: int) -> bool:
         """Give the window other places, where nothing but these has run out; return whether there are more steps."""

@@ -12,10 +12,10 @@ thrown away several times in a row is not run ahead any more.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from ctypes import string_at
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -59,14 +59,39 @@ def _reference(x: Any) -> Callable[[], Any]:
         return lambda: x
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
+class _Seen:
+    """A tensor as a step has read it: where its numbers stand, 0 where they are not dense, and what they are."""
+
+    tensor: Tensor
+    address: int
+    bytes: bytes
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Seen:
+        """Return a tensor as it is now."""
+        return _Seen(tensor, tensor.data_ptr() if tensor.is_contiguous() else 0, _bytes(tensor))
+
+    def is_unchanged(self) -> bool:
+        """Return whether its numbers are what they were."""
+        if not self.address:
+            return self.bytes == _bytes(self.tensor)
+        return self.tensor.data_ptr() == self.address and string_at(self.address, len(self.bytes)) == self.bytes
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    dense = tensor.contiguous()
+    return string_at(dense.data_ptr(), dense.numel() * dense.element_size())
+
+
+@dataclass(eq=False, slots=True)
 class _Ahead:
-    """A step that was run ahead: the call that it was run for, and the bytes of what it read."""
+    """A step that was run ahead: the call that it was run for, and what it read."""
 
     ready: ReadyStep
     x: Tensor
     others: _Others
-    bytes: list[bytes]
+    read: list[_Seen]
 
     def is_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call is the expected one, and the layer of the cache is what it was."""
@@ -74,7 +99,7 @@ class _Ahead:
             return False
         if torch.is_autocast_enabled("cpu"):
             return False
-        return self.bytes == _bytes(self.ready.read) and self.ready.step.is_unchanged()
+        return all(seen.is_unchanged() for seen in self.read) and self.ready.step.is_unchanged()
 
 
 class Walk(threading.local):
@@ -119,7 +144,9 @@ class Walk(threading.local):
             self._chains[state] = StepChain.of(state, ready, behind)
         run_steps([ready.step, *[step.step for _, _, step in behind]])
         others = _Others(args, kwargs)
-        self._ahead = {who: _Ahead(step, x, others, _bytes(step.read)) for who, x, step in behind}
+        read = {id(x): x for _, _, step in behind for x in step.read}  # most of it by every layer
+        seen = {which: _Seen.of(x) for which, x in read.items()}
+        self._ahead = {who: _Ahead(step, x, others, [seen[id(x)] for x in step.read]) for who, x, step in behind}
         ready.step.finish()
         self._last = state, ready.output, others
         return ready.result
@@ -155,8 +182,3 @@ class Walk(threading.local):
         if args and args[0] is output and others.are(args, kwargs):
             last.follower.next = state
             self._chains.clear()
-
-
-def _bytes(tensors: list[Tensor]) -> list[bytes]:
-    dense = [x if x.is_contiguous() else x.contiguous() for x in tensors]
-    return [ctypes.string_at(x.data_ptr(), x.numel() * x.element_size()) for x in dense]
