@@ -108,7 +108,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
             return None
         weight = quantized.values
         if isinstance(quantized, skinny_linear.Blocks):
-            if not _has_blocks() or rows > gguf_blocks.most_rows(quantized.format):
+            if not _has_blocks() or rows > gguf_blocks.most_rows(quantized.format, x.dtype):
                 return None
             format = quantized.format
         else:

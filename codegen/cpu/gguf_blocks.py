@@ -132,15 +132,18 @@ def library() -> ctypes.CDLL | None:
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     loaded.unpack_blocks.argtypes = size, pointer, size, size, size, size, pointer, size, pointer, size, size
     loaded.unpack_blocks.restype = None
-    loaded.most_block_rows.argtypes, loaded.most_block_rows.restype = (size,), size
+    loaded.most_block_rows.argtypes, loaded.most_block_rows.restype = (size, size), size
     return loaded
 
 
 @functools.cache
-def most_rows(format: int) -> int:
-    """Return for how many rows products with blocks are faster than with their numbers; 0 without a compiler."""
+def most_rows(format: int, dtype: torch.dtype) -> int:
+    """Return for how many rows of a type products with blocks are faster than with their numbers; or 0.
+
+    dtype: one of DTYPES. 0: there is no compiler.
+    """
     loaded = library()
-    return 0 if loaded is None else int(loaded.most_block_rows(format))
+    return 0 if loaded is None else int(loaded.most_block_rows(format, DTYPES.index(dtype)))
 
 
 def _checked(which: Tensor, rows: int) -> Tensor:

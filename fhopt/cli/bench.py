@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import json_option, output_console, placement_options, print_json, progress_bar, read_counts
+from fhopt.cli.options import (
+    blocks_option,
+    json_option,
+    output_console,
+    placement_options,
+    print_json,
+    progress_bar,
+    read_counts,
+)
 from fhopt.cli.text_model import INTERRUPTED, TextModel, interruptible, load_text_model, read_plan
 
 if TYPE_CHECKING:
@@ -38,10 +46,11 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Plot to this file: .png, .svg or .pdf.")
 @placement_options
+@blocks_option
 @json_option
 def bench(
     model: str, plan_paths: tuple[Path, ...], contexts: str | None, batches: str, decode: int, rounds: int, seed: int,
-    out: Path | None, device_map: str | None, dtype: str, as_json: bool,
+    out: Path | None, device_map: str | None, dtype: str, keep_blocks: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODEL's speed of prefill and decode, and bytes of the KV cache, over contexts: exact against plans.
 
@@ -59,12 +68,12 @@ def bench(
         if out is not None:
             check_picture(out)
         plans = _read_plans(model, plan_paths)
-        opened = load_text_model(model, dtype, device_map, None, as_json)
+        opened = load_text_model(model, dtype, device_map, None, as_json, keep_blocks)
         from fhopt.models.model_facts import positions_of
 
         chosen = _limited(chosen, positions_of(opened.network))
         rows, is_complete = _measure(opened.network, plans, chosen, as_json)
-    result = _about(opened, dtype, chosen) | {"complete": is_complete, "rows": _compared(rows)}
+    result = _about(opened, dtype, keep_blocks, chosen) | {"complete": is_complete, "rows": _compared(rows)}
     _show(result, out if rows else None, as_json)
     if not is_complete:
         raise SystemExit(INTERRUPTED)
@@ -117,7 +126,7 @@ def _measure(
     return rows, True
 
 
-def _about(opened: TextModel, dtype: str, chosen: ThroughputOptions) -> dict[str, Any]:
+def _about(opened: TextModel, dtype: str, keep_blocks: bool, chosen: ThroughputOptions) -> dict[str, Any]:
     """Return what the results depend on, as JSON values."""
     import torch
 
@@ -126,6 +135,7 @@ def _about(opened: TextModel, dtype: str, chosen: ThroughputOptions) -> dict[str
     return {
         "model": opened.name,
         "dtype": dtype,
+        "weights_in_blocks": keep_blocks,
         "device": f"cpu, {threads} thread{'s' * (threads > 1)}" if on_cpu else torch.cuda.get_device_name(device),
         **{name: getattr(chosen, name) for name in ("contexts", "batches", "decode", "rounds", "seed")},
     }

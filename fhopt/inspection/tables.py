@@ -347,7 +347,8 @@ def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: st
 def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
     rows, batches = result["rows"], {row["batch"] for row in result["rows"]}
-    about = f"{result['model']}: {result['dtype']} on {result['device']}, medians of {result['rounds']} rounds"
+    weights = ", weights in blocks" if result["weights_in_blocks"] else ""
+    about = f"{result['model']}: {result['dtype']}{weights} on {result['device']}, medians of {result['rounds']} rounds"
     table = light_table(Text(about))
     names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
     names += ["prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes"]

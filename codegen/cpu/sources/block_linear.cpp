@@ -6,9 +6,10 @@
 //
 //     M rows, K width of the input, N width of the output
 //
-// Eight rows of the weight stand side by side, so that a vector holds sums of eight columns. Each block is read once
-// for four rows of the input, which are multiplied as two bytes of each number; so products are of whole numbers, and
-// as good as those of floats with 15 bits.
+// Eight rows of the weight stand side by side, so that a vector holds sums of eight columns, with AVX-512 VNNI those of
+// two eights where four rows of the input are multiplied. Each block is read once for four rows of the input, which are
+// multiplied as two bytes of each number; so products are of whole numbers, and as good as those of floats with 15
+// bits.
 //
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
@@ -41,19 +42,39 @@ void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, 
     auto* output = static_cast<uint8_t*>(its.output);
     const Type written = its.is_float ? FLOAT32 : type;
     const auto* weight = static_cast<const uint8_t*>(its.weight);
-    const auto add = [&](int64_t first, int64_t count, const uint8_t* blocks) {
-        float added[EIGHT] = {}, products[MOST_AT_ONCE][EIGHT];
+    const auto write = [&](int64_t row, int64_t rows, int64_t first, int64_t count, float* products) {
+        float added[EIGHT] = {};
         if (bias) to_floats(bias + first * bytes_of(type), type, count, added);
-        for (int64_t row = 0, rows; row < its.rows; row += rows) {
-            rows = eight_columns_of<T>(its.rows - row, x, row, blocks, products[0]);
-            for (int r = 0; r < rows; r++) {
-                for (int i = 0; i < EIGHT; i++) products[r][i] += added[i];
-                uint8_t* to = output + ((row + r) * its.columns + first) * bytes_of(written);
-                from_floats(products[r], written, count, to);
-            }
+        for (int64_t r = 0; r < rows; r++) {
+            for (int i = 0; i < EIGHT; i++) products[r * EIGHT + i] += added[i];
+            uint8_t* to = output + ((row + r) * its.columns + first) * bytes_of(written);
+            from_floats(products + r * EIGHT, written, count, to);
         }
     };
-    for_eights<T>(weight, its.weight_row, its.columns, begin, end, add);
+    const auto columns = [&](int64_t begin, int64_t end, int64_t first_row) {
+        const auto add = [&](int64_t first, int64_t count, const uint8_t* blocks) {
+            float products[MOST_AT_ONCE * EIGHT];
+            for (int64_t row = first_row, rows; row < its.rows; row += rows) {
+                rows = eight_columns_of<T>(its.rows - row, x, row, blocks, products);
+                write(row, rows, first, count, products);
+            }
+        };
+        for_eights<T>(weight, its.weight_row, its.columns, begin, end, add);
+    };
+#if defined(SIXTEEN_COLUMNS)
+    const int64_t whole = std::min(end, its.columns / EIGHT * EIGHT), fours = its.rows / MOST_AT_ONCE * MOST_AT_ONCE;
+    const int64_t pairs = begin;
+    for (; fours && begin + 2 * EIGHT <= whole; begin += 2 * EIGHT) {
+        const uint8_t *blocks = weight + begin * its.weight_row, *next = blocks + EIGHT * its.weight_row;
+        for (int64_t row = 0; row < fours; row += MOST_AT_ONCE) {
+            float products[2][MOST_AT_ONCE * EIGHT];
+            sixteen_columns<T, MOST_AT_ONCE>(x, row, blocks, next, products[0]);
+            for (int i = 0; i < 2; i++) write(row, MOST_AT_ONCE, begin + i * EIGHT, EIGHT, products[i]);
+        }
+    }
+    if (fours < its.rows) columns(pairs, begin, fours);
+#endif
+    columns(begin, end, 0);
 }
 
 constexpr int64_t SPLIT_ROWS = 16;  // of the input that are split into bytes, and multiplied, at once
@@ -109,13 +130,20 @@ extern "C" void block_group(const Skinny* all, int64_t count) {
     }
 }
 
-// For how many rows products are faster than with the numbers that blocks stand for, as measured: with AVX2, where
-// codes take few operations, for more. CPUs with wider vectors multiply those numbers faster.
-extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+// For how many rows of a type products are faster than with the numbers that blocks stand for, as measured: where codes
+// take few operations, for more; for fewer where a CPU multiplies bfloat16 as it is, or has wide vectors for floats but
+// no products of bytes.
+extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format, [[maybe_unused]] int64_t type) {
+#if defined(SIXTEEN_COLUMNS)
+#if defined(__AVX512BF16__)
+    const int64_t most = format == Q4_0 || format == Q4_1                                       ? 96
+                         : format == Q2_K || format == Q4_K || format == Q5_K || format == Q8_0 ? 48
+                                                                                                : 32;
+    if (type == BFLOAT16) return most;
+#endif
+    return 128;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     return format == Q4_0 || format == Q4_1 ? 128 : format == Q4_K ? 64 : 48;
-#elif defined(__AVX512F__) && defined(FOUR_PRODUCTS)
-    return 2 * SPLIT_ROWS;
 #else
     return SPLIT_ROWS;
 #endif

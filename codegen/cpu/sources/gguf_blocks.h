@@ -519,6 +519,83 @@ void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float*
 
 constexpr int MOST_AT_ONCE = 4;  // rows of the input that are multiplied with a block
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define SIXTEEN_COLUMNS
+
+// Two vectors as one.
+template <class Wide, class Half>
+INLINE Wide joined(Half a, Half b) {
+    return (Wide)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+}
+
+// Sums as of WholeSums, of sixteen rows.
+template <class T>
+struct WideSums {
+    __m512i upper = {}, lower = {};
+
+    INLINE void add(__m512i codes, __mmask64 negative, const int8_t* high, const int8_t* low) {
+        const auto added = [&](__m512i to, const int8_t* four) {
+            int32_t bits;
+            std::memcpy(&bits, four, sizeof bits);
+            __m512i x = _mm512_set1_epi32(bits);
+            if (T::SIGNED) x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+            return _mm512_dpbusd_epi32(to, codes, x);
+        };
+        upper = added(upper, high), lower = added(lower, low);
+    }
+};
+
+// Products of ROWS rows of the input, from `row` on, with two eights of rows of a weight: [2, ROWS, 8].
+template <class T, int ROWS>
+void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const uint8_t* second, float* products) {
+    constexpr int WORDS = 8 / T::PARTS;
+    const int64_t width = x.width;
+    const int8_t *high = x.high + row * width, *low = x.low + row * width;
+    const float *unit = x.unit + row * (width / GROUP), *sum = x.sum[T::PARTS - 1] + row * (width / GROUP) * T::PARTS;
+    Floats16 totals[ROWS] = {};
+    for (int64_t at = 0; at < width; at += NUMBERS<T>, first += EIGHT * BYTES<T>, second += EIGHT * BYTES<T>) {
+        for (int p = 0; p < EIGHT * BYTES<T>; p += 64) {
+            __builtin_prefetch(first + FETCHED + p), __builtin_prefetch(second + FETCHED + p);
+        }
+        const BlockScales<T> scales(first), others(second);
+        for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
+            each(Upto<T::CHUNK * T::PARTS>(), [&](auto part) INLINE_CALL {
+                constexpr int PART = decltype(part)::value, AT = PART / T::PARTS, FIRST = PART % T::PARTS * WORDS;
+                const int64_t group = at / GROUP + chunk * T::CHUNK + AT;
+                WideSums<T> sums[ROWS];
+                const uint8_t *one = read_again(first), *other = read_again(second);
+                each(Upto<WORDS>(), [&](auto word) INLINE_CALL {
+                    constexpr int WORD = FIRST + decltype(word)::value;
+                    const Codes a = T::template codes<AT>(Word<WORD>{one}, chunk);
+                    const Codes b = T::template codes<AT>(Word<WORD>{other}, chunk);
+                    __m512i codes = joined<__m512i>(a, b);
+                    const __mmask64 negative = T::SIGNED ? _mm512_movepi8_mask(codes) : 0;
+                    if (T::SIGNED) codes = _mm512_abs_epi8(codes);
+                    UNROLL(4) for (int r = 0; r < ROWS; r++) {
+                        const int64_t four = r * width + GROUP * group + 4 * WORD;
+                        sums[r].add(codes, negative, high + four, low + four);
+                    }
+                });
+                const int number = chunk * T::CHUNK * T::PARTS + PART;
+                const Floats16 scale = joined<Floats16>(scales.of[number].scale, others.of[number].scale);
+                const Floats16 offset = joined<Floats16>(scales.of[number].offset, others.of[number].offset);
+                UNROLL(4) for (int r = 0; r < ROWS; r++) {
+                    const Ints16 whole = (Ints16)sums[r].upper * ByteRows::RADIX + (Ints16)sums[r].lower;
+                    const int64_t of_row = r * (width / GROUP) + group;
+                    totals[r] += __builtin_convertvector(whole, Floats16) * (scale * unit[of_row]);
+                    if (T::OFFSET) totals[r] += offset * sum[of_row * T::PARTS + PART % T::PARTS];
+                }
+            });
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        Floats8 halves[2];
+        std::memcpy(halves, &totals[r], sizeof halves);
+        store(products + EIGHT * r, halves[0]), store(products + EIGHT * (ROWS + r), halves[1]);
+    }
+}
+#endif
+
 // Of up to MOST_AT_ONCE rows, and of how many: 1, 2 or 4.
 template <class T>
 int eight_columns_of(int64_t rows, const ByteRows& x, int64_t row, const uint8_t* blocks, float* products) {

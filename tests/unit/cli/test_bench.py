@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from command_models import call
+from gguf_models import save_text_gguf
 from rich.console import Console
 from small_models import Fitted, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
 from fhopt.inspection.tables import throughput_table
+from fhopt.models import loader
 
 QUICK = ("--contexts", "40,96", "--decode", "8", "--rounds", "2")
 
@@ -39,6 +41,21 @@ def test_json_has_a_row_for_each_context_batch_and_cache(folder: Path, llama: Fi
     assert exact["decode_speedup"] == exact["prefill_speedup"] == exact["ratio"] == 1 and plan["ratio"] > 1.5
     assert plan["decode_speedup"] == plan["decode_tokens_per_second"] / exact["decode_tokens_per_second"]
     assert found["complete"] and found["plot_path"] == str(picture) and picture.stat().st_size > 1000
+
+
+def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    save_text_gguf(path, {"": "Q8_0"})
+    monkeypatch.setattr(loader, "load_model", lambda *_: pytest.fail("the file is dequantized"))
+    options = ("--contexts", "40", "--decode", "4", "--rounds", "1", "--keep-blocks")
+    found: dict[str, Any] = json.loads(call("bench", str(path), *options, "--json").stdout)
+    assert found["weights_in_blocks"] and found["complete"] and [row["cache"] for row in found["rows"]] == ["exact"]
+    assert "weights in blocks" in call("bench", str(path), *options).stdout
+    refused = call("bench", str(folder), *options)
+    assert refused.exit_code == 2 and "--keep-blocks is for GGUF files" in refused.stderr
 
 
 def test_a_table_is_printed_and_the_contexts_end_with_the_model(folder: Path) -> None:
@@ -72,7 +89,9 @@ def row(context: int, batch: int, cache: str) -> dict[str, Any]:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_a_terminal(width: int) -> None:
     rows = [row(c, b, name) for b in (1, 16) for c in (512, 131_072) for name in ("exact", "my-model-4x")]
-    about = {"model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "device": "cpu, 16 threads", "rounds": 3}
+    about = dict(
+        model="SmolLM2-135M-Instruct", dtype="bfloat16", device="cpu, 16 threads", rounds=3, weights_in_blocks=True
+    )
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(throughput_table(about | {"rows": rows}))
     lines = [line.rstrip() for line in console.export_text().splitlines()]

@@ -13,7 +13,7 @@ from quantized_blocks import HALVES, random_blocks
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
-from fhopt.codegen.cpu.skinny_linear import MOST_BLOCK_ROWS, MOST_ROWS, Blocks
+from fhopt.codegen.cpu.skinny_linear import DTYPES, MOST_BLOCK_ROWS, MOST_ROWS, Blocks
 from fhopt.hf import block_weight
 from fhopt.hf.block_weight import BlockWeight
 
@@ -40,15 +40,16 @@ def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int
     layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), torch.nn.Parameter(bias)
     with torch.no_grad():
         found, expected = layer(x), F.linear(x, whole, bias)
-        is_served = rows <= gguf_blocks.most_rows(format)
+        is_served = rows <= gguf_blocks.most_rows(format, x.dtype)
         assert (codegen.linear(x, layer.weight, bias) is not None) == is_served, "a kernel serves few rows"
     assert found.shape == expected.shape
     assert float((found - expected).norm()) <= 1e-4 * float(x.norm() * whole.norm())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_kernel_serves_as_many_rows_as_of_other_weights_or_more(format: int) -> None:
-    assert MOST_ROWS <= gguf_blocks.most_rows(format) <= MOST_BLOCK_ROWS
+def test_a_kernel_serves_as_many_rows_as_of_other_weights_or_more(format: int, dtype: torch.dtype) -> None:
+    assert MOST_ROWS <= gguf_blocks.most_rows(format, dtype) <= MOST_BLOCK_ROWS
 
 
 def test_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

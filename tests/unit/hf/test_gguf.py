@@ -88,7 +88,7 @@ def test_a_plan_of_the_dequantized_model_is_taken_and_layers_run_as_programs(
     kinds: dict[str, str], dtype: torch.dtype, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With prompts that are multiplied as the dequantized model's, or a last bit moves a number to the next code."""
-    monkeypatch.setattr(gguf_blocks, "most_rows", lambda format: MOST_ROWS)
+    monkeypatch.setattr(gguf_blocks, "most_rows", lambda format, dtype: MOST_ROWS)
     path = saved(kinds)
     whole = read_gguf(path, dtype)[0].eval()
     plan = coded(plans(lambda: read_gguf(path, torch.float32)[0].eval(), 8))
