@@ -138,9 +138,9 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def most_rows(format: int, dtype: torch.dtype) -> int:
-    """Return for how many rows of a type products with blocks are faster than with their numbers; or 0.
+    """Return for how many rows of an input products with blocks are faster than with their numbers.
 
-    dtype: one of DTYPES. 0: there is no compiler.
+    dtype: of the input, one of DTYPES. Without a compiler: 0.
     """
     loaded = library()
     return 0 if loaded is None else int(loaded.most_block_rows(format, DTYPES.index(dtype)))
@@ -161,8 +161,9 @@ def unpack(
 ) -> Tensor | None:  # fmt: skip
     """Return rows of a weight in a dtype of DTYPES: [first, end), or those of a list; None where there is no compiler.
 
-    which: int32 or int64 [rows], numbers of rows. memory: one-dimensional, of that dtype, where they are put if there
-    is room. Raises IndexError where there is no such row.
+    which: int32 or int64 [rows], numbers of rows. memory: of that dtype, [any number], dense, on the CPU; what is
+    returned is its beginning, if there is room. Raises IndexError where there is no such row, ValueError for other
+    memory.
     """
     rows = len(blocks.values)
     if which is not None:
@@ -172,6 +173,11 @@ def unpack(
         return None
     first, end, _ = slice(first, end).indices(rows)
     count = max(0, end - first) if which is None else len(which)
+    if memory is not None and (
+        memory.dtype != dtype or memory.dim() != 1 or memory.stride(0) != 1 or not memory.is_cpu
+    ):
+        about = f"{memory.dtype} {tuple(memory.shape)} on {memory.device}"
+        raise ValueError(f"memory for numbers is {about}; expected {dtype}, one dimension, dense, on the CPU.")
     if memory is None or memory.numel() < count * blocks.width:
         memory = torch.empty(count * blocks.width, dtype=dtype)
     numbers = memory[: count * blocks.width].view(count, blocks.width)

@@ -30,16 +30,23 @@ _aten = torch.ops.aten
 
 
 class _Memory(threading.local):
-    """Of a thread: what parts of weights are dequantized to. Pages of new memory take longer than dequantizing."""
+    """What parts of weights are dequantized to in a thread, as long as it lives: PART floats.
 
-    def __init__(self) -> None:
-        self.of: dict[torch.dtype, Tensor] = {}
+    Pages of new memory take longer than dequantizing.
+    """
 
-    def for_part(self, dtype: torch.dtype) -> Tensor:
-        """Return memory for PART numbers of a dtype, [PART]."""
-        if dtype not in self.of:
-            self.of = {dtype: torch.empty(PART, dtype=dtype)}
-        return self.of[dtype]
+    bytes: Tensor | None = None
+
+    def of(self, dtype: torch.dtype) -> Tensor | None:
+        """Return memory for PART numbers of a dtype that kernels know, [PART]; None for others."""
+        if dtype not in skinny_linear.DTYPES:
+            return None
+        if self.bytes is None or self.bytes.numel() != 4 * PART:
+            made = torch.empty(4 * PART, dtype=torch.uint8, device="cpu")
+            if type(made) is not Tensor:  # of a mode, such as that of fake tensors
+                return None
+            self.bytes = made
+        return self.bytes.view(dtype)[:PART]
 
 
 _memory = _Memory()
@@ -159,7 +166,7 @@ def rows_of(
 ) -> Tensor:  # fmt: skip
     """Return rows [first, end) of a weight, or those of a list. Raises IndexError where there is no such row.
 
-    memory: of the dtype, if it is one of DTYPES; where rows may be put.
+    memory: as of `gguf_blocks.unpack`, of the dtype; rows that were put there last until the next are.
     """
     unpacked = dtype if dtype in skinny_linear.DTYPES else torch.float32
     found = gguf_blocks.unpack(blocks, unpacked, first, end, which, memory)
@@ -186,7 +193,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return found
     output = input.new_empty((*input.shape[:-1], blocks.shape[0]))
     step = max(gguf_blocks.EIGHT, PART // blocks.width // gguf_blocks.EIGHT * gguf_blocks.EIGHT)
-    memory = _memory.for_part(input.dtype) if input.dtype in skinny_linear.DTYPES else None
+    memory = _memory.of(input.dtype)
     for first in range(0, blocks.shape[0], step):
         part = slice(first, first + step)
         rows = rows_of(blocks, input.dtype, first, first + step, memory=memory)

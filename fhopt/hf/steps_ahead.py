@@ -60,26 +60,30 @@ def _reference(x: Any) -> Callable[[], Any]:
 
 
 @dataclass(eq=False, slots=True)
-class _Seen:
-    """A tensor as a step has read it: where its numbers stand, 0 where they are not dense, and what they are."""
+class _AsRead:
+    """A tensor, and what it was when steps read it: its shape, where it stood, its numbers in order."""
 
     tensor: Tensor
+    shape: torch.Size
     address: int
-    bytes: bytes
+    numbers: bytes
 
     @staticmethod
-    def of(tensor: Tensor) -> _Seen:
+    def of(tensor: Tensor) -> _AsRead:
         """Return a tensor as it is now."""
-        return _Seen(tensor, tensor.data_ptr() if tensor.is_contiguous() else 0, _bytes(tensor))
+        return _AsRead(tensor, tensor.shape, tensor.data_ptr(), _numbers(tensor))
 
     def is_unchanged(self) -> bool:
-        """Return whether its numbers are what they were."""
-        if not self.address:
-            return self.bytes == _bytes(self.tensor)
-        return self.tensor.data_ptr() == self.address and string_at(self.address, len(self.bytes)) == self.bytes
+        """Return whether it has the shape and the numbers that it had."""
+        tensor = self.tensor
+        if tensor.shape != self.shape:
+            return False
+        if tensor.data_ptr() == self.address and tensor.is_contiguous():
+            return string_at(self.address, len(self.numbers)) == self.numbers
+        return _numbers(tensor) == self.numbers
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _numbers(tensor: Tensor) -> bytes:
     dense = tensor.contiguous()
     return string_at(dense.data_ptr(), dense.numel() * dense.element_size())
 
@@ -91,7 +95,7 @@ class _Ahead:
     ready: ReadyStep
     x: Tensor
     others: _Others
-    read: list[_Seen]
+    inputs: list[_AsRead]
 
     def is_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call is the expected one, and the layer of the cache is what it was."""
@@ -99,7 +103,7 @@ class _Ahead:
             return False
         if torch.is_autocast_enabled("cpu"):
             return False
-        return all(seen.is_unchanged() for seen in self.read) and self.ready.step.is_unchanged()
+        return all(x.is_unchanged() for x in self.inputs) and self.ready.step.is_unchanged()
 
 
 class Walk(threading.local):
@@ -144,9 +148,12 @@ class Walk(threading.local):
             self._chains[state] = StepChain.of(state, ready, behind)
         run_steps([ready.step, *[step.step for _, _, step in behind]])
         others = _Others(args, kwargs)
-        read = {id(x): x for _, _, step in behind for x in step.read}  # most of it by every layer
-        seen = {which: _Seen.of(x) for which, x in read.items()}
-        self._ahead = {who: _Ahead(step, x, others, [seen[id(x)] for x in step.read]) for who, x, step in behind}
+        as_read: dict[int, _AsRead] = {}  # most tensors are read by every layer
+        for who, x, step in behind:
+            for tensor in step.read:
+                if id(tensor) not in as_read:
+                    as_read[id(tensor)] = _AsRead.of(tensor)
+            self._ahead[who] = _Ahead(step, x, others, [as_read[id(tensor)] for tensor in step.read])
         ready.step.finish()
         self._last = state, ready.output, others
         return ready.result

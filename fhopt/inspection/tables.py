@@ -344,12 +344,16 @@ def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: st
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
+def throughput_heading(result: Mapping[str, Any]) -> str:
+    """Return what `fhopt bench` measured, in one line."""
+    weights = ", weights in blocks" if result["weights_in_blocks"] else ""
+    return f"{result['model']}: {result['dtype']}{weights} on {result['device']}, medians of {result['rounds']} rounds"
+
+
 def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
     rows, batches = result["rows"], {row["batch"] for row in result["rows"]}
-    weights = ", weights in blocks" if result["weights_in_blocks"] else ""
-    about = f"{result['model']}: {result['dtype']}{weights} on {result['device']}, medians of {result['rounds']} rounds"
-    table = light_table(Text(about))
+    table = light_table(Text(throughput_heading(result)))
     names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
     names += ["prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes"]
     for name in names:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fhopt.files import check_picture
 from fhopt.inspection.plots import save_figure
+from fhopt.inspection.tables import throughput_heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> Path:
     for axes, (field, title, unit) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _panel(axes, result["rows"], field, unit)
         axes.set(title=title, xlabel="context, tokens", ylim=(0, None))
-    figure.suptitle(f"{result['model']}: {result['dtype']} on {result['device']}, medians of {result['rounds']} rounds")
+    figure.suptitle(throughput_heading(result))
     save_figure(figure, path)
     return path
 

@@ -35,6 +35,13 @@
 #include "gguf_formats.h"
 #include "gguf_blocks.h"
 
+// Columns of an output: those of eight rows of a weight, or of what is left of them.
+struct Eight {
+    int64_t first, count;
+    const uint8_t* blocks;
+    float added[EIGHT];  // of a bias
+};
+
 // Products of one input with columns [begin, end) of a weight; begin is a multiple of EIGHT.
 template <class T>
 void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, int64_t end) {
@@ -42,39 +49,43 @@ void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, 
     auto* output = static_cast<uint8_t*>(its.output);
     const Type written = its.is_float ? FLOAT32 : type;
     const auto* weight = static_cast<const uint8_t*>(its.weight);
-    const auto write = [&](int64_t row, int64_t rows, int64_t first, int64_t count, float* products) {
-        float added[EIGHT] = {};
-        if (bias) to_floats(bias + first * bytes_of(type), type, count, added);
-        for (int64_t r = 0; r < rows; r++) {
-            for (int i = 0; i < EIGHT; i++) products[r * EIGHT + i] += added[i];
-            uint8_t* to = output + ((row + r) * its.columns + first) * bytes_of(written);
-            from_floats(products + r * EIGHT, written, count, to);
+    const auto eight_of = [&](int64_t first, int64_t count, const uint8_t* blocks) {
+        Eight eight = {first, count, blocks, {}};
+        if (bias) to_floats(bias + first * bytes_of(type), type, count, eight.added);
+        return eight;
+    };
+    const auto write = [&](const Eight& eight, int64_t row, int64_t rows, const float* products) {
+        for (int64_t r = row; r < row + rows; r++, products += EIGHT) {
+            float sums[EIGHT];
+            for (int i = 0; i < EIGHT; i++) sums[i] = products[i] + eight.added[i];
+            from_floats(sums, written, eight.count, output + (r * its.columns + eight.first) * bytes_of(written));
         }
     };
-    const auto columns = [&](int64_t begin, int64_t end, int64_t first_row) {
-        const auto add = [&](int64_t first, int64_t count, const uint8_t* blocks) {
+    const auto multiply_from = [&](const Eight& eight, int64_t row) {  // of the input
+        for (int64_t rows; row < its.rows; row += rows) {
             float products[MOST_AT_ONCE * EIGHT];
-            for (int64_t row = first_row, rows; row < its.rows; row += rows) {
-                rows = eight_columns_of<T>(its.rows - row, x, row, blocks, products);
-                write(row, rows, first, count, products);
-            }
-        };
-        for_eights<T>(weight, its.weight_row, its.columns, begin, end, add);
+            rows = eight_columns_of<T>(its.rows - row, x, row, eight.blocks, products);
+            write(eight, row, rows, products);
+        }
     };
-#if defined(SIXTEEN_COLUMNS)
-    const int64_t whole = std::min(end, its.columns / EIGHT * EIGHT), fours = its.rows / MOST_AT_ONCE * MOST_AT_ONCE;
-    const int64_t pairs = begin;
-    for (; fours && begin + 2 * EIGHT <= whole; begin += 2 * EIGHT) {
-        const uint8_t *blocks = weight + begin * its.weight_row, *next = blocks + EIGHT * its.weight_row;
-        for (int64_t row = 0; row < fours; row += MOST_AT_ONCE) {
-            float products[2][MOST_AT_ONCE * EIGHT];
-            sixteen_columns<T, MOST_AT_ONCE>(x, row, blocks, next, products[0]);
-            for (int i = 0; i < 2; i++) write(row, MOST_AT_ONCE, begin + i * EIGHT, EIGHT, products[i]);
+    int64_t next = begin;
+    if constexpr (HAS_SIXTEEN_COLUMNS) {
+        const int64_t fours = its.rows / MOST_AT_ONCE * MOST_AT_ONCE, whole = its.columns / EIGHT * EIGHT;
+        for (; fours && next + 2 * EIGHT <= std::min(end, whole); next += 2 * EIGHT) {
+            const uint8_t* blocks = weight + next * its.weight_row;
+            const Eight both[2] = {eight_of(next, EIGHT, blocks),
+                                   eight_of(next + EIGHT, EIGHT, blocks + EIGHT * its.weight_row)};
+            for (int64_t row = 0; row < fours; row += MOST_AT_ONCE) {
+                float products[2][MOST_AT_ONCE * EIGHT];
+                sixteen_columns<T>(x, row, both[0].blocks, both[1].blocks, products[0]);
+                for (int i = 0; i < 2; i++) write(both[i], row, MOST_AT_ONCE, products[i]);
+            }
+            for (const Eight& eight : both) multiply_from(eight, fours);
         }
     }
-    if (fours < its.rows) columns(pairs, begin, fours);
-#endif
-    columns(begin, end, 0);
+    for_eights<T>(
+        weight, its.weight_row, its.columns, next, end,
+        [&](int64_t first, int64_t count, const uint8_t* blocks) { multiply_from(eight_of(first, count, blocks), 0); });
 }
 
 constexpr int64_t SPLIT_ROWS = 16;  // of the input that are split into bytes, and multiplied, at once
@@ -130,22 +141,22 @@ extern "C" void block_group(const Skinny* all, int64_t count) {
     }
 }
 
-// For how many rows of a type products are faster than with the numbers that blocks stand for, as measured: where codes
-// take few operations, for more; for fewer where a CPU multiplies bfloat16 as it is, or has wide vectors for floats but
-// no products of bytes.
+// For how many rows of a type products are faster than with the numbers that blocks stand for. Measured on Zen 3 with
+// AVX2, where all types are multiplied as floats, and on Zen 5 with AVX-512 VNNI, which multiplies bfloat16 as it is;
+// AMX multiplies that faster still, and there, as without products of bytes of the width of those of floats, blocks are
+// left to few rows.
 extern "C" int64_t most_block_rows([[maybe_unused]] int64_t format, [[maybe_unused]] int64_t type) {
-#if defined(SIXTEEN_COLUMNS)
-#if defined(__AVX512BF16__)
-    const int64_t most = format == Q4_0 || format == Q4_1                                       ? 96
-                         : format == Q2_K || format == Q4_K || format == Q5_K || format == Q8_0 ? 48
-                                                                                                : 32;
-    if (type == BFLOAT16) return most;
+    [[maybe_unused]] const bool is_light = format == Q4_0 || format == Q4_1;
+#if defined(__AMX_BF16__)
+    if (type == BFLOAT16) return SPLIT_ROWS;
+#elif defined(__AVX512BF16__)
+    const bool is_heavy = format == Q3_K || format == Q6_K || format == IQ4_NL || format == IQ4_XS;
+    if (HAS_SIXTEEN_COLUMNS && type == BFLOAT16) return is_light ? 96 : is_heavy ? 32 : 48;
 #endif
-    return 128;
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-    return format == Q4_0 || format == Q4_1 ? 128 : format == Q4_K ? 64 : 48;
+#if defined(__AVX512F__) || !defined(__AVX2__)
+    return HAS_SIXTEEN_COLUMNS ? 128 : SPLIT_ROWS;
 #else
-    return SPLIT_ROWS;
+    return is_light ? 128 : format == Q4_K ? 64 : 48;
 #endif
 }
 

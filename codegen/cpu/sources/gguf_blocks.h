@@ -72,7 +72,7 @@ struct Word {
     }
 };
 
-// Float16 numbers, bytes and signed bytes of the heads of eight blocks.
+// Float16 numbers of the heads of eight blocks; eight bytes or signed bytes, of these or others.
 INLINE Floats8 halves_at(const uint8_t* blocks, int at) {
     Halves8 halves;
     std::memcpy(&halves, blocks + EIGHT * at, sizeof halves);
@@ -95,6 +95,15 @@ INLINE Ints8 bytes_at(const uint8_t* blocks, int at) {
     return (Ints8)(std::is_signed_v<Byte> ? _mm256_cvtepi8_epi32(loaded) : _mm256_cvtepu8_epi32(loaded));
 #else
     return __builtin_convertvector(eight, Ints8);
+#endif
+}
+
+// sum + x * w, as `add_product`.
+INLINE Floats8 add_eight(Floats8 sum, Floats8 x, Floats8 w) {
+#if defined(__FMA__)
+    return (Floats8)_mm256_fmadd_ps((__m256)x, (__m256)w, (__m256)sum);
+#else
+    return sum + x * w;
 #endif
 }
 
@@ -508,8 +517,10 @@ void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float*
                 });
                 const Scales its = scales.of[chunk * T::CHUNK * T::PARTS + PART];
                 UNROLL(4) for (int r = 0; r < ROWS; r++) {
-                    totals[r] += as_floats(sums[r].sums) * (its.scale * unit[r][group]);
-                    if (T::OFFSET) totals[r] += its.offset * sum[r][group * T::PARTS + PART % T::PARTS];
+                    totals[r] = add_eight(totals[r], as_floats(sums[r].sums), its.scale * unit[r][group]);
+                    if (!T::OFFSET) continue;
+                    totals[r] = add_eight(totals[r], its.offset,
+                                          sum[r][group * T::PARTS + PART % T::PARTS] - Floats8{});
                 }
             });
         }
@@ -519,8 +530,12 @@ void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float*
 
 constexpr int MOST_AT_ONCE = 4;  // rows of the input that are multiplied with a block
 
+// Products of MOST_AT_ONCE rows of the input, from `row` on, with two eights of rows of a weight: [2, MOST_AT_ONCE, 8].
+template <class T>
+void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const uint8_t* second, float* products);
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define SIXTEEN_COLUMNS
+constexpr bool HAS_SIXTEEN_COLUMNS = true;
 
 // Two vectors as one.
 template <class Wide, class Half>
@@ -538,20 +553,22 @@ struct WideSums {
             int32_t bits;
             std::memcpy(&bits, four, sizeof bits);
             __m512i x = _mm512_set1_epi32(bits);
-            if (T::SIGNED) x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+            if constexpr (T::SIGNED) x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
             return _mm512_dpbusd_epi32(to, codes, x);
         };
         upper = added(upper, high), lower = added(lower, low);
     }
+    INLINE Floats16 floats() const {
+        return __builtin_convertvector((Ints16)upper * ByteRows::RADIX + (Ints16)lower, Floats16);
+    }
 };
 
-// Products of ROWS rows of the input, from `row` on, with two eights of rows of a weight: [2, ROWS, 8].
-template <class T, int ROWS>
+template <class T>
 void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const uint8_t* second, float* products) {
-    constexpr int WORDS = 8 / T::PARTS;
-    const int64_t width = x.width;
+    constexpr int WORDS = 8 / T::PARTS, ROWS = MOST_AT_ONCE;
+    const int64_t width = x.width, groups = width / GROUP;
     const int8_t *high = x.high + row * width, *low = x.low + row * width;
-    const float *unit = x.unit + row * (width / GROUP), *sum = x.sum[T::PARTS - 1] + row * (width / GROUP) * T::PARTS;
+    const float *unit = x.unit + row * groups, *sum = x.sum[T::PARTS - 1] + row * groups * T::PARTS;
     Floats16 totals[ROWS] = {};
     for (int64_t at = 0; at < width; at += NUMBERS<T>, first += EIGHT * BYTES<T>, second += EIGHT * BYTES<T>) {
         for (int p = 0; p < EIGHT * BYTES<T>; p += 64) {
@@ -566,11 +583,10 @@ void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const
                 const uint8_t *one = read_again(first), *other = read_again(second);
                 each(Upto<WORDS>(), [&](auto word) INLINE_CALL {
                     constexpr int WORD = FIRST + decltype(word)::value;
-                    const Codes a = T::template codes<AT>(Word<WORD>{one}, chunk);
-                    const Codes b = T::template codes<AT>(Word<WORD>{other}, chunk);
-                    __m512i codes = joined<__m512i>(a, b);
-                    const __mmask64 negative = T::SIGNED ? _mm512_movepi8_mask(codes) : 0;
-                    if (T::SIGNED) codes = _mm512_abs_epi8(codes);
+                    __m512i codes = (__m512i)joined<Ints16>(T::template codes<AT>(Word<WORD>{one}, chunk),
+                                                            T::template codes<AT>(Word<WORD>{other}, chunk));
+                    __mmask64 negative = 0;
+                    if constexpr (T::SIGNED) negative = _mm512_movepi8_mask(codes), codes = _mm512_abs_epi8(codes);
                     UNROLL(4) for (int r = 0; r < ROWS; r++) {
                         const int64_t four = r * width + GROUP * group + 4 * WORD;
                         sums[r].add(codes, negative, high + four, low + four);
@@ -580,10 +596,10 @@ void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const
                 const Floats16 scale = joined<Floats16>(scales.of[number].scale, others.of[number].scale);
                 const Floats16 offset = joined<Floats16>(scales.of[number].offset, others.of[number].offset);
                 UNROLL(4) for (int r = 0; r < ROWS; r++) {
-                    const Ints16 whole = (Ints16)sums[r].upper * ByteRows::RADIX + (Ints16)sums[r].lower;
-                    const int64_t of_row = r * (width / GROUP) + group;
-                    totals[r] += __builtin_convertvector(whole, Floats16) * (scale * unit[of_row]);
-                    if (T::OFFSET) totals[r] += offset * sum[of_row * T::PARTS + PART % T::PARTS];
+                    const int64_t its = r * groups + group;
+                    totals[r] = add_product(totals[r], sums[r].floats(), scale * unit[its]);
+                    if (!T::OFFSET) continue;
+                    totals[r] = add_product(totals[r], offset, sum[its * T::PARTS + PART % T::PARTS] - Floats16{});
                 }
             });
         }
@@ -594,6 +610,8 @@ void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const
         store(products + EIGHT * r, halves[0]), store(products + EIGHT * (ROWS + r), halves[1]);
     }
 }
+#else
+constexpr bool HAS_SIXTEEN_COLUMNS = false;
 #endif
 
 // Of up to MOST_AT_ONCE rows, and of how many: 1, 2 or 4.
@@ -622,16 +640,16 @@ INLINE void unpack_eight(const uint8_t* blocks, float* to) {
                 const Scales its = scales.of[group * T::PARTS + part];
                 store(scale[part], its.scale), store(offset[part], its.offset);
             }
+            typedef std::conditional_t<T::SIGNED, int8_t, uint8_t> Byte;
             for (int r = 0; r < EIGHT; r++) {
-                uint32_t of_row[8];
+                uint32_t of_row[8];  // codes of a group
                 for (int i = 0; i < 8; i++) of_row[i] = words[i][r];
-                for (int i = 0; i < GROUP / EIGHT; i++) {
-                    const int part = i * T::PARTS * EIGHT / GROUP;
-                    const auto* codes = reinterpret_cast<const uint8_t*>(of_row);
-                    typedef std::conditional_t<T::SIGNED, int8_t, uint8_t> Byte;
-                    Floats8 numbers = as_floats(bytes_at<Byte>(codes, i)) * scale[part][r];
+                const auto* codes = reinterpret_cast<const uint8_t*>(of_row);
+                for (int at = 0; at < GROUP; at += 8) {  // numbers of a vector
+                    const int part = at / (GROUP / T::PARTS);
+                    Floats8 numbers = as_floats(bytes_at<Byte>(codes, at / 8)) * scale[part][r];
                     if (T::OFFSET) numbers += offset[part][r];
-                    store(to + r * NUMBERS<T> + GROUP * group + EIGHT * i, numbers);
+                    store(to + r * NUMBERS<T> + GROUP * group + at, numbers);
                 }
             }
         });

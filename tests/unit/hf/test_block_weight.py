@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from needs import needs_compiler
 from quantized_blocks import HALVES, random_blocks
+from torch import Tensor
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
@@ -31,10 +33,11 @@ def weight_of(format: int = 12, dtype: torch.dtype = torch.float32, rows: int = 
     return BlockWeight(random_blocks(format, rows, width), dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 128, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 49, 128, 200])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int) -> None:
-    weight, x, bias = weight_of(format), torch.randn(2, rows, 512)[:1], torch.randn(50)
+def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int, dtype: torch.dtype) -> None:
+    weight, x, bias = weight_of(format, dtype), torch.randn(2, rows, 512)[:1].to(dtype), torch.randn(50).to(dtype)
     whole = weight.dequantize()
     layer = torch.nn.Linear(512, 50, device="meta")
     layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), torch.nn.Parameter(bias)
@@ -42,8 +45,9 @@ def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int
         found, expected = layer(x), F.linear(x, whole, bias)
         is_served = rows <= gguf_blocks.most_rows(format, x.dtype)
         assert (codegen.linear(x, layer.weight, bias) is not None) == is_served, "a kernel serves few rows"
-    assert found.shape == expected.shape
-    assert float((found - expected).norm()) <= 1e-4 * float(x.norm() * whole.norm())
+    assert found.shape == expected.shape and found.dtype == dtype
+    rounding = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert float((found - expected).float().norm()) <= rounding * float(x.float().norm() * whole.float().norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,6 +61,30 @@ def test_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     expected = F.linear(x, weight)
     monkeypatch.setattr(block_weight, "PART", 7 * 512)
     assert torch.allclose(F.linear(x, weight), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_dequantized_to_memory_that_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that outputs do not stand in. 200 rows of an input are more than the kernel of blocks takes."""
+    monkeypatch.setattr(block_weight, "PART", 16 * 512)  # of 50 rows
+    weights = [weight_of(dtype=dtype) for _ in range(2)]
+    x, bias = torch.randn(200, 512).to(dtype), torch.randn(50).to(dtype)
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [F.linear(x, weight, bias) for weight in weights]
+
+    with torch.inference_mode():
+        first = [F.linear(x, weight, bias) for weight in weights]
+    places = {block_weight._memory.of(kind).data_ptr() for kind in DTYPES}  # type: ignore[union-attr]
+    assert len(places) == 1 and block_weight._memory.of(torch.float64) is None
+    with ThreadPoolExecutor(2) as threads:
+        others = [thread.result() for thread in [threads.submit(run) for _ in range(8)]]
+    for found in (first, run(), *others):
+        for y, weight in zip(found, weights, strict=True):
+            expected = F.linear(x.float(), weight.dequantize().float(), bias.float())
+            rounding = 1e-4 if dtype == torch.float32 else 1e-2
+            assert float((y.float() - expected).norm()) <= rounding * float(expected.norm())
 
 
 def test_gradients_go_to_the_input_alone() -> None:

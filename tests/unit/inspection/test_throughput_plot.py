@@ -15,7 +15,8 @@ from fhopt.inspection.throughput_plot import PANELS, plot_throughput
 def result(*batches: int) -> dict[str, Any]:
     fields = {field: 10.0 for field, _, _ in PANELS}
     rows = [{"context": c, "batch": b, "cache": name, **fields} for b in batches for c in (512, 2048) for name in "ep"]
-    return {"model": "m", "dtype": "float32", "device": "cpu", "rounds": 3, "rows": rows}
+    about = dict(model="m", dtype="float32", weights_in_blocks=True, device="cpu", rounds=3)
+    return about | {"rows": rows}
 
 
 @pytest.mark.parametrize("batches", [(1,), (1, 4)])
@@ -26,6 +27,7 @@ def test_a_line_is_drawn_for_each_cache_and_batch(
     svg = plot_throughput(result(*batches), tmp_path / "plot.svg").read_text()
     for _, title, _ in PANELS:
         assert f">{title}</text>" in svg
+    assert "m: float32, weights in blocks on cpu, medians of 3 rounds" in svg
     assert (">p, batch 4</text>" in svg) == (len(batches) > 1) and ">2,048</text>" in svg
 
 

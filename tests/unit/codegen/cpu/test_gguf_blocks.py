@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import struct
 from typing import Any
 
@@ -16,10 +17,12 @@ from quantized_blocks import HALVES, random_blocks, random_rows
 from torch import Tensor
 
 from fhopt import codegen
+from fhopt.codegen.compiler import load
 from fhopt.codegen.cpu import gguf_blocks
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
 from fhopt.codegen.layers import lowering
 from fhopt.codegen.source_files import read_source
+from fhopt.hardware.this_cpu import vector_units
 
 gguf: Any = pytest.importorskip("gguf")
 pytestmark = needs_compiler
@@ -120,9 +123,10 @@ def test_a_number_of_any_size_counts_beside_others(format: int) -> None:
     assert float((product(x, blocks) - x @ numbers.T).norm()) <= 1e-4 * float(x.norm() * numbers[:, :32].norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_number_depends_on_neither_threads_nor_other_rows(format: int) -> None:
-    blocks, x = random_blocks(format, 700, 768), torch.randn(7, 768).bfloat16()
+def test_a_number_depends_on_neither_threads_nor_other_rows(format: int, dtype: torch.dtype) -> None:
+    blocks, x = random_blocks(format, 700, 768), torch.randn(7, 768).to(dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -133,38 +137,40 @@ def test_a_number_depends_on_neither_threads_nor_other_rows(format: int) -> None
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [[1], [0, 4]])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_no_number_is_seen(format: int, broken: float) -> None:
-    blocks, x = random_blocks(format, 20, 512), torch.randn(2, 512)
-    x[1, 300] = broken
+def test_what_is_no_number_is_seen(format: int, broken: float, rows: list[int]) -> None:
+    blocks, x = random_blocks(format, 20, 512), torch.randn(5, 512)
+    x[rows, 300] = broken
     found = product(x, blocks)
-    assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
+    others = [r for r in range(5) if r not in rows]
+    assert bool(found[others].isfinite().all()) and not bool(found[rows].isfinite().any())
 
 
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_largest_codes_and_inputs_have_room(format: int, byte: int) -> None:
     """Sums of products of bytes are of 16 bits for a while."""
-    rows = np.full((9, gguf_blocks.row_bytes(format, 512)), byte, np.uint8)
+    rows = np.full((25, gguf_blocks.row_bytes(format, 512)), byte, np.uint8)
     blocks_of_rows = rows.reshape(-1, gguf_blocks.FORMATS[format][1])
     for at in HALVES[format]:
         blocks_of_rows[:, at : at + 2] = np.full((len(blocks_of_rows), 1), 0.01, np.float16).view(np.uint8)
     blocks = gguf_blocks.arranged(rows, format, 512)
     ones = torch.ones(512)
-    x = torch.stack([ones, -ones, ones - 2 * (torch.arange(512) % 2), ones - 2 * (torch.arange(512) // 2 % 2)])
+    x = torch.stack([ones, -ones, ones - 2 * (torch.arange(512) % 2), ones - 2 * (torch.arange(512) // 2 % 2), ones])
     expected = x.double() @ numbers_of(blocks).double().T
     size = x.double().norm(dim=1)[:, None] * numbers_of(blocks).double().norm(dim=1)
     assert bool(((product(x, blocks).double() - expected).abs() <= 1e-4 * size + 1e-12).all())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 5, 40])
 @pytest.mark.parametrize("is_float", [False, True])
 def test_products_of_one_input_with_several_weights(is_float: bool, rows: int, threads: int) -> None:
     """As layer programs ask for them. Numbers of the input are of floats where a program computed them."""
-    format, width = 12, 512
-    weights = [random_blocks(format, columns, width, columns) for columns in (21, 8, 13)]
+    format, width = 12, 1024
+    weights = [random_blocks(format, columns, width, columns) for columns in (210, 80, 135)]  # worth three threads
     x = torch.randn(rows, width).bfloat16()
     given = x.float() if is_float else x
     made = [torch.zeros(rows, len(b.values), dtype=given.dtype) for b in weights]
@@ -180,6 +186,44 @@ def test_products_of_one_input_with_several_weights(is_float: bool, rows: int, t
     for blocks, y in zip(weights, made, strict=True):
         expected = product(x, blocks)
         assert torch.equal(y.bfloat16(), expected)
+
+
+def test_rows_are_unpacked_into_memory_where_there_is_room() -> None:
+    blocks = random_blocks(12, 37, 512)
+    expected, memory = gguf_blocks.unpack(blocks, torch.float32), torch.zeros(20 * 512)
+    some = gguf_blocks.unpack(blocks, torch.float32, 5, 25, memory=memory)
+    assert expected is not None and some is not None
+    assert some.data_ptr() == memory.data_ptr() and torch.equal(some, expected[5:25])
+    more = gguf_blocks.unpack(blocks, torch.float32, 0, 21, memory=memory)
+    assert more is not None and more.data_ptr() != memory.data_ptr() and torch.equal(more, expected[:21])
+    assert torch.equal(some, expected[5:25])
+    for other in (memory.half(), memory.view(2, -1), memory[::2]):
+        with pytest.raises(ValueError, match=r"expected torch\.float32, one dimension, dense, on the CPU"):
+            gguf_blocks.unpack(blocks, torch.float32, 0, 2, memory=other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86-64")
+@pytest.mark.parametrize("isa", ["x86-64", "x86-64-v2", "x86-64-v3", "alderlake", "x86-64-v4", "cascadelake"])
+def test_products_of_another_instruction_set_are_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {"alderlake": "AVX-VNNI", "x86-64-v4": "AVX-512", "cascadelake": "AVX-512 VNNI", "x86-64-v3": "AVX2"}
+    if needed.get(isa, "") not in ("", *vector_units()):
+        pytest.skip(f"this CPU has no {needed[isa]}")
+    x, numbers = torch.randn(7, 768), {}
+    for format in FORMATS:
+        blocks = random_blocks(format, 43, 768)
+        numbers[format] = blocks, product(x, blocks), gguf_blocks.unpack(blocks, torch.float32)
+    monkeypatch.setenv("FHOPT_ISA", isa)
+    library = load(gguf_blocks.NAME, gguf_blocks.render())
+    for format, (blocks, expected, unpacked) in numbers.items():
+        made = torch.zeros(7, 43)
+        call = SKINNY.pack(
+            7, 768, 43, 1, lowering._FORMATS * format, x.data_ptr(), 768, blocks.values.data_ptr(),
+            blocks.values.stride(0), 0, made.data_ptr(), 0, True,
+        )  # fmt: skip
+        library.block_group(call, ctypes.c_int64(1))
+        assert unpacked is not None
+        assert float((made - expected).norm()) <= 1e-5 * float(x.norm() * unpacked.norm())
 
 
 def test_programs_and_kernels_name_formats_alike() -> None:
