@@ -19,7 +19,9 @@ from results_page import RESULTS, ROOT, Results, number, table
 
 README = ROOT / "README.md"
 WIDTH = 120
-QUALITY = "quality-SmolLM2-135M-Instruct"  # plans of the default options beside many methods
+MODEL = "SmolLM2-135M-Instruct"
+QUALITY = f"quality-{MODEL}"  # plans of the default options beside many methods
+SMALL_WEIGHTS = re.compile("Q4_0|int[48]")  # in names of engines, of 4 or 8 bits
 CALIBRATED = ("source", "docstrings", "topics", "mixture")  # texts of the kinds that calibrated the plans
 FHOPT = "fhopt"
 SIZES = 4.0, 8.0  # times smaller than a 16-bit cache: rivals are compared at the sizes nearest to them
@@ -129,7 +131,10 @@ def _speed(results: Results) -> str:
 
 def _engines(results: Results) -> str:
     """State how fast tokens are generated behind the longest prompt, with each vector unit that was measured."""
-    rows = [r for r in results.of("decode_tokens_per_second") if r["case"].split("/")[2] == "1"]
+    rows = [
+        row for row in results.of("decode_tokens_per_second")
+        if row["case"].split("/")[::2][:2] == [MODEL, "1"] and not SMALL_WEIGHTS.search(row["impl"])
+    ]  # fmt: skip
     longest = max(int(row["case"].split("/")[1]) for row in rows)
     units: dict[str, dict[str, float]] = {}
     for row in rows:

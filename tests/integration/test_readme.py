@@ -95,8 +95,17 @@ def test_other_figures_in_the_files_are_other_figures_in_the_text(tmp_path: Path
         for metric in ("perplexity_increase_percent", "kl")
     ]
     (tmp_path / f"{quality}.json").write_text(json.dumps(content))
+    peers = json.loads((tmp_path / "peers.json").read_text())
+    for model, impl, value in (
+        ("SmolLM2-135M-Instruct", "fhopt 4x", 6543.0), ("SmolLM2-135M-Instruct", "llama.cpp F16, K/V f16", 7654.0),
+        ("SmolLM2-135M-Instruct", "llama.cpp Q4_0, K/V f16", 8765.0), ("another", "fhopt 4x", 9876.0),
+    ):  # fmt: skip
+        row = {"case": f"{model}/8000/1/AVX512", "impl": impl, "metric": "decode_tokens_per_second", "value": value}
+        peers["rows"].append(row | {"unit": "1/s"})
+    (tmp_path / "peers.json").write_text(json.dumps(peers))
     changed = figures().filled(README.read_text(), tmp_path)
     assert "changes by +12.50 % (worst text +12.50 %)" in changed
+    assert all((str(value) in changed) == shown for value, shown in ((6543, 1), (7654, 1), (8765, 0), (9876, 0)))
     assert "| newest, 3.5 bits | 4.2x | +0.50 % | +0.50 % | 0.5000 |" in changed
     assert re.search(r"^[ .\d]+\|.*\+", figures().chart(tmp_path), flags=re.M) and "+ others" in changed
 
