@@ -1,5 +1,5 @@
 //: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and turning.h, and needs
-//: <algorithm>, <cmath>, <cstdint>, <cstring> and <vector>.
+//: <algorithm>, <cmath>, <cstdint>, <cstring>, <utility> and <vector>.
 // ------------------------------------------------------------------------------------------------ a KV cache
 
 // A kernel and what it is called with, but for queries and results. run: null where there is no such part.
@@ -25,6 +25,7 @@ struct CacheMean {
     float dot(const float* query, int64_t b, int64_t h) const {
         const float* mean = of(b, h);
         float sum = 0;
+#pragma omp simd reduction(+ : sum)
         for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
         return sum;
     }
@@ -129,12 +130,21 @@ void times_rows(const float* x, int64_t step, const T* basis, int64_t n, int64_t
     }
 }
 
+// The same of `count` rows: 2 more than the numbers of the sequence say.
+template <int... I, class T>
+void times_some(std::integer_sequence<int, I...>, int64_t count, const float* x, int64_t step, const T* basis,
+                int64_t n, int64_t m, float* y, int64_t out) {
+    ((count == I + 2 ? times_rows<I + 2>(x, step, basis, n, m, y, out) : void()), ...);
+}
+
 template <class T>
 void times_all(const float* x, int64_t rows, int64_t step, const T* basis, int64_t n, int64_t m, float* y,
                int64_t out) {
     int64_t r = 0;
-    for (; m >= STRIP && r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
-        times_rows<ROWS_AT_ONCE>(x + r * step, step, basis, n, m, y + r * out, out);
+    for (int64_t count; m >= STRIP && rows - r > 1; r += count) {
+        count = std::min<int64_t>(rows - r, ROWS_AT_ONCE);
+        times_some(std::make_integer_sequence<int, ROWS_AT_ONCE - 1>(), count, x + r * step, step, basis, n, m,
+                   y + r * out, out);
     }
     for (; r < rows; r++) times(x + r * step, basis, n, m, y + r * out);
 }
@@ -161,6 +171,18 @@ void run_part(const CachePart& part, const Rows& query, float* output, float* ls
     part.run(&call);
 }
 
+// Floats that a thread keeps from one call to the next, for new memory takes longer than what is done with it. What
+// stands there is what was left.
+class Kept {
+    std::vector<float> numbers;
+
+  public:
+    float* room(int64_t count) {
+        if (int64_t(numbers.size()) < count) numbers.resize(count);
+        return numbers.data();
+    }
+};
+
 // Queries are absorbed by `encode` and outputs expanded by `decode`; the parts are merged by log-sum-exp.
 void attend_cache(const CacheAttention& a) {
     const int64_t h = a.heads, s = a.queries, e = a.value_size, rows = a.batch * h * s;
@@ -172,9 +194,14 @@ void attend_cache(const CacheAttention& a) {
     const bool some = a.latents.run != nullptr, window = a.window.run != nullptr;
     const int64_t segment = a.turn.segment, tokens = a.latents.call.tokens;
     const int64_t segments = segment ? std::max<int64_t>((tokens + segment - 1) / segment, 1) : 1;
-    std::vector<float> absorbed(some ? segments * rows * width : 0), sums(some ? rows * value_width : 0);
-    std::vector<float> outputs(2 * rows * e), shifts(some && segment && a.key_mean.data ? segments * rows : 0);
-    std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
+    static thread_local Kept kept[5];
+    float* absorbed = kept[0].room(some ? segments * rows * width : 0);
+    float* sums = kept[1].room(some ? rows * value_width : 0);
+    float* outputs = kept[2].room(2 * rows * e);
+    const bool shifted = some && segment && a.key_mean.data, runs = segment && a.turn.is_in_runs();
+    float* shifts = kept[3].room(shifted ? segments * rows : 0);
+    float* lse = kept[4].room(3 * rows);  // of latents, window, open tokens
+    std::fill(lse, lse + 3 * rows, -INFINITY);
     if (some) {
         const int threads = threads_for(rows, segments * rows * a.head_size * width, a.opened.call.threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -184,18 +211,19 @@ void attend_cache(const CacheAttention& a) {
                 absorb(a.encode, at(i), 1, size, head, h, &absorbed[i * width], width);
                 continue;
             }
-            std::vector<float> turned(segments * size);
+            static thread_local Kept of_row;
+            float* turned = of_row.room(segments * size);
             for (int64_t k = 0; k < segments; k++) {
-                float* query = &turned[k * size];
-                a.turn.turn(at(i), size, k, query, i / (h * s));
-                if (!shifts.empty()) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
+                float* query = turned + k * size;
+                a.turn.turn(at(i), size, k, query, i / (h * s), runs);
+                if (shifted) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
             }
-            absorb(a.encode, turned.data(), segments, size, head, h, &absorbed[i * width], rows * width);
+            absorb(a.encode, turned, segments, size, head, h, &absorbed[i * width], rows * width);
         }
         CachePart latents = a.latents;
         latents.call.segment = segment, latents.call.query_segment = rows * width;
-        latents.call.shift = shifts.empty() ? nullptr : shifts.data();
-        run_part(latents, {absorbed.data(), {h * s * width, s * width, width}}, sums.data(), &lse[0]);
+        latents.call.shift = shifted ? shifts : nullptr;
+        run_part(latents, {absorbed, {h * s * width, s * width, width}}, sums, &lse[0]);
     }
     if (window) run_part(a.window, a.query, &outputs[0], &lse[rows]);
     run_part(a.opened, a.query, &outputs[rows * e], &lse[2 * rows]);

@@ -33,6 +33,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // what torch 2.11 calls it

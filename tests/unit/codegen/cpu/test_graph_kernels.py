@@ -117,7 +117,8 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
 @settings(deadline=None)
 @given(
     st.sampled_from(DTYPES), st.booleans(), st.booleans(),
-    st.sampled_from([0, 1, 20, T, None]), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
+    st.sampled_from([0, 1, 20, T, None]), st.booleans(), st.booleans(), st.sampled_from(["", "half", "interleaved"]),
+    st.integers(0, 99),
 )  # fmt: skip
 def test_attention_on_a_cache_is_the_attention_on_its_parts(
     dtype: torch.dtype,
@@ -126,13 +127,14 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     length: int | None,
     shared: bool,
     centred: bool,
-    segments: bool,
+    segments: str,
     seed: int,
 ) -> None:
     """Every part may be hidden whole; then the others count alone. Latents may be differences from means, their keys
     relative to segments.
 
-    length: of latents that are seen; None: there are none.
+    length: of latents that are seen; None: there are none. segments: the order of channels in rotations of keys that
+    are relative to them.
     """
     torch.manual_seed(seed)
     d, e, heads = 24, 24, 1 if shared else J  # the uncoded kernels are those of the test above
@@ -150,7 +152,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, tokens)]
     turning: tuple[Any, ...] = (None, None, 0)
     if segments:  # of 8 tokens, so that there are several
-        turns = Turns.on(Rope("half", 8, (0.9, 0.3, 0.1, 0.03), offset=4), 8, torch.device("cpu"))
+        turns = Turns.on(Rope(segments, 8, (0.9, 0.3, 0.1, 0.03), offset=4), 8, torch.device("cpu"))
         turning = turns.pairs, turns.phases(T // 8 + 1), 8
     operands: Any = (
         query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
