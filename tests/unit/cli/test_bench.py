@@ -46,7 +46,6 @@ def test_json_has_a_row_for_each_context_batch_and_cache(folder: Path, llama: Fi
 def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     save_text_gguf(path, {"": "Q8_0"})
     monkeypatch.setattr(loader, "load_model", lambda *_: pytest.fail("the file is dequantized"))

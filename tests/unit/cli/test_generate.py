@@ -116,7 +116,6 @@ def test_ctrl_c_stops_and_still_prints_the_statistics(tmp_path: Path) -> None:
 def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     save_text_gguf(path, {"": "Q8_0"})
     options = ["hello", "--raw", "--max-new-tokens", "8"]
