@@ -137,6 +137,11 @@ class LatentLayer(LatentLayerBase):
         self.window_keys.keep(new_keys, ready)
         self.window_values.keep(new_values, ready)
 
+    def quantize_full_blocks(self) -> None:
+        """Quantize blocks of the window that are full, as `update` does: where tokens were put into it directly."""
+        if self.window.quantized_tokens(self.window_keys.count):
+            self._keep(*self._blank())
+
     def _append(self, side: str, x: Tensor) -> None:
         self._packed(side).append(x, self.quantized, self.window.block)
 

@@ -1,8 +1,8 @@
 """A decoder layer's decode step with attention on a cache in one call of machine code, where nothing else must be done.
 
-Most steps of a cache that grows write one row into spare places of a window in 8 bits and read the rest as it is.
-Then everything has an address that stays: the step is prepared once (`DecodeStep`) and run until the spare places are
-taken, a block is to be quantized, or somebody else has changed the cache. These steps are ordinary calls.
+A step of a cache that grows writes one row into spare places of a window in 8 bits and reads the rest as it is. Then
+everything has an address that stays: the step is prepared once (`DecodeStep`) and run until the spare places are taken,
+a block of the window is full, which is quantized behind the step, or somebody else has changed the cache.
 
 Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 """
@@ -69,7 +69,7 @@ class CacheStep:
 
     def move(self, layer: LatentLayer, threads: int) -> bool:
         """Give the window other places, where nothing but these has run out; return whether there are more steps."""
-        if not self._is_what_it_left(layer, threads) or _completes_a_block(layer):
+        if not self._is_what_it_left(layer, threads):
             return False
         room = _rooms(self._windows)
         self._step.move_window(room, self._count)
@@ -95,6 +95,9 @@ class CacheStep:
         self._count += 1
         for window in self._windows:
             window.take_next()
+        layer = self.layer
+        if self.left == 0 and layer is not None:
+            layer.quantize_full_blocks()
 
 
 def run_steps(steps: Sequence[CacheStep]) -> None:
@@ -117,7 +120,7 @@ def prepare_step(
 
     address: of the program's externals, among which are the `tensors`. options: `scale` and `softcap`.
     """
-    if type(layer) is not LatentLayer or not _is_plain(layer, tensors) or _completes_a_block(layer):
+    if type(layer) is not LatentLayer or not _is_plain(layer, tensors):
         return None
     windows: Any = (layer.window_keys, layer.window_values)
     room = _rooms(windows)
@@ -162,17 +165,12 @@ def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
     return fits and (*sinks.shape[:2], sinks.shape[3]) == (*tensors.keys.shape[:2], tensors.keys.shape[3])
 
 
-def _completes_a_block(layer: LatentLayer) -> bool:
-    """Return whether the next token makes a block that is to be quantized."""
-    return layer.window.quantized_tokens(layer.window_keys.count + 1) > 0
-
-
 def _left(layer: LatentLayer, rooms: tuple[Room, Room]) -> int:
-    """Return how many tokens can be written before places are taken or a block is to be quantized."""
+    """Return how many tokens can be written until places are taken or a block is full."""
     held, window = layer.window_keys.count, layer.window
     windows: tuple[Any, Any] = layer.window_keys, layer.window_values
     spare = min(room[0].shape[2] - window.rounded for room, window in zip(rooms, windows, strict=True))
-    return next((n for n in range(spare) if window.quantized_tokens(held + n + 1)), spare)
+    return next((n for n in range(1, spare) if window.quantized_tokens(held + n)), spare)
 
 
 def _opened(sinks: Tensor) -> Tensor:
