@@ -26,6 +26,7 @@ from fhopt.codegen.layers import program as layer_program
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import registry
+from fhopt.ops.algebra import BitGroups
 from fhopt.ops.encode_rows import empty_rows
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, needs_gradient
 from fhopt.ops.masks import listed, within
@@ -50,6 +51,7 @@ def install() -> None:
     registry.use("attend_pages", "cpu", attend_pages)
     registry.use("attend_latents", "cpu", attend_latents)
     registry.use("round_rows_into", "cpu", round_rows_into)
+    registry.use("pack_window", "cpu", pack_window)
     registry.use("open_attention", "cpu", cpu_prefill.open_attention)
     registry.use("rebuilt_attention", "cpu", cpu_prefill.rebuilt_attention)
     if has_triton():
@@ -137,6 +139,22 @@ def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor
     if x.dtype not in _DTYPES or not _has_ops():
         return False
     torch.ops.fhopt.round_rows_into.default(x, mean, codes, scale, at)
+    return True
+
+
+def pack_window(
+    rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, basis: Tensor,
+    places: tuple[Tensor, Tensor], at: int, tiers: BitGroups, turning: tuple[Tensor, Tensor, int] | None,
+) -> bool:  # fmt: skip
+    """Encode and pack tokens of a window in one call of machine code, as `ops.encode_rows.pack_window_reference` does.
+
+    Returns whether it did: not where its library is not built yet, or a type has no machine code.
+    """
+    table = cpu_packing.tier_table(*map(tuple, tiers))
+    if table is None or dtype not in _DTYPES or basis.dtype != torch.float32 or not _has_ops():
+        return False
+    kind = tuple(_DTYPES).index(dtype)
+    torch.ops.fhopt.pack_window.default(*rounded, mean, kind, basis, *places, at, *(turning or (None, None, 0)), *tiers)
     return True
 
 

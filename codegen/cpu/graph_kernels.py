@@ -11,7 +11,8 @@ C++ interface (torch/csrc/stable) and knows kernels by the name of their `Kernel
 in place of the 20 to 40 of a Python implementation. They do what the ops on the left do, for tensors that a graph has
 checked, and know no gradients. `attend_kernel` is a decoder layer's attention on a KV cache as a whole: it absorbs the
 queries, runs the kernels of packed latents, residual window and newest tokens, expands and merges, where eight
-operations did. `round_rows_into`, which appends to a residual window of 8 bits, is called in eager mode only.
+operations did. `round_rows_into` and `pack_window`, which append to a residual window of 8 bits and pack its oldest
+tokens, are called in eager mode only.
 
 Without a compiler graphs keep the ops on the left.
 
@@ -61,6 +62,11 @@ _LIB.define(
 )
 _LIB.define("linear_kernel(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None, int format=0) -> Tensor")
 _LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!) scale, int at) -> ()")
+_LIB.define(
+    "pack_window(Tensor codes, Tensor scale, Tensor? mean, int type, Tensor basis, Tensor(a!) packed, "
+    "Tensor(b!) packed_scale, int at, Tensor? turn_pairs, Tensor? turn_phases, int segment, int[] bits, int[] widths, "
+    "float[] steps) -> ()"
+)
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
 

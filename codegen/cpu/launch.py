@@ -24,6 +24,7 @@ _pack = struct.Struct(ARGUMENTS).pack
 _BEFORE, _ADDRESSES = "@8q4q", struct.Struct("@16q")
 assert ARGUMENTS.startswith(_BEFORE + "4q" * 4)
 ADDRESSES_AT = struct.calcsize(_BEFORE)  # where those of keys and values stand in the arguments of a call
+TOKENS_AT = struct.calcsize("@3q")  # and the number of tokens
 _NO_PAGES = (*NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 

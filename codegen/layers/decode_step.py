@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.cpu.attention import ARGUMENTS
-from fhopt.codegen.cpu.launch import ADDRESSES_AT, LibraryKernel
+from fhopt.codegen.cpu.launch import ADDRESSES_AT, TOKENS_AT, LibraryKernel
 from fhopt.codegen.layers.instructions import TYPES
 from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
 
@@ -67,21 +67,22 @@ class DecodeStep:
         self._bases = [_basis(side.decode) for side in sides]
         means = [_mean(side.mean, query.shape[1]) for side in sides]
         sizes = (*query.shape, values.tokens.shape[3])
-        self._kept, self._sides = (program, query, attended, turning), list(sides)
+        self._kept, self._sides, self._turning = (program, query, attended), list(sides), turning
         latents, window, exact = map(_part, parts)
         self._window_kernel = None if parts[1] is None else parts[1][0]
         before = b"".join([
             packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),
             struct.pack("@qPP", TYPES.index(query.dtype), query.data_ptr(), attended.data_ptr()),
-            struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0), latents,
+            struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0),
         ])  # fmt: skip
-        behind = b"".join([
-            exact, *[packed for _, packed in self._bases], *means, _turn(turning), struct.pack("@P", 0)
-        ])  # fmt: skip
-        packed = before + window + behind + keys.packed() + values.packed()
+        between = b"".join([exact, *[packed for _, packed in self._bases], *means])
+        turn = _turn(turning) + struct.pack("@P", 0)
+        packed = before + latents + window + between + turn + keys.packed() + values.packed()
         self._struct = ctypes.create_string_buffer(packed, len(packed))
         self.address = ctypes.addressof(self._struct)
-        self._window_at, self._sides_at = len(before), len(before) + len(window) + len(behind)
+        self._latents_at, self._window_at = len(before), len(before) + len(latents)
+        self._turn_at = self._window_at + len(window) + len(between)
+        self._sides_at = self._turn_at + len(turn)
 
     def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int) -> None:
         """Let the window stand elsewhere: codes and scale of keys and of values, `at` places of them taken."""
@@ -90,10 +91,20 @@ class DecodeStep:
             replace(side, codes=codes, scale=scale, at=at)
             for side, (codes, scale) in zip(self._sides, places, strict=True)
         ]
-        addresses = self._window_at + _KERNEL.size + ADDRESSES_AT, self._window_kernel.addresses(*places[0], *places[1])
-        for offset, packed in ((self._sides_at, b"".join(s.packed() for s in moved)), addresses):
-            ctypes.memmove(self.address + offset, packed, len(packed))
+        call = self._window_at + _KERNEL.size
+        self._write(call + TOKENS_AT, struct.pack("@q", at))
+        self._write(call + ADDRESSES_AT, self._window_kernel.addresses(*places[0], *places[1]))
+        self._write(self._sides_at, b"".join([side.packed() for side in moved]))
         self._sides = moved
+
+    def read_latents(self, arguments: bytes, turning: Turning | None) -> None:
+        """Read other latents, by the kernel that reads latents already. arguments, turning: as they were given."""
+        self._write(self._latents_at + _KERNEL.size, arguments)
+        self._write(self._turn_at, _turn(turning))
+        self._turning = turning
+
+    def _write(self, at: int, packed: bytes) -> None:
+        ctypes.memmove(self.address + at, packed, len(packed))
 
 
 def run_decode_steps(steps: Sequence[DecodeStep]) -> None:

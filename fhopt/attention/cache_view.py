@@ -80,10 +80,7 @@ class SideRows:
     @property
     def turning(self) -> tuple[Tensor, Tensor, int] | None:
         """Channels that turn, cosines and sines of all segments, and tokens of one; None: keys are as they came."""
-        if self.turns is None:
-            return None
-        phases = self.turns.phases(self.turns.segments(self.rows.shape[2]))
-        return self.turns.pairs, phases, self.turns.segment
+        return None if self.turns is None else self.turns.of_tokens(self.rows.shape[2])
 
     def part(self, start: int, stop: int) -> SideRows:
         """Return some of the rows."""

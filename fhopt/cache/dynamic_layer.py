@@ -15,7 +15,7 @@ from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, make_packed
 from fhopt.cache.quantized_rows import LatentEnergy, PackedLatents, Sketches
-from fhopt.cache.residual_window import LONG, SPARE, growing_windows
+from fhopt.cache.residual_window import LONG, SPARE, RoundedWindow, growing_windows
 from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
@@ -126,8 +126,9 @@ class LatentLayer(LatentLayerBase):
         window = self.window
         ready = window.quantized_tokens(self.window_keys.count + new_keys.shape[2])
         if ready:
-            keys, values = self.window_keys.oldest(ready, new_keys), self.window_values.oldest(ready, new_values)
-            self._encode(keys, values, self._append, self.quantized)
+            if not self._pack_window(ready):
+                keys, values = self.window_keys.oldest(ready, new_keys), self.window_values.oldest(ready, new_values)
+                self._encode(keys, values, self._append, self.quantized)
             if self.sketches is not None:
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)
@@ -141,6 +142,23 @@ class LatentLayer(LatentLayerBase):
         """Quantize blocks of the window that are full, as `update` does: where tokens were put into it directly."""
         if self.window.quantized_tokens(self.window_keys.count):
             self._keep(*self._blank())
+
+    def _pack_window(self, count: int) -> bool:
+        """Quantize the oldest tokens of windows in 8 bits by machine code; False where that is not possible."""
+        windows = self.window_keys, self.window_values
+        if self.site.is_shared or self.site.gather is not None or torch.compiler.is_compiling():
+            return False
+        if not all(isinstance(window, RoundedWindow) for window in windows):
+            return False
+        turns = self._turns_now()
+        turning = None if turns is None else turns.of_tokens(self.quantized + count)
+        sides = zip(windows, (self.packed_keys, self.packed_values), (turning, None), strict=True)
+        for window, packed, turned in sides:
+            rounded = window.oldest_rounded(count)
+            numbers = window.mean, self.dtype, self.quantized, self.window.block
+            if rounded is None or not packed.append_window(rounded, *numbers, turned):
+                return False
+        return True
 
     def _append(self, side: str, x: Tensor) -> None:
         self._packed(side).append(x, self.quantized, self.window.block)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.sketches import Sketcher, SketchRows
 from fhopt.cache.store import Bases, RoundedPart, Store, keep_static
-from fhopt.ops import algebra, encode_rows
+from fhopt.ops import algebra, encode_rows, registry
 from fhopt.ops.turns import Turns
 from fhopt.plan.site_plan import SidePlan
 
@@ -94,6 +94,26 @@ class PackedLatents(Store):
     def append(self, x: Tensor, at: int, block: int) -> None:
         """Quantize x [B,G,N,D] and store it behind the first `at` tokens. block: tokens by which storage grows."""
         self.parts = _appended(self.parts, self.encode(x), at, block)
+
+    def append_window(
+        self, rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, at: int, block: int,
+        turning: tuple[Tensor, Tensor, int] | None,
+    ) -> bool:  # fmt: skip
+        """Quantize tokens of a window in 8 bits by machine code, and store them behind the first `at` tokens.
+
+        Returns whether it did: not before `energy` has seen all that it looks at. Arguments are those of
+        `fhopt.ops.encode_rows.pack_window_reference`.
+        """
+        assert self.bases is not None
+        basis, codes = self.bases.encode, rounded[0]
+        kernel = registry.kernel_of("pack_window", codes.device.type)
+        if kernel is None or self.is_uncoded or not self.parts or self.energy.tokens < SAMPLED:
+            return False
+        packed, scale = [_with_room(part, part, at, at + codes.shape[2], block) for part in self.parts]
+        if not kernel(rounded, mean, dtype, basis, (packed, scale), at, self.tiers, turning):
+            return False
+        self.parts = (packed, scale)
+        return True
 
     def insert(self, x: Tensor, count: int) -> None:
         """Quantize x [B,G,N,D] and store it before the `count` tokens held."""
@@ -179,14 +199,20 @@ def _appended(parts: tuple[Tensor, ...], new: tuple[Tensor, ...], at: int, block
 def _append(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
     """Write `new` [B,J,N,...] behind the first `at` tokens, growing the storage when it is full."""
     need = at + new.shape[2]
-    if storage is None or storage.shape[2] < need:
-        capacity = need if storage is None else max(need, _room(at, block))
-        grown = new.new_empty((*new.shape[:2], capacity, *new.shape[3:]))
-        if storage is not None:
-            grown[:, :, :at] = storage[:, :, :at]
-        storage = grown
+    storage = _with_room(storage, new, at, need, block)
     storage[:, :, at:need] = new
     return storage
+
+
+def _with_room(storage: Tensor | None, like: Tensor, at: int, need: int, block: int) -> Tensor:
+    """Return storage for at least `need` tokens, of which the first `at` are those of `storage`."""
+    if storage is not None and storage.shape[2] >= need:
+        return storage
+    capacity = need if storage is None else max(need, _room(at, block))
+    grown = like.new_empty((*like.shape[:2], capacity, *like.shape[3:]))
+    if storage is not None:
+        grown[:, :, :at] = storage[:, :, :at]
+    return grown
 
 
 def _room(count: int, block: int) -> int:

@@ -161,10 +161,15 @@ class RoundedWindow(ExactWindow):
 
     def oldest(self, count: int, new: Tensor) -> Tensor:
         """Return the first `count` tokens behind the sinks; the others of the window stay as they are."""
+        rounded = self.oldest_rounded(count)
+        return super().oldest(count, new) if rounded is None else self._exact(*rounded, self.parts[0].dtype)
+
+    def oldest_rounded(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """Return values and scales of the first `count` tokens behind the sinks; None where they are not all held."""
         sinks, values, scale = self.parts
         if sinks.shape[2] < self.sinks or count > values.shape[2]:
-            return super().oldest(count, new)
-        return self._exact(values[:, :, :count], scale[:, :, :count], sinks.dtype)
+            return None
+        return values[:, :, :count], scale[:, :, :count]
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
         """Return (sinks, `new` tokens behind; values and scales of the window)."""
@@ -176,6 +181,10 @@ class RoundedWindow(ExactWindow):
         if not quantized and self._append(new):
             return
         sinks, values, scale = self.parts
+        if not new.shape[2] and quantized <= values.shape[2] and sinks.shape[2] >= self.sinks:
+            room = _with_spare(values[:, :, quantized:], self.spare), _with_spare(scale[:, :, quantized:], self.spare)
+            self._state = _InRoom(sinks, room, values.shape[2] - quantized)
+            return
         staying = new[:, :, max(0, self.sinks + quantized - self.count) :]
         more_values, more_scale = packing.round_rows(_less(staying, self.mean))
         if sinks.shape[2] < self.sinks:  # and the window is empty

@@ -9,8 +9,9 @@ Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 from weakref import ref
@@ -43,8 +44,13 @@ class StepTensors:
 class CacheStep:
     """A prepared step of one layer of a cache; `left`: how many times it may be run."""
 
-    def __init__(self, layer: LatentLayer, step: DecodeStep, rooms: tuple[Room, Room], left: int, threads: int) -> None:
+    def __init__(
+        self, layer: LatentLayer, step: DecodeStep, rooms: tuple[Room, Room], left: int, threads: int,
+        latents: Callable[[SideRows, SideRows], bytes] | None,
+    ) -> None:  # fmt: skip
+        """latents: returns the arguments of the kernel that reads packed latents; None: there are none."""
         self._step, self._rooms, self.left, self._threads = step, rooms, left, threads
+        self._latents, self._has_more = latents, False  # more latents than the step reads: those of a block
         self._windows: tuple[Any, Any] = layer.window_keys, layer.window_values
         self._count = self._windows[0].rounded  # tokens of the window
         self.quantized, self._stays = layer.quantized, _staying(layer)
@@ -68,9 +74,18 @@ class CacheStep:
         return all(map(is_, _staying(layer), self._stays))
 
     def move(self, layer: LatentLayer, threads: int) -> bool:
-        """Give the window other places, where nothing but these has run out; return whether there are more steps."""
+        """Give the window other places, and read a block that was quantized, where the rest is as this step left it.
+
+        Returns whether there are more steps.
+        """
         if not self._is_what_it_left(layer, threads):
             return False
+        if self._has_more:
+            if self._latents is None:
+                return False
+            sides = layer._sides(0, layer.quantized)
+            self._step.read_latents(self._latents(*sides), sides[0].turning)
+            self._has_more = False
         room = _rooms(self._windows)
         self._step.move_window(room, self._count)
         for window, places in zip(self._windows, room, strict=True):
@@ -98,6 +113,9 @@ class CacheStep:
         layer = self.layer
         if self.left == 0 and layer is not None:
             layer.quantize_full_blocks()
+            if layer.quantized != self.quantized:
+                self._has_more, self._rooms = True, _rooms(self._windows)
+                self.quantized, self._stays, self._count = layer.quantized, _staying(layer), self._windows[0].rounded
 
 
 def run_steps(steps: Sequence[CacheStep]) -> None:
@@ -138,13 +156,15 @@ def prepare_step(
         CacheSide(new, exact, places[0], places[1], side.rounded, side.decode, side.mean)
         for new, exact, places, side in zip((tensors.keys, tensors.values), opened, room, (key, value), strict=True)
     )
-    parts = _calls(kernels, tensors.query, key, value, room, opened, options)
+    latents = partial(_latents_call, kernels[0], tensors.query, options) if layer.quantized else None
+    parts = _calls(kernels, tensors.query, room, (key.rounded, value.rounded), opened, options)
+    parts.insert(0, None if latents is None or kernels[0] is None else (kernels[0], latents(key, value)))
     scale = options["scale"]
     pair: Any = sides
     step = DecodeStep(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
     for window, places in zip(windows, room, strict=True):
         window.take(places, 0)
-    return CacheStep(layer, step, room, left, threads)
+    return CacheStep(layer, step, room, left, threads, latents)
 
 
 def _rooms(windows: tuple[Any, Any]) -> tuple[Room, Room]:
@@ -181,25 +201,32 @@ def _opened(sinks: Tensor) -> Tensor:
 
 
 def _calls(
-    kernels: tuple[LibraryKernel | None, ...], query: Tensor, key: SideRows, value: SideRows,
-    room: tuple[Room, Room], opened: list[Tensor], options: dict[str, Any],
+    kernels: tuple[LibraryKernel | None, ...], query: Tensor, room: tuple[Room, Room], counts: tuple[int, int],
+    opened: list[Tensor], options: dict[str, Any],
 ) -> list[tuple[LibraryKernel, bytes] | None]:  # fmt: skip
-    """Return kernel and arguments of latents, window and open tokens; None for a part without tokens."""
-    latents, window, exact = kernels
-    assert latents is not None and window is not None and exact is not None
+    """Return kernel and arguments of window and open tokens. counts: tokens of the window, of keys and of values."""
+    _, window, exact = kernels
+    assert window is not None and exact is not None
     scale, softcap = options["scale"], options["softcap"]
-    calls: list[tuple[LibraryKernel, bytes] | None] = [None]
-    if key.rows.shape[2]:
-        absorbed = query.new_empty((*query.shape[:3], key.decode.shape[2]))
-        call = latents.prepared(
-            absorbed, key.rows, key.scale, value.rows, value.scale, None, None, None, 0, scale, softcap
-        )
-        calls[0] = (latents, call.arguments)
-    (keys, key_scale), (values, value_scale) = ([part[:, :, : key.rounded] for part in places] for places in room)
+    (keys, key_scale), (values, value_scale) = (
+        [part[:, :, :count] for part in places] for places, count in zip(room, counts, strict=True)
+    )
     call = window.prepared(query, keys, key_scale, values, value_scale, None, None, None, 0, scale, softcap)
-    calls.append((window, call.arguments))
+    calls: list[tuple[LibraryKernel, bytes] | None] = [(window, call.arguments)]
     call = exact.prepared(query, opened[0], None, opened[1], None, None, None, None, 0, scale, softcap)
     return [*calls, (exact, call.arguments)]
+
+
+def _latents_call(
+    kernel: LibraryKernel, query: Tensor, options: dict[str, Any], key: SideRows, value: SideRows
+) -> bytes:
+    """Return the arguments of the kernel that reads packed latents. query: of the layer, not absorbed."""
+    absorbed = query.new_empty((*query.shape[:3], key.decode.shape[2]))
+    call = kernel.prepared(
+        absorbed, key.rows, key.scale, value.rows, value.scale, None, None, None, 0, options["scale"],
+        options["softcap"],
+    )  # fmt: skip
+    return call.arguments
 
 
 def result_tensors(program: LayerProgram, result: tuple[torch.Size, torch.dtype]) -> StepTensors:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fhopt.ops import algebra, registry
+from fhopt.ops import algebra, packing, registry
 
 LARGEST = 2**29  # operations at most that are computed twice: 8 us at the 67 TFLOP/s of an H100. A choice, not measured
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
@@ -52,6 +52,34 @@ def empty_rows(
     shape = (x.shape[0], basis.shape[0], x.shape[2])
     size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
     return x.new_empty((*shape, size), dtype=torch.uint8), x.new_empty(shape, dtype=torch.float16)
+
+
+def pack_window_reference(
+    rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, basis: Tensor,
+    places: tuple[Tensor, Tensor], at: int, tiers: algebra.BitGroups, turning: tuple[Tensor, Tensor, int] | None,
+) -> bool:  # fmt: skip
+    """Encode and pack tokens of a residual window in 8 bits behind the first `at` packed latents of a cache.
+
+    rounded: values uint8 [B,G,T,D] and scales float16 [B,G,T] of what `dtype` had, less `mean` [B,G,1,D]. basis
+    [J,R,n*D]. places: packed latents [B,J,N,bytes] and their scales [B,J,N]. turning: channels [2,F], cosines and
+    sines [N,2,F] or [B,N,2,F], tokens of a segment; of keys that are encoded relative to segments. Returns True; a
+    kernel that does not serve returns False.
+    """
+    if mean is None:
+        x = packing.unround_rows(*rounded, dtype)
+    else:
+        x = (packing.unround_rows(*rounded, torch.float32) + mean).to(dtype)
+    if turning is not None:
+        (real, imaginary), phases, segment = turning
+        numbers = (torch.arange(x.shape[2], device=x.device) + at) // segment
+        cos, sin = [part if part.dim() == 2 else part.unsqueeze(1) for part in phases[..., numbers, :, :].unbind(-2)]
+        x = x.to(torch.promote_types(dtype, torch.float32))
+        a, b, x = x[..., real], x[..., imaginary], x.clone()
+        x[..., real], x[..., imaginary] = a * cos - b * sin, b * cos + a * sin
+    packed = encode_rows_reference(x if mean is None else x - mean, basis, *tiers)
+    for part, new in zip(places, packed, strict=True):
+        part[:, :, at : at + new.shape[2]] = new
+    return True
 
 
 _LIB.impl("encode_rows", _encode_rows, "CompositeExplicitAutograd")

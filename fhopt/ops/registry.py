@@ -22,6 +22,7 @@ OPS = {
     "page_weights": "fhopt.ops.paged_attention.page_weights_reference",
     "attend_pages": "fhopt.ops.paged_attention.attend_pages_reference",
     "round_rows_into": "fhopt.ops.packing.round_rows_into_reference",
+    "pack_window": "fhopt.ops.encode_rows.pack_window_reference",
     "attend_latents": "fhopt.attention.attend.attend_latents_reference",  # None where it does not serve
 }
 _kernels: dict[tuple[str, str], Kernel] = {}

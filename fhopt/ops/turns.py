@@ -78,6 +78,10 @@ class Turns:
         """Return how many segments so many tokens are in."""
         return -(-tokens // self.segment)
 
+    def of_tokens(self, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """Return channels that turn [2,F], `phases` of the segments of so many tokens, and tokens of one."""
+        return self.pairs, self.phases(self.segments(tokens)), self.segment
+
     def relative(self, keys: Tensor, places: Tensor) -> Tensor:
         """Turn keys [B,G,T,D] to what is encoded of them. places int64 [T]: their numbers behind the sinks."""
         return self.later(keys, -self._starts(places))

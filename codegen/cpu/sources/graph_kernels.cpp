@@ -9,7 +9,8 @@
 // `attend_kernel` does so for a cache: latents (queries absorbed by a basis [G,D,R_K], outputs expanded by one
 // [G,E,R_V]), a window of codes, open tokens; the parts are merged by log-sum-exp.
 //
-// `round_rows_into` writes new tokens [B,G,S,D], less a mean, as rows of 8 bits into places of a window.
+// `round_rows_into` writes new tokens [B,G,S,D], less a mean, as rows of 8 bits into places of a window; `pack_window`
+// reads such rows again, encodes them by a basis [J,R,n*D] and packs them behind the packed latents of a cache.
 //
 // Kernels compute in float32: queries and outputs of 16 bits are converted here.
 //
@@ -349,29 +350,38 @@ Tensor attend_kernel(
     return output;
 }
 
+struct Tiers {
+    std::vector<Tier> all;
+    int64_t width = 0, row_bits = 0;
+
+    Tiers(const std::vector<int64_t>& bits, const std::vector<int64_t>& widths, const std::vector<double>& steps)
+        : all(bits.size()) {
+        for (size_t i = 0; i < bits.size(); i++) {
+            all[i] = {bits[i], widths[i], steps[i]};
+            width += widths[i];
+            row_bits += bits[i] * widths[i];
+        }
+    }
+};
+
 // clang-format off
 std::tuple<Tensor, Tensor> pack_kernel(
     Tensor latent, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
     // clang-format on
     const int dims = int(latent.dim()) - 1;
-    std::vector<Tier> tiers(bits.size());
+    const Tiers tiers(bits, widths, steps);
     Pack a{{1, 1, 1}, int64_t(torch::stable::get_num_threads())};
-    int64_t row_bits = 0;
-    for (size_t i = 0; i < bits.size(); i++) {
-        tiers[i] = {bits[i], widths[i], steps[i]};
-        a.width += widths[i];
-        row_bits += bits[i] * widths[i];
-    }
+    a.width = tiers.width;
     expect(dims >= 0 && dims <= 3 && latent.size(dims) == a.width, "pack", "latents of another width");
     if (latent.stride(dims) != 1) latent = torch::stable::contiguous(latent);
     std::vector<int64_t> sizes(latent.sizes().begin(), latent.sizes().end() - 1);
     Tensor scale = empty(sizes, ScalarType::Half);
-    sizes.push_back(row_bits / 8);
+    sizes.push_back(tiers.row_bits / 8);
     Tensor codes = empty(sizes, ScalarType::Byte);
     const ScalarType type = latent.scalar_type();
     a.type = type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
-    a.tiers = tiers.data();
-    a.count = int64_t(tiers.size());
+    a.tiers = tiers.all.data();
+    a.count = int64_t(tiers.all.size());
     a.latent.data = latent.data_ptr();
     a.codes.data = codes.data_ptr();
     a.scale.data = scale.data_ptr();
@@ -422,6 +432,100 @@ void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor 
     if (type == ScalarType::Float) round_rows<float>(x, its, codes, scale, at);
     else if (type == ScalarType::BFloat16) round_rows<c10::BFloat16>(x, its, codes, scale, at);
     else round_rows<c10::Half>(x, its, codes, scale, at);
+}
+
+// Rows of 8 bits as the numbers of T that they stand for.
+template <class T>
+void unround_row(const uint8_t* codes, float scale, const float* mean, int64_t n, float* x) {
+    if (mean) {
+        for (int64_t i = 0; i < n; i++) x[i] = float(T((float(codes[i]) - 127.5f) * scale + mean[i]));
+    } else {
+        for (int64_t i = 0; i < n; i++) x[i] = float(T((float(codes[i]) - 127.5f) * scale));
+    }
+}
+
+// The oldest tokens of a window in 8 bits: codes [B,G,T,D], scale [B,G,T]; token 0 is number `first` behind the sinks.
+struct OldTokens {
+    const Tensor &codes, &scale;
+    CacheMean means;
+    Turning turn;
+    bool runs;
+    int64_t first;
+    ScalarType type;
+
+    // Those of one head, turned, less their mean, to columns of x [D,T].
+    void read(int64_t b, int64_t g, float* x) const {
+        const int64_t tokens = codes.size(2), width = codes.size(3);
+        static thread_local Kept kept;
+        float *row = kept.room(2 * width), *turned = row + width;
+        const float* mean = means.data ? means.of(b, g) : nullptr;
+        for (int64_t t = 0; t < tokens; t++) {
+            const uint8_t* from = static_cast<const uint8_t*>(codes.data_ptr()) + b * codes.stride(0) +
+                                  g * codes.stride(1) + t * codes.stride(2);
+            const float its = float(static_cast<const c10::Half*>(
+                scale.data_ptr())[b * scale.stride(0) + g * scale.stride(1) + t * scale.stride(2)]);
+            if (type == ScalarType::Float) unround_row<float>(from, its, mean, width, row);
+            else if (type == ScalarType::BFloat16) unround_row<c10::BFloat16>(from, its, mean, width, row);
+            else unround_row<c10::Half>(from, its, mean, width, row);
+            if (turn.segment) turn.turn(row, width, (first + t) / turn.segment, turned, b, runs);
+            const float* to_encode = turn.segment ? turned : row;
+            for (int64_t i = 0; i < width; i++) x[i * tokens + t] = mean ? to_encode[i] - mean[i] : to_encode[i];
+        }
+    }
+};
+
+// type: of the tokens that were rounded; 0 float, 1 bfloat16, 2 half.
+// clang-format off
+void pack_window(
+    Tensor codes, Tensor scale, std::optional<Tensor> mean, int64_t type, Tensor basis, Tensor packed,
+    Tensor packed_scale, int64_t at, std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases,
+    int64_t segment, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
+    // clang-format on
+    const std::string name = "pack_window";
+    const Tiers tiers(bits, widths, steps);
+    expect(codes.dim() == 4 && scale.dim() == 3 && basis.dim() == 3 && packed.dim() == 4 && packed_scale.dim() == 3,
+           name, "tensors of other dimensions");
+    const int64_t batch = codes.size(0), groups = codes.size(1), tokens = codes.size(2), width = codes.size(3);
+    const int64_t heads = basis.size(0), rank = basis.size(1), wide = basis.size(2);
+    bool fits = codes.scalar_type() == ScalarType::Byte && scale.scalar_type() == ScalarType::Half &&
+                (codes.stride(3) == 1 || width <= 1) && type >= 0 && type <= 2;
+    for (int i = 0; i < 3; i++) fits = fits && scale.size(i) == codes.size(i);
+    expect(fits, name, "a window that does not fit");
+    expect(basis.scalar_type() == ScalarType::Float && basis.is_contiguous() && heads > 0 && groups % heads == 0 &&
+               wide == groups / heads * width && rank == tiers.width,
+           name, "a basis that does not fit");
+    fits = packed.scalar_type() == ScalarType::Byte && packed_scale.scalar_type() == ScalarType::Half && at >= 0 &&
+           packed.size(0) == batch && packed.size(1) == heads && packed.size(2) >= at + tokens &&
+           packed.size(3) == tiers.row_bits / 8 && packed.stride(3) == 1;
+    for (int i = 0; i < 3; i++) fits = fits && packed_scale.size(i) == packed.size(i);
+    expect(fits, name, "places that do not fit");
+    const Turning turn = turning_of(name, turn_pairs, turn_phases, segment, at + tokens, batch, width);
+    const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+    const OldTokens old{codes, scale, means(name, mean, batch, groups, width), turn,
+                        turn.segment && turn.is_in_runs(), at, types[type]};
+    const int64_t threads = torch::stable::get_num_threads(), share = groups / heads;
+    static thread_local Kept kept;
+    float* latents = kept.room(batch * heads * tokens * rank);
+    const int team = threads_for(batch * heads, batch * heads * tokens * rank * wide, threads);
+#pragma omp parallel for num_threads(team) if (team > 1)
+    for (int64_t i = 0; i < batch * heads; i++) {
+        static thread_local Kept of_thread;
+        float *x = of_thread.room((wide + rank) * tokens), *columns = x + wide * tokens;
+        for (int64_t g = 0; g < share; g++) old.read(i / heads, i % heads * share + g, x + g * width * tokens);
+        const float* its = static_cast<const float*>(basis.data_ptr()) + i % heads * rank * wide;
+        times_all(its, rank, wide, x, wide, tokens, columns, tokens);
+        float* rows = latents + i * tokens * rank;
+        for (int64_t t = 0; t < tokens; t++) {
+            for (int64_t r = 0; r < rank; r++) rows[t * rank + r] = columns[r * tokens + t];
+        }
+    }
+    Pack a{{batch, heads, tokens}, threads, 0, tiers.all.data(), int64_t(tiers.all.size()), tiers.width};
+    a.latent = {latents, {heads * tokens * rank, tokens * rank, rank}};
+    a.codes = {static_cast<uint8_t*>(packed.data_ptr()) + at * packed.stride(2),
+               {packed.stride(0), packed.stride(1), packed.stride(2)}};
+    a.scale = {static_cast<c10::Half*>(packed_scale.data_ptr()) + at * packed_scale.stride(2),
+               {packed_scale.stride(0), packed_scale.stride(1), packed_scale.stride(2)}};
+    run_pack(&a);
 }
 
 // format: of the blocks that the weight stands in, 0: it is no such weight.
@@ -495,5 +599,6 @@ STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("pack_kernel", TORCH_BOX(&pack_kernel));
     m.impl("attend_kernel", TORCH_BOX(&attend_kernel));
     m.impl("round_rows_into", TORCH_BOX(&round_rows_into));
+    m.impl("pack_window", TORCH_BOX(&pack_window));
     m.impl("linear_kernel", TORCH_BOX(&linear_kernel));
 }
