@@ -145,17 +145,19 @@ def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor
 def pack_window(
     rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, basis: Tensor,
     places: tuple[Tensor, Tensor], at: int, tiers: BitGroups, turning: tuple[Tensor, Tensor, int] | None,
-) -> bool:  # fmt: skip
+) -> float | None:  # fmt: skip
     """Encode and pack tokens of a window in one call of machine code, as `ops.encode_rows.pack_window_reference` does.
 
-    Returns whether it did: not where its library is not built yet, or a type has no machine code.
+    None where its library is not built yet, or a type has no machine code.
     """
     table = cpu_packing.tier_table(*map(tuple, tiers))
     if table is None or dtype not in _DTYPES or basis.dtype != torch.float32 or not _has_ops():
-        return False
+        return None
     kind = tuple(_DTYPES).index(dtype)
-    torch.ops.fhopt.pack_window.default(*rounded, mean, kind, basis, *places, at, *(turning or (None, None, 0)), *tiers)
-    return True
+    energy: float = torch.ops.fhopt.pack_window.default(
+        *rounded, mean, kind, basis, *places, at, *(turning or (None, None, 0)), *tiers
+    )
+    return energy
 
 
 def _has_ops() -> bool:

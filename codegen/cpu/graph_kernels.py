@@ -65,7 +65,7 @@ _LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!
 _LIB.define(
     "pack_window(Tensor codes, Tensor scale, Tensor? mean, int type, Tensor basis, Tensor(a!) packed, "
     "Tensor(b!) packed_scale, int at, Tensor? turn_pairs, Tensor? turn_phases, int segment, int[] bits, int[] widths, "
-    "float[] steps) -> ()"
+    "float[] steps) -> float"
 )
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 

@@ -49,8 +49,13 @@ class LatentEnergy:
         if count == 0 or self.tokens >= SAMPLED or torch.compiler.is_compiling() or type(latent) is not Tensor:
             return
         mean = latent.detach().float().square().mean()
-        self.total = self.total + count * (mean.item() if mean.is_cpu else mean)  # others are not waited for
-        self.tokens += count
+        self.take(mean.item() if mean.is_cpu else mean, count)  # others are not waited for
+
+    def take(self, mean: Tensor | float, count: int) -> None:
+        """Count latents of `count` tokens, of that mean square."""
+        if self.tokens < SAMPLED:
+            self.total = self.total + count * mean
+            self.tokens += count
 
     @property
     def mean(self) -> float | None:
@@ -101,18 +106,19 @@ class PackedLatents(Store):
     ) -> bool:  # fmt: skip
         """Quantize tokens of a window in 8 bits by machine code, and store them behind the first `at` tokens.
 
-        Returns whether it did: not before `energy` has seen all that it looks at. Arguments are those of
-        `fhopt.ops.encode_rows.pack_window_reference`.
+        Returns whether it did. Arguments are those of `fhopt.ops.encode_rows.pack_window_reference`.
         """
         assert self.bases is not None
         basis, codes = self.bases.encode, rounded[0]
         kernel = registry.kernel_of("pack_window", codes.device.type)
-        if kernel is None or self.is_uncoded or not self.parts or self.energy.tokens < SAMPLED:
+        if kernel is None or self.is_uncoded or not self.parts:
             return False
         packed, scale = [_with_room(part, part, at, at + codes.shape[2], block) for part in self.parts]
-        if not kernel(rounded, mean, dtype, basis, (packed, scale), at, self.tiers, turning):
+        energy = kernel(rounded, mean, dtype, basis, (packed, scale), at, self.tiers, turning)
+        if energy is None:
             return False
         self.parts = (packed, scale)
+        self.energy.take(energy, codes.shape[2])
         return True
 
     def insert(self, x: Tensor, count: int) -> None:

@@ -57,13 +57,13 @@ def empty_rows(
 def pack_window_reference(
     rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, basis: Tensor,
     places: tuple[Tensor, Tensor], at: int, tiers: algebra.BitGroups, turning: tuple[Tensor, Tensor, int] | None,
-) -> bool:  # fmt: skip
+) -> float | None:  # fmt: skip
     """Encode and pack tokens of a residual window in 8 bits behind the first `at` packed latents of a cache.
 
     rounded: values uint8 [B,G,T,D] and scales float16 [B,G,T] of what `dtype` had, less `mean` [B,G,1,D]. basis
     [J,R,n*D]. places: packed latents [B,J,N,bytes] and their scales [B,J,N]. turning: channels [2,F], cosines and
-    sines [N,2,F] or [B,N,2,F], tokens of a segment; of keys that are encoded relative to segments. Returns True; a
-    kernel that does not serve returns False.
+    sines [N,2,F] or [B,N,2,F], tokens of a segment; of keys that are encoded relative to segments. Returns the mean
+    square of the latents; None from a kernel that does not serve.
     """
     if mean is None:
         x = packing.unround_rows(*rounded, dtype)
@@ -76,10 +76,10 @@ def pack_window_reference(
         x = x.to(torch.promote_types(dtype, torch.float32))
         a, b, x = x[..., real], x[..., imaginary], x.clone()
         x[..., real], x[..., imaginary] = a * cos - b * sin, b * cos + a * sin
-    packed = encode_rows_reference(x if mean is None else x - mean, basis, *tiers)
-    for part, new in zip(places, packed, strict=True):
+    latent = algebra.encode((x if mean is None else x - mean).to(basis.dtype), basis)
+    for part, new in zip(places, torch.ops.fhopt.pack(latent, *tiers), strict=True):
         part[:, :, at : at + new.shape[2]] = new
-    return True
+    return float(latent.float().square().mean())
 
 
 _LIB.impl("encode_rows", _encode_rows, "CompositeExplicitAutograd")

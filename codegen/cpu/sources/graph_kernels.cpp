@@ -474,9 +474,9 @@ struct OldTokens {
     }
 };
 
-// type: of the tokens that were rounded; 0 float, 1 bfloat16, 2 half.
+// The mean square of all latents is returned. type: of the tokens that were rounded; 0 float, 1 bfloat16, 2 half.
 // clang-format off
-void pack_window(
+double pack_window(
     Tensor codes, Tensor scale, std::optional<Tensor> mean, int64_t type, Tensor basis, Tensor packed,
     Tensor packed_scale, int64_t at, std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases,
     int64_t segment, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
@@ -505,8 +505,9 @@ void pack_window(
                         turn.segment && turn.is_in_runs(), at, types[type]};
     const int64_t threads = torch::stable::get_num_threads(), share = groups / heads;
     static thread_local Kept kept;
-    float* latents = kept.room(batch * heads * tokens * rank);
-    const int team = threads_for(batch * heads, batch * heads * tokens * rank * wide, threads);
+    const int64_t count = batch * heads * tokens * rank;
+    float* latents = kept.room(count);
+    const int team = threads_for(batch * heads, count * wide, threads);
 #pragma omp parallel for num_threads(team) if (team > 1)
     for (int64_t i = 0; i < batch * heads; i++) {
         static thread_local Kept of_thread;
@@ -526,6 +527,14 @@ void pack_window(
     a.scale = {static_cast<c10::Half*>(packed_scale.data_ptr()) + at * packed_scale.stride(2),
                {packed_scale.stride(0), packed_scale.stride(1), packed_scale.stride(2)}};
     run_pack(&a);
+    double energy = 0;
+    for (int64_t i = 0; i < count; i += tiers.width) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < tiers.width; k++) sum += latents[i + k] * latents[i + k];
+        energy += double(sum);
+    }
+    return count ? energy / double(count) : 0;
 }
 
 // format: of the blocks that the weight stands in, 0: it is no such weight.
