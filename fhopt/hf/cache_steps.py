@@ -156,9 +156,8 @@ def prepare_step(
         CacheSide(new, exact, places[0], places[1], side.rounded, side.decode, side.mean)
         for new, exact, places, side in zip((tensors.keys, tensors.values), opened, room, (key, value), strict=True)
     )
-    latents = partial(_latents_call, kernels[0], tensors.query, options) if layer.quantized else None
-    parts = _calls(kernels, tensors.query, room, (key.rounded, value.rounded), opened, options)
-    parts.insert(0, None if latents is None or kernels[0] is None else (kernels[0], latents(key, value)))
+    parts = _calls(kernels, tensors.query, key, value, room, opened, options)
+    latents = None if parts[0] is None else partial(_latents_call, parts[0][0], tensors.query, options)
     scale = options["scale"]
     pair: Any = sides
     step = DecodeStep(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
@@ -201,18 +200,19 @@ def _opened(sinks: Tensor) -> Tensor:
 
 
 def _calls(
-    kernels: tuple[LibraryKernel | None, ...], query: Tensor, room: tuple[Room, Room], counts: tuple[int, int],
-    opened: list[Tensor], options: dict[str, Any],
+    kernels: tuple[LibraryKernel | None, ...], query: Tensor, key: SideRows, value: SideRows,
+    room: tuple[Room, Room], opened: list[Tensor], options: dict[str, Any],
 ) -> list[tuple[LibraryKernel, bytes] | None]:  # fmt: skip
-    """Return kernel and arguments of window and open tokens. counts: tokens of the window, of keys and of values."""
-    _, window, exact = kernels
-    assert window is not None and exact is not None
+    """Return kernel and arguments of latents, window and open tokens; None for a part without tokens."""
+    latents, window, exact = kernels
+    assert latents is not None and window is not None and exact is not None
     scale, softcap = options["scale"], options["softcap"]
-    (keys, key_scale), (values, value_scale) = (
-        [part[:, :, :count] for part in places] for places, count in zip(room, counts, strict=True)
-    )
+    calls: list[tuple[LibraryKernel, bytes] | None] = [None]
+    if key.rows.shape[2]:
+        calls[0] = (latents, _latents_call(latents, query, options, key, value))
+    (keys, key_scale), (values, value_scale) = ([part[:, :, : key.rounded] for part in places] for places in room)
     call = window.prepared(query, keys, key_scale, values, value_scale, None, None, None, 0, scale, softcap)
-    calls: list[tuple[LibraryKernel, bytes] | None] = [(window, call.arguments)]
+    calls.append((window, call.arguments))
     call = exact.prepared(query, opened[0], None, opened[1], None, None, None, None, 0, scale, softcap)
     return [*calls, (exact, call.arguments)]
 

@@ -73,6 +73,49 @@ def test_a_window_without_places_gets_others(monkeypatch: pytest.MonkeyPatch) ->
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
+def test_a_block_is_quantized_behind_a_step_and_read_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the step that fills it is an ordinary call, nor is the next one prepared anew."""
+    plan = replace(coded(plans(tiny_llama, 8)), recent=24, block=8)
+    ids, outputs, made, called = token_ids(2, 140), [], [], []
+    prepare, ordinary = cache_steps.prepare_step, bound_program.BoundProgram.__call__
+
+    def prepared(layer: Any, *args: Any) -> Any:
+        made.append(layer.quantized)
+        return prepare(layer, *args)
+
+    def watched(self: Any, *args: Any) -> Any:
+        called.append(1)
+        return ordinary(self, *args)
+
+    monkeypatch.setattr(bound_program, "prepare_step", prepared)
+    monkeypatch.setattr(bound_program.BoundProgram, "__call__", watched)
+    for programs in (False, True):
+        model = fhopt.prepare(fhopt.apply(tiny_llama(), plan, layer_programs=programs))
+        cache = latent_cache(model)
+        outputs.append(logits(model, cache, ids, list(range(70, 140))))
+    assert cache.layers[0].quantized > made[-1] + 32 and len(set(made)) == 1 and not called
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
+
+
+def test_a_cache_that_changed_behind_a_block_is_read_as_it_is(counted: list[int]) -> None:
+    plan = replace(coded(plans(tiny_llama, 8)), recent=24, block=8)
+    ids, outputs = token_ids(2, 100), []
+    for programs in (False, True):
+        model = fhopt.prepare(fhopt.apply(tiny_llama(), plan, layer_programs=programs))
+        cache = latent_cache(model)
+        parts = [logits(model, cache, ids[:, :82], list(range(70, 82)))]
+        for number in range(82, 100, 6):  # steps that fill a block are among these
+            quantized = cache.layers[0].quantized
+            while cache.layers[0].quantized == quantized:
+                parts.append(model(ids[:, :1], past_key_values=cache, use_cache=True).logits)
+            cache.crop(-3)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            parts.append(model(ids[:, number : number + 1], past_key_values=cache, use_cache=True).logits)
+        outputs.append(torch.cat(parts, 1))
+    assert counted
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
+
+
 def test_a_window_of_16_bits_is_read_by_ordinary_calls(counted: list[int]) -> None:
     model = model_of(16)
     logits(model, latent_cache(model), token_ids(1, 60), list(range(40, 60)))

@@ -18,7 +18,7 @@ from fhopt.attention.attend import attend_latents_reference
 from fhopt.codegen import dispatch
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.hf.apply import latent_cache
-from fhopt.ops import algebra, latent_attention, packing
+from fhopt.ops import algebra, encode_rows, latent_attention, packing
 from fhopt.ops.turns import Turns
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site import Rope
@@ -204,6 +204,63 @@ def test_a_row_with_an_unknown_number_has_an_unknown_scale_and_a_window_that_is_
     assert scale[0, 0, 0].isnan() and scale[0, 0, 1].isfinite()
     with pytest.raises(RuntimeError, match="a window that does not fit"):
         torch.ops.fhopt.round_rows_into(x, None, codes, scale, 3)
+
+
+D, TOKENS, AT = 24, 20, 44  # head size, tokens of a window that are packed, and how many are packed already
+
+
+def turning(kind: str) -> tuple[Tensor, Tensor, int] | None:
+    """How keys turn: in channels that stand side by side or not, of sequences that begin with padding or not."""
+    if kind == "none":
+        return None
+    pairing, width = ("interleaved", 16) if kind == "neighbours" else ("half", D)
+    rope = Rope(pairing, width, tuple(0.5**i for i in range(width // 2)))
+    turns = Turns.on(rope, 32, torch.device("cpu"))
+    return (turns.behind(torch.tensor([0, 7])) if kind == "padded" else turns).of_tokens(AT + TOKENS)
+
+
+def places(tiers: algebra.BitGroups, heads: int) -> tuple[Tensor, Tensor]:
+    codes = torch.full((B, heads, AT + TOKENS + 3, sum(b * w for b, w in zip(*tiers[:2], strict=True)) // 8), 7)
+    return codes.to(torch.uint8), torch.ones(B, heads, AT + TOKENS + 3, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("heads", [1, J])
+@pytest.mark.parametrize("kind", ["none", "halves", "neighbours", "padded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centred", [False, True])
+def test_tokens_of_a_window_are_encoded_and_packed_behind_others(
+    centred: bool, dtype: torch.dtype, kind: str, heads: int
+) -> None:
+    torch.manual_seed(0)
+    rounded = packing.round_rows(3 * torch.randn(B, J, TOKENS + 5, D, dtype=dtype))
+    rounded = rounded[0][:, :, :TOKENS], rounded[1][:, :, :TOKENS]
+    mean = 2 * torch.randn(B, J, 1, D) if centred else None
+    basis = torch.randn(heads, 32, J // heads * D) / 8
+    tiers = algebra.BitGroups([8, 4], [8, 24], [0.06, 0.4])
+    found, expected = places(tiers, heads), places(tiers, heads)
+    energy = dispatch.pack_window(rounded, mean, dtype, basis, found, AT, tiers, turning(kind))
+    reference = encode_rows.pack_window_reference(rounded, mean, dtype, basis, expected, AT, tiers, turning(kind))
+    assert energy == pytest.approx(reference, rel=1e-4)
+    for a, b in zip(found, expected, strict=True):  # others stay as they were
+        assert torch.equal(a[:, :, :AT], b[:, :, :AT]) and torch.equal(a[:, :, AT + TOKENS :], b[:, :, AT + TOKENS :])
+    one, other = (torch.ops.fhopt.unpack(*[p[:, :, AT : AT + TOKENS] for p in x], *tiers) for x in (found, expected))
+    assert float((one - other).abs().mean()) < 1e-3 * float(other.abs().mean())  # sums in another order: few codes
+
+
+def test_a_window_that_does_not_fit_is_not_packed() -> None:
+    tiers = algebra.BitGroups([4], [32], [0.4])
+    rounded, basis = packing.round_rows(torch.randn(B, J, TOKENS, D)), torch.randn(J, 32, D)
+    refused = [
+        ("a basis that does not fit", rounded, basis[:, :, :8].contiguous(), places(tiers, J), AT),
+        ("places that do not fit", rounded, basis, places(tiers, J), AT + 4),
+        ("places that do not fit", rounded, basis, places(tiers, 1), AT),
+        ("a window that does not fit", (rounded[0], rounded[1][:, :, 1:]), basis, places(tiers, J), AT),
+    ]
+    for message, window, its_basis, where, at in refused:
+        with pytest.raises(RuntimeError, match=message):
+            dispatch.pack_window(window, None, torch.float32, its_basis, where, at, tiers, None)
+    assert dispatch.pack_window(rounded, None, torch.float64, basis, places(tiers, J), AT, tiers, None) is None
+    assert dispatch.pack_window(rounded, None, torch.float32, basis.half(), places(tiers, J), AT, tiers, None) is None
 
 
 class Latent(torch.nn.Module):
