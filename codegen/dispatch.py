@@ -150,7 +150,7 @@ def pack_window(
 
     None where its library is not built yet, or a type has no machine code.
     """
-    table = cpu_packing.tier_table(*map(tuple, tiers))
+    table = cpu_packing.tier_table(tuple(tiers.bits), tuple(tiers.widths), tuple(tiers.steps))
     if table is None or dtype not in _DTYPES or basis.dtype != torch.float32 or not _has_ops():
         return None
     kind = tuple(_DTYPES).index(dtype)

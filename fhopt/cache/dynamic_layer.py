@@ -145,10 +145,10 @@ class LatentLayer(LatentLayerBase):
 
     def _pack_window(self, count: int) -> bool:
         """Quantize the oldest tokens of windows in 8 bits by machine code; False where that is not possible."""
-        windows = self.window_keys, self.window_values
         if self.site.is_shared or self.site.gather is not None or torch.compiler.is_compiling():
             return False
-        if not all(isinstance(window, RoundedWindow) for window in windows):
+        windows = [w for w in (self.window_keys, self.window_values) if isinstance(w, RoundedWindow)]
+        if len(windows) < 2:
             return False
         turns = self._turns_now()
         turning = None if turns is None else turns.of_tokens(self.quantized + count)
