@@ -204,6 +204,6 @@ def _add_costs(costs: SideCosts, basis: Basis, errors: Tensor, gradient: Tensor,
     """
     decode = basis.decode.to(gradient.device, _exact(gradient)).unsqueeze(1)
     effect = joined(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
-    for level, error in zip(bits, errors, strict=True):
-        summed = (effect * error[:, :, : effect.shape[2]]).sum(2).double()  # of a level at a time: they are large
-        costs.sums[level].add_(summed.square().sum(1).cpu())  # [J, R]
+    summed = (effect * errors[:, :, :, : effect.shape[2]]).sum(3).double()  # [levels, J, B, R]
+    for level, cost in zip(bits, summed.square().sum(2).cpu(), strict=True):
+        costs.sums[level].add_(cost)

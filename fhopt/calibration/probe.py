@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fhopt.calibration import segments
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured
-from fhopt.ops import attention
+from fhopt.ops import attention, prefill_attention
 from fhopt.ops import masks as ops_masks
 from fhopt.passes.outcome import Outcome
 from fhopt.plan.site import AttentionSite
@@ -33,7 +33,9 @@ OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of k
 class _ProbedAttention(torch.autograd.Function):
     """Attention whose backward pass also gives the gradients that reach far keys and values to what `observe` returns.
 
-    It works on QUERIES rows at a time and leaves out the columns that none of them sees.
+    It works on QUERIES rows at a time and leaves out the columns that none of them sees. With P the weights, o the
+    output and g its gradient, those of scores are P (g v^T - g . o), as FlashAttention has them (2205.14135, appendix
+    B.2); columns that all rows have far have the same gradients from far pairs as from all.
     """
 
     @staticmethod
@@ -41,37 +43,84 @@ class _ProbedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, far: Tensor, scale: float,
         softcap: float, observe: Callable[[Tensor, Tensor], OnGradients],
     ) -> Tensor:  # fmt: skip
-        parts = []
-        for rows, columns in tiles(q, k, bias):
-            masks = cut(bias, rows, columns), cut(sinks, rows, EVERY)
-            p, _ = _weights(q[:, :, rows], k[:, :, columns], *masks, scale, softcap)
-            parts.append(attention.grouped_mix(p, v[:, :, columns]))
-        ctx.save_for_backward(q, k, v, bias, sinks)
+        output, lse = _attend(q, k, v, bias, sinks, scale, softcap)
+        ctx.save_for_backward(q, k, v, bias, output, lse)
         ctx.far, ctx.options, ctx.observe = far, (scale, softcap), observe
-        return torch.cat(parts, 2)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sinks = ctx.saved_tensors
+        q, k, v, bias, output, lse = ctx.saved_tensors
         groups, (scale, softcap) = k.shape[1], ctx.options
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        add = ctx.observe(k.detach(), v.detach())
+        add, scaled = ctx.observe(k.detach(), v.detach()), q * scale
+        dots = (gradients[0] * output).sum(-1, keepdim=True)
+        lse = torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)  # of queries that see nothing
         for rows, columns in tiles(q, k, bias):
-            part, grad = q[:, :, rows], gradients[0][:, :, rows]
-            masks = cut(bias, rows, columns), cut(sinks, rows, EVERY)
-            p, slope = _weights(part, k[:, :, columns], *masks, scale, softcap)
-            d_p = attention.grouped_scores(grad, v[:, :, columns])
-            d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True))
-            d_s = scale * (d_s if slope is None else d_s * slope)
+            part, grad, seen = scaled[:, :, rows], gradients[0][:, :, rows], cut(bias, rows, columns)
+            logits, slope = _logits(part, k[:, :, columns], seen, softcap)
+            p = logits.sub_(lse[:, :, rows]).exp_()
+            d_s = attention.grouped_scores(grad, v[:, :, columns]).sub_(dots[:, :, rows]).mul_(p)
+            d_s = d_s if slope is None else d_s.mul_(slope)
             d_q[:, :, rows] = attention.grouped_mix(d_s, k[:, :, columns])
-            d_k[:, :, columns] += _to_keys(d_s, part, groups)
-            d_v[:, :, columns] += _to_keys(p, grad, groups)
+            to_keys, to_values = _to_keys(d_s, part, groups), _to_keys(p, grad, groups)
+            d_k[:, :, columns] += to_keys
+            d_v[:, :, columns] += to_values
             far = cut(ctx.far, rows, columns)
-            far_p = p * far
-            if reached := _columns_until(far_p != 0, columns.stop):
-                far_k = _to_keys((d_s * far)[..., :reached], part, groups)
-                add(far_k, _to_keys(far_p[..., :reached], grad, groups))
-        return d_q, d_k, d_v, None, None, None, None, None, None
+            reached, some, none = _far_columns(far, seen, columns.stop)
+            if reached:
+                of_some = far if far.shape[-1] == 1 else far[..., some]
+                for gradient, weights, of_rows in ((to_keys, d_s, part), (to_values, p, grad)):
+                    gradient[:, :, some] = _to_keys(weights[..., some] * of_some, of_rows, groups)
+                    gradient[:, :, none] = 0.0
+                add(to_keys[:, :, :reached], to_values[:, :, :reached])
+        return d_q.mul_(scale), d_k, d_v, None, None, None, None, None, None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Compute attention: (output, log-sum-exp [B,H,S], sinks included)."""
+    if sinks is None:
+        options = dict(causal=False, scale=scale, softcap=softcap)
+        found = prefill_attention.attend_on_cpu("open_attention", q, k, v, bias, **options)
+        if found is not None:
+            return found[0].contiguous(), found[1]
+    parts = []
+    for rows, columns in tiles(q, k, bias):
+        logits, _ = _logits(q[:, :, rows] * scale, k[:, :, columns], cut(bias, rows, columns), softcap)
+        if sinks is not None:
+            more = cut(sinks, rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
+            logits = torch.cat((logits, more), -1)
+        p, lse = attention.safe_softmax(logits)
+        parts.append((attention.grouped_mix(p[..., : columns.stop], v[:, :, columns]), lse))
+    outputs, lses = zip(*parts, strict=True)
+    return torch.cat(outputs, 2), torch.cat(lses, 2)
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Return (logits [B,H,S,T] of queries that are scaled already, slope of the softcap or None)."""
+    logits, slope = attention.grouped_scores(q, k), None
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        slope, logits = 1 - capped**2, capped * softcap
+    return (logits if bias is None else logits.add_(bias)), slope
+
+
+def _far_columns(far: Tensor, bias: Tensor | None, columns: int) -> tuple[int, Tensor, Tensor]:
+    """Divide the columns of a tile by which rows that see them have them far.
+
+    Returns how many there are up to the last that some have, the numbers of those that some have and others have not,
+    and of those that none has.
+    """
+    seen = None if bias is None else bias > -math.inf
+    of_far, of_near = [
+        pairs.flatten(0, -2).any(0).expand(columns)
+        for pairs in ((far, ~far) if seen is None else (far & seen, ~far & seen))
+    ]
+    last = of_far.nonzero()
+    both = (of_far & of_near).nonzero().squeeze(-1)
+    return int(last[-1]) + 1 if len(last) else 0, both, (~of_far).nonzero().squeeze(-1)
 
 
 def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
@@ -104,21 +153,6 @@ def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
         return None
     mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
     return mask if mask.shape[-1] == 1 else mask[..., columns]
-
-
-def _weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor | None]:
-    """Return (softmax weights [B,H,S,T], zero where a query sees nothing; slope of the softcap or None)."""
-    logits = attention.grouped_scores(q * scale, k)
-    slope = None
-    if softcap:
-        capped = torch.tanh(logits / softcap)
-        slope, logits = 1 - capped**2, capped * softcap
-    logits = logits if bias is None else logits + bias
-    if sinks is not None:
-        logits = torch.cat((logits, sinks.to(logits).expand(*logits.shape[:3], -1)), -1)
-    return attention.safe_softmax(logits)[0][..., : k.shape[2]], slope
 
 
 def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
@@ -320,6 +354,14 @@ def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -
     return result
 
 
+def _random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Return random signs, int8 of a shape, eight of each random byte: drawn one by one they took a twentieth of all."""
+    rows, width = shape
+    drawn = torch.randint(0, 256, (rows, -(-width // 8), 1), dtype=torch.uint8, generator=generator)
+    bits = (drawn & (1 << torch.arange(8)).to(torch.uint8)).flatten(1)[:, :width]
+    return (bits != 0).to(torch.int8).mul_(2).sub_(1)
+
+
 class _LogitScore(torch.autograd.Function):
     """Zero, with the gradient g = sqrt(p) * z - p (sqrt(p) . z) at each position: p = softmax(logits [..., V]).
 
@@ -346,7 +388,7 @@ class _LogitScore(torch.autograd.Function):
         for start in range(0, len(rows), POSITIONS):
             part = slice(start, start + POSITIONS)
             p = rows[part].float().softmax(-1)
-            signs = torch.randint(0, 2, p.shape, dtype=torch.int8, generator=ctx.generator).mul_(2).sub_(1)
-            drawn = p.sqrt() * signs.to(p.device)
-            gradient[part] = grad * (drawn - p * drawn.sum(-1, keepdim=True))
+            signs = _random_signs(p.shape, ctx.generator).to(p.device, p.dtype)
+            drawn = signs.mul_(p.sqrt())
+            gradient[part] = grad * drawn.sub_(p.mul_(drawn.sum(-1, keepdim=True)))
         return gradient.view(logits.shape), None

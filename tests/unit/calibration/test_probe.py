@@ -152,13 +152,23 @@ def test_a_position_that_is_sure_says_as_much_in_every_draw() -> None:
     assert float(squares.std() / squares.mean()) < 0.1
 
 
+def test_signs_are_drawn_alike_and_independently() -> None:
+    signs = calibration_probe._random_signs(torch.Size((4000, 19)), torch.Generator().manual_seed(3)).double()
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    products = signs.T @ signs / len(signs)  # 1 with itself, else 0 within 5 deviations
+    assert float((products - torch.eye(19)).abs().max()) < 5 / 4000**0.5
+    assert float(signs.mean(0).abs().max()) < 5 / 4000**0.5
+    assert float((signs[1:] * signs[:-1]).mean(0).abs().max()) < 5 / 4000**0.5
+    again = calibration_probe._random_signs(torch.Size((4000, 19)), torch.Generator().manual_seed(3))
+    assert torch.equal(signs, again.double())
+
+
 @pytest.mark.parametrize("shape", [(1, 300, 11), (2, 3, 11), (5, 11)])
 def test_the_gradient_of_the_score_is_that_of_all_positions_at_once(shape: tuple[int, ...]) -> None:
     logits = torch.randn(shape, dtype=torch.float64).requires_grad_()
     score = calibration_probe._random_score(logits, True, torch.Generator().manual_seed(3))
     (gradient,) = torch.autograd.grad(3 * score, logits)
     p, generator = logits.detach().softmax(-1).flatten(0, -2), torch.Generator().manual_seed(3)
-    parts = [torch.randint(0, 2, x.shape, dtype=torch.int8, generator=generator) for x in p.split(64)]
-    signs = 2.0 * torch.cat(parts) - 1
+    signs = torch.cat([calibration_probe._random_signs(x.shape, generator) for x in p.split(64)])
     wanted = p.sqrt() * signs - p * (p.sqrt() * signs).sum(-1, keepdim=True)
     torch.testing.assert_close(gradient, 3 * wanted.view(shape), rtol=1e-5, atol=1e-6)
