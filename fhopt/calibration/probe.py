@@ -355,7 +355,7 @@ def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -
 
 
 def _random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return random signs, int8 of a shape, eight of each random byte: drawn one by one they took a twentieth of all."""
+    """Return random signs, int8 of a shape, eight of each random byte: drawn one by one they took much longer."""
     rows, width = shape
     drawn = torch.randint(0, 256, (rows, -(-width // 8), 1), dtype=torch.uint8, generator=generator)
     bits = (drawn & (1 << torch.arange(8)).to(torch.uint8)).flatten(1)[:, :width]
