@@ -148,15 +148,15 @@ class LatentLayer(LatentLayerBase):
         if self.site.is_shared or self.site.gather is not None or torch.compiler.is_compiling():
             return False
         windows = [w for w in (self.window_keys, self.window_values) if isinstance(w, RoundedWindow)]
-        if len(windows) < 2:
+        stores, rounded = (self.packed_keys, self.packed_values), [w.oldest_rounded(count) for w in windows]
+        if len(windows) < 2 or not all(store.takes_windows(self.dtype) for store in stores):
             return False
         turns = self._turns_now()
         turning = None if turns is None else turns.of_tokens(self.quantized + count)
-        sides = zip(windows, (self.packed_keys, self.packed_values), (turning, None), strict=True)
-        for window, packed, turned in sides:
-            rounded = window.oldest_rounded(count)
-            numbers = window.mean, self.dtype, self.quantized, self.window.block
-            if rounded is None or not packed.append_window(rounded, *numbers, turned):
+        for store, tokens, window, turned in zip(stores, rounded, windows, (turning, None), strict=True):
+            if tokens is None or not store.append_window(
+                tokens, window.mean, self.dtype, self.quantized, self.window.block, turned
+            ):
                 return False
         return True
 

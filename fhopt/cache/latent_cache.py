@@ -85,13 +85,16 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
             if self._first_pass:  # layers before this one have taken the tokens already
                 self.reset()
             raise
-        if self.warns and layer_idx == len(self.layers) - 1:
-            self._tell_unlike_text()
+        if layer_idx == len(self.layers) - 1:
+            self.tell_unlike_text()
         return result
 
-    def _tell_unlike_text(self) -> None:
-        """Warn, once a process and plan, when the first tokens are unlike the text of calibration."""
-        energy = self.latent_energy
+    def tell_unlike_text(self) -> None:
+        """Warn, once a process and plan, when the first tokens are unlike the text of calibration.
+
+        Called by `update`, and by what quantizes tokens without it.
+        """
+        energy = self.latent_energy if self.warns else None
         if energy is None:
             return
         self.warns = False

@@ -100,6 +100,13 @@ class PackedLatents(Store):
         """Quantize x [B,G,N,D] and store it behind the first `at` tokens. block: tokens by which storage grows."""
         self.parts = _appended(self.parts, self.encode(x), at, block)
 
+    def takes_windows(self, dtype: torch.dtype) -> bool:
+        """Return whether `append_window` may serve tokens of this dtype: on this device, of this plan."""
+        if self.bases is None or self.is_uncoded or not self.parts or dtype == torch.float64:
+            return False
+        basis = self.bases.encode
+        return basis.is_contiguous() and registry.kernel_of("pack_window", basis.device.type) is not None
+
     def append_window(
         self, rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, at: int, block: int,
         turning: tuple[Tensor, Tensor, int] | None,
@@ -108,13 +115,12 @@ class PackedLatents(Store):
 
         Returns whether it did. Arguments are those of `fhopt.ops.encode_rows.pack_window_reference`.
         """
-        assert self.bases is not None
-        basis, codes = self.bases.encode, rounded[0]
+        codes = rounded[0]
         kernel = registry.kernel_of("pack_window", codes.device.type)
-        if kernel is None or self.is_uncoded or not self.parts:
+        if kernel is None or self.bases is None or not self.takes_windows(dtype):
             return False
         packed, scale = [_with_room(part, part, at, at + codes.shape[2], block) for part in self.parts]
-        energy = kernel(rounded, mean, dtype, basis, (packed, scale), at, self.tiers, turning)
+        energy = kernel(rounded, mean, dtype, self.bases.encode, (packed, scale), at, self.tiers, turning)
         if energy is None:
             return False
         self.parts = (packed, scale)

@@ -204,6 +204,7 @@ def _add_costs(costs: SideCosts, basis: Basis, errors: Tensor, gradient: Tensor,
     """
     decode = basis.decode.to(gradient.device, _exact(gradient)).unsqueeze(1)
     effect = joined(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
+    # Products of all levels are as large as the errors, which exist for all layouts at once.
     summed = (effect * errors[:, :, :, : effect.shape[2]]).sum(3).double()  # [levels, J, B, R]
     for level, cost in zip(bits, summed.square().sum(2).cpu(), strict=True):
         costs.sums[level].add_(cost)

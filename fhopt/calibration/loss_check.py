@@ -6,7 +6,8 @@ Attention of every site reads keys and values as a cache of the plan would give 
     the newest tokens, of the window     rounded to 8 bits, where the plan has such a window
     all others                           encoded, quantized, dequantized, decoded
 
-No cache and no kernel takes part, so any model that can be calibrated can be checked, and nothing is compiled for it.
+No cache takes part, so any model that can be calibrated can be checked; attention runs by the CPU's kernel for prompts
+where that serves.
 What the sizes in between lose follows in fhopt/fitting/loss_interval.py.
 """
 

@@ -17,6 +17,7 @@ from fhopt.models.capture import Captured
 from fhopt.ops import attention, prefill_attention
 from fhopt.ops import masks as ops_masks
 from fhopt.passes.outcome import Outcome
+from fhopt.passes.recognize.masks import LEAST
 from fhopt.plan.site import AttentionSite
 
 QUERIES = 128  # rows of the attention matrix that exist at once
@@ -191,13 +192,15 @@ class Watch:
         given = q.dtype
         q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q + self.leaf.to(q), k, v))
         bias, extra = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q), additive_mask(extra, q)
+        if bias is not None:  # some masks hide by large numbers: a query that sees nothing then sees nothing here, too
+            bias = bias.masked_fill(bias < LEAST, -math.inf)
 
         def observe(key: Tensor, value: Tensor) -> OnGradients:
             add = self.see(site.name, key[:, :, sinks:], value[:, :, sinks:])
             return lambda *gradients: add(*[gradient[:, :, sinks:] for gradient in gradients])
 
         result: Tensor = _ProbedAttention.apply(q, k, v, bias, extra, far, scale, softcap, observe)
-        return result.to(given)
+        return result.to(given, copy=True)  # the backward pass needs it as it is; a graph may write to what it gets
 
 
 class Attends(Protocol):

@@ -220,7 +220,8 @@ def measure_batches(
     the losses of plans are measured.
     """
     codegen.install()
-    with collectives.together(), fast_products(), codegen.waiting():  # one kernel for each op, from the first call on
+    codegen.prepare_prefill()  # attention is then computed in one way, from the first call on
+    with collectives.together(), fast_products():
         return _measure_batches(
             captured, batches, options, weights, name, progress, data_digest, encoder, layouts, held_out
         )

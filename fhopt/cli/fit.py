@@ -16,12 +16,11 @@ from fhopt.cli.options import (
     CALIBRATING,
     CALIBRATION_OPTIONS,
     busy,
-    calibration_dtype,
     calibration_options,
-    calibration_placement_options,
     fails_together,
     json_option,
     output_console,
+    placement_options,
     print_json,
     progress_bar,
 )
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     help="Layout of latents that plans may get, repeatable: band, freq, head, identity, input.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File for the statistics.")
-@calibration_placement_options
+@placement_options
 @json_option
 @fails_together
 def calibrate(
@@ -73,6 +72,8 @@ def calibrate(
 
     where = placement(device_map)
 
+    import torch
+
     from fhopt.calibration.run import measure
     from fhopt.calibration.statistics_file import save_statistics
     from fhopt.inspection.progress_file import ProgressFile, beside
@@ -81,15 +82,14 @@ def calibrate(
     from fhopt.system import peak_megabytes
 
     with busy("loading", as_json):
-        kind = calibration_dtype(model, dtype, device_map)
-        loaded = load_model(model, kind, where)
+        loaded = load_model(model, getattr(torch, dtype), where)
     with progress_bar(as_json, CALIBRATING) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         shown("finding attention", 0, 1)
         measured = measure(loaded, chosen, progress, layouts)
         if collectives.leave() > 0:  # the first process writes
             return
         took = {"seconds": round(time.monotonic() - began, 1), "peak_megabytes": round(peak_megabytes())}
-        measured.provenance["calibration"] = took | {"dtype": str(kind).removeprefix("torch.")}
+        measured.provenance["calibration"] = took | {"dtype": dtype}
         save_statistics(measured, out)
     about = {"sites": len(measured.sites), "tokens": measured.provenance["tokens"], "layouts": list(layouts)}
     if as_json:
@@ -155,7 +155,7 @@ def calibrate(
 )
 @click.option("--explain", type=click.Path(path_type=Path), help="Plot spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
-@calibration_placement_options
+@placement_options
 @json_option
 @click.pass_context
 @fails_together
@@ -195,6 +195,8 @@ def fit(
 
     where = placement(device_map)
 
+    import torch
+
     from fhopt.calibration.run import measure, plan_for
     from fhopt.evaluation.statistics import Comparison
     from fhopt.fitting.choices import AUTO
@@ -207,7 +209,7 @@ def fit(
     loaded = None
     if model is not None and (measured is None or limit is not None or paged is not None):
         with busy("loading", as_json):
-            loaded = load_model(model, calibration_dtype(model, dtype, device_map), where)
+            loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
     if paged is not None and loaded is not None:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -19,9 +19,6 @@ from fhopt.cli.progress import Job, bar, lines
 from fhopt.errors import FhoptError
 from fhopt.hardware.devices import SHOWN
 from fhopt.progress import silent
-
-if TYPE_CHECKING:
-    import torch
 
 PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that look at a model, and their shares
@@ -162,43 +159,20 @@ def _count(name: str, default: int, text: str) -> Callable[[Callable[..., None]]
     return click.option(name, type=int, default=default, show_default=True, help=text)
 
 
-_DTYPES = ["bfloat16", "float16", "float32"]
-_spread = click.option(
-    "--device-map", help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]"
-)
-
-
 def placement_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say where a model's weights go, and in which dtype."""
-    dtype = click.option(
-        "--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="Dtype of the model."
+    spread = click.option(
+        "--device-map",
+        help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",
     )
-    return _spread(dtype(command))
-
-
-def calibration_placement_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add those of commands that calibrate; `calibration_dtype` says what `auto` is."""
     dtype = click.option(
-        "--dtype", type=click.Choice(["auto", *_DTYPES]), default="auto", show_default=True,
-        help="Dtype of the model. auto: bfloat16 where the folder has such weights and the CPU instructions for them, "
-        "else float32.",
-    )  # fmt: skip
-    return _spread(dtype(command))
-
-
-def calibration_dtype(model: str, dtype: str, device_map: str | None) -> torch.dtype:
-    """Return the dtype that a model is loaded in to be calibrated. dtype, device_map: as they were given."""
-    import torch
-
-    if dtype != "auto":
-        given: torch.dtype = getattr(torch, dtype)
-        return given
-    from fhopt.hardware.float_products import multiplies_bfloat16
-    from fhopt.models.loader import stored_dtype
-
-    on_cpu = device_map in (None, "cpu")
-    stored = on_cpu and multiplies_bfloat16() and stored_dtype(model) == torch.bfloat16
-    return torch.bfloat16 if stored else torch.float32
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        default="float32",
+        show_default=True,
+        help="Dtype of the model.",
+    )
+    return spread(dtype(command))
 
 
 blocks_option = click.option(

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fhopt import codegen
-from fhopt.hardware.this_cpu import reported, vector_units
+from fhopt.hardware.this_cpu import reported
 from fhopt.system import multiplies_by_loops
 
 _P = ParamSpec("_P")
@@ -210,16 +210,6 @@ def _error() -> float:
         product = x @ y
     exact = x.double() @ y.double()
     return float((product - exact).norm() / exact.norm())
-
-
-def multiplies_bfloat16() -> bool:
-    """Return whether this CPU has instructions for products of bfloat16, and torch uses them.
-
-    A calibration in bfloat16 takes 0.78 of its time in float32 then, and plans are as good (SmolLM2 on Zen 5: geometric
-    mean of the KL of eight other texts 0.00050 at 4x and 0.00269 at 8x; float32: 0.00050 and 0.00267).
-    """
-    units = {"AVX-512 BF16", "AMX BF16"} & set(vector_units())
-    return bool(units) and not multiplies_by_loops(torch.bfloat16)
 
 
 class _Switch:

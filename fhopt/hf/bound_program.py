@@ -176,6 +176,8 @@ class BoundProgram:
     def _step(self, cache: Any, threads: int) -> CacheStep | None:
         """Return the step of a layer of the cache, prepared for this call; None where this is an ordinary one."""
         layer = cache.layers[self.attention.layer]
+        if getattr(cache, "warns", False):  # steps before this one may have quantized the first tokens
+            cache.tell_unlike_text()
         step = self.prepared(layer, threads)
         if step is None:
             tensors, options = self.tensors, self.options

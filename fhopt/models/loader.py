@@ -6,7 +6,6 @@ Nothing is downloaded: every form names something that is already on this machin
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -23,7 +22,7 @@ from fhopt.models import converted_models
 from fhopt.models.example_inputs import example_arguments
 from fhopt.models.gguf_files import read_gguf
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.model_files import CONFIG, check_model
+from fhopt.models.model_files import check_model
 from fhopt.models.model_name import folder_of
 from fhopt.models.rewritten_folder import is_rewritten
 from fhopt.models.transformers_import import QuietProgress, transformers
@@ -55,20 +54,6 @@ def load_model(
     if folder_of(name):
         return _load_folder(path, dtype)
     return _load_function(name)
-
-
-def stored_dtype(name: str) -> torch.dtype | None:
-    """Return the dtype that a Hugging Face folder says its weights are in; None where it does not, and of other forms.
-
-    Nothing is checked: `load_model` does so.
-    """
-    folder = folder_of(name)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if folder is not None else {}
-        found = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, torch.dtype) else None
 
 
 def load_tokenizer(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Registry of kernels: which function runs an op of `torch.ops.fhopt` on which type of device.
 
 The references of this package need no entry. `fhopt.codegen.install` enters generated kernels; tests and users
-enter their own by `use`. A kernel has the signature of the op's reference, and is called only inside the op.
+enter their own by `use`. A kernel has the signature of the op's reference, and is called only inside the op; where
+there is no op, by what asks for it by `kernel_of`, and does without it.
 """
 
 from __future__ import annotations

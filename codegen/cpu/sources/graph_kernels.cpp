@@ -475,12 +475,9 @@ struct OldTokens {
 };
 
 // The mean square of all latents is returned. type: of the tokens that were rounded; 0 float, 1 bfloat16, 2 half.
-// clang-format off
-double pack_window(
-    Tensor codes, Tensor scale, std::optional<Tensor> mean, int64_t type, Tensor basis, Tensor packed,
-    Tensor packed_scale, int64_t at, std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases,
-    int64_t segment, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
-    // clang-format on
+double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64_t type, Tensor basis, Tensor packed,
+                   Tensor packed_scale, int64_t at, std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases,
+                   int64_t segment, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
     const std::string name = "pack_window";
     const Tiers tiers(bits, widths, steps);
     expect(codes.dim() == 4 && scale.dim() == 3 && basis.dim() == 3 && packed.dim() == 4 && packed_scale.dim() == 3,
@@ -501,8 +498,9 @@ double pack_window(
     expect(fits, name, "places that do not fit");
     const Turning turn = turning_of(name, turn_pairs, turn_phases, segment, at + tokens, batch, width);
     const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-    const OldTokens old{codes, scale, means(name, mean, batch, groups, width), turn,
-                        turn.segment && turn.is_in_runs(), at, types[type]};
+    const OldTokens old{
+        codes, scale,      means(name, mean, batch, groups, width), turn, turn.segment && turn.is_in_runs(),
+        at,    types[type]};
     const int64_t threads = torch::stable::get_num_threads(), share = groups / heads;
     static thread_local Kept kept;
     const int64_t count = batch * heads * tokens * rank;

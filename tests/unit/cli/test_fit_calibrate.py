@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_models import call, save_tiny_model
 
-from fhopt.cli.options import calibration_dtype
 from fhopt.fitting.fast_choice import bound_of
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -45,28 +43,6 @@ def test_a_plan_is_fitted_without_the_model(folder: Path, ratio: float) -> None:
     plan = LatentPlan.load(folder / "plan")
     assert plan.ratio(4096) >= ratio and plan.sinks == 16 and plan.mean_tokens == 256
     assert plan.provenance["calibration"]["dtype"] == "float32"
-
-
-@pytest.mark.parametrize(
-    ("native", "stored", "device_map", "asked", "expected"),
-    [
-        (True, "bfloat16", None, "auto", torch.bfloat16),
-        (True, "bfloat16", "cpu", "auto", torch.bfloat16),
-        (True, "bfloat16", "auto", "auto", torch.float32),
-        (False, "bfloat16", None, "auto", torch.float32),
-        (True, "float16", None, "auto", torch.float32),
-        (True, "float32", None, "auto", torch.float32),
-        (False, "float32", None, "bfloat16", torch.bfloat16),
-        (True, "bfloat16", None, "float32", torch.float32),
-    ],
-)
-def test_a_model_is_calibrated_in_bfloat16_where_it_is_stored_so_and_the_cpu_multiplies_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, stored: str, device_map: str | None, asked: str,
-    expected: torch.dtype,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("fhopt.hardware.float_products.multiplies_bfloat16", lambda: native)
-    (tmp_path / "config.json").write_text(json.dumps({"dtype": stored}), encoding="utf-8")
-    assert calibration_dtype(str(tmp_path), asked, device_map) == expected
 
 
 def test_trellis_codes_are_fitted_to_the_same_statistics(folder: Path) -> None:

@@ -248,21 +248,3 @@ def test_the_last_thread_that_leaves_switches_back(monkeypatch: pytest.MonkeyPat
     may_leave.set()
     thread.join()
     assert PRECISION.fp32_precision == before
-
-
-@pytest.mark.parametrize(
-    ("units", "loops", "expected"),
-    [
-        (("AVX-512", "AVX-512 BF16"), False, True),
-        (("AMX BF16",), False, True),
-        (("AVX2",), True, False),
-        (("AVX-512", "AVX-512 VNNI"), False, False),
-        (("AVX-512 BF16",), True, False),
-    ],
-)
-def test_which_cpus_multiply_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, units: tuple[str, ...], loops: bool, expected: bool
-) -> None:
-    monkeypatch.setattr(float_products, "vector_units", lambda: units)
-    monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: loops)
-    assert float_products.multiplies_bfloat16() is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from padded_batches import call, padded
 from small_models import tiny_llama, token_ids
 
 import fhopt
+from fhopt.cache import latent_cache as latent_cache_module
+from fhopt.cache import quantized_rows
 from fhopt.hf import bound_program, cache_steps
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.layer_programs import STATE
@@ -97,6 +100,25 @@ def test_a_block_is_quantized_behind_a_step_and_read_by_the_next_one(monkeypatch
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
+def test_what_blocks_of_prepared_steps_say_of_the_text_is_told(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fhopt.system._warned", set())
+    monkeypatch.setattr(quantized_rows, "SAMPLED", 64)
+    plan = replace(coded(plans(tiny_llama, 8)), recent=24, block=8)
+    model = fhopt.prepare(fhopt.apply(tiny_llama(), plan))
+    cache = latent_cache(model)
+    cache.warns = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, cache, token_ids(1, 80), list(range(70, 80)))
+    assert cache.latent_energy is None
+    monkeypatch.setattr(latent_cache_module, "UNLIKE", 0.0)
+    with pytest.warns(RuntimeWarning, match="unlike what the plan was calibrated on"):
+        logits(model, cache, token_ids(1, 60), list(range(1, 60)))
+    assert counted and cache.latent_energy is not None and not cache.warns
+
+
 def test_a_cache_that_changed_behind_a_block_is_read_as_it_is(counted: list[int]) -> None:
     plan = replace(coded(plans(tiny_llama, 8)), recent=24, block=8)
     ids, outputs = token_ids(2, 100), []
@@ -104,15 +126,16 @@ def test_a_cache_that_changed_behind_a_block_is_read_as_it_is(counted: list[int]
         model = fhopt.prepare(fhopt.apply(tiny_llama(), plan, layer_programs=programs))
         cache = latent_cache(model)
         parts = [logits(model, cache, ids[:, :82], list(range(70, 82)))]
-        for number in range(82, 100, 6):  # steps that fill a block are among these
-            quantized = cache.layers[0].quantized
-            while cache.layers[0].quantized == quantized:
-                parts.append(model(ids[:, :1], past_key_values=cache, use_cache=True).logits)
-            cache.crop(-3)
-            cache.reorder_cache(torch.tensor([1, 0]))
-            parts.append(model(ids[:, number : number + 1], past_key_values=cache, use_cache=True).logits)
+        for number in range(82, 100, 6):
+            before, quantized = len(counted), cache.layers[0].quantized
+            with torch.no_grad():
+                while cache.layers[0].quantized == quantized:  # the last of these steps fills a block
+                    parts.append(model(ids[:, :1], past_key_values=cache, use_cache=True).logits)
+                assert not programs or len(counted) > before
+                cache.crop(-3)
+                cache.reorder_cache(torch.tensor([1, 0]))
+                parts.append(model(ids[:, number : number + 1], past_key_values=cache, use_cache=True).logits)
         outputs.append(torch.cat(parts, 1))
-    assert counted
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 

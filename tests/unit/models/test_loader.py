@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_models import call, encoder, save_tiny_model
 
-from fhopt.models.loader import load_model, stored_dtype
+from fhopt.models.loader import load_model
 from fhopt.passes import pipeline
 
 SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
@@ -116,24 +116,3 @@ def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)["perplexity"]["license"]
     assert figures["exact"] > 1 and abs(figures["increase_percent"]) < 50
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"dtype": "bfloat16"}', torch.bfloat16),
-        ('{"torch_dtype": "float16"}', torch.float16),
-        ("{}", None),
-        ('{"dtype": "nonsense"}', None),
-        ('{"dtype": "Tensor"}', None),
-        ("[1]", None),
-        ("not JSON", None),
-    ],
-)
-def test_the_dtype_of_weights_is_read_without_them(tmp_path: Path, text: str, expected: torch.dtype | None) -> None:
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    assert stored_dtype(str(tmp_path)) == expected
-
-
-def test_what_is_no_folder_says_no_dtype(tmp_path: Path) -> None:
-    assert stored_dtype("demo") is None and stored_dtype(str(tmp_path)) is None

@@ -219,9 +219,32 @@ def turning(kind: str) -> tuple[Tensor, Tensor, int] | None:
     return (turns.behind(torch.tensor([0, 7])) if kind == "padded" else turns).of_tokens(AT + TOKENS)
 
 
+ROW_TIERS = {
+    "uniform": algebra.BitGroups([8, 4], [8, 24], [0.06, 0.4]),
+    "trellis": algebra.BitGroups([8, 3], [8, 24], [0.06, -0.025]),
+    "halves": algebra.BitGroups([16, 4], [8, 24], [1.0, 0.4]),
+}
+
+
 def places(tiers: algebra.BitGroups, heads: int) -> tuple[Tensor, Tensor]:
     codes = torch.full((B, heads, AT + TOKENS + 3, sum(b * w for b, w in zip(*tiers[:2], strict=True)) // 8), 7)
     return codes.to(torch.uint8), torch.ones(B, heads, AT + TOKENS + 3, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [4, TOKENS])
+@pytest.mark.parametrize("name", ROW_TIERS)
+def test_rows_of_every_kind_are_packed_on_several_threads(name: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    width = 4 * D  # so that there is work for threads
+    rounded = packing.round_rows(torch.randn(B, J, tokens, width))
+    tiers, basis = ROW_TIERS[name], torch.randn(J, 32, width) / 8
+    found, expected = places(tiers, J), places(tiers, J)
+    for _ in range(3):  # memory is kept from call to call
+        assert dispatch.pack_window(rounded, None, torch.float32, basis, found, AT, tiers, None) is not None
+    encode_rows.pack_window_reference(rounded, None, torch.float32, basis, expected, AT, tiers, None)
+    one, other = (torch.ops.fhopt.unpack(*[p[:, :, AT : AT + tokens] for p in x], *tiers) for x in (found, expected))
+    assert float((one - other).abs().mean()) < 1e-3 * float(other.abs().mean())
 
 
 @pytest.mark.parametrize("heads", [1, J])
