@@ -10,7 +10,6 @@
   for them, `waiting()` for all that calls need.
 - `linear(x, w, b)`: a linear layer, in eager mode, where that is faster than by torch (dispatch.py); `prepare_linear()`
   waits for its kernels; `start_blocks()` and `prepare_blocks()` build those of weights in GGUF blocks.
-- `prepare_prefill()`: waits for the kernels of attention of many queries (cpu/prefill.py).
 - `layer_programs_are_built()`: whether layers may run as programs (cpu/layer_program.py).
 - `install()`: fill in the kernels of all ops; nothing else does.
 """
@@ -25,7 +24,6 @@ from fhopt.codegen.dispatch import (
     prepare,
     prepare_blocks,
     prepare_linear,
-    prepare_prefill,
     start,
     start_blocks,
     waiting,
@@ -41,7 +39,6 @@ __all__ = [
     "prepare",
     "prepare_blocks",
     "prepare_linear",
-    "prepare_prefill",
     "render",
     "start",
     "start_blocks",

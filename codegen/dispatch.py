@@ -82,11 +82,6 @@ def prepare_linear() -> None:
     builder.wait([graph_kernels.NAME])
 
 
-def prepare_prefill() -> None:
-    """Build the kernels of attention of many queries, and wait for them."""
-    cpu_prefill.prepare()
-
-
 @contextmanager
 def waiting() -> Iterator[None]:
     """Wait inside the context for every kernel that a call needs, as measurements do."""

@@ -173,12 +173,6 @@ def start() -> None:
     builder.start(NAME, library)
 
 
-def prepare() -> None:
-    """Build the library, and wait for it."""
-    start()
-    builder.wait([NAME])
-
-
 @functools.cache
 def library() -> Any | None:
     """Compile the function `open_attention`; None where it cannot be compiled, or vectors are of less than 8 floats."""

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fhopt.calibration import segments
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured
-from fhopt.ops import attention, prefill_attention
+from fhopt.ops import attention
 from fhopt.ops import masks as ops_masks
 from fhopt.passes.outcome import Outcome
 from fhopt.passes.recognize.masks import LEAST
@@ -82,11 +82,6 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention: (output, log-sum-exp [B,H,S], sinks included)."""
-    if sinks is None:
-        options = dict(causal=False, scale=scale, softcap=softcap)
-        found = prefill_attention.attend_on_cpu("open_attention", q, k, v, bias, **options)
-        if found is not None:
-            return found[0].contiguous(), found[1]
     parts = []
     for rows, columns in tiles(q, k, bias):
         logits, _ = _logits(q[:, :, rows] * scale, k[:, :, columns], cut(bias, rows, columns), softcap)

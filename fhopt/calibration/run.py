@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt import codegen
 from fhopt.calibration.checkpoint import MOMENTS, RATES, BatchPass, Checkpoint, named_costs, named_moments
 from fhopt.calibration.collect import collect, measure_costs
 from fhopt.calibration.loss_check import check_losses
@@ -210,17 +209,13 @@ def measure_batches(
     name: str, progress: Progress = silent, data_digest: Any = "", encoder: str | None = None,
     layouts: Sequence[str] = (), held_out: Sequence[tuple[str, Batch]] = (),
 ) -> Calibration:  # fmt: skip
-    """Calibrate in two passes over batches, by the kernels of this machine, which are installed.
-
-    Under torchrun, each process takes its share and all get the sum.
+    """Calibrate in two passes over batches. Under torchrun, each process takes its share and all get the sum.
 
     What fails in one process fails in all (`collectives.together`). data_digest distinguishes the data of calibrations,
     for checkpoints. encoder: path of a module of which nothing is cached, so that its sites get no bytes; a model that
     is nothing else keeps them. layouts: as of `measure`. held_out: other batches, by the names of their texts, on which
     the losses of plans are measured.
     """
-    codegen.install()
-    codegen.prepare_prefill()  # attention is then computed in one way, from the first call on
     with collectives.together(), fast_products():
         return _measure_batches(
             captured, batches, options, weights, name, progress, data_digest, encoder, layouts, held_out

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from needs import needs_compiler
 from small_models import Fitted, numbered
 from torch import Tensor, nn
 
 from fhopt.calibration import probe as calibration_probe
-from fhopt.codegen.cpu import prefill
-from fhopt.ops import masks, registry
+from fhopt.ops import masks
 
 SITE = "model.layers.1.self_attn"
 
@@ -88,36 +86,6 @@ def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
                 torch.testing.assert_close(probed_gradient, gradient[:, :, :reached])
                 assert not gradient[:, :, reached:].any()
     assert not any(gradient.any() for rest in given for gradient in rest)
-
-
-@needs_compiler
-@pytest.mark.parametrize("softcap", [0.0, 4.0])
-@pytest.mark.parametrize("kind", MASKS)
-def test_by_the_kernel_for_prompts_gradients_are_those_of_float64(
-    monkeypatch: pytest.MonkeyPatch, kind: str, softcap: float
-) -> None:
-    monkeypatch.setattr(calibration_probe, "QUERIES", 16)
-    monkeypatch.setattr(registry, "_kernels", {("open_attention", "cpu"): prefill.open_attention})
-    prefill.prepare()
-    given = [torch.randn(2, heads, 40, dim, dtype=torch.float64) for heads, dim in ((4, 16), (2, 16), (2, 8))]
-    mask, weight = MASKS[kind](40, 40), torch.randn(2, 4, 40, 8, dtype=torch.float64)
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        q, k, v = (x.to(dtype).requires_grad_() for x in given)
-        bias = calibration_probe.additive_mask(mask, q)
-        bias = bias if bias is None else bias.to(dtype)
-        _, far = masks.split_mask(q, k, None, False, 2, 5)
-        tiles: list[Tensor] = []
-        served = calibration_probe._attend(q.detach(), k.detach(), v.detach(), bias, None, 0.3, softcap)
-        probe: Any = calibration_probe._ProbedAttention
-        out = probe.apply(
-            q, k, v, bias, None, far, 0.3, softcap, lambda *_, seen=tiles: lambda *gradients: seen.extend(gradients)
-        )
-        own = torch.autograd.grad((out * weight.to(dtype)).sum(), (q, k, v))
-        found.append([*served, out, *own, *tiles])
-    assert prefill.serves(given[0].float(), given[1].float(), given[2].float()) and len(found[0]) == len(found[1])
-    for wanted, other in zip(*found, strict=True):
-        torch.testing.assert_close(other.double(), wanted.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min])
