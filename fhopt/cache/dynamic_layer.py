@@ -148,15 +148,15 @@ class LatentLayer(LatentLayerBase):
         if self.site.is_shared or self.site.gather is not None or torch.compiler.is_compiling():
             return False
         windows = [w for w in (self.window_keys, self.window_values) if isinstance(w, RoundedWindow)]
-        stores, rounded = (self.packed_keys, self.packed_values), [w.oldest_rounded(count) for w in windows]
-        if len(windows) < 2 or not all(store.takes_windows(self.dtype) for store in stores):
+        rounded = [tokens for window in windows if (tokens := window.oldest_rounded(count)) is not None]
+        stores = self.packed_keys, self.packed_values
+        if len(rounded) < 2 or not all(store.takes_windows(self.dtype) for store in stores):
             return False
         turns = self._turns_now()
         turning = None if turns is None else turns.of_tokens(self.quantized + count)
         for store, tokens, window, turned in zip(stores, rounded, windows, (turning, None), strict=True):
-            if tokens is None or not store.append_window(
-                tokens, window.mean, self.dtype, self.quantized, self.window.block, turned
-            ):
+            places = self.quantized, self.window.block
+            if not store.append_window(tokens, window.mean, self.dtype, *places, turned):
                 return False
         return True
 

@@ -113,12 +113,12 @@ class PackedLatents(Store):
     ) -> bool:  # fmt: skip
         """Quantize tokens of a window in 8 bits by machine code, and store them behind the first `at` tokens.
 
-        Returns whether it did. Arguments are those of `fhopt.ops.encode_rows.pack_window_reference`.
+        Where `takes_windows`. Returns whether it did. Arguments are those of
+        `fhopt.ops.encode_rows.pack_window_reference`.
         """
         codes = rounded[0]
         kernel = registry.kernel_of("pack_window", codes.device.type)
-        if kernel is None or self.bases is None or not self.takes_windows(dtype):
-            return False
+        assert kernel is not None and self.bases is not None, "it takes windows"
         packed, scale = [_with_room(part, part, at, at + codes.shape[2], block) for part in self.parts]
         energy = kernel(rounded, mean, dtype, self.bases.encode, (packed, scale), at, self.tiers, turning)
         if energy is None:

@@ -110,10 +110,8 @@ def _far_columns(far: Tensor, bias: Tensor | None, columns: int) -> tuple[int, T
     and of those that none has.
     """
     seen = None if bias is None else bias > -math.inf
-    of_far, of_near = [
-        pairs.flatten(0, -2).any(0).expand(columns)
-        for pairs in ((far, ~far) if seen is None else (far & seen, ~far & seen))
-    ]
+    pairs = (far, ~far) if seen is None else (far & seen, ~far & seen)
+    of_far, of_near = (_in_any_row(mask, columns) for mask in pairs)
     last = of_far.nonzero()
     both = (of_far & of_near).nonzero().squeeze(-1)
     return int(last[-1]) + 1 if len(last) else 0, both, (~of_far).nonzero().squeeze(-1)
@@ -134,8 +132,13 @@ def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]
 
 def _columns_until(mask: Tensor, keys: int) -> int:
     """Return the number of the last of the first `keys` columns with anything true, in a mask [..., S, T]; 0: none."""
-    columns = mask.flatten(0, -2).any(0).expand(keys).nonzero()
+    columns = _in_any_row(mask, keys).nonzero()
     return int(columns.max()) + 1 if len(columns) else 0
+
+
+def _in_any_row(mask: Tensor, keys: int) -> Tensor:
+    """Return which of the first `keys` columns have anything true, in a mask [..., S, T]."""
+    return mask.flatten(0, -2).any(0).expand(keys)
 
 
 def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
