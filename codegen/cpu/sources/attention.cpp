@@ -578,7 +578,7 @@ struct Scratch {
         take(states, rows), take(sums, rows * k.value.pad);
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
         take(looked_up, 16 * std::max(k.key.layout.looked_up, k.value.layout.looked_up));
-        take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
+        take(parts, k.key.integer ? 2 * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
         take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);
         take(pairs, k.pairs ? rows * k.key.pad : 0);
@@ -752,12 +752,12 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
 void split_queries(const Arguments& a, const Part& p, Scratch& s) {
     const Kernel& k = s.kernel;
     const int64_t bytes = PART_BYTES * k.key_dwords, shared = a.heads / a.key_heads * p.queries;
-    int8_t* parts = s.parts + (WORDS ? s.rows * bytes : 0);  // words are arranged anew
+    int8_t* parts = s.parts + (WORDS ? s.rows * bytes : 0);  // words are arranged anew, all of them
     const int fine = fine_keys(a, int(shared), k);
     for (int r = 0; r < p.rows(); r++) {
         to_parts(k, s.query + r * k.key.pad, fine, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r], s.coarse[r]);
     }
-    for (int64_t row = 0; WORDS && row < p.rows(); row += shared) arrange_queries(k, row, int(shared), s);
+    for (int64_t row = 0; row < p.rows(); row += shared) arrange_queries(a, row, int(shared), s);
 }
 
 // Queries of a segment with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from

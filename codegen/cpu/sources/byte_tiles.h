@@ -44,11 +44,10 @@ struct Taken {
         const __m512i codes = high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
         return LOOKED ? _mm512_mask_mov_epi8(codes, looked, looked_up(high)) : codes;
     }
-    // The codes of windows.
+    // The codes of windows. Tables of 16 stand in every quarter, so that bits 4 and 5 of an index do not count.
     INLINE __m512i looked_up(__m512i window) const {
-        const __m512i half = _mm512_set1_epi8(15), low = window & half, high = _mm512_srli_epi16(window, 4) & half;
-        const __m512i level = _mm512_shuffle_epi8(levels, high ^ _mm512_shuffle_epi8(order, low));
-        return _mm512_add_epi8(level, _mm512_shuffle_epi8(offsets, low));
+        const __m512i high = _mm512_srli_epi16(window, 4) ^ _mm512_permutexvar_epi8(window, order);
+        return _mm512_add_epi8(_mm512_permutexvar_epi8(high, levels), _mm512_permutexvar_epi8(window, offsets));
     }
 };
 
@@ -396,6 +395,99 @@ void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     }
 }
 
+// Few rows share codes: these are multiplied while they are in registers. Sums of at most so many rows leave room for
+// the codes of 16 tokens.
+constexpr int FEW_ROWS = 3;
+
+INLINE bool are_few(const Arguments& a, int rows) { return a.digits == 2 && rows > 1 && rows <= FEW_ROWS; }
+
+// Digits of the queries of few rows from `row` on, as `score_slice` reads them: int32 [key_dwords, 3, rows].
+INLINE int32_t* digits_of_few(int64_t row, const Scratch& s) {
+    return reinterpret_cast<int32_t*>(s.parts) + (s.rows + row) * 3 * s.kernel.key_dwords;
+}
+
+void arrange_queries(const Arguments& a, int64_t row, int rows, Scratch& s) {
+    if (!are_few(a, rows)) return;
+    const int width = s.kernel.key_dwords;
+    const int32_t* parts = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * width;
+    int32_t* out = digits_of_few(row, s);
+    for (int part = 0; part < 3; part++) {
+        for (int r = 0; r < rows; r++) {
+            const int32_t* from = parts + (3 * r + part) * width;
+            for (int i = 0; i < width; i++) out[(3 * i + part) * rows + r] = from[i];
+        }
+    }
+}
+
+// Logits of a tile of keys for few rows from a slice on that begins with dword `first`; in the scratch are sums of the
+// slices before, of each digit. Codes from dword `fine` on are multiplied by the lowest digits, others by the two more.
+template <int ROWS, Kind KIND>
+INLINE void score_slice(const Taken<KIND>& taken, const Arguments& a, const Part& p, int64_t j, int64_t begin,
+                        int tokens, int64_t row, int first, int fine, Scratch& s) {
+    const Kernel& k = s.kernel;
+    const int count = k.key_vectors - first, of_two = fine - first;
+    const bool is_last = count <= 16;
+    const int32_t* digits = digits_of_few(row, s) + first * 3 * ROWS;
+    auto* kept = reinterpret_cast<__m512i*>(s.codes);
+    for (int t = 0; t < tokens; t += 16, kept += 3 * ROWS) {
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, first == 0, s);
+        __m512i x[16], sums[3][ROWS];
+        UNROLL(16) for (int i = 0; i < 16; i++) x[i] = taken.codes_of(z[i]);
+        transpose(x);
+        UNROLL(3) for (int part = 0; part < 3; part++) {
+            UNROLL(3) for (int r = 0; r < ROWS; r++) {
+                sums[part][r] = first ? _mm512_load_si512(kept + part * ROWS + r) : __m512i{};
+            }
+        }
+        UNROLL(4) for (int i = 0; i < 16; i += 4) {
+            if (i >= count) break;
+            if (i < of_two) {
+                UNROLL(4) for (int n = i; n < i + 4; n++) {
+                    UNROLL(3) for (int r = 0; r < ROWS; r++) {
+                        sums[1][r] = add_products(sums[1][r], x[n], digits[(3 * n + 1) * ROWS + r]);
+                        sums[2][r] = add_products(sums[2][r], x[n], digits[(3 * n + 2) * ROWS + r]);
+                    }
+                }
+            } else {
+                UNROLL(4) for (int n = i; n < i + 4; n++) {
+                    UNROLL(3) for (int r = 0; r < ROWS; r++) {
+                        sums[0][r] = add_products(sums[0][r], x[n], digits[3 * n * ROWS + r]);
+                    }
+                }
+            }
+        }
+        if (!is_last) {
+            UNROLL(3) for (int part = 0; part < 3; part++) {
+                UNROLL(3) for (int r = 0; r < ROWS; r++) _mm512_store_si512(kept + part * ROWS + r, sums[part][r]);
+            }
+            continue;
+        }
+        if (k.halves) unpack_halves(k, z, s.halves + t);
+        UNROLL(3) for (int r = 0; r < ROWS; r++) {
+            const __m512i high[2] = {sums[1][r], sums[2][r]};
+            Floats16 logits = joined(high) * (s.unit[row + r] * 256.0f) - s.middle[row + r];
+            logits += __builtin_convertvector((Ints16)sums[0][r], Floats16) * s.coarse[row + r];
+            logits *= load(s.scale + t);
+            for (int i = 0; i < k.halves; i++) {
+                const float q = s.query[(row + r) * k.key.pad + k.key.layout.half_channel[i]];
+                logits += q * load(s.halves + i * TILE + t);
+            }
+            store(s.logits + (row + r) * TILE + t, logits);
+        }
+    }
+}
+
+template <int ROWS>
+void score_few(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int fine,
+               Scratch& s) {
+    int first = 0;
+    for (const Slice& slice : s.kernel.key.layout.slices) {
+        with_slice(slice,
+                   [&](const auto& taken) { score_slice<ROWS>(taken, a, p, j, begin, tokens, row, first, fine, s); });
+        first += 16;
+    }
+}
+
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
 void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
@@ -406,6 +498,11 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
                          [&](auto kind) { score_row<decltype(kind)::value>(a, p, j, begin, tokens, row, s); });
     }
     const int whole = whole_vectors(tokens), fine = std::min(fine_keys(a, rows, k) / 4, k.key_vectors);  // dwords
+    if (are_few(a, rows)) {
+        if (rows == 2) score_few<2>(a, p, j, begin, tokens, row, fine, s);
+        else score_few<3>(a, p, j, begin, tokens, row, fine, s);
+        return;
+    }
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
@@ -435,48 +532,59 @@ struct Weights {
     float unit, total, bytes;
 };
 
-// Weights of a tile of values times the tokens' scales, split into as many parts as is returned. ROUNDS: of two parts,
-// the third is the same weights in one byte. What that rounds away goes to the token that stands 16 behind, so that
-// many small weights are not lost together: where their tokens share a mean, it would be missing.
-template <int ROWS, bool ROUNDS>
+// What becomes of a tile's weights: two or three digits, one byte each beside two digits, or that byte alone.
+enum Digits { ALL_DIGITS, TWO_AND_BYTES, BYTES_ALONE };
+
+// Weights of a tile of values times the tokens' scales, split into as many parts as is returned; weights in one byte
+// stand in the third. What that rounds away goes to the token that stands 16 behind, so that many small weights are not
+// lost together: where their tokens share a mean, it would be missing.
+template <int ROWS, Digits WANTED>
 INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weights, Scratch& s) {
-    float largest[ROWS];
+    Floats tops[ROWS] = {}, masses[ROWS] = {};
+    UNROLL(1) for (int t = 0; t < whole; t += 16) {
+        const Floats scale = load(s.scale + t);
+        UNROLL(5) for (int r = 0; r < ROWS; r++) {
+            float* w = s.logits + (row + r) * TILE + t;
+            const Floats scaled = load(w) * scale;
+            store(w, scaled);
+            masses[r] += scaled;
+            tops[r] = scaled > tops[r] ? scaled : tops[r];
+        }
+    }
     bool small = true;  // in all rows
-    UNROLL(1) for (int r = 0; r < ROWS; r++) {
-        float* w = s.logits + (row + r) * TILE;
-        Floats top = {}, sum = {};
-        for (int t = 0; t < whole; t += 16) {
-            const Floats scaled = load(w + t) * load(s.scale + t);
-            store(w + t, scaled);
-            sum += scaled;
-            top = scaled > top ? scaled : top;
-        }
+    float inverse[ROWS];
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
         State& state = s.states[row + r];
-        state.mass += sum_of(sum);
-        largest[r] = largest_of(top);
-        small &= largest[r] * SMALL <= state.mass;
+        state.mass += sum_of(masses[r]);
+        weights[r].unit = largest_of(tops[r]);
+        small &= weights[r].unit * SMALL <= state.mass;
     }
-    small |= digits == 2;
-    UNROLL(1) for (int r = 0; r < ROWS; r++) {
+    small |= WANTED != ALL_DIGITS || digits == 2;
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float limit = largest_integer(small ? 2 : 3);
-        const float inverse = largest[r] > 1e-30f ? limit / largest[r] : 0.0f;
-        Ints16 sum = {}, bytes = {}, rest = (LANE_NUMBERS - 7) * 16 - 8;  // not all lanes round up at once
-        for (int t = 0; t < whole; t += 16) {
-            const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(s.logits + (row + r) * TILE + t) * inverse));
-            sum += x;
-            int8_t* parts = s.weights + 3 * r * TILE + t;
-            if (small) store_parts<2>(x, parts, TILE);
-            else store_parts<3>(x, parts, TILE);
-            if (!ROUNDS) continue;
-            rest += x;
-            const Ints16 byte = (rest + 128) >> 8;
-            rest -= byte << 8;
-            bytes += byte;
-            store_parts<1>(byte, parts + 2 * TILE, TILE);
-        }
-        const auto all = [](Ints16 y) { return float(_mm512_reduce_add_epi32((__m512i)y)); };
-        weights[r] = {largest[r] / limit, all(sum), all(bytes)};
+        inverse[r] = weights[r].unit > 1e-30f ? limit / weights[r].unit : 0.0f;
+        weights[r].unit /= limit;
     }
+    Ints16 sums[ROWS] = {}, bytes[ROWS] = {}, rest[ROWS];
+    for (Ints16& x : rest) x = (LANE_NUMBERS - 7) * 16 + 120;  // not all lanes round up at once
+    UNROLL(1) for (int t = 0; t < whole; t += 16) {
+        UNROLL(5) for (int r = 0; r < ROWS; r++) {
+            const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(s.logits + (row + r) * TILE + t) * inverse[r]));
+            int8_t* parts = s.weights + 3 * r * TILE + t;
+            if (WANTED != BYTES_ALONE) {
+                sums[r] += x;
+                if (small) store_parts<2>(x, parts, TILE);
+                else store_parts<3>(x, parts, TILE);
+            }
+            if (WANTED == ALL_DIGITS) continue;
+            rest[r] = (rest[r] & 255) + x;
+            const Ints16 byte = rest[r] >> 8;
+            bytes[r] += byte;
+            _mm_store_si128(reinterpret_cast<__m128i*>(parts + 2 * TILE), _mm512_cvtepi32_epi8((__m512i)byte));
+        }
+    }
+    const auto all = [](Ints16 y) { return float(_mm512_reduce_add_epi32((__m512i)y)); };
+    UNROLL(5) for (int r = 0; r < ROWS; r++) weights[r].total = all(sums[r]), weights[r].bytes = all(bytes[r]);
     return small ? 2 : 3;
 }
 
@@ -546,6 +654,71 @@ void mix_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int to
     }
 }
 
+// The weights of a tile for vectors of 16 channels, of which those from `fine` on are multiplied by one byte.
+template <int ROWS>
+INLINE int split_for(const Arguments& a, int fine, int64_t row, int whole, Weights* weights, Scratch& s) {
+    if (fine == s.kernel.value_vectors) return scale_and_split<ROWS, ALL_DIGITS>(row, whole, a.digits, weights, s);
+    if (fine == 0) return scale_and_split<ROWS, BYTES_ALONE>(row, whole, a.digits, weights, s);
+    return scale_and_split<ROWS, TWO_AND_BYTES>(row, whole, a.digits, weights, s);
+}
+
+// Few rows: codes of a slice that begins with vector `first` are multiplied as soon as they are there.
+template <int ROWS, Kind KIND>
+INLINE void mix_slice(const Taken<KIND>& taken, const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens,
+                      int64_t row, int first, int fine, const Weights* weights, Scratch& s) {
+    const Side& side = s.kernel.value;
+    const int count = s.kernel.value_vectors - first, of_two = fine - first;
+    const auto* digits = reinterpret_cast<const int32_t*>(s.weights);
+    __m512i sums[ROWS][4][2] = {};
+    for (int t = 0; t < tokens; t += 16) {
+        const Sixteen z = rows_of(a, side, a.value, p, j, begin, t, tokens, first == 0, s);
+        UNROLL(4) for (int i = 0; i < 16; i += 4) {
+            __m512i codes[4];
+            unpack_slice(taken, z, i, codes);
+            const int32_t* digit = digits + (t + i) / 4;
+            UNROLL(4) for (int v = 0; v < 4; v++) {
+                if (v >= count) break;
+                if (v < of_two) {
+                    UNROLL(3) for (int r = 0; r < ROWS; r++) {
+                        UNROLL(2) for (int part = 0; part < 2; part++) {
+                            const int32_t& factor = digit[(3 * r + part) * (TILE / 4)];
+                            sums[r][v][part] = add_products(sums[r][v][part], codes[v], factor);
+                        }
+                    }
+                } else {
+                    UNROLL(3) for (int r = 0; r < ROWS; r++) {
+                        sums[r][v][0] = add_products(sums[r][v][0], codes[v], digit[(3 * r + 2) * (TILE / 4)]);
+                    }
+                }
+            }
+        }
+    }
+    UNROLL(3) for (int r = 0; r < ROWS; r++) {
+        const Weights& w = weights[r];
+        State& state = s.states[row + r];
+        UNROLL(4) for (int v = 0; v < 4; v++) {
+            if (v >= count) break;
+            const __m512i two[1][2] = {{sums[r][v][0], sums[r][v][1]}}, one[1][1] = {{sums[r][v][0]}};
+            if (v < of_two) add_sums(two, side, first + v, 1, w.unit, w.total, state);
+            else add_sums(one, side, first + v, 1, 256 * w.unit, w.bytes, state);
+        }
+    }
+}
+
+template <int ROWS>
+void mix_few(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int fine,
+             Scratch& s) {
+    Weights weights[ROWS];
+    split_for<ROWS>(a, fine, row, whole_vectors(tokens), weights, s);
+    int first = 0;
+    for (const Slice& slice : s.kernel.value.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            mix_slice<ROWS>(taken, a, p, j, begin, tokens, row, first, fine, weights, s);
+        });
+        first += 4;
+    }
+}
+
 // Adds a tile of values to the states of `rows` rows from `row` on, all of them of latent head j.
 void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                Scratch& s) {
@@ -554,12 +727,17 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         Weights w;
-        const int parts = scale_and_split<1, false>(row, whole, a.digits, &w, s);
+        const int parts = scale_and_split<1, ALL_DIGITS>(row, whole, a.digits, &w, s);
         if (parts == 2) mix_row<2>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         else mix_row<3>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         return;
     }
     const int fine = std::min(fine_values(a, k) / 16, k.value_vectors);
+    if (are_few(a, rows)) {
+        if (rows == 2) mix_few<2>(a, p, j, begin, tokens, row, fine, s);
+        else mix_few<3>(a, p, j, begin, tokens, row, fine, s);
+        return;
+    }
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
@@ -569,15 +747,10 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         constexpr int ROWS = decltype(count)::value;
         Weights weights[ROWS];
         State* states = s.states + row + first;
-        if (fine < k.value_vectors) {
-            scale_and_split<ROWS, true>(row + first, whole, a.digits, weights, s);
-            mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
-            mix_block<ROWS, 1>(fine, k.value_vectors, whole / 4, weights, states, s);
-            return;
-        }
-        const int parts = scale_and_split<ROWS, false>(row + first, whole, a.digits, weights, s);
+        const int parts = split_for<ROWS>(a, fine, row + first, whole, weights, s);
         if (parts == 2) mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
         else mix_block<ROWS, 3>(0, fine, whole / 4, weights, states, s);
+        mix_block<ROWS, 1>(fine, k.value_vectors, whole / 4, weights, states, s);
     });
 }
 

@@ -27,10 +27,10 @@ INLINE int fine_values(const Arguments& a, const Kernel& k) {
     return a.digits == 2 ? k.value_fine : 16 * k.value_vectors;
 }
 
-// Into the second-level cache, rows of SIDE_BY_SIDE tokens.
-INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
+// Into the second-level cache, rows of `count` tokens.
+INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride, int count) {
     const bool dense = stride <= side.reach;  // one row behind the other
-    const int64_t bytes = dense ? SIDE_BY_SIDE * stride : side.bytes, end = dense ? stride : SIDE_BY_SIDE * stride;
+    const int64_t bytes = dense ? count * stride : side.bytes, end = dense ? stride : count * stride;
     for (int64_t from = 0; from < end; from += stride) {
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + from + byte, 0, 2);
     }
@@ -50,9 +50,11 @@ INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, c
     const int64_t from = begin + t, stride = rows.token;
     const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
     if (fetches && a.later_count) s.later.fetch(), fetches = false;
-    if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
+    if (fetches && !p.listed.pages) fetch(side, at(from + side.ahead), stride, 16);
+    for (int i = 0; fetches && p.listed.pages && i < std::min(tokens - t, 16); i += SIDE_BY_SIDE) {
+        fetch(side, at(p.listed.ahead(from + i, side.ahead)), stride, SIDE_BY_SIDE);
+    }
     if (tokens - t >= 16) {
-        if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
         const Sixteen z = {{at(p.listed.at(from)), at(p.listed.at(from + SIDE_BY_SIDE))}, stride};
         if (z[15] + side.reach <= at(a.tokens - 1) + side.bytes) return z;
     }
@@ -64,7 +66,15 @@ INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, c
 INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
                         Scratch& s) {
     std::fill_n(s.scale + whole_vectors(tokens) - 16, 16, 0.0f);  // weights of no token are 0 times it
-    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
+    int t = 0;
+    if (!p.listed.pages && scales.token == 1) {
+        const uint16_t* scale = scales.at<uint16_t>(p.b, j, begin);
+        for (; t + LANES <= tokens; t += LANES) {
+            __builtin_prefetch(scale + t + side.ahead, 0, 2);
+            store(s.scale + t, Float16::load(scale + t));
+        }
+    }
+    for (; t < tokens; t += SIDE_BY_SIDE) {
         const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
         __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
         const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
@@ -113,8 +123,6 @@ int fine_keys(const T&...) {
 }
 template <class... T>
 void to_parts(const T&...) {}
-#endif
-#if !WORDS
 template <class... T>
 void arrange_queries(const T&...) {}
 

@@ -234,7 +234,8 @@ void to_parts(const Kernel& k, const float* query, int, int8_t* to, float& unit,
 }
 
 // Parts of queries of `rows` rows from `row` on, [2, pairs] of each -> [2, pairs, ROWS] of each block of them.
-void arrange_queries(const Kernel& k, int64_t row, int rows, Scratch& s) {
+void arrange_queries(const Arguments&, int64_t row, int rows, Scratch& s) {
+    const Kernel& k = s.kernel;
     const int64_t dwords = k.key_dwords;
     const auto* from = reinterpret_cast<const int32_t*>(s.parts) + 2 * (s.rows + row) * dwords;
     for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {

@@ -135,6 +135,38 @@ def test_what_one_digit_rounds_away_is_little_beside_what_quantization_did(
     assert rounded_away < 0.15 * quantized_away  # 1.01 times as much noise
 
 
+WIDE: Tiers = ((16, 8, 0.0), (8, 16, 0.01), (6, 40, 0.04), (5, 24, 0.09), (3, 56, 0.3), (2, 16, 0.6))
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 37, 600])
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [(MIXED, FOUR), (WIDE, WIDE[1:]), (RINGS, RINGS), (EIGHT, PLANES)],
+    ids=["mixed", "wide", "rings", "eight"],
+)
+@pytest.mark.usefixtures("isa")
+def test_few_queries_of_16_bits_get_what_they_get_among_many(
+    keys: Tiers, values: Tiers, rows: int, tokens: int
+) -> None:
+    few = Case(keys, values, 3 * rows, 3, 3, 1, tokens, dtype=torch.bfloat16)
+    many = replace(few, heads=2 * few.heads)
+    query, *cache = inputs(few)
+    twice = _twice(query, rows)
+    for mask in masks(few):
+        of_heads = mask is not None and mask.dim() == 4 and mask.shape[1] > 1
+        among_many = build_cpp(many.spec())(twice, *cache, _twice(mask, rows) if of_heads else mask, **many.options())
+        alone = build_cpp(few.spec())(query, *cache, mask, **few.options())
+        first = [x.unflatten(1, (3, 2 * rows))[:, :, :rows].flatten(1, 2) for x in among_many]
+        for found, wanted in zip(alone, first, strict=True):
+            torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=1e-5)  # a step of bfloat16
+
+
+def _twice(x: Tensor, rows: int) -> Tensor:
+    return x.unflatten(1, (3, rows)).repeat(1, 1, 2, 1, 1).flatten(1, 2)
+
+
 @needs_compiler
 @pytest.mark.usefixtures("isa")
 def test_many_small_weights_are_not_rounded_away_together() -> None:
