@@ -1960,8 +1960,8 @@ enum Digits { ALL_DIGITS, TWO_AND_BYTES, BYTES_ALONE };
 // Weights of a tile of values times the tokens' scales, split into as many parts as is returned; weights in one byte
 // stand in the third. What that rounds away goes to the token that stands 16 behind, so that many small weights are not
 // lost together: where their tokens share a mean, it would be missing.
-template <int ROWS, Digits WANTED>
-INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weights, Scratch& s) {
+template <int ROWS>
+int scale_and_split(Digits wanted, int64_t row, int whole, int64_t digits, Weights* weights, Scratch& s) {
     Floats tops[ROWS] = {}, masses[ROWS] = {};
     UNROLL(1) for (int t = 0; t < whole; t += 16) {
         const Floats scale = load(s.scale + t);
@@ -1981,7 +1981,7 @@ INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weig
         weights[r].unit = largest_of(tops[r]);
         small &= weights[r].unit * SMALL <= state.mass;
     }
-    small |= WANTED != ALL_DIGITS || digits == 2;
+    small |= wanted != ALL_DIGITS || digits == 2;
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float limit = largest_integer(small ? 2 : 3);
         inverse[r] = weights[r].unit > 1e-30f ? limit / weights[r].unit : 0.0f;
@@ -1993,12 +1993,12 @@ INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weig
         UNROLL(5) for (int r = 0; r < ROWS; r++) {
             const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(s.logits + (row + r) * TILE + t) * inverse[r]));
             int8_t* parts = s.weights + 3 * r * TILE + t;
-            if (WANTED != BYTES_ALONE) {
+            if (wanted != BYTES_ALONE) {
                 sums[r] += x;
                 if (small) store_parts<2>(x, parts, TILE);
                 else store_parts<3>(x, parts, TILE);
             }
-            if (WANTED == ALL_DIGITS) continue;
+            if (wanted == ALL_DIGITS) continue;
             rest[r] = (rest[r] & 255) + x;
             const Ints16 byte = rest[r] >> 8;
             bytes[r] += byte;
@@ -2079,9 +2079,9 @@ void mix_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int to
 // The weights of a tile for vectors of 16 channels, of which those from `fine` on are multiplied by one byte.
 template <int ROWS>
 INLINE int split_for(const Arguments& a, int fine, int64_t row, int whole, Weights* weights, Scratch& s) {
-    if (fine == s.kernel.value_vectors) return scale_and_split<ROWS, ALL_DIGITS>(row, whole, a.digits, weights, s);
-    if (fine == 0) return scale_and_split<ROWS, BYTES_ALONE>(row, whole, a.digits, weights, s);
-    return scale_and_split<ROWS, TWO_AND_BYTES>(row, whole, a.digits, weights, s);
+    const bool all = fine == s.kernel.value_vectors;
+    const Digits wanted = all ? ALL_DIGITS : fine == 0 ? BYTES_ALONE : TWO_AND_BYTES;
+    return scale_and_split<ROWS>(wanted, row, whole, a.digits, weights, s);
 }
 
 // Few rows: codes of a slice that begins with vector `first` are multiplied as soon as they are there.
@@ -2149,7 +2149,7 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         Weights w;
-        const int parts = scale_and_split<1, ALL_DIGITS>(row, whole, a.digits, &w, s);
+        const int parts = scale_and_split<1>(ALL_DIGITS, row, whole, a.digits, &w, s);
         if (parts == 2) mix_row<2>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         else mix_row<3>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         return;
