@@ -15,7 +15,7 @@ from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, make_packed
 from fhopt.cache.quantized_rows import LatentEnergy, PackedLatents, Sketches
-from fhopt.cache.residual_window import LONG, SPARE, RoundedWindow, growing_windows
+from fhopt.cache.residual_window import RoundedWindow, growing_windows, spare_places
 from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
@@ -133,8 +133,7 @@ class LatentLayer(LatentLayerBase):
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)
             self.quantized += ready
-            if self.quantized >= LONG:
-                self.window_keys.spare = self.window_values.spare = SPARE
+            self.window_keys.spare = self.window_values.spare = spare_places(self.quantized)
         self.window_keys.keep(new_keys, ready)
         self.window_values.keep(new_values, ready)
 

@@ -20,8 +20,15 @@ from fhopt.cache.store import RoundedPart, Store
 from fhopt.ops import packing, registry
 from fhopt.plan.window import ResidualWindow
 
-SPARE = 16  # places by which a window in 8 bits grows, so that most decode steps write one row and copy nothing
-LONG = 1024  # quantized tokens from which on a cache spares so many; before, half: they would be 4 % of its bytes
+FEWEST, MOST = 8, 64  # places by which a window in 8 bits grows
+
+
+def spare_places(quantized: int) -> int:
+    """Return by how many places a window in 8 bits grows, so that most decode steps write one row and copy nothing.
+
+    quantized: tokens before the window, of which they are a small share, as they are of the bytes of a cache.
+    """
+    return min(max(quantized // 64, FEWEST), MOST)
 
 
 class Window(Store):
@@ -42,7 +49,7 @@ class ExactWindow(Window):
     spare: places by which a window in 8 bits grows.
     """
 
-    spare = SPARE // 2
+    spare = FEWEST
 
     def __init__(self, window: ResidualWindow) -> None:
         self.sinks = window.sinks

@@ -820,6 +820,7 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
 
 // How the whole is cut: `units` groups of query heads that share latents, blocks of queries, ranges of tokens.
 struct Cut {
+    static constexpr int64_t LONG_RANGE = 8192;  // tokens
     int64_t heads, units, queries, blocks, tokens, ranges, threads;
 
     explicit Cut(const Arguments& a) {
@@ -832,11 +833,19 @@ struct Cut {
         const int64_t products = a.batch * a.heads * a.queries * most * (k.key.width + k.value.width);
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
-        const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
-        const int64_t listed = a.pages.data && wanted > 1 ? longest(a) : most;
-        const int64_t tiles = std::max<int64_t>((listed + k.tokens - 1) / k.tokens, 1);
-        tokens = (tiles + wanted - 1) / wanted * k.tokens;
+        const int64_t listed = a.pages.data && threads > 1 ? longest(a) : most;
+        const int64_t wanted = threads == 1 ? 1 : even(parts, listed);
+        tokens = std::max<int64_t>(((listed + wanted - 1) / wanted + 15) / 16 * 16, 16);
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
+    }
+
+    // Ranges of tokens so that all threads get as many of the parts; of long ranges several, lest all wait for one. A
+    // thread waits for memory where a range begins, so that there are few.
+    int64_t even(int64_t parts, int64_t listed) const {
+        const int64_t step = threads / std::gcd(parts, threads);
+        int64_t count = step;
+        while (parts * count < 4 * threads && listed > count * LONG_RANGE) count += step;
+        return count;
     }
 
     // Tokens of the longest list: lists have room for more than most queries read.

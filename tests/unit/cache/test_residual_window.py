@@ -17,7 +17,8 @@ import fhopt
 import fhopt.codegen
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
-from fhopt.cache.residual_window import RoundedWindow
+from fhopt.cache.residual_window import RoundedWindow, spare_places
+from fhopt.plan.window import ResidualWindow
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -132,3 +133,20 @@ def test_a_window_that_was_set_anew_stands_in_no_room(change: str) -> None:
         window = copy.deepcopy(window)
     assert not window.is_in(room, count) and window.rounded == count
     assert all(map(torch.equal, window.parts, held))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("quantized", "moves"), [(300, 64 // 8), (2048, 64 // 32), (6000, 1)])
+def test_the_longer_a_cache_the_rarer_its_window_is_copied(quantized: int, moves: int) -> None:
+    fhopt.codegen.install()
+    window = RoundedWindow(ResidualWindow(0, 64, 64, 8))
+    window.start(torch.randn(1, 2, 1, 8))
+    window.spare = spare_places(quantized)
+    window.keep(torch.randn(1, 2, 64, 8), 0)
+    moved, room = 0, None
+    for _ in range(64):
+        window.keep(torch.randn(1, 2, 1, 8), 0)
+        moved += window.room(0) is not room
+        room = window.room(0)
+    assert moved == moves
+    assert room is not None and room[0].shape[2] - window.rounded <= max(quantized // 64, 8)
