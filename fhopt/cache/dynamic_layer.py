@@ -133,7 +133,7 @@ class LatentLayer(LatentLayerBase):
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)
             self.quantized += ready
-            self.window_keys.spare = self.window_values.spare = spare_places(self.quantized)
+        self.window_keys.spare = self.window_values.spare = spare_places(self.quantized, window.block)
         self.window_keys.keep(new_keys, ready)
         self.window_values.keep(new_values, ready)
 

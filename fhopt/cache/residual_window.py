@@ -23,12 +23,12 @@ from fhopt.plan.window import ResidualWindow
 FEWEST, MOST = 8, 64  # places by which a window in 8 bits grows
 
 
-def spare_places(quantized: int) -> int:
+def spare_places(quantized: int, block: int) -> int:
     """Return by how many places a window in 8 bits grows, so that most decode steps write one row and copy nothing.
 
-    quantized: tokens before the window, of which they are a small share, as they are of the bytes of a cache.
+    quantized: tokens before the window, of which they are a small share. block: tokens behind which it is made anew.
     """
-    return min(max(quantized // 64, FEWEST), MOST)
+    return min(max(quantized // 64, FEWEST), MOST, block)
 
 
 class Window(Store):

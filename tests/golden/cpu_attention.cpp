@@ -396,7 +396,8 @@ constexpr int TILE = MOST_TOKENS + 16;
 // A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
 // a code b is then 2^(8-b) times itself is folded into the query or the output. Of a trellis code the bits are a
-// window, which is looked up in vectors of 16 bytes.
+// window, which is looked up in tables of 16 bytes. Where few queries of 16 bits share codes, 2 or 3, their parts are
+// arranged as [dword, part, r], and codes are multiplied before they leave the registers.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)
@@ -1169,7 +1170,7 @@ struct Scratch {
     float* sums;                                     // of the states, [rows, R_V]
     uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
     uint8_t* looked_up;                              // [16, rows with what their trellis codes stand for]
-    int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
+    int8_t *parts, *weights;                         // of queries 2 times [rows, PART_BYTES key_dwords], of weights
     float *unit, *lowest, *coarse, *limits, *halves;  // [rows], [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
@@ -1358,7 +1359,7 @@ INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, c
     return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
 }
 
-// The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
+// The scales of a tile as floats. Later ones are fetched: nothing else foresees where those of pages are.
 INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
                         Scratch& s) {
     std::fill_n(s.scale + whole_vectors(tokens) - 16, 16, 0.0f);  // weights of no token are 0 times it
@@ -2838,7 +2839,7 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
 
 // How the whole is cut: `units` groups of query heads that share latents, blocks of queries, ranges of tokens.
 struct Cut {
-    static constexpr int64_t LONG_RANGE = 8192;  // tokens
+    static constexpr int64_t LONG_RANGE = 8192, SHORT_RANGE = 64;  // tokens
     int64_t heads, units, queries, blocks, tokens, ranges, threads;
 
     explicit Cut(const Arguments& a) {
@@ -2852,18 +2853,20 @@ struct Cut {
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
         const int64_t listed = a.pages.data && threads > 1 ? longest(a) : most;
-        const int64_t wanted = threads == 1 ? 1 : even(parts, listed);
-        tokens = std::max<int64_t>(((listed + wanted - 1) / wanted + 15) / 16 * 16, 16);
+        const int64_t wanted = threads == 1 ? 1 : even(a, parts, listed);
+        const int64_t whole = a.pages.data ? k.tokens : 16;  // a tile of pages that begins with one may stay in place
+        tokens = std::max<int64_t>((listed + wanted * whole - 1) / (wanted * whole), 1) * whole;
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
     }
 
-    // Ranges of tokens so that all threads get as many of the parts; of long ranges several, lest all wait for one. A
-    // thread waits for memory where a range begins, so that there are few.
-    int64_t even(int64_t parts, int64_t listed) const {
-        const int64_t step = threads / std::gcd(parts, threads);
-        int64_t count = step;
-        while (parts * count < 4 * threads && listed > count * LONG_RANGE) count += step;
-        return count;
+    // How many ranges of tokens: so that all threads get as many parts, where few ranges do. More where parts are long
+    // or not alike, lest all wait for one; a thread waits for memory where a range begins.
+    int64_t even(const Arguments& a, int64_t parts, int64_t listed) const {
+        const int64_t step = threads / std::gcd(parts, threads), many = (4 * threads + parts - 1) / parts;
+        const bool alike = a.mask_kind == NO_MASK && !a.pages.data;
+        int64_t count = std::min(step, many);
+        while (count < many && !(alike && listed <= count * LONG_RANGE)) count += step;
+        return std::clamp<int64_t>(count, 1, std::max<int64_t>(listed / SHORT_RANGE, 1));
     }
 
     // Tokens of the longest list: lists have room for more than most queries read.

@@ -545,7 +545,7 @@ struct Scratch {
     float* sums;                                     // of the states, [rows, R_V]
     uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
     uint8_t* looked_up;                              // [16, rows with what their trellis codes stand for]
-    int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
+    int8_t *parts, *weights;                         // of queries 2 times [rows, PART_BYTES key_dwords], of weights
     float *unit, *lowest, *coarse, *limits, *halves;  // [rows], [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
@@ -820,7 +820,7 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
 
 // How the whole is cut: `units` groups of query heads that share latents, blocks of queries, ranges of tokens.
 struct Cut {
-    static constexpr int64_t LONG_RANGE = 8192;  // tokens
+    static constexpr int64_t LONG_RANGE = 8192, SHORT_RANGE = 64;  // tokens
     int64_t heads, units, queries, blocks, tokens, ranges, threads;
 
     explicit Cut(const Arguments& a) {
@@ -834,18 +834,20 @@ struct Cut {
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
         const int64_t listed = a.pages.data && threads > 1 ? longest(a) : most;
-        const int64_t wanted = threads == 1 ? 1 : even(parts, listed);
-        tokens = std::max<int64_t>(((listed + wanted - 1) / wanted + 15) / 16 * 16, 16);
+        const int64_t wanted = threads == 1 ? 1 : even(a, parts, listed);
+        const int64_t whole = a.pages.data ? k.tokens : 16;  // a tile of pages that begins with one may stay in place
+        tokens = std::max<int64_t>((listed + wanted * whole - 1) / (wanted * whole), 1) * whole;
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
     }
 
-    // Ranges of tokens so that all threads get as many of the parts; of long ranges several, lest all wait for one. A
-    // thread waits for memory where a range begins, so that there are few.
-    int64_t even(int64_t parts, int64_t listed) const {
-        const int64_t step = threads / std::gcd(parts, threads);
-        int64_t count = step;
-        while (parts * count < 4 * threads && listed > count * LONG_RANGE) count += step;
-        return count;
+    // How many ranges of tokens: so that all threads get as many parts, where few ranges do. More where parts are long
+    // or not alike, lest all wait for one; a thread waits for memory where a range begins.
+    int64_t even(const Arguments& a, int64_t parts, int64_t listed) const {
+        const int64_t step = threads / std::gcd(parts, threads), many = (4 * threads + parts - 1) / parts;
+        const bool alike = a.mask_kind == NO_MASK && !a.pages.data;
+        int64_t count = std::min(step, many);
+        while (count < many && !(alike && listed <= count * LONG_RANGE)) count += step;
+        return std::clamp<int64_t>(count, 1, std::max<int64_t>(listed / SHORT_RANGE, 1));
     }
 
     // Tokens of the longest list: lists have room for more than most queries read.

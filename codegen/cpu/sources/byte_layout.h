@@ -12,7 +12,8 @@
 // A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
 // a code b is then 2^(8-b) times itself is folded into the query or the output. Of a trellis code the bits are a
-// window, which is looked up in vectors of 16 bytes.
+// window, which is looked up in tables of 16 bytes. Where few queries of 16 bits share codes, 2 or 3, their parts are
+// arranged as [dword, part, r], and codes are multiplied before they leave the registers.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)

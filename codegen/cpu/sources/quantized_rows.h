@@ -62,7 +62,7 @@ INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, c
     return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
 }
 
-// The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
+// The scales of a tile as floats. Later ones are fetched: nothing else foresees where those of pages are.
 INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
                         Scratch& s) {
     std::fill_n(s.scale + whole_vectors(tokens) - 16, 16, 0.0f);  // weights of no token are 0 times it

@@ -153,7 +153,7 @@ def test_the_report_is_what_the_allocator_handed_out(
         assert row["sinks"] == 2 * 3 * site.window_bytes(16, size)
         assert row["window"] == 2 * (tokens - 3 - row["sealed_tokens"]) * site.window_bytes(window_bits, size)
         packed = (row["sealed_tokens"] // 64 + plan.block) * site.token_bytes(size)
-        places = spare_places(row["sealed_tokens"]) if window_bits == 8 else 0
+        places = spare_places(row["sealed_tokens"], plan.block) if window_bits == 8 else 0
         assert row["spare"] <= 2 * (packed + places * site.window_bytes(8))
 
 
@@ -173,7 +173,7 @@ def test_without_spare_rows_the_bytes_are_those_of_the_formula(window_bits: int,
             row = cache.report()[0]
             assert cache.nbytes == row["bytes"]
             assert row["bytes"] - row["spare"] == plan.cache_bytes(sum(steps), itemsize=4)
-            places = spare_places(0) if window_bits == 8 else 0  # of the window, by which it grows
+            places = spare_places(0, plan.block) if window_bits == 8 else 0  # of the window, by which it grows
             assert row["spare"] <= places * plan.sites[0].window_bytes(window_bits)
 
 

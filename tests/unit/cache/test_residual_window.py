@@ -141,7 +141,7 @@ def test_the_longer_a_cache_the_rarer_its_window_is_copied(quantized: int, moves
     fhopt.codegen.install()
     window = RoundedWindow(ResidualWindow(0, 64, 64, 8))
     window.start(torch.randn(1, 2, 1, 8))
-    window.spare = spare_places(quantized)
+    window.spare = spare_places(quantized, 64)
     window.keep(torch.randn(1, 2, 64, 8), 0)
     moved, room = 0, None
     for _ in range(64):
@@ -149,4 +149,16 @@ def test_the_longer_a_cache_the_rarer_its_window_is_copied(quantized: int, moves
         moved += window.room(0) is not room
         room = window.room(0)
     assert moved == moves
-    assert room is not None and room[0].shape[2] - window.rounded <= max(quantized // 64, 8)
+
+
+@pytest.mark.parametrize(("tokens", "places"), [(300, 8), (1500, 1472 // 64), (5000, 64)])
+def test_a_layer_spares_places_by_its_length_and_no_more_than_a_block(tokens: int, places: int) -> None:
+    for block in (16, 64):
+        plan = random_plan("head", CODED, window_bits=8, block=block)
+        cache = LatentCache(plan, absorb=False)
+        for count in (tokens, 1):
+            cache.update(torch.randn(1, 2, count, 16), torch.randn(1, 2, count, 8), 0)
+        assert cache.layers[0].window_keys.spare == min(places, block)
+        cache.reset()
+        cache.update(torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 8), 0)
+        assert cache.layers[0].window_keys.spare == 8
