@@ -168,8 +168,8 @@ def test_few_queries_of_16_bits_get_what_they_get_among_many(
     query, *cache = inputs(few)
     twice = _twice(query, rows)
     for mask in masks(few):
-        of_heads = mask is not None and mask.dim() == 4 and mask.shape[1] > 1
-        among_many = build_cpp(many.spec())(twice, *cache, _twice(mask, rows) if of_heads else mask, **many.options())
+        wide = mask if mask is None or mask.dim() == 1 or mask.shape[1] == 1 else _twice(mask, rows)
+        among_many = build_cpp(many.spec())(twice, *cache, wide, **many.options())
         alone = build_cpp(few.spec())(query, *cache, mask, **few.options())
         first = [x.unflatten(1, (3, 2 * rows))[:, :, :rows].flatten(1, 2) for x in among_many]
         torch.testing.assert_close(alone[0], first[0], rtol=2**-7, atol=1e-5)  # a step of bfloat16
