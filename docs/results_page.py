@@ -433,7 +433,8 @@ SECTIONS = {
         "Other engines on a CPU", "make bench-peers",
         "Each engine in an environment and processes of its own, in turns, with the same tokens and threads: "
         "[how](howto/compare_engines.md). In brackets: fhopt against the best of all others "
-        "whose weights have 16 bits or more, or of all where its own have fewer.", engines,
+        "whose weights have 16 bits or more, or of all where its own have fewer. `SmolLM2-135M-32K` is SmolLM2 that "
+        "may read 32,768 tokens in place of 8,192: it says how fast, not what.", engines,
     ),
     "serving": Section(
         "Plans in vLLM", "make bench-serve",
