@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 import fhopt
 from fhopt.cache.quantized_rows import GROWTH
-from fhopt.cache.residual_window import SPARE
+from fhopt.cache.residual_window import spare_places
 from fhopt.cache.static_layer import StaticLatentLayer
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import measure_module, plan_for
@@ -183,7 +183,7 @@ def _over(cache: Any, plan: LatentPlan, batch: int) -> float:
         else:
             first = min(layer.get_seq_length(), plan.sinks)
             window = layer.get_seq_length() - first - layer.quantized
-            window += SPARE if plan.window_bits == 8 else 0
+            window += spare_places(layer.quantized, plan.block) if plan.window_bits == 8 else 0
             rows = layer.quantized + layer.quantized // GROWTH + plan.block
         opened = first * site.window_bytes(16, size) + window * site.window_bytes(plan.window_bits, size)
         shares.append(layer.nbytes / (batch * (opened + rows * site.token_bytes(size))))
