@@ -160,7 +160,7 @@ def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
         groups.setdefault((case.model, case.batch, case.vector_unit), []).append(row)
     if not groups:
         return
-    figure.set_size_inches(4.2 * len(groups) + 2.2, 5.2)
+    figure.set_size_inches(3.7 * len(groups) + 2.2, 4.8)
     figure.suptitle(f"decode speed; {title} was measured last", fontsize=9)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     implementations = list(dict.fromkeys(row.impl for row in shown))

@@ -105,7 +105,7 @@ def _size(x: torch.Tensor) -> int:
 def _shortest(threads: int, call: Callable[[], object]) -> float:
     """Measure the seconds of the fastest of the calls that fit into SECONDS, at least five."""
     times: list[float] = []
-    with _threads(threads):
+    with torch_threads(threads):
         call()
         end = time.perf_counter() + SECONDS
         while len(times) < 5 or time.perf_counter() < end:
@@ -116,7 +116,8 @@ def _shortest(threads: int, call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch have so many threads until the end of a `with` statement."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

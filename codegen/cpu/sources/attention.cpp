@@ -833,8 +833,9 @@ struct Cut {
         const int64_t products = a.batch * a.heads * a.queries * most * (k.key.width + k.value.width);
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
-        const int64_t listed = a.pages.data && threads > 1 ? longest(a) : most;
-        const int64_t wanted = threads == 1 ? 1 : even(a, parts, listed);
+        const bool several = threads > 1 && parts < 4 * threads;  // ranges of tokens
+        const int64_t listed = several && a.pages.data ? longest(a) : most;
+        const int64_t wanted = several ? even(a, parts, listed) : 1;
         const int64_t whole = a.pages.data ? k.tokens : 16;  // a tile of pages that begins with one may stay in place
         tokens = std::max<int64_t>((listed + wanted * whole - 1) / (wanted * whole), 1) * whole;
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);

@@ -7,8 +7,6 @@ import math
 import mmap
 import platform
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -42,6 +40,7 @@ from fhopt.codegen.cpu.attention import library
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import Tiers, check
 from fhopt.errors import FhoptError
+from fhopt.hardware.this_cpu import torch_threads
 from fhopt.ops import algebra
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.ops.packing import pack_reference, unpack_reference
@@ -60,16 +59,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip("an instruction set of x86-64")
     monkeypatch.setenv("FHOPT_ISA", request.param)
     return str(request.param)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --------------------------------------------------------------------------------------------------- numbers
@@ -419,13 +408,10 @@ def test_what_is_no_number_stays_in_its_own_sequence() -> None:
     assert value_scale is not None
     pages = torch.tensor([[[0, 1]], [[0, -1]]], dtype=torch.int32)
     kernel, options = build_cpp(case.spec()), case.options() | dict(pages=pages, page_tokens=8)
-    before, expected_ = torch.get_num_threads(), kernel(query, key, key_scale, value, value_scale, None, **options)
+    expected_ = kernel(query, key, key_scale, value, value_scale, None, **options)
     value_scale[0, 0, 9] = math.nan
-    try:
-        torch.set_num_threads(1)
+    with torch_threads(1):
         found = kernel(query, key, key_scale, value, value_scale, None, **options)
-    finally:
-        torch.set_num_threads(before)
     assert not torch.equal(found[0][0], expected_[0][0]) and torch.equal(found[0][1], expected_[0][1])
 
 
