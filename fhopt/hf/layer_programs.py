@@ -7,8 +7,9 @@ Before its first decode step a layer is rehearsed twice (fhopt/hf/layer_trace.py
 (fhopt/codegen/layers/lowering.py) where both give the same trace; layers with equal traces share a program. Those that
 are built like one that has a program (fhopt/hf/layer_structure.py) are called beside the cache once, and no operation
 is recorded. Before a program is used, it is run on the numbers of such a call and must give what the layer gave. Steps
-of layers that follow each other are one call (fhopt/hf/steps_ahead.py). A call runs as before wherever something is
-different: an option, a hook, a weight or an attention that was replaced, gradients, a graph that is being compiled.
+of layers that follow each other are one call (fhopt/hf/steps_ahead.py), and where a loop does no more than to call
+them, the others are not called at all (fhopt/hf/layer_loop.py). A call runs as before wherever something is different:
+an option, a hook, a weight or an attention that was replaced, gradients, a graph that is being compiled.
 
 Letters: B sequences, S new tokens, D width.
 """
@@ -34,6 +35,7 @@ from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
 from fhopt.hf.bound_program import BoundProgram, Entry, ReadyStep
+from fhopt.hf.layer_loop import drop_loop, use_loop
 from fhopt.hf.layer_structure import WeightPlace, structure_of, twin_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse
 from fhopt.hf.steps_ahead import Follower, Walk
@@ -41,6 +43,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 STATE = "_fhopt_layer_programs"  # of a layer
 IMPLEMENTATION = "_attn_implementation_internal"  # of a configuration: what its property returns, in microseconds
+CALL = torch.nn.Module.__call__
 MOST_TRIED = 4  # calls of one shape: what never looks alike twice is left alone
 REHEARSALS = (0, 1000)  # tokens by which a cache shall seem longer
 log = logging.getLogger(__name__)
@@ -112,6 +115,11 @@ class LayerPrograms:
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to make one that knows nothing yet: programs are bound to weights by their addresses."""
         return LayerPrograms, ()
+
+    @staticmethod
+    def state_of(layer: torch.nn.Module) -> LayerState | None:
+        """Return the state of a layer; None where it has none."""
+        return vars(layer).get(STATE)
 
     def rehearse(
         self, layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -195,6 +203,17 @@ class LayerState:
         if ready is None:
             return bound(args, kwargs)
         return self.shared.walk.run(self, ready, args, kwargs, partial(_following, bound))
+
+    def calls(self) -> list[Entry]:
+        """Return what makes a call of the layer run this state, hooks aside. Raises UnsupportedError."""
+        layer = self.layer
+        forward, call = vars(layer).get("forward"), type(layer).__call__
+        is_mine = isinstance(forward, partial) and forward.func is _forward and forward.args == (layer,)
+        # Older versions of transformers have a call of their own, which differs in training alone.
+        name = getattr(call, "__qualname__", "")
+        if not is_mine or not (call is CALL or name == "GradientCheckpointingLayer.__call__"):
+            raise UnsupportedError("something else is called in its place")
+        return [(vars(layer), "forward", forward), (vars(layer), "_compiled_call_impl", None)]
 
     def held(self) -> list[Entry]:
         """Return what `_is_as_it_was` looks at: dictionaries, names in them, and what stands there now."""
@@ -333,6 +352,8 @@ def use_programs(model: torch.nn.Module, plan: LatentPlan) -> None:
         name = _layer_name(model, site)
         if name is not None:
             _use(model.get_submodule(name), shared, model.get_submodule(site))
+            holder, _, layers = name.rpartition(".")[0].rpartition(".")
+            use_loop(model.get_submodule(holder), layers, shared)
 
 
 def _use(layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
@@ -345,6 +366,7 @@ def _use(layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module |
 def drop_programs(model: torch.nn.Module) -> None:
     """Undo `use_programs`."""
     for module in model.modules():
+        drop_loop(module)
         if vars(module).pop(STATE, None) is not None:
             del vars(module)["forward"]
 

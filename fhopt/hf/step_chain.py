@@ -9,15 +9,21 @@ the caches. Here what is looked at stands in a few flat lists, of all layers beh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as module_hooks
 
+from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.bound_program import BoundProgram, Conditions, ReadyStep
 from fhopt.hf.cache_steps import CacheStep
 from fhopt.hf.layer_trace import leaf
 
+if TYPE_CHECKING:
+    from fhopt.hf.layer_loop import Turns
+
+GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 FIRST = (0,)  # the path of the first argument
 Behind = list[tuple[Any, Tensor, ReadyStep]]  # states of layers, what they are called with, and their steps
 
@@ -44,6 +50,8 @@ class StepChain:
         hooks = [hooks for conditions in all_of_them for hooks in conditions.hooks] + [hooks for _, _, hooks in between]
         weights = [weight for conditions in all_of_them for weight in conditions.weights]
         self._conditions = Conditions(single.values(), hooks, weights)
+        self._all = first, *states
+        self._turns: tuple[Any, Conditions | None] = (None, None)  # those that were asked for, and what must hold there
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
         self._inputs = [places[path] for path in places if path == FIRST]
@@ -85,6 +93,29 @@ class StepChain:
             behind.append((state, x, made))
             x = made.output
         return behind
+
+    def is_called_in(self, turns: Turns) -> bool:
+        """Return whether turns of a loop are these layers one behind the other, whose calls are their programs alone.
+
+        Nothing hooks into the calls then, and nothing stands in for the layers or is called around them.
+        """
+        if self._turns[0] is not turns:
+            self._turns = turns, self._calls_of(turns)
+        conditions = self._turns[1]
+        return conditions is not None and not any(GLOBAL_HOOKS) and conditions.hold()
+
+    def _calls_of(self, turns: Turns) -> Conditions | None:
+        """Return what must hold while turns call the layers; None where they never do that alone."""
+        layers = tuple(state.layer for state in self._all)
+        start = next((i for i, layer in enumerate(turns.elements) if layer is layers[0]), 0)
+        if turns.elements[start : start + len(layers)] != layers:
+            return None
+        try:
+            entries = [entry for state in self._all for entry in state.calls()]
+        except UnsupportedError:
+            return None
+        last = vars(layers[-1])
+        return Conditions([*entries, (last, "_forward_hooks", last["_forward_hooks"])], [last["_forward_hooks"]], ())
 
     def _current_steps(self, layers: Sequence[Any], threads: int) -> list[CacheStep] | None:
         """Return the prepared steps of the layers of a cache; None where one of them is not to be run."""

@@ -7,18 +7,19 @@ A layer follows another where it was called with what that one returned, and wit
 hook runs between the two, which might write their weights. What was run ahead counts only if the call comes and is the
 one that was expected: the same arguments, and what was read of them has the same bytes still. Otherwise it is thrown
 away, which leaves cache and model as they were, and the layer runs as it would have without it. A layer whose steps are
-thrown away several times in a row is not run ahead any more.
+thrown away several times in a row is not run ahead any more. Where a loop does nothing but to call one layer after the
+other (fhopt/hf/layer_loop.py), arguments are all that is compared.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import string_at
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from torch import Tensor
 from fhopt.hf.bound_program import ReadyStep
 from fhopt.hf.cache_steps import run_steps
 from fhopt.hf.step_chain import StepChain
+
+if TYPE_CHECKING:
+    from fhopt.hf.layer_loop import Turns
 
 MOST_WASTED = 3  # steps of a layer that were run ahead for nothing
 
@@ -106,10 +110,29 @@ class _Ahead:
         return all(x.is_unchanged() for x in self.inputs) and self.ready.step.is_unchanged()
 
 
+class DueSteps:
+    """Steps that were run ahead for the turns of a loop, in which nothing happens but calls of layers."""
+
+    def __init__(self, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> None:
+        """behind: as `StepChain.ready` returns it; others: arguments of the call of the layer before."""
+        self.left, self.others = behind[::-1], others
+
+    def pop(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ReadyStep | None:
+        """Return the step of a layer in a call; None where it was made for another one."""
+        expected, x, ready = self.left.pop()
+        is_it = expected is state and bool(args) and args[0] is x and self.others.are(args, kwargs)
+        return ready if is_it else None
+
+
 class Walk(threading.local):
-    """The calls of a model's layers in a thread, one after the other."""
+    """The calls of a model's layers in a thread, one after the other.
+
+    turns: of the loop that calls a layer now; due: what was run ahead for turns that come.
+    """
 
     def __init__(self) -> None:
+        self.turns: Turns | None = None
+        self.due: DueSteps | None = None
         self._ahead: dict[Any, _Ahead] = {}  # by the states of layers
         self._last: tuple[Any, Tensor, _Others] | None = None  # a layer, what it returned, what it was called with
         self._chains: dict[Any, StepChain | None] = {}  # layers that are run ahead, by the states of those before them
@@ -128,6 +151,30 @@ class Walk(threading.local):
         self._last = state, ahead.ready.output, ahead.others
         return ahead.ready.result
 
+    def has_chains(self) -> bool:
+        """Return whether any layers are run ahead together."""
+        return bool(self._chains)
+
+    def has_chain(self, states: Sequence[Any]) -> bool:
+        """Return whether any of these layers is run ahead together with others."""
+        return any(chain is not None and first in states for first, chain in self._chains.items())
+
+    def due_result(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a layer returns in a turn of a loop, as `result_of` does."""
+        due = self.due
+        if due is None or not due.left:
+            return None
+        expected, others = due.left[-1][0], due.others
+        ready = due.pop(state, args, kwargs)
+        if ready is None:
+            self._waste(expected)
+            self.due = None
+            return None
+        ready.step.finish()
+        state.follower.wasted = 0
+        self._last = state, ready.output, others
+        return ready.result
+
     def run(
         self, state: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any],
         follow: Callable[[Any, tuple[Any, ...], dict[str, Any]], ReadyStep | None],
@@ -141,22 +188,30 @@ class Walk(threading.local):
         if missed is not None:  # the first call that never came
             self._waste(missed)
         self._ahead.clear()
-        chain = self._chains.get(state)
+        self.due, others = None, _Others(args, kwargs)
+        chain, turns = self._chains.get(state), self.turns
         behind = None if chain is None else chain.ready(ready, args, kwargs)
-        if behind is None:
-            behind = list(self._behind(state, ready, args, kwargs, follow))
-            self._chains[state] = StepChain.of(state, ready, behind)
-        run_steps([ready.step, *[step.step for _, _, step in behind]])
-        others = _Others(args, kwargs)
+        if chain is not None and behind is not None and turns is not None and chain.is_called_in(turns):
+            self.due = DueSteps(behind, others)
+            run_steps([ready.step, *[step.step for _, _, step in behind]])
+        else:
+            if behind is None:
+                behind = list(self._behind(state, ready, args, kwargs, follow))
+                self._chains[state] = StepChain.of(state, ready, behind)
+            run_steps([ready.step, *[step.step for _, _, step in behind]])
+            self._expect(behind, others)
+        ready.step.finish()
+        self._last = state, ready.output, others
+        return ready.result
+
+    def _expect(self, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> None:
+        """Keep steps that were run ahead until their layers are called."""
         as_read: dict[int, _AsRead] = {}  # most tensors are read by every layer
         for who, x, step in behind:
             for tensor in step.read:
                 if id(tensor) not in as_read:
                     as_read[id(tensor)] = _AsRead.of(tensor)
             self._ahead[who] = _Ahead(step, x, others, [as_read[id(tensor)] for tensor in step.read])
-        ready.step.finish()
-        self._last = state, ready.output, others
-        return ready.result
 
     def _behind(
         self, state: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any], follow: Callable[..., Any]

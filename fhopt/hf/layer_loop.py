@@ -1,0 +1,271 @@
+"""A model's loop over its layers, where each turn is the call of a layer and nothing else.
+
+    for layer in self.layers[: self.config.num_hidden_layers]:
+        hidden_states = layer(hidden_states, attention_mask=causal_mask, ...)
+
+Where decode steps were run ahead (fhopt/hf/steps_ahead.py), nothing happens between two such calls. So the layers
+behind the first need not be called as modules, nor looked at once more: that is most of the Python of a step. The
+model's own `forward` runs as it is written, on an object that stands for the model, and has in place of the list of
+layers one of callables. These return what is there where a call is the expected one, and call the layer where it is
+not. That a loop is such a one is read from its source.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from operator import is_
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fhopt.hf.steps_ahead import Walk
+
+if TYPE_CHECKING:
+    from fhopt.hf.layer_programs import LayerPrograms
+
+LOOP = "_fhopt_layer_loop"  # of a module that holds a list of layers
+TRUSTED = ("torch", "transformers")  # whose decorators call what they wrap
+
+
+class _Turn:
+    """Stands for a layer in one turn of a loop."""
+
+    def __init__(self, layer: torch.nn.Module, state: Any, turns: Turns, walk: Walk) -> None:
+        self._fhopt_layer, self._fhopt_state, self._fhopt_turns, self._fhopt_walk = layer, state, turns, walk
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer returns."""
+        walk = self._fhopt_walk
+        done = walk.due_result(self._fhopt_state, args, kwargs)
+        if done is not None:
+            return done
+        outer, walk.turns = walk.turns, self._fhopt_turns
+        try:
+            return self._fhopt_layer(*args, **kwargs)
+        finally:
+            walk.turns = outer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fhopt_layer, name)
+
+
+class Turns:
+    """Stands for a list of layers: walks over it, and slices of it, give turns in place of layers."""
+
+    def __init__(self, layers: torch.nn.ModuleList, shared: LayerPrograms) -> None:
+        self._layers, self.elements = layers, tuple(layers)
+        found = [(layer, shared.state_of(layer)) for layer in self.elements]
+        self.states = [state for _, state in found if state is not None]
+        self._turns = tuple(x if state is None else _Turn(x, state, self, shared.walk) for x, state in found)
+
+    def stand_for(self, layers: torch.nn.ModuleList) -> bool:
+        """Return whether a list of layers still has the elements that it had."""
+        held = layers._modules
+        if layers is not self._layers or len(held) != len(self.elements):
+            return False
+        return all(map(is_, held.values(), self.elements))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._turns)
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._turns[index] if isinstance(index, slice) else self._layers[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layers, name)
+
+
+class _WithTurns:
+    """Stands for a module while its forward runs: it has the module's attributes, and turns in place of its layers."""
+
+    __slots__ = ("_fhopt_given",)
+
+    def __init__(self, module: torch.nn.Module, name: str, turns: Turns) -> None:
+        object.__setattr__(self, "_fhopt_given", (module, name, turns))
+
+    @property
+    def __class__(self) -> type[Any]:  # type: ignore[misc]
+        return type(self._fhopt_given[0])
+
+    def __getattr__(self, name: str) -> Any:
+        module, layers, turns = self._fhopt_given
+        return turns if name == layers else getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._fhopt_given[0], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._fhopt_given[0], name)
+
+
+class LayerLoop:
+    """The `forward` of a module, in whose list of layers, by its name, are programs of one model."""
+
+    def __init__(self, module: torch.nn.Module, name: str, shared: LayerPrograms) -> None:
+        self._module, self._name, self._shared = module, name, shared
+        self._turns: Turns | None = None
+        self._looked_at: tuple[Any, bool] = (None, False)  # a forward, and whether its loop does nothing but to call
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoop:
+        """Return the loop of a copy of the module."""
+        return LayerLoop(copy.deepcopy(self._module, memo), self._name, self._shared)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make the loop anew."""
+        return LayerLoop, (self._module, self._name, self._shared)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward."""
+        module, walk = self._module, self._shared.walk
+        forward = type(module).forward
+        turns = self._current_turns(forward) if walk.has_chains() else None
+        if turns is None or not walk.has_chain(turns.states):
+            return forward(module, *args, **kwargs)
+        due, walk.due = walk.due, None
+        try:
+            return forward(_WithTurns(module, self._name, turns), *args, **kwargs)
+        finally:
+            walk.due = due
+
+    def _current_turns(self, forward: Callable[..., Any]) -> Turns | None:
+        """Return what stands for the layers; None where they are to be called as modules."""
+        layers = self._module._modules.get(self._name)
+        if self._looked_at[0] is not forward:
+            self._looked_at = forward, calls_alone(forward, self._name)
+        if not self._looked_at[1] or type(layers) is not torch.nn.ModuleList:
+            return None
+        if self._turns is None or not self._turns.stand_for(layers):
+            self._turns = Turns(layers, self._shared)
+        return self._turns
+
+
+# -------------------------------------------------------------------------------------------------------- source
+
+
+def calls_alone(forward: Callable[..., Any], name: str) -> bool:
+    """Return whether a method walks over its object's attribute `name` once, and every turn calls what it meets there.
+
+    Such a call takes what the last one returned. Nothing else is called between the first and the last, but for what
+    looks up attributes and elements.
+    """
+    function = _definition(forward)
+    if function is None or not function.args.args:
+        return False
+    holder = function.args.args[0].arg
+    mentions = [node for node in ast.walk(function) if _is_attribute(node, holder, name)]
+    loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.AsyncFor))]
+    mine = [loop for loop in loops if isinstance(loop, ast.For) and _layer_of(loop, holder, name)]
+    if len(mentions) != 1 or len(mine) != 1:
+        return False
+    is_within = any(node is mine[0] for loop in loops if loop is not mine[0] for node in ast.walk(loop))
+    return not is_within and _is_a_call(mine[0], str(_layer_of(mine[0], holder, name)))
+
+
+def _definition(forward: Callable[..., Any]) -> ast.FunctionDef | None:
+    """Return the source of a function, below decorators that are known to call it; None where it is not to be had."""
+    while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__"):
+        if str(forward.__globals__.get("__name__")).partition(".")[0] not in TRUSTED:
+            return None
+        forward = forward.__wrapped__
+    if not isinstance(forward, FunctionType):
+        return None
+    try:
+        found = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    except (OSError, SyntaxError):
+        return None
+    return found if isinstance(found, ast.FunctionDef) else None
+
+
+def _is_attribute(node: ast.AST, holder: str, name: str) -> bool:
+    is_it = isinstance(node, ast.Attribute) and node.attr == name
+    return is_it and isinstance(node.value, ast.Name) and node.value.id == holder  # type: ignore[attr-defined]
+
+
+def _layer_of(loop: ast.For, holder: str, name: str) -> str | None:
+    """Return the variable of a loop over the attribute, a slice of it, or one of both with numbers; None for others."""
+    target, walked = loop.target, loop.iter
+    if isinstance(walked, ast.Call):
+        is_enumerate = isinstance(walked.func, ast.Name) and walked.func.id == "enumerate" and len(walked.args) == 1
+        if not is_enumerate or not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+            return None
+        walked, target = walked.args[0], target.elts[1]
+    if isinstance(walked, ast.Subscript) and isinstance(walked.slice, ast.Slice) and not _does_more(walked.slice):
+        walked = walked.value
+    return target.id if isinstance(target, ast.Name) and _is_attribute(walked, holder, name) else None
+
+
+def _is_a_call(loop: ast.For, layer: str) -> bool:
+    """Return whether `x = layer(x, ...)` is all of a loop's body, or `x = layer(x, ...)[0]`."""
+    if len(loop.body) != 1 or loop.orelse or not isinstance(loop.body[0], ast.Assign):
+        return False
+    (target, *others), value = loop.body[0].targets, loop.body[0].value
+    call = value.value if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Constant) else value
+    if others or not isinstance(target, ast.Name) or not isinstance(call, ast.Call) or not call.args:
+        return False
+    first, function = call.args[0], call.func
+    if not isinstance(first, ast.Name) or first.id != target.id:
+        return False
+    if not isinstance(function, ast.Name) or function.id != layer:
+        return False
+    rest = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+    of_layer = {id(n.value) for part in rest for n in ast.walk(part) if isinstance(n, ast.Attribute)}
+    names = [n for part in rest for n in ast.walk(part) if isinstance(n, ast.Name) and n.id == layer]
+    return not any(map(_does_more, rest)) and all(id(n) in of_layer for n in names)
+
+
+def _does_more(tree: ast.AST) -> bool:
+    """Return whether an expression does more than to look up and to compare."""
+    more = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Lambda, ast.comprehension)
+    return any(isinstance(node, more) for node in ast.walk(tree))
+
+
+# ------------------------------------------------------------------------------------------------------- modules
+
+
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a module that holds a list of layers."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or LOOP not in vars(self):
+        return type(self).forward(self, *args, **kwargs)
+    return vars(self)[LOOP](*args, **kwargs)
+
+
+def use_loop(module: torch.nn.Module, name: str, shared: LayerPrograms) -> None:
+    """Let a module call the layers of a list as turns, unless something else stands in for its forward."""
+    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        return
+    forward = functools.partial(_forward, module)
+    signature = _signature(MethodType(type(module).forward, module))
+    if signature is not None:
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+    vars(module)[LOOP], vars(module)["forward"] = LayerLoop(module, name, shared), forward
+
+
+def _signature(method: Callable[..., Any]) -> inspect.Signature | None:
+    """Return names and kinds of a method's parameters, without what a pickle might not hold; None where unknown."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    empty = inspect.Parameter.empty
+    plain = [
+        p.replace(annotation=empty, default=p.default if p.default is empty or isinstance(p.default, bool) else None)
+        for p in parameters
+    ]
+    return inspect.Signature(plain)
+
+
+def drop_loop(module: torch.nn.Module) -> None:
+    """Undo `use_loop`."""
+    held = vars(module)
+    forward = held.get("forward")
+    if held.pop(LOOP, None) is not None and isinstance(forward, functools.partial) and forward.func is _forward:
+        del held["forward"]

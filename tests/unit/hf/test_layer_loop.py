@@ -1,0 +1,497 @@
+"""Loops that do nothing but to call layers: these are not called where they were run ahead; all else is as before."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import pickle
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from latent_caches import coded, logits, plans
+from layered_models import LAYERS, close, four_layers, model_of
+from needs import needs_compiler
+from small_models import cached, token_ids
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaModel
+
+import fhopt
+from fhopt.hf import layer_loop
+from fhopt.hf.apply import latent_cache
+from fhopt.hf.layer_loop import LOOP, calls_alone
+from fhopt.hf.layer_programs import LayerState
+
+PROMPT, STEPS = 40, 24
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Layers that were called as modules."""
+    layers: list[Any] = []
+    call = LayerState.__call__
+
+    def watched(self: LayerState, *args: Any, **kwargs: Any) -> Any:
+        layers.append(self.layer)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(LayerState, "__call__", watched)
+    return layers
+
+
+def steps(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
+    return logits(model, latent_cache(model) if cache is None else cache, ids, list(range(PROMPT, ids.shape[1])))
+
+
+@torch.no_grad()
+def step(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
+    return model(ids, **cached(cache), **options)
+
+
+def warm() -> tuple[Any, Any, Tensor]:
+    """A model whose loop calls its first layer alone, a cache, and the next token."""
+    model, ids = model_of(), token_ids(1, PROMPT + 9)
+    cache = latent_cache(model)
+    steps(model, ids[:, :-1], cache)
+    return model, cache, ids[:, -1:]
+
+
+# ------------------------------------------------------------------------------------------------- source of loops
+
+
+class Loops:
+    """Forwards that walk over `blocks`."""
+
+    blocks: Any
+    norm: Any
+    masks: Any
+
+    def plain(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def counted(self, x: Any, mask: Any, **options: Any) -> Any:
+        for i, block in enumerate(self.blocks[:3]):
+            x = block(x, mask[self.masks[i]], kind=block.kind, **options)
+        return self.norm(x)
+
+    def first_of_several(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)[0]
+        return x
+
+    def collects(self, x: Any) -> Any:
+        seen = []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x)
+        return seen
+
+    def changes(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x + 1)
+        return x
+
+    def keeps(self, x: Any) -> Any:
+        y = x
+        for block in self.blocks:
+            y = block(x)
+        return y
+
+    def computes(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, self.norm(x))
+        return x
+
+    def names_it_elsewhere(self, x: Any) -> Any:
+        last = self.blocks[-1]
+        for block in self.blocks:
+            x = block(x)
+        return last, x
+
+    def calls_another(self, x: Any) -> Any:
+        for _ in self.blocks:
+            x = self.norm(x)
+        return x
+
+    def walks_twice(self, x: Any) -> Any:
+        for block in self.blocks[:2]:
+            x = block(x)
+        x += 1
+        for block in self.blocks[2:]:
+            x = block(x)
+        return x
+
+    def walks_again(self, x: Any) -> Any:
+        for _ in range(3):
+            for block in self.blocks:
+                x = block(x)
+        return x
+
+    def leaves_some_out(self, x: Any) -> Any:
+        for block in (b for b in self.blocks if b not in self.masks):
+            x = block(x)
+        return x
+
+    def walks_with_others(self, x: Any) -> Any:
+        for block, other in zip(self.blocks, self.masks, strict=True):
+            x = other(x, block)
+        return x
+
+    def compares(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, last=block is self.norm)
+        return x
+
+    def has_more(self, x: Any) -> Any:
+        for block in self.blocks + self.masks:
+            x = block(x)
+        return x
+
+    def calls_before_each(self, x: Any) -> Any:
+        for block in self.norm(self.blocks):
+            x = block(x)
+        return x
+
+    def has_an_end(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        else:
+            x = self.norm(x)
+        return x
+
+    def without(self, x: Any) -> Any:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("name", ["plain", "counted", "first_of_several"])
+def test_a_loop_that_calls_alone_is_known_by_its_source(name: str) -> None:
+    assert calls_alone(getattr(Loops, name), "blocks")
+    assert not calls_alone(getattr(Loops, name), "layers")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "collects",
+        "changes",
+        "keeps",
+        "computes",
+        "names_it_elsewhere",
+        "calls_another",
+        "walks_twice",
+        "walks_again",
+        "leaves_some_out",
+        "walks_with_others",
+        "compares",
+        "has_more",
+        "calls_before_each",
+        "has_an_end",
+        "without",
+    ],
+)
+def test_so_is_one_that_does_more(name: str) -> None:
+    assert not calls_alone(getattr(Loops, name), "blocks")
+
+
+def test_a_method_without_source_is_none() -> None:
+    assert not calls_alone(str.join, "blocks")
+    made: dict[str, Any] = {}
+    exec("def run(self, x):\n    for block in self.blocks:\n        x = block(x)\n    return x", made)
+    assert not calls_alone(made["run"], "blocks")
+
+
+def test_a_method_that_another_one_stands_before_is_not_judged_by_its_source() -> None:
+    @functools.wraps(Loops.plain)
+    def adds(self: Any, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x).add_(1)
+        return x
+
+    assert not calls_alone(adds, "blocks")
+    assert calls_alone(torch.no_grad()(Loops.plain), "blocks")
+
+
+def test_the_loop_of_a_model_of_transformers_calls_alone() -> None:
+    assert calls_alone(LlamaModel.forward, "layers")
+
+
+# ---------------------------------------------------------------------------------------------------- decode steps
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_behind_the_first_are_not_called(called: list[Any], batch: int) -> None:
+    ids = token_ids(batch, PROMPT + STEPS)
+    model = model_of()
+    output = steps(model, ids)
+    first, *others = model.model.layers
+    assert called.count(first) == STEPS + 1
+    assert all(called.count(layer) < 0.5 * STEPS for layer in others)
+    assert close(output, steps(model_of(programs=False), ids))
+
+
+@needs_compiler
+def test_every_token_is_in_every_layer_of_the_cache(called: list[Any]) -> None:
+    model, cache, token = warm()
+    called.clear()
+    step(model, token, cache)
+    assert called == [model.model.layers[0]]
+    assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT + 9] * LAYERS
+
+
+def _hooked_globally(model: Any) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        if module is model.model.layers[2]:
+            output.mul_(1.5)
+
+    return torch.nn.modules.module.register_module_forward_hook(hook)
+
+
+def _hooked_globally_before(model: Any) -> Any:
+    def hook(module: Any, args: Any) -> None:
+        if module is model.model.layers[2]:
+            args[0].mul_(1.5)
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+
+def _hooked_at_the_end(model: Any) -> Any:
+    return model.model.layers[-1].register_forward_hook(lambda module, args, output: output.roll(1, -1))
+
+
+def _with_another_forward(number: int) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        layer = model.model.layers[number]
+        run = layer.forward
+        layer.forward = lambda *args, **kwargs: run(*args, **kwargs).add_(torch.arange(64) / 16)
+
+    return change
+
+
+def _with_another_layer(model: Any) -> None:
+    model.model.layers[2] = copy.deepcopy(model.model.layers[2])
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
+
+
+def _with_one_more_layer(model: Any) -> None:
+    class Steers(torch.nn.Module):
+        def forward(self, x: Any, **_: Any) -> Any:
+            return x.add_(torch.arange(64) / 16)
+
+    model.model.layers.insert(1, Steers())
+    model.config.num_hidden_layers += 1
+
+
+def _with_layers_in_another_order(model: Any) -> None:
+    first, second, *others = model.model.layers
+    model.model.layers = torch.nn.ModuleList([second, first, *others])
+
+
+def _with_fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = 2
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hooked_globally,
+        _hooked_globally_before,
+        _hooked_at_the_end,
+        _with_another_forward(0),
+        _with_another_forward(2),
+        _with_another_forward(3),
+        _with_another_layer,
+        _with_one_more_layer,
+        _with_layers_in_another_order,
+        _with_fewer_layers,
+    ],
+)
+def test_what_changes_between_two_steps_counts(called: list[Any], change: Callable[[Any], Any]) -> None:
+    ids, outputs = token_ids(1, PROMPT + STEPS), []
+    for programs, is_changed in ((False, True), (True, True), (False, False)):
+        model = model_of(programs)
+        cache = latent_cache(model)
+        steps(model, ids[:, : PROMPT + 8], cache)
+        called.clear()
+        before = step(model, ids[:, PROMPT + 8 : PROMPT + 9], cache).logits
+        assert called == ([model.model.layers[0]] if programs else [])
+        handle = change(model) if is_changed else None
+        try:
+            rest = [step(model, ids[:, i : i + 1], cache).logits for i in range(PROMPT + 9, PROMPT + STEPS)]
+        finally:
+            if handle is not None:
+                handle.remove()
+        outputs.append(torch.cat([before, *rest], 1))
+    assert close(outputs[1], outputs[0])
+    assert not close(outputs[0][:, 1:2], outputs[2][:, 1:2])
+
+
+@needs_compiler
+def test_hidden_states_of_all_layers_are_returned_each_time() -> None:
+    ids, states = token_ids(1, PROMPT + 12), []
+    for programs in (False, True):
+        model = model_of(programs)
+        cache = latent_cache(model)
+        steps(model, ids[:, : PROMPT + 9], cache)
+        given = [ids[:, i : i + 1] for i in range(PROMPT + 9, PROMPT + 12)]
+        states.append([step(model, x, cache, output_hidden_states=True).hidden_states for x in given])
+    for one, other in zip(*states, strict=True):
+        assert len(one) == len(other) == LAYERS + 1
+        assert all(map(close, one, other))
+
+
+class _OwnLoop(LlamaModel):  # type: ignore[misc]
+    """A model whose layers get other arguments each, and which keeps what it has seen."""
+
+    steps_seen, shift = 0, 0
+
+    def forward(self, input_ids: Any = None, cache: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        x = self.embed_tokens(input_ids)
+        first = cache.get_seq_length()
+        positions = torch.arange(first, first + x.shape[1])[None]
+        turned = self.rotary_emb(x, positions)
+        turned = [turned] * 2 + [self.rotary_emb(x, positions + self.shift) if self.shift else turned] * 2
+        for i, layer in enumerate(self.layers):
+            x = layer(x, position_embeddings=turned[i], cache=cache, attention_mask=None)
+        self.steps_seen += 1
+        return self.norm(x)
+
+
+def _own(programs: bool) -> Any:
+    model, plan = four_layers(), coded(plans(four_layers, 8))
+    model.model.__class__ = _OwnLoop
+    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+
+
+@needs_compiler
+def test_layers_with_other_arguments_run_with_those(called: list[Any]) -> None:
+    ids, outputs = token_ids(1, PROMPT + STEPS), []
+    for programs in (False, True):
+        whole = _own(programs)
+        model, cache = whole.model, latent_cache(whole)
+        assert calls_alone(_OwnLoop.forward, "layers")
+        with torch.no_grad():
+            for i in range(STEPS + 1):
+                model.shift = 7 if i > STEPS // 2 else 0
+                tokens = ids[:, :PROMPT] if i == 0 else ids[:, PROMPT + i - 1 : PROMPT + i]
+                called.clear()
+                outputs.append(model(tokens, cache=cache)[:, -1])
+                if programs and i == STEPS // 2:
+                    assert called == list(model.layers[:1])
+                elif programs and i == STEPS // 2 + 1:
+                    assert called == [model.layers[0], *model.layers[2:]]
+        assert model.steps_seen == STEPS + 1 and _OwnLoop.steps_seen == 0
+    half = len(outputs) // 2
+    assert all(close(one, other) for one, other in zip(outputs[half:], outputs[:half], strict=True))
+
+
+@needs_compiler
+def test_what_a_forward_does_to_its_module_is_done_to_it(called: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache, token = warm()
+    run, met = LlamaModel.forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.scale, self.newest, self.part = torch.ones(3), None, torch.nn.Identity()
+        del self.old
+        met.append((isinstance(self, LlamaModel), self.__class__, vars(self) is vars(model.model), len(self.layers)))
+        assert [type(x) for x in self.layers] == [layer_loop._Turn] * LAYERS and self.layers[1] is model.model.layers[1]
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    monkeypatch.setattr(layer_loop, "calls_alone", lambda *_: True)
+    model.model.old = 1
+    called.clear()
+    step(model, token, cache)
+    assert called == [model.model.layers[0]] and met == [(True, LlamaModel, True, LAYERS)]
+    assert torch.equal(model.model.scale, torch.ones(3)) and vars(model.model)["newest"] is None
+    assert isinstance(model.model.part, torch.nn.Identity) and not hasattr(model.model, "old")
+    assert type(model.model.layers) is torch.nn.ModuleList and len(model.model.layers) == LAYERS
+
+
+@needs_compiler
+def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache, token = warm()
+    turn, counts = layer_loop._Turn.__call__, []
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(1)
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return turn(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer_loop._Turn, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, token, cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT + 9] * 2 + [PROMPT + 8] * 2
+    for layer in cache.layers[:2]:
+        layer.crop(-1)
+    monkeypatch.undo()
+    output = step(model, token, cache).logits
+    assert close(output, steps(model_of(programs=False), token_ids(1, PROMPT + 9))[:, -1:])
+    held = weakref.ref(cache.layers[3])
+    del cache
+    assert held() is None
+
+
+@needs_compiler
+def test_copies_and_pickles_have_loops_of_their_own(called: list[Any]) -> None:
+    model, _, _ = warm()
+    ids = token_ids(1, PROMPT + STEPS)
+    expected = steps(model, ids)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  # written here
+        called.clear()
+        assert close(steps(twin, ids), expected)
+        assert vars(twin.model)[LOOP]._module is twin.model and inspect.signature(twin.model.forward).parameters
+        assert called.count(twin.model.layers[0]) == STEPS + 1 and called.count(twin.model.layers[3]) < 0.5 * STEPS
+        assert not any(layer in called for layer in model.model.layers)
+
+
+@needs_compiler
+def test_threads_have_turns_of_their_own(called: list[Any]) -> None:
+    prompts = [token_ids(1, PROMPT + STEPS) for _ in range(3)]
+    model = model_of()
+    expected = [steps(model, ids) for ids in prompts]
+    called.clear()
+    with ThreadPoolExecutor(3) as pool:
+        for output, alone in zip(pool.map(lambda ids: steps(model, ids), prompts), expected, strict=True):
+            assert close(output, alone)
+    assert called.count(model.model.layers[3]) < 0.5 * called.count(model.model.layers[0])
+
+
+def test_a_plan_that_is_removed_takes_the_loop_along() -> None:
+    model = four_layers()
+    known = inspect.signature(model.model.forward)
+    fhopt.apply(model, coded(plans(four_layers, 8)))
+    assert LOOP in vars(model.model)
+    assert list(inspect.signature(model.model.forward).parameters) == list(known.parameters)
+    fhopt.unapply(model)
+    assert LOOP not in vars(model.model) and "forward" not in vars(model.model)
+
+
+def test_a_forward_that_somebody_else_replaced_stays() -> None:
+    model = four_layers()
+    mine = model.model.forward
+    model.model.forward = mine
+    fhopt.apply(model, coded(plans(four_layers, 8)))
+    assert vars(model.model)["forward"] is mine and LOOP not in vars(model.model)
+    fhopt.unapply(model)
+    assert vars(model.model)["forward"] is mine
+
+
+def test_so_does_one_that_was_put_before_ours() -> None:
+    model, ids = four_layers(), token_ids(1, PROMPT)
+    with torch.no_grad():
+        expected = model(ids).logits
+        fhopt.apply(model, coded(plans(four_layers, 8)))
+        ours = model.model.forward
+        model.model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+        fhopt.unapply(model)
+        assert torch.equal(model(ids).logits, expected)
