@@ -7,7 +7,8 @@ Where decode steps were run ahead (fhopt/hf/steps_ahead.py), nothing happens bet
 behind the first need not be called as modules, nor looked at once more: that is most of the Python of a step. The
 model's own `forward` runs as it is written, on an object that stands for the model, and has in place of the list of
 layers one of callables. These return what is there where a call is the expected one, and call the layer where it is
-not. That a loop is such a one is read from its source.
+not; where all calls have the same arguments, the loop ends with the first. That a loop is such a one is read from its
+source.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import copy
 import functools
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from operator import is_
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -58,11 +61,13 @@ class _Turn:
 class Turns:
     """Stands for a list of layers: walks over it, and slices of it, give turns in place of layers."""
 
-    def __init__(self, layers: torch.nn.ModuleList, shared: LayerPrograms) -> None:
+    def __init__(self, layers: torch.nn.ModuleList, shared: LayerPrograms, alike: bool) -> None:
+        """alike: every turn has the same arguments, but for the first."""
         self._layers, self.elements = layers, tuple(layers)
         found = [(layer, shared.state_of(layer)) for layer in self.elements]
         self.states = [state for _, state in found if state is not None]
         self._turns = tuple(x if state is None else _Turn(x, state, self, shared.walk) for x, state in found)
+        self._walk, self._alike = shared.walk, alike
 
     def stand_for(self, layers: torch.nn.ModuleList) -> bool:
         """Return whether a list of layers still has the elements that it had."""
@@ -72,16 +77,28 @@ class Turns:
         return all(map(is_, held.values(), self.elements))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._turns)
+        return _walked(self._turns, self._walk) if self._alike else iter(self._turns)
 
     def __len__(self) -> int:
         return len(self._turns)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._turns[index] if isinstance(index, slice) else self._layers[index]
+        if not isinstance(index, slice):
+            return self._layers[index]
+        found = self._turns[index]
+        return _walked(found, self._walk) if self._alike and index.step in (None, 1) else found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layers, name)
+
+
+def _walked(turns: tuple[Any, ...], walk: Walk) -> Iterator[Any]:
+    """Yield turns that follow each other in a list, but for those that were done by the one before."""
+    at = 0
+    while at < len(turns):
+        walk.may_skip, walk.skipped = (vars(turns[at]).get("_fhopt_state"), len(turns) - at - 1), 0
+        yield turns[at]
+        at += 1 + walk.skipped
 
 
 class _WithTurns:
@@ -92,8 +109,8 @@ class _WithTurns:
     def __init__(self, module: torch.nn.Module, name: str, turns: Turns) -> None:
         object.__setattr__(self, "_fhopt_given", (module, name, turns))
 
-    @property
-    def __class__(self) -> type[Any]:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
         return type(self._fhopt_given[0])
 
     def __getattr__(self, name: str) -> Any:
@@ -113,7 +130,7 @@ class LayerLoop:
     def __init__(self, module: torch.nn.Module, name: str, shared: LayerPrograms) -> None:
         self._module, self._name, self._shared = module, name, shared
         self._turns: Turns | None = None
-        self._looked_at: tuple[Any, bool] = (None, False)  # a forward, and whether its loop does nothing but to call
+        self._known: tuple[Any, CallLoop | None] = (None, None)  # a forward, and its loop
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoop:
         """Return the loop of a copy of the module."""
@@ -130,44 +147,69 @@ class LayerLoop:
         turns = self._current_turns(forward) if walk.has_chains() else None
         if turns is None or not walk.has_chain(turns.states):
             return forward(module, *args, **kwargs)
-        due, walk.due = walk.due, None
+        due, may_skip, walk.due = walk.due, walk.may_skip, None
         try:
             return forward(_WithTurns(module, self._name, turns), *args, **kwargs)
         finally:
-            walk.due = due
+            walk.due, walk.may_skip, walk.skipped = due, may_skip, 0
 
     def _current_turns(self, forward: Callable[..., Any]) -> Turns | None:
         """Return what stands for the layers; None where they are to be called as modules."""
         layers = self._module._modules.get(self._name)
-        if self._looked_at[0] is not forward:
-            self._looked_at = forward, calls_alone(forward, self._name)
-        if not self._looked_at[1] or type(layers) is not torch.nn.ModuleList:
+        if self._known[0] is not forward:
+            self._known, self._turns = (forward, call_loop(forward, self._name)), None
+        loop = self._known[1]
+        if loop is None or type(layers) is not torch.nn.ModuleList:
             return None
         if self._turns is None or not self._turns.stand_for(layers):
-            self._turns = Turns(layers, self._shared)
+            self._turns = Turns(layers, self._shared, loop.alike)
         return self._turns
 
 
 # -------------------------------------------------------------------------------------------------------- source
 
 
-def calls_alone(forward: Callable[..., Any], name: str) -> bool:
-    """Return whether a method walks over its object's attribute `name` once, and every turn calls what it meets there.
+@dataclass(frozen=True)
+class CallLoop:
+    """A loop of which each turn is one call. alike: with the same arguments, but for what the last one returned."""
+
+    alike: bool
+
+
+def call_loop(forward: Callable[..., Any], name: str) -> CallLoop | None:
+    """Return the loop of a method over its object's attribute `name`, where every turn calls what it meets there.
 
     Such a call takes what the last one returned. Nothing else is called between the first and the last, but for what
-    looks up attributes and elements.
+    looks up attributes and elements. None where there are several loops, or where turns do more.
     """
     function = _definition(forward)
     if function is None or not function.args.args:
-        return False
+        return None
     holder = function.args.args[0].arg
     mentions = [node for node in ast.walk(function) if _is_attribute(node, holder, name)]
     loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.AsyncFor))]
     mine = [loop for loop in loops if isinstance(loop, ast.For) and _layer_of(loop, holder, name)]
     if len(mentions) != 1 or len(mine) != 1:
-        return False
-    is_within = any(node is mine[0] for loop in loops if loop is not mine[0] for node in ast.walk(loop))
-    return not is_within and _is_a_call(mine[0], str(_layer_of(mine[0], holder, name)))
+        return None
+    (loop,) = mine
+    is_within = any(node is loop for other in loops if other is not loop for node in ast.walk(other))
+    if is_within or not _is_a_call(loop, str(_layer_of(loop, holder, name))):
+        return None
+    return CallLoop(_is_alike(loop, function))
+
+
+def _is_alike(loop: ast.For, function: ast.FunctionDef) -> bool:
+    """Return whether what a turn is called with, but for the first, and what comes behind do not depend on the turn."""
+    of_turn = _names(loop.target) & (_names(function) - _names(loop))
+    call = next(node for node in ast.walk(loop.body[0]) if isinstance(node, ast.Call))
+    changing = {*_names(loop.target), *_names(loop.body[0].targets[0])}  # type: ignore[attr-defined]
+    rest = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+    return not of_turn and not any(changing & set(_names(part)) for part in rest)
+
+
+def _names(tree: ast.AST) -> Counter[str]:
+    """Return how often each variable is named."""
+    return Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
 
 def _definition(forward: Callable[..., Any]) -> ast.FunctionDef | None:
@@ -191,7 +233,7 @@ def _is_attribute(node: ast.AST, holder: str, name: str) -> bool:
 
 
 def _layer_of(loop: ast.For, holder: str, name: str) -> str | None:
-    """Return the variable of a loop over the attribute, a slice of it, or one of both with numbers; None for others."""
+    """Return the variable of a loop over the attribute or a slice of it, with numbers or without; None for others."""
     target, walked = loop.target, loop.iter
     if isinstance(walked, ast.Call):
         is_enumerate = isinstance(walked.func, ast.Name) and walked.func.id == "enumerate" and len(walked.args) == 1

@@ -127,12 +127,15 @@ class DueSteps:
 class Walk(threading.local):
     """The calls of a model's layers in a thread, one after the other.
 
-    turns: of the loop that calls a layer now; due: what was run ahead for turns that come.
+    turns: of the loop that calls a layer now; due: what was run ahead for turns that come. may_skip: a layer, and how
+    many of its turns behind that one a loop does not need; skipped: how many of them were done.
     """
 
     def __init__(self) -> None:
         self.turns: Turns | None = None
         self.due: DueSteps | None = None
+        self.may_skip: tuple[Any, int] = (None, 0)
+        self.skipped = 0
         self._ahead: dict[Any, _Ahead] = {}  # by the states of layers
         self._last: tuple[Any, Tensor, _Others] | None = None  # a layer, what it returned, what it was called with
         self._chains: dict[Any, StepChain | None] = {}  # layers that are run ahead, by the states of those before them
@@ -192,8 +195,10 @@ class Walk(threading.local):
         chain, turns = self._chains.get(state), self.turns
         behind = None if chain is None else chain.ready(ready, args, kwargs)
         if chain is not None and behind is not None and turns is not None and chain.is_called_in(turns):
-            self.due = DueSteps(behind, others)
             run_steps([ready.step, *[step.step for _, _, step in behind]])
+            if self.may_skip[0] is state and self.may_skip[1] >= len(behind):
+                return self._done(ready, behind, others)
+            self.due = DueSteps(behind, others)
         else:
             if behind is None:
                 behind = list(self._behind(state, ready, args, kwargs, follow))
@@ -203,6 +208,14 @@ class Walk(threading.local):
         ready.step.finish()
         self._last = state, ready.output, others
         return ready.result
+
+    def _done(self, first: ReadyStep, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> Any:
+        """Finish steps of layers that are not called behind the first, and return what the last one does."""
+        for ready in (first, *[ready for _, _, ready in behind]):
+            ready.step.finish()
+        state, _, last = behind[-1]
+        self.skipped, self._last = len(behind), (state, last.output, others)
+        return last.result
 
     def _expect(self, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> None:
         """Keep steps that were run ahead until their layers are called."""

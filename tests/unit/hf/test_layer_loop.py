@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import weakref
@@ -23,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import fhopt
 from fhopt.hf import layer_loop
 from fhopt.hf.apply import latent_cache
-from fhopt.hf.layer_loop import LOOP, calls_alone
+from fhopt.hf.layer_loop import LOOP, CallLoop, call_loop
 from fhopt.hf.layer_programs import LayerState
 
 PROMPT, STEPS = 40, 24
@@ -79,6 +80,26 @@ class Loops:
         for i, block in enumerate(self.blocks[:3]):
             x = block(x, mask[self.masks[i]], kind=block.kind, **options)
         return self.norm(x)
+
+    def has_options(self, x: Any, mask: Any, **options: Any) -> Any:
+        for _, block in enumerate(self.blocks[: self.masks.count]):
+            x = block(x, mask, scale=self.masks.scale, **options)
+        return x
+
+    def names_its_layer(self, x: Any, mask: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, mask[block.kind])
+        return x
+
+    def gives_it_twice(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, residual=x)
+        return x
+
+    def keeps_the_last_number(self, x: Any) -> Any:
+        for i, block in enumerate(self.blocks):  # noqa: B007
+            x = block(x)
+        return x, i
 
     def first_of_several(self, x: Any) -> Any:
         for block in self.blocks:
@@ -169,10 +190,21 @@ class Loops:
         return self.norm(x)
 
 
-@pytest.mark.parametrize("name", ["plain", "counted", "first_of_several"])
-def test_a_loop_that_calls_alone_is_known_by_its_source(name: str) -> None:
-    assert calls_alone(getattr(Loops, name), "blocks")
-    assert not calls_alone(getattr(Loops, name), "layers")
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [
+        ("plain", True),
+        ("first_of_several", True),
+        ("has_options", True),
+        ("counted", False),
+        ("names_its_layer", False),
+        ("gives_it_twice", False),
+        ("keeps_the_last_number", False),
+    ],
+)
+def test_a_loop_that_call_loop_is_known_by_its_source(name: str, alike: bool) -> None:
+    assert call_loop(getattr(Loops, name), "blocks") == CallLoop(alike)
+    assert not call_loop(getattr(Loops, name), "layers")
 
 
 @pytest.mark.parametrize(
@@ -196,14 +228,14 @@ def test_a_loop_that_calls_alone_is_known_by_its_source(name: str) -> None:
     ],
 )
 def test_so_is_one_that_does_more(name: str) -> None:
-    assert not calls_alone(getattr(Loops, name), "blocks")
+    assert not call_loop(getattr(Loops, name), "blocks")
 
 
 def test_a_method_without_source_is_none() -> None:
-    assert not calls_alone(str.join, "blocks")
+    assert not call_loop(str.join, "blocks")
     made: dict[str, Any] = {}
     exec("def run(self, x):\n    for block in self.blocks:\n        x = block(x)\n    return x", made)
-    assert not calls_alone(made["run"], "blocks")
+    assert not call_loop(made["run"], "blocks")
 
 
 def test_a_method_that_another_one_stands_before_is_not_judged_by_its_source() -> None:
@@ -213,12 +245,12 @@ def test_a_method_that_another_one_stands_before_is_not_judged_by_its_source() -
             x = block(x).add_(1)
         return x
 
-    assert not calls_alone(adds, "blocks")
-    assert calls_alone(torch.no_grad()(Loops.plain), "blocks")
+    assert not call_loop(adds, "blocks")
+    assert call_loop(torch.no_grad()(Loops.plain), "blocks")
 
 
-def test_the_loop_of_a_model_of_transformers_calls_alone() -> None:
-    assert calls_alone(LlamaModel.forward, "layers")
+def test_the_loop_of_a_model_of_transformers_call_loop() -> None:
+    assert call_loop(LlamaModel.forward, "layers") == CallLoop(alike=True)
 
 
 # ---------------------------------------------------------------------------------------------------- decode steps
@@ -377,7 +409,7 @@ def test_layers_with_other_arguments_run_with_those(called: list[Any]) -> None:
     for programs in (False, True):
         whole = _own(programs)
         model, cache = whole.model, latent_cache(whole)
-        assert calls_alone(_OwnLoop.forward, "layers")
+        assert call_loop(_OwnLoop.forward, "layers") == CallLoop(alike=False)
         with torch.no_grad():
             for i in range(STEPS + 1):
                 model.shift = 7 if i > STEPS // 2 else 0
@@ -406,7 +438,7 @@ def test_what_a_forward_does_to_its_module_is_done_to_it(called: list[Any], monk
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    monkeypatch.setattr(layer_loop, "calls_alone", lambda *_: True)
+    monkeypatch.setattr(layer_loop, "call_loop", lambda *_: CallLoop(alike=False))
     model.model.old = 1
     called.clear()
     step(model, token, cache)
@@ -418,6 +450,7 @@ def test_what_a_forward_does_to_its_module_is_done_to_it(called: list[Any], monk
 
 @needs_compiler
 def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_loop, "call_loop", lambda *_: CallLoop(alike=False))
     model, cache, token = warm()
     turn, counts = layer_loop._Turn.__call__, []
 
@@ -427,18 +460,35 @@ def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: py
             raise KeyboardInterrupt
         return turn(self, *args, **kwargs)
 
-    monkeypatch.setattr(layer_loop._Turn, "__call__", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(layer_loop._Turn, "__call__", stop)
         step(model, token, cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT + 9] * 2 + [PROMPT + 8] * 2
     for layer in cache.layers[:2]:
         layer.crop(-1)
-    monkeypatch.undo()
     output = step(model, token, cache).logits
     assert close(output, steps(model_of(programs=False), token_ids(1, PROMPT + 9))[:, -1:])
     held = weakref.ref(cache.layers[3])
     del cache
+    gc.collect()
     assert held() is None
+
+
+@needs_compiler
+def test_turns_one_by_one_give_what_one_for_all_gives(called: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, outputs, counts, turn = token_ids(1, PROMPT + STEPS), [], [], layer_loop._Turn.__call__
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(1)
+        return turn(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer_loop._Turn, "__call__", watched)
+    for alike in (False, True):
+        monkeypatch.setattr(layer_loop, "call_loop", lambda *_, alike=alike: CallLoop(alike))
+        counts.clear()
+        outputs.append(steps(model_of(), ids))
+        assert len(counts) > 0.7 * LAYERS * STEPS or alike
+    assert len(counts) < 0.5 * LAYERS * STEPS and torch.equal(*outputs)
 
 
 @needs_compiler
