@@ -406,8 +406,10 @@ SECTIONS = {
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct in float32",
         "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --rival kivi-3bit --context "
         "1024 --texts FILE",
-        "The same plans, fitted to the model in bfloat16, and the same texts with the model in float32: what caches "
-        "lose, without what bfloat16 rounds differently.",
+        "Plans that were calibrated on the model in bfloat16 and fitted for a CPU (`fhopt fit --device cpu`), which "
+        "gives loss for time: attention takes 0.59 and 0.64 of the time of the plans in the section on [trellis "
+        "codes](#trellis-codes-qwen25-coder-15b-instruct), which lose least. The model in float32, which shows what "
+        "caches lose, without what bfloat16 rounds differently; texts of `benchmarks/further_texts.py`.",
         quality_and_kl,
     ),
     "quality-SmolLM2-135M-Instruct-codes": Section(
@@ -418,7 +420,9 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct-codes": Section(
         "Trellis codes: Qwen2.5-Coder-1.5B-Instruct", CODES_COMMAND + " --model FOLDER",
-        "The same of plans that were calibrated on the model in bfloat16, the model in float32.", quality_and_kl,
+        "Plans of today's defaults without a device: uniform codes at 4x, trellis codes at 8x; calibrated on the model "
+        "in bfloat16, the model in float32. `en` and `prose` are of an earlier calibration.",
+        quality_and_kl,
     ),
     "decode": Section(
         "A decode step at a context of 8,192 tokens", "make bench-decode",
