@@ -7,8 +7,11 @@ Where decode steps were run ahead (fhopt/hf/steps_ahead.py), nothing happens bet
 behind the first need not be called as modules, nor looked at once more: that is most of the Python of a step. The
 model's own `forward` runs as it is written, on an object that stands for the model, and has in place of the list of
 layers one of callables. These return what is there where a call is the expected one, and call the layer where it is
-not; where all calls have the same arguments, the loop ends with the first. That a loop is such a one is read from its
-source.
+not. Where all calls have the same arguments, the first returns what the last layer does, and the loop leaves out the
+turns between. That a loop is such a one is read from its source.
+
+A shallow copy of such a module (`copy.copy`) runs the module that it was made of, as that of a layer with a program
+does.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 
 LOOP = "_fhopt_layer_loop"  # of a module that holds a list of layers
 TRUSTED = ("torch", "transformers")  # whose decorators call what they wrap
+LOOKS_UP = (
+    ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant, ast.Tuple, ast.Compare, ast.BoolOp, ast.IfExp,
+    ast.UnaryOp, ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop,
+)  # fmt: skip
 
 
 class _Turn:
@@ -69,12 +76,11 @@ class Turns:
         self._turns = tuple(x if state is None else _Turn(x, state, self, shared.walk) for x, state in found)
         self._walk, self._alike = shared.walk, alike
 
-    def stand_for(self, layers: torch.nn.ModuleList) -> bool:
-        """Return whether a list of layers still has the elements that it had."""
-        held = layers._modules
-        if layers is not self._layers or len(held) != len(self.elements):
+    def stand_for(self, layers: Any) -> bool:
+        """Return whether this is the list of layers, and has the elements that it had."""
+        if layers is not self._layers or len(layers) != len(self.elements):
             return False
-        return all(map(is_, held.values(), self.elements))
+        return all(map(is_, layers._modules.values(), self.elements))
 
     def __iter__(self) -> Iterator[Any]:
         return _walked(self._turns, self._walk) if self._alike else iter(self._turns)
@@ -115,7 +121,8 @@ class _WithTurns:
 
     def __getattr__(self, name: str) -> Any:
         module, layers, turns = self._fhopt_given
-        return turns if name == layers else getattr(module, name)
+        found = getattr(module, name)
+        return turns if name == layers and turns.stand_for(found) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._fhopt_given[0], name, value)
@@ -180,18 +187,25 @@ def call_loop(forward: Callable[..., Any], name: str) -> CallLoop | None:
     """Return the loop of a method over its object's attribute `name`, where every turn calls what it meets there.
 
     Such a call takes what the last one returned. Nothing else is called between the first and the last, but for what
-    looks up attributes and elements. None where there are several loops, or where turns do more.
+    looks up attributes and elements, and compares them. None where there are several loops, where turns do more, and
+    where the method uses its object for more than its attributes.
     """
     function = _definition(forward)
     if function is None or not function.args.args:
         return None
     holder = function.args.args[0].arg
+    names, attributes = _names(function), [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    of_holder = sum(isinstance(node.value, ast.Name) and node.value.id == holder for node in attributes)
+    if names["super"] or names[holder] != of_holder:  # it is handed on, and its list may be walked over elsewhere
+        return None
     mentions = [node for node in ast.walk(function) if _is_attribute(node, holder, name)]
     loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.AsyncFor))]
     mine = [loop for loop in loops if isinstance(loop, ast.For) and _layer_of(loop, holder, name)]
     if len(mentions) != 1 or len(mine) != 1:
         return None
     (loop,) = mine
+    if names["enumerate"] and "enumerate" in getattr(inspect.unwrap(forward), "__globals__", {}):
+        return None
     is_within = any(node is loop for other in loops if other is not loop for node in ast.walk(other))
     if is_within or not _is_a_call(loop, str(_layer_of(loop, holder, name))):
         return None
@@ -266,8 +280,7 @@ def _is_a_call(loop: ast.For, layer: str) -> bool:
 
 def _does_more(tree: ast.AST) -> bool:
     """Return whether an expression does more than to look up and to compare."""
-    more = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Lambda, ast.comprehension)
-    return any(isinstance(node, more) for node in ast.walk(tree))
+    return not all(isinstance(node, LOOKS_UP) for node in ast.walk(tree))
 
 
 # ------------------------------------------------------------------------------------------------------- modules
@@ -292,17 +305,17 @@ def use_loop(module: torch.nn.Module, name: str, shared: LayerPrograms) -> None:
 
 
 def _signature(method: Callable[..., Any]) -> inspect.Signature | None:
-    """Return names and kinds of a method's parameters, without what a pickle might not hold; None where unknown."""
+    """Return a method's parameters without types, and plain defaults, which any pickle holds; None where unknown."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):
         return None
-    empty = inspect.Parameter.empty
-    plain = [
-        p.replace(annotation=empty, default=p.default if p.default is empty or isinstance(p.default, bool) else None)
-        for p in parameters
-    ]
-    return inspect.Signature(plain)
+    empty, plain = inspect.Parameter.empty, (bool, int, float, str)
+
+    def default(of: inspect.Parameter) -> Any:
+        return of.default if of.default is empty or isinstance(of.default, plain) else None
+
+    return inspect.Signature([p.replace(annotation=empty, default=default(p)) for p in parameters])
 
 
 def drop_loop(module: torch.nn.Module) -> None:

@@ -52,6 +52,7 @@ class StepChain:
         self._conditions = Conditions(single.values(), hooks, weights)
         self._all = first, *states
         self._turns: tuple[Any, Conditions | None] = (None, None)  # those that were asked for, and what must hold there
+        self._calls: list[tuple[torch.nn.Module, Any]] = []  # layers, and what their class is called by
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
         self._inputs = [places[path] for path in places if path == FIRST]
@@ -102,7 +103,9 @@ class StepChain:
         if self._turns[0] is not turns:
             self._turns = turns, self._calls_of(turns)
         conditions = self._turns[1]
-        return conditions is not None and not any(GLOBAL_HOOKS) and conditions.hold()
+        if conditions is None or any(GLOBAL_HOOKS) or not conditions.hold():
+            return False
+        return all(type(layer).__call__ is call for layer, call in self._calls)
 
     def _calls_of(self, turns: Turns) -> Conditions | None:
         """Return what must hold while turns call the layers; None where they never do that alone."""
@@ -114,8 +117,10 @@ class StepChain:
             entries = [entry for state in self._all for entry in state.calls()]
         except UnsupportedError:
             return None
-        last = vars(layers[-1])
-        return Conditions([*entries, (last, "_forward_hooks", last["_forward_hooks"])], [last["_forward_hooks"]], ())
+        self._calls = [(layer, type(layer).__call__) for layer in layers]
+        ends = ((layers[0], "_forward_pre_hooks"), (layers[-1], "_forward_hooks"))
+        entries += [(vars(layer), name, vars(layer)[name]) for layer, name in ends]
+        return Conditions(entries, [vars(layer)[name] for layer, name in ends], ())
 
     def _current_steps(self, layers: Sequence[Any], threads: int) -> list[CacheStep] | None:
         """Return the prepared steps of the layers of a cache; None where one of them is not to be run."""

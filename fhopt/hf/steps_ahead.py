@@ -8,7 +8,7 @@ hook runs between the two, which might write their weights. What was run ahead c
 one that was expected: the same arguments, and what was read of them has the same bytes still. Otherwise it is thrown
 away, which leaves cache and model as they were, and the layer runs as it would have without it. A layer whose steps are
 thrown away several times in a row is not run ahead any more. Where a loop does nothing but to call one layer after the
-other (fhopt/hf/layer_loop.py), arguments are all that is compared.
+other (fhopt/hf/layer_loop.py), arguments are all that is compared, and where these are the same by its source, nothing.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Walk(threading.local):
     """The calls of a model's layers in a thread, one after the other.
 
     turns: of the loop that calls a layer now; due: what was run ahead for turns that come. may_skip: a layer, and how
-    many of its turns behind that one a loop does not need; skipped: how many of them were done.
+    many turns are left behind its own, in a loop that may leave them out; skipped: how many of them were done.
     """
 
     def __init__(self) -> None:

@@ -179,6 +179,21 @@ class Loops:
             x = block(x)
         return x
 
+    def hands_itself_on(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(self, x)
+
+    def calls_above(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return super().__init__() or x
+
+    def adds_up(self, x: Any, y: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, y + 1)
+        return x
+
     def has_an_end(self, x: Any) -> Any:
         for block in self.blocks:
             x = block(x)
@@ -223,6 +238,9 @@ def test_a_loop_that_call_loop_is_known_by_its_source(name: str, alike: bool) ->
         "compares",
         "has_more",
         "calls_before_each",
+        "hands_itself_on",
+        "calls_above",
+        "adds_up",
         "has_an_end",
         "without",
     ],
@@ -297,6 +315,36 @@ def _hooked_at_the_end(model: Any) -> Any:
     return model.model.layers[-1].register_forward_hook(lambda module, args, output: output.roll(1, -1))
 
 
+def _hooked_before_all(model: Any) -> Any:
+    """The first layer alone gets other arguments."""
+
+    def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        turned = tuple(x.flip(-1) for x in kwargs["position_embeddings"])
+        return args, {**kwargs, "position_embeddings": turned}
+
+    return model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _with_another_call(model: Any) -> None:
+    class Calls(type(model.model.layers[2])):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs).add_(torch.arange(64) / 16)
+
+    model.model.layers[2].__class__ = Calls
+
+
+def _with_another_layer_in_the_middle(model: Any) -> Any:
+    """A layer that is replaced by a hook that runs before the loop."""
+    other = copy.deepcopy(model.model.layers[2])
+    with torch.no_grad():
+        other.mlp.down_proj.weight.mul_(1.5)
+
+    def hook(*_: Any) -> None:
+        model.model.layers[2] = other
+
+    return model.model.rotary_emb.register_forward_hook(hook)
+
+
 def _with_another_forward(number: int) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         layer = model.model.layers[number]
@@ -337,6 +385,9 @@ def _with_fewer_layers(model: Any) -> None:
         _hooked_globally,
         _hooked_globally_before,
         _hooked_at_the_end,
+        _hooked_before_all,
+        _with_another_call,
+        _with_another_layer_in_the_middle,
         _with_another_forward(0),
         _with_another_forward(2),
         _with_another_forward(3),
@@ -464,6 +515,8 @@ def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: py
         patch.setattr(layer_loop._Turn, "__call__", stop)
         step(model, token, cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT + 9] * 2 + [PROMPT + 8] * 2
+    walk = vars(model.model)[LOOP]._shared.walk
+    assert walk.due is None and walk.turns is None and walk.may_skip == (None, 0)
     for layer in cache.layers[:2]:
         layer.crop(-1)
     output = step(model, token, cache).logits
@@ -472,6 +525,26 @@ def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: py
     del cache
     gc.collect()
     assert held() is None
+
+
+@needs_compiler
+def test_a_pass_that_ends_behind_the_loop_leaves_the_next_one_as_it_is() -> None:
+    model, cache, token = warm()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.norm.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, token, cache)
+    hook.remove()
+    assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT + 9] * LAYERS
+    walk = vars(model.model)[LOOP]._shared.walk
+    assert walk.due is None and walk.turns is None and walk.may_skip == (None, 0) and walk.skipped == 0
+    for layer in cache.layers:
+        layer.crop(-1)
+    output = step(model, token, cache).logits
+    assert close(output, steps(model_of(programs=False), token_ids(1, PROMPT + 9))[:, -1:])
 
 
 @needs_compiler
@@ -499,7 +572,8 @@ def test_copies_and_pickles_have_loops_of_their_own(called: list[Any]) -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  # written here
         called.clear()
         assert close(steps(twin, ids), expected)
-        assert vars(twin.model)[LOOP]._module is twin.model and inspect.signature(twin.model.forward).parameters
+        names = [list(inspect.signature(x).parameters) for x in (twin.model.forward, LlamaModel.forward)]
+        assert vars(twin.model)[LOOP]._module is twin.model and names[0] == names[1][1:]
         assert called.count(twin.model.layers[0]) == STEPS + 1 and called.count(twin.model.layers[3]) < 0.5 * STEPS
         assert not any(layer in called for layer in model.model.layers)
 
@@ -542,6 +616,6 @@ def test_so_does_one_that_was_put_before_ours() -> None:
         expected = model(ids).logits
         fhopt.apply(model, coded(plans(four_layers, 8)))
         ours = model.model.forward
-        model.model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+        theirs = model.model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
         fhopt.unapply(model)
-        assert torch.equal(model(ids).logits, expected)
+        assert vars(model.model)["forward"] is theirs and torch.equal(model(ids).logits, expected)
