@@ -122,6 +122,11 @@ def _blocks(field: Field, codecs: Iterable[Codec]) -> list[Competitor | LeftOut]
     return [QuantizedBlocks(codec, field.schedule) for codec in codecs]
 
 
+def _kivi_of_128(field: Field) -> Offer:
+    """KIVI with a window of 128 tokens and 4 attention sinks, whatever the plans have."""
+    return [QuantizedBlocks(Kivi(bits, family="kivi-w128"), Schedule(sinks=4, recent=128)) for bits in (4, 3, 2)]
+
+
 def _transformers(field: Field, backend: str) -> Offer:
     for bits in (4, 2):
         rival = Transformers(backend, bits, field.schedule.first_step)
@@ -193,6 +198,7 @@ FAMILIES: dict[str, Callable[[Field], Offer]] = {
     "kvtc-deflate": _kvtc_deflate,
     "snapkv": lambda field: _eviction(field, "snapkv", SnapKV),
     "expected-attention": lambda field: _eviction(field, "expected-attention", ExpectedAttention),
+    "kivi-w128": _kivi_of_128,
 }
 
 

@@ -15,6 +15,7 @@ from fhopt.errors import FhoptError
 from fhopt.plan.window import ResidualWindow
 
 WANTED = [family for family in FAMILIES if family not in ("quanto", "hqq")]
+OWN_WINDOW = "kivi-w128"  # reads more tokens before it quantizes any
 
 
 def plan(ratio: float) -> Any:
@@ -99,7 +100,7 @@ def test_formats_whose_blocks_do_not_fit_are_left_out() -> None:
     assert {rival.name for rival in left_out} >= {"nvfp4", "q4_0"}
 
 
-@pytest.mark.parametrize("family", WANTED)
+@pytest.mark.parametrize("family", [family for family in WANTED if family != OWN_WINDOW])
 def test_every_family_reads_a_text(field: Field, family: str) -> None:
     rival = offered(field, [family], quick=False)[0][0]
     ids = token_ids(1, 140)[0]
@@ -110,6 +111,18 @@ def test_every_family_reads_a_text(field: Field, family: str) -> None:
     kl = found.kl[0]
     assert bool(kl.isfinite().all()) and float(kl[:60].max()) < 1e-5 < float(kl[68:].max())
     assert field.model.config._attn_implementation == "sdpa"
+
+
+def test_kivi_with_a_window_of_its_own_keeps_that_exact(field: Field) -> None:
+    (rival,), left_out = offered(field, [f"{OWN_WINDOW}-3bit"], quick=False)
+    assert not left_out and rival.name == f"{OWN_WINDOW}-3bit"
+    ids, steps = token_ids(1, 260)[0], field.plans[4.0]
+    log_p = exact_log_probabilities(field.model, ids, steps)
+    size = rival.cache_bytes(field.shape, COUNTED_AT)
+    found = costs(field.model, ids, Implementation(rival.name, rival.family, size, 1.0, rival=rival), log_p, steps)
+    first = 4 + 128 + 64  # tokens until a block is quantized
+    kl = found.kl[0]
+    assert float(kl[: first - 1].max()) < 1e-5 < float(kl[first + 32 :].max())
 
 
 def test_what_is_left_out_says_why() -> None:
