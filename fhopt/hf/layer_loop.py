@@ -207,18 +207,15 @@ def call_loop(forward: Callable[..., Any], name: str) -> CallLoop | None:
     if names["enumerate"] and "enumerate" in getattr(inspect.unwrap(forward), "__globals__", {}):
         return None
     is_within = any(node is loop for other in loops if other is not loop for node in ast.walk(other))
-    if is_within or not _is_a_call(loop, str(_layer_of(loop, holder, name))):
-        return None
-    return CallLoop(_is_alike(loop, function))
+    call = None if is_within else _call_of(loop, str(_layer_of(loop, holder, name)))
+    return None if call is None else CallLoop(_is_alike(loop, call, function))
 
 
-def _is_alike(loop: ast.For, function: ast.FunctionDef) -> bool:
+def _is_alike(loop: ast.For, call: ast.Call, function: ast.FunctionDef) -> bool:
     """Return whether what a turn is called with, but for the first, and what comes behind do not depend on the turn."""
     of_turn = _names(loop.target) & (_names(function) - _names(loop))
-    call = next(node for node in ast.walk(loop.body[0]) if isinstance(node, ast.Call))
-    changing = {*_names(loop.target), *_names(loop.body[0].targets[0])}  # type: ignore[attr-defined]
-    rest = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
-    return not of_turn and not any(changing & set(_names(part)) for part in rest)
+    changing = {*_names(loop.target), *_names(call.args[0])}
+    return not of_turn and not any(changing & set(_names(part)) for part in _rest(call))
 
 
 def _names(tree: ast.AST) -> Counter[str]:
@@ -242,8 +239,9 @@ def _definition(forward: Callable[..., Any]) -> ast.FunctionDef | None:
 
 
 def _is_attribute(node: ast.AST, holder: str, name: str) -> bool:
-    is_it = isinstance(node, ast.Attribute) and node.attr == name
-    return is_it and isinstance(node.value, ast.Name) and node.value.id == holder  # type: ignore[attr-defined]
+    if not isinstance(node, ast.Attribute) or node.attr != name:
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == holder
 
 
 def _layer_of(loop: ast.For, holder: str, name: str) -> str | None:
@@ -259,23 +257,27 @@ def _layer_of(loop: ast.For, holder: str, name: str) -> str | None:
     return target.id if isinstance(target, ast.Name) and _is_attribute(walked, holder, name) else None
 
 
-def _is_a_call(loop: ast.For, layer: str) -> bool:
-    """Return whether `x = layer(x, ...)` is all of a loop's body, or `x = layer(x, ...)[0]`."""
+def _call_of(loop: ast.For, layer: str) -> ast.Call | None:
+    """Return the call, where `x = layer(x, ...)` is all of a loop's body, or `x = layer(x, ...)[0]`."""
     if len(loop.body) != 1 or loop.orelse or not isinstance(loop.body[0], ast.Assign):
-        return False
+        return None
     (target, *others), value = loop.body[0].targets, loop.body[0].value
     call = value.value if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Constant) else value
     if others or not isinstance(target, ast.Name) or not isinstance(call, ast.Call) or not call.args:
-        return False
-    first, function = call.args[0], call.func
+        return None
+    first, function, rest = call.args[0], call.func, _rest(call)
     if not isinstance(first, ast.Name) or first.id != target.id:
-        return False
+        return None
     if not isinstance(function, ast.Name) or function.id != layer:
-        return False
-    rest = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+        return None
     of_layer = {id(n.value) for part in rest for n in ast.walk(part) if isinstance(n, ast.Attribute)}
     names = [n for part in rest for n in ast.walk(part) if isinstance(n, ast.Name) and n.id == layer]
-    return not any(map(_does_more, rest)) and all(id(n) in of_layer for n in names)
+    return None if any(map(_does_more, rest)) or any(id(n) not in of_layer for n in names) else call
+
+
+def _rest(call: ast.Call) -> list[ast.expr]:
+    """Return the arguments of a call but for the first."""
+    return [*call.args[1:], *(keyword.value for keyword in call.keywords)]
 
 
 def _does_more(tree: ast.AST) -> bool:

@@ -194,17 +194,17 @@ class Walk(threading.local):
         self.due, others = None, _Others(args, kwargs)
         chain, turns = self._chains.get(state), self.turns
         behind = None if chain is None else chain.ready(ready, args, kwargs)
-        if chain is not None and behind is not None and turns is not None and chain.is_called_in(turns):
-            run_steps([ready.step, *[step.step for _, _, step in behind]])
-            if self.may_skip[0] is state and self.may_skip[1] >= len(behind):
-                return self._done(ready, behind, others)
-            self.due = DueSteps(behind, others)
-        else:
-            if behind is None:
-                behind = list(self._behind(state, ready, args, kwargs, follow))
-                self._chains[state] = StepChain.of(state, ready, behind)
-            run_steps([ready.step, *[step.step for _, _, step in behind]])
+        is_due = chain is not None and behind is not None and turns is not None and chain.is_called_in(turns)
+        if behind is None:
+            behind = list(self._behind(state, ready, args, kwargs, follow))
+            self._chains[state] = StepChain.of(state, ready, behind)
+        run_steps([ready.step, *[step.step for _, _, step in behind]])
+        if not is_due:
             self._expect(behind, others)
+        elif self.may_skip[0] is state and self.may_skip[1] >= len(behind):
+            return self._done(ready, behind, others)
+        else:
+            self.due = DueSteps(behind, others)
         ready.step.finish()
         self._last = state, ready.output, others
         return ready.result
