@@ -404,8 +404,8 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct-float32": Section(
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct in float32",
-        "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --rival kivi-3bit --context "
-        "1024 --texts FILE",
+        "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --ratio 12 --rival kivi-3bit "
+        "--context 1024 --texts FILE",
         "Plans that were calibrated on the model in bfloat16 and fitted for a CPU (`fhopt fit --device cpu`), which "
         "gives loss for time: attention takes 0.59 and 0.64 of the time of the plans in the section on [trellis "
         "codes](#trellis-codes-qwen25-coder-15b-instruct), which lose least. The model in float32, which shows what "
