@@ -40,7 +40,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fhopt.calibration.probe import Batch, OnGradients, Probed, run_probed
+from fhopt.calibration.probe import Batch, Probed, run_probed
+from fhopt.calibration.probed_attention import OnGradients
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, empty_costs
 from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, placed, turned

@@ -4,161 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fhopt.calibration import segments
+from fhopt.calibration.float32_graph import Float32Interpreter, is_widened
+from fhopt.calibration.probed_attention import BITS, OnGradients, ProbedAttention, Tile, additive_mask, tiled
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured
-from fhopt.ops import attention
 from fhopt.ops import masks as ops_masks
 from fhopt.passes.outcome import Outcome
 from fhopt.passes.recognize.masks import LEAST
 from fhopt.plan.site import AttentionSite
 
-QUERIES = 128  # rows of the attention matrix that exist at once
 ACTIVATION_BYTES = 5 * 2**29  # of a graph that is differentiated at once; larger ones are run in segments
-POSITIONS = 64  # whose probabilities over the vocabulary exist at once
-EVERY = slice(None)
+MASKS = 2  # whose tiles are kept: of all tokens and of a sliding window
+PROBABILITIES = 2**19  # that exist at once
 Batch = Mapping[str, Tensor]
-OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of keys and of values, see `Watch`
 
 
 # --------------------------------------------------------------------------------------------------- the probe
-
-
-class _ProbedAttention(torch.autograd.Function):
-    """Attention whose backward pass also gives the gradients that reach far keys and values to what `observe` returns.
-
-    It works on QUERIES rows at a time and leaves out the columns that none of them sees. With P the weights, o the
-    output and g its gradient, those of scores are P (g v^T - g . o), as FlashAttention has them (2205.14135, appendix
-    B.2); columns that all rows have far have the same gradients from far pairs as from all.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, far: Tensor, scale: float,
-        softcap: float, observe: Callable[[Tensor, Tensor], OnGradients],
-    ) -> Tensor:  # fmt: skip
-        output, lse = _attend(q, k, v, bias, sinks, scale, softcap)
-        ctx.save_for_backward(q, k, v, bias, output, lse)
-        ctx.far, ctx.options, ctx.observe = far, (scale, softcap), observe
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, output, lse = ctx.saved_tensors
-        groups, (scale, softcap) = k.shape[1], ctx.options
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        add, scaled = ctx.observe(k.detach(), v.detach()), q * scale
-        dots = (gradients[0] * output).sum(-1, keepdim=True)
-        lse = torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)  # of queries that see nothing
-        for rows, columns in tiles(q, k, bias):
-            part, grad, seen = scaled[:, :, rows], gradients[0][:, :, rows], cut(bias, rows, columns)
-            logits, slope = _logits(part, k[:, :, columns], seen, softcap)
-            p = logits.sub_(lse[:, :, rows]).exp_()
-            d_s = attention.grouped_scores(grad, v[:, :, columns]).sub_(dots[:, :, rows]).mul_(p)
-            d_s = d_s if slope is None else d_s.mul_(slope)
-            d_q[:, :, rows] = attention.grouped_mix(d_s, k[:, :, columns])
-            to_keys, to_values = _to_keys(d_s, part, groups), _to_keys(p, grad, groups)
-            d_k[:, :, columns] += to_keys
-            d_v[:, :, columns] += to_values
-            far = cut(ctx.far, rows, columns)
-            reached, some, none = _far_columns(far, seen, columns.stop)
-            if reached:
-                of_some = far if far.shape[-1] == 1 else far[..., some]
-                for gradient, weights, of_rows in ((to_keys, d_s, part), (to_values, p, grad)):
-                    gradient[:, :, some] = _to_keys(weights[..., some] * of_some, of_rows, groups)
-                    gradient[:, :, none] = 0.0
-                add(to_keys[:, :, :reached], to_values[:, :, :reached])
-        return d_q.mul_(scale), d_k, d_v, None, None, None, None, None, None
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """Compute attention: (output, log-sum-exp [B,H,S], sinks included)."""
-    parts = []
-    for rows, columns in tiles(q, k, bias):
-        logits, _ = _logits(q[:, :, rows] * scale, k[:, :, columns], cut(bias, rows, columns), softcap)
-        if sinks is not None:
-            more = cut(sinks, rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
-            logits = torch.cat((logits, more), -1)
-        p, lse = attention.safe_softmax(logits)
-        parts.append((attention.grouped_mix(p[..., : columns.stop], v[:, :, columns]), lse))
-    outputs, lses = zip(*parts, strict=True)
-    return torch.cat(outputs, 2), torch.cat(lses, 2)
-
-
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """Return (logits [B,H,S,T] of queries that are scaled already, slope of the softcap or None)."""
-    logits, slope = attention.grouped_scores(q, k), None
-    if softcap:
-        capped = torch.tanh(logits / softcap)
-        slope, logits = 1 - capped**2, capped * softcap
-    return (logits if bias is None else logits.add_(bias)), slope
-
-
-def _far_columns(far: Tensor, bias: Tensor | None, columns: int) -> tuple[int, Tensor, Tensor]:
-    """Divide the columns of a tile by which rows that see them have them far.
-
-    Returns how many there are up to the last that some have, the numbers of those that some have and others have not,
-    and of those that none has.
-    """
-    seen = None if bias is None else bias > -math.inf
-    pairs = (far, ~far) if seen is None else (far & seen, ~far & seen)
-    of_far, of_near = (_in_any_row(mask, columns) for mask in pairs)
-    last = of_far.nonzero()
-    both = (of_far & of_near).nonzero().squeeze(-1)
-    return int(last[-1]) + 1 if len(last) else 0, both, (~of_far).nonzero().squeeze(-1)
-
-
-def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
-    """Return (queries, keys that any of them sees) of each tile."""
-    queries, keys = q.shape[2], k.shape[2]
-    out = []
-    for start in range(0, queries, QUERIES):
-        rows = slice(start, min(start + QUERIES, queries))
-        seen = keys
-        if bias is not None:
-            seen = max(1, _columns_until(cut(bias, rows, EVERY) > -math.inf, keys))
-        out.append((rows, slice(0, seen)))
-    return out
-
-
-def _columns_until(mask: Tensor, keys: int) -> int:
-    """Return the number of the last of the first `keys` columns with anything true, in a mask [..., S, T]; 0: none."""
-    columns = _in_any_row(mask, keys).nonzero()
-    return int(columns.max()) + 1 if len(columns) else 0
-
-
-def _in_any_row(mask: Tensor, keys: int) -> Tensor:
-    """Return which of the first `keys` columns have anything true, in a mask [..., S, T]."""
-    return mask.flatten(0, -2).any(0).expand(keys)
-
-
-def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return a mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
-    return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
-
-
-def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
-    """Cut a mask broadcastable to [..., S, T] to a tile."""
-    if mask is None:
-        return None
-    mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-    return mask if mask.shape[-1] == 1 else mask[..., columns]
-
-
-def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
-    """Sum over queries and over the heads of a group: weights [B,H,S,T], rows [B,H,S,D] -> [B,G,T,D]."""
-    b, h, s, t = weights.shape
-    grouped = weights.reshape(b, groups, h // groups * s, t)
-    return grouped.mT @ rows.reshape(b, groups, h // groups * s, rows.shape[-1])
 
 
 class Watch:
@@ -178,6 +48,7 @@ class Watch:
     def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], OnGradients]) -> None:
         self.far, self.see = far, see
         self.leaf = torch.zeros((), requires_grad=True)
+        self._matrices: deque[tuple[Any, Tensor | None, list[Tile]]] = deque(maxlen=MASKS)
 
     def attend(
         self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
@@ -185,20 +56,31 @@ class Watch:
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Compute `ops.attention.attention_reference` in float32 at least, observed."""
-        sinks, recent = site.exact_tokens(*self.far)
-        _, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
-        given = q.dtype
+        exact, given = site.exact_tokens(*self.far), q.dtype
         q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q + self.leaf.to(q), k, v))
-        bias, extra = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q), additive_mask(extra, q)
-        if bias is not None:  # some masks hide by large numbers: a query that sees nothing then sees nothing here, too
-            bias = bias.masked_fill(bias < LEAST, -math.inf)
+        matrix, extra, sinks = self._tiled(q, k, mask, is_causal, exact), additive_mask(extra, q), exact[0]
 
         def observe(key: Tensor, value: Tensor) -> OnGradients:
             add = self.see(site.name, key[:, :, sinks:], value[:, :, sinks:])
             return lambda *gradients: add(*[gradient[:, :, sinks:] for gradient in gradients])
 
-        result: Tensor = _ProbedAttention.apply(q, k, v, bias, extra, far, scale, softcap, observe)
+        result: Tensor = ProbedAttention.apply(q, k, v, matrix, extra, scale, softcap, observe)
         return result.to(given, copy=True)  # the backward pass needs it as it is; a graph may write to what it gets
+
+    def _tiled(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, exact: tuple[int, int]) -> list[Tile]:
+        """Return the tiles of an attention matrix; of layers that get one mask they are made once."""
+        version = None if mask is None or mask.is_inference() else mask._version
+        key = (version, is_causal, exact, q.shape[2], k.shape[2], q.dtype, q.device)
+        for known, of_mask, matrix in self._matrices:
+            if of_mask is mask and known == key and (mask is None or version is not None):
+                return matrix
+        bias = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q)
+        _, far = ops_masks.split_mask(q, k, None, False, *exact)
+        if bias is not None:  # some masks hide by large numbers: a query that sees nothing then sees nothing here, too
+            bias = bias.masked_fill(bias < LEAST, -math.inf)
+        matrix = tiled(q, k, bias, far)
+        self._matrices.append((key, mask, matrix))
+        return matrix
 
 
 class Attends(Protocol):
@@ -220,7 +102,10 @@ class Probed(Protocol):
         """Whether the main output is logits."""
 
     def run(self, batch: Batch, attends: Attends) -> Tensor:
-        """Run forward on a batch with attention by `attends`, without gradients; return the main output."""
+        """Run forward on a batch with attention by `attends`, without gradients; return the main output.
+
+        In float32 where it can: what plans lose is less than what 16 bits round away.
+        """
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
         """Run forward on a batch, and backward from `likelihood` of the main output to the watch."""
@@ -247,6 +132,10 @@ class _Instrumented(fx.Interpreter):
             return self.watch.attend(self.sites[n.name], *args, **kwargs)
 
 
+class _InstrumentedInFloat32(_Instrumented, Float32Interpreter):
+    """The same, with 16-bit numbers widened."""
+
+
 @dataclass(frozen=True)
 class ProbedGraph:
     """A captured graph whose attention is watched at the sites of `outcome`."""
@@ -260,8 +149,12 @@ class ProbedGraph:
         return self.captured.is_logits
 
     def run(self, batch: Batch, attends: Attends) -> Tensor:
-        """Run forward on a batch with attention by `attends`. Raises FhoptError where it does not fit the graph."""
-        runner, arguments = _Instrumented(self.captured, self.outcome, attends), graph_arguments(self.captured, batch)
+        """Run forward on a batch with attention by `attends`. Raises FhoptError where it does not fit the graph.
+
+        In float32 where the graph is of 16 bits, if `is_widened`.
+        """
+        kind = _InstrumentedInFloat32 if self._is_widened else _Instrumented
+        runner, arguments = kind(self.captured, self.outcome, attends), graph_arguments(self.captured, batch)
         with torch.no_grad():
             output: Tensor = runner.run(*arguments)[self.captured.result]
         return output
@@ -287,6 +180,11 @@ class ProbedGraph:
         """The node of the main output."""
         result: fx.Node = self.captured.program.graph.output_node().args[0][self.captured.result]  # type: ignore[index, assignment]
         return result
+
+    @functools.cached_property
+    def _is_widened(self) -> bool:
+        """Whether `run` computes in float32 though the weights are of 16 bits."""
+        return is_widened(self.captured.program.graph, self.captured.program.values.values())
 
     @functools.cached_property
     def _segments(self) -> list[segments.Segment]:
@@ -355,12 +253,24 @@ def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -
     return result
 
 
-def _random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return random signs, int8 of a shape, eight of each random byte: drawn one by one they took much longer."""
+def _random_signs(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Return random signs of a shape [N, V], of each random bit one; dtype and device are those of `like`."""
     rows, width = shape
-    drawn = torch.randint(0, 256, (rows, -(-width // 8), 1), dtype=torch.uint8, generator=generator)
-    bits = (drawn & (1 << torch.arange(8)).to(torch.uint8)).flatten(1)[:, :width]
-    return (bits != 0).to(torch.int8).mul_(2).sub_(1)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (rows, -(-width // 64)), generator=generator).view(torch.uint8)
+    signs = nn.functional.embedding(drawn.int().to(like.device), _signs_of_bytes().to(like))
+    return signs.flatten(1)[:, :width]
+
+
+@functools.cache
+def _signs_of_bytes() -> Tensor:
+    """Return the signs that the bits of each byte stand for: [256, 8]."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return bits.float().mul_(2).sub_(1)
+
+
+def positions(rows: Tensor) -> int:
+    """Return of how many positions of logits [N, V] probabilities exist at once."""
+    return max(1, PROBABILITIES // max(1, rows.shape[-1]))
 
 
 class _LogitScore(torch.autograd.Function):
@@ -371,8 +281,9 @@ class _LogitScore(torch.autograd.Function):
     the few positions at which an unlikely label is drawn, and a few thousand positions say little. With signs, g is
     about as long in every draw.
 
-    Probabilities are float32, of `POSITIONS` positions at a time: of a large vocabulary, those of all of them would be
-    several times the memory of everything else.
+    Probabilities are float32, of `PROBABILITIES` at a time: of a large vocabulary, those of all positions would be
+    several times the memory of everything else, and these stay in the caches. sqrt(p) is computed first, as a power of
+    two, and p from it.
     """
 
     @staticmethod
@@ -386,10 +297,11 @@ class _LogitScore(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         rows = logits.reshape(-1, logits.shape[-1])
         gradient = torch.empty_like(rows)
-        for start in range(0, len(rows), POSITIONS):
-            part = slice(start, start + POSITIONS)
-            p = rows[part].float().softmax(-1)
-            signs = _random_signs(p.shape, ctx.generator).to(p.device, p.dtype)
-            drawn = signs.mul_(p.sqrt())
-            gradient[part] = grad * drawn.sub_(p.mul_(drawn.sum(-1, keepdim=True)))
+        for part, made in zip(*(x.split(positions(rows)) for x in (rows, gradient)), strict=True):
+            logit = part.float()
+            root = (logit - logit.amax(-1, keepdim=True)).mul_(BITS / 2).exp2_()
+            norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+            drawn = _random_signs(root.shape, ctx.generator, root).mul_(root)
+            dot = drawn.sum(-1, keepdim=True)
+            made.copy_(drawn.mul_(grad / norm).sub_(root.square_().mul_(grad * dot / norm**3)))
         return gradient.view(logits.shape), None

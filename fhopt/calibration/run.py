@@ -324,6 +324,11 @@ def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.O
     return replace(outcome, sites=compressible)
 
 
+def _print_of(weight: Tensor) -> tuple[str, float]:
+    """Return what tells a weight from others, for checkpoints."""
+    return str(weight.dtype), float(weight.double().square().sum())
+
+
 def _key(
     options: FitOptions, name: str, data_digest: Any, weights: Mapping[str, Tensor], outcome: passes_outcome.Outcome
 ) -> dict[str, Any]:
@@ -332,6 +337,6 @@ def _key(
     about = {"model": name, "data": str(data_digest), "version": __version__}
     if options.checkpoint is not None:
         names = sorted({n for site in outcome.sites.values() for role in site.projections.values() for n in role})
-        sums = [float(weights[n].double().square().sum()) for n in names if n in weights]
+        sums = [_print_of(weights[n]) for n in names if n in weights]  # read one by one where they are offloaded
         about["weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()
     return about | {k: str(v) for k, v in asdict(options).items() if k not in irrelevant}

@@ -13,14 +13,16 @@ import click
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
 from fhopt.cli.options import (
+    AUTO_DTYPE,
     CALIBRATING,
     CALIBRATION_OPTIONS,
     busy,
+    calibration_dtype,
     calibration_options,
+    calibration_placement_options,
     fails_together,
     json_option,
     output_console,
-    placement_options,
     print_json,
     progress_bar,
 )
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     help="Layout of latents that plans may get, repeatable: band, freq, head, identity, input.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File for the statistics.")
-@placement_options
+@calibration_placement_options
 @json_option
 @fails_together
 def calibrate(
@@ -70,7 +72,7 @@ def calibrate(
 
     from fhopt.parallel.device_map import placement
 
-    where = placement(device_map)
+    where, dtype = placement(device_map), calibration_dtype(model, dtype, device_map)
 
     import torch
 
@@ -91,12 +93,18 @@ def calibrate(
         took = {"seconds": round(time.monotonic() - began, 1), "peak_megabytes": round(peak_megabytes())}
         measured.provenance["calibration"] = took | {"dtype": dtype}
         save_statistics(measured, out)
-    about = {"sites": len(measured.sites), "tokens": measured.provenance["tokens"], "layouts": list(layouts)}
+    about: dict[str, Any] = {
+        "dtype": dtype,
+        "sites": len(measured.sites),
+        "tokens": measured.provenance["tokens"],
+        "layouts": list(layouts),
+    }
     if as_json:
-        print_json({"statistics_path": str(out), "bytes": out.stat().st_size} | about | took)
+        print_json({"statistics_path": str(out), "bytes": out.stat().st_size, "dtype": dtype} | about | took)
         return
     output_console(as_json).print(
-        f"{about['tokens']:,} tokens read in {took['seconds']:.0f} s, at most {took['peak_megabytes']:,} MB of memory\n"
+        f"{about['tokens']:,} tokens read in {took['seconds']:.0f} s in {dtype}, at most "
+        f"{took['peak_megabytes']:,} MB of memory\n"
         f"statistics of {about['sites']} sites written to {out} ({out.stat().st_size / 1e6:.0f} MB)",
         soft_wrap=True,
         highlight=False,
@@ -155,7 +163,7 @@ def calibrate(
 )
 @click.option("--explain", type=click.Path(path_type=Path), help="Plot spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
-@placement_options
+@calibration_placement_options
 @json_option
 @click.pass_context
 @fails_together
@@ -209,6 +217,9 @@ def fit(
     loaded = None
     if model is not None and (measured is None or limit is not None or paged is not None):
         with busy("loading", as_json):
+            if dtype == AUTO_DTYPE and (limit is not None or paged is not None):
+                dtype = "float32"  # what is lost is measured, too, and is less than what 16 bits round away
+            dtype = calibration_dtype(model, dtype, device_map)
             loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
@@ -222,6 +233,7 @@ def fit(
             assert loaded is not None
             shown("finding attention", 0, 1)
             measured = measure(loaded, chosen, progress)
+            measured.provenance["calibration"] = {"dtype": dtype}
         if collectives.leave() > 0:  # the first process writes
             return
         if bytes_per_token is not None:

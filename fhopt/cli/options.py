@@ -159,20 +159,44 @@ def _count(name: str, default: int, text: str) -> Callable[[Callable[..., None]]
     return click.option(name, type=int, default=default, show_default=True, help=text)
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+AUTO_DTYPE = "auto"
+_placement_option = click.option(
+    "--device-map",
+    help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",
+)
+
+
 def placement_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say where a model's weights go, and in which dtype."""
-    spread = click.option(
-        "--device-map",
-        help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",
+    dtype = click.option(
+        "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Dtype of the model."
     )
+    return _placement_option(dtype(command))
+
+
+def calibration_placement_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the same options for commands that calibrate: the dtype may be left to `calibration_dtype`."""
     dtype = click.option(
         "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
-        default="float32",
+        type=click.Choice([AUTO_DTYPE, *DTYPES]),
+        default=AUTO_DTYPE,
         show_default=True,
-        help="Dtype of the model.",
+        help="Dtype of the model. auto: bfloat16 where the model is stored in it or in a GGUF file and this CPU has "
+        "instructions for it, else float32; float32 with --max-loss and --pages.",
     )
-    return spread(dtype(command))
+    return _placement_option(dtype(command))
+
+
+def calibration_dtype(model: str | None, asked: str, device_map: str | None) -> str:
+    """Return in which dtype a command calibrates MODEL, asked for by `calibration_placement_options`."""
+    if asked != AUTO_DTYPE:
+        return asked
+    from fhopt.hardware.this_cpu import multiplies_bfloat16
+    from fhopt.models.model_name import is_of_few_bits
+
+    on_cpu = model is not None and device_map in (None, "cpu")
+    return "bfloat16" if on_cpu and is_of_few_bits(str(model)) and multiplies_bfloat16() else "float32"
 
 
 blocks_option = click.option(

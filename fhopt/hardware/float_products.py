@@ -11,6 +11,7 @@ fhopt/codegen/cpu/wide_linear.py; where that is not built, and for gradients, a 
 so that what it takes stays in the caches.
 
     linear             a linear layer without gradients: safe in any thread
+    by_parts           the same of a 16-bit weight and numbers of float32
     fast_products      lets all products inside go there: of float32 in the whole process, of 16 bits in linear layers
 
 For products of float32 torch has a switch that allows to round operands to bfloat16 (`torch.backends.mkldnn.matmul`),
@@ -75,6 +76,14 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     found = codegen.linear(x, weight, bias)
     if found is not None:
         return found
+    return by_parts(x, weight, bias)
+
+
+def by_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a linear layer of x [..., K] and w [N, K] in float32, some rows of the weight at a time.
+
+    The result has the dtype of x; of the weight, which may be of 16 bits, never more than a part is there in float32.
+    """
     rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
     given, output = x.reshape(rows, width).float(), x.new_empty(*x.shape[:-1], columns)
     flat = output.view(rows, columns)

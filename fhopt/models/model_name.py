@@ -16,14 +16,16 @@ from fhopt.files import read_file
 from fhopt.models.model_files import CONFIG, MANIFEST, check_model
 
 _POSITIONS = ("max_position_embeddings", "n_positions")
+_DTYPES = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
 class StoredFacts:
-    """What the files of a model say. positions, has_chat_template: None where they do not say it."""
+    """What the files of a model say. Each None where they do not say it; dtype: such as bfloat16."""
 
     positions: int | None = None
     has_chat_template: bool | None = None
+    dtype: str | None = None
 
 
 def folder_of(name: str) -> Path | None:
@@ -64,7 +66,7 @@ def _check_causal(folder: Path) -> None:
 
 
 def stored_facts(name: str) -> StoredFacts:
-    """Read what the files of MODEL say about positions and chat template; nothing of forms other than a folder."""
+    """Read what the files of MODEL say about it; nothing of forms other than a folder."""
     folder = folder_of(name)
     if folder is None:
         return StoredFacts()
@@ -73,7 +75,13 @@ def stored_facts(name: str) -> StoredFacts:
     known = [c[k] for c in (text, config) if isinstance(c, Mapping) for k in _POSITIONS if isinstance(c.get(k), int)]
     files = (folder / "chat_template.jinja", folder / "chat_template.json", folder / "additional_chat_templates")
     has_template = any(f.exists() for f in files) or bool(_read(folder / "tokenizer_config.json").get("chat_template"))
-    return StoredFacts(known[0] if known else None, has_template)
+    dtypes = [c[k] for c in (config, text) if isinstance(c, Mapping) for k in _DTYPES if isinstance(c.get(k), str)]
+    return StoredFacts(known[0] if known else None, has_template, dtypes[0] if dtypes else None)
+
+
+def is_of_few_bits(name: str) -> bool:
+    """Return whether MODEL is stored in bfloat16, or in a GGUF file, whose weights mostly have fewer bits."""
+    return name == "demo" or Path(name).suffix == ".gguf" or stored_facts(name).dtype == "bfloat16"
 
 
 def _read(file: Path) -> Mapping[str, Any]:

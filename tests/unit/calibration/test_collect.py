@@ -12,7 +12,8 @@ import transformers
 from small_models import FAR, VOCABULARY, Fitted, numbered, tiny_gpt2, token_ids
 from torch import Tensor
 
-from fhopt.calibration import checkpoint, collect, probe
+from fhopt.calibration import checkpoint, collect, probe, probed_attention
+from fhopt.calibration.probed_attention import OnGradients
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
 from fhopt.fitting.bases import Basis
@@ -51,7 +52,7 @@ def test_moments_are_those_of_the_keys_that_stand_behind_the_sinks(llama: Fitted
     """Against keys and values seen in the graph; heads of a latent head stand side by side."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
+    def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         seen[name] = k, v
         return lambda a, b: None
 
@@ -69,7 +70,7 @@ def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fi
     """Moments and metrics, and so no other position than those of a segment."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
+    def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         def keep(key_gradient: Tensor, value_gradient: Tensor) -> None:
             seen[name] = k, key_gradient
 
@@ -141,12 +142,12 @@ def test_what_dropping_costs_is_the_square_of_a_sum_over_the_sequence(
 
     Gradients of some queries each: of the first tokens, and their squares are summed.
     """
-    monkeypatch.setattr(probe, "QUERIES", rows)
+    monkeypatch.setattr(probed_attention, "QUERIES", rows)
     bases = {name: {"band": layouts["band"]} for name, layouts in llama.bases.items()}
     batches, seen = numbered(1), []
     costs = collect.measure_costs(llama.captured, llama.outcome, batches, bases, {4: 0.4}, **FAR)
 
-    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
+    def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         return lambda a, b: seen.append((k, v, a, b)) if name == SITE else None
 
     probe.run_probed(llama.captured, llama.outcome, batches, (4, 8), 0, see, lambda n: None)
@@ -179,7 +180,7 @@ def test_one_latent_of_keys_and_values_costs_what_both_errors_do_together(gpt2: 
     batches, seen = numbered(1), []
     costs = collect.measure_costs(gpt2.captured, gpt2.outcome, batches, bases, {}, **FAR)
 
-    def see(site: str, k: Tensor, v: Tensor) -> probe.OnGradients:
+    def see(site: str, k: Tensor, v: Tensor) -> OnGradients:
         return lambda a, b: seen.append((torch.cat([k, v], -1), torch.cat([a, b], -1))) if site == name else None
 
     probe.run_probed(gpt2.captured, gpt2.outcome, batches, (4, 8), 0, see, lambda n: None)

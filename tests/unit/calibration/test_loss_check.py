@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,44 @@ def test_a_calibration_without_held_out_text_is_as_before(llama: Fitted) -> None
     measured = run.measure_batches(llama.captured, sequences(), OPTIONS, {}, "tiny")
     loss = expected_loss(run.plan_for(measured, OPTIONS))
     assert CHECKS not in measured.provenance and loss is not None and loss.interval is None
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0])
+def test_a_small_divergence_has_its_digits_in_float32(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of logits that differ by a thousandth, whose KL is a millionth of a nat; logits of some tokens are masked."""
+    monkeypatch.setattr(probe, "PROBABILITIES", 3000)
+    exact = 3 * torch.randn(2, 5, 1000)
+    exact[..., -10:] = torch.finfo(torch.float32).min
+    other = exact + size * torch.randn(2, 5, 1000)
+    p, q = exact.double().log_softmax(-1), other.double().log_softmax(-1)
+    wanted = float((p.exp() * (p - q)).sum(-1).mean())
+    assert loss_check._divergence(exact, other) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("sure", [50.0, 100.0, 300.0])
+def test_a_plan_that_is_sure_where_the_model_is_not_diverges_by_a_finite_number(sure: float) -> None:
+    """And the other way round: what float32 cannot hold of a ratio of probabilities."""
+    flat, sharp = torch.zeros(1, 4), torch.tensor([[sure, 0.0, 0.0, 0.0]])
+    for exact, other in ((sharp, flat), (flat, sharp)):
+        p, q = exact.double().log_softmax(-1), other.double().log_softmax(-1)
+        assert loss_check._divergence(exact, other) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+
+
+def test_tokens_that_are_hidden_alike_diverge_by_nothing() -> None:
+    logits = torch.randn(1, 4, 50)
+    logits[..., 7] = -math.inf
+    assert loss_check._divergence(logits, logits.clone()) == 0.0
+
+
+def test_losses_of_a_model_of_16_bits_are_those_of_its_weights_in_float32(
+    llama: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    plans = [(0.01, llama.plan(2.2))]
+    losses = []
+    for is_widened, of_dtype in ((True, model), (False, model), (False, copy.deepcopy(model).float())):
+        monkeypatch.setattr(probe, "is_widened", lambda *_, value=is_widened: value)
+        (check,) = check_losses(probe.ProbedGraph(*found(of_dtype, 96)), TEXT, plans, 8)
+        losses += check.measured
+    widened, of_16_bits, of_float32 = losses
+    assert widened == pytest.approx(of_float32, rel=1e-4) != of_16_bits

@@ -12,6 +12,7 @@ from small_models import MAKERS, numbered, tiny_llama
 from torch import Tensor, nn
 
 from fhopt.calibration import probe, segments
+from fhopt.calibration.probed_attention import OnGradients
 from fhopt.models.capture import Captured, capture
 from fhopt.passes import pipeline
 from fhopt.passes.outcome import Outcome
@@ -28,7 +29,7 @@ def gradients(captured: Captured, outcome: Outcome, batches: Any) -> Seen:
     """Keys, values and their gradients at every site, in the order in which they were seen."""
     seen: Seen = {}
 
-    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
+    def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         assert name not in seen
         return lambda dk, dv: seen.update({name: (k, v, dk, dv)})
 

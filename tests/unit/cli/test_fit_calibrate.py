@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_models import call, save_tiny_model
 
+from fhopt.calibration.statistics_file import load_statistics
 from fhopt.fitting.fast_choice import bound_of
+from fhopt.fitting.loss_interval import CHECKS
+from fhopt.hardware import this_cpu
 from fhopt.plan.latent_plan import LatentPlan
 
 SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--tokens", "4096")
@@ -142,3 +146,30 @@ def test_files_of_other_things_are_not_overwritten(tmp_path: Path) -> None:
         result = call("calibrate", "demo", "-o", str(tmp_path / name))
         assert result.exit_code == 2 and message in result.stderr, result.output
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("stored", "has_them", "options", "dtype"),
+    [
+        ("bfloat16", True, (), "bfloat16"),
+        ("bfloat16", True, ("--dtype", "float32"), "float32"),
+        ("bfloat16", False, (), "float32"),
+        ("float16", True, (), "float32"),
+        ("float32", True, (), "float32"),
+    ],
+)
+def test_a_model_is_calibrated_in_the_dtype_that_is_faster_here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, has_them: bool,
+    options: tuple[str, ...], dtype: str,
+) -> None:  # fmt: skip
+    """What is lost on held-out text is measured in float32 in any case: as little as the plan of float32 loses."""
+    monkeypatch.setattr(this_cpu, "multiplies_bfloat16", lambda: has_them)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+    result = call("calibrate", str(tmp_path / "model"), *SAMPLE, *options, "-o", str(tmp_path / "stats"))
+    assert result.exit_code == 0, result.output
+    calibration, of_float32 = load_statistics(tmp_path / "stats"), load_statistics(folder / "stats")
+    assert calibration.provenance["calibration"]["dtype"] == dtype
+    for one, other in zip(*(c.provenance[CHECKS] for c in (calibration, of_float32)), strict=True):
+        assert one["nats"] == pytest.approx(other["nats"], rel=0.5)

@@ -111,3 +111,19 @@ def test_the_command_prints_what_was_measured() -> None:
 def test_more_threads_than_cores_are_refused_in_one_line() -> None:
     result = CliRunner().invoke(main, ["device", "--threads", "99999"])
     assert result.exit_code == 2 and "expected at most" in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_them"),
+    [
+        ("fpu avx2 fma", False),
+        ("avx512f avx512_bf16", True),
+        ("avx2 amx_bf16 amx_tile", True),
+        ("avx512f bf16x", False),
+    ],
+)
+def test_instructions_for_bfloat16_are_known_by_their_flags(
+    monkeypatch: pytest.MonkeyPatch, flags: str, has_them: bool
+) -> None:
+    monkeypatch.setattr(this_cpu, "reported", lambda field: flags if field == "flags" else "")
+    assert this_cpu.multiplies_bfloat16() == has_them

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from fhopt.errors import FhoptError
-from fhopt.models.model_name import StoredFacts, check_text_model, folder_of, stored_facts
+from fhopt.models.model_name import StoredFacts, check_text_model, folder_of, is_of_few_bits, stored_facts
 
 
 def folder(path: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -77,3 +77,23 @@ def test_a_name_is_checked_without_torch() -> None:
     code = "import sys; from fhopt.models import model_name; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_dtype_that_a_folder_is_stored_in(tmp_path: Path, config: dict[str, Any], dtype: str | None) -> None:
+    name = str(folder(tmp_path, config))
+    assert stored_facts(name).dtype == dtype
+    assert is_of_few_bits(name) == (dtype == "bfloat16")
+
+
+def test_gguf_files_are_of_few_bits() -> None:
+    assert is_of_few_bits("demo") and is_of_few_bits("some/file.gguf") and not is_of_few_bits("module:function")

@@ -1,0 +1,197 @@
+"""Attention that shows the gradients of far keys and values, and the tiles of the attention matrix that it works on.
+
+Powers are of two: torch's `exp2` takes a third of the time of its `exp` on CPUs, so logits are in bits. Letters: B
+sequences, H query heads, G kv heads, S queries, T keys, D and E widths of keys and of values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.ops import attention
+from fhopt.ops import masks as ops_masks
+
+QUERIES = 128  # rows of the attention matrix that exist at once
+EVERY = slice(None)
+BITS = math.log2(math.e)  # in a nat
+OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of keys and of values, see `probe.Watch`
+Columns = slice | Tensor  # of a tile: neighbours, or their numbers
+
+
+# --------------------------------------------------------------------------------------------------- masks
+
+
+def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
+    return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
+
+
+def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
+    """Cut a mask broadcastable to [..., S, T] to a tile."""
+    if mask is None:
+        return None
+    mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    return mask if mask.shape[-1] == 1 else mask[..., columns]
+
+
+def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
+    """Return (queries, keys that any of them sees) of each tile."""
+    queries, keys = q.shape[2], k.shape[2]
+    out = []
+    for start in range(0, queries, QUERIES):
+        rows = slice(start, min(start + QUERIES, queries))
+        seen = keys
+        if bias is not None:
+            seen = max(1, _columns_until(cut(bias, rows, EVERY) > -math.inf, keys))
+        out.append((rows, slice(0, seen)))
+    return out
+
+
+def _columns_until(mask: Tensor, keys: int) -> int:
+    """Return the number of the last of the first `keys` columns with anything true, in a mask [..., S, T]; 0: none."""
+    columns = _in_any_row(mask, keys).nonzero()
+    return int(columns.max()) + 1 if len(columns) else 0
+
+
+def _in_any_row(mask: Tensor, keys: int) -> Tensor:
+    """Return which of the first `keys` columns have anything true, in a mask [..., S, T]."""
+    return mask.flatten(0, -2).any(0).expand(keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Some queries and the keys that any of them sees: which of these the mask changes, and which are far."""
+
+    rows: slice
+    columns: slice
+    masked: slice  # from the first to the last column of which a mask says anything
+    bias: Tensor | None  # what it says of those, in bits; None: nothing
+    reached: int  # columns up to the last that is far for some row
+    some: Columns  # those that some rows have far and others near
+    of_some: Tensor  # bool, which rows have those far
+    none: Columns  # those that no row has far
+
+    @classmethod
+    def of(cls, rows: slice, columns: slice, bias: Tensor | None, far: Tensor) -> Tile:
+        """Build the tile of a mask that is added to logits, in nats, and of which pairs are far, bool [S,T]."""
+        said, count = cut(bias, rows, columns), columns.stop
+        far, masked = cut(far, rows, columns), slice(0, 0)
+        pairs = (far, ~far) if said is None else (far & (said > -math.inf), ~far & (said > -math.inf))
+        of_far, of_near = (_in_any_row(mask, count) for mask in pairs)
+        if said is not None:
+            changed = _in_any_row(said != 0, count).nonzero()
+            masked = slice(int(changed[0]), int(changed[-1]) + 1) if len(changed) else masked
+            said = cut(said, EVERY, masked) * BITS if len(changed) else None
+        last, some = of_far.nonzero(), _columns((of_far & of_near).nonzero().squeeze(-1))
+        return cls(
+            rows, columns, masked, said, int(last[-1]) + 1 if len(last) else 0, some,
+            far if far.shape[-1] == 1 else far[..., some], _columns((~of_far).nonzero().squeeze(-1)),
+        )  # fmt: skip
+
+    def add_mask(self, logits: Tensor) -> Tensor:
+        """Add the mask to logits [B,H,S,T] of this tile, in bits and in place."""
+        if self.bias is not None:
+            logits[..., self.masked] += self.bias
+        return logits
+
+
+def _columns(numbers: Tensor) -> Columns:
+    """Return ascending numbers as a slice where they are neighbours: that is read in place."""
+    if not len(numbers):
+        return slice(0, 0)
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
+
+
+def tiled(q: Tensor, k: Tensor, bias: Tensor | None, far: Tensor) -> list[Tile]:
+    """Return the tiles of queries q [B,H,S,D] on keys k [B,G,T,D]; bias, far: as of `Tile.of`."""
+    return [Tile.of(rows, columns, bias, far) for rows, columns in tiles(q, k, bias)]
+
+
+# --------------------------------------------------------------------------------------------------- attention
+
+
+class ProbedAttention(torch.autograd.Function):
+    """Attention whose backward pass also gives the gradients that reach far keys and values to what `observe` returns.
+
+    It works on QUERIES rows at a time and leaves out the columns that none of them sees. With P the weights, o the
+    output and g its gradient, those of scores are P (g v^T - g . o), as FlashAttention has them (2205.14135, appendix
+    B.2); columns that all rows have far have the same gradients from far pairs as from all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, matrix: list[Tile], sinks: Tensor | None, scale: float,
+        softcap: float, observe: Callable[[Tensor, Tensor], OnGradients],
+    ) -> Tensor:  # fmt: skip
+        """Attend with q [B,H,S,D] to k [B,G,T,D] and v [B,G,T,E] by `tiled`'s tiles: [B,H,S,E]."""
+        outputs, sums, scaled = [], [], q * (scale if softcap else scale * BITS)
+        for tile in matrix:
+            logits = _logits(scaled[:, :, tile.rows], k[:, :, tile.columns], tile, softcap)
+            if sinks is not None:
+                more = cut(sinks, tile.rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
+                logits = torch.cat((logits, more * BITS), -1)
+            top = logits.amax(-1, keepdim=True)
+            top = torch.where(top == -math.inf, 0.0, top)  # of queries that see nothing
+            p = logits.sub_(top).exp2_()
+            total = p.sum(-1, keepdim=True)
+            output = attention.grouped_mix(p[..., : tile.columns.stop], v[:, :, tile.columns])
+            outputs.append(output.div_(torch.where(total == 0, 1.0, total)))
+            sums.append(torch.where(total == 0, 0.0, total.log2() + top))
+        output = torch.cat(outputs, 2)
+        ctx.save_for_backward(q, k, v, output, torch.cat(sums, 2))
+        ctx.matrix, ctx.options, ctx.observe = matrix, (scale, softcap), observe
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k and v, and give those of far ones to what `observe` returned."""
+        q, k, v, output, lse = ctx.saved_tensors
+        (grad,), groups, (scale, softcap) = gradients, k.shape[1], ctx.options
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        add, scaled = ctx.observe(k.detach(), v.detach()), q * scale
+        dots = (grad * output).sum(-1, keepdim=True)
+        asking = scaled if softcap else scaled * BITS
+        for tile in ctx.matrix:
+            rows, columns = tile.rows, tile.columns
+            slopes: list[Tensor] = []
+            p = _logits(asking[:, :, rows], k[:, :, columns], tile, softcap, slopes).sub_(lse[:, :, rows]).exp2_()
+            part = grad[:, :, rows]
+            d_s = attention.grouped_scores(part, v[:, :, columns]).sub_(dots[:, :, rows]).mul_(p)
+            for slope in slopes:
+                d_s.mul_(slope)
+            d_q[:, :, rows] = attention.grouped_mix(d_s, k[:, :, columns])
+            to_keys, to_values = _to_keys(d_s, scaled[:, :, rows], groups), _to_keys(p, part, groups)
+            d_k[:, :, columns] += to_keys
+            d_v[:, :, columns] += to_values
+            if tile.reached:
+                some = tile.some
+                for gradient, weights, of_rows in ((to_keys, d_s, scaled[:, :, rows]), (to_values, p, part)):
+                    gradient[:, :, some] = _to_keys(weights[..., some] * tile.of_some, of_rows, groups)
+                    gradient[:, :, tile.none] = 0.0
+                add(to_keys[:, :, : tile.reached], to_values[:, :, : tile.reached])
+        return d_q.mul_(scale), d_k, d_v, None, None, None, None, None
+
+
+def _logits(q: Tensor, k: Tensor, tile: Tile, softcap: float, slopes: list[Tensor] | None = None) -> Tensor:
+    """Return logits [B,H,S,T] in bits; queries are scaled, to bits without softcap, whose slope joins `slopes`."""
+    logits = attention.grouped_scores(q, k)
+    if softcap:
+        logits.div_(softcap).tanh_()
+        if slopes is not None:
+            slopes.append(1 - logits**2)
+        logits.mul_(softcap * BITS)
+    return tile.add_mask(logits)
+
+
+def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """Sum over queries and over the heads of a group: weights [B,H,S,T], rows [B,H,S,D] -> [B,G,T,D]."""
+    b, h, s, t = weights.shape
+    grouped = weights.reshape(b, groups, h // groups * s, t)
+    return grouped.mT @ rows.reshape(b, groups, h // groups * s, rows.shape[-1])

@@ -1,0 +1,167 @@
+"""Graphs of 16 bits that run in float32: as the same weights in a model of float32 would."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from small_models import numbered
+from torch import Tensor, nn
+
+from fhopt.calibration import float32_graph
+from fhopt.calibration.loss_check import PlanAttention
+from fhopt.calibration.probe import ProbedGraph
+from fhopt.hardware import float_products
+from fhopt.models.capture import Captured, capture
+from fhopt.passes import pipeline
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt2": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gpt_neox": {},
+}
+
+
+def small(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(kind, **sizes, intermediate_size=96, **FAMILIES[kind])
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    captured = capture(model, (), batch)
+    outcome = pipeline.find(captured.program)
+    return ProbedGraph(captured, outcome).run(batch, PlanAttention(None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_graph_of_16_bits_gives_the_logits_of_float32(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float_products, "CONVERTED", 640)  # several parts of each weight
+    model, batch = small(kind).to(dtype), {"input_ids": numbered(1)[0][1]["input_ids"] % 97}
+    wanted = copy.deepcopy(model).float()(**batch).logits
+    rounded = model(**batch).logits.float()
+    found = run(model, batch)
+    assert found.dtype == torch.float32
+    error, of_16_bits = (float((x - wanted).norm() / wanted.norm()) for x in (found, rounded))
+    assert error < 1e-5 < 0.1 * of_16_bits
+
+
+def test_a_graph_of_float32_runs_as_it_is() -> None:
+    model, batch = small("llama"), {"input_ids": numbered(1)[0][1]["input_ids"] % 97}
+    torch.testing.assert_close(run(model, batch), model(**batch).logits)
+
+
+class Stack(nn.Module):
+    """Weights that are moved and cut before they are used, written to what is made of them, and a dtype asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3, 8, 8))
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16) @ self.weights[1].transpose(0, 1)
+        y = torch.zeros(x.shape, dtype=torch.bfloat16)
+        y += x + self.bias
+        return (y.bfloat16() * self.weights.unbind(0)[2][:1]).to(self.bias.dtype)
+
+
+def captured_stack(model: nn.Module, x: Tensor) -> Captured:
+    return capture(model.eval().requires_grad_(False), (), {"x": x})
+
+
+def test_parts_of_weights_and_dtypes_by_name() -> None:
+    model, x = Stack().to(torch.bfloat16), torch.randn(5, 8)
+    captured = captured_stack(model, x)
+    graph, values = captured.program.graph, captured.program.values
+    assert float32_graph.is_widened(graph, values.values())
+    (found, *_) = float32_graph.Float32Interpreter(captured.program.module).run(*values.values())
+    weights = model.weights.float()
+    wanted = (x @ weights[1].T + model.bias.float()) * weights[2][:1]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+
+
+class Written(Stack):
+    """A part of a table that is written to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.weights[1:2]
+        part[:, 0] = 0.0
+        return x.to(torch.bfloat16) @ part[0]
+
+
+class Autocast(Stack):
+    """Products that are rounded again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return x.to(torch.bfloat16) @ self.weights[0]
+
+
+class Stacked(Stack):
+    """A product with weights of several experts at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.to(torch.bfloat16).expand(3, -1, -1), self.weights.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", [Written, Autocast])
+def test_graphs_that_float32_would_change_are_left_as_they_are(kind: type[Stack]) -> None:
+    captured = captured_stack(kind().to(torch.bfloat16), torch.randn(5, 8))
+    assert not float32_graph.is_widened(captured.program.graph, captured.program.values.values())
+
+
+@pytest.mark.parametrize(("large", "is_widened"), [(192, True), (191, False)])
+def test_large_weights_of_other_products_are_not_copied(
+    monkeypatch: pytest.MonkeyPatch, large: int, is_widened: bool
+) -> None:
+    monkeypatch.setattr(float32_graph, "LARGE", large)
+    captured = captured_stack(Stacked().to(torch.bfloat16), torch.randn(5, 8))
+    assert float32_graph.is_widened(captured.program.graph, captured.program.values.values()) == is_widened
+
+
+class Doubled(Tensor):
+    """Numbers that are more than what they hold."""
+
+
+def test_weights_that_are_more_than_their_numbers_are_left_as_they_are() -> None:
+    captured = captured_stack(Stack().to(torch.bfloat16), torch.randn(5, 8))
+    graph, values = captured.program.graph, list(captured.program.values.values())
+    assert float32_graph.is_widened(graph, values)
+    other = [v.as_subclass(Doubled) if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v for v in values]
+    assert not float32_graph.is_widened(graph, other)
+
+
+@torch.library.custom_op("fhopt_test::halves", mutates_args=())
+def halves(x: Tensor) -> Tensor:
+    """Take bfloat16 alone."""
+    assert x.dtype == torch.bfloat16
+    return x * 2
+
+
+@halves.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Custom(Stack):
+    """A model with an operator that is not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = halves(super().forward(x))
+        return result
+
+
+def test_functions_that_are_not_torchs_are_left_as_they_are() -> None:
+    captured = captured_stack(Custom().to(torch.bfloat16), torch.randn(5, 8))
+    assert not float32_graph.is_widened(captured.program.graph, captured.program.values.values())
