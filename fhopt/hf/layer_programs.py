@@ -208,10 +208,9 @@ class LayerState:
         """Return what makes a call of the layer run this state, hooks aside. Raises UnsupportedError."""
         layer = self.layer
         forward, call = vars(layer).get("forward"), type(layer).__call__
-        is_mine = isinstance(forward, partial) and forward.func is _forward and forward.args == (layer,)
         # Older versions of transformers have a call of their own, which differs in training alone.
         name = getattr(call, "__qualname__", "")
-        if not is_mine or not (call is CALL or name == "GradientCheckpointingLayer.__call__"):
+        if not _is_run(layer) or not (call is CALL or name == "GradientCheckpointingLayer.__call__"):
             raise UnsupportedError("something else is called in its place")
         return [(vars(layer), "forward", forward), (vars(layer), "_compiled_call_impl", None)]
 
@@ -310,9 +309,16 @@ def _following(
 
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a decoder layer."""
-    if torch.compiler.is_compiling():
+    state = vars(self).get(STATE)  # None where a wrapper calls what was there before `drop_programs`
+    if state is None or torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)
-    return vars(self)[STATE](*args, **kwargs)
+    return state(*args, **kwargs)
+
+
+def _is_run(layer: torch.nn.Module) -> bool:
+    """Return whether a call of a layer's own `forward` is one of `_forward`, with nothing around it."""
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward and forward.args == (layer,)
 
 
 def _implementation(module: torch.nn.Module) -> str | None:
@@ -367,7 +373,7 @@ def drop_programs(model: torch.nn.Module) -> None:
     """Undo `use_programs`."""
     for module in model.modules():
         drop_loop(module)
-        if vars(module).pop(STATE, None) is not None:
+        if vars(module).pop(STATE, None) is not None and _is_run(module):  # what stands around it now stays
             del vars(module)["forward"]
 
 

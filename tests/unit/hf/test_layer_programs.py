@@ -231,6 +231,26 @@ def test_a_model_goes_through_a_pickle_with_its_plan(llama: tuple[Any, fhopt.Lat
     assert not {"forward", STATE} & vars(twin.model.layers[0]).keys()
 
 
+def test_unapply_leaves_a_wrapper_of_a_layer(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+    """Such as a hook of accelerate, which stands as the layer's forward and calls what stood there before."""
+    model, plan = llama
+    ids = token_ids(1, TOKENS)
+    fhopt.unapply(model.requires_grad_(False))
+    expected = model(ids).logits
+    layer, calls = prepared(model, plan).model.layers[0], []
+    before = layer.forward
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return before(*args, **kwargs)
+
+    layer.forward = wrapper
+    fhopt.unapply(model)
+    assert layer.forward is wrapper
+    assert close(model(ids).logits, expected) and calls
+    del layer.forward
+
+
 def test_unapply_takes_programs_away(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     fhopt.unapply(prepared(model, plan))
