@@ -25,6 +25,7 @@ _MOVES = {  # what gives another view of a weight, or a part of it: that is wide
     operator.getitem, "view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "contiguous",
     "split", "chunk", "unbind", "narrow", "flatten", "unflatten", "detach",
 }  # fmt: skip
+PART = 2**22  # numbers of a linear layer's weight that are float32 at once
 _OF_16_BITS = ("autocast", "scaled_mm", "scaled_grouped_mm", "int4pack", "int8pack")  # in names of functions
 LARGE = 2**26  # numbers of a weight that may be there in float32 at once
 _TO_HALF = ("bfloat16", "half")  # methods
@@ -66,7 +67,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     x = _widened(input)
     if weight.dtype not in HALVES or weight.dim() != 2 or not x.numel():
         return nn.functional.linear(x, _widened(weight), _widened(bias))
-    return by_parts(x, weight, bias)
+    return by_parts(x, weight, bias, PART)
 
 
 def is_widened(graph: fx.Graph, values: Iterable[Any]) -> bool:

@@ -79,23 +79,24 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return by_parts(x, weight, bias)
 
 
-def by_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_parts(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: int | None = None) -> Tensor:
     """Compute a linear layer of x [..., K] and w [N, K] in float32, some rows of the weight at a time.
 
-    The result has the dtype of x; of the weight, which may be of 16 bits, never more than a part is there in float32.
+    The result has the dtype of x; of the weight, which may be of 16 bits, never more than `numbers` are there in
+    float32, CONVERTED where nothing else is said.
     """
     rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
     given, output = x.reshape(rows, width).float(), x.new_empty(*x.shape[:-1], columns)
     flat = output.view(rows, columns)
-    for part in _parts(columns, width):
+    for part in _parts(columns, width, numbers):
         added = None if bias is None else bias[part].float()
         flat[:, part] = linear(given, weight[part].float(), added)
     return output  # no view: the output of an autograd function that is one may not be written to
 
 
-def _parts(columns: int, width: int) -> list[slice]:
-    """Divide the rows of a weight [N,K] into parts of CONVERTED numbers."""
-    step = max(1, CONVERTED // width)
+def _parts(columns: int, width: int, numbers: int | None = None) -> list[slice]:
+    """Divide the rows of a weight [N,K] into parts of so many numbers; None: CONVERTED."""
+    step = max(1, (numbers or CONVERTED) // width)
     return [slice(first, first + step) for first in range(0, columns, step)]
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fhopt.calibration import float32_graph
 from fhopt.calibration.loss_check import PlanAttention
 from fhopt.calibration.probe import ProbedGraph
-from fhopt.hardware import float_products
 from fhopt.models.capture import Captured, capture
 from fhopt.passes import pipeline
 
@@ -45,7 +44,7 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_a_graph_of_16_bits_gives_the_logits_of_float32(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(float_products, "CONVERTED", 640)  # several parts of each weight
+    monkeypatch.setattr(float32_graph, "PART", 640)  # several parts of each weight
     model, batch = small(kind).to(dtype), {"input_ids": numbered(1)[0][1]["input_ids"] % 97}
     wanted = copy.deepcopy(model).float()(**batch).logits
     rounded = model(**batch).logits.float()
