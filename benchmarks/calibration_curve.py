@@ -4,9 +4,9 @@
     python benchmarks/calibration_curve.py --model FOLDER --dtype bfloat16 --texts FILE ...
     python benchmarks/calibration_curve.py --quick             two short calibrations, one text (also QUICK=1)
 
-Three of five sequences of 1,024 tokens fit the bases, the others choose the bits, as by default (12 and 8). Plans are
-measured with real caches on texts of kinds that did not calibrate (quality_measurement.py). A case is
-"<model>, <dtype>/<tokens>"; figures of other models and types that a former run wrote stay in the file.
+Half of the sequences of 1,024 tokens fit the bases, the others choose the bits, as by default. Plans are measured with
+real caches on texts of kinds that did not calibrate (quality_measurement.py). A case is "<model>, <dtype>/<tokens>";
+figures of other models and types that a former run wrote stay in the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 
 NAME = "calibration_curve"
-COUNTS = (2, 4, 8, 12, 20, 40)  # calibration sequences
+COUNTS = (2, 4, 8, 12, 16, 20, 40)  # calibration sequences
 RATIOS = (4.0, 8.0)
 DEFAULT = FitOptions()
 

@@ -380,8 +380,8 @@ SECTIONS = {
         "How many tokens calibrate", "make bench-calibration",
         "Plans fitted to few and to many tokens of the built-in texts, on texts of 1,024 tokens of other kinds (law, a "
         "licence, scripture, C, French, chat, numbers): the mean of their KL, the largest, and the increase of "
-        "perplexity. Seconds are of one thread beside other work. The default is 20,480 tokens, `fhopt demo` takes "
-        "12,288.", by_case,
+        "perplexity. Seconds are of one thread beside other work. Three of five sequences fitted the bases. The "
+        "default is 16,384 tokens, half of them for the bases; `fhopt demo` takes 12,288.", by_case,
     ),
     "quality-Qwen2.5-Coder-0.5B-Instruct": Section(
         "Loss against bytes: Qwen2.5-Coder-0.5B-Instruct",

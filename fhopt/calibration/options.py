@@ -38,7 +38,7 @@ class FitOptions:
     ratio: float = 4.0
     layout: str = AUTO
     bits: tuple[int, ...] = BITS
-    sequences: int = 12
+    sequences: int = 8
     rate_sequences: int = 8
     context: int = 1024
     sinks: int = DEFAULT_WINDOW.sinks

@@ -22,7 +22,7 @@ from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that look at a model, and their shares
-CALIBRATING = {"finding attention": 1.0, "moments": 5.0, "rates": 4.0, "losses": 2.0}
+CALIBRATING = {"finding attention": 1.0, "moments": 4.0, "rates": 4.0, "losses": 3.0}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -123,7 +123,7 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Calibration text, repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, "
             "docstrings, mixture.",
         ),
-        _count("--sequences", 12, "Calibration sequences for the bases."),
+        _count("--sequences", 8, "Calibration sequences for the bases."),
         _count("--rate-sequences", 8, "Calibration sequences for the choice of bits."),
         _count("--context", 1024, "Tokens per sequence."),
         _count("--tokens", 8192, "Length of context that plans are made for, at which sizes are counted."),
