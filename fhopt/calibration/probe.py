@@ -254,9 +254,9 @@ def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -
 
 
 def _random_signs(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Return random signs of a shape [N, V], of each random bit one; dtype and device are those of `like`."""
+    """Return random signs of a shape [N, V], eight of each random byte; dtype and device are those of `like`."""
     rows, width = shape
-    drawn = torch.randint(-(2**63), 2**63 - 1, (rows, -(-width // 64)), generator=generator).view(torch.uint8)
+    drawn = torch.randint(0, 256, (rows, -(-width // 8)), dtype=torch.uint8, generator=generator)
     signs = nn.functional.embedding(drawn.int().to(like.device), _signs_of_bytes().to(like))
     return signs.flatten(1)[:, :width]
 
