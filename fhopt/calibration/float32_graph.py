@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Target, map_aggregate
 
-from fhopt.hardware.float_products import by_parts
-from fhopt.passes.graph.nodes import is_in_place, op_name
+from fhopt.calibration.segments import changes_inputs
+from fhopt.hardware.float_products import HALVES, LINEAR, by_parts
+from fhopt.passes.graph.nodes import op_name
 
-HALVES = (torch.bfloat16, torch.float16)
-_LINEAR = (nn.functional.linear, torch.ops.aten.linear.default)
 _EMBEDDING = (nn.functional.embedding, torch.ops.aten.embedding.default)
 _MOVES = {  # what gives another view of a weight, or a part of it: that is widened where it is used
     operator.getitem, "view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "contiguous",
@@ -38,7 +37,7 @@ class Float32Interpreter(fx.Interpreter):
 
     def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function on widened arguments."""
-        if target in _LINEAR:
+        if target in LINEAR:
             return _linear(*args, **kwargs)
         if target in _EMBEDDING:  # a few rows of a large table
             return _widened(super().call_function(target, args, kwargs))
@@ -94,9 +93,9 @@ def is_widened(graph: fx.Graph, values: Iterable[Any]) -> bool:
 
 def _may_read(node: fx.Node, size: int) -> bool:
     """Return whether a node may be given float32 in place of a weight of so many 16-bit numbers."""
-    if is_in_place(node) or "out" in node.kwargs or _asks_for_dtype(node, "view"):
+    if changes_inputs(node) or _asks_for_dtype(node, "view"):
         return False
-    return size <= LARGE or node.op == "output" or node.target in (*_MOVES, *_LINEAR, *_EMBEDDING)
+    return size <= LARGE or node.op == "output" or node.target in (*_MOVES, *LINEAR, *_EMBEDDING)
 
 
 def _asks_for_dtype(node: fx.Node, method: str) -> bool:

@@ -54,7 +54,7 @@ def cut(graph: fx.Graph, sites: Collection[str], result: fx.Node) -> list[Segmen
     """
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "get_attr", "output"}]
     places = [i for i, node in enumerate(nodes) if node.name in sites]
-    if any(map(_changes_inputs, nodes)) or result not in nodes:
+    if any(map(changes_inputs, nodes)) or result not in nodes:
         places = []
     last, dependent = _last_uses(nodes, result), _dependent(graph, sites)
     bounds = [0, *(_best_cut(nodes, last, dependent, *gap) for gap in itertools.pairwise(places)), len(nodes)]
@@ -71,7 +71,8 @@ def _dependent(graph: fx.Graph, sites: Collection[str]) -> set[fx.Node]:
     return found
 
 
-def _changes_inputs(node: fx.Node) -> bool:
+def changes_inputs(node: fx.Node) -> bool:
+    """Return whether running a node writes to one of its inputs."""
     return is_in_place(node) or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
 

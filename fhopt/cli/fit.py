@@ -13,7 +13,6 @@ import click
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
 from fhopt.cli.options import (
-    AUTO_DTYPE,
     CALIBRATING,
     CALIBRATION_OPTIONS,
     busy,
@@ -217,9 +216,7 @@ def fit(
     loaded = None
     if model is not None and (measured is None or limit is not None or paged is not None):
         with busy("loading", as_json):
-            if dtype == AUTO_DTYPE and (limit is not None or paged is not None):
-                dtype = "float32"  # what is lost is measured, too, and is less than what 16 bits round away
-            dtype = calibration_dtype(model, dtype, device_map)
+            dtype = calibration_dtype(model, dtype, device_map, is_measured=limit is not None or paged is not None)
             loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)

@@ -188,15 +188,18 @@ def calibration_placement_options(command: Callable[..., None]) -> Callable[...,
     return _placement_option(dtype(command))
 
 
-def calibration_dtype(model: str | None, asked: str, device_map: str | None) -> str:
-    """Return in which dtype a command calibrates MODEL, asked for by `calibration_placement_options`."""
+def calibration_dtype(model: str, asked: str, device_map: str | None, is_measured: bool = False) -> str:
+    """Return in which dtype a command calibrates MODEL, asked for by `calibration_placement_options`.
+
+    is_measured: what a plan loses is measured, too, which is less than what 16 bits round away.
+    """
     if asked != AUTO_DTYPE:
         return asked
     from fhopt.hardware.this_cpu import multiplies_bfloat16
     from fhopt.models.model_name import is_of_few_bits
 
-    on_cpu = model is not None and device_map in (None, "cpu")
-    return "bfloat16" if on_cpu and is_of_few_bits(str(model)) and multiplies_bfloat16() else "float32"
+    may_be = not is_measured and device_map in (None, "cpu")
+    return "bfloat16" if may_be and is_of_few_bits(model) and multiplies_bfloat16() else "float32"
 
 
 blocks_option = click.option(

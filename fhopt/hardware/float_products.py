@@ -40,7 +40,7 @@ from fhopt.system import multiplies_by_loops
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 ROWS = 256  # to a multiple of which rows are filled up: oneDNN keeps 100 KB of machine code for each number of them
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a product of SIDE terms, relative to its norm
@@ -59,7 +59,7 @@ def _way(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Te
     plain = type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and _takes(x, weight, bias, torch.float32, ROWS) and is_onednn_faster():
         return _by_onednn
-    sixteen_bits = plain and x.dtype in _HALVES and _takes(x, weight, bias, x.dtype, MOST_FEW_ROWS + 1)
+    sixteen_bits = plain and x.dtype in HALVES and _takes(x, weight, bias, x.dtype, MOST_FEW_ROWS + 1)
     return _in_float32 if sixteen_bits and multiplies_by_loops(x.dtype) else torch.nn.functional.linear
 
 
@@ -140,7 +140,7 @@ class _Linears(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in _LINEAR or torch.compiler.is_compiling() or _is_transformed():
+        if func not in LINEAR or torch.compiler.is_compiling() or _is_transformed():
             return func(*args, **(kwargs or {}))
         return self._linear(*args, **(kwargs or {}))
 
@@ -157,7 +157,7 @@ class _Linears(TorchFunctionMode):
         return output
 
 
-_LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
+LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 
 
 def _is_transformed() -> bool:
@@ -185,9 +185,9 @@ def fast_products(weights: Iterable[Tensor] | None = None) -> Iterator[None]:
 def _has_loops(weights: Iterable[Tensor] | None) -> bool:
     """Return whether torch has only loops for some weights, of which those on meta come to it; None: of any type."""
     if weights is None:
-        return any(map(multiplies_by_loops, _HALVES))
+        return any(map(multiplies_by_loops, HALVES))
     there = {weight.dtype for weight in weights if weight.device.type in ("cpu", "meta")}
-    return any(dtype in there and multiplies_by_loops(dtype) for dtype in _HALVES)
+    return any(dtype in there and multiplies_by_loops(dtype) for dtype in HALVES)
 
 
 def with_fast_products(function: Callable[_P, _R]) -> Callable[_P, _R]:

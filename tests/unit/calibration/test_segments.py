@@ -108,7 +108,7 @@ def test_a_graph_that_changes_tensors_in_place_is_left_whole() -> None:
     captured, outcome = watched(Changes().eval(), {"x": torch.randn(1, 12, 16)})
     graph = captured.program.graph
     result: Any = graph.output_node().args[0][captured.result]  # type: ignore[index]
-    in_place = [node for node in graph.nodes if segments._changes_inputs(node)]
+    in_place = [node for node in graph.nodes if segments.changes_inputs(node)]
     assert len(segments.cut(graph, outcome.sites, result)) == (1 if in_place else 2)
     node = next(n for n in graph.nodes if n.name in outcome.sites)
     with graph.inserting_after(node):

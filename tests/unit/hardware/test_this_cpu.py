@@ -126,4 +126,6 @@ def test_instructions_for_bfloat16_are_known_by_their_flags(
     monkeypatch: pytest.MonkeyPatch, flags: str, has_them: bool
 ) -> None:
     monkeypatch.setattr(this_cpu, "reported", lambda field: flags if field == "flags" else "")
-    assert this_cpu.multiplies_bfloat16() == has_them
+    for by_loops in (False, True):  # torch need not use what the CPU has
+        monkeypatch.setattr(this_cpu, "multiplies_by_loops", lambda dtype, value=by_loops: value)
+        assert this_cpu.multiplies_bfloat16() == (has_them and not by_loops)
