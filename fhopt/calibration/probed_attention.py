@@ -133,7 +133,7 @@ class ProbedAttention(torch.autograd.Function):
         """Attend with q [B,H,S,D] to k [B,G,T,D] and v [B,G,T,E] by `tiled`'s tiles: [B,H,S,E]."""
         outputs, sums, scaled = [], [], q * (scale if softcap else scale * BITS)
         for tile in matrix:
-            logits = _logits(scaled[:, :, tile.rows], k[:, :, tile.columns], tile, softcap)
+            logits = tile.add_mask(_logits(scaled[:, :, tile.rows], k[:, :, tile.columns], softcap))
             if sinks is not None:
                 more = cut(sinks, tile.rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
                 logits = torch.cat((logits, more * BITS), -1)
@@ -160,12 +160,12 @@ class ProbedAttention(torch.autograd.Function):
         asking = scaled if softcap else scaled * BITS
         for tile in ctx.matrix:
             rows, columns = tile.rows, tile.columns
-            slopes: list[Tensor] = []
-            p = _logits(asking[:, :, rows], k[:, :, columns], tile, softcap, slopes).sub_(lse[:, :, rows]).exp2_()
+            logits = _logits(asking[:, :, rows], k[:, :, columns], softcap)
+            slope = 1 - (logits / (softcap * BITS)) ** 2 if softcap else None
+            p = tile.add_mask(logits).sub_(lse[:, :, rows]).exp2_()
             part = grad[:, :, rows]
             d_s = attention.grouped_scores(part, v[:, :, columns]).sub_(dots[:, :, rows]).mul_(p)
-            for slope in slopes:
-                d_s.mul_(slope)
+            d_s = d_s if slope is None else d_s.mul_(slope)
             d_q[:, :, rows] = attention.grouped_mix(d_s, k[:, :, columns])
             to_keys, to_values = _to_keys(d_s, scaled[:, :, rows], groups), _to_keys(p, part, groups)
             d_k[:, :, columns] += to_keys
@@ -179,15 +179,10 @@ class ProbedAttention(torch.autograd.Function):
         return d_q.mul_(scale), d_k, d_v, None, None, None, None, None
 
 
-def _logits(q: Tensor, k: Tensor, tile: Tile, softcap: float, slopes: list[Tensor] | None = None) -> Tensor:
-    """Return logits [B,H,S,T] in bits; queries are scaled, to bits without softcap, whose slope joins `slopes`."""
+def _logits(q: Tensor, k: Tensor, softcap: float) -> Tensor:
+    """Return logits [B,H,S,T] in bits, without a mask; queries are scaled, to bits where there is no softcap."""
     logits = attention.grouped_scores(q, k)
-    if softcap:
-        logits.div_(softcap).tanh_()
-        if slopes is not None:
-            slopes.append(1 - logits**2)
-        logits.mul_(softcap * BITS)
-    return tile.add_mask(logits)
+    return logits.div_(softcap).tanh_().mul_(softcap * BITS) if softcap else logits
 
 
 def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
