@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -107,11 +108,36 @@ class DecodeStep:
         ctypes.memmove(self.address + at, packed, len(packed))
 
 
-def run_decode_steps(steps: Sequence[DecodeStep]) -> None:
-    """Run steps one after the other: each may read what the ones before it wrote."""
+class Spent:
+    """Seconds that decode steps took in machine code. total: of all that they do; layers: how many steps that were."""
+
+    def __init__(self) -> None:
+        self.parts = (ctypes.c_double * 2)()  # the C++ struct `Spent`
+        self.total, self.layers = 0.0, 0
+
+    @property
+    def linear(self) -> float:
+        """Return the seconds of products with weights."""
+        return self.parts[0]
+
+    @property
+    def attention(self) -> float:
+        """Return the seconds of attention on the cache; to write the new token is part of it."""
+        return self.parts[1]
+
+
+def run_decode_steps(steps: Sequence[DecodeStep], spent: Spent | None = None) -> None:
+    """Run steps one after the other: each may read what the ones before it wrote. spent: counts their seconds."""
     compiled = functions()
     assert compiled is not None
-    compiled[1]((ctypes.c_void_p * len(steps))(*[step.address for step in steps]), len(steps))
+    addresses = (ctypes.c_void_p * len(steps))(*[step.address for step in steps])
+    if spent is None:
+        compiled[1](addresses, len(steps), None)
+        return
+    start = time.perf_counter()
+    compiled[1](addresses, len(steps), ctypes.addressof(spent.parts))
+    spent.total += time.perf_counter() - start
+    spent.layers += len(steps)
 
 
 _KERNEL = struct.Struct("@P")

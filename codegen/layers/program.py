@@ -73,7 +73,8 @@ def functions() -> tuple[Any, Any, int] | None:
         return None
     assert group is not None
     library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_char_p,), None
-    library.run_decode_steps.argtypes, library.run_decode_steps.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    library.run_decode_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    library.run_decode_steps.restype = None
     return library.run_layer, library.run_decode_steps, group
 
 

@@ -44,13 +44,14 @@ if TYPE_CHECKING:
 )
 @click.option("--rounds", type=int, default=3, show_default=True, help="Rounds, of which medians are taken.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
+@click.option("--parts", is_flag=True, help="Also print what the time of a decode step goes to.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Plot to this file: .png, .svg or .pdf.")
 @placement_options
 @blocks_option
 @json_option
 def bench(
     model: str, plan_paths: tuple[Path, ...], contexts: str | None, batches: str, decode: int, rounds: int, seed: int,
-    out: Path | None, device_map: str | None, dtype: str, keep_blocks: bool, as_json: bool,
+    parts: bool, out: Path | None, device_map: str | None, dtype: str, keep_blocks: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODEL's speed of prefill and decode, and bytes of the KV cache, over contexts: exact against plans.
 
@@ -74,7 +75,7 @@ def bench(
         chosen = _limited(chosen, positions_of(opened.network))
         rows, is_complete = _measure(opened.network, plans, chosen, as_json)
     result = _about(opened, dtype, keep_blocks, chosen) | {"complete": is_complete, "rows": _compared(rows)}
-    _show(result, out if rows else None, as_json)
+    _show(result, out if rows else None, as_json, parts)
     if not is_complete:
         raise SystemExit(INTERRUPTED)
 
@@ -160,12 +161,13 @@ def _row(row: Throughput, exact: Throughput) -> dict[str, Any]:
         "prefill_speedup": row.prefill_rate / exact.prefill_rate,
         "decode_speedup": row.decode_rate / exact.decode_rate,
         "ratio": row.exact_cache_bytes / row.cache_bytes,
+        "step_milliseconds": None if row.parts is None else row.parts.as_json(),
     }
 
 
-def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    """Print the results, and plot them to `out`."""
-    from fhopt.inspection.tables import throughput_table
+def _show(result: dict[str, Any], out: Path | None, as_json: bool, parts: bool) -> None:
+    """Print the results, with the parts of a step where these are wanted, and plot them to `out`."""
+    from fhopt.inspection.tables import parts_table, throughput_table
     from fhopt.inspection.throughput_plot import plot_throughput
 
     if out is not None:
@@ -176,6 +178,8 @@ def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
     console = output_console(as_json)
     if result["rows"]:
         console.print(throughput_table(result))
+        if parts:
+            console.print(parts_table(result))
     if not result["complete"]:
         click.echo("stopped; contexts that were not complete are left out", err=True)
     if out is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fhopt.cache.report import cache_bytes, exact_cache_bytes
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
+from fhopt.evaluation.step_parts import StepParts, median_parts, step_clock
 from fhopt.evaluation.throughput_options import CONTEXTS, ThroughputOptions
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
@@ -34,7 +35,7 @@ class Throughput:
     """The medians of one context, batch and KV cache. Rates count the tokens of all sequences of the batch.
 
     prefill_rate, decode_rate: tokens per second. first_token_seconds: of the prefill. cache_bytes: of the full KV
-    cache. exact_cache_bytes: of exact keys and values in the model's dtype.
+    cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step; None: not known.
     """
 
     context: int
@@ -45,6 +46,7 @@ class Throughput:
     first_token_seconds: float
     cache_bytes: int
     exact_cache_bytes: int
+    parts: StepParts | None = None
 
 
 def measure(
@@ -85,6 +87,7 @@ class _Round:
     decode_seconds: float
     cache_bytes: int
     exact_bytes: int
+    parts: StepParts | None
 
 
 @contextmanager
@@ -125,12 +128,14 @@ def _measure_once(
     token, prefill = _timed_call(model, ids, options)
     report(decode)
     seconds = 0.0
-    for step in range(decode):
-        token, took = _timed_call(model, token, options)
-        seconds += took
-        report(decode + step + 1)
-    batch, tokens = ids.shape
-    return _Round(batch * tokens, batch * decode, prefill, seconds, cache_bytes(cache), exact_cache_bytes(cache))
+    with step_clock(model) as clock:
+        for step in range(decode):
+            token, took = _timed_call(model, token, options)
+            clock.note(took)
+            seconds += took
+            report(decode + step + 1)
+    (batch, tokens), sizes = ids.shape, (cache_bytes(cache), exact_cache_bytes(cache))
+    return _Round(batch * tokens, batch * decode, prefill, seconds, *sizes, clock.parts())
 
 
 def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, float]:
@@ -142,6 +147,7 @@ def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Te
 
 
 def _medians(context: int, batch: int, name: str, rounds: list[_Round]) -> Throughput:
+    parts = [r.parts for r in rounds if r.parts is not None]
     return Throughput(
         context, batch, name,
         prefill_rate=statistics.median(r.prefill_tokens / r.prefill_seconds for r in rounds),
@@ -149,4 +155,5 @@ def _medians(context: int, batch: int, name: str, rounds: list[_Round]) -> Throu
         first_token_seconds=statistics.median(r.prefill_seconds for r in rounds),
         cache_bytes=rounds[0].cache_bytes,
         exact_cache_bytes=rounds[0].exact_bytes,
+        parts=median_parts(parts) if parts else None,
     )  # fmt: skip

@@ -9,7 +9,8 @@ Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import is_
@@ -25,6 +26,7 @@ from fhopt.cache.residual_window import RoundedWindow
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, run_decode_steps
+from fhopt.codegen.layers.decode_step import Spent as Spent
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
 
@@ -122,7 +124,21 @@ def run_steps(steps: Sequence[CacheStep]) -> None:
     """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
     for step in steps:
         step._is_open = True
-    run_decode_steps([step._step for step in steps])
+    run_decode_steps([step._step for step in steps], _spent)
+
+
+_spent: Spent | None = None  # of the innermost `timed_steps`
+
+
+@contextmanager
+def timed_steps() -> Iterator[Spent]:
+    """Count the seconds of all steps that are run until the end of the block."""
+    global _spent
+    outer, _spent = _spent, Spent()
+    try:
+        yield _spent
+    finally:
+        _spent = outer
 
 
 def _staying(layer: LatentLayer) -> tuple[Any, ...]:

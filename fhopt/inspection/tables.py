@@ -368,6 +368,22 @@ def throughput_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def parts_table(result: Mapping[str, Any]) -> Table:
+    """Tabulate what the time of a decode step goes to in `fhopt bench`, a row per context, batch and KV cache."""
+    batches = {row["batch"] for row in result["rows"]}
+    table = light_table(Text("Milliseconds of a decode step; -: its layers are not run as machine code of fhopt"))
+    names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
+    for name in [*names, "step", "weights", "attention", "rest of\nlayers", "output\nlayer", "around"]:
+        is_name = name == "KV cache"
+        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    for row in result["rows"]:
+        labels = [f"{row['context']:,}", *([f"{row['batch']:,}"] if len(batches) > 1 else [])]
+        parts, step = row["step_milliseconds"], 1e3 * row["batch"] / row["decode_tokens_per_second"]
+        cells = [f"{ms:.2f}" for ms in parts.values()] if parts else [f"{step:.2f}", *["-"] * 5]
+        table.add_row(*labels, Text(row["cache"]), *cells)
+    return table
+
+
 def _throughput_cells(row: Mapping[str, Any]) -> list[str]:
     prefill, decode = (rate(row[f"{kind}_tokens_per_second"]) for kind in ("prefill", "decode"))
     cells = {"prefill_speedup": prefill, "decode_speedup": decode, "ratio": quantity(row["cache_bytes"], "B")}

@@ -12,6 +12,7 @@
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -shared -fPIC
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -320,6 +321,20 @@ void append(Append& side, const CacheMean& mean, int64_t batch, Type type) {
     side.at++;
 }
 
+// Seconds that products with weights and attention take; they are added to.
+struct Spent {
+    double linear, attention;
+};
+
+// Calls f, and adds what it takes to `seconds`; null: nobody asks.
+template <class F>
+void timed(double* seconds, F f) {
+    if (!seconds) return f();
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    *seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 void attend(DecodeStep& s) {
     CacheAttention a = s.attention;
     std::vector<float> query(a.batch * a.heads * a.head_size), output(a.batch * a.heads * a.value_size);
@@ -334,24 +349,25 @@ void attend(DecodeStep& s) {
     s.attention.window.call.tokens++;
 }
 
-void run_all(const Run& run) {
+void run_all(const Run& run, Spent* spent) {
     thread_local std::vector<float> arena;
     if (int64_t(arena.size()) < run.arena) arena.resize(run.arena);
     for (int64_t i = 0; i < run.count; i += std::max<int64_t>(run.instructions[i].joined, 1)) {
-        step(run, run.instructions[i], arena.data());
+        const Instruction& next = run.instructions[i];
+        timed(spent && next.code == LINEAR ? &spent->linear : nullptr, [&] { step(run, next, arena.data()); });
     }
 }
 
 }  // namespace
 
-extern "C" void run_layer(const Run* run) { run_all(*run); }
+extern "C" void run_layer(const Run* run) { run_all(*run, nullptr); }
 
 // What comes before attention, attention on the cache, what comes after; the new token is in the cache then.
-// Of several layers, one after the other.
-extern "C" void run_decode_steps(DecodeStep* const* steps, int64_t count) {
+// Of several layers, one after the other. spent: null where nobody asks.
+extern "C" void run_decode_steps(DecodeStep* const* steps, int64_t count, Spent* spent) {
     for (int64_t i = 0; i < count; i++) {
-        run_all(steps[i]->before);
-        attend(*steps[i]);
-        run_all(steps[i]->after);
+        run_all(steps[i]->before, spent);
+        timed(spent ? &spent->attention : nullptr, [&] { attend(*steps[i]); });
+        run_all(steps[i]->after, spent);
     }
 }

@@ -17,7 +17,7 @@ from rich.console import Console
 from small_models import Fitted, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
-from fhopt.inspection.tables import throughput_table
+from fhopt.inspection.tables import parts_table, throughput_table
 from fhopt.models import loader
 
 QUICK = ("--contexts", "40,96", "--decode", "8", "--rounds", "2")
@@ -64,6 +64,16 @@ def test_a_table_is_printed_and_the_contexts_end_with_the_model(folder: Path) ->
     assert "prefill," in result.stdout and "exact" in result.stdout and "262 kB 1.00x" in result.stdout
 
 
+def test_parts_of_a_step_are_printed_where_they_are_asked_for(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+    options = ("bench", str(folder), *QUICK, "--plan", str(save_plan(tmp_path / "a", llama)))
+    plain, parts = call(*options), call(*options, "--parts")
+    assert parts.exit_code == 0, parts.output
+    assert "attention" not in plain.stdout and "Milliseconds of a decode step" in parts.stdout
+    rows = [line.split() for line in parts.stdout.split("Milliseconds")[1].splitlines()]
+    ((_, _, step, *others),) = [cells for cells in rows if cells[:2] == ["96", "exact"]]
+    assert others == ["-"] * 5 and float(step) > 0
+
+
 def test_plans_of_the_same_name_are_told_apart_by_their_paths(folder: Path, llama: Fitted, tmp_path: Path) -> None:
     plans = [str(save_plan(tmp_path / name / "plan", llama)) for name in ("a", "b")]
     result = call("bench", str(folder), *QUICK, "--plan", plans[0], "--plan", plans[1], "--json")
@@ -82,7 +92,9 @@ def test_a_plan_may_have_the_name_of_the_exact_cache(
 def row(context: int, batch: int, cache: str) -> dict[str, Any]:
     figures = dict(prefill_tokens_per_second=14_000.3, decode_tokens_per_second=123.4, time_to_first_token_s=10.3)
     gains = dict(prefill_speedup=0.86, decode_speedup=12.31, ratio=14.04)
-    return dict(context=context, batch=batch, cache=cache, cache_bytes=123_456_789, **figures, **gains)
+    parts = dict(total=137.77, weights=71.37, attention=38.48, layers=1.15, output=14.57, around=12.2)
+    about = dict(step_milliseconds=None if cache == "exact" else parts)
+    return dict(context=context, batch=batch, cache=cache, cache_bytes=123_456_789, **figures, **gains, **about)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -96,6 +108,9 @@ def test_the_table_fits_a_terminal(width: int) -> None:
     lines = [line.rstrip() for line in console.export_text().splitlines()]
     assert max(map(len, lines)) <= width and sum("0.86x" in line for line in lines) == len(rows)
     assert sum("my-model-4x" in line for line in lines) == len(rows) / 2 and not any("…" in line for line in lines)
+    console.print(parts_table(about | {"rows": rows}))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert max(map(len, lines)) <= width and sum("137.77" in line for line in lines) == len(rows) / 2
 
 
 @pytest.mark.slow
