@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ from fhopt.fitting.codes import AUTO, CHOICES
 if TYPE_CHECKING:
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.run import Calibration
+    from fhopt.evaluation.statistics import Comparison
+    from fhopt.models.loaded_model import LoadedModel
     from fhopt.plan.latent_plan import LatentPlan
     from fhopt.refine.options import Gate
     from fhopt.refine.page_options import PagingOptions
@@ -120,7 +122,11 @@ def calibrate(
 )
 @calibration_options
 @click.option(
-    "--ratio", type=float, help="Compression of the 16-bit KV cache, of layers that keep all tokens. [default: 4]"
+    "--ratio",
+    "ratios",
+    type=float,
+    multiple=True,
+    help="Compression of the 16-bit KV cache, of layers that keep all tokens. [default: 4]",
 )
 @click.option("--bytes-per-token", type=float, help="Size of these layers instead of --ratio, everything included.")
 @click.option(
@@ -167,7 +173,7 @@ def calibrate(
 @click.pass_context
 @fails_together
 def fit(
-    invoked: click.Context, model: str | None, statistics_file: Path | None, ratio: float | None,
+    invoked: click.Context, model: str | None, statistics_file: Path | None, ratios: tuple[float, ...],
     bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...], window_bits: str,
     pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None, dtype: str,
     as_json: bool, **options: Any,
@@ -177,22 +183,14 @@ def fit(
     The same command resumes an interrupted calibration. Under torchrun the processes share the calibration. For models
     larger than one device: --device-map. With --statistics nothing is calibrated.
     """
-    from fhopt.refine import page_options
-
     out = Path(os.path.abspath(out))
-    if sum(option is not None for option in (ratio, bytes_per_token, max_loss)) > 1:
-        raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
-    limit = _read_gate(max_loss, gate_texts)
-    if limit is not None and (pages is not None or mass is not None):
-        raise FhoptError(
-            "--max-loss is measured with all pages read; expected it, or --pages and --mass. Find the ratio first, "
-            "then fit with --ratio and --pages, and measure that plan: fhopt eval."
-        )
-    given = dict(ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), **options)
+    limit = _read_size(ratios, bytes_per_token, max_loss, gate_texts, has_pages=pages is not None or mass is not None)
+    given = dict(ratio=ratios[0] if ratios else 4.0, window_bits=int(window_bits), **options)
     chosen, measured = _read_options(invoked, statistics_file, out, given)
     chosen, paged = _with_pages(chosen, pages, mass)
     _check_places(out, explain)
-    if model is None and (measured is None or limit is not None or paged is not None):
+    wanted, runs_model = _Wanted(bytes_per_token, limit, paged), limit is not None or paged is not None
+    if model is None and (measured is None or runs_model):
         raise FhoptError(
             "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
             "Try fhopt fit demo -o PLAN."
@@ -204,51 +202,109 @@ def fit(
 
     import torch
 
-    from fhopt.calibration.run import measure, plan_for
-    from fhopt.evaluation.statistics import Comparison
     from fhopt.fitting.choices import AUTO
     from fhopt.inspection.plots import explain_plan
-    from fhopt.inspection.progress_file import ProgressFile, beside
     from fhopt.models.loader import load_model
-    from fhopt.parallel import collectives
-    from fhopt.refine import loss_target, page_budget
 
     loaded = None
-    if model is not None and (measured is None or limit is not None or paged is not None):
+    if model is not None and (measured is None or runs_model):
         with busy("loading", as_json):
-            dtype = calibration_dtype(model, dtype, device_map, is_measured=limit is not None or paged is not None)
+            dtype = calibration_dtype(model, dtype, device_map, is_measured=runs_model)
             loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
+    fitted = _fitted(loaded, chosen, measured, wanted, dtype, beside=out, as_json=as_json)
+    if fitted is None:  # the first process writes
+        return
+    fitted.plan.save(out)
+    if explain is not None:
+        explain_plan(fitted.measured, fitted.plan, explain)
+    trials = {f"{ratio:.4g}": asdict(loss) for ratio, loss in sorted(fitted.trials.items())}
+    _show_plan(fitted.plan, chosen.tokens, out, trials, as_json)
+    if chosen.layout == AUTO and chosen.device is None:
+        _show_device(fitted.plan, chosen.tokens, as_json)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a plan is to have beside its options: bytes of a token, a largest loss, page selection."""
+
+    bytes_per_token: float | None
+    limit: Gate | None
+    paged: PagingOptions | None
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A plan, the calibration behind it, and the losses of plans that were tried, by their ratios."""
+
+    plan: LatentPlan
+    measured: Calibration
+    trials: dict[float, Comparison]
+
+
+def _fitted(
+    loaded: LoadedModel | None, chosen: FitOptions, measured: Calibration | None, wanted: _Wanted, dtype: str, *,
+    beside: Path, as_json: bool,
+) -> _Fitted | None:  # fmt: skip
+    """Calibrate where there is no calibration, and fit; None in all processes but the first. Raises FhoptError.
+
+    loaded: None where the model is not run. beside: where the plan goes.
+    """
+    from fhopt.calibration.run import measure, plan_for
+    from fhopt.inspection import progress_file
+    from fhopt.parallel import collectives
+    from fhopt.refine import loss_target, page_budget, page_options
+
+    limit, paged = wanted.limit, wanted.paged
     if paged is not None and loaded is not None:
         paged = page_options.for_model(loaded, paged, chosen.block, chosen.window.first_length)
     held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None and loaded is not None else None
     shares = (CALIBRATING if measured is None else {}) | {"plan": 1.0}
     shares |= ({"gate": 10.0} if limit is not None else {}) | ({"pages": 10.0} if paged is not None else {})
-    with progress_bar(as_json, shares) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+    kept = progress_file.ProgressFile(progress_file.beside(beside))
+    with progress_bar(as_json, shares) as shown, kept.kept(shown) as progress:
         if measured is None:
             assert loaded is not None
             shown("finding attention", 0, 1)
             measured = measure(loaded, chosen, progress)
             measured.provenance["calibration"] = {"dtype": dtype}
-        if collectives.leave() > 0:  # the first process writes
-            return
-        if bytes_per_token is not None:
-            chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token, chosen.tokens))
+        if collectives.leave() > 0:
+            return None
+        if wanted.bytes_per_token is not None:
+            chosen = replace(chosen, ratio=_ratio_of(measured, wanted.bytes_per_token, chosen.tokens))
             chosen.check()
         shown("plan", 0, 1)
+        trials: dict[float, Comparison] = {}
         if limit is None or held_out is None or loaded is None:
-            plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
+            plan = plan_for(measured, chosen)
         else:
             plan, trials = loss_target.smallest_plan(loaded, measured, chosen, limit, held_out, progress)
         if paged is not None and loaded is not None:
             plan = page_budget.calibrate(loaded, plan, paged, progress)
-    plan.save(out)
-    if explain is not None:
-        explain_plan(measured, plan, explain)
-    _show_plan(plan, chosen.tokens, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
-    if chosen.layout == AUTO and chosen.device is None:
-        _show_device(plan, chosen.tokens, as_json)
+    return _Fitted(plan, measured, trials)
+
+
+def _read_size(
+    ratios: tuple[float, ...], bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
+    has_pages: bool,
+) -> Gate | None:  # fmt: skip
+    """Return the loss target, None where there is none. Raises FhoptError where a plan has not one size."""
+    if len(ratios) > 1:
+        raise FhoptError(
+            f"--ratio was given {len(ratios)} times, and a plan has one size; expected it once. For plans of several "
+            f"sizes from one calibration: fhopt plans fit MODEL {' '.join(f'--ratio {ratio:g}' for ratio in ratios)}, "
+            "or fhopt calibrate, and fhopt fit --statistics for each."
+        )
+    if bool(ratios) + (bytes_per_token is not None) + (max_loss is not None) > 1:
+        raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
+    limit = _read_gate(max_loss, gate_texts)
+    if limit is not None and has_pages:
+        raise FhoptError(
+            "--max-loss is measured with all pages read; expected it, or --pages and --mass. Find the ratio first, "
+            "then fit with --ratio and --pages, and measure that plan: fhopt eval."
+        )
+    return limit
 
 
 def _read_options(

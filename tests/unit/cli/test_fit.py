@@ -42,6 +42,7 @@ def test_bytes_of_a_token_are_those_of_what_windows_hold() -> None:
     ("options", "message"),
     [
         (("--ratio", "4", "--max-loss", "1%"), "each choose the size"),
+        (("--ratio", "4", "--ratio", "8"), "fhopt plans fit MODEL --ratio 4 --ratio 8, or"),
         (("--ratio", "4", "--bytes-per-token", "100"), "each choose the size"),
         (("--max-loss", "much"), "is not a share"),
         (("--max-loss", "0"), "is not possible"),
