@@ -9,6 +9,7 @@ the caches. Here what is looked at stands in a few flat lists, of all layers beh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 FIRST = (0,)  # the path of the first argument
 Behind = list[tuple[Any, Tensor, ReadyStep]]  # states of layers, what they are called with, and their steps
+
+
+@dataclass(eq=False, slots=True)
+class Through:
+    """Steps behind that of a first layer, made ready. state: of the last layer, whose output and result these are."""
+
+    state: Any
+    steps: list[CacheStep]
+    output: Tensor
+    result: Any
 
 
 class StepChain:
@@ -53,6 +64,7 @@ class StepChain:
         self._all = first, *states
         self._turns: tuple[Any, Conditions | None] = (None, None)  # those that were asked for, and what must hold there
         self._calls: list[tuple[torch.nn.Module, Any]] = []  # layers, and what their class is called by
+        self._between = [torch.empty(bound.output.shape, dtype=bound.output.dtype) for bound in bounds[:-1]]
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
         self._inputs = [places[path] for path in places if path == FIRST]
@@ -76,11 +88,8 @@ class StepChain:
 
         ready: the step of the first layer.
         """
-        if ready.bound is not self._program:
-            return None
-        cache = leaf(args, kwargs, self._program.attention.cache)
-        steps = self._current_steps(cache.layers, torch.get_num_threads())
-        if steps is None or not self._conditions.hold():
+        steps = self._steps_behind(ready, args, kwargs)
+        if steps is None:
             return None
         behind: Behind = []
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
@@ -94,6 +103,41 @@ class StepChain:
             behind.append((state, x, made))
             x = made.output
         return behind
+
+    def __len__(self) -> int:
+        """Return the number of layers behind the first."""
+        return len(self._bounds)
+
+    def through(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any], turns: Turns) -> Through | None:
+        """Make the steps behind that of the first layer ready, in turns of a loop of which nobody sees the results.
+
+        None where something is not what it was, or where turns do more than to call the layers. What one layer hands
+        to the next stands in tensors of the chain: making new ones, and all that goes with them, takes as long as
+        machine code takes for a layer. ready: as of `ready`.
+        """
+        steps = self._steps_behind(ready, args, kwargs)
+        if steps is None or not self.is_called_in(turns):
+            return None
+        addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
+        for bound, reads, output in zip(self._bounds, self._reads, [*self._between, None], strict=True):
+            for i in self._inputs:
+                addresses[i] = x.data_ptr()
+            for number, i in reads:
+                bound.externals[number] = addresses[i]
+            if output is None:
+                last = bound.made_ready(steps[-1], [])
+            else:
+                bound.externals[bound.output.external] = output.data_ptr()
+                x = output
+        return Through(self._states[-1], steps, last.output, last.result)
+
+    def _steps_behind(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CacheStep] | None:
+        """Return the prepared steps of the layers behind the first in a call; None where they are not to be run."""
+        if ready.bound is not self._program:
+            return None
+        cache = leaf(args, kwargs, self._program.attention.cache)
+        steps = self._current_steps(cache.layers, torch.get_num_threads())
+        return steps if steps is not None and self._conditions.hold() else None
 
     def is_called_in(self, turns: Turns) -> bool:
         """Return whether turns of a loop are these layers one behind the other, whose calls are their programs alone.

@@ -29,14 +29,14 @@ PROMPT, STEPS = 40, 24
 def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of a first layer made those behind it ready together."""
     seen: list[bool] = []
-    ready = StepChain.ready
+    steps_behind = StepChain._steps_behind
 
     def watched(*given: Any) -> Any:
-        found = ready(*given)
+        found = steps_behind(*given)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(StepChain, "ready", watched)
+    monkeypatch.setattr(StepChain, "_steps_behind", watched)
     return seen
 
 
