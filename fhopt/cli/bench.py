@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,7 @@ def _row(row: Throughput, exact: Throughput) -> dict[str, Any]:
         "prefill_speedup": row.prefill_rate / exact.prefill_rate,
         "decode_speedup": row.decode_rate / exact.decode_rate,
         "ratio": row.exact_cache_bytes / row.cache_bytes,
-        "step_milliseconds": None if row.parts is None else row.parts.as_json(),
+        "step_milliseconds": None if row.parts is None else asdict(row.parts),
     }
 
 

@@ -189,8 +189,8 @@ def fit(
     chosen, measured = _read_options(invoked, statistics_file, out, given)
     chosen, paged = _with_pages(chosen, pages, mass)
     _check_places(out, explain)
-    wanted, runs_model = _Wanted(bytes_per_token, limit, paged), limit is not None or paged is not None
-    if model is None and (measured is None or runs_model):
+    wanted = _Wanted(bytes_per_token, limit, paged)
+    if model is None and (measured is None or wanted.runs_model):
         raise FhoptError(
             "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
             "Try fhopt fit demo -o PLAN."
@@ -207,20 +207,19 @@ def fit(
     from fhopt.models.loader import load_model
 
     loaded = None
-    if model is not None and (measured is None or runs_model):
+    if model is not None and (measured is None or wanted.runs_model):
         with busy("loading", as_json):
-            dtype = calibration_dtype(model, dtype, device_map, is_measured=runs_model)
+            dtype = calibration_dtype(model, dtype, device_map, is_measured=wanted.runs_model)
             loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
     fitted = _fitted(loaded, chosen, measured, wanted, dtype, beside=out, as_json=as_json)
-    if fitted is None:  # the first process writes
+    if fitted is None:  # another process writes
         return
     fitted.plan.save(out)
     if explain is not None:
         explain_plan(fitted.measured, fitted.plan, explain)
-    trials = {f"{ratio:.4g}": asdict(loss) for ratio, loss in sorted(fitted.trials.items())}
-    _show_plan(fitted.plan, chosen.tokens, out, trials, as_json)
+    _show_plan(fitted.plan, chosen.tokens, out, fitted.trials, as_json)
     if chosen.layout == AUTO and chosen.device is None:
         _show_device(fitted.plan, chosen.tokens, as_json)
 
@@ -232,6 +231,11 @@ class _Wanted:
     bytes_per_token: float | None
     limit: Gate | None
     paged: PagingOptions | None
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is needed though it is calibrated."""
+        return self.limit is not None or self.paged is not None
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,7 @@ def _fitted(
 
 def _read_size(
     ratios: tuple[float, ...], bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
-    has_pages: bool,
+    *, has_pages: bool,
 ) -> Gate | None:  # fmt: skip
     """Return the loss target, None where there is none. Raises FhoptError where a plan has not one size."""
     if len(ratios) > 1:
@@ -412,7 +416,7 @@ def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
         )  # fmt: skip
 
 
-def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any], as_json: bool) -> None:
+def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comparison], as_json: bool) -> None:
     """Print a plan, with sizes in a context of `tokens` tokens, which it was made for."""
     from fhopt.fitting.fast_choice import TIME
     from fhopt.inspection.tables import plan_table
@@ -420,6 +424,7 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any],
     from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
 
     size, ratio = cache_size(plan, tokens), plan.ratio(tokens)
+    trials = {f"{tried_ratio:.4g}": asdict(loss) for tried_ratio, loss in sorted(tried.items())}
     if as_json:
         about = {
             "plan_path": str(out),
@@ -439,9 +444,9 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any],
         console.print(f"expected loss: {loss.words}", highlight=False, soft_wrap=True)
     if warning := calibration_warning(plan):
         console.print(f"Warning: {warning}", highlight=False, soft_wrap=True)
-    for tried, trial in trials.items():
+    for name, trial in trials.items():
         low, high = trial["increase_percent_ci"]
-        console.print(f"{tried}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
+        console.print(f"{name}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
     if shared := plan.provenance.get("kernel_shapes"):
         more = plan.provenance["predicted_nats"] / shared["predicted_nats_without"] - 1
         console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f} %", highlight=False)

@@ -2,19 +2,18 @@
 
     with step_clock(model) as clock:
         for ...: run a step; clock.note(its seconds)
-    clock.parts()                                       -> StepParts, medians of all steps; None: not known
+    clock.parts()                                       -> StepParts, means of the steps; None: not known
 
-The parts of decoder layers are known where these run as machine code (fhopt/hf/cache_steps.py), as those of a plan do
-on a CPU. The clock is read some ten times in a layer, 25 ns each.
+The parts of decoder layers are known where a layer and its cache are one call of machine code
+(fhopt/hf/cache_steps.py), as most are of a plan on a CPU. The clock is read some ten times in a layer.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fhopt.hf.cache_steps import Spent, timed_steps
@@ -22,64 +21,59 @@ from fhopt.hf.cache_steps import Spent, timed_steps
 
 @dataclass(frozen=True)
 class StepParts:
-    """Milliseconds of a decode step, of all sequences of a batch together.
+    """Milliseconds of a decode step, of all sequences of a batch together: `total`, and the others, which add up to it.
 
-    weights: products with the weights of decoder layers. attention: on their KV caches. layers: all else that they do,
-    as norms and rotations. output: the layer that gives logits. around: embeddings, masks, Python, the choice of a
-    token, and decoder layers that are run operation by operation.
+    Of layers that are one call of machine code with their caches, `counted` of them in a step: weights, products with
+    weights; attention, on their KV caches; rest, all else that they do, as norms and rotations. Of a layer with experts
+    the attention alone is such a call. output: of the layer that gives logits; None where it is not called as a
+    module. around: embeddings, masks, Python, the choice of a token, the quantization of a full block, and all other
+    layers.
     """
 
+    counted: float
     total: float
     weights: float
     attention: float
-    layers: float
-    output: float
+    rest: float
+    output: float | None
     around: float
-
-    def as_json(self) -> dict[str, float]:
-        """Return the parts by name."""
-        return asdict(self)
-
-
-def median_parts(parts: Sequence[StepParts]) -> StepParts:
-    """Return the median of each part."""
-    return StepParts(*map(statistics.median, zip(*map(astuple, parts), strict=True)))
 
 
 class StepClock:
-    """Notes the parts of decode steps that run within `step_clock`."""
+    """Adds up the parts of decode steps that run within `step_clock`."""
 
     def __init__(self, spent: Spent) -> None:
-        self._spent, self._output, self._start = spent, 0.0, 0.0
-        self._before, self._noted = self._now(), list[tuple[float, StepParts]]()
+        self._spent, self._steps, self._seconds = spent, 0, 0.0
+        self._output, self._outputs, self._start = 0.0, 0, 0.0
 
     def note(self, seconds: float) -> None:
         """Note a step, which took so long in all."""
-        now = self._now()
-        layers, machine, linear, attention, output = (b - a for a, b in zip(self._before, now, strict=True))
-        others = machine - linear - attention
-        parts = [1e3 * part for part in (seconds, linear, attention, others, output, seconds - machine - output)]
-        self._noted.append((layers, StepParts(*parts)))
-        self._before = now
+        self._steps += 1
+        self._seconds += seconds
 
     def parts(self) -> StepParts | None:
-        """Return the medians of the steps that ran most layers as machine code; None where no layer was."""
-        most = max((layers for layers, _ in self._noted), default=0)
-        return median_parts([parts for layers, parts in self._noted if layers == most]) if most else None
-
-    def _now(self) -> tuple[float, ...]:
-        return self._spent.layers, self._spent.total, self._spent.linear, self._spent.attention, self._output
+        """Return the means of all steps that were noted; None where no layer was one call of machine code."""
+        spent = self._spent
+        if not spent.layers or not self._steps:
+            return None
+        linear, attention = spent.linear, spent.attention
+        around = self._seconds - spent.total - self._output
+        seconds = (self._seconds, linear, attention, spent.total - linear - attention, self._output, around)
+        total, weights, attention, rest, output, around = (1e3 * part / self._steps for part in seconds)
+        given = output if self._outputs else None
+        return StepParts(spent.layers / self._steps, total, weights, attention, rest, given, around)
 
     def _begin_output(self, *_: Any) -> None:
         self._start = time.perf_counter()
 
     def _end_output(self, *_: Any) -> None:
         self._output += time.perf_counter() - self._start
+        self._outputs += 1
 
 
 @contextmanager
 def step_clock(model: Any) -> Iterator[StepClock]:
-    """Look into the decode steps of a model of transformers until the end of the block."""
+    """Look into the decode steps of a model of transformers, on a CPU, until the end of the block."""
     output = model.get_output_embeddings()
     with timed_steps() as spent:
         clock = StepClock(spent)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fhopt.cache.report import cache_bytes, exact_cache_bytes
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
-from fhopt.evaluation.step_parts import StepParts, median_parts, step_clock
+from fhopt.evaluation.step_parts import StepParts, step_clock
 from fhopt.evaluation.throughput_options import CONTEXTS, ThroughputOptions
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
@@ -35,7 +35,8 @@ class Throughput:
     """The medians of one context, batch and KV cache. Rates count the tokens of all sequences of the batch.
 
     prefill_rate, decode_rate: tokens per second. first_token_seconds: of the prefill. cache_bytes: of the full KV
-    cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step; None: not known.
+    cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step in the
+    round whose decode time is the median, or just below; None: not known.
     """
 
     context: int
@@ -147,7 +148,7 @@ def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Te
 
 
 def _medians(context: int, batch: int, name: str, rounds: list[_Round]) -> Throughput:
-    parts = [r.parts for r in rounds if r.parts is not None]
+    by_seconds = sorted(rounds, key=lambda r: r.decode_seconds)
     return Throughput(
         context, batch, name,
         prefill_rate=statistics.median(r.prefill_tokens / r.prefill_seconds for r in rounds),
@@ -155,5 +156,5 @@ def _medians(context: int, batch: int, name: str, rounds: list[_Round]) -> Throu
         first_token_seconds=statistics.median(r.prefill_seconds for r in rounds),
         cache_bytes=rounds[0].cache_bytes,
         exact_cache_bytes=rounds[0].exact_bytes,
-        parts=median_parts(parts) if parts else None,
+        parts=by_seconds[(len(rounds) - 1) // 2].parts,
     )  # fmt: skip

@@ -9,6 +9,7 @@ Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,21 +125,25 @@ def run_steps(steps: Sequence[CacheStep]) -> None:
     """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
     for step in steps:
         step._is_open = True
-    run_decode_steps([step._step for step in steps], _spent)
+    run_decode_steps([step._step for step in steps], _timed.spent)
 
 
-_spent: Spent | None = None  # of the innermost `timed_steps`
+class _Timed(threading.local):
+    spent: Spent | None = None  # of the innermost `timed_steps` of a thread
+
+
+_timed = _Timed()
 
 
 @contextmanager
 def timed_steps() -> Iterator[Spent]:
-    """Count the seconds of all steps that are run until the end of the block."""
-    global _spent
-    outer, _spent = _spent, Spent()
+    """Count the seconds of steps that this thread runs until the end of the block; a block within has its own."""
+    outer, spent = _timed.spent, Spent()
+    _timed.spent = spent
     try:
-        yield _spent
+        yield spent
     finally:
-        _spent = outer
+        _timed.spent = outer
 
 
 def _staying(layer: LatentLayer) -> tuple[Any, ...]:

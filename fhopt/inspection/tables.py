@@ -368,20 +368,32 @@ def throughput_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayers", "output": "output\nlayer"}
+
+
 def parts_table(result: Mapping[str, Any]) -> Table:
     """Tabulate what the time of a decode step goes to in `fhopt bench`, a row per context, batch and KV cache."""
     batches = {row["batch"] for row in result["rows"]}
-    table = light_table(Text("Milliseconds of a decode step; -: its layers are not run as machine code of fhopt"))
+    table = light_table(Text("Milliseconds of a decode step; -: no layer is one call of machine code with its cache"))
     names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
-    for name in [*names, "step", "weights", "attention", "rest of\nlayers", "output\nlayer", "around"]:
+    for name in [*names, "step", *PARTS.values(), "around", "layers\ncounted"]:
         is_name = name == "KV cache"
         table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
-    for row in result["rows"]:
-        labels = [f"{row['context']:,}", *([f"{row['batch']:,}"] if len(batches) > 1 else [])]
-        parts, step = row["step_milliseconds"], 1e3 * row["batch"] / row["decode_tokens_per_second"]
-        cells = [f"{ms:.2f}" for ms in parts.values()] if parts else [f"{step:.2f}", *["-"] * 5]
-        table.add_row(*labels, Text(row["cache"]), *cells)
+    for (context, batch), group in groupby(result["rows"], key=lambda r: (r["context"], r["batch"])):
+        labels = [f"{context:,}", *([f"{batch:,}"] if len(batches) > 1 else [])]
+        for row in group:
+            table.add_row(*labels, Text(row["cache"]), *_parts_cells(row))
+            labels = [""] * len(labels)
+        table.add_section()
     return table
+
+
+def _parts_cells(row: Mapping[str, Any]) -> list[str]:
+    parts = row["step_milliseconds"]
+    if parts is None:
+        return [f"{1e3 * row['batch'] / row['decode_tokens_per_second']:.2f}", *["-"] * (len(PARTS) + 2)]
+    times_ms = [parts[name] for name in ("total", *PARTS, "around")]
+    return [*["-" if ms is None else f"{ms:.2f}" for ms in times_ms], f"{parts['counted']:.3g}"]
 
 
 def _throughput_cells(row: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_models import call
 from gguf_models import save_text_gguf
+from needs import needs_compiler
 from rich.console import Console
 from small_models import Fitted, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
@@ -64,14 +65,20 @@ def test_a_table_is_printed_and_the_contexts_end_with_the_model(folder: Path) ->
     assert "prefill," in result.stdout and "exact" in result.stdout and "262 kB 1.00x" in result.stdout
 
 
+@needs_compiler
 def test_parts_of_a_step_are_printed_where_they_are_asked_for(folder: Path, llama: Fitted, tmp_path: Path) -> None:
-    options = ("bench", str(folder), *QUICK, "--plan", str(save_plan(tmp_path / "a", llama)))
-    plain, parts = call(*options), call(*options, "--parts")
+    sizes = ("--contexts", "200", "--decode", "20", "--rounds", "1")
+    options = ("bench", str(folder), *sizes, "--plan", str(save_plan(tmp_path / "a", llama)))
+    plain, parts, as_json = call(*options), call(*options, "--parts"), call(*options, "--json")
     assert parts.exit_code == 0, parts.output
     assert "attention" not in plain.stdout and "Milliseconds of a decode step" in parts.stdout
     rows = [line.split() for line in parts.stdout.split("Milliseconds")[1].splitlines()]
-    ((_, _, step, *others),) = [cells for cells in rows if cells[:2] == ["96", "exact"]]
-    assert others == ["-"] * 5 and float(step) > 0
+    ((_, _, step, *others),) = [cells for cells in rows if cells[:2] == ["200", "exact"]]
+    assert others == ["-"] * 6 and float(step) > 0
+    ((_, step, *others),) = [cells for cells in rows if cells[:1] == ["a"]]
+    assert len(others) == 6 and sum(map(float, others[:5])) == pytest.approx(float(step), abs=0.05)
+    exact, plan = json.loads(as_json.stdout)["rows"]
+    assert exact["step_milliseconds"] is None and plan["step_milliseconds"]["attention"] > 0
 
 
 def test_plans_of_the_same_name_are_told_apart_by_their_paths(folder: Path, llama: Fitted, tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ def test_a_plan_may_have_the_name_of_the_exact_cache(
 def row(context: int, batch: int, cache: str) -> dict[str, Any]:
     figures = dict(prefill_tokens_per_second=14_000.3, decode_tokens_per_second=123.4, time_to_first_token_s=10.3)
     gains = dict(prefill_speedup=0.86, decode_speedup=12.31, ratio=14.04)
-    parts = dict(total=137.77, weights=71.37, attention=38.48, layers=1.15, output=14.57, around=12.2)
+    parts = dict(counted=30.0, total=137.77, weights=71.37, attention=38.48, rest=1.15, output=None, around=26.77)
     about = dict(step_milliseconds=None if cache == "exact" else parts)
     return dict(context=context, batch=batch, cache=cache, cache_bytes=123_456_789, **figures, **gains, **about)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ from needs import needs_compiler
 from small_models import Fitted
 
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
-from fhopt.evaluation.step_parts import StepParts, median_parts, step_clock
+from fhopt.evaluation.step_parts import StepParts, step_clock
 from fhopt.evaluation.throughput import _timed_call
+from fhopt.hf.cache_steps import _timed, timed_steps
 
 
 def _noted(model: Any, plan: Any, steps: int) -> Any:
@@ -30,20 +31,34 @@ def _noted(model: Any, plan: Any, steps: int) -> Any:
 
 @needs_compiler
 def test_parts_of_a_plan_add_up(llama: Fitted) -> None:
-    clock = _noted(llama.model, llama.plan(4), 24)
-    layers = llama.model.config.num_hidden_layers
-    assert max(count for count, _ in clock._noted) == layers
-    for count, parts in clock._noted:
-        total, *others = astuple(parts)
-        assert total == pytest.approx(sum(others)) and min(others[:1] + others[3:]) > 0
-        assert (parts.attention > 0) == (count > 0) and parts.layers >= 0
-    parts = clock.parts()
-    assert parts is not None and 0 < parts.weights < parts.total and 0 < parts.attention < parts.total
+    parts = _noted(llama.model, llama.plan(4), 24).parts()
+    assert parts is not None and 0 < parts.counted <= llama.model.config.num_hidden_layers
+    known = (parts.weights, parts.attention, parts.rest, parts.output, parts.around)
+    assert min(known) > 0 and sum(known) == pytest.approx(parts.total)
 
 
-def test_layers_that_are_run_operation_by_operation_have_no_parts(llama: Fitted) -> None:
-    clock = _noted(llama.model, None, 3)
-    assert clock.parts() is None and len(clock._noted) == 3 and all(parts.output > 0 for _, parts in clock._noted)
+@needs_compiler
+def test_layers_that_are_no_single_call_of_machine_code_are_around(llama: Fitted) -> None:
+    plan = llama.plan(4)
+    clock = _noted(llama.model, replace(plan, window_bits=16), 3)
+    assert clock.parts() is None
+    with step_clock(llama.model) as clock:
+        clock._spent.layers, clock._spent.total = 1, 0.25
+        clock.note(1.0)
+        clock.note(2.0)
+    assert clock.parts() == StepParts(0.5, 1500.0, 0.0, 0.0, 125.0, None, 1375.0)
+
+
+def test_an_exact_cache_has_no_parts(llama: Fitted) -> None:
+    assert _noted(llama.model, None, 3).parts() is None
+
+
+@needs_compiler
+def test_a_block_within_a_block_counts_its_own_steps(llama: Fitted) -> None:
+    with timed_steps() as outer:
+        inner = _noted(llama.model, llama.plan(4), 12)
+    assert inner.parts() is not None and outer.layers < inner._spent.layers
+    assert _timed.spent is None
 
 
 def test_nothing_is_left_in_the_model(llama: Fitted) -> None:
@@ -52,8 +67,3 @@ def test_nothing_is_left_in_the_model(llama: Fitted) -> None:
         assert output._forward_hooks and output._forward_pre_hooks
         raise RuntimeError("of a step")
     assert not output._forward_hooks and not output._forward_pre_hooks
-
-
-def test_a_median_is_of_each_part() -> None:
-    steps = [StepParts(3, 1, 0.5, 0.1, 0.4, 1), StepParts(9, 2, 0.7, 0.3, 0.2, 5.8), StepParts(4, 0, 1, 1, 1, 1)]
-    assert median_parts(steps) == StepParts(4, 1, 0.7, 0.3, 0.4, 1)

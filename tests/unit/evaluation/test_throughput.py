@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_compiler
 from small_models import Fitted, tiny_llama
 from torch import Tensor
 
@@ -26,6 +27,15 @@ def test_each_cache_is_filled_up_to_the_context(llama: Fitted) -> None:
         assert plan.cache_bytes < exact.cache_bytes / 2
         assert min(exact.prefill_rate, exact.decode_rate, plan.prefill_rate, plan.decode_rate) > 0
     assert not hasattr(llama.model, "_fhopt_applied")
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 2])
+def test_parts_of_a_step_are_those_of_the_round_in_the_middle(llama: Fitted, batch: int) -> None:
+    options = ThroughputOptions((200,), (batch,), decode=20, rounds=3)
+    ((exact, plan),) = measure(llama.model, {"exact": None, "4x": llama.plan(4)}, options)
+    assert exact.parts is None and plan.parts is not None
+    assert plan.parts.total == pytest.approx(1e3 * batch / plan.decode_rate)
 
 
 def test_rounds_are_interleaved_and_all_read_the_same_prompt(llama: Fitted) -> None:
