@@ -1,9 +1,10 @@
 """Collect further texts for benchmarks/quality.py from packages of Debian, so that anyone measures the same ones.
 
-    apt-get install debian-reference-{en,fr,de,zh-cn} fortunes perl-modules-5.40 tzdata zlib1g-dev    (Debian 13)
+    apt-get install debian-reference-{en,fr,de,ja,zh-cn} dict-jargon fortunes perl-modules-5.40 tzdata zlib1g-dev
     python benchmarks/further_texts.py FOLDER            FOLDER/law.txt, manual.txt, ... and how to give them
 
-None of them calibrates plans. Nothing is downloaded; the texts keep the licences of their packages and are no part of
+The packages are those of Debian 13. `ja` and `dictionary` were collected when the method stood, and measured once. None
+of the texts calibrates plans. Nothing is downloaded; the texts keep the licences of their packages and are no part of
 fhopt.
 """
 
@@ -35,6 +36,8 @@ SOURCES = {
     "fr": Source("debian-reference-fr", f"{DOCS}/debian-reference.fr.txt.gz", 326_000, 366_000),
     "de": Source("debian-reference-de", f"{DOCS}/debian-reference.de.txt.gz", 302_000, 342_000),
     "zh": Source("debian-reference-zh-cn", f"{DOCS}/debian-reference.zh-cn.txt.gz", 8_000, 24_000),
+    "ja": Source("debian-reference-ja", f"{DOCS}/debian-reference.ja.txt.gz", 200_000, 216_000),
+    "dictionary": Source("dict-jargon", "usr/share/dictd/jargon.dict.dz", 200_000, 240_000),
     "chat": Source("fortunes", "usr/share/games/fortunes/knghtbrd"),
     "quotations": Source("fortunes", "usr/share/games/fortunes/literature"),
     "c": Source("zlib1g-dev", "usr/share/doc/zlib1g-dev/examples/gzlog.c"),
@@ -49,7 +52,7 @@ def read(source: Source, root: Path) -> str:
     if not path.is_file():
         raise click.ClickException(f"there is no {path}; expected the package {source.package} of Debian. Install it.")
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8", errors="replace")
+    text = (gzip.decompress(data) if path.suffix in (".gz", ".dz") else data).decode("utf-8", errors="replace")
     text = text[source.start : source.stop]
     if len(text) < FEWEST:
         raise click.ClickException(f"{path} has {len(text)} characters; expected {FEWEST} and more.")

@@ -163,6 +163,7 @@ def _row(row: Throughput, exact: Throughput) -> dict[str, Any]:
         "decode_speedup": row.decode_rate / exact.decode_rate,
         "ratio": row.exact_cache_bytes / row.cache_bytes,
         "step_milliseconds": None if row.parts is None else asdict(row.parts),
+        "layers_counted": row.layers_counted,
     }
 
 

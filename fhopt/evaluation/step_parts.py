@@ -23,14 +23,13 @@ from fhopt.hf.cache_steps import Spent, timed_steps
 class StepParts:
     """Milliseconds of a decode step, of all sequences of a batch together: `total`, and the others, which add up to it.
 
-    Of layers that are one call of machine code with their caches, `counted` of them in a step: weights, products with
-    weights; attention, on their KV caches; rest, all else that they do, as norms and rotations. Of a layer with experts
-    the attention alone is such a call. output: of the layer that gives logits; None where it is not called as a
-    module. around: embeddings, masks, Python, the choice of a token, the quantization of a full block, and all other
-    layers.
+    Of layers that are one call of machine code with their caches: weights, products with weights; attention, on their
+    KV caches; rest, all else that they do, as norms and rotations. Of a layer with experts the attention alone is such
+    a call. What was run ahead in vain is part of these. output: of the layer that gives logits; None where it is not
+    called as a module. around: embeddings, masks, Python, the choice of a token, the quantization of a full block, all
+    other layers, and in the first step of a plan how its layers become programs.
     """
 
-    counted: float
     total: float
     weights: float
     attention: float
@@ -51,6 +50,10 @@ class StepClock:
         self._steps += 1
         self._seconds += seconds
 
+    def layers(self) -> float:
+        """Return how many layers a step ran as one call of machine code, in the mean."""
+        return self._spent.layers / max(1, self._steps)
+
     def parts(self) -> StepParts | None:
         """Return the means of all steps that were noted; None where no layer was one call of machine code."""
         spent = self._spent
@@ -61,7 +64,7 @@ class StepClock:
         seconds = (self._seconds, linear, attention, spent.total - linear - attention, self._output, around)
         total, weights, attention, rest, output, around = (1e3 * part / self._steps for part in seconds)
         given = output if self._outputs else None
-        return StepParts(spent.layers / self._steps, total, weights, attention, rest, given, around)
+        return StepParts(total, weights, attention, rest, given, around)
 
     def _begin_output(self, *_: Any) -> None:
         self._start = time.perf_counter()
@@ -73,7 +76,7 @@ class StepClock:
 
 @contextmanager
 def step_clock(model: Any) -> Iterator[StepClock]:
-    """Look into the decode steps of a model of transformers, on a CPU, until the end of the block."""
+    """Look into the decode steps of a model of transformers, on a CPU, until the end of the block; one at a time."""
     output = model.get_output_embeddings()
     with timed_steps() as spent:
         clock = StepClock(spent)

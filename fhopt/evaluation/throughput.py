@@ -37,6 +37,7 @@ class Throughput:
     prefill_rate, decode_rate: tokens per second. first_token_seconds: of the prefill. cache_bytes: of the full KV
     cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step in the
     round whose decode time is the median, or just below; None: not known.
+    layers_counted: whose parts these are, in a step.
     """
 
     context: int
@@ -48,6 +49,7 @@ class Throughput:
     cache_bytes: int
     exact_cache_bytes: int
     parts: StepParts | None = None
+    layers_counted: float = 0.0
 
 
 def measure(
@@ -89,6 +91,7 @@ class _Round:
     cache_bytes: int
     exact_bytes: int
     parts: StepParts | None
+    layers: float
 
 
 @contextmanager
@@ -136,7 +139,7 @@ def _measure_once(
             seconds += took
             report(decode + step + 1)
     (batch, tokens), sizes = ids.shape, (cache_bytes(cache), exact_cache_bytes(cache))
-    return _Round(batch * tokens, batch * decode, prefill, seconds, *sizes, clock.parts())
+    return _Round(batch * tokens, batch * decode, prefill, seconds, *sizes, clock.parts(), clock.layers())
 
 
 def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, float]:
@@ -148,7 +151,7 @@ def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Te
 
 
 def _medians(context: int, batch: int, name: str, rounds: list[_Round]) -> Throughput:
-    by_seconds = sorted(rounds, key=lambda r: r.decode_seconds)
+    middle = sorted(rounds, key=lambda r: r.decode_seconds)[(len(rounds) - 1) // 2]
     return Throughput(
         context, batch, name,
         prefill_rate=statistics.median(r.prefill_tokens / r.prefill_seconds for r in rounds),
@@ -156,5 +159,6 @@ def _medians(context: int, batch: int, name: str, rounds: list[_Round]) -> Throu
         first_token_seconds=statistics.median(r.prefill_seconds for r in rounds),
         cache_bytes=rounds[0].cache_bytes,
         exact_cache_bytes=rounds[0].exact_bytes,
-        parts=by_seconds[(len(rounds) - 1) // 2].parts,
+        parts=middle.parts,
+        layers_counted=middle.layers,
     )  # fmt: skip

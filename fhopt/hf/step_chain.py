@@ -9,7 +9,6 @@ the caches. Here what is looked at stands in a few flat lists, of all layers beh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn.modules import module as module_hooks
 
 from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.bound_program import BoundProgram, Conditions, ReadyStep
-from fhopt.hf.cache_steps import CacheStep
+from fhopt.hf.cache_steps import CacheStep, run_steps
 from fhopt.hf.layer_trace import leaf
 
 if TYPE_CHECKING:
@@ -27,16 +26,6 @@ if TYPE_CHECKING:
 GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 FIRST = (0,)  # the path of the first argument
 Behind = list[tuple[Any, Tensor, ReadyStep]]  # states of layers, what they are called with, and their steps
-
-
-@dataclass(eq=False, slots=True)
-class Through:
-    """Steps behind that of a first layer, made ready. state: of the last layer, whose output and result these are."""
-
-    state: Any
-    steps: list[CacheStep]
-    output: Tensor
-    result: Any
 
 
 class StepChain:
@@ -64,7 +53,7 @@ class StepChain:
         self._all = first, *states
         self._turns: tuple[Any, Conditions | None] = (None, None)  # those that were asked for, and what must hold there
         self._calls: list[tuple[torch.nn.Module, Any]] = []  # layers, and what their class is called by
-        self._between = [torch.empty(bound.output.shape, dtype=bound.output.dtype) for bound in bounds[:-1]]
+        self._between = [torch.empty(program.output.shape, dtype=program.output.dtype) for _ in range(2)]
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
         self._inputs = [places[path] for path in places if path == FIRST]
@@ -83,14 +72,20 @@ class StepChain:
             return None
         return StepChain(first, program, [who for who, _, _ in behind], bounds)
 
-    def ready(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Behind | None:
-        """Make the steps behind that of the first layer ready, in a call; None where something is not what it was.
+    def __len__(self) -> int:
+        """Return the number of layers behind the first."""
+        return len(self._bounds)
 
-        ready: the step of the first layer.
-        """
-        steps = self._steps_behind(ready, args, kwargs)
-        if steps is None:
+    def steps_behind(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CacheStep] | None:
+        """Return the prepared steps behind that of the first layer in a call; None where they are not to be run."""
+        if ready.bound is not self._program:
             return None
+        cache = leaf(args, kwargs, self._program.attention.cache)
+        steps = self._current_steps(cache.layers, torch.get_num_threads())
+        return steps if steps is not None and self._conditions.hold() else None
+
+    def ready(self, ready: ReadyStep, steps: Sequence[CacheStep]) -> Behind:
+        """Make steps ready, as `steps_behind` returned them. ready: that of the first layer."""
         behind: Behind = []
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
         read = list(ready.read)
@@ -104,40 +99,26 @@ class StepChain:
             x = made.output
         return behind
 
-    def __len__(self) -> int:
-        """Return the number of layers behind the first."""
-        return len(self._bounds)
+    def run_through(self, ready: ReadyStep, steps: Sequence[CacheStep]) -> tuple[Any, ReadyStep]:
+        """Run and finish the step of the first layer and those behind it, whose results nobody sees but the last.
 
-    def through(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any], turns: Turns) -> Through | None:
-        """Make the steps behind that of the first layer ready, in turns of a loop of which nobody sees the results.
-
-        None where something is not what it was, or where turns do more than to call the layers. What one layer hands
-        to the next stands in tensors of the chain: making new ones, and all that goes with them, takes as long as
-        machine code takes for a layer. ready: as of `ready`.
+        Returns the state of the last layer, and its step. What one layer hands to the next stands in tensors of the
+        chain: making new ones, and all that goes with them, takes as long as machine code takes for a layer. ready,
+        steps: as of `ready`.
         """
-        steps = self._steps_behind(ready, args, kwargs)
-        if steps is None or not self.is_called_in(turns):
-            return None
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
-        for bound, reads, output in zip(self._bounds, self._reads, [*self._between, None], strict=True):
+        for number, (bound, reads) in enumerate(zip(self._bounds, self._reads, strict=True)):
             for i in self._inputs:
                 addresses[i] = x.data_ptr()
-            for number, i in reads:
-                bound.externals[number] = addresses[i]
-            if output is None:
-                last = bound.made_ready(steps[-1], [])
-            else:
-                bound.externals[bound.output.external] = output.data_ptr()
-                x = output
-        return Through(self._states[-1], steps, last.output, last.result)
-
-    def _steps_behind(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CacheStep] | None:
-        """Return the prepared steps of the layers behind the first in a call; None where they are not to be run."""
-        if ready.bound is not self._program:
-            return None
-        cache = leaf(args, kwargs, self._program.attention.cache)
-        steps = self._current_steps(cache.layers, torch.get_num_threads())
-        return steps if steps is not None and self._conditions.hold() else None
+            for external, i in reads:
+                bound.externals[external] = addresses[i]
+            x = self._between[number % 2]
+            bound.externals[bound.output.external] = x.data_ptr()
+        last = self._bounds[-1].made_ready(steps[-1], [])
+        run_steps([ready.step, *steps])
+        for step in (ready.step, *steps):
+            step.finish()
+        return self._states[-1], last
 
     def is_called_in(self, turns: Turns) -> bool:
         """Return whether turns of a loop are these layers one behind the other, whose calls are their programs alone.

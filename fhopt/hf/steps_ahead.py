@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fhopt.hf.bound_program import ReadyStep
 from fhopt.hf.cache_steps import run_steps
-from fhopt.hf.step_chain import StepChain, Through
+from fhopt.hf.step_chain import StepChain
 
 if TYPE_CHECKING:
     from fhopt.hf.layer_loop import Turns
@@ -193,15 +193,17 @@ class Walk(threading.local):
         self._ahead.clear()
         self.due, others = None, _Others(args, kwargs)
         chain, turns = self._chains.get(state), self.turns
-        if chain is not None and turns is not None and self.may_skip[0] is state and self.may_skip[1] >= len(chain):
-            passed = chain.through(ready, args, kwargs, turns)
-            if passed is not None:
-                return self._run_through(ready, passed, others)
-        behind = None if chain is None else chain.ready(ready, args, kwargs)
-        is_due = chain is not None and behind is not None and turns is not None and chain.is_called_in(turns)
-        if behind is None:
-            behind = list(self._behind(state, ready, args, kwargs, follow))
+        steps = None if chain is None else chain.steps_behind(ready, args, kwargs)
+        if chain is None or steps is None:
+            is_due, behind = False, list(self._behind(state, ready, args, kwargs, follow))
             self._chains[state] = StepChain.of(state, ready, behind)
+        else:
+            is_due = turns is not None and chain.is_called_in(turns)
+            if is_due and self.may_skip[0] is state and self.may_skip[1] >= len(chain):
+                last_state, last = chain.run_through(ready, steps)
+                self.skipped, self._last = len(chain), (last_state, last.output, others)
+                return last.result
+            behind = chain.ready(ready, steps)
         run_steps([ready.step, *[step.step for _, _, step in behind]])
         if is_due:
             self.due = DueSteps(behind, others)
@@ -210,15 +212,6 @@ class Walk(threading.local):
         ready.step.finish()
         self._last = state, ready.output, others
         return ready.result
-
-    def _run_through(self, first: ReadyStep, behind: Through, others: _Others) -> Any:
-        """Run and finish steps of a layer and of those that are not called behind it, and return what the last does."""
-        steps = [first.step, *behind.steps]
-        run_steps(steps)
-        for step in steps:
-            step.finish()
-        self.skipped, self._last = len(behind.steps), (behind.state, behind.output, others)
-        return behind.result
 
     def _expect(self, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> None:
         """Keep steps that were run ahead until their layers are called."""

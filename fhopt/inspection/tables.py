@@ -393,7 +393,7 @@ def _parts_cells(row: Mapping[str, Any]) -> list[str]:
     if parts is None:
         return [f"{1e3 * row['batch'] / row['decode_tokens_per_second']:.2f}", *["-"] * (len(PARTS) + 2)]
     times_ms = [parts[name] for name in ("total", *PARTS, "around")]
-    return [*["-" if ms is None else f"{ms:.2f}" for ms in times_ms], f"{parts['counted']:.3g}"]
+    return [*["-" if ms is None else f"{ms:.2f}" for ms in times_ms], f"{row['layers_counted']:.3g}"]
 
 
 def _throughput_cells(row: Mapping[str, Any]) -> list[str]:

@@ -99,8 +99,8 @@ def test_a_plan_may_have_the_name_of_the_exact_cache(
 def row(context: int, batch: int, cache: str) -> dict[str, Any]:
     figures = dict(prefill_tokens_per_second=14_000.3, decode_tokens_per_second=123.4, time_to_first_token_s=10.3)
     gains = dict(prefill_speedup=0.86, decode_speedup=12.31, ratio=14.04)
-    parts = dict(counted=30.0, total=137.77, weights=71.37, attention=38.48, rest=1.15, output=None, around=26.77)
-    about = dict(step_milliseconds=None if cache == "exact" else parts)
+    parts = dict(total=137.77, weights=71.37, attention=38.48, rest=1.15, output=None, around=26.77)
+    about = dict(step_milliseconds=None if cache == "exact" else parts, layers_counted=30.0)
     return dict(context=context, batch=batch, cache=cache, cache_bytes=123_456_789, **figures, **gains, **about)
 
 

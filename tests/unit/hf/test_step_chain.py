@@ -29,14 +29,14 @@ PROMPT, STEPS = 40, 24
 def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of a first layer made those behind it ready together."""
     seen: list[bool] = []
-    steps_behind = StepChain._steps_behind
+    steps_behind = StepChain.steps_behind
 
     def watched(*given: Any) -> Any:
         found = steps_behind(*given)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(StepChain, "_steps_behind", watched)
+    monkeypatch.setattr(StepChain, "steps_behind", watched)
     return seen
 
 
@@ -57,6 +57,21 @@ def test_most_steps_are_made_ready_together(together: list[bool], monkeypatch: p
     assert together.count(True) > 0.6 * STEPS and len(made) < 0.6 * STEPS * LAYERS
     plain = model_of(programs=False)
     assert close(output, steps(plain, latent_cache(plain), ids, PROMPT, PROMPT + STEPS))
+
+
+def test_layers_of_a_loop_hand_on_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    run_through = StepChain.run_through
+
+    def watched(*given: Any) -> Any:
+        seen.append(run_through(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(StepChain, "run_through", watched)
+    ids, model = token_ids(1, PROMPT + STEPS), model_of()
+    steps(model, latent_cache(model), ids, PROMPT, PROMPT + STEPS)
+    assert len(seen) > 0.6 * STEPS
+    assert len({last.output.data_ptr() for _, last in seen}) == len(seen)  # what is returned stays what it was
 
 
 def another_weight(model: Any) -> None:
