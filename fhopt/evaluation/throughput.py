@@ -24,6 +24,7 @@ from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
 from fhopt.evaluation.step_parts import StepParts, step_clock
 from fhopt.evaluation.throughput_options import CONTEXTS, ThroughputOptions
+from fhopt.hf.apply import prepare
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
 
@@ -112,6 +113,7 @@ def _warm_up(model: Any, caches: Mapping[str, LatentPlan | None], longest: int) 
         needed = 64 if plan is None else plan.window.first_length + plan.block
         ids = _random_tokens(model, 1, max(1, min(needed, longest - WARM_STEPS)), 0)
         with switched(model, plan):
+            prepare(model)
             _measure_once(model, plan, ids, WARM_STEPS, lambda step: None)
 
 

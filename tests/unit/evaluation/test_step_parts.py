@@ -13,6 +13,7 @@ from small_models import Fitted
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
 from fhopt.evaluation.step_parts import StepParts, step_clock
 from fhopt.evaluation.throughput import _timed_call
+from fhopt.hf.apply import prepare
 from fhopt.hf.cache_steps import _timed, timed_steps
 
 
@@ -20,6 +21,7 @@ def _noted(model: Any, plan: Any, steps: int) -> Any:
     """Read a prompt that fills a window, and note the steps behind it."""
     ids = torch.randint(50, (1, 200), generator=torch.Generator().manual_seed(0))
     with switched(model, plan), torch.inference_mode():
+        prepare(model)
         options = decode_options(model, new_cache(model, plan, each_query=False))
         token, _ = _timed_call(model, ids, options)
         with step_clock(model) as clock:
