@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from latent_caches import coded, plans
+from layered_models import LAYERS, four_layers
 from needs import needs_compiler
-from small_models import Fitted
+from small_models import token_ids
 
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
 from fhopt.evaluation.step_parts import StepParts, step_clock
@@ -17,9 +18,9 @@ from fhopt.hf.apply import prepare
 from fhopt.hf.cache_steps import _timed, timed_steps
 
 
-def _noted(model: Any, plan: Any, steps: int) -> Any:
+def _noted(plan: Any, steps: int) -> Any:
     """Read a prompt that fills a window, and note the steps behind it."""
-    ids = torch.randint(50, (1, 200), generator=torch.Generator().manual_seed(0))
+    model, ids = four_layers(), token_ids(1, 100)
     with switched(model, plan), torch.inference_mode():
         prepare(model)
         options = decode_options(model, new_cache(model, plan, each_query=False))
@@ -32,41 +33,41 @@ def _noted(model: Any, plan: Any, steps: int) -> Any:
 
 
 @needs_compiler
-def test_parts_of_a_plan_add_up(llama: Fitted) -> None:
-    clock = _noted(llama.model, llama.plan(4), 24)
+def test_parts_of_a_plan_add_up() -> None:
+    clock = _noted(coded(plans(four_layers, 8)), 24)
     parts = clock.parts()
-    assert parts is not None and 0 < clock.layers() <= llama.model.config.num_hidden_layers
+    assert parts is not None and 0 < clock.layers() <= LAYERS
     known = (parts.weights, parts.attention, parts.rest, parts.output, parts.around)
     assert min(known) > 0 and sum(known) == pytest.approx(parts.total)
 
 
 @needs_compiler
-def test_layers_that_are_no_single_call_of_machine_code_are_around(llama: Fitted) -> None:
-    plan = llama.plan(4)
-    clock = _noted(llama.model, replace(plan, window_bits=16), 3)
+def test_layers_that_are_no_single_call_of_machine_code_are_around() -> None:
+    clock = _noted(coded(plans(four_layers, 16)), 3)
     assert clock.parts() is None and clock.layers() == 0
-    with step_clock(llama.model) as clock:
+    with step_clock(four_layers()) as clock:
         clock._spent.layers, clock._spent.total = 1, 0.25
         clock.note(1.0)
         clock.note(2.0)
     assert clock.parts() == StepParts(1500.0, 0.0, 0.0, 125.0, None, 1375.0)
 
 
-def test_an_exact_cache_has_no_parts(llama: Fitted) -> None:
-    assert _noted(llama.model, None, 3).parts() is None
+def test_an_exact_cache_has_no_parts() -> None:
+    assert _noted(None, 3).parts() is None
 
 
 @needs_compiler
-def test_a_block_within_a_block_counts_its_own_steps(llama: Fitted) -> None:
+def test_a_block_within_a_block_counts_its_own_steps() -> None:
     with timed_steps() as outer:
-        inner = _noted(llama.model, llama.plan(4), 12)
+        inner = _noted(coded(plans(four_layers, 8)), 12)
     assert inner.parts() is not None and outer.layers < inner._spent.layers
     assert _timed.spent is None
 
 
-def test_nothing_is_left_in_the_model(llama: Fitted) -> None:
-    output = llama.model.get_output_embeddings()
-    with pytest.raises(RuntimeError, match="of a step"), step_clock(llama.model):
+def test_nothing_is_left_in_the_model() -> None:
+    model = four_layers()
+    output = model.get_output_embeddings()
+    with pytest.raises(RuntimeError, match="of a step"), step_clock(model):
         assert output._forward_hooks and output._forward_pre_hooks
         raise RuntimeError("of a step")
     assert not output._forward_hooks and not output._forward_pre_hooks

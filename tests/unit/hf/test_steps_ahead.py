@@ -17,7 +17,7 @@ from needs import needs_compiler
 from small_models import cached, token_ids
 from torch import Tensor
 
-from fhopt.hf import cache_steps, steps_ahead
+from fhopt.hf import cache_steps, step_chain, steps_ahead
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.bound_program import BoundProgram
 from fhopt.hf.layer_programs import STATE
@@ -36,7 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(steps))
         run(steps)
 
-    monkeypatch.setattr(steps_ahead, "run_steps", watched)
+    for module in (steps_ahead, step_chain):
+        monkeypatch.setattr(module, "run_steps", watched)
     return counts
 
 
