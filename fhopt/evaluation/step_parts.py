@@ -39,16 +39,16 @@ class StepParts:
 
 
 class StepClock:
-    """Adds up the parts of decode steps that run within `step_clock`."""
+    """Adds up the parts of decode steps that run within `step_clock`. seconds: of the steps that were noted."""
 
     def __init__(self, spent: Spent) -> None:
-        self._spent, self._steps, self._seconds = spent, 0, 0.0
+        self._spent, self._steps, self.seconds = spent, 0, 0.0
         self._output, self._outputs, self._start = 0.0, 0, 0.0
 
     def note(self, seconds: float) -> None:
         """Note a step, which took so long in all."""
         self._steps += 1
-        self._seconds += seconds
+        self.seconds += seconds
 
     def layers(self) -> float:
         """Return how many layers a step ran as one call of machine code, in the mean."""
@@ -60,8 +60,8 @@ class StepClock:
         if not spent.layers or not self._steps:
             return None
         linear, attention = spent.linear, spent.attention
-        around = self._seconds - spent.total - self._output
-        seconds = (self._seconds, linear, attention, spent.total - linear - attention, self._output, around)
+        around = self.seconds - spent.total - self._output
+        seconds = (self.seconds, linear, attention, spent.total - linear - attention, self._output, around)
         total, weights, attention, rest, output, around = (1e3 * part / self._steps for part in seconds)
         given = output if self._outputs else None
         return StepParts(total, weights, attention, rest, given, around)

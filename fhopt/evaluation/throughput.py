@@ -36,9 +36,8 @@ class Throughput:
     """The medians of one context, batch and KV cache. Rates count the tokens of all sequences of the batch.
 
     prefill_rate, decode_rate: tokens per second. first_token_seconds: of the prefill. cache_bytes: of the full KV
-    cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step in the
-    round whose decode time is the median, or just below; None: not known.
-    layers_counted: whose parts these are, in a step.
+    cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step in the round
+    whose decode time is the median, or just below; None: not known. layers_counted: whose parts these are, in a step.
     """
 
     context: int
@@ -133,15 +132,13 @@ def _measure_once(
     options = decode_options(model, cache)
     token, prefill = _timed_call(model, ids, options)
     report(decode)
-    seconds = 0.0
     with step_clock(model) as clock:
         for step in range(decode):
             token, took = _timed_call(model, token, options)
             clock.note(took)
-            seconds += took
             report(decode + step + 1)
     (batch, tokens), sizes = ids.shape, (cache_bytes(cache), exact_cache_bytes(cache))
-    return _Round(batch * tokens, batch * decode, prefill, seconds, *sizes, clock.parts(), clock.layers())
+    return _Round(batch * tokens, batch * decode, prefill, clock.seconds, *sizes, clock.parts(), clock.layers())
 
 
 def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -352,20 +352,8 @@ def throughput_heading(result: Mapping[str, Any]) -> str:
 
 def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
-    rows, batches = result["rows"], {row["batch"] for row in result["rows"]}
-    table = light_table(Text(throughput_heading(result)))
-    names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
-    names += ["prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes"]
-    for name in names:
-        is_name = name == "KV cache"
-        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
-    for (context, batch), group in groupby(rows, key=lambda r: (r["context"], r["batch"])):
-        labels = [f"{context:,}", *([f"{batch:,}"] if len(batches) > 1 else [])]
-        for row in group:
-            table.add_row(*labels, Text(row["cache"]), *_throughput_cells(row))
-            labels = [""] * len(labels)
-        table.add_section()
-    return table
+    columns = ("prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes")
+    return _by_case(throughput_heading(result), columns, result["rows"], _throughput_cells)
 
 
 PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayers", "output": "output\nlayer"}
@@ -373,16 +361,23 @@ PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayer
 
 def parts_table(result: Mapping[str, Any]) -> Table:
     """Tabulate what the time of a decode step goes to in `fhopt bench`, a row per context, batch and KV cache."""
-    batches = {row["batch"] for row in result["rows"]}
-    table = light_table(Text("Milliseconds of a decode step; -: no layer is one call of machine code with its cache"))
-    names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
-    for name in [*names, "step", *PARTS.values(), "around", "layers\ncounted"]:
+    title = "Milliseconds of a decode step; -: no layer is one call of machine code with its cache"
+    return _by_case(title, ("step", *PARTS.values(), "around", "layers\ncounted"), result["rows"], _parts_cells)
+
+
+def _by_case(
+    title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]],
+    cells: Callable[[Mapping[str, Any]], list[str]],
+) -> Table:  # fmt: skip
+    """Tabulate rows of `fhopt bench` by context, batch where there are several, and KV cache."""
+    batches, table = {row["batch"] for row in rows}, light_table(Text(title))
+    for name in ("context", *(["batch"] if len(batches) > 1 else []), "KV cache", *columns):
         is_name = name == "KV cache"
         table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
-    for (context, batch), group in groupby(result["rows"], key=lambda r: (r["context"], r["batch"])):
+    for (context, batch), group in groupby(rows, key=lambda r: (r["context"], r["batch"])):
         labels = [f"{context:,}", *([f"{batch:,}"] if len(batches) > 1 else [])]
         for row in group:
-            table.add_row(*labels, Text(row["cache"]), *_parts_cells(row))
+            table.add_row(*labels, Text(row["cache"]), *cells(row))
             labels = [""] * len(labels)
         table.add_section()
     return table

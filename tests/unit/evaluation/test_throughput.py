@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from latent_caches import coded, plans
+from layered_models import four_layers
 from needs import needs_compiler
 from small_models import Fitted, tiny_llama
 from torch import Tensor
@@ -31,9 +33,9 @@ def test_each_cache_is_filled_up_to_the_context(llama: Fitted) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 2])
-def test_parts_of_a_step_are_those_of_the_round_in_the_middle(llama: Fitted, batch: int) -> None:
+def test_parts_of_a_step_are_those_of_the_round_in_the_middle(batch: int) -> None:
     options = ThroughputOptions((200,), (batch,), decode=20, rounds=3)
-    ((exact, plan),) = measure(llama.model, {"exact": None, "4x": llama.plan(4)}, options)
+    ((exact, plan),) = measure(four_layers(), {"exact": None, "4x": coded(plans(four_layers, 8))}, options)
     assert exact.parts is None and plan.parts is not None
     assert plan.parts.total == pytest.approx(1e3 * batch / plan.decode_rate)
 
