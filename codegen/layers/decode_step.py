@@ -126,18 +126,24 @@ class Spent:
         return self.parts[1]
 
 
-def run_decode_steps(steps: Sequence[DecodeStep], spent: Spent | None = None) -> None:
-    """Run steps one after the other: each may read what the ones before it wrote. spent: counts their seconds."""
-    compiled = functions()
-    assert compiled is not None
-    addresses = (ctypes.c_void_p * len(steps))(*[step.address for step in steps])
-    if spent is None:
-        compiled[1](addresses, len(steps), None)
-        return
-    start = time.perf_counter()
-    compiled[1](addresses, len(steps), ctypes.addressof(spent.parts))
-    spent.total += time.perf_counter() - start
-    spent.layers += len(steps)
+class DecodeSteps:
+    """Steps to be run one after the other: each may read what the ones before it wrote."""
+
+    def __init__(self, steps: Sequence[DecodeStep]) -> None:
+        compiled = functions()
+        assert compiled is not None
+        self._run, self._steps, self._count = compiled.run_decode_steps, tuple(steps), len(steps)
+        self._addresses = (ctypes.c_void_p * len(steps))(*[step.address for step in steps])
+
+    def run(self, spent: Spent | None = None) -> None:
+        """Run all of them. spent: counts their seconds."""
+        if spent is None:
+            self._run(self._addresses, self._count, None)
+            return
+        start = time.perf_counter()
+        self._run(self._addresses, self._count, ctypes.addressof(spent.parts))
+        spent.total += time.perf_counter() - start
+        spent.layers += self._count
 
 
 _KERNEL = struct.Struct("@P")

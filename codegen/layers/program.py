@@ -12,7 +12,7 @@ import functools
 import logging
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,9 +62,18 @@ def render() -> str:
     return read_source("fhopt.codegen.cpu", "layer_program.cpp").substitute(page_quantum=PAGE_QUANTUM)
 
 
+class Functions(NamedTuple):
+    """Compiled functions; skinny_group: an address. `are_held` keeps Python's lock: it reads Python's objects."""
+
+    run_layer: Any
+    run_decode_steps: Any
+    are_held: Any
+    skinny_group: int
+
+
 @functools.cache
-def functions() -> tuple[Any, Any, int] | None:
-    """Return (`run_layer`, `run_decode_steps`, address of `skinny_group`); None where they cannot be compiled."""
+def functions() -> Functions | None:
+    """Return what the libraries have; None where they cannot be compiled."""
     try:
         library = load(NAME, render())
         group = ctypes.cast(load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p).value
@@ -75,7 +84,10 @@ def functions() -> tuple[Any, Any, int] | None:
     library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_char_p,), None
     library.run_decode_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     library.run_decode_steps.restype = None
-    return library.run_layer, library.run_decode_steps, group
+    checks = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, *(ctypes.c_void_p, ctypes.c_int64) * 2)
+    address = ctypes.cast(library.are_held, ctypes.c_void_p).value
+    assert address is not None
+    return Functions(library.run_layer, library.run_decode_steps, checks(address), group)
 
 
 def is_built() -> bool:
@@ -92,14 +104,14 @@ def run_segment(program: LayerProgram, number: int, externals: Any, address: int
     """Run one segment. externals: array of addresses, at `address`; every tensor behind it must be alive."""
     compiled = functions()
     assert compiled is not None
-    compiled[0](packed_run(program, number, address, threads))
+    compiled.run_layer(packed_run(program, number, address, threads))
 
 
 def packed_run(program: LayerProgram, number: int, address: int, threads: int) -> bytes:
     """Return the C++ struct `Run` of a segment."""
     compiled, segment = functions(), program.segments[number]
     assert compiled is not None
-    return _RUN.pack(_address(segment), segment.count, program.arena, threads, address, compiled[2])
+    return _RUN.pack(_address(segment), segment.count, program.arena, threads, address, compiled.skinny_group)
 
 
 @functools.cache

@@ -233,7 +233,7 @@ class RoundedWindow(ExactWindow):
         """Hold the token that was written behind those that `take` put into a room."""
         state = self._state
         assert isinstance(state, _InRoom)
-        self._state = _InRoom(state.sinks, state.room, state.taken + 1)
+        self._state = tuple.__new__(_InRoom, (state.sinks, state.room, state.taken + 1))  # a decode step makes sixty
 
     def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
         """Return whether the window is the first `count` tokens of `room`."""

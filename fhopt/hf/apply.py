@@ -7,6 +7,7 @@ a model that writes its attention out reads the latents through `LatentTensor` (
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,17 +254,24 @@ def _mask(*args: Any, **options: Any) -> Any:
     """
     from transformers.masking_utils import sdpa_mask
 
-    if not torch.compiler.is_compiling() and _is_causal(inspect.signature(sdpa_mask).bind(*args, **options)):
-        return None
+    if not torch.compiler.is_compiling():
+        names = _defaults(sdpa_mask)
+        if _is_causal({**names, **dict(zip(names, args, strict=False)), **options}):
+            return None
     return sdpa_mask(*args, **options)
 
 
-def _is_causal(given: inspect.BoundArguments) -> bool:
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the parameters of a function with their defaults. To find them takes as long as half a layer."""
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+def _is_causal(of: dict[str, Any]) -> bool:
     """Return whether `sdpa_mask` would say no more with its arguments: new tokens at the end, none of them padding."""
     from transformers.masking_utils import causal_mask_function
 
-    given.apply_defaults()
-    of, padding = given.arguments, given.arguments.get("attention_mask")
+    padding = of.get("attention_mask")
     if of.get("mask_function") is not causal_mask_function or of.get("local_size") is not None:
         return False
     numbers: list[Any] = [of.get(name) for name in ("q_offset", "q_length", "kv_offset", "kv_length")]

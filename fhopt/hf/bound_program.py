@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fhopt.attention.interface import latent_attention
+from fhopt.codegen.layers.held_objects import Entry, HeldObjects
 from fhopt.codegen.layers.program import LayerProgram, Stored, run_segment
 from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
 from fhopt.hf.layer_trace import Recording, Weight, leaf, leaves
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
 
-Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and what stands there
 _CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # kinds of arguments
 
 
@@ -45,18 +44,14 @@ class Conditions:
     """
 
     def __init__(self, held: Iterable[Entry], hooks: Iterable[dict[Any, Any]], weights: Iterable[Weight]) -> None:
-        self.entries, self.hooks, self.weights = tuple(held), tuple(hooks), tuple(weights)
-        self._holders, self._names, self._held = zip(*self.entries, strict=True)
+        self.objects, self.weights = HeldObjects(held, hooks), tuple(weights)
         plain = [w for w in self.weights if w.kept is None]
         self._quantized = [w for w in self.weights if w.kept is not None]
-        self._places, self._addresses = [w.tensor.data_ptr for w in plain], [w.address for w in plain]
+        self._plain, self._addresses = [w.tensor for w in plain], [w.address for w in plain]
 
     def hold(self) -> bool:
         """Return whether everything is what it was, and nothing hooks in."""
-        # A loop in Python over some fifty things takes as long as reading the weights of a small layer.
-        if any(self.hooks) or not all(map(is_, map(dict.get, self._holders, self._names), self._held)):
-            return False
-        if [place() for place in self._places] != self._addresses:
+        if not self.objects.are_held() or list(map(Tensor.data_ptr, self._plain)) != self._addresses:
             return False
         return all(weight.is_current() for weight in self._quantized)
 

@@ -10,7 +10,7 @@ Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.residual_window import RoundedWindow
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, run_decode_steps
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, DecodeSteps
 from fhopt.codegen.layers.decode_step import Spent as Spent
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
@@ -58,6 +58,7 @@ class CacheStep:
         self._count = self._windows[0].rounded  # tokens of the window
         self.quantized, self._stays = layer.quantized, _staying(layer)
         self._layer, self._is_open = ref(layer), False  # open: it was run, and the cache does not hold its token yet
+        self._behind: tuple[list[CacheStep], DecodeSteps] | None = None  # steps that were run with it, in one call
 
     def is_current(self, layer: LatentLayer, threads: int) -> bool:
         """Return whether the step may be run: the layer of the cache is what this step left."""
@@ -111,21 +112,31 @@ class CacheStep:
         self._is_open = False
         self.left -= 1
         self._count += 1
-        for window in self._windows:
-            window.take_next()
+        keys, values = self._windows
+        keys.take_next()
+        values.take_next()
+        if self.left == 0:
+            self._quantize()
+
+    def _quantize(self) -> None:
         layer = self.layer
-        if self.left == 0 and layer is not None:
-            layer.quantize_full_blocks()
-            if layer.quantized != self.quantized:
-                self._has_more, self._rooms = True, _rooms(self._windows)
-                self.quantized, self._stays, self._count = layer.quantized, _staying(layer), self._windows[0].rounded
+        if layer is None:
+            return
+        layer.quantize_full_blocks()
+        if layer.quantized != self.quantized:
+            self._has_more, self._rooms = True, _rooms(self._windows)
+            self.quantized, self._stays, self._count = layer.quantized, _staying(layer), self._windows[0].rounded
 
 
-def run_steps(steps: Sequence[CacheStep]) -> None:
+def run_steps(first: CacheStep, behind: list[CacheStep]) -> None:
     """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
-    for step in steps:
+    first._is_open = True
+    for step in behind:
         step._is_open = True
-    run_decode_steps([step._step for step in steps], _timed.spent)
+    known = first._behind
+    if known is None or known[0] != behind:
+        known = first._behind = behind, DecodeSteps([first._step, *[step._step for step in behind]])
+    known[1].run(_timed.spent)
 
 
 class _Timed(threading.local):

@@ -31,10 +31,11 @@ from torch import Tensor
 
 from fhopt.codegen import layer_programs_are_built
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.layers.held_objects import Entry
 from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
-from fhopt.hf.bound_program import BoundProgram, Entry, ReadyStep
+from fhopt.hf.bound_program import BoundProgram, ReadyStep
 from fhopt.hf.layer_loop import drop_loop, use_loop
 from fhopt.hf.layer_structure import WeightPlace, structure_of, twin_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse

@@ -41,13 +41,14 @@ class StepChain:
         self._program, self._states, self._bounds = program, tuple(states), tuple(bounds)
         self._numbers = [bound.attention.layer for bound in bounds]
         all_of_them = [bound.conditions for bound in bounds]
-        held = [entry for conditions in all_of_them for entry in conditions.entries]
+        held = [entry for conditions in all_of_them for entry in conditions.objects.entries]
         held += [entry for state in states for entry in state.held()]
         layers = [vars(layer) for layer in (first.layer, *[state.layer for state in states])]
         between = [(layer, "_forward_hooks", layer["_forward_hooks"]) for layer in layers[:-1]]
         between += [(layer, "_forward_pre_hooks", layer["_forward_pre_hooks"]) for layer in layers[1:]]
         single = {(id(holder), name): (holder, name, value) for holder, name, value in [*held, *between]}
-        hooks = [hooks for conditions in all_of_them for hooks in conditions.hooks] + [hooks for _, _, hooks in between]
+        hooks = [hooks for conditions in all_of_them for hooks in conditions.objects.empty]
+        hooks += [hooks for _, _, hooks in between]
         weights = [weight for conditions in all_of_them for weight in conditions.weights]
         self._conditions = Conditions(single.values(), hooks, weights)
         self._all = first, *states
@@ -99,7 +100,7 @@ class StepChain:
             x = made.output
         return behind
 
-    def run_through(self, ready: ReadyStep, steps: Sequence[CacheStep]) -> tuple[Any, ReadyStep]:
+    def run_through(self, ready: ReadyStep, steps: list[CacheStep]) -> tuple[Any, ReadyStep]:
         """Run and finish the step of the first layer and those behind it, whose results nobody sees but the last.
 
         Returns the state of the last layer, and its step. What one layer hands to the next stands in tensors of the
@@ -115,8 +116,9 @@ class StepChain:
             x = self._between[number % 2]
             bound.externals[bound.output.external] = x.data_ptr()
         last = self._bounds[-1].made_ready(steps[-1], [])
-        run_steps([ready.step, *steps])
-        for step in (ready.step, *steps):
+        run_steps(ready.step, steps)
+        ready.step.finish()
+        for step in steps:
             step.finish()
         return self._states[-1], last
 

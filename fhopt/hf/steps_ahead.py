@@ -204,7 +204,7 @@ class Walk(threading.local):
                 self.skipped, self._last = len(chain), (last_state, last.output, others)
                 return last.result
             behind = chain.ready(ready, steps)
-        run_steps([ready.step, *[step.step for _, _, step in behind]])
+        run_steps(ready.step, [step.step for _, _, step in behind])
         if is_due:
             self.due = DueSteps(behind, others)
         else:

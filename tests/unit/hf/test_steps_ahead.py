@@ -32,9 +32,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     run = cache_steps.run_steps
 
-    def watched(steps: Any) -> None:
-        counts.append(len(steps))
-        run(steps)
+    def watched(first: Any, behind: list[Any]) -> None:
+        counts.append(1 + len(behind))
+        run(first, behind)
 
     for module in (steps_ahead, step_chain):
         monkeypatch.setattr(module, "run_steps", watched)
@@ -232,7 +232,7 @@ def test_a_step_that_was_thrown_away_is_not_run_again(monkeypatch: pytest.Monkey
     with torch.no_grad():
         ready = first.ready(args, kwargs)
         assert ready.step.is_current(layer, threads)
-        cache_steps.run_steps([ready.step])
+        cache_steps.run_steps(ready.step, [])
         assert not ready.step.is_current(layer, threads) and ready.step.is_unchanged()
         assert first.ready(args, kwargs).step is not ready.step
         ready.step.finish()

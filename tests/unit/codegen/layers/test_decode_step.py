@@ -14,7 +14,7 @@ from fhopt.attention.attend import attend_parts
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.codegen.cpu import graph_kernels
-from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, Spent, run_decode_steps
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, DecodeSteps, Spent
 from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue
 from fhopt.hf.cache_steps import _calls
@@ -80,7 +80,7 @@ def test_a_step_attends_and_keeps_its_token(dtype: torch.dtype, packed: int, wit
     spent = Spent()
     for number in range(2):
         expected = attend_parts(_operands(inputs, exact, sides, rooms, WINDOW + number, options))
-        run_decode_steps([step], spent if number else None)
+        DecodeSteps([step]).run(spent if number else None)
         close = 3e-3 if dtype == torch.float32 else 2e-2  # in 16 bits, codes of few bits are multiplied by 8
         torch.testing.assert_close(output.float() - 1, expected.transpose(1, 2), rtol=close, atol=close)
         for x, side, room in zip(inputs[1:], sides, rooms, strict=True):

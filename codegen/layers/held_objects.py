@@ -1,0 +1,51 @@
+"""Objects of Python that layers are made of, and whether they still are what they were, as machine code looks at them.
+
+A program stands for a layer as long as the layer has the parts, the weights and the hooks that it had. Weights have
+driven all of them out of the caches when the next step asks. Python waits for each of a thousand dictionaries, one
+after the other; machine code fetches the next ones meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from fhopt.codegen.layers.program import functions
+
+Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and what stands there
+
+
+class _Access(ctypes.Structure):
+    """The C++ struct `Access`."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("item", "size", "none")]
+
+
+@functools.cache
+def _access() -> _Access:
+    api = ctypes.pythonapi
+    item, size = (ctypes.cast(f, ctypes.c_void_p).value for f in (api.PyDict_GetItemWithError, api.PyDict_Size))
+    return _Access(item, size, id(None))
+
+
+class HeldObjects:
+    """Dictionaries, names in them and what stands there, nothing being as good as None; and dictionaries without items.
+
+    The libraries of layers must be built.
+    """
+
+    def __init__(self, entries: Iterable[Entry], empty: Iterable[dict[Any, Any]]) -> None:
+        compiled = functions()
+        assert compiled is not None
+        self.entries, self.empty = tuple(entries), tuple(empty)
+        objects, hooks = [id(x) for entry in self.entries for x in entry], [id(x) for x in self.empty]
+        self._arrays = (ctypes.c_void_p * len(objects))(*objects), (ctypes.c_void_p * len(hooks))(*hooks)
+        access = ctypes.byref(_access())
+        self._arguments = access, self._arrays[0], len(self.entries), self._arrays[1], len(self.empty)
+        self._run = compiled.are_held
+
+    def are_held(self) -> bool:
+        """Return whether everything stands where it stood, and the others still have no items."""
+        return bool(self._run(*self._arguments))
