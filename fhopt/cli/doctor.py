@@ -9,7 +9,7 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import MODEL
-from fhopt.cli.options import json_option, output_console, print_json, progress_bar
+from fhopt.cli.options import DTYPES, json_option, output_console, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fhopt.hardware.this_machine import Machine
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=MODEL, required=False)
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
     help="Dtype of weights and of exact keys and values, for bytes and for what fits.",

@@ -12,7 +12,7 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import EXPORTED, MODEL, PLAN, REWRITTEN, TEXT
-from fhopt.cli.options import busy, json_option, output_console, print_json, progress_bar
+from fhopt.cli.options import DTYPES, busy, json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
 
 _EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of the time
@@ -42,7 +42,7 @@ _EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of 
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     help="Dtype of the weights. [default: as stored; float32 unless MODEL is a Hugging Face folder]",
 )
 @click.option("--shard-size", default="5GB", show_default=True, help="Size of weight files that are not copied.")

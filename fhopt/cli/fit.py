@@ -15,6 +15,7 @@ from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
 from fhopt.cli.options import (
     CALIBRATING,
     CALIBRATION_OPTIONS,
+    DTYPES,
     busy,
     calibration_dtype,
     calibration_options,
@@ -490,7 +491,7 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comp
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
     help="Dtype of the model; that of the plan does not change.",
@@ -570,7 +571,7 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
     help="Dtype of the model that the head is for.",

@@ -13,6 +13,7 @@ import click
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN, TEXT
 from fhopt.cli.options import (
+    DTYPES,
     busy,
     fails_together,
     json_option,
@@ -205,7 +206,7 @@ def _perplexities(
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
     help="Dtype of weights and of exact keys and values.",
@@ -299,7 +300,7 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
 @click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Cached tokens.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
     help="Dtype of queries, and of latents that are not quantized.",
