@@ -63,7 +63,7 @@ def render() -> str:
 
 
 class Functions(NamedTuple):
-    """Compiled functions; skinny_group: an address. `are_held` keeps Python's lock: it reads Python's objects."""
+    """Compiled functions; skinny_group: an address. `are_held` keeps Python's lock, where there is one."""
 
     run_layer: Any
     run_decode_steps: Any

@@ -233,7 +233,8 @@ class RoundedWindow(ExactWindow):
         """Hold the token that was written behind those that `take` put into a room."""
         state = self._state
         assert isinstance(state, _InRoom)
-        self._state = tuple.__new__(_InRoom, (state.sinks, state.room, state.taken + 1))  # a decode step makes sixty
+        # Two for each layer and token: the class itself would call a function in Python.
+        self._state = tuple.__new__(_InRoom, (state.sinks, state.room, state.taken + 1))
 
     def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
         """Return whether the window is the first `count` tokens of `room`."""

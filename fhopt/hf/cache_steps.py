@@ -129,13 +129,19 @@ class CacheStep:
 
 
 def run_steps(first: CacheStep, behind: list[CacheStep]) -> None:
-    """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
+    """Run the step of a layer and those of layers behind it. Each is to be finished, or it cannot be run again.
+
+    The first one remembers the others, since they are the same in most calls: until it is run with other ones, it keeps
+    the tensors of their caches.
+    """
     first._is_open = True
     for step in behind:
         step._is_open = True
     known = first._behind
     if known is None or known[0] != behind:
-        known = first._behind = behind, DecodeSteps([first._step, *[step._step for step in behind]])
+        known = first._behind = [*behind], DecodeSteps([first._step, *[step._step for step in behind]])
+        for step in behind:
+            step._behind = None
     known[1].run(_timed.spent)
 
 

@@ -371,28 +371,24 @@ struct Entry {
     void *dictionary, *name, *value;
 };
 
-constexpr int64_t AHEAD = 16;  // objects that are fetched before they are looked at
-
-bool are_all(const Access& access, const Entry* entries, int64_t count, void* const* empty, int64_t empty_count) {
-    for (int64_t i = 0; i < empty_count; i++) {
-        __builtin_prefetch(empty[std::min(i + AHEAD, empty_count - 1)]);
-        if (access.size(empty[i]) != 0) return false;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        __builtin_prefetch(entries[std::min(i + AHEAD, count - 1)].dictionary);
-        void* found = access.item(entries[i].dictionary, entries[i].name);
-        if ((found ? found : access.none) != entries[i].value) return false;
-    }
-    return true;
-}
+constexpr int64_t AHEAD = 16;  // dictionaries whose heads are fetched before they are looked at
 
 }  // namespace
 
-// Whether dictionaries of Python hold what they held, nothing being None, and others are empty. The caller keeps
-// Python's lock, and all of the objects.
+// Whether dictionaries of Python hold what they held, nothing being as good as None, and others are empty. The caller
+// keeps Python's lock, where there is one, and all of the objects; what is found is compared and never followed.
 extern "C" int64_t are_held(const Access* access, const Entry* entries, int64_t count, void* const* empty,
                             int64_t empty_count) {
-    return are_all(*access, entries, count, empty, empty_count);
+    for (int64_t i = 0; i < empty_count; i++) {
+        __builtin_prefetch(empty[std::min(i + AHEAD, empty_count - 1)]);
+        if (access->size(empty[i]) != 0) return 0;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        __builtin_prefetch(entries[std::min(i + AHEAD, count - 1)].dictionary);
+        void* found = access->item(entries[i].dictionary, entries[i].name);
+        if ((found ? found : access->none) != entries[i].value) return 0;
+    }
+    return 1;
 }
 
 extern "C" void run_layer(const Run* run) { run_all(*run, nullptr); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -98,6 +99,15 @@ def mask_of(**changed: Any) -> Any:
 @pytest.mark.parametrize("padding", [None, torch.ones(2, 32, dtype=torch.bool)])
 def test_a_chunk_behind_a_cache_has_no_mask_that_only_says_causal(padding: torch.Tensor | None) -> None:
     assert mask_of(attention_mask=padding) is None
+
+
+def test_a_mask_is_asked_for_by_position_too() -> None:
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    found = inspect.signature(sdpa_mask).bind(2, 20, 32, 12).arguments
+    assert found == dict(batch_size=2, q_length=20, kv_length=32, q_offset=12), "the order of its parameters"
+    assert applying._mask(2, 20, 32, 12, mask_function=causal_mask_function) is None
+    assert applying._mask(2, 20, 40, 12, mask_function=causal_mask_function).shape[-2:] == (20, 40)
 
 
 @pytest.mark.parametrize("case", ["padding", "window", "function", "places", "not to be left out"])

@@ -158,6 +158,18 @@ def test_a_pass_that_ends_early_keeps_no_cache() -> None:
     assert all(layer() is None for layer in held)
 
 
+def test_a_layer_of_a_cache_that_was_replaced_is_not_kept() -> None:
+    model, ids = model_of(), token_ids(1, PROMPT + 8)
+    cache = latent_cache(model)
+    steps(model, ids, cache)
+    window = weakref.ref(cache.layers[1].window_keys)
+    expected = logits(model, copy.deepcopy(cache), ids[:, :1], [])
+    cache.layers[1] = copy.deepcopy(cache.layers[1])
+    assert close(logits(model, cache, ids[:, :1], []), expected)
+    gc.collect()
+    assert window() is None
+
+
 def test_a_model_from_a_pickle_and_a_copy_run_ahead_too(calls: list[int]) -> None:
     model, ids = model_of(), token_ids(1, PROMPT + STEPS)
     expected = steps(model, ids)

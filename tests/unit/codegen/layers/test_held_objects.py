@@ -1,7 +1,9 @@
-"""Machine code sees whatever was changed in dictionaries of Python, and keeps nothing alive but what it was given."""
+"""Machine code sees whatever was changed in dictionaries of Python, and what it looks at lives as long as it looks."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -33,7 +35,7 @@ def test_what_is_as_it_was(holders: list[dict[str, Any]]) -> None:
     holders[1]["weight"].add_(1)
     holders[2]["forward"] = None  # as good as nothing
     del holders[3]["bias"]
-    assert objects.are_held() and objects.are_held() is True
+    assert objects.are_held() is True
 
 
 @pytest.mark.parametrize("at", [0, 20, COUNT - 1])
@@ -54,7 +56,7 @@ def test_another_object_is_seen(holders: list[dict[str, Any]], at: int, change: 
 def test_an_item_where_there_was_none_is_seen(kind: type[dict[Any, Any]]) -> None:
     empty = [kind() for _ in range(COUNT)]
     objects = held([], empty)
-    for some in (empty[0], empty[-1]):
+    for some in (empty[0], empty[20], empty[-1]):
         assert objects.are_held()
         some[1] = 2
         assert not objects.are_held()
@@ -71,3 +73,25 @@ def test_an_equal_object_is_another_one() -> None:
     objects = HeldObjects([(holder, "name", holder["name"])], [])
     holder["name"] = ["a"]
     assert not objects.are_held()
+
+
+def test_its_objects_live_as_long_as_they_are_looked_at() -> None:
+    class Holder(dict[str, Any]):
+        """A dictionary of which there are weak references."""
+
+    holder, hooks = Holder(weight=torch.zeros(1)), Holder()
+    seen = [weakref.ref(x) for x in (holder, hooks, holder["weight"])]
+    objects = HeldObjects([(holder, "weight", holder["weight"])], [hooks])
+    holder["weight"] = torch.zeros(1)
+    del holder, hooks
+    gc.collect()
+    assert not objects.are_held() and all(ref() is not None for ref in seen)
+    del objects
+    gc.collect()
+    assert all(ref() is None for ref in seen)
+
+
+def test_what_is_no_dictionary_is_an_error_of_python() -> None:
+    objects: Any = HeldObjects([([], "weight", None)], [])  # type: ignore[list-item]
+    with pytest.raises(SystemError):  # which machine code leaves, and whoever holds Python's lock finds
+        objects.are_held()
