@@ -247,8 +247,8 @@ def draw(figure: Figure, rows: list[Row]) -> None:
         for index, row in enumerate(bars):
             panel.text(row.ratio or 0.0, index, f" {row.value:.0f} ms", va="center", fontsize=7)
         panel.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
-        panel.set_title(case.rpartition(", ")[0], fontsize=9)
-        panel.margins(x=0.3)
+        panel.set_title("\n".join(case.rpartition(", ")[::2]), fontsize=9)
+        panel.margins(x=0.4)
     panels[0].invert_yaxis()
     figure.supxlabel("speed-up over the best exact implementation", fontsize=9)
 

@@ -430,7 +430,7 @@ SECTIONS = {
         "transformers.", decode,
     ),
     "decode-contexts": Section(
-        "A decode step at shorter contexts", "python benchmarks/decode.py --tokens 640 --tokens 2048",
+        "A decode step at shorter contexts", "python benchmarks/decode.py --dtype float32 --tokens 640 --tokens 2048",
         "SmolLM2 on a CPU, measured alternately, at contexts of 640 and 2,048 tokens.", decode,
     ),
     "peers": Section(
