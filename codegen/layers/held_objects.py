@@ -41,11 +41,10 @@ class HeldObjects:
         assert compiled is not None
         self.entries, self.empty = tuple(entries), tuple(empty)
         objects, hooks = [id(x) for entry in self.entries for x in entry], [id(x) for x in self.empty]
-        self._arrays = (ctypes.c_void_p * len(objects))(*objects), (ctypes.c_void_p * len(hooks))(*hooks)
+        held, empty_ones = (ctypes.c_void_p * len(objects))(*objects), (ctypes.c_void_p * len(hooks))(*hooks)
         access = ctypes.byref(_access())
-        self._arguments = access, self._arrays[0], len(self.entries), self._arrays[1], len(self.empty)
-        self._run = compiled.are_held
+        self._run = functools.partial(compiled.are_held, access, held, len(self.entries), empty_ones, len(hooks))
 
     def are_held(self) -> bool:
         """Return whether everything stands where it stood, and the others still have no items."""
-        return bool(self._run(*self._arguments))
+        return bool(self._run())

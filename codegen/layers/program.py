@@ -85,9 +85,7 @@ def functions() -> Functions | None:
     library.run_decode_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     library.run_decode_steps.restype = None
     checks = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, *(ctypes.c_void_p, ctypes.c_int64) * 2)
-    address = ctypes.cast(library.are_held, ctypes.c_void_p).value
-    assert address is not None
-    return Functions(library.run_layer, library.run_decode_steps, checks(address), group)
+    return Functions(library.run_layer, library.run_decode_steps, checks(("are_held", library)), group)
 
 
 def is_built() -> bool:

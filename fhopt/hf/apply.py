@@ -255,8 +255,8 @@ def _mask(*args: Any, **options: Any) -> Any:
     from transformers.masking_utils import sdpa_mask
 
     if not torch.compiler.is_compiling():
-        names = _defaults(sdpa_mask)
-        if _is_causal({**names, **dict(zip(names, args, strict=False)), **options}):
+        defaults = _defaults(sdpa_mask)
+        if _is_causal({**defaults, **dict(zip(defaults, args, strict=False)), **options}):
             return None
     return sdpa_mask(*args, **options)
 

@@ -92,6 +92,7 @@ def test_its_objects_live_as_long_as_they_are_looked_at() -> None:
 
 
 def test_what_is_no_dictionary_is_an_error_of_python() -> None:
-    objects: Any = HeldObjects([([], "weight", None)], [])  # type: ignore[list-item]
+    holder: Any = []
+    objects = HeldObjects([(holder, "weight", None)], [])
     with pytest.raises(SystemError):  # which machine code leaves, and whoever holds Python's lock finds
         objects.are_held()
