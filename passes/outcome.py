@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fhopt.passes.certificate import Certificate
 from fhopt.passes.graph.program import Program
 from fhopt.plan.site import AttentionSite
 
@@ -28,7 +29,8 @@ class Outcome:
 
     sites: by name of the canonical node. compressed: site name -> layout. lowered: name of an exact site, or of the
     node of an attention without a site -> what runs it. reading: modules whose attention already reads the latents of
-    a cache. missed: candidates that were not rewritten. seconds: by pass.
+    a cache. missed: candidates that were not rewritten. certificates: evidence for each rewrite, by name of the
+    canonical node. assumed: extra input of a plan -> the weights and caches that it comes from. seconds: by pass.
     """
 
     program: Program
@@ -37,4 +39,11 @@ class Outcome:
     lowered: dict[str, str] = field(default_factory=dict)
     reading: tuple[str, ...] = ()
     missed: list[Explanation] = field(default_factory=list)
+    certificates: dict[str, Certificate] = field(default_factory=dict)
+    assumed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def proofs(self) -> dict[str, Certificate]:
+        """Certificates by the name of the site, of attention without one by the name of its node."""
+        return {self.sites[n].name if n in self.sites else n: found for n, found in self.certificates.items()}

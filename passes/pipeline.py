@@ -34,6 +34,7 @@ from fhopt.passes.outcome import Outcome
 from fhopt.passes.prepare.casts import resolve_casts
 from fhopt.passes.prepare.decompose import Decompose
 from fhopt.passes.prepare.functionalize import Functionalize
+from fhopt.passes.recognize.canonical import certificate
 from fhopt.passes.recognize.find_attention import FindAttention, reader_name, site_name
 from fhopt.passes.recognize.masks import windowed
 from fhopt.passes.recognize.node_roles import Roles
@@ -43,22 +44,23 @@ from fhopt.passes.rewrite.absorb_projection import AbsorbProjection
 from fhopt.passes.rewrite.compress import Compress
 from fhopt.passes.rewrite.latent_buffers import Keeper, LatentBuffers
 from fhopt.passes.rewrite.lower import Lower, is_decoding, is_spelled_out
-from fhopt.passes.stages import dump_stage, explain_miss, failure, run_stage
+from fhopt.passes.stages import dump_certificates, dump_stage, explain_miss, failure, run_stage
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 
 
-def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
+def find(program: Program, inline_checkpoints: bool = True, assume_finite: bool = False) -> Outcome:
     """Find every attention of `program`, in place. Exact: no number changes beyond rounding.
 
     inline_checkpoints: replace activation checkpoints by their contents; else they stay, and are reported.
+    assume_finite: see `Normalize`.
     """
     outcome = Outcome(program, reading=readers(program))
     dump_stage(outcome, "input")
     functional, parts, normalize, describe = (
         Functionalize(),
         Decompose(inline_checkpoints=inline_checkpoints),
-        Normalize(),
+        Normalize(assume_finite=assume_finite),
         FindAttention(),
     )
     with run_stage(outcome, parts.name):
@@ -72,7 +74,8 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
     with run_stage(outcome, normalize.name):
         for node in normalize.candidates(program):
             with _isolated(outcome, normalize.name, node):
-                normalize.rewrite(program, normalize.match(node, roles, base))
+                core = normalize.match(node, roles, base)
+                outcome.certificates[normalize.rewrite(program, core).name] = certificate(core)
         remove_dead_code(program)
     with run_stage(outcome, describe.name):
         for node in describe.candidates(program):
@@ -81,6 +84,7 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
                 site = replace(site, name=reader_name(site, outcome.sites.values()))
                 site = _with_own_name(site, {s.name for s in outcome.sites.values()})
                 outcome.sites[node.name] = windowed(site, program.layers)
+    dump_certificates(outcome)
     return outcome
 
 
@@ -134,6 +138,8 @@ def merge(outcomes: list[Outcome]) -> Outcome:
         for node, site in outcome.sites.items():
             merged.sites[f"{index}:{node}"] = _with_own_name(site, {s.name for s in merged.sites.values()})
         merged.missed += outcome.missed
+        merged.certificates |= {f"{index}:{node}": found for node, found in outcome.certificates.items()}
+        merged.assumed |= outcome.assumed
         for stage, seconds in outcome.seconds.items():
             merged.seconds[stage] = merged.seconds.get(stage, 0.0) + seconds
     return merged
@@ -163,6 +169,8 @@ def optimize(
                     fitted = compress.match(node, site, weights)
                     compress.rewrite(program, node, fitted)
                 outcome.compressed[site.name] = fitted.site.layout
+    names = program.parameters | program.buffers
+    outcome.assumed = {n: tuple(names.get(s, s) for s in bound.sources) for n, bound in program.bound.items()}
     if buffers is not None:
         buffers.check(program, sorted({m.reason for m in outcome.missed if m.stage == compress.name}))
     with run_stage(outcome, absorb.name):

@@ -67,6 +67,14 @@ def failure(stage: str, error: Exception, node: fx.Node) -> Miss:
     )
 
 
+def dump_certificates(outcome: Outcome) -> None:
+    """Write why each rewrite holds to `certificates.txt` in the folder in FHOPT_DUMP, if set."""
+    folder = os.environ.get("FHOPT_DUMP")
+    if folder:
+        lines = [line for name, found in outcome.proofs.items() for line in (*found.lines(name), "")]
+        (Path(folder) / "certificates.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
 def dump_stage(outcome: Outcome, name: str) -> None:
     """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, whose first line sums up the pass."""
     watcher = _watcher.get()

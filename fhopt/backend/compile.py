@@ -11,6 +11,8 @@ Registered through the entry point group `torch_dynamo_backends`, so no import i
     skinny_products      on CPUs, products of up to 16 rows with a weight go to a kernel that reads the weight once, of
                          more, in 16 bits, to another one with AVX2 alone (default: True; False: to inductor)
     strict               raise FhoptError when a plan compresses no site of a graph (default: warn)
+    assume_finite        rewrite attention whose scores may overflow, where the model gives NaN and a rewrite does not:
+                         scores in float16, exponentials without a maximum (default: False; with a plan: True)
 
 All other options go to inductor. `fhopt.report(compiled)` shows what each attention was compiled to, and why.
 """
@@ -39,7 +41,6 @@ from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
 from fhopt.passes.graph.program import Program, copy_program
 from fhopt.plan.fingerprint import check_model
-from fhopt.plan.latent_plan import LatentPlan
 
 _outcomes: list[passes_outcome.Outcome] = []
 
@@ -63,7 +64,7 @@ def flashhead(
     training = takes_gradients(module.graph) and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     root = compile_report.owner(program.weights.values())
     report = compile_report.report_of(root)
-    outcome = _find(program, training, settings.plan)
+    outcome = _find(program, training, settings)
     if settings.plan is not None and outcome.sites:
         compiled = _compile_with_plan(module, example_inputs, outcome, training, settings, compiler, report)
     else:
@@ -87,15 +88,15 @@ def reset() -> None:
 flashhead.reset = reset  # type: ignore[attr-defined]  # where torch looks for it
 
 
-def _find(program: Program, training: bool, plan: LatentPlan | None = None) -> passes_outcome.Outcome:
+def _find(program: Program, training: bool, settings: Settings) -> passes_outcome.Outcome:
     """Find the sites of the graph; one on which a pass fails is left to inductor, with a warning.
 
-    Models that cache latents themselves read them directly, unless `plan` names the site. In training, activation
+    Models that cache latents themselves read them directly, unless the plan names the site. In training, activation
     checkpoints keep their memory saving, and attention inside them is left alone.
     """
     try:
-        outcome = pipeline.find(program, inline_checkpoints=not training)
-        return outcome if training else pipeline.absorb_projections(outcome, plan)
+        outcome = pipeline.find(program, inline_checkpoints=not training, assume_finite=settings.assume_finite)
+        return outcome if training else pipeline.absorb_projections(outcome, settings.plan)
     except PassError as error:
         warnings.warn(f"fhopt left a graph to inductor: {error}", RuntimeWarning, stacklevel=2)
         return passes_outcome.Outcome(program, missed=[passes_outcome.Explanation("normalize", "", str(error), "")])
@@ -192,7 +193,7 @@ class _OtherWeights:
         if not self.settings.plan.weights:  # without fingerprints its bases are those of the first call's weights
             return None
         program = copy_program(self.original, inputs)
-        outcome = _find(program, self.training, self.settings.plan)
+        outcome = _find(program, self.training, self.settings)
         pipeline.optimize(outcome, self.settings.plan, self.training, keeper=module_buffers.BufferKeeper())
         if not outcome.compressed:
             return None

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fhopt.errors import FhoptError
+from fhopt.passes.certificate import Certificate
 from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.display import html_table, html_titled
 
@@ -29,21 +30,26 @@ EXACT, PLANNED, GATHERING, COMPRESSED, REJECTED = "exact", "by a plan", "gatheri
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone"."""
+    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone".
+
+    certificate: why the rewrite holds for all values; None where nothing was rewritten.
+    """
 
     name: str
     how: str
     reason: str = ""
     source: str = ""
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A compiled graph. seconds: of fhopt's own passes."""
+    """A compiled graph. seconds: of fhopt's own passes. assumed: see `Outcome`."""
 
     training: bool
     sites: tuple[SiteRecord, ...]
     seconds: float
+    assumed: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass
@@ -61,7 +67,8 @@ class CompileReport:
 
     def add_graph(self, outcome: Outcome, training: bool) -> None:
         """Record a compiled graph."""
-        self.graphs.append(GraphRecord(training, tuple(_sites(outcome)), sum(outcome.seconds.values())))
+        seconds = sum(outcome.seconds.values())
+        self.graphs.append(GraphRecord(training, tuple(_sites(outcome)), seconds, tuple(outcome.assumed.items())))
 
     def add_event(self, event: str) -> None:
         """Record an event, once where it repeats."""
@@ -91,12 +98,14 @@ def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
         missed = reasons.pop(node, None)
         layout = outcome.compressed.get(site.name)
         how = "absorbed" if layout == "absorbed" else f"latent ({layout})" if layout else outcome.lowered.get(site.name)
-        yield SiteRecord(site.name, how or "torch", missed.reason if missed and not layout else "", site.source)
+        reason = missed.reason if missed and not layout else ""
+        yield SiteRecord(site.name, how or "torch", reason, site.source, outcome.certificates.get(node))
     for name in outcome.compressed.keys() - {site.name for site in outcome.sites.values()}:
         yield SiteRecord(name, outcome.compressed[name])
     yield from (SiteRecord(name, "latents of the cache") for name in outcome.reading)
     for missed in reasons.values():
-        yield SiteRecord(missed.node, outcome.lowered.get(missed.node, "left alone"), missed.reason, missed.source)
+        how, proof = outcome.lowered.get(missed.node, "left alone"), outcome.certificates.get(missed.node)
+        yield SiteRecord(missed.node, how, missed.reason, missed.source, proof)
 
 
 def _table(report: CompileReport) -> Table:
@@ -108,7 +117,8 @@ def _table(report: CompileReport) -> Table:
         for site in graph.sites:
             counted[site] = counted.get(site, 0) + 1
     for site, count in counted.items():
-        table.add_row(site.name, str(count), site.how, site.reason)
+        proof = site.certificate.summary if site.certificate else ""
+        table.add_row(site.name, str(count), site.how, site.reason or proof)
     return table
 
 

@@ -14,18 +14,24 @@ from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.plan_files import PLAN_FILES
 
-OPTIONS = frozenset({"plan", "ratio", "max_loss", "calibration_tokens", "weights", "skinny_products", "strict"})
+OPTIONS = frozenset(
+    {"plan", "ratio", "max_loss", "calibration_tokens", "weights", "skinny_products", "strict", "assume_finite"}
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked options of fhopt. target: of a plan that is fitted online; None: no plan is fitted."""
+    """The checked options of fhopt. target: of a plan that is fitted online; None: no plan is fitted.
+
+    assume_finite: scores do not overflow; so with a plan, which is approximate.
+    """
 
     plan: LatentPlan | None = None
     target: online_fit.FitTarget | None = None
     trusting: bool = False
     products: bool = True
     strict: bool = False
+    assume_finite: bool = False
 
     @staticmethod
     def parse(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -42,7 +48,8 @@ class Settings:
         is_exact = plan is not None or ours.get("ratio") == 1
         target = None if is_exact else online_fit.FitTarget.parse(ours)
         trusting, products = ours.get("weights") == "trust", bool(ours.get("skinny_products", True))
-        return Settings(plan, target, trusting, products, bool(ours.get("strict"))), theirs
+        assume_finite = bool(ours.get("assume_finite")) or not is_exact or plan is not None
+        return Settings(plan, target, trusting, products, bool(ours.get("strict")), assume_finite), theirs
 
 
 def _plan(option: Any) -> LatentPlan | None:

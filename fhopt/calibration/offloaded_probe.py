@@ -100,7 +100,7 @@ def find_dispatched(model: Any, batch: Batch) -> Dispatched:
         )
     inputs = {name: value.cpu() for name, value in batch.items()}
     captured = capture(outline(model), (), {**inputs, **_without_cache(model)})
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find(captured.program, assume_finite=True)
     modules = {site.name: model.get_submodule(site.name.partition("#")[0]) for site in outcome.sites.values()}
     by_hand = [name for name, module in modules.items() if not uses_interface(module)]
     if by_hand or len({id(module) for module in modules.values()}) < len(outcome.sites):

@@ -307,7 +307,10 @@ def _check_losses(
 
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:
     """Find the sites that are to be fitted: those that a cache compresses. Raises FhoptError when there are none."""
-    outcome = captured.outcome if isinstance(captured, Dispatched) else pipeline.find(captured.program)
+    if isinstance(captured, Dispatched):
+        outcome = captured.outcome
+    else:
+        outcome = pipeline.find(captured.program, assume_finite=True)
     cached = {site.name for site in decoder_sites(outcome.sites.values(), encoder)}
     decoding = {node: site for node, site in outcome.sites.items() if site.name in cached}
     if not decoding:

@@ -80,8 +80,12 @@ def inspect(
 @click.argument("model", type=MODEL)
 @json_option
 def explain(model: str, as_json: bool) -> None:
-    """Explain why attention in MODEL is not rewritten: what was recognized, the reason, the source line."""
-    from fhopt.inspection.tables import missed_table
+    """Explain how attention in MODEL was recognized, and why other attention is not rewritten.
+
+    Each kind of attention is shown with its certificate: the nodes that are replaced, the rule by which each keeps the
+    result for all values, and the check by execution.
+    """
+    from fhopt.inspection.tables import missed_table, proofs_text
     from fhopt.models.loader import load_model
     from fhopt.models.sites import explain_sites
 
@@ -91,9 +95,12 @@ def explain(model: str, as_json: bool) -> None:
         progress("finding attention", 0, 1)
         outcome = explain_sites(loaded)
     if as_json:
-        print_json({"sites_found": len(outcome.sites), "missed": [asdict(m) for m in outcome.missed]})
+        proofs = {name: asdict(proof) for name, proof in outcome.proofs.items()}
+        missed = [asdict(m) for m in outcome.missed]
+        print_json({"sites_found": len(outcome.sites), "missed": missed, "certificates": proofs})
         return
     console = output_console(as_json)
+    console.print(proofs_text(outcome.proofs), soft_wrap=True, highlight=False, markup=False)
     if outcome.missed:
         console.print(missed_table(outcome.missed))
     console.print(f"{len(outcome.sites)} sites found, {len(outcome.missed)} candidates not rewritten.")

@@ -242,7 +242,7 @@ def _rewritten(loaded: LoadedModel, plan: LatentPlan) -> _Rewritten:
     program = captured.program
     _mark_buffers(program)
     with torch.no_grad():
-        outcome = pipeline.find(program)
+        outcome = pipeline.find(program, assume_finite=True)
         _remove_dead_attention(program)
         pipeline.optimize(outcome, plan, keeper=_ProgramKeeper())
     left = sorted({site.site.name for site in plan.sites} - outcome.compressed.keys())

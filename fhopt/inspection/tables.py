@@ -16,6 +16,7 @@ from rich.text import Text
 from fhopt.hardware.cost_model import Cost, CostComparison, pretty
 from fhopt.hardware.this_cpu import CpuRates
 from fhopt.inspection.facts import InspectedSite, Inspection, Missed, PlannedSite, common_form, short_name
+from fhopt.passes.certificate import Certificate, by_kind
 from fhopt.passes.outcome import Explanation
 from fhopt.plan.display import mask_words, quantity, rate, rope_words, times
 from fhopt.plan.latent_plan import LatentPlan
@@ -242,6 +243,15 @@ def plan_table(plan: LatentPlan) -> Table:
             f"{ratio:.2f}x",
         )
     return table
+
+
+def proofs_text(proofs: Mapping[str, Certificate]) -> str:
+    """Format the certificates of rewrites, one for all sites that share it."""
+    parts = []
+    for name, names in by_kind(proofs).items():
+        rest = [f"  the same for {len(names) - 1} more, to {names[-1]}"] if len(names) > 1 else []
+        parts.append("\n".join((*proofs[name].lines(name), *rest, "")))
+    return "\n".join(parts)
 
 
 def missed_table(missed: Iterable[Explanation | Missed]) -> Table:

@@ -84,3 +84,32 @@ def split_mask(
 def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
     """Restrict a bool or additive mask to `allowed` (bool)."""
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
+
+
+def open_rows(mask: Tensor) -> Tensor:
+    """Return which queries may attend to at least one key, bool [...,S,1], for a bool or additive mask [...,S,T]."""
+    allowed = mask if mask.dtype == torch.bool else mask > -math.inf
+    return allowed.any(-1, keepdim=True)
+
+
+def nan_without_keys(result: Tensor, mask: Tensor) -> Tensor:
+    """Multiply rows [B,H,S,E] of queries that may attend to nothing by NaN, as a softmax of -inf gives."""
+    return result * torch.where(open_rows(mask), 1.0, math.nan).to(result.dtype)
+
+
+def hidden_by(bias: Tensor, allowed: Tensor) -> Tensor:
+    """Hide every key that `allowed` (bool) does not name, exactly: bias [...,S,T] with -inf there."""
+    return bias.masked_fill(~allowed, -math.inf)
+
+
+def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
+    """Hide keys as `hidden_by` does, but for rows without allowed keys, which keep their bias.
+
+    There scores are overwritten by finite values, and the weights follow from these alone.
+    """
+    return bias.masked_fill(~allowed & open_rows(allowed), -math.inf)
+
+
+def seeing(query: Tensor, allowed: Tensor) -> Tensor:
+    """Set queries [B,H,S,D] without allowed keys (bool [...,S,T]) to zero, so that their scores are the bias."""
+    return query * open_rows(allowed).to(query.dtype)

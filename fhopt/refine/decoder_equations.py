@@ -96,7 +96,7 @@ class Reader:
     @staticmethod
     def of(captured: Captured, plan: LatentPlan) -> Reader:
         """Match the plan to the graph. Raises FhoptError when no site of the graph loses anything by the plan."""
-        outcome, compress = pipeline.find(captured.program), Compress(plan)
+        outcome, compress = pipeline.find(captured.program, assume_finite=True), Compress(plan)
         nodes = {n.name: n for n in outcome.program.graph.nodes}
         sites, reasons = {}, set[str]()
         for name, site in outcome.sites.items():

@@ -177,7 +177,7 @@ class Region:
         inside = {*self.nodes, *self.inputs}
         self.sides = tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
 
-    def run(self, values: Mapping[fx.Node, Any]) -> Tensor:
+    def run(self, values: Mapping[fx.Node, Any], differentiable: bool = False) -> Tensor:
         """Return the value of `end` for these values of inputs and sides; other sides have their example value.
 
         Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
@@ -188,7 +188,7 @@ class Region:
             if side not in env:
                 env[side] = _promote(self._shown(side))
         evaluator = Evaluator(self.base.program, env, promote=True)
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             for node in self.nodes:
                 evaluator.env[node] = evaluator.run_node(node)
         result = evaluator.env[self.end] if self.end in evaluator.env else evaluator.value(self.end)

@@ -232,7 +232,7 @@ class Memory:
         self.problems: dict[int, str] = {}
         self.autocast: set[fx.Node] = set()
         self._modes: dict[int, set[Any]] = {}
-        for node, grad, autocast in _with_modes(program.graph):
+        for node, grad, autocast in with_modes(program.graph):
             write = _write(node) if node.op.startswith("call_") else None
             self._place(node, write)
             for key in self._keys((node, *(write.targets if write else ()))):
@@ -348,7 +348,7 @@ class Memory:
         return {copy for copy in copies if not self.reason(copy)}
 
 
-def _with_modes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any, int]]:
+def with_modes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any, int]]:
     """Yield nodes with the gradient mode and the depth of autocast that they run under."""
     grad: Any = next((not n.args[0] for n in graph.nodes if op_name(n) == "_set_grad_enabled"), True)
     autocast = 0

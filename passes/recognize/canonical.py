@@ -4,7 +4,12 @@
     scores = ...; weights = softmax(scores)             m = <the score function of zeros>
     o = weights @ v                                     o = fhopt.attention(q, k, v, m, scale=c)
 
-The check runs the old region and the canonical op on the same random numbers, in float64, before anything is changed.
+Before anything is changed, `validity` proves from the operators that the canonical form holds for all values, and the
+check runs the old region and the canonical op on the same random numbers, in float64: several draws of every
+operand and of everything else that flows in, outputs and gradients.
+
+Rows: a query that may attend to nothing gets NaN, zero, or an average by the values that overwrite its scores, as in
+the model (`Core.empty_is_nan`, `zeroed`, `levels`).
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
+from fhopt.ops import masks
 from fhopt.ops.attention import attention_reference, blank_scores
+from fhopt.passes.certificate import Certificate, Checked, Step
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
 from fhopt.passes.graph.nodes import (
     call,
@@ -32,12 +39,16 @@ from fhopt.passes.graph.nodes import (
     storage_root,
 )
 from fhopt.passes.graph.program import Program
+from fhopt.passes.prepare.memory import needs_gradient
 from fhopt.passes.recognize.contraction import Contraction
+from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, random_sides
 from fhopt.passes.recognize.kv_head_repetition import Operand
 from fhopt.passes.recognize.layout import Steps, arrange
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.result_strides import LAYOUTS, in_order, is_layout_seen, memory_order
-from fhopt.passes.recognize.scores import LEAST, Scores, random_sides
+from fhopt.passes.recognize.scores import Scores
+from fhopt.passes.recognize.softmax import Softmax
+from fhopt.passes.recognize.validity import empty_rows_give_nan, prove
 
 
 @dataclass
@@ -65,7 +76,24 @@ class Core:
     dropout: float = 0.0
     order: tuple[int, ...] | None = None
     output_steps: Steps = ()
+    softmax: Softmax | None = None
     is_call: bool = False  # a call of scaled_dot_product_attention, which says what it does
+    zeroed: bool = False  # rows without keys give zero
+    empty_is_nan: bool = False  # rows without keys give NaN
+    conditions: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    checked: Checked | None = None
+
+    @property
+    def levels(self) -> bool:
+        """Whether scores are overwritten by finite values that decide the weights of a row without keys."""
+        return self.scores is not None and self.scores.levels and not self.zeroed and not self.sinks
+
+    @property
+    def hides(self) -> bool:
+        """Whether the places where scores are overwritten must be known, not only by what."""
+        scores = self.scores
+        return scores is not None and scores.form == "computed" and (scores.levels or self.zeroed)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,42 +110,74 @@ class Core:
 
 
 def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float) -> None:
-    """Run the old region and the canonical op on the same random float64 operands. Raises Miss on a difference."""
+    """Prove that the canonical form holds for all values, and check it by execution. Raises Miss.
+
+    The old region and the canonical op run on the same random float64 values, which are drawn several times.
+    """
     if core.dropout:
         if core.is_call:
             return  # the call says what it does, and two random masks never agree
         raise Miss("attention dropout is active; expected evaluation or dropout 0", core.output)
     operands = tuple(dict.fromkeys((core.query.node, core.key.node, core.value.node)))
-    differences = []
     try:
         region = Region(base, operands, core.output)
         _check_untouched(region, roles)
         inside = set(region.nodes)
         beside = [s for s in core.scores.region.sides if s in inside] if core.scores else []  # a bias made of queries
         region = Region(base, (*operands, *beside), core.output)
+        _prove(core, region, roles)
         key = ("verified", signature(region, roles.describe), _facts(core, region))
-        if key in roles.known:
-            return
-        values = {n: random_like(n, i) + 0.1 * i for i, n in enumerate((*operands, *beside))}
-        for is_random in (True, False):
-            sides = random_sides(region, roles) if is_random else {}
-            known = {n: v for n, v in sides.items() if v.dtype != torch.bool} | values  # rows that see something
-            old, (new, seen) = region.run(known), _canonical(core, known, base)
-            differences.append(_difference(old, new, seen))
-            if differences[-1] <= tolerance:
-                if is_random:
-                    roles.known[key] = True
-                return
+        if key not in roles.known:
+            roles.known[key] = _run_draws(core, region, base, tolerance)
+        core.checked = roles.known[key]
     except Miss:
         raise
     except Exception as error:
         raise Miss(
             f"the attention could not be run for the check ({type(error).__name__}: {error})", core.output
         ) from error
-    difference = min(differences)
-    raise Miss(
-        f"the canonical op differs by {difference:.1e} (relative); expected at most {tolerance:.0e}", core.output
-    )
+
+
+def _prove(core: Core, region: Region, roles: Roles) -> None:
+    """Prove the form, and set what rows without keys give. Raises Miss."""
+    proof = prove(region, core.softmax, roles)
+    core.steps, core.zeroed = tuple(proof.steps), proof.zeroed
+    if core.softmax is None or core.scores is None or core.sinks or proof.zeroed or proof.hides_nan:
+        return
+    mask = core.mask.node if core.mask is not None else None
+    core.empty_is_nan = empty_rows_give_nan(core.softmax, core.scores.region, core.scores.form, mask)
+
+
+def _run_draws(core: Core, region: Region, base: Evaluator, tolerance: float) -> Checked:
+    """Compare the region and the canonical op on every draw. Raises Miss on a difference."""
+    overflows = core.softmax is not None and core.softmax.overflows
+    draws = [d for d in DRAWS if d != LARGE or not overflows]
+    differences, slopes = [], []
+    for draw in draws:
+        size = 30.0 if draw == LARGE else 1.0
+        values = {n: size * (random_like(n, i) + 0.1 * i) for i, n in enumerate(region.inputs)}
+        known = {**random_sides(region, draw), **values}
+        differentiable = draw == MILD and needs_gradient(core.output)
+        if differentiable:
+            known = {n: v.requires_grad_() if _is_float(v) else v for n, v in known.items()}
+        old, new = region.run(known, differentiable), _canonical(core, known, base, differentiable)
+        differences.append(_difference(old.detach(), new.detach(), must_be_finite=draw == MILD))
+        if differences[-1] > tolerance:
+            break
+        if differentiable:
+            slopes.append(_gradient_difference(old, new, [v for v in known.values() if _is_float(v)]))
+    for error, what in ((max(differences), ""), (max(slopes, default=0.0), "gradients of ")):
+        if error > tolerance:
+            raise Miss(
+                f"{what}the canonical op differ{'' if what else 's'} by {error:.1e} (relative); expected at most "
+                f"{tolerance:.0e}",
+                core.output,
+            )
+    return Checked(len(draws), max(differences), max(slopes, default=None))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _facts(core: Core, region: Region) -> tuple[Any, ...]:
@@ -125,10 +185,11 @@ def _facts(core: Core, region: Region) -> tuple[Any, ...]:
     places = {n: i for i, n in enumerate((*region.inputs, *region.sides, *region.nodes))}
     operands = [(places.get(o.node), o.steps) for o in (core.query, core.key, core.value)]
     mask = (places.get(core.mask.node), core.mask.steps) if core.mask else None
-    scores = core.scores and (core.scores.form, core.scores.sinks, core.scores.start)
+    scores = core.scores and (core.scores.form, core.scores.sinks, core.scores.start, core.scores.levels)
+    rows = (core.zeroed, core.empty_is_nan)
     factors = tuple((places.get(n), divides) for n, divides in core.factors)
     rest = (core.order, core.bias_steps, core.output_steps, core.extra, factors)
-    return (repr(operands), repr(mask), scores, repr(core.options), repr(rest))
+    return (repr(operands), repr(mask), scores, rows, repr(core.options), repr(rest))
 
 
 def _check_untouched(region: Region, roles: Roles) -> None:
@@ -142,61 +203,84 @@ def _check_untouched(region: Region, roles: Roles) -> None:
             )
 
 
-def _difference(old: Tensor, new: Tensor, seen: Tensor) -> float:
-    """Return the largest relative difference over queries that attend to something."""
-    if old.shape != new.shape:
+def _difference(old: Tensor, new: Tensor, must_be_finite: bool) -> float:
+    """Return the largest relative difference; infinite where one of them is not finite and the other is."""
+    if old.shape != new.shape or not torch.equal(old.isfinite(), new.isfinite()):
         return math.inf
-    known = seen & old.isfinite()
+    known = old.isfinite()
     if not bool(known.any()):
-        return math.inf
-    error = (old - new)[known].abs().max() / old[known].abs().max().clamp_min(1e-30)
-    return float(error) if bool(error.isfinite()) else math.inf
+        return math.inf if must_be_finite else 0.0
+    return float((old - new)[known].abs().max() / old[known].abs().max().clamp_min(1e-30))
 
 
-def _canonical(core: Core, values: Mapping[fx.Node, Tensor], base: Evaluator) -> tuple[Tensor, Tensor]:
-    """Compute the canonical op for these values in the old layout, and which of its rows attend to anything."""
+def _gradient_difference(old: Tensor, new: Tensor, leaves: list[Tensor]) -> float:
+    """Return the largest difference of the gradients by every leaf, relative to the largest gradient."""
+    direction = torch.randn(old.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(old.device)
+    try:
+        expected = torch.autograd.grad(old, leaves, direction, allow_unused=True)
+    except RuntimeError:  # a region that has no gradient, as that of an operation of inference
+        return 0.0
+    found = torch.autograd.grad(new, leaves, direction, allow_unused=True)
+    pairs = [
+        tuple(torch.zeros_like(leaf) if g is None else g for g in both)
+        for leaf, *both in zip(leaves, expected, found, strict=True)
+    ]
+    size = max(float(a.abs().max()) for a, _ in pairs)
+    error = max(float((a - b).abs().max()) for a, b in pairs)
+    return error / max(size, 1e-30) if error else 0.0
 
-    def value(node: fx.Node) -> Tensor:
+
+def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, differentiable: bool) -> Tensor:
+    """Compute for these values what `insert_canonical` puts into the graph, in the old layout."""
+
+    def value(node: fx.Node) -> Any:
         known = values[node] if node in values else base.example(node)
         known = torch.as_tensor(known)
         return known.double() if known.is_floating_point() else known
 
-    query, key, values_in_order = (arrange(value(o.node), o.steps) for o in (core.query, core.key, core.value))
-    for node, divides in core.factors:
-        query = query / value(node) if divides else query * value(node)
-    mask, sinks = _canonical_mask(core, value)
-    if core.order is not None:
-        query = query[:, list(core.order)]
-        mask, sinks = (None if m is None else _by_head(m, core.order) for m in (mask, sinks))
-    result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
-    if core.order is not None:
-        result = result[:, list(_inverse(core.order))]
-    return arrange(result, core.output_steps), arrange(_seen(mask, result), core.output_steps)
+    with torch.set_grad_enabled(differentiable):
+        query, key, values_in_order = (arrange(value(o.node), o.steps) for o in (core.query, core.key, core.value))
+        for node, divides in core.factors:
+            query = query / value(node) if divides else query * value(node)
+        mask, sinks, allowed = _canonical_mask(core, value, values, differentiable)
+        if core.order is not None:
+            query = query[:, list(core.order)]
+            mask, sinks, allowed = (None if m is None else _by_head(m, core.order) for m in (mask, sinks, allowed))
+        if allowed is not None and mask is not None:
+            query = masks.seeing(query, allowed) if core.levels else query
+            mask = (masks.with_levels if core.levels else masks.hidden_by)(mask, allowed)
+        result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
+        if core.empty_is_nan and mask is not None:
+            result = masks.nan_without_keys(result, mask)
+        if core.order is not None:
+            result = result[:, list(_inverse(core.order))]
+        return arrange(result, core.output_steps)
 
 
-def _seen(mask: Tensor | None, result: Tensor) -> Tensor:
-    """Return which rows of the result have a query that may attend to at least one key, bool."""
-    if mask is None:
-        return torch.ones_like(result, dtype=torch.bool)
-    allowed = mask if mask.dtype == torch.bool else mask > -LEAST
-    return allowed.any(-1, keepdim=True).expand(*result.shape[:-1], 1).expand(result.shape)
-
-
-def _canonical_mask(core: Core, value: Any) -> tuple[Tensor | None, Tensor | None]:
+def _canonical_mask(
+    core: Core, value: Any, values: Mapping[fx.Node, Any], differentiable: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return mask, sink logits, and where the model computes scores and does not overwrite them (where that counts)."""
     mask: Tensor | None = None
     sinks: Tensor | None = None
+    allowed: Tensor | None = None
     if core.mask is not None:
         mask = arrange(value(core.mask.node), core.mask.steps)
         mask = ~mask if core.scores is not None and core.scores.form == "fill" else mask
     elif core.scores is not None and (core.scores.form or core.scores.sinks):
         assert core.product is not None
-        region = core.scores.region
-        zero = torch.zeros(example_shape(core.product.node), dtype=torch.float64)
-        bias = region.run({core.product.node: zero, **{s: value(s) for s in region.sides if _is_tensor(s)}})
+        region, product = core.scores.region, core.product.node
+        known = {s: value(s) if _is_tensor(s) else values[s] for s in region.sides if _is_tensor(s) or s in values}
+        zero = torch.zeros(example_shape(product), dtype=torch.float64)
+        bias = region.run({product: zero, **known}, differentiable)
         mask, sinks = _split_sinks(arrange(bias, core.bias_steps), core.scores)
+        if core.hides:
+            found = region.run({product: zero + math.nan, **known}).isnan()
+            allowed = _split_sinks(arrange(found.double(), core.bias_steps), core.scores)[0]
+            allowed = None if allowed is None else allowed != 0
     if core.extra:
         sinks = torch.zeros((1, 1, 1, 1), dtype=torch.float64)
-    return mask, sinks
+    return mask, sinks, allowed
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -233,15 +317,20 @@ def insert_canonical(program: Program, core: Core) -> fx.Node:
         operands = [_insert(program, o.node, o.steps) for o in (core.query, core.key, core.value)]
         operands[0] = _scaled(program, operands[0], core)
         operands = _one_dtype(program, operands)
-        mask, sinks = _insert_mask(program, core, operands)
-        operands[0] = _only_seeing(program, operands[0], mask, core)
+        mask, sinks, allowed = _insert_mask(program, core, operands)
+        if allowed is not None and mask is not None:
+            operands[0] = call(program, masks.seeing, (operands[0], allowed)) if core.levels else operands[0]
+            mask = call(program, masks.with_levels if core.levels else masks.hidden_by, (mask, allowed))
         options = {k: v for k, v in core.options.items() if v}
         rest = (mask, sinks) if sinks is not None else (mask,) if mask is not None else ()
         node = call(program, torch.ops.fhopt.attention.default, (*operands, *rest), options)
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in core.output.meta:
                 node.meta[key] = core.output.meta[key]
-        result = _insert_result(program, node, core)
+        result = node
+        if core.empty_is_nan and mask is not None:
+            result = call(program, masks.nan_without_keys, (node, mask))
+        result = _insert_result(program, result, node, core)
     core.output.replace_all_uses_with(result)
     return node
 
@@ -259,22 +348,6 @@ def _scaled(program: Program, query: fx.Node, core: Core) -> fx.Node:
     return query if core.order is None else call(program, _take_heads, (query, list(core.order)))
 
 
-def _only_seeing(program: Program, query: fx.Node, mask: fx.Node | None, core: Core) -> fx.Node:
-    """Set queries that may attend to nothing to zero, where a filled mask lets no gradient through for them.
-
-    Their scores are all equal either way.
-    """
-    fills = core.scores is not None and core.scores.replaces and mask is not None and core.product is not None
-    if not fills or not any(program.values[name].requires_grad for name in program.parameters):
-        return query
-    return call(program, seeing, (query, mask))
-
-
-def seeing(query: Tensor, mask: Tensor) -> Tensor:
-    """Set queries [B, H, S, D] to zero where an additive mask [B, H, S, T] leaves no key."""
-    return query * (mask > -LEAST).any(-1, keepdim=True).to(query.dtype)
-
-
 def _take_heads(tensor: Tensor, order: list[int]) -> Tensor:
     """Return the heads of [B, H, ., .] in another order."""
     return tensor.index_select(1, torch.tensor(order, device=tensor.device))
@@ -289,23 +362,30 @@ def _one_dtype(program: Program, operands: list[fx.Node]) -> list[fx.Node]:
     return [n if t == widest else call_method(program, "to", n, widest) for n, t in zip(operands, types, strict=True)]
 
 
-def _insert_mask(program: Program, core: Core, operands: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
+def _insert_mask(
+    program: Program, core: Core, operands: list[fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    """Insert mask, sink logits, and where the model does not overwrite scores; see `_canonical_mask`."""
     mask: fx.Node | None = None
     sinks: fx.Node | None = None
+    allowed: fx.Node | None = None
     if core.mask is not None:
         mask = _insert(program, core.mask.node, core.mask.steps)
         if core.scores is not None and core.scores.form == "fill":
             mask = call(program, torch.logical_not, (mask,))
     elif core.scores is not None and (core.scores.form or core.scores.sinks):
-        mask, sinks = _insert_bias(program, core)
+        mask, sinks = _insert_bias(program, core, 0.0)
+        if core.hides:
+            unknown = _insert_bias(program, core, math.nan)[0]
+            allowed = unknown and call(program, torch.isnan, (unknown,))
     if core.extra:
         sinks = call_method(program, "new_zeros", operands[0], (1, 1, 1, 1))
     dtype = fake(operands[0]).dtype
     if mask is not None and fake(mask).dtype not in (torch.bool, dtype):
         mask = call_method(program, "to", mask, dtype)
     if core.order is not None:
-        mask, sinks = (_in_order(program, n, core.order) for n in (mask, sinks))
-    return mask, sinks
+        mask, sinks, allowed = (_in_order(program, n, core.order) for n in (mask, sinks, allowed))
+    return mask, sinks, allowed
 
 
 def _in_order(program: Program, node: fx.Node | None, order: tuple[int, ...]) -> fx.Node | None:
@@ -313,17 +393,20 @@ def _in_order(program: Program, node: fx.Node | None, order: tuple[int, ...]) ->
     return node if len(sizes) < 4 or sizes[1] == 1 or node is None else call(program, _take_heads, (node, list(order)))
 
 
-def _insert_bias(program: Program, core: Core) -> tuple[fx.Node | None, fx.Node | None]:
-    """Repeat the region on scores of zeros: one element where everything broadcasts, else of full size."""
+def _insert_bias(program: Program, core: Core, score: float) -> tuple[fx.Node | None, fx.Node | None]:
+    """Repeat the region on scores that are all `score`: one element where everything broadcasts, else of full size.
+
+    Of zeros it gives the bias; NaN stays where the region does not overwrite scores.
+    """
     assert core.scores is not None and core.product is not None
     bias = None
     if core.bias_is_small:
-        bias = _try_small_bias(program, core)
+        bias = _try_small_bias(program, core, score)
     if bias is None:
         product = core.product
         axes = [list(a) for a in (product.left_axes, product.right_axes, product.axes)]
-        zeros = call(program, blank_scores, (product.left, product.right, *axes))
-        bias = _repeat_region(program, core, zeros)
+        blank = call(program, blank_scores, (product.left, product.right, *axes))
+        bias = _repeat_region(program, core, call(program, torch.add, (blank, score)) if score else blank)
     bias = _insert(program, bias, core.bias_steps)
     if not core.scores.sinks:
         return bias, None
@@ -335,13 +418,14 @@ def _insert_bias(program: Program, core: Core) -> tuple[fx.Node | None, fx.Node 
     return (call_method(program, "narrow", bias, -1, start, keys) if core.scores.form else None), sinks
 
 
-def _try_small_bias(program: Program, core: Core) -> fx.Node | None:
+def _try_small_bias(program: Program, core: Core, score: float) -> fx.Node | None:
     assert core.product is not None
     before = core.output.prev
     try:
         kind = fake(core.product.node)  # nothing of the queries: the mask stays a matter of its own
-        zeros = call(program, torch.zeros, ((1, 1, 1, 1),), {"dtype": kind.dtype, "device": kind.device})
-        bias = _repeat_region(program, core, zeros)
+        like = {"dtype": kind.dtype, "device": kind.device}
+        blank = call(program, torch.full, ((1, 1, 1, 1), score), like)
+        bias = _repeat_region(program, core, blank)
         if len(example_shape(bias)) == 4:
             return bias
     except Exception:  # an operation that needs the full shape
@@ -351,16 +435,15 @@ def _try_small_bias(program: Program, core: Core) -> fx.Node | None:
     return None
 
 
-def _repeat_region(program: Program, core: Core, zeros: fx.Node) -> fx.Node:
+def _repeat_region(program: Program, core: Core, scores: fx.Node) -> fx.Node:
     assert core.scores is not None and core.product is not None
-    mapping: dict[fx.Node, Any] = {core.product.node: zeros}
+    mapping: dict[fx.Node, Any] = {core.product.node: scores}
     for node in core.scores.region.nodes:
         mapping[node] = copy_node(program, node, mapping)
     return mapping[core.scores.region.end]
 
 
-def _insert_result(program: Program, node: fx.Node, core: Core) -> fx.Node:
-    result = node
+def _insert_result(program: Program, result: fx.Node, node: fx.Node, core: Core) -> fx.Node:
     if core.order is not None:
         result = call(program, _take_heads, (result, list(_inverse(core.order))))
     result = _insert(program, result, core.output_steps)
@@ -377,3 +460,20 @@ def _with_strides(program: Program, result: fx.Node, node: fx.Node, core: Core) 
     if not is_layout_seen(program, core.output, layouts):
         return result
     return call(program, in_order, (result, memory_order(fake(core.output))))
+
+
+# --------------------------------------------------------------------------------------------------- certificate
+
+
+def certificate(core: Core) -> Certificate:
+    """Return the evidence for a core that `check_canonical` accepted."""
+    operands = tuple((role, _symbolic(o.node)) for role, o in (("q", core.query), ("k", core.key), ("v", core.value)))
+    levels = "the mean of the values whose mask is weakest" if core.levels else ""
+    rows = "zero" if core.zeroed or core.is_call else levels or ("NaN" if core.empty_is_nan else "")
+    return Certificate(operands, core.steps, rows, core.conditions, core.checked)
+
+
+def _symbolic(node: fx.Node) -> str:
+    """Format a shape with the symbols of its sizes: `[s0, 4, s1, 64]`."""
+    sizes = (n.node.expr if isinstance(n, torch.SymInt) else n for n in shape(node) or ())
+    return f"[{', '.join(map(str, sizes))}]"

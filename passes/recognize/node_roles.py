@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fhopt.passes.graph.evaluate import example_shape
 from fhopt.passes.graph.nodes import VIEWS, argument, fake, is_in_place, op_name, storage_root
 from fhopt.passes.graph.program import Program
+from fhopt.passes.prepare.memory import with_modes
 from fhopt.passes.recognize.contraction import Contraction, read_contraction
 
 CONVOLUTION = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
@@ -74,6 +76,13 @@ class Roles:
         self._numbers: dict[fx.Node, int] = {}
         self._value_numbers: dict[str, int] = {}
         self._projections: dict[fx.Node, Projection | None] = {}
+        self._modes: dict[fx.Node, bool] = {}
+
+    def has_gradient(self, node: fx.Node) -> bool:
+        """Return whether gradients are enabled where the node runs, as far as the graph itself says."""
+        if node not in self._modes:
+            self._modes = {n: bool(mode) for n, mode, _ in with_modes(self.program.graph)}
+        return self._modes[node]
 
     def kind(self, node: fx.Node) -> Kind:
         """Return what the value of `node` depends on."""
@@ -241,6 +250,29 @@ class Roles:
         return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
 
 
+def is_fixed(node: fx.Node) -> bool:
+    """Return whether a value is made of literals only: no input, parameter, buffer or symbolic size."""
+    return all(n.op not in {"placeholder", "get_attr"} for n in _with_ancestors(node))
+
+
+CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy", "bool"})
+NEGATIONS = frozenset({"logical_not", "bitwise_not", "invert", "__invert__"})
+
+
+def condition_key(node: fx.Node, roles: Roles) -> tuple[int, bool]:
+    """Return a number that masks share which are the same computation, and whether the mask is its complement."""
+    parity = False
+    while True:
+        name, source = op_name(node), node.all_input_nodes[0] if node.all_input_nodes else None
+        if source is None or not isinstance(fake(source), Tensor) or fake(source).dtype != torch.bool:
+            return roles.number(node), parity
+        if name in NEGATIONS:
+            parity = not parity
+        elif name not in CASTS | {"contiguous", "clone"}:
+            return roles.number(node), parity
+        node = source
+
+
 def view_root(node: fx.Node) -> fx.Node:
     """Return the node that `node` is a view of, through all views."""
     while op_name(node) in VIEWS and node.all_input_nodes:
@@ -287,6 +319,3 @@ def common_path(names: Iterable[str]) -> str:
             break
         shared.append(step[0])
     return ".".join(shared)
-
-
-__all__ = ["ATTENTION", "Cut", "Kind", "Projection", "Roles", "common_path", "view_root", "written_inputs"]

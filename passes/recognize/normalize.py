@@ -34,7 +34,7 @@ from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.kv_head_repetition import Operand, before_repetition
 from fhopt.passes.recognize.layout import MOVEMENT, Steps
 from fhopt.passes.recognize.node_roles import ATTENTION, Kind, Projection, Roles
-from fhopt.passes.recognize.scores import read_scores
+from fhopt.passes.recognize.scores import Scores, read_scores
 from fhopt.passes.recognize.softmax import OTHER_WEIGHTS, Softmax, is_candidate, read_softmax
 
 CALL = frozenset({"scaled_dot_product_attention"})
@@ -46,10 +46,14 @@ SEARCH = 200  # nodes that are searched behind a softmax
 
 @dataclass(frozen=True)
 class Normalize:
-    """The pass `normalize`. tolerance: largest relative difference that the check by execution accepts."""
+    """The pass `normalize`. tolerance: largest relative difference that the check by execution accepts.
+
+    assume_finite: rewrite attention whose own arithmetic overflows for large scores, where the model gives NaN.
+    """
 
     name: str = "normalize"
     tolerance: float = 1e-6
+    assume_finite: bool = False
 
     def candidates(self, program: Program) -> list[fx.Node]:
         """Return the nodes that may be the core of an attention, in graph order."""
@@ -86,15 +90,37 @@ class Normalize:
                     core = _assemble(softmax, product, mix if on_left else mix.swapped(), roles, base)
                     reached = "softmax, both products, scores, layout"
                     _undo_repetition(core, base)
+                    core.conditions = self._conditions(core, softmax)
                     check_canonical(core, roles, base, self.tolerance)
                     return core
             except Miss as miss:
                 misses.append(Miss(miss.reason, miss.node, miss.reached or reached))
         raise max(misses, key=lambda miss: len(miss.reached))
 
+    def _conditions(self, core: Core, softmax: Softmax) -> tuple[str, ...]:
+        """Return what must hold for the rewrite to give the model's numbers. Raises Miss unless it is assumed."""
+        conditions = []
+        if softmax.overflows:
+            conditions.append("the exponentials are not shifted by their maximum and overflow for large scores")
+        if core.scores is not None and _is_half(core.scores, softmax):
+            conditions.append("scores are computed in float16 and overflow beyond 65504")
+        if conditions and not self.assume_finite:
+            raise Miss(
+                f"{conditions[0]}, where the model gives NaN; expected scores that cannot overflow. Set the option "
+                "assume_finite to rewrite it for scores that do not",
+                core.output,
+            )
+        return tuple(f"no overflow: {condition}" for condition in conditions)
+
     def rewrite(self, program: Program, core: Core) -> fx.Node:
         """Put the canonical node in place of the core and return it."""
         return insert_canonical(program, core)
+
+
+def _is_half(scores: Scores, softmax: Softmax) -> bool:
+    """Return whether scores are numbers of float16, between the product and the softmax."""
+    nodes = (*scores.region.inputs, *scores.region.nodes, softmax.scores)
+    return any(getattr(fake(n), "dtype", None) == torch.float16 for n in nodes)
 
 
 def _smaller_sizes(node: fx.Node) -> dict[int, int]:
@@ -287,7 +313,7 @@ def _assemble(softmax: Softmax, product: Contraction, mix: Contraction, roles: R
     value, result = value_steps(mix, layout_at(mix.left, product, axes, base), axes)
     core = Core(
         softmax.divider or mix.node, *_query_and_key(product, axes), Operand(mix.right, value),
-        scores.scale * softmax.gain, scores, product, extra=softmax.extra, factors=scores.factors,
+        scores.scale * softmax.gain, scores, product, softmax=softmax, extra=softmax.extra, factors=scores.factors,
         softcap=scores.softcap * softmax.gain, output_steps=result, dropout=_dropout(softmax.weights, mix),
     )  # fmt: skip
     _place_mask(core, softmax, axes, base)

@@ -5,14 +5,14 @@
 The path from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
 it (added, filled, selected, written by index, ALiBi, tables of relative positions, tril buffers, windows); the change
 per unit of product is the scale; saturation is a softcap. Everything else that flows in (masks, bias tables,
-temperatures) is random while this is measured, for a bias that is zero today need not be so after training.
+temperatures) is random while this is measured: none of it is assumed to keep the value of one call.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,10 +20,12 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
 from fhopt.passes.graph.nodes import fake, op_name
+from fhopt.passes.recognize.draws import random_sides
 from fhopt.passes.recognize.layout import MOVEMENT, coordinates, line, moved
-from fhopt.passes.recognize.node_roles import Kind, Roles
+from fhopt.passes.recognize.node_roles import Roles, is_fixed
 
-LEAST = 1e4  # additive values below -LEAST mean "may not attend"
+MASKED = -1e4  # scores that are overwritten by at most this are masked
+ABSORBING = -1e30  # adding a score to this changes nothing, in float32 and float64
 MULTIPLICATION = frozenset({"mul", "multiply"})
 DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
 
@@ -46,26 +48,7 @@ class Scores:
     form: str = ""
     sinks: int = 0
     start: int = 0  # the first column of the keys
-    replaces: bool = False  # what the mask forbids does not depend on the product: a filling, not a summand
-
-
-def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.Node, Tensor]:
-    """Draw random numbers for the tensors that flow into a region and are not constants.
-
-    With `binary`, a tensor that holds only zeros and ones today gets random zeros and ones: it is a mask in numbers.
-    """
-    values: dict[fx.Node, Tensor] = {}
-    for index, side in enumerate(region.sides):
-        value = fake(side)
-        if not isinstance(value, Tensor) or roles.kind(side) == Kind.CONSTANT:
-            continue
-        if value.dtype == torch.bool:
-            values[side] = random_like(side, 100 + index) > -0.5
-        elif value.dtype.is_floating_point:
-            values[side] = random_like(side, 100 + index).abs() * 0.5 + 0.5
-            if binary and bool(((region.base.example(side) == 0) | (region.base.example(side) == 1)).all()):
-                values[side] = (random_like(side, 100 + index) > -0.5).double()
-    return values
+    levels: bool = False  # masked scores hold finite values that a score added to them would change
 
 
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
@@ -79,13 +62,8 @@ def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles:
     key = ("scores", signature(region, roles.describe), axis, key_axis)
     if key in roles.known:
         return _as_known(roles.known[key], region)
-    for binary in (False, True):
-        with contextlib.suppress(Miss):
-            result = _measured(region, product, axis, key_axis, roles, random_sides(region, roles, binary))
-            if not binary:  # nothing was read from today's values
-                roles.known[key] = result
-            return result
-    return _measured(region, product, axis, key_axis, roles, None)  # sides that belong together: as they are today
+    result = roles.known[key] = _measured(region, product, axis, key_axis, roles, random_sides(region))
+    return result
 
 
 def _as_known(scores: Scores, region: Region) -> Scores:
@@ -96,9 +74,9 @@ def _as_known(scores: Scores, region: Region) -> Scores:
 
 
 def _measured(
-    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, drawn: Mapping[fx.Node, Tensor] | None
+    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, sides: Mapping[fx.Node, Any]
 ) -> Scores:
-    result, sides = Scores(region), drawn or {}
+    result = Scores(region)
     shape = example_shape(product)
     keys = moved(region.base, {product: coordinates(shape, key_axis)}, region.nodes, region.end)
     numbers = random_like(product, 7)
@@ -116,7 +94,10 @@ def _measured(
         return moved_by.index_select(axis, columns)[open_places]
 
     allowed = zero.index_select(axis, columns)
-    open_places = allowed.isfinite() & (allowed.abs() < LEAST)
+    pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
+    replaced = pushed == allowed
+    result.levels = _has_levels(allowed[replaced], region)
+    open_places = allowed.isfinite() & (allowed > MASKED) & ~replaced
     if not bool(open_places.any()):
         raise Miss("every score is masked; expected some that are not", region.end)
     unit = placed.index_select(axis, columns)
@@ -124,11 +105,7 @@ def _measured(
     if result.factors:
         unit = unit * _gain(result, shape, key_axis, sides)
     _fit(result, change, unit[open_places], region)
-    closed = allowed.isfinite() & ~open_places
-    if bool(closed.any()):
-        pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
-        result.replaces = torch.equal(pushed[closed], allowed[closed])
-    if drawn is None or result.sinks:
+    if result.sinks:
         result.form = "computed" if region.sides or bool((allowed != 0).any()) else ""
     else:
         constants = {n: region.base.example(n) for n in region.sides if n not in sides and isinstance(fake(n), Tensor)}
@@ -136,7 +113,18 @@ def _measured(
     return result
 
 
-def _run(region: Region, values: Mapping[fx.Node, Tensor]) -> Tensor:
+def _has_levels(overwritten: Tensor, region: Region) -> bool:
+    """Return whether scores are overwritten by values that a score added to them would change. Raises Miss."""
+    finite = overwritten[overwritten.isfinite()]
+    if finite.numel() and float(finite.max()) > MASKED:
+        raise Miss(
+            f"scores are overwritten by values up to {float(finite.max()):.3g}; expected at most {MASKED:.0e}, a mask",
+            region.end,
+        )
+    return bool(finite.numel()) and float(finite.max()) > ABSORBING
+
+
+def _run(region: Region, values: Mapping[fx.Node, Any]) -> Tensor:
     try:
         return region.run(values)
     except Exception as error:  # a user's node may raise anything
@@ -147,7 +135,7 @@ def _run(region: Region, values: Mapping[fx.Node, Tensor]) -> Tensor:
 
 def _check_sinks(
     region: Region, product: fx.Node, numbers: Tensor, zero: Tensor, axis: int, columns: Tensor,
-    sides: Mapping[fx.Node, Tensor],
+    sides: Mapping[fx.Node, Any],
 ) -> None:  # fmt: skip
     if columns.numel() and int(columns[-1] - columns[0]) != columns.numel() - 1:
         raise Miss("sink columns lie between the keys; expected them before or after the keys", region.end)
@@ -166,13 +154,12 @@ def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
         others = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in inside]
         if name not in MULTIPLICATION | DIVISION or len(others) != 1:
             continue
-        symbolic = not isinstance(fake(others[0]), Tensor)
-        if symbolic or roles.kind(others[0]) != Kind.CONSTANT:
+        if not is_fixed(others[0]):
             results.append((others[0], name in DIVISION))
     return tuple(results)
 
 
-def _gain(scores: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Tensor]) -> Tensor:
+def _gain(scores: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Any]) -> Tensor:
     """Return the product of the factors over the scores, which must not vary over keys or follow a change of axes."""
     region = scores.region
     last = max(node for factor, _ in scores.factors for node in factor.users if node in region.nodes)
@@ -213,7 +200,7 @@ def _fit(scores: Scores, change: object, unit: Tensor, region: Region) -> None:
     )
 
 
-def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> None:
+def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape: tuple[int, ...]) -> None:
     """Set the mask to the tensor that is the bias, where there is one; else the region computes the bias."""
     if not bool((zero != 0).any()):
         return
@@ -221,6 +208,8 @@ def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], sh
     if len(shape) != 4 or any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in scores.region.nodes):
         return
     for node, value in sides.items():
+        if not isinstance(value, Tensor):
+            continue
         is_mask = value.dtype == torch.bool or value.dtype.is_floating_point
         if not is_mask or not 2 <= value.dim() <= 4 or not _fits(value, zero):
             continue

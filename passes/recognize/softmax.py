@@ -4,27 +4,31 @@
     exp(x - x.logsumexp(-1, True))                    e @ v / e.sum(-1, True)         e / (1 + e.sum(-1, True))
 
 Hand-written ones are found from the exponential: what dominates it is the input, what post-dominates its sum is the
-output; then they are run against `torch.softmax` on random numbers.
+output; then they are run against `torch.softmax` on random numbers, with random values of everything else that flows
+in. What is subtracted from the scores is such a value: a softmax is the same whatever is subtracted along its axis.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph.evaluate import Evaluator, example_shape, random_like, run_region, window
+from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, window
 from fhopt.passes.graph.nodes import argument, fake, op_name
+from fhopt.passes.recognize.draws import random_sides
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
 EXPONENTIAL = frozenset({"exp", "exp2"})
 OTHER_WEIGHTS = frozenset({"sigmoid", "relu", "elu", "softplus", "sparsemax"})  # attention of another kind
 DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
+CARRIERS = frozenset({"detach", "getitem", "to", "float", "clone", "contiguous", "unsqueeze", "alias"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Softmax:
 
     extra: logits of zero that the sum also holds (softmax plus one). divider: where the weights are normalised only
     after the second product, the node that does it. gain: by what the scores are multiplied (a base other than e).
+    shift: what is subtracted from the scores, constant along the axis. overflows: the exponentials are not finite for
+    large scores, and the model's result is not either.
     """
 
     scores: fx.Node
@@ -41,6 +47,8 @@ class Softmax:
     extra: int = 0
     divider: fx.Node | None = None
     gain: float = 1.0
+    shift: fx.Node | None = None
+    overflows: bool = False
 
 
 def is_candidate(node: fx.Node) -> bool:
@@ -66,7 +74,8 @@ def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
             raise Miss("the softmax has no single axis; expected dim", node)
         weights = node if name in SOFTMAX else _exponential_of(node)
         axis = axis % len(example_shape(node))
-        return Softmax(_without_shift(source, axis), weights, axis)
+        scores, shift = _without_shift(source, axis)
+        return Softmax(scores, weights, axis, shift=shift)
     return _read_hand_written(node, base)
 
 
@@ -110,28 +119,40 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
     axis = _axis(total)
     if axis is None:
         raise Miss("the exponentials are summed over several axes; expected one", total)
-    scores = _without_shift(node.all_input_nodes[0], axis)
     gain = math.log(2) if op_name(node) == "exp2" else 1.0
+    scores, shift = _without_shift(node.all_input_nodes[0], axis)
     if op_name(total) == "logsumexp":
         return _checked(Softmax(scores, node, axis, gain=gain), base)
+    overflows = shift is None or not _is_largest(shift, scores)
     weights = _post_dominator(node, total)
     if weights is None:
         raise Miss("exponentials are summed but not divided by the sum; expected a softmax", total)
     if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
-        return _checked(Softmax(scores, weights, axis, gain=gain), base)
+        softmax = Softmax(scores, weights, axis, gain=gain, shift=shift, overflows=overflows)
+        return _checked(softmax, base)
     return Softmax(
-        scores, node, axis, divider=weights, gain=gain
+        scores, node, axis, divider=weights, gain=gain, shift=shift, overflows=overflows
     )  # normalised after the second product; checked as a whole
 
 
-def _without_shift(node: fx.Node, axis: int) -> fx.Node:
-    """Return x behind `x - f(x)` where f(x) is constant along the axis, which does not change a softmax."""
-    if op_name(node) in {"sub", "subtract"} and len(node.all_input_nodes) == 2:
+def _without_shift(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:
+    """Return x and f(x) of `x - f(x)` where f(x) is constant along the axis; else the node itself and None."""
+    if op_name(node) in {"sub", "subtract"} and len(node.all_input_nodes) == 2 and len(node.args) == 2:
         first, second = node.all_input_nodes
         shift = example_shape(second) if isinstance(fake(second), Tensor) else ()
         if len(shift) == len(example_shape(node)) and shift[axis] == 1 and _depends(second, first):
-            return first
-    return node
+            return first, second
+    return node, None
+
+
+def _is_largest(node: fx.Node, scores: fx.Node) -> bool:
+    """Return whether a shift is the largest of the scores, so that no exponential overflows."""
+    while op_name(node) in CARRIERS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    while source is not None and source is not scores and op_name(source) in CARRIERS and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return op_name(node) in {"amax", "max"} and source is scores
 
 
 def _post_dominator(node: fx.Node, total: fx.Node) -> fx.Node | None:
@@ -168,10 +189,15 @@ def _contracts(start: fx.Node, end: fx.Node) -> bool:
 
 
 def _checked(softmax: Softmax, base: Evaluator) -> Softmax:
-    """Run it against torch.softmax; with a zero logit more where that is what it is."""
+    """Run it against torch.softmax; with a zero logit more where that is what it is. Raises Miss."""
     scores = random_like(softmax.scores, 3)
+    values: dict[fx.Node, Any] = {softmax.scores: scores}
+    if softmax.shift is not None:
+        sizes = [1 if axis == softmax.axis else n for axis, n in enumerate(scores.shape)]
+        values[softmax.shift] = random_like(softmax.scores, 4)[tuple(slice(n) for n in sizes)]
     try:
-        result = run_region(base, {softmax.scores: scores}, softmax.weights)
+        region = Region(base, values, softmax.weights)
+        result = region.run({**random_sides(region), **values})
     except Exception as error:  # a user's node may raise anything
         raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", softmax.weights) from error
     scores = scores * softmax.gain

@@ -3,6 +3,7 @@
     entry.build() -> capture -> run (outputs, changed inputs, gradients)      the graph as it was captured
                              -> passes.find -> run, on equal inputs           the graph as it was rewritten
 
+Both run on the values of the capture and on a second set (`fresh_values`): a rewrite holds for all values, or is wrong.
 The captured graph is run before the finder sees it: higher-order bodies are shared by all copies of a graph, so that
 no copy would be safe from a finder that changes one.
 """
@@ -70,6 +71,7 @@ class Result:
     missed: list[Explanation] = field(default_factory=list)
     seconds_capture: float = 0.0
     seconds_find: float = 0.0
+    graphs_run_twice: int = 0  # with a second set of values, which not every graph accepts
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -145,6 +147,8 @@ def _check_graph(program: Program, result: Result) -> None:
     result.graphs += 1
     result.nodes += len(program.graph.nodes)
     before = _Run(program)
+    fresh = fresh_values(program)
+    before_fresh = _run_if_possible(program, fresh)
     versions = {name: _version(value) for name, value in program.values.items()}
     start = time.perf_counter()
     try:
@@ -161,13 +165,49 @@ def _check_graph(program: Program, result: Result) -> None:
     for module in program.module.modules():
         if isinstance(module, fx.GraphModule):
             module.recompile()  # what runs is what the graphs say, also where a pass forgot to
+    for expected, values in ((before, None), (before_fresh, fresh)):
+        if expected is None:
+            continue
+        try:
+            after = _Run(program, values)
+        except Exception as error:
+            result.problems.append(f"the rewritten graph does not run: {_one_line(error)}")
+            return
+        result.graphs_run_twice += values is not None
+        result.max_error = max(result.max_error, _largest_difference(expected, after))
+        _compare_gradients(expected, after, result)
+
+
+def fresh_values(program: Program, seed: int = 7) -> dict[str, Any]:
+    """Draw another value for every tensor of a program: of the same form and range.
+
+    Numbers change their places; masks of zeros and ones are drawn again, and what is one number all over gets several,
+    so that nothing keeps a value that does nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _fresh(value, generator) for name, value in program.values.items()}
+
+
+def _fresh(value: Any, generator: torch.Generator) -> Any:
+    if not isinstance(value, Tensor) or value.is_complex() or not value.numel() or value.is_quantized:
+        return value
+    source = value.detach()
+    if not source.is_floating_point():
+        if source.dtype == torch.bool or bool(((source == 0) | (source == 1)).all() and source.dim()):
+            return (torch.rand(source.shape, generator=generator) < 0.8).to(source.dtype)
+        return source.flatten()[torch.randperm(source.numel(), generator=generator)].view(source.shape)
+    if bool((source == source.flatten()[0]).all()):
+        noise = torch.rand(source.shape, generator=generator) * 0.2 + 0.9
+        return (source * noise.to(source.dtype) + (noise * 0.1).to(source.dtype)).to(source.dtype)
+    return source.flatten()[torch.randperm(source.numel(), generator=generator)].view(source.shape)
+
+
+def _run_if_possible(program: Program, values: dict[str, Any]) -> _Run | None:
+    """Run a program on other values; None where it refuses them, as an index out of range."""
     try:
-        after = _Run(program)
-    except Exception as error:
-        result.problems.append(f"the rewritten graph does not run: {_one_line(error)}")
-        return
-    result.max_error = max(result.max_error, _largest_difference(before, after))
-    _compare_gradients(before, after, result)
+        return _Run(program, values)
+    except Exception:  # whatever an operation says of values that it does not take
+        return None
 
 
 def _version(value: Any) -> int:
@@ -199,15 +239,16 @@ class _Run:
     gradients: by placeholder, None where nothing depends on it. refusal: why there are none at all.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, values: dict[str, Any] | None = None) -> None:
+        values = program.values if values is None else values
         with torch.no_grad():
-            inputs = {name: _clone(value) for name, value in program.values.items()}
+            inputs = {name: _clone(value) for name, value in values.items()}
             self.outputs = _call(program, inputs)
         self.inputs = {name: value for name, value in inputs.items() if name not in program.parameters}
         self.gradients: dict[str, Tensor | None] = {}
         self.refusal = ""
         try:
-            self.gradients = _gradients(program)
+            self.gradients = _gradients(program, values)
         except Exception as error:  # fast paths and flex attention on a CPU refuse, each in its own way
             self.refusal = _one_line(error)
 
@@ -242,9 +283,9 @@ def _call(program: Program, inputs: dict[str, Any]) -> list[Any]:
     return tree_leaves(program.module(*inputs.values()))
 
 
-def _gradients(program: Program) -> dict[str, Tensor | None]:
+def _gradients(program: Program, values: dict[str, Any]) -> dict[str, Tensor | None]:
     """Return gradients of one random projection of all outputs, by every floating input, parameters included."""
-    inputs = {name: _clone(value) for name, value in program.values.items()}
+    inputs = {name: _clone(value) for name, value in values.items()}
     leaves = {name: v.requires_grad_() for name, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     with torch.enable_grad():
         passed = {name: v.clone() if name in leaves else v for name, v in inputs.items()}  # leaves are read-only

@@ -289,7 +289,7 @@ def between_channels(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ),
         (weights_without_values, "no product of the weights with values", "softmax, product of queries and keys"),
         (weights_skewed, "pass through pad before the second product", "softmax, product of queries and keys"),
-        (weights_gated, "the canonical op differs by", "softmax, both products, scores, layout"),
+        (weights_gated, "the weights are multiplied by getitem", "softmax, both products, scores, layout"),
         (summed_over_queries, "does not sum over the keys alone", "softmax, both products"),
         (over_a_projection, "over the projection by o.weight", "softmax"),
         (logarithm_kept, "log_softmax without an exponential", ""),

@@ -1,0 +1,93 @@
+"""Random values of what flows into a part of a graph: masks, biases, temperatures, symbolic numbers.
+
+Nothing that a check by execution reads may keep the value of one call, but what is made of literals only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.passes.graph.evaluate import Region, random_like
+from fhopt.passes.graph.nodes import SIZED, fake, op_name
+from fhopt.passes.recognize.layout import MOVEMENT
+from fhopt.passes.recognize.node_roles import CASTS, is_fixed
+
+MILD, SIGNED, LARGE = "mild", "signed", "large"
+DRAWS = (MILD, SIGNED, LARGE)
+"""How values of a check are drawn: positive factors and masks that hide some keys; numbers of both signs, and rows that
+see nothing or everything; operands 30 times larger, zeros among the side values, and rows that see nothing."""
+SELECTING = frozenset({"index", "gather", "take_along_dim", "written", "index_fill", "index_copy", "blank_scores"})
+
+
+def random_sides(region: Region, draw: str = MILD) -> dict[fx.Node, Any]:
+    """Draw a value for everything that flows into a region and is not made of literals only.
+
+    Integers that select elements keep their value, which is a choice of places; booleans in numbers stay 0 and 1.
+    """
+    values: dict[fx.Node, Any] = {}
+    for index, side in enumerate(region.sides):
+        if is_fixed(side):
+            continue
+        value = fake(side)
+        if isinstance(value, Tensor):
+            drawn = _drawn(side, value.dtype, 100 + index, draw, _selects(side, region))
+            if drawn is not None:
+                values[side] = drawn
+        elif _is_number(side, region):
+            values[side] = 3 + index % 3 if isinstance(value, (int, torch.SymInt)) else 0.7 + 0.1 * index
+    return values
+
+
+def _drawn(side: fx.Node, dtype: torch.dtype, seed: int, draw: str, selects: bool) -> Tensor | None:
+    numbers = random_like(side, seed)
+    if dtype == torch.bool:
+        return _mask(numbers, draw)
+    if dtype.is_floating_point:
+        if _is_binary(side):
+            return _mask(numbers, draw).double()
+        if draw == MILD:
+            return numbers.abs() * 0.5 + 0.5
+        return numbers if draw == SIGNED else numbers * (numbers.abs() > 0.3)
+    if dtype.is_complex or selects:
+        return None
+    return (numbers * 2).round().to(dtype)
+
+
+def _mask(numbers: Tensor, draw: str) -> Tensor:
+    """Make a random mask of random numbers, in which rows (over the last axis) see nothing or everything."""
+    mask = numbers > -0.5
+    if draw == MILD or mask.dim() < 1:
+        return mask
+    rows = mask.reshape(-1, mask.shape[-1]) if mask.numel() else mask
+    rows = rows.clone()
+    if draw == LARGE or len(rows) > 1:
+        rows[:1] = False
+    rows[1:2] = True
+    return rows.reshape(mask.shape)
+
+
+def _is_binary(side: fx.Node) -> bool:
+    """Return whether a tensor of numbers is a cast of booleans."""
+    node = side
+    while op_name(node) in MOVEMENT | CASTS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        value = fake(node)
+        if not isinstance(value, Tensor):
+            return False
+        if value.dtype == torch.bool:
+            return True
+    return False
+
+
+def _selects(side: fx.Node, region: Region) -> bool:
+    """Return whether integers of a side select elements in the region."""
+    return any(op_name(user) in MOVEMENT | SELECTING for user in side.users if user in region.nodes)
+
+
+def _is_number(side: fx.Node, region: Region) -> bool:
+    """Return whether a symbolic number is computed with in the region, and is no size there."""
+    users = [user for user in side.users if user in region.nodes]
+    return bool(users) and not any(op_name(user) in SIZED | MOVEMENT | SELECTING for user in users)

@@ -1,0 +1,438 @@
+"""Prove, from operators and literal arguments alone, that an attention is its canonical form for all values.
+
+    q, k, v -> ... -> scores -> ... -> softmax -> ... -> o            every node on a path from an operand to o
+
+A compiled graph runs again with other values, so nothing may be dropped because of the values of one call. Every node
+through which an operand flows must be of one of these kinds; anything else raises Miss at that node:
+
+    movement    moves elements by sizes, literals, or an index made of literals only
+    cast        to a floating dtype
+    analytic    a real-analytic function of its inputs: sums, products, exponentials, tanh, softmax, contractions
+    selection   replaces elements where a mask says so that does not depend on the operands
+    range       a bound that no value can cross: relu(softmax(s)), clamp at the limits of the dtype
+    shift       is subtracted before a softmax and constant along its axis
+    off         dropout that is not active
+
+Two analytic functions that agree at random points agree everywhere (with probability one), so the check by execution
+(`canonical`), which draws every input and every side value, is a proof for regions that pass this test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss
+from fhopt.passes.certificate import Step
+from fhopt.passes.graph.evaluate import Region, example_shape
+from fhopt.passes.graph.nodes import argument, fake, op_name, source_line
+from fhopt.passes.recognize.layout import JOINS, MOVEMENT
+from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
+from fhopt.passes.recognize.scores import ABSORBING, DIVISION, MULTIPLICATION
+from fhopt.passes.recognize.softmax import SOFTMAX, Softmax
+
+INDEXED = frozenset({"index", "gather", "take_along_dim", "index_select", "getitem", "take"})
+SAME = frozenset({"contiguous", "clone", "alias", "detach", "dropout", "native_dropout", "feature_dropout", "Identity"})
+CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"})
+ANALYTIC_NAMES = (
+    "add sub rsub subtract mul multiply div truediv divide true_divide neg negative exp exp2 expm1 log log2 log1p tanh "
+    "sigmoid softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp matmul __matmul__ bmm mm linear einsum "
+    "tensordot inner baddbmm addmm sum mean pow square sqrt rsqrt reciprocal sin cos tril triu addcmul "
+    "scaled_dot_product_attention attention vecdot"
+)
+ANALYTIC = frozenset(ANALYTIC_NAMES.split())
+SELECTION = frozenset({"masked_fill", "where", "index_fill", "written"})
+SIZE_OF = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})  # methods that read only the form of the other
+NEW_NAMES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty blank_scores"
+NEW = frozenset(NEW_NAMES.split())
+BOUND_NAMES = "clamp clip clamp_min clamp_max maximum minimum relu abs nan_to_num hardtanh max min"
+BOUNDS = frozenset(BOUND_NAMES.split())
+SHIFT_NAMES = "amax max amin min mean sum logsumexp isinf isfinite isnan eq ne where masked_fill"
+SHIFTS = frozenset(SHIFT_NAMES.split())
+GROWS = MULTIPLICATION | DIVISION | {"pow", "add", "sub", "subtract", "addcmul"}
+MASK_NAMES = (
+    "rsub neg log log2 log1p tril triu zeros ones full tensor scalar_tensor logical_not logical_and logical_or "
+    "bitwise_not bitwise_and bitwise_or and_ or_ invert eq ne lt le gt ge arange index gather cumsum"
+)
+MASKING = MOVEMENT | JOINS | SELECTION | CASTS | BOUNDS | GROWS | SAME | NEW | frozenset(MASK_NAMES.split())
+Interval = tuple[float, float]
+ALL: Interval = (-math.inf, math.inf)
+_RANGES: dict[str, Interval] = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "exp": (0.0, math.inf)} | dict.fromkeys(
+    SOFTMAX, (0.0, 1.0)
+)
+
+
+@dataclass
+class Proof:
+    """The steps of a proof.
+
+    zeroed: weights that the mask hides are set to zero once more, so rows without keys give zero. hides_nan: NaN of
+    weights becomes zero.
+    """
+
+    steps: list[Step]
+    zeroed: bool = False
+    hides_nan: bool = False
+
+
+def prove(region: Region, softmax: Softmax | None, roles: Roles) -> Proof:
+    """Prove that the canonical form of a region, from operands to result, holds for all values. Raises Miss."""
+    return _Prover(region, softmax, roles).run()
+
+
+class _Prover:
+    """One walk over a region, in graph order. ranges: bounds of the values of a node, where they are known."""
+
+    def __init__(self, region: Region, softmax: Softmax | None, roles: Roles) -> None:
+        self.region, self.softmax, self.roles = region, softmax, roles
+        self.flows = set(region.inputs)  # nodes whose values, not only sizes, depend on the operands
+        self.shifts = _shift_nodes(region, softmax)
+        self.weights = _weight_nodes(region, softmax)
+        self.fills: list[fx.Node] = []
+        self.ranges: dict[fx.Node, Interval] = {}
+        self.proof = Proof([])
+
+    def run(self) -> Proof:
+        for node in self.region.nodes:
+            if self._flows(node):
+                rule = self.rule(node)
+                self.flows.add(node)
+                self.proof.steps.append(Step(node.name, op_name(node), rule, source_line(node)))
+        return self.proof
+
+    def _flows(self, node: fx.Node) -> bool:
+        """Return whether the values of an operand flow into a node."""
+        if op_name(node) in NEW or not (isinstance(fake(node), Tensor) or _is_several(fake(node))):
+            return False
+        sources = node.all_input_nodes[:1] if op_name(node) in SIZE_OF else node.all_input_nodes
+        return any(n in self.flows for n in sources)
+
+    def rule(self, node: fx.Node) -> str:
+        """Return the rule by which a node keeps the canonical form. Raises Miss."""
+        name = op_name(node)
+        self._check_gradient(node)
+        if node in self.shifts:
+            return self._shift(node, name)
+        if _is_complex(node):
+            raise Miss(f"{name} computes complex numbers; expected real ones", node)
+        for kinds, prove_kind in (
+            (SAME, self._same), (CASTS, self._cast), (BOUNDS, self._bound), (SELECTION, self._selection),
+            (MOVEMENT | JOINS | INDEXED, self._movement), (ANALYTIC, self._analytic),
+        ):  # fmt: skip
+            if name in kinds:
+                return prove_kind(node, name)
+        raise Miss(
+            f"{name} lies between the operands and the result; expected only operations that keep the canonical form "
+            "for all values",
+            node,
+        )
+
+    # ------------------------------------------------------------------------------------------------ kinds
+
+    def _same(self, node: fx.Node, name: str) -> str:
+        if "dropout" in name and _is_active(node):
+            raise Miss("attention dropout is active; expected evaluation or dropout 0", node)
+        self._inherit(node)
+        return "off: dropout is not active" if "dropout" in name else "identity"
+
+    def _cast(self, node: fx.Node, name: str) -> str:
+        if not fake(node).dtype.is_floating_point:
+            raise Miss(f"a cast to {fake(node).dtype} rounds; expected floating-point numbers", node)
+        self._inherit(node)
+        return f"cast: to {str(fake(node).dtype).removeprefix('torch.')}"
+
+    def _movement(self, node: fx.Node, name: str) -> str:
+        for side in self._side_tensors(node) if name not in SIZE_OF | JOINS else ():
+            if not is_fixed(side):
+                raise Miss(
+                    f"{name} takes elements by {side.name}, which may hold other places in another call; expected an "
+                    "index made of literals",
+                    node,
+                )
+        self._inherit(node, joins=name in JOINS)
+        return "movement"
+
+    def _analytic(self, node: fx.Node, name: str) -> str:
+        if node in self.weights and name in GROWS:
+            rule = self._weights_rule(node, name)
+            if rule:
+                return rule
+        self.ranges[node] = _RANGES.get(name) or self._scaled(node, name)
+        return "analytic: checked at random points"
+
+    def _selection(self, node: fx.Node, name: str) -> str:
+        conditions = _conditions(node, name)
+        for condition in conditions:
+            if condition in self.flows:
+                raise Miss(f"{name} selects by {condition.name}, which depends on the scores; expected a mask", node)
+        if node in self.weights:
+            return self._zero(node, conditions[0] if conditions else None)
+        self.fills.append(node)
+        self._inherit(node, joins=True)
+        return "selection: by a mask that does not depend on the operands"
+
+    def _bound(self, node: fx.Node, name: str) -> str:
+        source = next(n for n in node.all_input_nodes if n in self.flows)
+        low, high = self.ranges.get(source, ALL)
+        if name == "nan_to_num":
+            if node not in self.weights or not math.isfinite(low + high):
+                raise Miss("nan_to_num changes scores that are not finite; expected it after the softmax", node)
+            self.proof.hides_nan = True
+            self.ranges[node] = (low, high)
+            return "range: weights are finite; rows without keys are zero"
+        lower, upper = self._literal_bounds(node, name)
+        limit = torch.finfo(fake(source).dtype).max if fake(source).dtype.is_floating_point else 0.0
+        if lower > max(low, -limit) or upper < min(high, limit):
+            raise Miss(
+                f"{name} changes values beyond its bounds, which the values here may cross; expected bounds that "
+                "nothing crosses",
+                node,
+            )
+        self.ranges[node] = (low, high)
+        return f"range: values lie within [{low:g}, {high:g}]" if math.isfinite(low) else "range: limits of the dtype"
+
+    def _shift(self, node: fx.Node, name: str) -> str:
+        if name not in SHIFTS | SAME | CASTS | MOVEMENT | BOUNDS:
+            raise Miss(f"{name} computes what is subtracted before the softmax; expected a maximum or a mean", node)
+        return "shift: constant along the axis of the softmax, which does not change it"
+
+    # ---------------------------------------------------------------------------------------------- weights
+
+    def _weights_rule(self, node: fx.Node, name: str) -> str:
+        """Return the rule for arithmetic on weights: by a literal, or by the mask that hid scores. Raises Miss."""
+        others = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a not in self.flows]
+        if not others:
+            return ""  # literals; the check by execution finds those that change anything
+        if name in MULTIPLICATION and len(others) == 1 and self._hides(others[0], keeps=True):
+            self.proof.zeroed = True
+            self._inherit(node)
+            return "selection: the mask that hid these scores"
+        verb = {"mul": "multiplied by", "multiply": "multiplied by", "pow": "raised to", "add": "added to"}.get(
+            name, "divided by" if name in DIVISION else f"changed ({name}) by"
+        )
+        raise Miss(
+            f"the weights are {verb} {others[0].name}, which may hold other values in another call; expected weights "
+            "that the second product takes unchanged",
+            node,
+        )
+
+    def _keeps(self, node: fx.Node) -> bool:
+        """Return whether a selection keeps what flows in where its condition is true."""
+        return op_name(node) == "where" and _choices(node)[0] in self.flows
+
+    def _zero(self, node: fx.Node, condition: fx.Node | None) -> str:
+        """Return the rule for weights that are set to zero where the scores were hidden. Raises Miss."""
+        keeps = self._keeps(node)
+        value = argument(node, 2, "value") if op_name(node) == "masked_fill" else None
+        value = _choices(node)[int(keeps)] if op_name(node) == "where" else value
+        if condition is None or not _is_zero(value) or not self._hides(condition, keeps):
+            raise Miss(
+                f"{op_name(node)} replaces weights after the softmax; expected zeros by the mask that hid the scores",
+                node,
+            )
+        self.proof.zeroed = True
+        self._inherit(node)
+        return "selection: the mask that hid these scores"
+
+    def _hides(self, condition: fx.Node, keeps: bool) -> bool:
+        """Return whether one mask hid the scores, and `condition` is that mask (`keeps`: or its complement)."""
+        if len(self.fills) != 1 or self.softmax is None or op_name(self.softmax.weights) not in SOFTMAX:
+            return False
+        fill = self.fills[0]
+        hidden = _conditions(fill, op_name(fill))
+        if len(hidden) != 1 or fake(fill).shape != fake(self.softmax.weights).shape:
+            return False
+        between = Region(self.region.base, [fill], self.softmax.weights).nodes
+        if any(op_name(n) in (MOVEMENT | JOINS) - {"contiguous"} for n in between):
+            return False
+        number, parity = condition_key(hidden[0], self.roles)
+        return condition_key(condition, self.roles) == (number, parity ^ (keeps != self._keeps(fill)))
+
+    # ---------------------------------------------------------------------------------------------- helpers
+
+    def _check_gradient(self, node: fx.Node) -> None:
+        """Raise Miss where a gradient ends that the canonical node would pass on."""
+        flows = [n for n in node.all_input_nodes if n in self.flows and _takes_gradient(n)]
+        if not flows or node in self.shifts:
+            return
+        if op_name(node) == "detach":
+            raise Miss("detach ends the gradient inside the attention; expected gradients through all of it", node)
+        if not self.roles.has_gradient(node) and self.roles.has_gradient(self.region.end):
+            raise Miss(
+                f"{op_name(node)} runs without gradients, and the result with them; expected one mode for all of the "
+                "attention",
+                node,
+            )
+
+    def _side_tensors(self, node: fx.Node) -> Iterator[fx.Node]:
+        yield from (n for n in node.all_input_nodes if n not in self.flows and isinstance(fake(n), Tensor))
+
+    def _inherit(self, node: fx.Node, joins: bool = False) -> None:
+        """Give a node the range of its inputs; with `joins`, only where all of them have one."""
+        known = [self.ranges.get(n, ALL) for n in node.all_input_nodes if n in self.flows]
+        if joins and (len(known) < len(node.all_input_nodes) or op_name(node) in SELECTION):
+            known = [ALL]
+        if known:
+            self.ranges[node] = (min(low for low, _ in known), max(high for _, high in known))
+
+    def _scaled(self, node: fx.Node, name: str) -> Interval:
+        """Return the range of a value times a positive literal."""
+        numbers = [a for a in node.args[:2] if isinstance(a, (int, float))]
+        flows = [a for a in node.args[:2] if isinstance(a, fx.Node) and a in self.ranges]
+        if name not in MULTIPLICATION | DIVISION or len(numbers) != 1 or len(flows) != 1 or not numbers[0] > 0:
+            return ALL
+        by = 1 / numbers[0] if name in DIVISION else float(numbers[0])
+        if name in DIVISION and flows[0] is not node.args[0]:
+            return ALL
+        low, high = self.ranges[flows[0]]
+        return low * by, high * by
+
+    def _literal_bounds(self, node: fx.Node, name: str) -> Interval:
+        """Return the bounds that a node applies. Raises Miss where they are not literals."""
+        if name == "relu":
+            return 0.0, math.inf
+        if name == "abs":
+            return 0.0, math.inf
+        if name == "hardtanh":
+            return float(argument(node, 1, "min_val", default=-1.0)), float(argument(node, 2, "max_val", default=1.0))
+        if name in {"max", "min"} and not isinstance(argument(node, 1, "other"), fx.Node):
+            raise Miss(f"{name} reduces an axis; expected operations that keep each score", node)
+        if name in {"maximum", "max", "clamp_min"}:
+            return self._number(node, argument(node, 1, "other", "min")), math.inf
+        if name in {"minimum", "min", "clamp_max"}:
+            return -math.inf, self._number(node, argument(node, 1, "other", "max"))
+        low, high = argument(node, 1, "min"), argument(node, 2, "max")
+        return (
+            -math.inf if low is None else self._number(node, low),
+            math.inf if high is None else self._number(node, high),
+        )
+
+    def _number(self, node: fx.Node, value: Any) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, fx.Node) and isinstance(fake(value), Tensor) and is_fixed(value):
+            known = torch.as_tensor(self.region.base.example(value))
+            if known.numel() == 1:
+                return float(known)
+        raise Miss(f"{op_name(node)} has a bound that may change from call to call; expected a literal", node)
+
+
+# ------------------------------------------------------------------------------------------------- empty rows
+
+
+def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.Node | None) -> bool:
+    """Return whether a query that may attend to nothing can occur, and the model's softmax gives NaN for it.
+
+    A row of -inf does. It can occur where a mask, or a bias that is made from an input or a buffer, may be -inf; not
+    where a bias is made of parameters, of activations, or of a single finite mask level.
+    """
+    if not form or op_name(softmax.weights) == "_safe_softmax":
+        return False
+    if mask is not None and fake(mask).dtype == torch.bool:
+        return not (is_fixed(mask) and bool(scores.base.value(mask).any(-1).all()))
+    sides = [n for n in scores.sides if isinstance(fake(n), Tensor)]
+    if all(is_fixed(side) for side in sides):
+        zero = torch.zeros(example_shape(scores.inputs[0]), dtype=torch.float64)
+        return bool((scores.run({scores.inputs[0]: zero}) == -math.inf).all(softmax.axis).any())
+    levels = 0
+    for node in _mask_computation(scores):
+        if node.op == "placeholder" and _is_float(node) and not scores.base.program.is_parameter(node):
+            return True
+        if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
+            return True
+        literals = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
+        if -math.inf in literals:
+            return True
+        levels += sum(v <= ABSORBING for v in literals)
+    return levels > 1
+
+
+def _mask_computation(scores: Region) -> Iterator[fx.Node]:
+    """Yield the nodes that a bias is made of, back to inputs, and to what is no mask: products, lookups, norms."""
+    seen, stack = {*scores.inputs}, [*scores.nodes]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op in {"placeholder", "get_attr"} or op_name(node) in MASKING:
+            yield node
+            stack.extend(n for n in node.all_input_nodes if isinstance(fake(n), Tensor))
+
+
+# ------------------------------------------------------------------------------------------------------ facts
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = fake(node)
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _takes_gradient(node: fx.Node) -> bool:
+    value = fake(node)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _is_active(node: fx.Node) -> bool:
+    is_on = argument(node, 2, "training", "train", default=True)
+    return bool(is_on) and float(argument(node, 1, "p", default=0.5)) > 0
+
+
+def _shift_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
+    """Return the nodes that only compute what is subtracted before the softmax."""
+    if softmax is None or softmax.shift is None:
+        return set()
+    inside, found = set(region.nodes), {softmax.shift}
+    for node in sorted(inside, reverse=True):
+        if node in found:
+            found.update(n for n in node.all_input_nodes if n in inside and set(n.users) & inside <= found)
+    return found
+
+
+def _weight_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
+    """Return the nodes behind the softmax's result, where the weights are normalized there."""
+    if softmax is None or softmax.divider is not None:
+        return set()
+    found = {softmax.weights}
+    for node in region.nodes:
+        if node not in found and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found - {softmax.weights}
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
+    """Return the tensors that say where elements are replaced."""
+    if name == "masked_fill":
+        found = [argument(node, 1, "mask")]
+    elif name == "where":
+        found = [argument(node, 0, "condition")] if node.op == "call_function" else [argument(node, 1, "condition")]
+    elif name == "index_fill":
+        found = [argument(node, 2, "index")]
+    else:
+        found = [n for n in node.all_input_nodes if n is not node.args[0] and not _is_float(n)]
+    return [n for n in found if isinstance(n, fx.Node)]
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = fake(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _choices(node: fx.Node) -> tuple[Any, Any]:
+    """Return what a `where` takes where its condition is true, and where it is false."""
+    if node.op == "call_method":
+        return node.args[0], argument(node, 2, "other")
+    return argument(node, 1, "input", "self"), argument(node, 2, "other")
