@@ -1,0 +1,91 @@
+"""One compiled graph, called with several sets of inputs: outputs and gradients are compared with eager's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._pytree import tree_flatten, tree_map
+
+import fhopt
+from fhopt.backend.compile_report import SiteRecord
+
+_INDUCTOR = "torch._inductor.compile_fx.compile_fx"
+
+
+def compiled_twice(
+    function: Callable[..., Any],
+    *sets: Sequence[Any],
+    gradients: bool | None = None,
+    tolerance: float = 1e-5,
+    dynamic: bool | None = None,
+) -> list[SiteRecord]:
+    """Compile a function or module once, and compare its results with eager's for each set of inputs.
+
+    Inductor is replaced by aot_eager, so that a difference beyond rounding is one of the rewrite. gradients: of all
+    floating inputs and parameters; None: once without and once with them. tolerance: relative to the largest element,
+    absolute below 1. Returns how each attention was compiled, as `fhopt.report` lists it, of every mode that was run.
+    """
+    modes = (False, True) if gradients is None else (gradients,)
+    return [site for mode in modes for site in _compared(function, sets, mode, tolerance, dynamic)]
+
+
+def explanations(sites: Sequence[SiteRecord]) -> list[str]:
+    """Return the reasons of what was not rewritten."""
+    return [site.reason for site in sites if site.how == "left alone"]
+
+
+def _compared(
+    function: Callable[..., Any], sets: Sequence[Sequence[Any]], gradients: bool, tolerance: float, dynamic: bool | None
+) -> Iterator[SiteRecord]:
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="flashhead", dynamic=dynamic, options={"ratio": 1})
+    with mock.patch(_INDUCTOR, lambda module, inputs, **_: aot_eager(module, inputs)):
+        for inputs in sets:
+            expected = _results(function, function, inputs, gradients)
+            _assert_close(_results(compiled, function, inputs, gradients), expected, tolerance)
+    graphs = fhopt.report(compiled).graphs
+    yield from (site for graph in graphs for site in graph.sites)
+
+
+def _results(called: Callable[..., Any], function: Any, inputs: Sequence[Any], gradients: bool) -> list[Any]:
+    """Return the outputs, and with `gradients` the gradients of floating inputs and parameters, None where absent."""
+    torch.manual_seed(0)
+    inputs = tree_map(lambda x: _leaf(x, gradients), tuple(inputs))
+    with torch.set_grad_enabled(gradients):
+        outputs = [x for x in tree_flatten(called(*inputs))[0] if isinstance(x, Tensor)]
+    if not gradients:
+        return outputs
+    parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
+    leaves = [x for x in (*tree_flatten(inputs)[0], *parameters) if isinstance(x, Tensor) and x.requires_grad]
+    losses = [_loss(x) for x in outputs if x.requires_grad]
+    if not losses:
+        return [*outputs, *(None for _ in leaves)]
+    return [*outputs, *torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)]
+
+
+def _leaf(value: Any, gradients: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    copied = value.detach().clone()
+    return copied.requires_grad_(gradients and (copied.is_floating_point() or copied.is_complex()))
+
+
+def _loss(output: Tensor) -> Tensor:
+    """Weight every element differently, so that no gradient cancels."""
+    flat = (torch.view_as_real(output) if output.is_complex() else output).double().flatten()
+    return (flat * torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64)).sum()
+
+
+def _assert_close(actual: list[Any], expected: list[Any], tolerance: float) -> None:
+    assert [x is None for x in actual] == [x is None for x in expected], "other gradients are missing than in eager"
+    for a, b in zip(actual, expected, strict=True):
+        if b is None:
+            continue
+        finite = b.detach()[b.isfinite()].abs()
+        largest = float(finite.max()) if finite.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(largest, 1.0), equal_nan=True)
