@@ -5,8 +5,9 @@
 
 Each implementation of attention has a memory layout of its own: products give [B, H, S, E], fused kernels
 [B, S, H, E]. Mostly a copy or a product follows, and nothing sees it. A `view` fails on the other layout, though, and
-the strides of what a graph returns are part of its result. Which of these is the case is found by running what follows
-on fake tensors of each layout; the order is kept where it shows.
+the strides of what a graph returns are part of its result. Random numbers are drawn in the order of elements in memory,
+so that dropout of the other layout drops other elements. Which of these is the case is found by running what follows on
+fake tensors of each layout; the order is kept where it shows.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fhopt.passes.graph.nodes import fake, fake_mode, on_fakes, size_hint
+from fhopt.passes.graph.nodes import fake, fake_mode, on_fakes, op_name, size_hint
 from fhopt.passes.graph.program import Program
 
 LAYOUTS = ((0, 1, 2, 3), (0, 2, 1, 3))  # of [B, H, S, E] in memory: what products and what fused kernels give
 REACH = 100  # nodes behind a result that are run; of more it is assumed that strides are seen
 PLAIN = frozenset({"aten", "prims"})  # namespaces of operators that read any layout
+MEMORY = frozenset({"stride", "data_ptr", "untyped_storage", "is_contiguous", "resize_", "set_"})  # what sees memory
 
 
 def in_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
@@ -62,7 +65,7 @@ def _is_seen(program: Program, node: fx.Node, layout: Tensor) -> bool:
             continue  # sizes and numbers
         try:
             value = _run_again(program, current, changed)
-        except Exception:  # a view that this layout does not allow
+        except Exception:  # a view that this layout does not allow, or random numbers
             return True
         if not _have_strides(_parts(value), _parts(known)):
             changed[current] = value
@@ -71,23 +74,41 @@ def _is_seen(program: Program, node: fx.Node, layout: Tensor) -> bool:
 
 
 def _run_again(program: Program, node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
+    """Run a node with the changed layouts. Raises what the node raises, and RuntimeError when it draws numbers."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: changed.get(n, fake(n)))
     target: Any = node.target
-    with on_fakes(fake_mode(program)):
+    with on_fakes(fake_mode(program)), _WithoutRandom():
         return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+
+class _WithoutRandom(TorchDispatchMode):
+    """Operators within must not draw random numbers, which they would do in the order of elements in memory.
+
+    Attention draws for its weights, which it computes in an order of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name():
+            raise RuntimeError(f"{func} draws random numbers")
+        return func(*args, **(kwargs or {}))
 
 
 def _reads_any_layout(node: fx.Node) -> bool:
     """Return whether a node is an operation of torch's own that has the same meaning in any layout, or fails."""
     target: Any = node.target
+    if "as_strided" in op_name(node) or op_name(node) in MEMORY:
+        return False
     if node.op == "call_method":
-        return str(target) not in {"as_strided", "as_strided_", "stride", "data_ptr"}
+        return True
     if isinstance(target, torch._ops.HigherOrderOperator) or node.op != "call_function":
         return False
     packet = getattr(target, "overloadpacket", target)
     if isinstance(packet, torch._ops.OpOverloadPacket):
-        return packet._qualified_op_name.partition("::")[0] in PLAIN and "as_strided" not in str(packet)
-    return target is not torch.as_strided
+        return packet._qualified_op_name.partition("::")[0] in PLAIN
+    return True
 
 
 def _parts(value: Any) -> tuple[Any, ...]:

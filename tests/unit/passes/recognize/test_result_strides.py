@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_twice import compiled_twice
 from torch import Tensor, fx, nn
 
 from fhopt.backend.compile import last_outcome
@@ -109,3 +110,39 @@ def test_strides_of_a_tensor_in_order() -> None:
         found = in_order(tensor, order)
         assert torch.equal(found, tensor) and memory_order(found) == order
     assert in_order(tensor, [0, 1, 2, 3]).data_ptr() == tensor.data_ptr()
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (H, D)).transpose(1, 2)
+
+
+def weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (heads(q) @ heads(k).mT).softmax(-1) @ heads(v)
+
+
+RANDOM: dict[str, Callable[[Tensor], Any]] = {
+    "dropout": lambda o: F.dropout(o, 0.4, training=True),
+    "after another step": lambda o: F.dropout(o.sigmoid() * 2, 0.4, training=True),
+    "alpha dropout": lambda o: F.alpha_dropout(o, 0.4, training=True),
+    "bernoulli": lambda o: torch.bernoulli(o.sigmoid()),
+    "in place": lambda o: o * torch.empty_like(o).uniform_(),
+    "drawn like it": lambda o: o + torch.rand_like(o) + torch.randn_like(o),
+    "normal": lambda o: torch.normal(o, 1.0),
+    "rrelu": lambda o: F.rrelu(o, training=True),
+    "noise": lambda o: o + torch.poisson(o.abs()),
+}
+
+
+@pytest.mark.parametrize("after", RANDOM.values(), ids=RANDOM)
+def test_random_numbers_are_drawn_in_the_order_of_the_original(after: Callable[[Tensor], Any]) -> None:
+    x, y, z = (torch.randn(2, T, H * D) for _ in range(3))
+    sites = compiled_twice(lambda q, k, v: tokens_first(after(weighted(q, k, v))), (x, y, z), (y, z, x))
+    assert [site.how for site in sites] == ["torch", "torch"]
+
+
+def inactive(o: Tensor) -> Tensor:
+    return F.dropout(o, 0.4, training=False).transpose(1, 2).reshape(-1)
+
+
+def test_inactive_dropout_sees_no_order() -> None:
+    assert kept_orders(Block(inactive).eval(), torch.randn(2, T, H * D)) == []
