@@ -39,6 +39,7 @@ from fhopt.passes.recognize.find_attention import FindAttention, reader_name, si
 from fhopt.passes.recognize.masks import windowed
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.normalize import Normalize
+from fhopt.passes.recognize.readable import left_out
 from fhopt.passes.rewrite.absorb import Absorb
 from fhopt.passes.rewrite.absorb_projection import AbsorbProjection
 from fhopt.passes.rewrite.compress import Compress
@@ -72,10 +73,14 @@ def find(program: Program, inline_checkpoints: bool = True, assume_finite: bool 
         functional.run(program)
     base, roles = Evaluator(program), Roles(program)
     with run_stage(outcome, normalize.name):
-        for node in normalize.candidates(program):
+        candidates = normalize.candidates(program)
+        for node in candidates:
             with _isolated(outcome, normalize.name, node):
                 core = normalize.match(node, roles, base)
                 outcome.certificates[normalize.rewrite(program, core).name] = certificate(core)
+        explained = {m.node for m in outcome.missed}
+        known = [n for n in program.graph.nodes if n in candidates or n.name in explained]
+        outcome.missed += [explain_miss(normalize.name, miss, miss.node) for miss in left_out(program, known)]
         remove_dead_code(program)
     with run_stage(outcome, describe.name):
         for node in describe.candidates(program):

@@ -26,7 +26,7 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +104,23 @@ torch.library.register_fake("fhopt::linear_kernel", _linear_kernel_fake, lib=_LI
 # --------------------------------------------------------------------------------------------------- graphs
 
 
-def call_kernels(module: fx.GraphModule, products: bool = True) -> fx.GraphModule:
+def call_kernels(
+    module: fx.GraphModule, products: bool = True, fixed: Collection[fx.Node] = frozenset()
+) -> fx.GraphModule:
     """Replace the ops of a graph by C++ ones wherever they serve; the same module where none does.
 
     For graphs without gradients, whose nodes have `meta["example_value"]`, as Dynamo's have. products: linear
-    layers, too.
+    layers, too. fixed: nodes that stay as they are.
     """
     products = products and not _casts(module.graph)
-    served = [n for n in module.graph.nodes if n.op == "call_function" and _native_call(n, products) is not None]
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and n not in fixed]
+    served = {n.name for n in calls if _native_call(n, products) is not None}
     if not served or library() is None:
         return module
     changed = fx.GraphModule(module, copy.deepcopy(module.graph))
     changed.meta.update(module.meta)
     for node in changed.graph.nodes:
-        call = _native_call(node, products) if node.op == "call_function" else None
+        call = _native_call(node, products) if node.name in served else None
         if call is not None:
             node.target, node.args, node.kwargs = call
     changed.recompile()

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fhopt.codegen.cpu import graph_kernels
+from fhopt.passes.graph.transforms import transformed_nodes
 from fhopt.version import __version__
 
 Compiled = Callable[..., Any]
@@ -38,7 +39,7 @@ class Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         if not takes_gradients(module.graph):
-            module = graph_kernels.call_kernels(module, self._products())
+            module = graph_kernels.call_kernels(module, self._products(), fixed=transformed_nodes(module.graph))
         compiled: Any = compile_fx(module, example_inputs, config_patches=self._patches(module) or None)
         return compiled
 

@@ -11,11 +11,11 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
 from fhopt.errors import Miss
 from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, shape, size_hint
 from fhopt.passes.graph.program import Program
+from fhopt.passes.graph.transforms import transform_scopes
 
 _smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))
 
@@ -118,12 +118,18 @@ class Evaluator(fx.Interpreter):
         return self.env[node]
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
-        """Return `node` and its ancestors without a value, inputs first; of a traced `vmap`, all of its nodes."""
+        """Return `node` and its ancestors without a value, inputs first; of a `vmap`, all of its nodes.
+
+        Raises Miss where gradients or tangents of functorch are among them, which are off while this runs.
+        """
         order = self._ancestors([node])
-        mapped = [scope for scope in vmap_scopes(self.program.graph) if not scope.isdisjoint(order)]
-        if not mapped:
+        scopes = [scope for scope in transform_scopes(self.program.graph) if not scope.nodes.isdisjoint(order)]
+        for scope in scopes:
+            if not scope.only_maps:
+                raise Miss(f"{node.name} is computed by {scope.name}; expected plain operations", node)
+        if not scopes:
             return order
-        return sorted(self._ancestors([node, *(n for scope in mapped for n in scope)]), key=_position)
+        return sorted(self._ancestors([node, *(n for scope in scopes for n in scope.nodes)]), key=_position)
 
     def _ancestors(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """Return nodes and their ancestors without a value, inputs first."""
@@ -141,31 +147,11 @@ class Evaluator(fx.Interpreter):
         return order
 
 
-def vmap_scopes(graph: fx.Graph) -> list[set[fx.Node]]:
-    """Return the nodes of each `vmap` that was traced into a graph: from where it begins to where it ends.
-
-    Beginning and end change the state of functorch, and nothing reads their results: what lies between runs as a whole
-    or not at all.
-    """
-    opens = graph.find_nodes(op="call_function", target=_vmap_increment_nesting)
-    scopes: list[set[fx.Node]] = []
-    for node in sorted(opens, key=_position):
-        if scopes and node in scopes[-1]:
-            continue
-        scope, depth = {node}, 1
-        while depth and node.next.op != "output":
-            node = node.next
-            scope.add(node)
-            depth += (node.target is _vmap_increment_nesting) - (node.target is _vmap_decrement_nesting)
-        scopes.append(scope)
-    return scopes
-
-
 class Region:
     """The nodes between some inputs and one that depends on them, as a function that can be run on other values.
 
     inputs: nodes whose values are replaced. end: the result. nodes: in graph order. sides: other nodes that are read.
-    Raises RuntimeError when there are more than `limit` nodes.
+    Raises RuntimeError when there are more than `limit` nodes, and Miss when some are within a function transform.
     """
 
     def __init__(self, base: Evaluator, inputs: Iterable[fx.Node], end: fx.Node, limit: int = 600) -> None:
@@ -174,6 +160,9 @@ class Region:
         self.nodes = _between(self.inputs, end)
         if len(self.nodes) > limit:
             raise RuntimeError(f"{len(self.nodes)} nodes between the inputs and {end.name}, more than {limit}")
+        scope = next((s for s in transform_scopes(base.program.graph) if not s.nodes.isdisjoint(self.nodes)), None)
+        if scope is not None:
+            raise Miss(f"a part of it runs inside {scope.name}; expected all of it outside", end)
         inside = {*self.nodes, *self.inputs}
         self.sides = tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
 

@@ -14,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fhopt.passes.graph.program import Bound, Program
+from fhopt.passes.graph.transforms import transformed_nodes
 
 VIEW_NAMES = (
     "t transpose permute view reshape getitem T mT contiguous to type_as chunk split cat squeeze unsqueeze "
@@ -91,8 +92,9 @@ def is_ours(source: str) -> bool:
 
 
 def remove_dead_code(program: Program) -> None:
-    """Remove calls whose values are not used; contexts, checks and changes in place stay."""
-    for node in reversed(program.graph.nodes):
+    """Remove calls whose values are not used; contexts, checks, changes in place and function transforms stay."""
+    inside = transformed_nodes(program.graph)  # such as `_set_tensor_requires_grad`, whose result nothing reads
+    for node in reversed([n for n in program.graph.nodes if n not in inside]):
         calls = node.op in {"call_function", "call_method"} and not node.is_impure() and not is_in_place(node)
         if calls and not node.users and _is_data(fake(node)):
             program.graph.erase_node(node)

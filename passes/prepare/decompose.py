@@ -11,7 +11,7 @@
 
 `composites.py` computes each composite in plain torch; tracing it on the node's own fake values gives the
 nodes to write. A size that is a symbol stays one. `match` traces, so that `rewrite` cannot fail. A composite inside a
-written one is a candidate in its turn.
+written one is a candidate in its turn; one inside a function transform stays.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from fhopt.errors import Miss
 from fhopt.passes.graph.nodes import fake, is_in_place, op_name
 from fhopt.passes.graph.program import Program
+from fhopt.passes.graph.transforms import scope_of
 from fhopt.passes.prepare.composites import COMPOSITES
 from fhopt.passes.prepare.flex import body_of, graph_at, remove_makers
 from fhopt.passes.prepare.trace import trace_composite, trace_flex
@@ -41,6 +42,7 @@ BODIES = {  # higher-order op -> (place of its body, of the body's first argumen
     "wrap_with_autocast": (4, 5),
 }
 HINTS = ("softmax", "attention", "attn", "encoder_layer")  # parts of names that show attention
+PARTS = frozenset({"einsum", "baddbmm"})  # seldom of an attention
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -73,6 +75,9 @@ class Decompose:
         name = qualified_name(node)
         if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
             raise Miss(f"{name} takes nested tensors; expected dense ones", node)
+        if (scope := scope_of(node)) is not None:
+            is_attention = name not in PARTS
+            raise Miss(f"{name} runs inside {scope.name}; expected it outside" if is_attention else "", node)
         if name in BODIES or _bodies(node, program):
             return self._called_body(node, program, name)
         is_flex = name == "flex_attention"

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fhopt.passes.graph.nodes import argument, fake, op_name
 from fhopt.passes.graph.program import Program
+from fhopt.passes.graph.transforms import transformed_nodes
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -312,7 +313,7 @@ class Memory:
 
     def _find_problems(self, program: Program) -> None:
         """Record storages that are not the graph's own, or whose gradient depends on where they are written."""
-        pointers = Counter(_pointer(value) for value in program.values.values())
+        pointers, transformed = Counter(map(_pointer, program.values.values())), transformed_nodes(program.graph)
         for key in self._keys(write.target for write in self.writes.values()):
             root = self.roots[key]
             pointer = _pointer(program.values.get(root.name)) if root.op == "placeholder" else 0
@@ -323,6 +324,8 @@ class Memory:
         for node, key in self.storage.items():
             if len(self._modes[key]) > 1 and needs_gradient(node):
                 self._spoil([key], f"{node.name} is made, viewed or written under another gradient mode")
+            if node in transformed and (node in self.parent or node in self.writes):
+                self._spoil([key], f"{node.name} is made inside a function transform")
 
     def _find_unrepeatable_views(self) -> None:
         changed = self._keys(write.target for write in self.writes.values())

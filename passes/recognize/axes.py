@@ -22,6 +22,7 @@ from fhopt.passes.graph.nodes import fake, op_name, shape
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.layout import MOVEMENT, Layout, Steps, arrangement, coordinates, line, moved, read_layout
 from fhopt.passes.recognize.node_roles import Roles
+from fhopt.passes.recognize.readable import check_operands
 from fhopt.passes.recognize.softmax import Softmax
 
 
@@ -83,7 +84,8 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
 
 
 def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) -> Axes:
-    """Sort the labels of the product (queries on the left) by what its axis of the queries comes from."""
+    """Sort the labels of the product (queries on the left) by what its axis of the queries comes from. Raises Miss."""
+    check_operands(product.left, product.right)
     axes = Axes(keys=keys, channels=[x for x in product.left_axes if x in product.summed])
     for node, labels in ((product.left, product.left_axes), (product.right, product.right_axes)):
         known = zip(labels, shape(node) or (), strict=True)
@@ -231,6 +233,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
 
 def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, Steps]:
     """Return the steps for the values, and from the canonical result to the product's layout. Raises Miss."""
+    check_operands(mix.right)
     held = dict(zip(mix.left_axes, weights, strict=True))
     if len(mix.summed) != 1 or held[next(iter(mix.summed))] != (axes.keys,):
         raise Miss("the second product does not sum over the keys alone", mix.node)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like
-from fhopt.passes.graph.nodes import fake, op_name
+from fhopt.passes.graph.nodes import FLOATS, fake, op_name
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT, Steps, arrange
 from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 
@@ -86,7 +86,8 @@ def _widens(node: fx.Node, source: fx.Node) -> bool:
     before, after = fake(source), fake(node)
     if op_name(node) not in CASTS or before.shape != after.shape or before.device != after.device:
         return False
-    return bool(torch.promote_types(before.dtype, after.dtype) == after.dtype)
+    floats = {t for t in (before.dtype, after.dtype) if t.is_floating_point} <= set(FLOATS)  # 8 bits have no promotion
+    return floats and bool(torch.promote_types(before.dtype, after.dtype) == after.dtype)
 
 
 def _scale(node: fx.Node) -> float | None:

@@ -34,6 +34,7 @@ from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.kv_head_repetition import Operand, before_repetition
 from fhopt.passes.recognize.layout import MOVEMENT, Steps
 from fhopt.passes.recognize.node_roles import ATTENTION, Kind, Projection, Roles
+from fhopt.passes.recognize.readable import check_readable
 from fhopt.passes.recognize.scores import Scores, read_scores
 from fhopt.passes.recognize.softmax import OTHER_WEIGHTS, Softmax, is_candidate, read_softmax
 
@@ -61,6 +62,8 @@ class Normalize:
 
     def match(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
         """Read the core at `node` and check it by execution. Raises Miss with what was recognized until then."""
+        if op_name(node) not in OTHER_WEIGHTS:
+            check_readable(node)
         if op_name(node) in CALL:
             core = _match_call(node, roles, base)
             _undo_repetition(core, base)
