@@ -103,11 +103,12 @@ def hidden_by(bias: Tensor, allowed: Tensor) -> Tensor:
 
 
 def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Hide keys as `hidden_by` does, but for rows without allowed keys, which keep their bias.
+    """Hide keys as `hidden_by` does, but for rows without allowed keys, which keep their bias, less its maximum.
 
     There scores are overwritten by finite values, and the weights follow from these alone.
     """
-    return bias.masked_fill(~allowed & open_rows(allowed), -math.inf)
+    levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would drown the logarithm of a sum
+    return torch.where(open_rows(allowed), hidden_by(bias, allowed), levels)
 
 
 def seeing(query: Tensor, allowed: Tensor) -> Tensor:

@@ -86,14 +86,21 @@ class Core:
 
     @property
     def levels(self) -> bool:
-        """Whether scores are overwritten by finite values that decide the weights of a row without keys."""
-        return self.scores is not None and self.scores.levels and not self.zeroed and not self.sinks
+        """Whether scores are overwritten by finite values that decide the weights of a row without keys.
+
+        Values that absorb any score added to them need nothing more, but that no gradient flows into that score.
+        """
+        if self.scores is None or not self.scores.levels or self.zeroed or self.sinks:
+            return False
+        return not self.scores.absorbing or needs_gradient(self.output)
 
     @property
     def hides(self) -> bool:
         """Whether the places where scores are overwritten must be known, not only by what."""
         scores = self.scores
-        return scores is not None and scores.form == "computed" and (scores.levels or self.zeroed)
+        if scores is None or scores.form != "computed":
+            return False
+        return self.levels or self.zeroed or (scores.levels and not scores.absorbing)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -128,7 +135,7 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
         _prove(core, region, roles)
         key = ("verified", signature(region, roles.describe), _facts(core, region))
         if key not in roles.known:
-            roles.known[key] = _run_draws(core, region, base, tolerance)
+            roles.known[key] = _run_draws(core, region, roles, base, tolerance)
         core.checked = roles.known[key]
     except Miss:
         raise
@@ -148,7 +155,7 @@ def _prove(core: Core, region: Region, roles: Roles) -> None:
     core.empty_is_nan = empty_rows_give_nan(core.softmax, core.scores.region, core.scores.form, mask)
 
 
-def _run_draws(core: Core, region: Region, base: Evaluator, tolerance: float) -> Checked:
+def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolerance: float) -> Checked:
     """Compare the region and the canonical op on every draw. Raises Miss on a difference."""
     overflows = core.softmax is not None and core.softmax.overflows
     draws = [d for d in DRAWS if d != LARGE or not overflows]
@@ -156,16 +163,17 @@ def _run_draws(core: Core, region: Region, base: Evaluator, tolerance: float) ->
     for draw in draws:
         size = 30.0 if draw == LARGE else 1.0
         values = {n: size * (random_like(n, i) + 0.1 * i) for i, n in enumerate(region.inputs)}
-        known = {**random_sides(region, draw), **values}
-        differentiable = draw == MILD and needs_gradient(core.output)
-        if differentiable:
-            known = {n: v.requires_grad_() if _is_float(v) else v for n, v in known.items()}
+        known = {**random_sides(region, roles, draw), **values}
+        differentiable = draw != LARGE and needs_gradient(core.output)
+        leaves = [v for n, v in known.items() if differentiable and _is_float(v) and needs_gradient(n)]
+        for leaf in leaves:
+            leaf.requires_grad_()
         old, new = region.run(known, differentiable), _canonical(core, known, base, differentiable)
         differences.append(_difference(old.detach(), new.detach(), must_be_finite=draw == MILD))
         if differences[-1] > tolerance:
             break
-        if differentiable:
-            slopes.append(_gradient_difference(old, new, [v for v in known.values() if _is_float(v)]))
+        if leaves and old.requires_grad:
+            slopes.append(_gradient_difference(old, new, leaves))
     for error, what in ((max(differences), ""), (max(slopes, default=0.0), "gradients of ")):
         if error > tolerance:
             raise Miss(
@@ -185,8 +193,8 @@ def _facts(core: Core, region: Region) -> tuple[Any, ...]:
     places = {n: i for i, n in enumerate((*region.inputs, *region.sides, *region.nodes))}
     operands = [(places.get(o.node), o.steps) for o in (core.query, core.key, core.value)]
     mask = (places.get(core.mask.node), core.mask.steps) if core.mask else None
-    scores = core.scores and (core.scores.form, core.scores.sinks, core.scores.start, core.scores.levels)
-    rows = (core.zeroed, core.empty_is_nan)
+    scores = core.scores and (core.scores.form, core.scores.sinks, core.scores.start)
+    rows = (core.zeroed, core.empty_is_nan, core.hides, core.levels)
     factors = tuple((places.get(n), divides) for n, divides in core.factors)
     rest = (core.order, core.bias_steps, core.output_steps, core.extra, factors)
     return (repr(operands), repr(mask), scores, rows, repr(core.options), repr(rest))
@@ -220,13 +228,15 @@ def _gradient_difference(old: Tensor, new: Tensor, leaves: list[Tensor]) -> floa
         expected = torch.autograd.grad(old, leaves, direction, allow_unused=True)
     except RuntimeError:  # a region that has no gradient, as that of an operation of inference
         return 0.0
+    if not all(g is None or bool(g.isfinite().all()) for g in expected):
+        return 0.0  # a row of NaN: which operands its NaN reaches depends on the order of operations
     found = torch.autograd.grad(new, leaves, direction, allow_unused=True)
     pairs = [
         tuple(torch.zeros_like(leaf) if g is None else g for g in both)
         for leaf, *both in zip(leaves, expected, found, strict=True)
     ]
     size = max(float(a.abs().max()) for a, _ in pairs)
-    error = max(float((a - b).abs().max()) for a, b in pairs)
+    error = max(float((a - b).abs().nan_to_num(math.inf).max()) for a, b in pairs)
     return error / max(size, 1e-30) if error else 0.0
 
 

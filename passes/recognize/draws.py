@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fhopt.passes.graph.evaluate import Region, random_like
 from fhopt.passes.graph.nodes import SIZED, fake, op_name
 from fhopt.passes.recognize.layout import MOVEMENT
-from fhopt.passes.recognize.node_roles import CASTS, is_fixed
+from fhopt.passes.recognize.node_roles import CASTS, Roles, condition_key, is_fixed
 
 MILD, SIGNED, LARGE = "mild", "signed", "large"
 DRAWS = (MILD, SIGNED, LARGE)
@@ -22,23 +22,31 @@ see nothing or everything; operands 30 times larger, zeros among the side values
 SELECTING = frozenset({"index", "gather", "take_along_dim", "written", "index_fill", "index_copy", "blank_scores"})
 
 
-def random_sides(region: Region, draw: str = MILD) -> dict[fx.Node, Any]:
+def random_sides(region: Region, roles: Roles, draw: str = MILD) -> dict[fx.Node, Any]:
     """Draw a value for everything that flows into a region and is not made of literals only.
 
+    One computation has one value, however often it stands in the graph, and a mask's complement is its complement.
     Integers that select elements keep their value, which is a choice of places; booleans in numbers stay 0 and 1.
     """
     values: dict[fx.Node, Any] = {}
+    order: dict[int, int] = {}
     for index, side in enumerate(region.sides):
         if is_fixed(side):
             continue
         value = fake(side)
         if isinstance(value, Tensor):
-            drawn = _drawn(side, value.dtype, 100 + index, draw, _selects(side, region))
+            number, is_complement = condition_key(side, roles)
+            seed = 100 + order.setdefault(number, len(order))
+            drawn = _drawn(side, value.dtype, seed, draw, _selects(side, region))
             if drawn is not None:
-                values[side] = drawn
+                values[side] = _complement(drawn) if is_complement else drawn
         elif _is_number(side, region):
             values[side] = 3 + index % 3 if isinstance(value, (int, torch.SymInt)) else 0.7 + 0.1 * index
     return values
+
+
+def _complement(drawn: Tensor) -> Tensor:
+    return ~drawn if drawn.dtype == torch.bool else 1 - drawn
 
 
 def _drawn(side: fx.Node, dtype: torch.dtype, seed: int, draw: str, selects: bool) -> Tensor | None:
@@ -90,4 +98,5 @@ def _selects(side: fx.Node, region: Region) -> bool:
 def _is_number(side: fx.Node, region: Region) -> bool:
     """Return whether a symbolic number is computed with in the region, and is no size there."""
     users = [user for user in side.users if user in region.nodes]
-    return bool(users) and not any(op_name(user) in SIZED | MOVEMENT | SELECTING for user in users)
+    is_numeric = isinstance(fake(side), (int, float, torch.SymInt, torch.SymFloat))
+    return is_numeric and bool(users) and not any(op_name(user) in SIZED | MOVEMENT | SELECTING for user in users)

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like
 from fhopt.passes.graph.nodes import FLOATS, fake, op_name
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT, Steps, arrange
+from fhopt.passes.recognize.node_roles import is_fixed
 from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 
 TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
@@ -115,13 +116,22 @@ def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
     return fitting
 
 
+def _selects(side: fx.Node) -> bool:
+    """Return whether a side is a tensor of integers or booleans, by which elements are taken."""
+    value = fake(side)
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
 def _heads_taken(
     source: fx.Node, steps: Steps, operand: Operand, factor: float, base: Evaluator
 ) -> tuple[int, ...] | None:
     """Return for each head of the operand the head of `source` that it is `factor` times; None for anything else."""
     probe = random_like(source)
+    region = Region(base, [source], operand.node)
+    if not all(is_fixed(side) for side in region.sides if _selects(side)):
+        return None
     try:
-        result = arrange(Region(base, [source], operand.node).run({source: probe}), operand.steps)
+        result = arrange(region.run({source: probe}), operand.steps)
     except Exception:  # any failure of the region means that it is not a plain repetition
         return None
     few = arrange(probe, steps) * factor

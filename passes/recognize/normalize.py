@@ -83,7 +83,7 @@ class Normalize:
     def _match_softmax(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
         if op_name(node) in OTHER_WEIGHTS:
             raise _other_weights(node, roles)
-        softmax = read_softmax(node, base)
+        softmax = read_softmax(node, roles, base)
         misses: list[Miss] = []
         for product in _products_before(softmax, roles):
             reached = "softmax, product of queries and keys"
@@ -272,6 +272,11 @@ def _meets_product(start: fx.Node, roles: Roles) -> bool:
 
 def _other_weights(node: fx.Node, roles: Roles) -> Miss:
     """Return a Miss that names the function in place of a softmax; without a reason where there is no attention."""
+    source = node.all_input_nodes[0]
+    while op_name(source) in CARRIES and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    if is_candidate(source):  # weights already
+        return Miss("", node)
     stand_in = Softmax(node.all_input_nodes[0], node, 0)
     try:
         scores, mixes = _products_before(stand_in, roles), _mixes_after(stand_in, roles)
@@ -296,7 +301,7 @@ POINTWISE_NAMES = (
 POINTWISE = frozenset(POINTWISE_NAMES.split())  # one element of zeros serves as well as scores of full size
 CARRIES_NAMES = (
     "to type type_as float half bfloat16 double clone contiguous _to_copy alias detach mul masked_fill where "
-    "nan_to_num div truediv square pow"
+    "nan_to_num div truediv square pow relu abs clamp clip clamp_min clamp_max minimum maximum"
 )
 CARRIES = MOVEMENT | DROPOUT | frozenset(CARRIES_NAMES.split())
 

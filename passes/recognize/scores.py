@@ -48,7 +48,8 @@ class Scores:
     form: str = ""
     sinks: int = 0
     start: int = 0  # the first column of the keys
-    levels: bool = False  # masked scores hold finite values that a score added to them would change
+    levels: bool = False  # masked scores hold finite values
+    absorbing: bool = False  # and these are so low that adding a score to them changes nothing
 
 
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
@@ -62,7 +63,7 @@ def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles:
     key = ("scores", signature(region, roles.describe), axis, key_axis)
     if key in roles.known:
         return _as_known(roles.known[key], region)
-    result = roles.known[key] = _measured(region, product, axis, key_axis, roles, random_sides(region))
+    result = roles.known[key] = _measured(region, product, axis, key_axis, roles, random_sides(region, roles))
     return result
 
 
@@ -96,7 +97,7 @@ def _measured(
     allowed = zero.index_select(axis, columns)
     pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
     replaced = pushed == allowed
-    result.levels = _has_levels(allowed[replaced], region)
+    result.levels, result.absorbing = _levels(allowed[replaced], region)
     open_places = allowed.isfinite() & (allowed > MASKED) & ~replaced
     if not bool(open_places.any()):
         raise Miss("every score is masked; expected some that are not", region.end)
@@ -113,15 +114,15 @@ def _measured(
     return result
 
 
-def _has_levels(overwritten: Tensor, region: Region) -> bool:
-    """Return whether scores are overwritten by values that a score added to them would change. Raises Miss."""
+def _levels(overwritten: Tensor, region: Region) -> tuple[bool, bool]:
+    """Return whether scores are overwritten by finite values, and whether these absorb any score. Raises Miss."""
     finite = overwritten[overwritten.isfinite()]
     if finite.numel() and float(finite.max()) > MASKED:
         raise Miss(
             f"scores are overwritten by values up to {float(finite.max()):.3g}; expected at most {MASKED:.0e}, a mask",
             region.end,
         )
-    return bool(finite.numel()) and float(finite.max()) > ABSORBING
+    return bool(finite.numel()), not finite.numel() or float(finite.max()) <= ABSORBING
 
 
 def _run(region: Region, values: Mapping[fx.Node, Any]) -> Tensor:

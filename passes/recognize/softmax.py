@@ -22,6 +22,7 @@ from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, window
 from fhopt.passes.graph.nodes import argument, fake, op_name
 from fhopt.passes.recognize.draws import random_sides
+from fhopt.passes.recognize.node_roles import Roles
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
@@ -64,7 +65,7 @@ def is_candidate(node: fx.Node) -> bool:
     return _sum_after(node) is not None or _logsumexp_before(node) is not None
 
 
-def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
+def read_softmax(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
     """Read the softmax at a candidate. Raises Miss when it is something else."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
@@ -76,7 +77,7 @@ def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
         axis = axis % len(example_shape(node))
         scores, shift = _without_shift(source, axis)
         return Softmax(scores, weights, axis, shift=shift)
-    return _read_hand_written(node, base)
+    return _read_hand_written(node, roles, base)
 
 
 def _exponential_of(node: fx.Node) -> fx.Node:
@@ -113,7 +114,7 @@ def _axis(node: fx.Node) -> int | None:
     return axis % len(example_shape(node.all_input_nodes[0])) if isinstance(axis, int) else None
 
 
-def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
+def _read_hand_written(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
     total = _logsumexp_before(node) or _sum_after(node)
     assert total is not None, "only candidates are read"
     axis = _axis(total)
@@ -122,14 +123,14 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
     gain = math.log(2) if op_name(node) == "exp2" else 1.0
     scores, shift = _without_shift(node.all_input_nodes[0], axis)
     if op_name(total) == "logsumexp":
-        return _checked(Softmax(scores, node, axis, gain=gain), base)
+        return _checked(Softmax(scores, node, axis, gain=gain), roles, base)
     overflows = shift is None or not _is_largest(shift, scores)
     weights = _post_dominator(node, total)
     if weights is None:
         raise Miss("exponentials are summed but not divided by the sum; expected a softmax", total)
     if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
         softmax = Softmax(scores, weights, axis, gain=gain, shift=shift, overflows=overflows)
-        return _checked(softmax, base)
+        return _checked(softmax, roles, base)
     return Softmax(
         scores, node, axis, divider=weights, gain=gain, shift=shift, overflows=overflows
     )  # normalised after the second product; checked as a whole
@@ -145,14 +146,19 @@ def _without_shift(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:
     return node, None
 
 
-def _is_largest(node: fx.Node, scores: fx.Node) -> bool:
-    """Return whether a shift is the largest of the scores, so that no exponential overflows."""
-    while op_name(node) in CARRIERS and node.all_input_nodes:
+def _is_largest(node: fx.Node, scores: fx.Node, or_zero: bool = False) -> bool:
+    """Return whether a shift is the largest of the scores, so that no exponential overflows; or_zero: or 0 if larger."""
+    while node.all_input_nodes and (op_name(node) in CARRIERS or (or_zero and _is_at_least_zero(node))):
         node = node.all_input_nodes[0]
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     while source is not None and source is not scores and op_name(source) in CARRIERS and source.all_input_nodes:
         source = source.all_input_nodes[0]
     return op_name(node) in {"amax", "max"} and source is scores
+
+
+def _is_at_least_zero(node: fx.Node) -> bool:
+    is_bound = op_name(node) in {"clamp", "clamp_min"} and argument(node, 1, "min") == 0
+    return op_name(node) == "relu" or (is_bound and argument(node, 2, "max") is None)
 
 
 def _post_dominator(node: fx.Node, total: fx.Node) -> fx.Node | None:
@@ -188,7 +194,7 @@ def _contracts(start: fx.Node, end: fx.Node) -> bool:
     return any(op_name(n) != "sum" and read_contraction(n) is not None for n in between)
 
 
-def _checked(softmax: Softmax, base: Evaluator) -> Softmax:
+def _checked(softmax: Softmax, roles: Roles, base: Evaluator) -> Softmax:
     """Run it against torch.softmax; with a zero logit more where that is what it is. Raises Miss."""
     scores = random_like(softmax.scores, 3)
     values: dict[fx.Node, Any] = {softmax.scores: scores}
@@ -197,7 +203,7 @@ def _checked(softmax: Softmax, base: Evaluator) -> Softmax:
         values[softmax.shift] = random_like(softmax.scores, 4)[tuple(slice(n) for n in sizes)]
     try:
         region = Region(base, values, softmax.weights)
-        result = region.run({**random_sides(region), **values})
+        result = region.run({**random_sides(region, roles), **values})
     except Exception as error:  # a user's node may raise anything
         raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", softmax.weights) from error
     scores = scores * softmax.gain
@@ -205,7 +211,9 @@ def _checked(softmax: Softmax, base: Evaluator) -> Softmax:
         return softmax
     powers = scores.exp()
     if _close(result, powers / (1 + powers.sum(softmax.axis, keepdim=True))):
-        return replace(softmax, extra=1)
+        shift = softmax.shift
+        overflows = shift is None or not _is_largest(shift, softmax.scores, or_zero=True)
+        return replace(softmax, extra=1, overflows=overflows)
     raise Miss(
         "exponentials divided by a sum are not a softmax; expected their own sum, or that plus one", softmax.weights
     )
