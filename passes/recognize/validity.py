@@ -31,6 +31,7 @@ from fhopt.errors import Miss
 from fhopt.passes.certificate import Step
 from fhopt.passes.graph.evaluate import Region, example_shape
 from fhopt.passes.graph.nodes import argument, fake, op_name, source_line
+from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
 from fhopt.passes.recognize.scores import ABSORBING, DIVISION, MULTIPLICATION
@@ -118,6 +119,8 @@ class _Prover:
         self._check_gradient(node)
         if node in self.shifts:
             return self._shift(node, name)
+        if node.target is score_mod:
+            return self._body(node)
         if _is_complex(node):
             raise Miss(f"{name} computes complex numbers; expected real ones", node)
         for kinds, prove_kind in (
@@ -175,6 +178,20 @@ class _Prover:
         self.fills.append(node)
         self._inherit(node, joins=True)
         return "selection: by a mask that does not depend on the operands"
+
+    def _body(self, node: fx.Node) -> str:
+        """Return the rule for the score function of flex attention, which maps each score. Raises Miss."""
+        graph = body_of(node.args[1], self.region.base.program).graph
+        flows = {next(n for n in graph.nodes if n.op == "placeholder")}
+        for inner in graph.nodes:
+            if inner.op in {"placeholder", "output"} or not flows & set(inner.all_input_nodes):
+                continue
+            name, conditions = op_name(inner), _conditions(inner, op_name(inner))
+            selects = name in {"masked_fill", "where"} and not flows & set(conditions)
+            if not selects and name not in ANALYTIC | CASTS | SAME:
+                raise Miss(f"the score function of flex attention calls {name}; expected analytic functions", node)
+            flows.add(inner)
+        return "analytic: the score function of flex attention, checked at random points"
 
     def _bound(self, node: fx.Node, name: str) -> str:
         source = next(n for n in node.all_input_nodes if n in self.flows)

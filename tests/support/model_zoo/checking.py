@@ -253,13 +253,15 @@ class _Run:
             self.refusal = _one_line(error)
 
 
-def run_outputs(program: Program, keeps: bool = False) -> list[Any]:
-    """Run a program on its example values; return outputs, then inputs that are no parameters, as they are afterwards.
+def run_outputs(program: Program, keeps: bool = False, values: dict[str, Any] | None = None) -> list[Any]:
+    """Run a program; return outputs, then inputs that are no parameters, as they are afterwards.
 
-    keeps: the parameters are the model's own, not clones. The caller disables gradients.
+    keeps: the parameters are the model's own, not clones. values: of all inputs; None: the example's. The caller
+    disables gradients.
     """
     whole = program.parameters if keeps else {}
-    inputs = {name: value if name in whole else _clone(value) for name, value in program.values.items()}
+    given = program.values if values is None else values
+    inputs = {name: value if name in whole else _clone(value) for name, value in given.items()}
     outputs = _call(program, inputs)
     return [*outputs, *(value for name, value in inputs.items() if name not in program.parameters)]
 

@@ -52,7 +52,7 @@ class Spellings:
     """The spellings of one module as entries, in the order in which its functions are decorated.
 
     Options of the decorators: `has` (makers of parameters, buffers and modules of the Block), `inputs` (maker of the
-    arguments), and fields of Entry.
+    arguments), `read_heads` (key heads that a site says, where they are not those of the Block), and fields of Entry.
     """
 
     def __init__(self) -> None:
@@ -72,9 +72,10 @@ class Spellings:
 
     def _add(self, around: Callable[[Run], Run], options: Mapping[str, Any]) -> Callable[[Run], Run]:
         traits = dict(options)
-        has, inputs = traits.pop("has", {}), traits.pop("inputs", tokens)
+        has, inputs, read = traits.pop("has", {}), traits.pop("inputs", tokens), traits.pop("read_heads", 0)
         traits = dict(heads=H, kv_heads=H, head_dim=D, sites=1) | traits
         rows = traits["kv_heads"] * H // traits["heads"] or G  # kv heads of the Block, which always has H query heads
+        traits |= {"kv_heads": read} if read else {}
         if traits["sites"] == 0:
             traits = dict(explained=1) | traits | dict(heads=0, kv_heads=0, head_dim=0)
 

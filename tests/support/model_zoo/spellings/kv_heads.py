@@ -40,9 +40,9 @@ def tiled_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k.repeat(1, N, 1, 1)).softmax(-1) @ v.repeat(1, N, 1, 1)
 
 
-@core(kv_heads=G, has=dict(owner=lambda: torch.arange(H) // N))
+@core(kv_heads=G, read_heads=H, has=dict(owner=lambda: torch.arange(H) // N))
 def heads_by_index_select(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """index_select with a buffer that names each query's head: Bark, tensor-parallel code."""
+    """index_select with a buffer that names each query's head, and may name others: Bark, tensor-parallel code."""
     return attend(q, k.index_select(1, m.owner), v.index_select(1, m.owner))
 
 

@@ -125,7 +125,7 @@ def softmax_by_hand(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / e.sum(dim=-1, keepdim=True)) @ v
 
 
-@core()
+@core(sites=0, reason="overflow for large scores")
 def softmax_by_hand_without_maximum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """exp(s) over its sum: lessons, and code that trusts its scores."""
     e = scores(q, k).exp()
@@ -162,7 +162,7 @@ def softmax_divided_at_the_end(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
-@core()
+@core(sites=0, reason="overflow for large scores")
 def softmax_plus_one(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """exp(s) / (1 + sum): a sink of logit zero, "softmax off by one"."""
     e = scores(q, k).exp()
