@@ -202,7 +202,7 @@ def _facts(core: Core, region: Region) -> tuple[Any, ...]:
 
 def _check_untouched(region: Region, roles: Roles) -> None:
     """Raise Miss where something that could not be made functional changes a tensor of the region in place."""
-    for node in (*region.inputs, *region.nodes) if roles.changed else ():
+    for node in (*region.inputs, *region.nodes, *region.sides) if roles.changed else ():
         writer = roles.changed.get(storage_root(node))
         if writer is not None:
             raise Miss(

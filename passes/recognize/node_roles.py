@@ -250,9 +250,18 @@ class Roles:
         return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
 
 
+VARYING = frozenset({"bernoulli", "normal", "multinomial", "poisson", "dropout", "empty", "new_empty", "empty_like"})
+
+
 def is_fixed(node: fx.Node) -> bool:
-    """Return whether a value is made of literals only: no input, parameter, buffer or symbolic size."""
-    return all(n.op not in {"placeholder", "get_attr"} for n in _with_ancestors(node))
+    """Return whether a value is made of literals only: no input, parameter, buffer, symbolic size or random number."""
+    return all(n.op not in {"placeholder", "get_attr"} and not _varies(n) for n in _with_ancestors(node))
+
+
+def _varies(node: fx.Node) -> bool:
+    """Return whether a node may give another result in each run: it draws numbers, or leaves memory as it was."""
+    name = op_name(node)
+    return name.startswith("rand") or name in VARYING or is_in_place(node)
 
 
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy", "bool"})

@@ -197,8 +197,9 @@ class _Prover:
         source = next(n for n in node.all_input_nodes if n in self.flows)
         low, high = self.ranges.get(source, ALL)
         if name == "nan_to_num":
-            if node not in self.weights or not math.isfinite(low + high):
-                raise Miss("nan_to_num changes scores that are not finite; expected it after the softmax", node)
+            becomes = argument(node, 1, "nan")
+            if node not in self.weights or not math.isfinite(low + high) or not _is_zero(becomes or 0.0):
+                raise Miss("nan_to_num changes scores that are not finite; expected zeros of NaN, after the softmax", node)
             self.proof.hides_nan = True
             self.ranges[node] = (low, high)
             return "range: weights are finite; rows without keys are zero"
