@@ -12,6 +12,12 @@ class FhoptError(Exception):
     """
 
 
+def one_line(text: object, limit: int = 300) -> str:
+    """Return the start of a text as one printable line, for a message: files may hold any characters."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "?" for c in words[:limit])
+
+
 class Miss(Exception):
     """Raised where a pass leaves a node as it is.
 

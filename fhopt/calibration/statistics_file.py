@@ -18,22 +18,32 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fhopt.calibration.checkpoint import named_costs, named_moments
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import Calibration
-from fhopt.calibration.statistics_header import STATISTICS_VERSION, WITH_SEGMENTS, check_statistics, damaged_statistics
+from fhopt.calibration.statistics_header import (
+    STATISTICS_VERSION,
+    WITH_SEGMENTS,
+    check_fields,
+    check_statistics,
+    damaged_statistics,
+)
 from fhopt.errors import FhoptError
 from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.fitting.bases import Basis
 from fhopt.fitting.costs import empty_costs
-from fhopt.fitting.statistics import empty_statistics
+from fhopt.fitting.statistics import empty_statistics, latent_groups
 from fhopt.plan.cache_size import layers_of, sliding_windows
-from fhopt.plan.site import site_from
+from fhopt.plan.json_kinds import WrongField
+from fhopt.plan.site import AttentionSite, site_from
 
 PARTS = ("encode", "decode", "variance")
+MAX_COUNT = 1 << 53  # tokens
+MAX_SUM = 1e30  # of a sum or a number in a basis: their products are finite in float64
 UNKEPT = ("checkpoint", "kernel_shapes", "code")  # options that are of a run, not of what it measured
 
 
@@ -70,6 +80,7 @@ def load_statistics(file: Path) -> Calibration:
     try:
         about, tensors = read_tensors(file)
         check_digest(about, tensors)
+        check_fields(about)
         return _calibration(about, tensors)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise damaged_statistics(file, error) from error
@@ -78,10 +89,15 @@ def load_statistics(file: Path) -> Calibration:
 def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
     sites = [site_from(item) for item in about["sites"]]
     segment = about["options"].get("segment") or 0  # files of earlier versions have none
-    statistics = empty_statistics(sites, segment, sliding_windows(sites, layers_of(about["provenance"])))
+    sliding = sliding_windows(sites, layers_of(about["provenance"]))
+    with torch.device("meta"):  # shapes alone: a site of forged sizes takes no memory
+        shapes = named_moments(empty_statistics(sites, segment, sliding))
+    _check_sums(tensors, shapes)
+    statistics = empty_statistics(sites, segment, sliding)
     layouts = {site.name: about["layouts"][site.name] for site in sites}  # keys of JSON objects are sorted
-    bases = {name: _bases(name, which, tensors) for name, which in layouts.items()}
+    bases = {site.name: _bases(site, layouts[site.name], tensors) for site in sites}
     costs = empty_costs(bases, about["levels"]) if about["levels"] else {}
+    _check_sums(tensors, named_costs(costs))
     for name, total in (named_moments(statistics) | named_costs(costs)).items():
         total.copy_(tensors[name])
     known = {field.name for field in fields(FitOptions)}
@@ -92,10 +108,59 @@ def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
     return Calibration(statistics, bases, costs, about["provenance"], options, about["prints"])
 
 
-def _bases(name: str, layouts: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Basis, ...]]:
+def _check_sums(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise WrongField for a sum that is missing, or whose shape, kind or numbers are not those of its counterpart."""
+    for name, total in expected.items():
+        _check_tensor(tensors, name, tuple(total.shape), total.is_floating_point())
+        found = tensors[name]
+        if not total.is_floating_point() and not 0 <= int(found) <= MAX_COUNT:
+            raise WrongField(f"tensor {name} is {int(found)}; expected a count from 0 to {MAX_COUNT:,}")
+        if name.endswith((".moment", ".metric")) and float(found.diagonal(dim1=-2, dim2=-1).min()) < 0:
+            raise WrongField(f"tensor {name} has negative squares on its diagonal; expected sums from 0 on")
+
+
+def _check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], is_float: bool = True) -> None:
+    """Raise WrongField for a tensor that is missing, of another shape or kind, or whose numbers are too large."""
+    found = tensors.get(name)
+    if found is None:
+        raise WrongField(f"tensor {name} is missing; expected one of shape {shape}")
+    kinds = (torch.float32, torch.float64) if is_float else (torch.int64,)
+    if tuple(found.shape) != shape or found.dtype not in kinds:
+        raise WrongField(
+            f"tensor {name} is {found.dtype} of shape {tuple(found.shape)}; expected {' or '.join(map(str, kinds))} of "
+            f"{shape}"
+        )
+    if is_float and not float(found.abs().max()) <= MAX_SUM:
+        raise WrongField(f"tensor {name} has non-finite numbers, or some above {MAX_SUM:g}; expected smaller ones")
+
+
+def _bases(
+    site: AttentionSite, layouts: Mapping[str, int], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Basis, ...]]:
     def basis(which: str, side: int) -> Basis:
-        return Basis(*(tensors[f"{name}.{which}.{side}.{part}"].double() for part in PARTS))
+        prefix = f"{site.name}.{which}.{side}"
+        groups, channels = _latent_shape(site, which, side)
+        variance = tensors.get(f"{prefix}.variance")
+        width = variance.shape[-1] if variance is not None and variance.dim() == 2 else channels
+        if not 1 <= width <= channels:
+            raise WrongField(f"tensor {prefix}.variance has {width} channels; expected 1 to {channels}")
+        shapes = (groups, width, channels), (groups, channels, width), (groups, width)
+        for part, shape in zip(PARTS, shapes, strict=True):
+            _check_tensor(tensors, f"{prefix}.{part}", shape)
+        parts = Basis(*(tensors[f"{prefix}.{part}"].double() for part in PARTS))
+        if float(parts.variance.min()) < 0:
+            raise WrongField(f"tensor {prefix}.variance has negative numbers; expected variances from 0 on")
+        return parts
 
     # a JSON object loses the order of layouts when its keys are sorted: the first must fit the least budget
     ordered = sorted(layouts, key=lambda which: (which != "input", which != "band"))
     return {which: tuple(basis(which, i) for i in range(layouts[which])) for which in ordered}
+
+
+def _latent_shape(site: AttentionSite, layout: str, side: int) -> tuple[int, int]:
+    """Return (latent heads, channels that each reads) of a basis: of keys (side 0), of values, or of both (input)."""
+    if layout == "input":
+        return 1, site.kv_heads * (site.key_dim + site.value_dim)
+    dim = site.value_dim if side else site.key_dim
+    groups = site.kv_heads if layout in ("head", "identity") else latent_groups(site)
+    return groups, site.kv_heads // groups * dim

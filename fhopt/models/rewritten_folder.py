@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fhopt.errors import FhoptError
+from fhopt.errors import FhoptError, one_line
 from fhopt.files import appearing, opened, read_file
 from fhopt.models.model_files import MANIFEST as MANIFEST
 from fhopt.models.model_files import PLAN as PLAN
@@ -37,6 +37,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 FORBIDDEN = ("adapter_config.json",)  # with it transformers would load another model, from elsewhere
+REASON = 500  # characters of the reason in a message
 _CHUNK = 1 << 22
 
 
@@ -97,7 +98,8 @@ def save_again(plan: LatentPlan, place: Path) -> None:
 def damaged(path: Path, why: str) -> FhoptError:
     """Make the error for a folder that cannot be used."""
     return FhoptError(
-        f"{path} is damaged or was altered: {why}. Expected what `fhopt rewrite` wrote; write or copy it again."
+        f"{path} is damaged or was altered: {one_line(why, REASON)}. Expected what `fhopt rewrite` wrote; write or copy "
+        "it again."
     )
 
 
@@ -128,7 +130,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path, MANIFEST)
     if manifest.get("version") != VERSION:
         raise FhoptError(
-            f"{path} has version {str(manifest.get('version'))[:20]}, this fhopt reads version {VERSION}. Rewrite it."
+            f"{path} has version {one_line(manifest.get('version'), 20)}; expected {VERSION}, which this fhopt reads. "
+            "Rewrite the model."
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):

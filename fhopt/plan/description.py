@@ -23,133 +23,59 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fhopt.plan.json_kinds import (
-    Kind,
-    mapping,
-    maybe,
-    number,
-    one_of,
-    plain,
-    record,
-    row,
-    several,
-    text,
-    truth,
-    whole,
+from fhopt.plan.field_kinds import SIZE, provenance_kind, site_kind
+from fhopt.plan.json_kinds import Kind, WrongField, number, one_of, record, row, several, text, whole
+from fhopt.plan.site_plan import (
+    LAYOUTS,
+    MAX_STEP,
+    MAX_TRELLIS_STEP,
+    MIN_STEP,
+    MOST_SEGMENT,
+    SKETCH_BITS,
+    SUPPORTED_BITS,
+    TIER_QUANTUM,
+    TRELLIS_BITS,
+    TRELLIS_TABLES,
+    is_step,
+    is_trellis,
 )
-from fhopt.plan.site_plan import LAYOUTS, MOST_SEGMENT, SUPPORTED_BITS, TRELLIS_TABLES, is_trellis
+from fhopt.plan.window import MAX_WINDOW
 
 PLAIN, PAGED, WITH_MEANS, CHECKED = 3, 4, 5, 6
 PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # that can be read; plans are written in the last
 CHECKSUM, TENSORS = "checksum", "tensors_sha256"
 
-_SIZE = whole(1, (1 << 20) - 1)  # heads, channels
-_STEP = number(-1e30, 1e30)  # negative: of a trellis code
-_TIERS = several(row(one_of(*SUPPORTED_BITS), _SIZE, _STEP))
-_ROPE = record(
-    {
-        "pairing": one_of("half", "interleaved"),
-        "rotary_dim": whole(1, (1 << 20) - 1),
-        "angles": several(number()),
-        "offset": whole(0, (1 << 20) - 1),
-        "blocks": _SIZE,
-        "positions": one_of("sequence", "grid"),
-    }
-)
-_SITE = record(
-    {
-        "name": text,
-        "projections": mapping(several(text)),
-        "kind": one_of("self", "cross"),
-        "heads": _SIZE,
-        "kv_heads": _SIZE,
-        "key_dim": _SIZE,
-        "value_dim": _SIZE,
-        "scale": number(-1e30, 1e30),
-        "rope": maybe(_ROPE),
-        "key_norm": truth,
-        "mask": text,
-        "softcap": number(0, 1e30),
-        "cache": text,
-        "source": text,
-        "window": whole(),
-        "sinks": truth,
-    }
-)
+
+def _tiers(*bits: int, is_signed: bool) -> Kind:
+    """Return the kind of bit groups [[bits, width, step], ...]. is_signed: trellis codes, of negative steps, too."""
+    fields = row(one_of(*bits), SIZE, number(-MAX_STEP if is_signed else 0, MAX_STEP))
+
+    def check(value: Any, where: str) -> None:
+        fields(value, where)
+        if value[1] % TIER_QUANTUM:
+            raise WrongField(f"{where}.1 is {value[1]}; expected a multiple of {TIER_QUANTUM} channels")
+        if not is_step(value[0], value[2]):
+            trellis = (
+                f", or {-MAX_TRELLIS_STEP:g} to {-MIN_STEP:g} for a trellis code of {max(TRELLIS_BITS)} bits or fewer"
+            )
+            raise WrongField(
+                f"{where}.2 is {value[2]:g} for {value[0]} bits; expected a step of {MIN_STEP:g} to {MAX_STEP:g}"
+                f"{trellis if is_signed else ''}"
+            )
+
+    return several(check)
+
+
+_SIDE = _tiers(*SUPPORTED_BITS, is_signed=True)
 _SITE_PLAN = record(
-    {"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS},
-    {"sketch": _TIERS, "segment": whole(1, MOST_SEGMENT)},
+    {"site": site_kind, "layout": one_of(*LAYOUTS), "key": _SIDE, "value": _SIDE},
+    {"sketch": _tiers(*SKETCH_BITS, is_signed=False), "segment": whole(1, MOST_SEGMENT)},
 )
 _SHARES = several(number(0, 1))
+_FACTORS = several(number(0, 1e6))
 _PAGES = record(
     {"tokens": whole(1), "shares": _SHARES, "masses": _SHARES, "least": whole(), "limit": number(0, 1)},
-    {"fill": several(several(number(0))), "lifts": several(number(0))},
-)
-
-
-# --------------------------------------------------------------------------------------------------- provenance
-
-_MEASURED = number(is_finite=False)  # a perplexity can be infinite
-_INTERVAL = maybe(row(_MEASURED, _MEASURED))
-_LOSS: dict[str, Kind] = {
-    "exact": _MEASURED,
-    "plan": _MEASURED,
-    "increase_percent": _MEASURED,
-    "increase_percent_ci": _INTERVAL,
-    "kl": _MEASURED,
-    "tokens": whole(),
-}
-_SIDE: dict[str, Kind] = {
-    "side": text,
-    "spectrum": several(_MEASURED),
-    "bits": several(whole(0, 16)),
-    "nats": _MEASURED,
-    "sensitivity_nats": _MEASURED,
-}
-_EVIDENCE = record(
-    {
-        "sites": mapping(several(record(_SIDE))),
-        "curve": several(record({"ratio": number(0), "bytes_per_token": number(0), "nats": _MEASURED})),
-    }
-)
-_TASK = record({"items": whole(), "exact": _MEASURED, "plan": _MEASURED})
-
-
-def _gate(value: Any, where: str) -> None:
-    """Check what a loss target measured; one that names its texts is shown, and needs all figures."""
-    is_whole = isinstance(value, dict) and "texts" in value
-    needed = _LOSS | {"texts": several(text)} if is_whole else {}
-    record(needed, _LOSS | {"max_loss": number()}, plain)(value, where)
-
-
-_PROVENANCE = record(
-    {},
-    {
-        "model": text,
-        "fingerprint": maybe(text),
-        "weights": mapping(text),
-        "layout": text,
-        "ratio": number(0),
-        "predicted_nats": _MEASURED,
-        "expected_loss": record({"nats": _MEASURED, "least": _MEASURED, "most": _MEASURED}),
-        "loss_checks": several(
-            record({"text": text, "predicted_nats": several(_MEASURED), "nats": several(_MEASURED)})
-        ),
-        "seed": whole(),
-        "sequences": whole(),
-        "tokens": whole(),
-        "context": whole(),
-        "texts": several(text),
-        "text_sha256": text,
-        "versions": mapping(text),
-        "request": text,
-        "evidence": maybe(_EVIDENCE),
-        "gate": maybe(_gate),
-        "healing": record({}, {"tokens": whole(), "texts": several(text), "before": plain, "after": plain}, plain),
-        "pages": maybe(record({}, {"read": mapping(number(0, 1))}, plain)),
-        "quality": maybe(record({}, {"texts": mapping(record(_LOSS)), "tasks": mapping(_TASK)})),
-    },
-    plain,
+    {"fill": several(_FACTORS), "lifts": _FACTORS},
 )
 
 
@@ -157,12 +83,12 @@ _PROVENANCE = record(
 
 _NEEDED: dict[str, Kind] = {
     "version": one_of(*PLAN_VERSIONS),
-    "sinks": whole(),
-    "recent": whole(1),
-    "block": whole(1),
+    "sinks": whole(0, MAX_WINDOW),
+    "recent": whole(1, MAX_WINDOW),
+    "block": whole(1, MAX_WINDOW),
     "window_bits": one_of(8, 16),
     "sites": several(_SITE_PLAN),
-    "provenance": _PROVENANCE,
+    "provenance": provenance_kind,
     "digest": text,
 }
 _OPTIONAL: dict[str, Kind] = {"pages": _PAGES, "mean_tokens": whole(1)}
@@ -184,31 +110,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_description(description: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field that is missing, unknown, of another type or out of range."""
+    """Raise WrongField for a field that is missing, unknown, of another type or out of range."""
     covered: dict[str, Kind] = {CHECKSUM: text, TENSORS: text} if description.get("version") == CHECKED else {}
     record(_NEEDED | covered, _OPTIONAL)(description, "")
-    for item in description["sites"]:
-        site = item["site"]
-        if site["heads"] % site["kv_heads"]:
-            raise ValueError(f"{site['name'][:60]} has {site['heads']} heads for {site['kv_heads']} of keys and values")
-        for name in ("key", "value", "sketch"):
-            for bits, width, step in item.get(name, ()):
-                if bits < 16 and not (step > 0 or (step < 0 and name != "sketch")):
-                    raise ValueError(f"{site['name'][:60]} has {bits} bits of {width} channels in steps of {step}")
 
 
 def content_version(description: Mapping[str, Any]) -> int:
     """Return the first version that can hold what a plan has: it is part of the plan's digest."""
     if "mean_tokens" in description:
         return WITH_MEANS
-    has_pages = "pages" in description or any("sketch" in site for site in description["sites"])
+    has_pages = "pages" in description or any("sketch" in one for one in description["sites"])
     return PAGED if has_pages else PLAIN
 
 
 def numbers_of(description: Mapping[str, Any]) -> bytes:
     """Return the part of a description that the digest covers, as JSON in UTF-8."""
     kept = {k: v for k, v in description.items() if k not in ("provenance", "digest", CHECKSUM, TENSORS)}
-    sides = [dict(site).get(name, ()) for site in description["sites"] for name in ("key", "value")]
+    sides = [dict(one).get(name, ()) for one in description["sites"] for name in ("key", "value")]
     if any(is_trellis(bits, step) for tiers in sides for bits, _, step in tiers):
         kept["trellis"] = TRELLIS_TABLES
     return json.dumps(kept | {"version": content_version(description)}, sort_keys=True).encode()

@@ -2,8 +2,9 @@
 
     record({"bits": whole(1, 16), "step": number(0)})(value, "sites.0.key.0")
 
-A kind is called with a value and the place where it stands, and raises ValueError with one sentence that names both. Of
-numbers only those of the right type pass: no truth value, no 8.0 for 8, no NaN and no infinity.
+A kind is called with a value and the place where it stands, and raises WrongField with one sentence that names both.
+Only numbers of the right type pass: no truth value, no 8.0 for 8, no NaN and no infinity. Strings can be printed: half
+of a surrogate pair, which JSON can spell, is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ LONGEST_TEXT = 1 << 16  # characters of one string
 LARGEST = 1 << 31  # no size, count or seed reaches it
 DEEPEST = 16  # lists and objects within each other
 SHOWN = 40  # characters of a wrong value in a message
+LONGEST_LINE = 500  # characters of a name, which messages repeat
+
+
+class WrongField(ValueError):
+    """A field of a file has a wrong value: `<field> <problem>; expected <X>`."""
 
 
 def whole(least: int = 0, most: int = LARGEST - 1) -> Kind:
@@ -49,10 +55,31 @@ def _is_double(value: float) -> bool:
     return True
 
 
+def zero_or(kind: Kind) -> Kind:
+    """Return the kind of numbers of a kind, and of 0."""
+
+    def check(value: Any, where: str) -> None:
+        if type(value) not in (int, float) or value != 0:
+            kind(value, where)
+
+    return check
+
+
 def text(value: Any, where: str) -> None:
-    """Check a string."""
-    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+    """Check a string of Unicode characters."""
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT or _is_halved(value):
         raise _wrong(value, where, f"a string of at most {LONGEST_TEXT} characters")
+
+
+def _is_halved(value: str) -> bool:
+    """Return whether a string has half of a surrogate pair, which no file or terminal takes."""
+    return any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def line(value: Any, where: str) -> None:
+    """Check a name: a short string without control characters, so that a message can repeat it."""
+    if not isinstance(value, str) or len(value) > LONGEST_LINE or not value.isprintable():
+        raise _wrong(value, where, f"at most {LONGEST_LINE} printable characters")
 
 
 def truth(value: Any, where: str) -> None:
@@ -127,11 +154,12 @@ def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = Non
             raise _wrong(value, where, "an object")
         for name in needed:
             if name not in value:
-                raise ValueError(f"{_at(where, name)} is missing")
+                raise WrongField(f"{_at(where, name)} is missing; expected a value")
         for name, item in value.items():
             kind = needed.get(name) or optional.get(name) or rest
             if kind is None:
-                raise ValueError(f"{_at(where, name)} is not a field of it")
+                raise WrongField(f"{_at(where, name)} is not a field of it; expected {_few([*needed, *optional])}")
+            text(name, where)
             kind(item, _at(where, name))
 
     return check
@@ -140,9 +168,10 @@ def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = Non
 def plain(value: Any, where: str, depth: int = 0) -> None:
     """Check a JSON value of any kind that is not too deep; numbers need not be finite."""
     if depth > DEEPEST:
-        raise ValueError(f"{where} has more than {DEEPEST} values within each other")
+        raise WrongField(f"{where[:SHOWN]}... has more than {DEEPEST} values within each other; expected fewer")
     if isinstance(value, (dict, list)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            text(str(name), where)
             plain(item, _at(where, str(name)), depth + 1)
     elif isinstance(value, str):
         text(value, where)
@@ -151,14 +180,18 @@ def plain(value: Any, where: str, depth: int = 0) -> None:
 
 
 def _at(where: str, name: str) -> str:
-    shown = " ".join(name[:SHOWN].split())
+    shown = repr(name[:SHOWN])[1:-1]  # control characters are escaped
     return f"{where}.{shown}" if where else shown
 
 
-def _wrong(value: Any, where: str, expected: str) -> ValueError:
+def _few(names: list[str]) -> str:
+    return "no field" if not names else f"one of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def _wrong(value: Any, where: str, expected: str) -> WrongField:
     try:
         found = repr(value)[: SHOWN + 1]
     except ValueError:  # an integer with more digits than Python prints
         found = "a number of thousands of digits"
     found = found if len(found) <= SHOWN else f"{found[:SHOWN]}..."
-    return ValueError(f"{where or 'the file'} is {found}, expected {expected}")
+    return WrongField(f"{where or 'the file'} is {found}; expected {expected}")

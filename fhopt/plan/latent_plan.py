@@ -191,7 +191,10 @@ class LatentPlan:
         path = Path(folder)
         with damage_named(path):
             fields, digest = read_plan(path)
-            plan = LatentPlan(**fields)
+            try:
+                plan = LatentPlan(**fields)
+            except FhoptError as error:
+                raise FhoptError(f"{path} is damaged: {error}") from error
             intact = plan.digest() == digest
         if not intact:
             raise altered(path)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fhopt.errors import FhoptError
+from fhopt.errors import FhoptError, one_line
 from fhopt.files import JSON_BYTES, check_no_pickle, is_pickle, read_file, tensor_limit
 from fhopt.plan.description import (
     PLAN_VERSIONS,
@@ -21,6 +21,7 @@ from fhopt.plan.description import (
     is_intact,
     parse_description,
 )
+from fhopt.plan.json_kinds import WrongField
 from fhopt.plan.site import site_from
 from fhopt.plan.site_plan import PagePlan, SidePlan, SitePlan, SketchPlan, Tier
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
 
 PLAN_FILES = ("plan.json", "plan.safetensors")
-REASON = 300  # characters of the reason in a message
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -99,6 +99,8 @@ def damage_named(folder: Path) -> Iterator[None]:
 
     try:
         yield
+    except WrongField as error:
+        raise FhoptError(f"{folder} is damaged: {error}. Fit the plan again.") from error
     except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise _damaged(folder, error) from error
     except SafetensorError as error:
@@ -106,8 +108,7 @@ def damage_named(folder: Path) -> Iterator[None]:
 
 
 def _damaged(folder: Path, error: Exception) -> FhoptError:
-    reason = " ".join(str(error).split())[:REASON]
-    return FhoptError(f"{folder} is damaged ({type(error).__name__}: {reason}). Fit the plan again.")
+    return FhoptError(f"{folder} is damaged ({type(error).__name__}: {one_line(error)}). Fit the plan again.")
 
 
 def check_plan_files(folder: Path) -> None:
@@ -122,7 +123,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
     description = parse_description(text)
     if description.get("version") not in PLAN_VERSIONS:
         raise FhoptError(
-            f"{folder} has plan version {str(description.get('version'))[:20]}; this fhopt reads versions "
+            f"{folder} has plan version {one_line(description.get('version'), 20)}; this fhopt reads versions "
             f"{' and '.join(map(str, PLAN_VERSIONS))}. Fit the plan again with this version."
         )
     check_description(description)
@@ -158,28 +159,40 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
     from safetensors.torch import load
 
     description, blob = read_files(folder)
-    tensors = load(blob)
+    tensors = _Tensors(load(blob))
     fields = {name: description[name] for name in ("sinks", "recent", "block", "provenance", "window_bits")}
     fields["sites"] = tuple(_site_plan(item, tensors) for item in description["sites"])
-    if tensors:
-        raise ValueError(f"{min(tensors)[:60]!r} belongs to none of its sites")
+    if tensors.left:
+        raise WrongField(f"tensor {min(tensors.left)[:60]!r} belongs to none of its sites; expected bases and sketches")
     fields |= {"pages": _page_plan(description.get("pages")), "mean_tokens": description.get("mean_tokens", 0)}
     return fields, description["digest"]
 
 
-def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
+class _Tensors:
+    """The tensors of a file by name. left: those that were not taken."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.left = tensors
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.left:
+            raise WrongField(f"tensor {name!r} is missing; expected it in {PLAN_FILES[1]}")
+        return self.left.pop(name)
+
+
+def _site_plan(item: dict[str, Any], tensors: _Tensors) -> SitePlan:
     """Make the plan of a site, and take its tensors out of `tensors`."""
     site = site_from(item["site"])
 
     def side(which: str) -> SidePlan:
         prefix = f"{site.name}.{which}"
         tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item[which])
-        return SidePlan(tensors.pop(f"{prefix}.encode"), tensors.pop(f"{prefix}.decode"), tiers)
+        return SidePlan(tensors.take(f"{prefix}.encode"), tensors.take(f"{prefix}.decode"), tiers)
 
     sketch = None
     if "sketch" in item:
         tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item["sketch"])
-        parts = {part: tensors.pop(f"{site.name}.sketch.{part}") for part in _SKETCH}
+        parts = {part: tensors.take(f"{site.name}.sketch.{part}") for part in _SKETCH}
         sketch = SketchPlan(**parts, tiers=tiers)
     return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch, segment=item.get("segment", 0))
 

@@ -8,6 +8,12 @@ from typing import Any
 
 from fhopt.plan.window import LEAST_SLIDING, RECENT_PART
 
+# What a mask is (fhopt/passes/recognize/masks.py), and how keys and values reach a cache
+MASKS = (
+    "none", "causal", "sliding", "chunked", "block", "causal block", "padding", "alibi", "relative", "additive", "bool",
+)  # fmt: skip
+CACHE_KINDS = ("none", "cat", "in-place", "bare")  # bare: filled elsewhere
+
 # --------------------------------------------------------------------------------------------------- sites
 
 
@@ -56,9 +62,9 @@ class AttentionSite:
     scale: float
     rope: Rope | None
     key_norm: bool  # the key is not affine in the projection (QK-norm)
-    mask: str  # see passes.masks
+    mask: str  # one of MASKS
     softcap: float  # 0.0: none
-    cache: str  # "none", "cat", "in-place", "bare" (filled elsewhere)
+    cache: str  # one of CACHE_KINDS
     source: str  # file:line of the core
     window: int = 0  # keys that a query sees with a "sliding" mask
     sinks: bool = False  # sink logits: learned columns of the softmax without a value

@@ -16,6 +16,9 @@ TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its 
 LEAST_SEGMENT, MOST_SEGMENT = 64, 1 << 16  # tokens of a segment; kernels read as many as the least in one go
 TRELLIS_BITS = (1, 2, 3, 4)  # that a trellis code may have
 TRELLIS_TABLES = 2  # which tables of fhopt/ops/trellis.py: with others, what is stored stands for other numbers
+# Of a quantization step, as a share of a token's scale, its root mean square: fits use 0.06 to 1.7, and 0.019 to 0.028
+# for trellis codes, whose values are up to 127 steps away.
+MIN_STEP, MAX_STEP, MAX_TRELLIS_STEP = 1e-4, 1e4, 0.25
 SCALE_BYTES = 2  # one float16 per token and side
 MEAN_BYTES = 4  # of a number in the mean of a sequence's keys or values
 SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
@@ -25,6 +28,13 @@ LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
 def is_trellis(bits: int, step: float) -> bool:
     """Return whether a bit group has a trellis code (fhopt/ops/trellis.py): its step is negative."""
     return bits < 16 and step < 0
+
+
+def is_step(bits: int, step: float) -> bool:
+    """Return whether a bit group of `bits` bits can have this quantization step."""
+    if bits < 16 and step < 0:
+        return bits in TRELLIS_BITS and MIN_STEP <= -step <= MAX_TRELLIS_STEP
+    return (0 if bits == 16 else MIN_STEP) <= step <= MAX_STEP
 
 
 @dataclass(frozen=True)

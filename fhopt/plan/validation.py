@@ -11,6 +11,9 @@ from fhopt.errors import FhoptError
 from fhopt.plan.site_plan import (
     LAYOUTS,
     LEAST_SEGMENT,
+    MAX_STEP,
+    MAX_TRELLIS_STEP,
+    MIN_STEP,
     MOST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
@@ -20,11 +23,16 @@ from fhopt.plan.site_plan import (
     SidePlan,
     SitePlan,
     SketchPlan,
+    is_step,
     no_pages,
 )
 
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
+
+BASIS_DTYPES = (torch.float32, torch.float64)
+MAX_BASIS = 1e12  # of a number in a basis; latents have about unit variance, and keys and values are far smaller
+MIN_DEVIATION = 1e-9  # of a latent channel, in sketches
 
 
 def check_plan(plan: LatentPlan) -> None:
@@ -33,7 +41,7 @@ def check_plan(plan: LatentPlan) -> None:
         raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
     if len({s.site.name for s in plan.sites}) < len(plan.sites):
         raise FhoptError("two sites of the plan have the same name. Fit the plan again.")
-    _ = plan.window  # raises for numbers that cannot be
+    _ = plan.window  # raises for sizes that are not possible
     if plan.mean_tokens < 0:
         raise FhoptError(f"the plan has means of {plan.mean_tokens} tokens; expected 0 (none) or more. Fit it again.")
     for site in plan.sites:
@@ -109,12 +117,21 @@ def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
     if shapes != expected or sketch.channels.dtype != torch.int64:
         raise FhoptError(f"{name}: sketches have shapes {shapes}, expected {expected}. Calibrate pages again.")
     for tier in sketch.tiers:
-        if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not 0 < tier.step < math.inf:
-            raise FhoptError(f"{name}: sketches of {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}.")
+        is_width = tier.width >= 1 and tier.width % TIER_QUANTUM == 0
+        if tier.bits not in SKETCH_BITS or not is_width or not MIN_STEP <= tier.step <= MAX_STEP:
+            raise FhoptError(
+                f"{name}: sketches have {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}, and a step "
+                f"of {MIN_STEP:g} to {MAX_STEP:g}. Calibrate pages again."
+            )
     if not bool(((sketch.channels >= 0) & (sketch.channels < width)).all()):
         raise FhoptError(f"{name}: sketches name channels beyond the {width} that there are. Calibrate pages again.")
-    if not (sketch.mean.isfinite().all() and sketch.deviation.isfinite().all() and (sketch.deviation > 0).all()):
-        raise FhoptError(f"{name}: sketches have deviations that are no positive numbers. Calibrate pages again.")
+    numbers = (sketch.mean, sketch.deviation)
+    is_bounded = all(x.dtype in BASIS_DTYPES and float(x.abs().max()) <= MAX_BASIS for x in numbers)
+    if not is_bounded or float(sketch.deviation.min()) < MIN_DEVIATION:
+        raise FhoptError(
+            f"{name}: sketches have means or deviations that are no positive numbers; expected finite means, and "
+            f"deviations of at least {MIN_DEVIATION:g}. Calibrate pages again."
+        )
 
 
 def _check_sides(plan: SitePlan) -> None:
@@ -132,25 +149,40 @@ def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tu
 
     encoded, decoded: (heads, numbers of each) that the encoder matrices read, and that the decoder matrices give.
     """
+    shapes = tuple(side.encode.shape), tuple(side.decode.shape)
+    if side.encode.dim() != 3 or 0 in shapes[0][:2] or encoded[0] % shapes[0][0]:
+        raise FhoptError(
+            f"{name}: bases have shapes {shapes}; expected [J, R, channels] in encode, with J a divisor of "
+            f"{encoded[0]}. Fit the plan again."
+        )
     groups, width = side.groups, side.width
     expected = (groups, width, encoded[0] // groups * encoded[1]), (*decoded, width)
-    shapes = tuple(side.encode.shape), tuple(side.decode.shape)
     if shapes != expected:
-        raise FhoptError(f"{name}: bases have shapes {shapes}, expected {expected}. Fit the plan again.")
-    if not (side.encode.is_floating_point() and side.decode.is_floating_point()):
-        raise FhoptError(f"{name}: bases of {side.encode.dtype} and {side.decode.dtype}; expected floats. Fit again.")
-    if not (side.encode.isfinite().all() and side.decode.isfinite().all()):
-        raise FhoptError(f"{name}: bases hold non-finite numbers. Fit the plan again.")
-    if any(t.bits not in SUPPORTED_BITS or t.width < 1 or t.width % TIER_QUANTUM for t in side.tiers):
-        raise FhoptError(
-            f"{name}: bit groups {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}. "
-            "Fit the plan again."
-        )
-    if not all(t.bits == 16 or 0 < abs(t.step) < math.inf for t in side.tiers):
-        raise FhoptError(f"{name}: quantization steps of {side.tiers} are not numbers but 0. Fit the plan again.")
-    if any(t.is_trellis and t.bits not in TRELLIS_BITS for t in side.tiers):
-        raise FhoptError(f"{name}: trellis codes of {side.tiers}; expected bits of {TRELLIS_BITS}. Fit the plan again.")
-    if side.tiers and sum(t.width for t in side.tiers) != width:
-        raise FhoptError(
-            f"{name}: bit groups cover {sum(t.width for t in side.tiers)} channels of {width}. Fit the plan again."
-        )
+        raise FhoptError(f"{name}: bases have shapes {shapes}; expected {expected}. Fit the plan again.")
+    for part in (side.encode, side.decode):
+        if part.dtype not in BASIS_DTYPES:
+            raise FhoptError(f"{name}: bases are {part.dtype}; expected float32 or float64. Fit the plan again.")
+        if part.numel() and not float(part.abs().max()) <= MAX_BASIS:
+            raise FhoptError(
+                f"{name}: bases hold non-finite numbers, or some above {MAX_BASIS:g}; expected smaller ones. Fit the "
+                "plan again."
+            )
+    _check_tiers(name, side)
+
+
+def _check_tiers(name: str, side: SidePlan) -> None:
+    """Check the bit groups of one side."""
+    for tier in side.tiers:
+        if tier.bits not in SUPPORTED_BITS or tier.width < 1 or tier.width % TIER_QUANTUM:
+            raise FhoptError(
+                f"{name}: the bit groups have {tier}; expected widths of {TIER_QUANTUM}k with bits of "
+                f"{SUPPORTED_BITS}. Fit the plan again."
+            )
+        if not is_step(tier.bits, tier.step):
+            raise FhoptError(
+                f"{name}: the quantization steps of {tier} cannot be; expected {MIN_STEP:g} to {MAX_STEP:g}, or "
+                f"{-MAX_TRELLIS_STEP:g} to {-MIN_STEP:g} for trellis codes of {TRELLIS_BITS} bits. Fit the plan again."
+            )
+    covered = sum(tier.width for tier in side.tiers)
+    if side.tiers and covered != side.width:
+        raise FhoptError(f"{name}: bit groups cover {covered} channels of {side.width}. Fit the plan again.")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fhopt.plan.site_plan import SitePlan
 
 LEAST_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
+MAX_WINDOW = 1 << 20  # tokens: static caches reserve memory for as many
 RECENT_PART, BLOCK_PART = 4, 8  # a residual window takes at most 1/4 of a sliding one, a block 1/8
 
 
@@ -37,10 +38,12 @@ class ResidualWindow:
     bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 1 or self.block < 1 or self.bits not in (8, 16):
+        is_size = 0 <= self.sinks <= MAX_WINDOW and all(1 <= n <= MAX_WINDOW for n in (self.recent, self.block))
+        if not is_size or self.bits not in (8, 16):
             raise FhoptError(
                 f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.bits}: "
-                "expected sinks of at least 0, recent and block of at least 1, and a window of 8 or 16 bits."
+                f"expected sinks of at least 0, recent and block of at least 1, at most {MAX_WINDOW:,} tokens of each, "
+                "and a window of 8 or 16 bits."
             )
 
     @property

@@ -41,13 +41,19 @@ def generated(model: Any, ids: Tensor, tokens: int = 12) -> tuple[Tensor, Tensor
 
 def sign(path: Path) -> None:
     """What a forger does: make digests of plan and files right again."""
-    described = json.loads((path / "plan" / "plan.json").read_text())
-    tensors = (path / "plan" / "plan.safetensors").read_bytes()
-    digest = description.digest_of(described, tensors)
-    signed = description.covered(described | {"digest": digest}, tensors)
-    (path / "plan" / "plan.json").write_text(json.dumps(signed))
+    digest = sign_plan(path / "plan")
     manifest = json.loads((path / "fhopt.json").read_text()) | {"plan": digest}
     sign_files(path, manifest)
+
+
+def sign_plan(path: Path) -> str:
+    """Make digest and checksum of a plan right again; returns the digest."""
+    described = json.loads((path / "plan.json").read_text())
+    tensors = (path / "plan.safetensors").read_bytes()
+    digest = description.digest_of(described, tensors)
+    signed = description.covered(described | {"digest": digest}, tensors)
+    (path / "plan.json").write_text(json.dumps(signed))
+    return digest
 
 
 def sign_files(path: Path, manifest: dict[str, Any]) -> None:
