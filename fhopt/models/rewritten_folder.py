@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ from fhopt.models.model_files import PLAN as PLAN
 from fhopt.models.model_files import is_part_of_model
 from fhopt.parallel.offloaded_weights import named_weights
 from fhopt.plan.fingerprint import shape_and_signs
+from fhopt.plan.json_kinds import LARGEST
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.plan_files import PLAN_FILES
 
@@ -37,6 +38,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 FORBIDDEN = ("adapter_config.json",)  # with it transformers would load another model, from elsewhere
+MAX_COUNT = 1 << 20  # of layers, heads, labels, experts in a configuration
 REASON = 500  # characters of the reason in a message
 _CHUNK = 1 << 22
 
@@ -98,8 +100,8 @@ def save_again(plan: LatentPlan, place: Path) -> None:
 def damaged(path: Path, why: str) -> FhoptError:
     """Make the error for a folder that cannot be used."""
     return FhoptError(
-        f"{path} is damaged or was altered: {one_line(why, REASON)}. Expected what `fhopt rewrite` wrote; write or copy "
-        "it again."
+        f"{path} is damaged or was altered: {one_line(why, REASON)}. Expected what `fhopt rewrite` wrote; write or "
+        "copy it again."
     )
 
 
@@ -159,10 +161,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise damaged(path, f"{CONFIG} asks for code of its own (auto_map), which is never run")
     if "transformers_weights" in config:
         raise damaged(path, f"{CONFIG} names other weights (transformers_weights)")
+    for name, value in _counts(config):
+        if value > MAX_COUNT:
+            raise damaged(path, f"{CONFIG} has {name} {value:.3g}; expected at most {MAX_COUNT:,}")
     for name in FORBIDDEN:
         if (path / name).exists():
             raise damaged(path, f"it contains {name}, which makes transformers load another model")
     return config
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of layers, labels and so on in a configuration: transformers makes lists of such lengths."""
+    inner: list[Any] = [config]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, dict):
+            inner += value.values()
+            counts = {n: v for n, v in value.items() if n.startswith(("num_", "n_")) and "position" not in n}
+            yield from ((n, float(min(v, LARGEST))) for n, v in counts.items() if isinstance(v, (int, float)))
+        elif isinstance(value, list):
+            inner += value
 
 
 # --------------------------------------------------------------------------------------------------- bytes

@@ -159,6 +159,21 @@ def many_layers(path: Path) -> None:
     sign(path)
 
 
+def many_labels(path: Path) -> None:
+    """transformers makes a dict of as many names."""
+    change_json(path, "config.json", lambda x: x.update(num_labels=10**9))
+    sign(path)
+
+
+def many_inner_layers(path: Path) -> None:
+    change_json(path, "config.json", lambda x: x.update(text_config={"num_hidden_layers": 10**400}))
+    sign(path)
+
+
+def unprintable_version(path: Path) -> None:
+    change_json(path, "fhopt.json", lambda x: x.update(version="1\n\udc80"))
+
+
 def nested(path: Path) -> None:
     (path / "fhopt.json").write_text("[" * 100_000)
 
@@ -183,7 +198,10 @@ HARM: dict[Callable[[Path], None], str] = {
     fingerprint: "fitted to another model",
     steps: "key.0.2 is nan",
     text_for_a_number: "site.scale is",
-    many_layers: "layers have",
+    many_layers: "has num_hidden_layers 1e\\+09; expected at most",
+    many_labels: "has num_labels 1e\\+09; expected at most",
+    many_inner_layers: "has num_hidden_layers 2.15e\\+09; expected at most",
+    unprintable_version: r"has version 1 \?; expected 1",
     nested: "not JSON",
 }
 
@@ -200,7 +218,7 @@ def test_a_damaged_or_hostile_folder_is_refused_with_one_clear_error(
 
 
 # transformers itself fails or looks elsewhere first, or has no need of what was changed
-BEFORE_US = (many_layers, adapter, class_of_another_kind, huge_header, cut_short)
+BEFORE_US = (many_layers, many_labels, many_inner_layers, adapter, class_of_another_kind, huge_header, cut_short)
 
 
 @pytest.mark.parametrize("harm", [h for h in HARM if h not in BEFORE_US], ids=lambda harm: harm.__name__)
