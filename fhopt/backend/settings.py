@@ -11,7 +11,7 @@ from typing import Any
 
 from fhopt.backend import online_fit
 from fhopt.errors import FhoptError
-from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.latent_plan import LatentPlan, as_plan
 from fhopt.plan.plan_files import PLAN_FILES
 
 OPTIONS = frozenset(
@@ -53,11 +53,9 @@ class Settings:
 
 
 def _plan(option: Any) -> LatentPlan | None:
-    if option is None or isinstance(option, LatentPlan):
-        return option
     if isinstance(option, (str, os.PathLike)):
         return _loaded(os.path.realpath(option))
-    raise FhoptError(f"option plan is a {type(option).__name__}; expected a LatentPlan or the path of one.")
+    return None if option is None else as_plan(option, "option plan")
 
 
 loaded_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first read, so that all graphs of a process agree

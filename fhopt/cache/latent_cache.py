@@ -21,7 +21,7 @@ from fhopt.cache.layer_map import LATENT_LAYERS, latent_layers, plain_layers
 from fhopt.cache.report import cache_bytes, cache_report
 from fhopt.cache.sliding_layer import SlidingLatentLayer
 from fhopt.errors import FhoptError
-from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.system import warn_once
 
 UNLIKE = 1.35  # times the energy of calibration text: other languages have more, other English text and code less
@@ -30,10 +30,10 @@ UNLIKE = 1.35  # times the energy of calibration text: other languages have more
 class LatentCache(DynamicCache):  # type: ignore[misc]
     """A KV cache for one model and plan.
 
-    Raises FhoptError when the plan does not fit the model.
+    Raises FhoptError when the plan does not fit the model, or is not a plan.
 
     Args:
-        plan: what to keep of each layer; layers that it does not name stay exact.
+        plan: what to store of each layer, or the path of a saved plan; layers that it does not name stay exact.
         config: the model's configuration; needed when the plan leaves layers out.
         absorb: return tensors on which attention runs without reconstructed K/V (fhopt/attention/interface.py); False:
             ordinary tensors of full length, reconstructed in each call.
@@ -48,7 +48,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, plan: LatentPlan, config: Any = None, *, absorb: bool = True, max_cache_len: int | None = None,
+        self, plan: PlanOrPath, config: Any = None, *, absorb: bool = True, max_cache_len: int | None = None,
         kind: str = "self", layers: Mapping[str, int] | None = None, offloading: bool = False,
         each_query: bool = False,
     ) -> None:  # fmt: skip
@@ -56,6 +56,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
             raise FhoptError(
                 f"kind={kind!r}, max_cache_len={max_cache_len}: expected 'self' or 'cross', and 1 token or more."
             )
+        plan = as_plan(plan)
         plain = None if config is None else plain_layers(config, max_cache_len)
         made = latent_layers(plan, plain, absorb=absorb, max_cache_len=max_cache_len, kind=kind, layers=layers)
         for layer in made:

@@ -11,7 +11,6 @@ lossless. Everything is read in the steps of `fhopt.evaluation.perplexity` inste
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -25,7 +24,7 @@ from fhopt.evaluation.perplexity import new_cache, read_steps
 from fhopt.hf.apply import apply
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument
-from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.latent_plan import PlanOrPath, as_plan
 
 
 @cache
@@ -43,15 +42,13 @@ def harness_model() -> Any:
     class LatentLM(HFLM):  # type: ignore[misc]
         """A causal language model whose KV cache holds latents; further options are those of lm-eval's HFLM."""
 
-        def __init__(
-            self, pretrained: Any, plan: LatentPlan | str | os.PathLike[str] | None = None, **options: Any
-        ) -> None:
+        def __init__(self, pretrained: Any, plan: PlanOrPath | None = None, **options: Any) -> None:
             if isinstance(pretrained, str):
                 loaded = load_model(pretrained, _dtype(options.pop("dtype", "float32")))
                 pretrained = loaded.language_model().to(options.get("device") or "cpu")
                 options = {"tokenizer": loaded.tokenizer} | options
             super().__init__(pretrained=pretrained, **(options | {"backend": "causal"}))
-            self.latent_plan = LatentPlan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+            self.latent_plan = None if plan is None else as_plan(plan)
             if self.latent_plan is not None:
                 apply(self.model, self.latent_plan)
 

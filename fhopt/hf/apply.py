@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ from fhopt.models.model_facts import (
 from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import local_plan
 from fhopt.plan.fingerprint import check_model
-from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.plan.site_plan import SitePlan
 
 IMPLEMENTATION = "fhopt"
@@ -42,26 +43,35 @@ IMPLEMENTATION = "fhopt"
 class _Applied:
     whole_plan: LatentPlan
     plan: LatentPlan  # this process's part of it, where the model is spread over several
-    hook: Any
+    hooks: tuple[Any, ...]
     before: dict[str, str]  # attention implementation of each part of the configuration
     layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
     cache: str  # name of the cache among the arguments of the model's forward
     parameters: tuple[str, ...]  # of the model's forward
+    is_set: bool  # IMPLEMENTATION was set
     interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
     reader: Any  # of the caches of this model
     config: Any  # of the model
     fast: tuple[bool, bool]  # skinny products, layer programs
+    warned: set[str] = field(default_factory=set)  # subjects of which the user was warned
 
 
 def apply(
-    model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True, layer_programs: bool = True
+    model: torch.nn.Module, plan: PlanOrPath, skinny_products: bool = True, layer_programs: bool = True
 ) -> torch.nn.Module:
     """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
 
-    `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
-    of an encoder are left alone: they have no KV cache. Where the model's heads are spread over processes
-    (fhopt/parallel/tensor_parallel.py), all of them must call this with the same plan. Raises FhoptError when the model
-    is of another kind, not the one that the plan was fitted for, or spread in a way that the plan does not allow.
+    plan: a plan, or the path of a saved one. model: may be the wrapper that `torch.compile` returned.
+
+    `model.generate()` and `model(..., use_cache=True)` need no change. A DynamicCache or StaticCache that is empty gets
+    latent layers; a cache of another class, which `cache_implementation="quantized"` makes, is used without the plan,
+    with a warning. `model.set_attn_implementation` changes how latents are attended to, not the plan, and warns.
+    `model.save_pretrained` writes the model without the plan: `plan.save` or `fhopt rewrite` write it.
+
+    Applying another plan replaces the first. Sites of an encoder are not compressed: they have no KV cache. If the
+    model's heads are spread over processes (fhopt/parallel/tensor_parallel.py), all of them must call this with the
+    same plan. Raises FhoptError when the model is of another kind, not the one that the plan was fitted for, or spread
+    in a way that the plan does not allow.
 
     skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once, and
     those of more rows to one where torch has only loops (fhopt/hf/skinny_products.py), also where the plan leaves all
@@ -81,6 +91,7 @@ def apply(
             f"{type(model).__name__} is not a transformers model; expected one with a cache. For any other module use "
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
+    compiled, model, plan = model, _uncompiled(model), as_plan(plan)
     _check_cache(model)
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
     whole_plan, weights = plan, Weights(model)
@@ -108,10 +119,13 @@ def apply(
     interface = all(map(uses_interface, modules.values()))
     if interface:
         network.set_attn_implementation(before | {text_key(network.config): IMPLEMENTATION})
-    hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
+    hooks = (
+        model.register_forward_pre_hook(_use_latents, with_kwargs=True),
+        model.register_load_state_dict_post_hook(_check_loaded),
+    )
     parameters = tuple(inspect.signature(model.forward).parameters)
     network._fhopt_applied = _Applied(
-        whole_plan, plan, hook, before, layers, cache_argument(model), parameters,
+        whole_plan, plan, hooks, before, layers, cache_argument(model), parameters, is_set=interface,
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
         fast=(skinny_products, layer_programs),
     )  # fmt: skip
@@ -122,7 +136,24 @@ def apply(
         replace_products(model)
     if layer_programs and network._fhopt_applied.interface:
         use_programs(model, plan)
-    return model
+    return compiled
+
+
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model in the wrapper that `torch.compile` returned; any other module itself."""
+    inner: torch.nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
+def _check_loaded(model: torch.nn.Module, _: Any) -> None:
+    """Warn when weights were loaded that the applied plan was not fitted for.
+
+    A hook of `load_state_dict`, which has loaded them already.
+    """
+    try:
+        check_model(_applied(model).whole_plan, Weights(model), type(model).__name__)
+    except FhoptError as error:
+        warnings.warn(f"weights were loaded while a plan is applied: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _check_cache(model: torch.nn.Module) -> None:
@@ -195,13 +226,14 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     """Undo `apply`; a model without a plan is left as it is. Returns the model."""
     applied = _record(model)
     if applied is not None:
-        applied.hook.remove()
-        network: Any = model
+        network: Any = _uncompiled(model)
+        for hook in applied.hooks:
+            hook.remove()
         applied.reader.active = False
         if _uses_latents(network.config):
             network.set_attn_implementation(applied.before)
-        drop_programs(model)
-        restore_products(model)
+        drop_programs(network)
+        restore_products(network)
         del network._fhopt_applied
     return model
 
@@ -295,6 +327,7 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     cache = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
     if cache is not None:
         _convert(cache, applied)
+        _check_attention(cache, applied)
         _note_padding(cache, named, applied)
         return args, kwargs
     uses_cache = named.get("use_cache")
@@ -302,9 +335,46 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
         uses_cache = getattr(applied.config.get_text_config(decoder=True), "use_cache", True) and not model.training
     if uses_cache:
         cache = latent_cache(model)
+        _check_attention(cache, applied)
         _note_padding(cache, named, applied)
         kwargs = {**kwargs, applied.cache: cache}
     return args, kwargs
+
+
+def _check_attention(cache: Any, applied: _Applied) -> None:
+    """Warn when another attention than fhopt's was set after the plan, whose latents it attends to.
+
+    Raises FhoptError for attention that cannot.
+    """
+    if not applied.is_set or _uses_latents(applied.config) or not _has_latents(cache):
+        return
+    name = applied.config.get_text_config(decoder=True)._attn_implementation
+    if name == "flex_attention":
+        raise FhoptError(
+            "attention 'flex_attention' cannot read the latents of the applied plan; expected 'fhopt', 'sdpa' or "
+            "'eager'. Call model.set_attn_implementation('fhopt'), or remove the plan with fhopt.unapply(model)."
+        )
+    _warn(
+        applied,
+        f"attention {name!r} was set after a plan was applied: the KV cache still holds latents, and {name!r} attends "
+        "to them. Call fhopt.unapply(model) for a full-precision cache, or model.set_attn_implementation('fhopt') for "
+        "fhopt's kernels.",
+    )
+
+
+def _has_latents(cache: Any) -> bool:
+    """Return whether some layers of a cache are latent ones."""
+    from fhopt.cache.layer_map import LATENT_LAYERS
+
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    return any(isinstance(layer, LATENT_LAYERS) for layer in layers)
+
+
+def _warn(applied: _Applied, message: str) -> None:
+    """Warn once for each applied plan; a graph that is being compiled cannot."""
+    if not torch.compiler.is_compiling() and message not in applied.warned:
+        applied.warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
@@ -322,7 +392,7 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     mask = named.get(f"{prefix}attention_mask")
     if isinstance(mask, dict):  # by kinds of layers
         mask = mask.get("full_attention")
-    layers = getattr(cache, "self_attention_cache", cache).layers
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     positions = named.get(f"{prefix}position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 2:
         positions = positions.expand(len(ids), -1)
@@ -379,7 +449,7 @@ def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
 
 def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
     """Put latent layers into an ordinary cache that is still empty; the caller keeps its object."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
     from fhopt.cache.latent_cache import LatentCache
     from fhopt.cache.layer_map import LATENT_LAYERS, latent_layers, plain_layers
@@ -389,9 +459,12 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
         return _convert(cache.cross_attention_cache, applied, "cross")
     if isinstance(cache, LatentCache):
         _check_plan(cache.plan, applied.plan)
-    elif not any(isinstance(layer, LATENT_LAYERS) for layer in cache.layers):
-        started = any(getattr(x, "is_initialized", False) for x in cache.layers) and int(cache.get_seq_length())
-        if type(cache) not in (DynamicCache, StaticCache) or started:
+    elif not _has_latents(cache):
+        if type(cache) is Cache:  # its maker chose the layers: a full-precision cache for a model with a plan
+            return None
+        if type(cache) not in (DynamicCache, StaticCache):
+            return _warn(applied, _unused(cache))
+        if any(getattr(x, "is_initialized", False) for x in cache.layers) and int(cache.get_seq_length()):
             return None
         plain = cache.layers or plain_layers(applied.config)
         cache.layers = latent_layers(applied.plan, plain, kind=kind, layers=applied.layers)
@@ -400,6 +473,14 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
         if isinstance(layer, LATENT_LAYERS):
             layer.reader = applied.reader
     return None
+
+
+def _unused(cache: Any) -> str:
+    name = type(cache).__name__
+    return (
+        f"a cache of class {name} is used without the applied plan; expected a DynamicCache or a StaticCache. Leave "
+        "out `cache` and `cache_implementation` to compress by the plan, or call fhopt.unapply(model)."
+    )
 
 
 def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:

@@ -26,7 +26,7 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.inspection.optional import need
 from fhopt.plan.display import tiers
-from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
 
@@ -109,8 +109,9 @@ class Drawing:
         return f"<b>{html.escape(self.name)}</b>{shown}"
 
 
-def draw(site: AttentionSite | SitePlan, plan: LatentPlan | None = None) -> Drawing:
-    """Draw a site, or the plan of one. Raises FhoptError where `plan` has no such site."""
+def draw(site: AttentionSite | SitePlan, plan: PlanOrPath | None = None) -> Drawing:
+    """Draw a site, or the plan of one. Raises FhoptError if `plan` (a plan or the path of one) has no such site."""
+    plan = None if plan is None else as_plan(plan)
     if isinstance(site, AttentionSite) and plan is not None:
         site = plan.site(site.name)
     if isinstance(site, SitePlan):

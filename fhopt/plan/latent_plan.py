@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -199,3 +199,21 @@ class LatentPlan:
         if not intact:
             raise altered(path)
         return plan
+
+
+PlanOrPath: TypeAlias = LatentPlan | str | os.PathLike[str]
+
+
+def as_plan(plan: PlanOrPath, name: str = "plan") -> LatentPlan:
+    """Return a plan unchanged, or load the one saved at a path.
+
+    name: of the argument, for the message. Raises FhoptError for other types, and for a path without a plan.
+    """
+    if isinstance(plan, LatentPlan):
+        return plan
+    if isinstance(plan, (str, os.PathLike)):
+        return LatentPlan.load(plan)
+    raise FhoptError(
+        f"{name} is a {type(plan).__name__}; expected a LatentPlan or the path of one. Pass the result of fhopt.fit, "
+        "or the folder that `fhopt fit` wrote."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import score
 from fhopt.fitting import fit_plan
 from fhopt.plan.latent_plan import LatentPlan
+
+
+def test_a_plan_may_be_the_path_of_one(tmp_path: Path) -> None:
+    plan = random_plan("head", CODED)
+    cache = LatentCache(plan.save(tmp_path / "plan"))
+    assert cache.plan.digest() == plan.digest()
+    for wrong in (None, {"plan": 1}, 3):
+        with pytest.raises(FhoptError, match="expected a LatentPlan or the path of one"):
+            LatentCache(wrong)  # type: ignore[arg-type]
 
 
 def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:

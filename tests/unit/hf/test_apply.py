@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import _layer_index, latent_cache
+from fhopt.plan.fingerprint import fingerprint
 
 applying = importlib.import_module("fhopt.hf.apply")  # `fhopt.hf.apply` as an attribute is the function
 
@@ -83,6 +89,185 @@ def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> Non
     fhopt.unapply(llama.model)
     assert old.get_seq_length() == 41
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- other caches
+
+LATENT, STATIC = "LatentLayer", "StaticLatentLayer"
+
+
+@contextmanager
+def applied(llama: Fitted) -> Iterator[Any]:
+    """The model of `llama` with a 4x plan, and afterwards without."""
+    try:
+        yield fhopt.apply(llama.model, llama.plan(4))
+    finally:
+        fhopt.unapply(llama.model)
+        llama.model.set_attn_implementation("sdpa")
+
+
+def layers_after(model: Any, **options: Any) -> tuple[set[str], list[str]]:
+    """Generate: (the classes of the cache's layers, warnings of fhopt)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model.generate(
+            token_ids(1, 40), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **options
+        )
+    messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    return {type(layer).__name__ for layer in output.past_key_values.layers}, messages
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (None, LATENT),
+        ("dynamic", LATENT),
+        ("hybrid", LATENT),  # transformers makes a dynamic cache
+        ("static", STATIC),
+        ("sliding_window", STATIC),
+        ("hybrid_chunked", STATIC),
+    ],
+)
+def test_each_cache_that_generate_makes_of_ordinary_layers_gets_latent_ones(
+    llama: Fitted, name: str | None, expected: str
+) -> None:
+    with applied(llama) as model:
+        assert layers_after(model, cache_implementation=name) == ({expected}, [])
+
+
+def test_a_cache_implementation_of_the_models_generation_config_is_followed(
+    llama: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with applied(llama) as model:
+        monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+        assert layers_after(model) == ({STATIC}, [])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("offloaded", LATENT), ("offloaded_static", STATIC)])
+def test_an_offloaded_cache_gets_latent_layers(
+    llama: Fitted, name: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU has no streams: only what is put into the cache is seen here."""
+    from transformers import DynamicCache, StaticCache
+
+    monkeypatch.setattr("torch.Stream", lambda: None)
+    kind: Any = DynamicCache if name == "offloaded" else lambda **o: StaticCache(max_cache_len=64, **o)
+    with applied(llama) as model:
+        cache = kind(config=model.config, offloading=True)
+        applying._convert(cache, model._fhopt_applied)
+        assert {type(layer).__name__ for layer in cache.layers} == {expected} and cache.offloading
+
+
+def test_a_quantized_cache_is_used_without_the_plan_and_warns_once(llama: Fitted) -> None:
+    from transformers import QuantizedCache
+
+    with applied(llama) as model:
+        quantized = QuantizedCache("fp8", model.config)
+        found, messages = layers_after(model, cache=quantized)
+        assert found == {"Fp8QuantizedLayer"} and len(messages) == 1
+        assert (
+            "a cache of class QuantizedCache is used without the applied plan" in messages[0]
+            and "fhopt.unapply(model)" in messages[0]
+        )
+        assert layers_after(model, cache=QuantizedCache("fp8", model.config)) == ({"Fp8QuantizedLayer"}, [])
+        fhopt.apply(model, llama.plan(4))
+        assert len(layers_after(model, cache=QuantizedCache("fp8", model.config))[1]) == 1
+
+
+def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama: Fitted) -> None:
+    from transformers import DynamicCache
+
+    class Own(DynamicCache):  # type: ignore[misc]
+        """May update its layers in any way."""
+
+    class Paged:
+        """As of continuous batching: without layers."""
+
+    with applied(llama) as model:
+        found, messages = layers_after(model, cache=Own(config=model.config))
+        assert found == {"DynamicLayer"} and "a cache of class Own is used" in messages[0]
+        with pytest.warns(RuntimeWarning, match="class Paged is used without the applied plan"):
+            applying._use_latents(model, (), {"input_ids": token_ids(1, 8), "cache": Paged()})
+
+
+def test_a_cache_made_of_chosen_layers_is_used_as_it_is(llama: Fitted) -> None:
+    from transformers import DynamicCache
+    from transformers.cache_utils import Cache
+
+    with applied(llama) as model:
+        exact = Cache(layers=DynamicCache(config=model.config).layers)
+        assert layers_after(model, cache=exact) == ({"DynamicLayer"}, [])
+
+
+# --------------------------------------------------------------------------------------------------- other attention
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_an_attention_that_is_set_after_the_plan_attends_to_latents_and_warns(llama: Fitted, name: str) -> None:
+    with applied(llama) as model:
+        model.set_attn_implementation(name)
+        found, messages = layers_after(model)
+        assert found == {LATENT} and f"attention '{name}' was set after a plan was applied" in messages[0]
+        assert not [message for message in layers_after(model)[1] if "was set after" in message]
+        model.set_attn_implementation("fhopt")
+        fhopt.apply(model, llama.plan(4))
+        assert layers_after(model) == ({LATENT}, [])
+
+
+def test_an_attention_that_is_assigned_to_the_configuration_warns_too(llama: Fitted) -> None:
+    with applied(llama) as model:
+        model.config._attn_implementation = "sdpa"
+        with pytest.warns(RuntimeWarning, match="'sdpa' was set after a plan was applied"):
+            model(token_ids(1, 8))
+
+
+def test_attention_that_cannot_read_latents_is_refused(llama: Fitted) -> None:
+    with applied(llama) as model:
+        model.set_attn_implementation("flex_attention")
+        with pytest.raises(FhoptError, match="'flex_attention' cannot read the latents"):
+            model(token_ids(1, 8))
+
+
+# --------------------------------------------------------------------------------------------------- after `apply`
+
+
+def test_a_plan_may_be_the_path_of_one(llama: Fitted, tmp_path: Path) -> None:
+    path = llama.plan(4).save(tmp_path / "plan")
+    for given in (path, str(path)):
+        fhopt.apply(llama.model, given)
+        assert applying.applied_plan(llama.model).digest() == llama.plan(4).digest()
+        fhopt.unapply(llama.model)
+    for wrong in (None, {"plan": 1}, 3):
+        with pytest.raises(FhoptError, match=f"plan is a {type(wrong).__name__}; expected a LatentPlan or the path"):
+            fhopt.apply(llama.model, wrong)  # type: ignore[arg-type]
+    assert not hasattr(llama.model, "_fhopt_applied")
+
+
+def test_weights_of_another_model_loaded_under_a_plan_warn(llama: Fitted) -> None:
+    model = tiny_llama()
+    own = {name: weight.clone() for name, weight in model.state_dict().items()}
+    plan = llama.plan(4).with_provenance(fingerprint=fingerprint(own, [s.site for s in llama.plan(4).sites]))
+    fhopt.apply(model, plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(own)
+    negated = {name: -weight for name, weight in own.items()}
+    with pytest.warns(
+        RuntimeWarning, match="weights were loaded while a plan is applied: the plan was fitted to anoth"
+    ):
+        copy.deepcopy(model).load_state_dict(negated)
+    fhopt.unapply(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(negated)
+
+
+def test_the_wrapper_of_a_compiled_model_takes_a_plan(llama: Fitted) -> None:
+    compiled: Any = torch.compile(llama.model, backend="eager")
+    assert fhopt.apply(compiled, llama.plan(4)) is compiled
+    assert layers_after(compiled) == layers_after(llama.model) == ({LATENT}, [])
+    assert fhopt.unapply(compiled) is compiled
+    assert not hasattr(llama.model, "_fhopt_applied") and layers_after(llama.model) == ({"DynamicLayer"}, [])
 
 
 # --------------------------------------------------------------------------------------------------- masks

@@ -31,6 +31,14 @@ def test_a_drawing_has_shapes_of_exact_and_of_latent_attention() -> None:
     assert drawn._repr_html_().count("<svg") == 2
 
 
+def test_a_plan_of_a_drawing_may_be_the_path_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("pygraphviz")
+    plan = random_plan("head", CODED)
+    assert fhopt.draw(SITE, plan.save(tmp_path / "plan")).after == fhopt.draw(SITE, plan).after
+    with pytest.raises(FhoptError, match="plan is a int; expected a LatentPlan or the path of one"):
+        fhopt.draw(SITE, 3)  # type: ignore[arg-type]
+
+
 def test_a_drawing_says_that_keys_are_relative_to_segments(llama: Fitted) -> None:
     pytest.importorskip("pygraphviz")
     plan = llama.plan(4)
