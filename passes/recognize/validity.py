@@ -197,8 +197,8 @@ class _Prover:
         source = next(n for n in node.all_input_nodes if n in self.flows)
         low, high = self.ranges.get(source, ALL)
         if name == "nan_to_num":
-            becomes = argument(node, 1, "nan")
-            if node not in self.weights or not math.isfinite(low + high) or not _is_zero(becomes or 0.0):
+            becomes = argument(node, 1, "nan") or 0.0
+            if node not in self.weights or not math.isfinite(low + high) or becomes != 0:
                 raise Miss("nan_to_num changes scores that are not finite; expected zeros of NaN, after the softmax", node)
             self.proof.hides_nan = True
             self.ranges[node] = (low, high)
@@ -248,7 +248,7 @@ class _Prover:
         keeps = self._keeps(node)
         value = argument(node, 2, "value") if op_name(node) == "masked_fill" else None
         value = _choices(node)[int(keeps)] if op_name(node) == "where" else value
-        if condition is None or not _is_zero(value) or not self._hides(condition, keeps):
+        if condition is None or self._literal(value) != 0 or not self._hides(condition, keeps):
             raise Miss(
                 f"{op_name(node)} replaces weights after the softmax; expected zeros by the mask that hid the scores",
                 node,
@@ -331,13 +331,19 @@ class _Prover:
         )
 
     def _number(self, node: fx.Node, value: Any) -> float:
+        known = self._literal(value)
+        if known is None:
+            raise Miss(f"{op_name(node)} has a bound that may change from call to call; expected a literal", node)
+        return known
+
+    def _literal(self, value: Any) -> float | None:
+        """Return a number, or the one element of a tensor that is made of literals; None for anything else."""
         if isinstance(value, (int, float)):
             return float(value)
-        if isinstance(value, fx.Node) and isinstance(fake(value), Tensor) and is_fixed(value):
-            known = torch.as_tensor(self.region.base.example(value))
-            if known.numel() == 1:
-                return float(known)
-        raise Miss(f"{op_name(node)} has a bound that may change from call to call; expected a literal", node)
+        if not isinstance(value, fx.Node) or not isinstance(fake(value), Tensor) or not is_fixed(value):
+            return None
+        known = torch.as_tensor(self.region.base.example(value))
+        return float(known) if known.numel() == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------- empty rows
@@ -425,10 +431,6 @@ def _weight_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
         if node not in found and any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found - {softmax.weights}
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == 0
 
 
 def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
