@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # One more than cores: tests wait for compilers and other processes.
 WORKERS ?= 3
 ROUNDS ?= 5
+FUZZERS ?= 2
 # What a target needs is installed before it runs, once, and nothing else: .ready-NAME has the extra NAME of
 # pyproject.toml, or what stands in WITH_NAME (tools that run without fhopt), and the models in MODELS_NAME, which declare
 # requirements that their files do not need.
@@ -34,7 +35,7 @@ VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow test-serving fuzz check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -84,6 +85,12 @@ fuzz: $(TEST)  ## the tests that draw their inputs, on other ones each time (ROU
 	for round in $$(seq $(ROUNDS)); do \
 		$(BIN)/python -m pytest -q -n $(WORKERS) -m hypothesis --hypothesis-profile=default || exit 1; \
 	done
+
+fuzz-graphs: $(BENCH)  ## random attention programs, compiled and compared with eager mode (MINUTES=60 SEED=0 FUZZERS=2)
+	$(BIN)/python benchmarks/fuzz_graphs.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --workers $(FUZZERS)
+
+fuzz-mutations: $(BENCH)  ## weaken each rule of the finder: fuzz-graphs must notice within 10 minutes
+	$(BIN)/python benchmarks/fuzz_mutations.py
 
 check: $(TEST) $(DOCS) $(LINT)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Spellings of the parts of attention as Python text; one table serves tests that run them and tests that print them.
 
-Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size. The last line of a spelling is an expression,
-lines before it are statements. `functions` makes callables of a table.
+Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size. The last line of a spelling is an
+expression, lines before it are statements. `functions` makes callables of a table.
 """
 
 from __future__ import annotations

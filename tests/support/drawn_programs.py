@@ -2,7 +2,7 @@
 
     q, k, v -> STEPS on them -> product -> SCORE_STEPS -> softmax -> WEIGHT_STEPS -> mix -> OUTPUT_STEPS -> RETURNED
 
-A step is Python text. `{name}` stands for an input of that kind (SIDES), drawn with its shape and its values in each call,
+A step is Python text. `{name}` stands for an input of that kind (SIDES), drawn with its shape and values for each call,
 or for a literal (LITERALS); a number after the name tells several of one kind apart. The first entry of every table is
 the plainest, so that a failing program shrinks to the steps that it needs.
 
@@ -71,7 +71,7 @@ LITERALS = {
     "level": ("-1e4", "-1e3", "-5e4", "-1e9"),
     "limit": ("50.0", "5.0", "0.5", "1e4", "1000.0"),
     "cap": ("3.0", "50.0", "30.0"),
-    "number": ("1.0", "0.5", "2.0", "-1.0", "1.0000001", "0.0"),
+    "number": ("1.0", "0.5", "2.0", "-1.0", "1.001", "0.0"),
     "epsilon": ("1e-9", "1e-6", "1e-3", "1.0"),
     "scale": ("0.5", "1.0", "q.shape[-1] ** -0.5", "0.35"),
     "float_type": ("torch.float32", "torch.float64", "torch.bfloat16", "torch.float16"),
@@ -132,7 +132,7 @@ SCORE_STEPS = {
     "masked_fill of a clone in place": "s = s.clone()\ns.masked_fill_({hidden}, {fill})",
     "written by index": "s = s.clone()\ns[..., 0] = {fill}",
     "written by an input index": "s = s.clone()\ns[..., {keys}[:2]] = {fill}",
-    "written through a view": "s = s.contiguous()\nview = s.flatten(0, 1)\nview.masked_fill_({hidden}[..., :1], {fill})",
+    "written through a view": "s = s.contiguous()\nview = s.flatten(2)\nview[..., :2].mul_({number})",
     "written through a slice": "s = s * 1.0\ns[:, :, 1:].add_({number})",
     "two levels filled": "s = s.masked_fill({hidden}, {level}).masked_fill({hidden2}, torch.finfo(s.dtype).min)",
     "two levels added": "s = (s + {hidden} * {level}).masked_fill({hidden2}, torch.finfo(s.dtype).min)",
@@ -164,7 +164,7 @@ SCORE_STEPS = {
     "heads by index": "s = s[:, {heads}]",
     "detach": "s = s.detach()",
     "no_grad": "with torch.no_grad():\n    s = s * 1.5",
-    "cast": "s = s.to({float_type})",
+    "cast": "s, v = s.to({float_type}), v.to({float_type})",
     "there and back": "s = s.to({float_type}).to(q.dtype)",
     "nan_to_num": "s = torch.nan_to_num(s)",
     "nan_to_num, infinite": "s = s.nan_to_num(nan=0.0, posinf=10.0, neginf=-10.0)",
@@ -285,7 +285,7 @@ RETURNED = {
 
 WRAPPED = {
     "vmap": "torch.vmap(attend)(torch.stack([{first}, 0.5 * {first}]))",
-    "grad": "torch.func.grad(lambda y: (attend)(y).square().sum())({first})",
+    "grad": "torch.func.grad(lambda y: attend(y).square().sum())({first})",
     "jvp": "torch.func.jvp(attend, ({first},), (2 * {first},))[1]",
     "vjp": "torch.func.vjp(attend, {first})[1](torch.ones_like({first}))[0]",
     "checkpoint": "checkpoint(attend, {first}, use_reentrant=False)",
@@ -323,11 +323,6 @@ class Writer:
             written = "\n".join([*before, f"{name} = {result}"])
         self.lines += written.split("\n")
 
-    def add_steps(self, table: Mapping[str, str], names: Sequence[str]) -> None:
-        """Add steps of a table."""
-        for name in names:
-            self.add(table[name])
-
     def fill(self, text: str) -> str:
         """Put inputs and literals into the places of a text."""
         known: dict[str, str] = {}
@@ -339,7 +334,8 @@ class Writer:
     def _side(self, kind: str, taken: Iterable[str]) -> str:
         """Draw an input of a kind, or one that the program has already."""
         same = [i.name for i in self.inputs if i.name.rstrip("0123456789_") == kind and i.name not in taken]
-        if same and self.draw(st.booleans()):
+        is_shared: bool = bool(same) and self.draw(st.booleans())
+        if is_shared:
             return same[0]
         side = SIDES[kind]
         name = f"{kind}_{len(self.inputs)}"
@@ -361,29 +357,33 @@ class Writer:
 def _few(names: Iterable[str], often: int) -> st.SearchStrategy[list[str]]:
     """Draw a short list of names, `often` times as likely none or one as up to three."""
     entries = st.sampled_from(list(names))
-    return st.one_of(*[st.lists(entries, max_size=1)] * often, st.lists(entries, max_size=3))
+    short, long = st.lists(entries, max_size=1), st.lists(entries, max_size=3)
+    return st.one_of(*[short] * often, long)
 
 
 OPERAND_VALUES = ("normal", "normal", "large", "small", "zeros", "positive")
 
 
 @st.composite
-def programs(
-    draw: st.DrawFn, only: str = ""
-) -> Program:
-    """Draw a program. only: a name of a table and one of its entries, "TABLE.entry", which every program then has."""
+def programs(draw: st.DrawFn, only: str = "") -> Program:
+    """Draw a program. only: a table and one of its entries, "TABLE.entry", which is then the program's only step."""
     dynamic = draw(st.sampled_from([*[False] * 8, True, None]))
-    writer = Writer(draw, can_hold=not dynamic and dynamic is not None)
     sizes = draw(_all_sizes(varied=dynamic is not False))
+    writer = Writer(draw, can_hold=dynamic is False)
+    parts = _Parts(writer, only)
+    wrapped = only.removeprefix("WRAPPED.") if only.startswith("WRAPPED.") else ""
+    if not only:
+        wrapped = draw(st.sampled_from(["", *[""] * 11, *WRAPPED]))
     _operands(writer, sizes[0])
-    _attention(writer, sizes[0], only)
-    source = _source(writer, only)
+    _attention(parts, is_single=bool(wrapped))
     mode = draw(st.sampled_from(["train", "train", "no_grad", "eval", "inference", "autocast", "autocast no_grad"]))
     last = draw(st.sampled_from([mode] * 6 + ["no_grad", "train"]))
     calls = tuple(Call(s, m) for s, m in zip(sizes, (mode, mode, last), strict=True))
-    dtype = draw(st.sampled_from(["float64", "float32", "float64", "float32", "float64", "bfloat16", "float16"]))
-    inputs = sorted(writer.inputs, key=lambda i: i.held != "argument")
-    return Program(source, tuple(inputs), calls, dtype, dynamic, draw(st.integers(0, 99)), draw(st.integers(0, 3)) == 3)
+    dtypes = ["float64", "float32", "float64", "float32", "float64", "bfloat16", "float16"]
+    dtype = "float32" if mode.startswith("autocast") else draw(st.sampled_from(dtypes))
+    inputs = tuple(sorted(writer.inputs, key=lambda i: i.held != "argument"))
+    source = _source([i.name for i in inputs], writer.lines, wrapped, writer.inputs[0].name)
+    return Program(source, inputs, calls, dtype, dynamic, draw(st.integers(0, 99)), draw(st.integers(0, 3)) == 3)
 
 
 @st.composite
@@ -420,42 +420,63 @@ def _operands(writer: Writer, sizes: Sizes) -> None:
             writer.lines.append(f"{name} = {replaced}")
 
 
-def _attention(writer: Writer, sizes: Sizes, only: str) -> None:
-    """Add lines from q, k and v to o."""
-    table, _, entry = only.partition(".")
+@dataclass(frozen=True)
+class _Parts:
+    """Adds entries of tables to a program: drawn ones, or plain ones but for one entry."""
 
-    def steps(name: str, choices: Mapping[str, str], often: int) -> None:
-        names = [entry] if table == name else [] if only else writer.draw(_few(choices, often))
-        writer.add_steps(choices, names)
+    writer: Writer
+    only: str
 
-    def one(name: str, choices: Mapping[str, str], result: str) -> None:
-        writer.add(choices[entry if table == name else next(iter(choices)) if only else writer.pick(choices)], result)
+    def add_steps(self, name: str, table: Mapping[str, str], often: int) -> None:
+        """Add a few steps."""
+        names = [self._entry] if self._is_for(name) else [] if self.only else self.writer.draw(_few(table, often))
+        for entry in names:
+            self.writer.add(table[entry])
 
-    steps("OPERAND_STEPS", OPERAND_STEPS, 3)
-    if table == "SDPA" or not (only or writer.draw(st.integers(0, 11)) < 11):
-        one("SDPA", SDPA, "o")
-        steps("OUTPUT_STEPS", OUTPUT_STEPS, 2)
-        writer.lines.append(f"return {writer.fill(writer.pick([t for t in RETURNED.values() if ', p' not in t and ', s' not in t]))}")
-        return
-    one("PRODUCTS_HERE", PRODUCTS_HERE, "s")
-    steps("SCORE_STEPS", SCORE_STEPS, 1)
-    one("SOFTMAXES", SOFTMAXES, "p")
-    steps("WEIGHT_STEPS", WEIGHT_STEPS, 2)
-    one("MIXES", MIXES, "o")
-    steps("OUTPUT_STEPS", OUTPUT_STEPS, 2)
-    writer.lines.append(f"return {RETURNED[entry] if table == 'RETURNED' else 'o' if only else writer.pick(RETURNED.values())}")
+    def add(self, name: str, table: Mapping[str, str], result: str) -> None:
+        """Add one entry, whose value gets the name `result`."""
+        self.writer.add(self.pick(name, table), result)
+
+    def pick(self, name: str, table: Mapping[str, str]) -> str:
+        """Return the text of one entry."""
+        if self._is_for(name):
+            return table[self._entry]
+        return next(iter(table.values())) if self.only else self.writer.pick(table.values())
+
+    def is_drawn(self, name: str, of: int) -> bool:
+        """Draw whether an unusual part is used, once in `of` programs."""
+        return self._is_for(name) or (not self.only and self.writer.draw(st.integers(0, of - 1)) == of - 1)
+
+    @property
+    def _entry(self) -> str:
+        return self.only.partition(".")[2]
+
+    def _is_for(self, name: str) -> bool:
+        return self.only.partition(".")[0] == name
 
 
-def _source(writer: Writer, only: str) -> str:
-    table, _, entry = only.partition(".")
-    names = [i.name for i in sorted(writer.inputs, key=lambda i: i.held != "argument")]
-    body = "\n".join(writer.lines)
-    head = f"def program({', '.join(names)}):\n"
-    wrapped = entry if table == "WRAPPED" else "" if only else writer.draw(st.sampled_from([""] * 12 + list(WRAPPED)))
+def _attention(parts: _Parts, is_single: bool) -> None:
+    """Add lines from q, k and v to the result. is_single: it is one tensor."""
+    parts.add_steps("OPERAND_STEPS", OPERAND_STEPS, 3)
+    is_fused = parts.is_drawn("SDPA", 12)
+    if is_fused:
+        parts.add("SDPA", SDPA, "o")
+    else:
+        parts.add("PRODUCTS_HERE", PRODUCTS_HERE, "s")
+        parts.add_steps("SCORE_STEPS", SCORE_STEPS, 1)
+        parts.add("SOFTMAXES", SOFTMAXES, "p")
+        parts.add_steps("WEIGHT_STEPS", WEIGHT_STEPS, 2)
+        parts.add("MIXES", MIXES, "o")
+    parts.add_steps("OUTPUT_STEPS", OUTPUT_STEPS, 2)
+    results = {name: text for name, text in RETURNED.items() if not (is_single or is_fused) or ", " not in text}
+    parts.writer.lines.append(f"return {parts.pick('RETURNED', results)}")
+
+
+def _source(names: Sequence[str], lines: Sequence[str], wrapped: str, first: str) -> str:
+    """Write the function `program`; wrapped: an entry of WRAPPED, which calls it as a function of its first input."""
+    arguments, body = ", ".join(names), textwrap.indent("\n".join(lines), "    ")
     if not wrapped:
-        return head + textwrap.indent(body, "    ")
-    first = writer.inputs[0].name
-    inner = f"def attend({', '.join(names)}):\n" + textwrap.indent(body, "    ")
+        return f"def program({arguments}):\n{body}"
     passed = ", ".join("x" if name == first else name for name in names)
-    call = WRAPPED[wrapped].replace("attend", f"lambda x: attend({passed})").replace("{first}", first)
-    return f"{inner}\n\n{head}    return {call}"
+    call = WRAPPED[wrapped].replace("attend", f"(lambda x: attend({passed}))").replace("{first}", first)
+    return f"def attend({arguments}):\n{body}\n\n\ndef program({arguments}):\n    return {call}"

@@ -1,0 +1,97 @@
+"""Weaken one rule of the finder at a time, and measure how long the fuzzer needs to notice.
+
+    python benchmarks/fuzz_mutations.py                   every rule, up to ten minutes each
+    python benchmarks/fuzz_mutations.py --rule NAME       one of them
+
+The exit status is 1 if a rule survives.
+
+A rule is an attribute of a module, and a function that makes the weakened one of it. Modules of fhopt that imported the
+attribute by name get the weakened one as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from fuzz_graphs import start
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A weakened rule. attribute: a name of the module, or `Class.name`. weakened: the original -> its replacement."""
+
+    module: str
+    attribute: str
+    weakened: Callable[[Any], Any]
+
+
+def _never(original: Any) -> Callable[..., None]:
+    """Make a check that finds nothing."""
+    return lambda *_, **__: None
+
+
+RULES = {
+    "any step may carry weights": Rule(
+        "fhopt.passes.recognize.normalize", "CARRIES", lambda names: names | {"relu", "clamp", "minimum", "index"}
+    ),
+    "canonical op unchecked": Rule("fhopt.passes.recognize.canonical", "check_canonical", _never),
+}
+
+
+def weaken(name: str) -> None:
+    """Apply a rule of RULES to this process."""
+    importlib.import_module("fhopt.backend")
+    rule = RULES[name]
+    owner: Any = importlib.import_module(rule.module)
+    *path, last = rule.attribute.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original = getattr(owner, last)
+    replacement = rule.weakened(original)
+    setattr(owner, last, replacement)
+    if path:
+        return
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("fhopt.") and vars(module).get(last) is original:
+            setattr(module, last, replacement)
+
+
+def seconds_to_failure(name: str, seed: int, seconds: float) -> float | None:
+    """Run the fuzzer with a weakened rule; None where it finds nothing wrong in time."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tally.json")
+        process = start(seed, seconds, file, name)
+        if process.wait() or not file.exists():
+            raise RuntimeError(f"the worker for {name!r} ended with status {process.returncode}")
+        tally = json.loads(file.read_text())
+    reason = (tally["failure"] or "no failure").splitlines()[0]
+    click.echo(f"{name}: {tally['programs']} programs; {reason}")
+    return float(tally["seconds_to_failure"]) if tally["failure"] else None
+
+
+@click.command()
+@click.option(
+    "--rule", "names", multiple=True, type=click.Choice(list(RULES)), help="A rule; repeatable. Default: all."
+)
+@click.option("--minutes", type=float, default=10.0, show_default=True, help="Time for each rule.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the fuzzer.")
+def main(names: tuple[str, ...], minutes: float, seed: int) -> None:
+    """Report the seconds until the first failure with each weakened rule; exit status 1 when a rule survives."""
+    survivors = []
+    for name in names or RULES:
+        seconds = seconds_to_failure(name, seed, 60 * minutes)
+        click.echo(f"{name}: {'survives' if seconds is None else f'failure after {seconds:.1f} s'}")
+        survivors += [name] if seconds is None else []
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()

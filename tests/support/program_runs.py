@@ -1,0 +1,79 @@
+"""Draw programs until a time is over, count how they were compiled, and shrink the first failure."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import hypothesis
+from drawn_programs import programs
+from graph_programs import Invalid, Program, Wrong, check
+from hypothesis import HealthCheck, Phase, given, settings
+
+ROUND = 200  # programs drawn with one seed
+FURTHER_SEED = 1_000_003  # between the seeds of rounds
+
+
+@dataclass
+class Tally:
+    """Programs by outcome ("rewritten", "not rewritten", "invalid", "repeated"), calls, and the first failure."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    calls: int = 0
+    sites: int = 0
+    failure: str = ""
+    seconds_to_failure: float = 0.0
+
+    @property
+    def programs(self) -> int:
+        """Programs that were compiled and compared."""
+        return self.outcomes["rewritten"] + self.outcomes["not rewritten"]
+
+    @property
+    def rewritten(self) -> float:
+        """Share of the compared programs that have at least one attention of fhopt."""
+        return self.outcomes["rewritten"] / max(1, self.programs)
+
+
+def run(seed: int, seconds: float, rounds: int = 10**9, examples: int = ROUND, shrink: bool = True) -> Tally:
+    """Check programs until the time is over, or a program is wrong: the failure is its smallest form."""
+    tally, start = Tally(), time.monotonic()
+    known: set[Program] = set()
+
+    def body(program: Program) -> None:
+        if time.monotonic() - start > seconds and not tally.seconds_to_failure:
+            return
+        if program in known:
+            tally.outcomes["repeated"] += 1
+            return
+        try:
+            verdict = check(program)
+        except Invalid as invalid:
+            tally.outcomes["invalid"] += 1
+            tally.reasons[str(invalid)[:100]] += 1
+        except Wrong:
+            tally.seconds_to_failure = tally.seconds_to_failure or time.monotonic() - start
+            raise
+        else:
+            tally.outcomes["rewritten" if verdict.sites else "not rewritten"] += 1
+            tally.sites += verdict.sites
+            tally.calls += len(program.calls)
+        known.add(program)
+
+    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+    options = settings(
+        max_examples=examples, deadline=None, database=None, phases=phases, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), print_blob=False, derandomize=False,
+    )  # fmt: skip
+    for index in range(rounds):
+        if time.monotonic() - start > seconds:
+            break
+        test = hypothesis.seed(seed + FURTHER_SEED * index)(options(given(programs())(body)))
+        try:
+            test()
+        except Wrong as wrong:
+            tally.failure = str(wrong)
+            break
+    return tally
