@@ -9,6 +9,7 @@ Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size.
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections import Counter
@@ -127,6 +128,21 @@ def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alp
     if _is(beta, 0):
         return product
     return product + (input if _is(beta, 1) else input * beta)
+
+
+def chain_matmul(*matrices: Tensor, out: None = None) -> Tensor:
+    """Compute the product of matrices from left to right."""
+    return functools.reduce(torch.matmul, matrices)
+
+
+def multi_dot(tensors: Sequence[Tensor], *, out: None = None) -> Tensor:
+    """Compute the product of matrices, of vectors at its ends, from left to right."""
+    return chain_matmul(*tensors)
+
+
+def normalize(input: Tensor, p: float = 1.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
+    """Divide by the sum of absolute values, which is what F.normalize does where p is 1."""
+    return input / input.abs().sum(dim, keepdim=True).clamp_min(eps)
 
 
 def _is(number: Any, expected: int) -> bool:
@@ -308,6 +324,10 @@ COMPOSITES: dict[str, Composite] = {
     "_transformer_encoder_layer_fwd": transformer_encoder_layer,
     "baddbmm": baddbmm,
     "einsum": einsum,
+    "chain_matmul": chain_matmul,
+    "linalg_multi_dot": multi_dot,
+    "normalize": normalize,  # where p is 1, see `decompose`
+    "softmin": F.softmin,
     "_scaled_dot_product_flash_attention_for_cpu": scaled_dot_product,
     "_scaled_dot_product_flash_attention": scaled_dot_product,
     "_scaled_dot_product_efficient_attention": scaled_dot_product,

@@ -3,6 +3,7 @@
     before                                              after
     o = multi_head_attention_forward(x, x, x, W, ...)   q, k, v = linear(x, W, b)...; o = linear(sdpa(q, k, v), ...)
     y = _transformer_encoder_layer_fwd(x, ...)          layer_norm, linear, matmul, softmax, matmul, linear, ...
+    w = normalize(exp(s), p=1, dim=-1)                  w = e / e.abs().sum(-1, True).clamp_min(1e-12)
     s = baddbmm(m, q, k, beta=b, alpha=c)               s = add(mul(bmm(q, k), c), mul(m, b))
     o = einsum("bhst,bhtd,hde->bse", p, v, W)           o = einsum("bhsd,hde->bse", einsum("bhst,bhtd->bhsd", p, v), W)
     o = getitem(_scaled_dot_product_flash..(q, ..), 0)  o = scaled_dot_product_attention(q, ...)
@@ -26,7 +27,7 @@ from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from fhopt.errors import Miss
-from fhopt.passes.graph.nodes import fake, is_in_place, op_name
+from fhopt.passes.graph.nodes import argument, fake, is_in_place, op_name
 from fhopt.passes.graph.program import Program
 from fhopt.passes.graph.transforms import scope_of
 from fhopt.passes.prepare.composites import COMPOSITES
@@ -42,7 +43,7 @@ BODIES = {  # higher-order op -> (place of its body, of the body's first argumen
     "wrap_with_autocast": (4, 5),
 }
 HINTS = ("softmax", "attention", "attn", "encoder_layer")  # parts of names that show attention
-PARTS = frozenset({"einsum", "baddbmm"})  # seldom of an attention
+PARTS = frozenset({"einsum", "baddbmm", "chain_matmul", "linalg_multi_dot", "normalize"})  # seldom of an attention
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -76,8 +77,9 @@ class Decompose:
         if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
             raise Miss(f"{name} takes nested tensors; expected dense ones", node)
         if (scope := scope_of(node)) is not None:
-            is_attention = name not in PARTS
-            raise Miss(f"{name} runs inside {scope.name}; expected it outside" if is_attention else "", node)
+            if name in PARTS:
+                raise Miss("", node)
+            raise Miss(f"{name} runs inside {scope.name}; expected it outside", node)
         if name in BODIES or _bodies(node, program):
             return self._called_body(node, program, name)
         is_flex = name == "flex_attention"
@@ -137,6 +139,8 @@ def _is_candidate(node: fx.Node, program: Program) -> bool:
     name = qualified_name(node)
     if name == "einsum":
         return _operand_count(node) > 2
+    if name == "normalize":
+        return bool(argument(node, 1, "p", default=2.0) == 1)
     if isinstance(node.target, torch._ops.HigherOrderOperator) and name != "flex_attention":
         return any(_hints(n) for body in _bodies(node, program) for graph in _graphs(body) for n in graph.nodes)
     return name in COMPOSITES or name == "flex_attention"

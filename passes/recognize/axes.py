@@ -21,7 +21,7 @@ from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape
 from fhopt.passes.graph.nodes import fake, op_name, shape
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.layout import MOVEMENT, Layout, Steps, arrangement, coordinates, line, moved, read_layout
-from fhopt.passes.recognize.node_roles import Roles
+from fhopt.passes.recognize.node_roles import Kind, Roles
 from fhopt.passes.recognize.readable import check_operands
 from fhopt.passes.recognize.softmax import Softmax
 
@@ -92,6 +92,8 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
         axes.sizes |= {x: n for x, n in known if x and isinstance(n, int)}
     origin = origins(product.left, roles, base)
     part = {x: origin.get(i, Origin()) for i, x in enumerate(product.left_axes) if x}
+    if roles.kind(product.left) == Kind.WEIGHT:
+        part |= _known_by_keys(product, keys, roles, base)
     _check_tokens(product, keys, part, roles, base)
     shared = [x for x in product.axes if x in product.shared]
     for label in product.axes:
@@ -109,6 +111,16 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
         else:
             rows.append(label)
     return axes
+
+
+def _known_by_keys(product: Contraction, keys: str, roles: Roles, base: Evaluator) -> dict[str, Origin]:
+    """Return what the shared axes of learned queries come from: keys show which ones are heads. Raises Miss."""
+    origin = origins(product.right, roles, base)
+    part = {x: origin[i] for i, x in enumerate(product.right_axes) if x and x != keys and i in origin}
+    own = [x for x, where in part.items() if x not in product.left_axes and "heads" in where.kind]
+    if own:
+        raise Miss("the heads of the keys share their learned queries; expected queries of each head", product.node)
+    return {x: where for x, where in part.items() if x in product.shared}
 
 
 def _check_tokens(product: Contraction, keys: str, part: Mapping[str, Origin], roles: Roles, base: Evaluator) -> None:

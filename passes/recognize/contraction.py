@@ -3,7 +3,7 @@
     torch.matmul(q, k.mT)                       left (b0, b1, m, k)   right (b0, b1, k, n)   result (b0, b1, m, n)
     torch.einsum("b i h d, b j h d -> b h i j", q, k)
     (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
-    F.linear(x, w)
+    F.linear(x, w)      torch.inner(q, k)      torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :])
 
 Everything that follows reasons about labels, so no later stage knows how a product was written.
 """
@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from fhopt.passes.graph.evaluate import example_shape
 from fhopt.passes.graph.nodes import argument, fake, op_name
 
-MATMUL = frozenset({"matmul", "bmm", "mm", "__matmul__", "linear", "inner"})
+MATMUL = frozenset({"matmul", "linalg_matmul", "bmm", "mm", "__matmul__", "linear"})
+VECDOT = frozenset({"linalg_vecdot", "vecdot"})
 PERMUTATIONS = frozenset({"transpose", "permute", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "adjoint"})
 Axes = tuple[str, ...]  # one label an axis; "" for an axis of size one that is broadcast
 
@@ -61,6 +62,10 @@ def read_contraction(node: fx.Node) -> Contraction | None:
         result = _read_einsum(node)
     elif name in MATMUL:
         result = _read_matmul(node, name)
+    elif name == "inner":
+        result = _read_inner(node)
+    elif name in VECDOT:
+        result = _read_vecdot(node)
     elif name == "tensordot":
         result = _read_tensordot(node)
     elif name == "sum":
@@ -83,9 +88,7 @@ def _read_matmul(node: fx.Node, name: str) -> Contraction | None:
     a, b = example_shape(left), example_shape(right)
     if min(len(a), len(b)) < 2:
         return None
-    if name in {"linear", "inner"}:
-        if len(b) != 2:
-            return None
+    if name == "linear":
         free = tuple(f"m{i}" for i in range(len(a) - 1))
         return Contraction(node, left, right, (*free, "k"), ("n", "k"), (*free, "n"))
     batch = max(len(a), len(b)) - 2
@@ -93,6 +96,27 @@ def _read_matmul(node: fx.Node, name: str) -> Contraction | None:
     left_batch, right_batch = (_aligned(s[:-2], result) for s in (a, b))
     labels = tuple(f"b{i}" for i in range(batch))
     return Contraction(node, left, right, (*left_batch, "m", "k"), (*right_batch, "k", "n"), (*labels, "m", "n"))
+
+
+def _read_inner(node: fx.Node) -> Contraction | None:
+    """Read the product of all rows of two tensors: result[left rows, right rows]."""
+    left, right = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    if not _tensor(left) or not _tensor(right) or min(len(example_shape(n)) for n in (left, right)) < 1:
+        return None
+    rows, others = (
+        tuple(f"{side}{i}" for i in range(len(example_shape(n)) - 1))
+        for side, n in zip("mn", (left, right), strict=True)
+    )
+    return Contraction(node, left, right, (*rows, "k"), (*others, "k"), (*rows, *others))
+
+
+def _read_vecdot(node: fx.Node) -> Contraction | None:
+    """Read the product of two tensors, with broadcasting, summed over one axis."""
+    left, right = argument(node, 0, "x", "input", "self"), argument(node, 1, "y", "other")
+    if not _tensor(left) or not _tensor(right):
+        return None
+    sizes = [example_shape(n) for n in (left, right)]
+    return _summed_product(node, left, right, torch.broadcast_shapes(*sizes), argument(node, 2, "dim", default=-1))
 
 
 def _aligned(shape: Sequence[int], result: Sequence[int]) -> Axes:
@@ -187,12 +211,17 @@ def _read_sum(node: fx.Node) -> Contraction | None:
     axes = [axis] if isinstance(axis, int) else list(axis or ())
     if not _tensor(left) or not _tensor(right) or len(axes) != 1:
         return None
-    full = example_shape(product)
-    summed = axes[0] % len(full)
+    return _summed_product(node, left, right, example_shape(product), axes[0], bool(argument(node, 2, "keepdim")))
+
+
+def _summed_product(
+    node: fx.Node, left: fx.Node, right: fx.Node, full: Sequence[int], axis: int, keep: bool = False
+) -> Contraction | None:
+    """Read the sum over an axis of a product with broadcasting, of these sizes before it is summed."""
+    summed = axis % len(full)
     a, b = (_aligned(example_shape(n), full) for n in (left, right))
     if f"b{summed}" not in a or f"b{summed}" not in b:
         return None
-    keep = bool(argument(node, 2, "keepdim"))
     result = tuple("" if i == summed else f"b{i}" for i in range(len(full)) if keep or i != summed)
     return Contraction(node, left, right, a, b, result)
 

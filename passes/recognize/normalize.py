@@ -33,10 +33,11 @@ from fhopt.passes.recognize.canonical import Core, check_canonical, insert_canon
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.kv_head_repetition import Operand, before_repetition
 from fhopt.passes.recognize.layout import MOVEMENT, Steps
+from fhopt.passes.recognize.learned_queries import learned_product
 from fhopt.passes.recognize.node_roles import ATTENTION, Kind, Projection, Roles
 from fhopt.passes.recognize.readable import check_readable
 from fhopt.passes.recognize.scores import Scores, read_scores
-from fhopt.passes.recognize.softmax import OTHER_WEIGHTS, Softmax, is_candidate, read_softmax
+from fhopt.passes.recognize.softmax import OTHER_WEIGHTS, Softmax, is_candidate, is_exponential, read_softmax
 
 CALL = frozenset({"scaled_dot_product_attention"})
 DROPOUT = frozenset({"dropout", "native_dropout", "feature_dropout"})
@@ -58,11 +59,13 @@ class Normalize:
 
     def candidates(self, program: Program) -> list[fx.Node]:
         """Return the nodes that may be the core of an attention, in graph order."""
-        return [n for n in program.graph.nodes if op_name(n) in CALL | OTHER_WEIGHTS or is_candidate(n)]
+        return [
+            n for n in program.graph.nodes if op_name(n) in CALL | OTHER_WEIGHTS or is_candidate(n) or is_exponential(n)
+        ]
 
     def match(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
         """Read the core at `node` and check it by execution. Raises Miss with what was recognized until then."""
-        if op_name(node) not in OTHER_WEIGHTS:
+        if op_name(node) in CALL or is_candidate(node):
             check_readable(node)
         if op_name(node) in CALL:
             core = _match_call(node, roles, base)
@@ -81,11 +84,11 @@ class Normalize:
         return self._match_softmax(node, roles, base)
 
     def _match_softmax(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
-        if op_name(node) in OTHER_WEIGHTS:
+        if not is_candidate(node):
             raise _other_weights(node, roles)
         softmax = read_softmax(node, roles, base)
         misses: list[Miss] = []
-        for product in _products_before(softmax, roles):
+        for product in _products_before(softmax, roles, base):
             reached = "softmax, product of queries and keys"
             try:
                 for mix, on_left in _mixes_after(softmax, roles):
@@ -184,11 +187,17 @@ def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
 # --------------------------------------------------------------------------------------------------- two products
 
 
-def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
-    """Return the products of two activations that the scores come from, nearest first. Raises Miss without one."""
+def _products_before(softmax: Softmax, roles: Roles, base: Evaluator | None = None) -> list[Contraction]:
+    """Return the products of two activations that the scores come from, nearest first. Raises Miss without one.
+
+    base: given, the product of keys with learned queries counts, too.
+    """
     result, barrier = _search_products(softmax.scores, roles)
     if result:
         return result
+    learned = learned_product(barrier, softmax, roles, base) if barrier is not None and base is not None else None
+    if learned is not None:
+        return [learned]
     what = "no product precedes it; expected a product of queries and keys"
     if barrier is not None:
         what = f"it is over the projection by {barrier.names[0]}; expected a product of queries and keys"
@@ -279,7 +288,12 @@ def _other_weights(node: fx.Node, roles: Roles) -> Miss:
         return Miss("", node)
     stand_in = Softmax(node.all_input_nodes[0], node, 0)
     try:
-        scores, mixes = _products_before(stand_in, roles), _mixes_after(stand_in, roles)
+        scores = _products_before(stand_in, roles)
+        size = math.prod(example_shape(node))
+        are_weights = is_exponential(node) and any(math.prod(example_shape(s.node)) == size for s in scores)
+        if are_weights and _meets_product(node, roles):
+            return Miss("no sum of the exponentials divides them; expected softmax, or e / e.sum(dim)", node, "scores")
+        mixes = _mixes_after(stand_in, roles)
     except Miss:
         return Miss("", node)
     if any(mix.node is score.node for mix, _ in mixes for score in scores):

@@ -65,8 +65,10 @@ def left_out(program: Program, read: Collection[fx.Node]) -> list[Miss]:
     ]
     values = ((n, fake(n)) for n in program.graph.nodes if n.op != "placeholder")
     nested = [n for n, value in values if isinstance(value, Tensor) and value.is_nested]
-    reason = "attention on nested tensors is not rewritten; expected dense, padded tensors"
-    return results + [Miss(reason, node) for node in nested[:1]]
+    return results + [
+        Miss("attention on nested tensors is not rewritten; expected dense, padded tensors", node)
+        for node in nested[:1]
+    ]
 
 
 def _is_ours(node: fx.Node) -> bool:

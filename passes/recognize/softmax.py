@@ -23,6 +23,7 @@ from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random
 from fhopt.passes.graph.nodes import argument, fake, op_name
 from fhopt.passes.recognize.draws import random_sides
 from fhopt.passes.recognize.node_roles import Roles
+from fhopt.passes.recognize.sum_floor import check_floor
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
@@ -54,15 +55,16 @@ class Softmax:
 
 def is_candidate(node: fx.Node) -> bool:
     """Return whether a node may be a softmax; an exponential is one where a sum of it is taken."""
-    name = op_name(node)
-    if name in SOFTMAX | LOG_SOFTMAX:
+    if op_name(node) in SOFTMAX | LOG_SOFTMAX:
         return True
-    if name not in EXPONENTIAL or not isinstance(fake(node), Tensor):
+    return is_exponential(node) and (_sum_after(node) is not None or _logsumexp_before(node) is not None)
+
+
+def is_exponential(node: fx.Node) -> bool:
+    """Return whether a node is an exponential of a tensor, but for that of a logarithm of a softmax."""
+    if op_name(node) not in EXPONENTIAL or not isinstance(fake(node), Tensor) or not node.all_input_nodes:
         return False
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    if source is None or op_name(source) in LOG_SOFTMAX:
-        return False
-    return _sum_after(node) is not None or _logsumexp_before(node) is not None
+    return op_name(node.all_input_nodes[0]) not in LOG_SOFTMAX
 
 
 def read_softmax(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
@@ -95,7 +97,7 @@ def _sum_after(node: fx.Node) -> fx.Node | None:
         for user in current.users:
             if op_name(user) == "sum" and isinstance(_axis(user), int):
                 return user
-            if depth < 2 and op_name(user) in {"to", "float", "type_as", "masked_fill", "mul"}:
+            if depth < 2 and op_name(user) in {"to", "float", "type_as", "abs", "masked_fill", "mul"}:
                 stack.append((user, depth + 1))
     return None
 
@@ -128,6 +130,7 @@ def _read_hand_written(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
     weights = _post_dominator(node, total)
     if weights is None:
         raise Miss("exponentials are summed but not divided by the sum; expected a softmax", total)
+    check_floor(node, total, weights)
     if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
         softmax = Softmax(scores, weights, axis, gain=gain, shift=shift, overflows=overflows)
         return _checked(softmax, roles, base)

@@ -122,4 +122,5 @@ def _is_packed(node: fx.Node) -> bool:
 
 def is_spelled_out(graph: fx.Graph) -> bool:
     """Return whether a graph spells attention out with a softmax or exponentials, in place of fused attention."""
-    return any("softmax" in op_name(node) or op_name(node) in EXPONENTIAL for node in graph.nodes)
+    names = {op_name(node) for node in graph.nodes}
+    return bool(names & EXPONENTIAL) or any("softmax" in name or "softmin" in name for name in names)

@@ -28,6 +28,11 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] 
     "einsum of lists": (lambda a, b: torch.einsum(a, [0, 1, 2], b, [0, 3, 2], [0, 1, 3]), Q[0], K[0]),
     "product and sum": (lambda a, b: (a[..., None, :] * b[..., None, :, :]).sum(-1), Q, K),
     "product and sum, kept": (lambda a, b: (a[..., None, :] * b[..., None, :, :]).sum(-1, keepdim=True), Q, K),
+    "vecdot": (lambda a, b: torch.linalg.vecdot(a[..., None, :], b[..., None, :, :]), Q, K),
+    "vecdot over another axis": (lambda a, b: torch.linalg.vecdot(a.mT[..., None], b.mT[..., None, :], dim=-3), Q, K),
+    "linalg.matmul": (lambda a, b: torch.linalg.matmul(a, b.mT), Q, K),
+    "inner": (lambda a, b: torch.inner(a, b), Q, K),
+    "inner with a vector": (lambda a, b: torch.inner(a, b), Q, K[0, 0, 0]),
     "linear": (lambda a, b: torch.nn.functional.linear(a, b), Q, K[0, 0]),
     "tensordot": (lambda a, b: torch.tensordot(a, b, dims=([3], [1])), Q, K[0, 0]),
 }
