@@ -4,7 +4,7 @@ Registered through the entry point group `torch_dynamo_backends`, so no import i
 
     plan                 a LatentPlan or its path: the sites that it names run on latents
     ratio                1: exact mode, attention in its fastest exact implementation. Another number: fit a plan of
-                         that ratio online, to the calls of the model
+                         that ratio online, to the calls of the model; a warning says when no call can be recorded
     max_loss             without plan and ratio: fit the smallest plan within that loss online (default 0.01, 1 %)
     calibration_tokens   tokens of the calls to which a plan is fitted online (default 16,384)
     weights              "check" (default): a plan is used only for the weights that it was fitted for; "trust": for any
@@ -69,8 +69,11 @@ def flashhead(
         compiled = _compile_with_plan(module, example_inputs, outcome, training, settings, compiler, report)
     else:
         compiled = _compile_exactly(module, example_inputs, outcome, training, compiler)
-    if settings.target is not None and root is not None and not training:
-        compiled = online_fit.recording(compiled, module, example_inputs, root, settings.target, report)
+    if settings.target is not None:
+        has_attention = bool(outcome.sites or outcome.missed)
+        compiled = online_fit.recording(
+            compiled, module, example_inputs, root, settings.target, report, training, has_attention
+        )
     report.add_graph(outcome, training)
     outcome.program.values.clear()  # holds weights and caches
     _outcomes[:] = [outcome]

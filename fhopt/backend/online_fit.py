@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from fhopt.refine import loss_target
 from fhopt.refine.options import Gate, parse_loss
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
+FIT_OPTIONS = ("ratio", "max_loss", "calibration_tokens")
 LEAST_TOKENS = 4096
 SHORTEST = 16  # tokens; shorter sequences are not used
 CONTEXT = 1024  # tokens of a calibration sequence, fewer where tokens or positions are few
@@ -49,15 +51,23 @@ logger = logging.getLogger("fhopt")
 
 @dataclass(frozen=True)
 class FitTarget:
-    """The target of a fit. ratio None: the smallest plan whose loss is at most `max_loss` (a share)."""
+    """The target of a fit. ratio None: the smallest plan whose loss is at most `max_loss` (a share).
+
+    is_requested: by an option; a fit by default is silent where nothing can be fitted.
+    """
 
     ratio: float | None = None
     max_loss: float = MAX_LOSS
     calibration_tokens: int = CALIBRATION_TOKENS
+    is_requested: bool = field(default=False, compare=False)
 
     @staticmethod
     def parse(options: Mapping[str, Any]) -> FitTarget:
         """Read and check the options of the backend. Raises FhoptError."""
+        given = {name: options[name] for name in FIT_OPTIONS if options.get(name) is not None}
+        for name, value in given.items():
+            if isinstance(value, bool):
+                raise FhoptError(f"option {name} is {value}; expected a number. Leave it out, or set a number.")
         try:
             ratio = None if options.get("ratio") is None else float(options["ratio"])
             limit = options.get("max_loss", MAX_LOSS)
@@ -68,12 +78,16 @@ class FitTarget:
                 f"ratio, max_loss and calibration_tokens: {error}; expected numbers, or a share such as '1%' for "
                 "max_loss."
             ) from error
-        if ratio is not None and not 1 < ratio < 1000:
+        if ratio is not None and not 1 <= ratio < 1000:
             raise FhoptError(f"option ratio is {ratio:g}; expected 1 (exact) or a number above it, such as 4.")
         if tokens < LEAST_TOKENS:
             raise FhoptError(f"option calibration_tokens is {tokens}; expected at least {LEAST_TOKENS:,}.")
         Gate(limit).check()
-        return FitTarget(ratio, limit, tokens)
+        return FitTarget(ratio, limit, tokens, bool(given))
+
+    def __str__(self) -> str:
+        """Say what is fitted."""
+        return f"max_loss={self.max_loss:g}" if self.ratio is None else f"ratio={self.ratio:g}"
 
 
 # --------------------------------------------------------------------------------------------------- tokens
@@ -245,30 +259,47 @@ def fit(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
 _fits: weakref.WeakKeyDictionary[torch.nn.Module, OnlineFit] = weakref.WeakKeyDictionary()
 
 
+_warned: set[str] = set()
+
+
 def forget() -> None:
     """Discard all online fits, and restore Dynamo's limit of graphs."""
     _fits.clear()
+    _warned.clear()
     while _limit_raises:
         torch._dynamo.config.recompile_limit -= _limit_raises.pop()
 
 
 def recording(
-    compiled: Callable[..., Any], module: fx.GraphModule, example_inputs: Sequence[Any], root: torch.nn.Module,
-    target: FitTarget, report: CompileReport,
+    compiled: Callable[..., Any], module: fx.GraphModule, example_inputs: Sequence[Any],
+    root: torch.nn.Module | None, target: FitTarget, report: CompileReport, training: bool, has_attention: bool,
 ) -> Callable[..., Any]:  # fmt: skip
-    """Wrap a compiled graph so that its tokens are recorded until a plan for `root` has been fitted."""
-    if hasattr(root, "_fhopt_applied"):
+    """Wrap a compiled graph so that its tokens are recorded until a plan for `root` has been fitted.
+
+    A graph that stays exact is returned unchanged, with a warning if a fit was requested. training, has_attention: of
+    the graph.
+    """
+    online = None if root is None else _fits.get(root)
+    if online is None and (_is_part_of_a_fit(root) or (root is None and not has_attention)):
         return compiled
-    reason = unfit(root)
-    if reason:
-        report.add_event(f"stays exact: {reason}. Fit a plan (fhopt fit, fhopt.fit) and set options={{'plan': plan}}")
+    obstacle = _obstacle(root, online, target, training)
+    if obstacle or root is None:
+        _stay_exact(obstacle, root, target, report)
         return compiled
     positions = _token_inputs(module, example_inputs, root)
     if positions is None:
+        if online is None and has_attention:  # the graph with the token ids would have been compiled before
+            _stay_exact(
+                f"calls of {type(root).__name__} without token ids are not recorded. {_BY_PLAN}", root, target, report
+            )
         return compiled
-    online = _fits.get(root)
     if online is None:
         online = _fits[root] = OnlineFit(root, target, report)
+        if target.is_requested:
+            logger.warning(
+                "fhopt: %s runs exactly until %d tokens of its calls are recorded, to which a plan is fitted (%s). %s",
+                type(root).__name__, target.calibration_tokens, target, _BY_PLAN,
+            )  # fmt: skip
     if online.is_done:
         return compiled
     ids, mask = positions
@@ -280,6 +311,40 @@ def recording(
         return outputs
 
     return run
+
+
+def _is_part_of_a_fit(root: torch.nn.Module | None) -> bool:
+    """Return whether a module is a part of a model whose calls are recorded: its frame after a graph break."""
+    return root is not None and any(root is part for model in _fits for part in model.modules())
+
+
+_BY_PLAN = "Fit a plan (fhopt fit, fhopt.fit) and set options={'plan': plan} to compress without recorded calls"
+
+
+def _obstacle(root: torch.nn.Module | None, online: OnlineFit | None, target: FitTarget, training: bool) -> str:
+    """Return why calls of a graph are not recorded, with the fix; empty where they are."""
+    if root is None:
+        return f"a graph that belongs to no module is not recorded. {_BY_PLAN}, or compile the model itself"
+    if online is not None and online.target != target and target.is_requested:
+        return f"its calls are recorded with {online.target}, not {target}. Call torch.compiler.reset() to change it"
+    if hasattr(root, "_fhopt_applied"):
+        return "" if online else "a plan is already applied. Call fhopt.unapply(model) to fit another one"
+    if reason := unfit(root):
+        return f"{reason}. {_BY_PLAN}"
+    if training:
+        return "calls that record gradients are not recorded. Call the model inside torch.no_grad() to fit a plan"
+    return ""
+
+
+def _stay_exact(obstacle: str, root: torch.nn.Module | None, target: FitTarget, report: CompileReport) -> None:
+    """Report why a graph stays exact, and warn once if a fit was requested."""
+    if not target.is_requested and (root is None or not unfit(root)):
+        return
+    report.add_event(f"stays exact: {obstacle}")
+    message = f"fhopt: {type(root).__name__ if root is not None else 'a function'} stays exact: {obstacle}."
+    if target.is_requested and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def unfit(model: Any) -> str:

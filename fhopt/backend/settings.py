@@ -36,20 +36,39 @@ class Settings:
     @staticmethod
     def parse(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         """Split and check options: (settings, options of inductor). Raises FhoptError."""
-        ours = {k: v for k, v in options.items() if k in OPTIONS}
+        ours = {k: v for k, v in options.items() if k in OPTIONS and v is not None}
         theirs = {k: v for k, v in options.items() if k not in OPTIONS}
         if ours.get("weights", "check") not in ("check", "trust"):
             raise FhoptError(f"option weights is {ours['weights']!r}; expected 'check' or 'trust'.")
-        plan = _plan(ours.get("plan"))
-        if plan is not None and (clash := [k for k in ("ratio", "max_loss", "calibration_tokens") if k in ours]):
-            raise FhoptError(f"options plan and {clash[0]} exclude each other; expected one of them. Leave one out.")
+        for name in ("skinny_products", "strict", "assume_finite"):
+            if not isinstance(ours.get(name, False), bool):
+                raise FhoptError(f"option {name} is {ours[name]!r}; expected True or False. Set one of them.")
+        plan, target = _plan(ours.get("plan")), online_fit.FitTarget.parse(ours)
+        _check_combination(ours, is_exact=target.ratio == 1)
         if plan is not None:
             plan.check_no_means("a graph that is rewritten by a plan")
-        is_exact = plan is not None or ours.get("ratio") == 1
-        target = None if is_exact else online_fit.FitTarget.parse(ours)
-        trusting, products = ours.get("weights") == "trust", bool(ours.get("skinny_products", True))
-        assume_finite = bool(ours.get("assume_finite")) or not is_exact or plan is not None
-        return Settings(plan, target, trusting, products, bool(ours.get("strict")), assume_finite), theirs
+        is_fitted = plan is None and target.ratio != 1
+        trusting, products = ours.get("weights") == "trust", ours.get("skinny_products", True)
+        assume_finite = is_fitted or plan is not None or ours.get("assume_finite", False)
+        fitted = target if is_fitted else None
+        return Settings(plan, fitted, trusting, products, ours.get("strict", False), assume_finite), theirs
+
+
+def _check_combination(ours: Mapping[str, Any], is_exact: bool) -> None:
+    """Raise FhoptError for options of which one would be ignored."""
+    if "plan" in ours:
+        clash = [name for name in online_fit.FIT_OPTIONS if name in ours]
+        if clash:
+            raise FhoptError(f"options plan and {clash[0]} exclude each other; expected one of them. Leave one out.")
+        return
+    for name in ("weights", "strict"):
+        if name in ours:
+            raise FhoptError(
+                f"option {name} requires a plan; expected options={{'plan': plan, ...}}. Leave {name} out."
+            )
+    clash = [name for name in ("max_loss", "calibration_tokens") if name in ours and is_exact]
+    if clash:
+        raise FhoptError(f"options ratio=1 and {clash[0]} exclude each other; expected one of them. Leave one out.")
 
 
 def _plan(option: Any) -> LatentPlan | None:

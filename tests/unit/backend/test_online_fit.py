@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 import fhopt
 from fhopt.backend import compile_report
 from fhopt.backend.online_fit import FitTarget, TokenStream, without_padding
+from fhopt.backend.settings import Settings
 from fhopt.cache.report import cache_report
 from fhopt.hf.apply import applied_plan
 
@@ -74,16 +77,17 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
     assert fhopt.report(compiled).state == compile_report.GATHERING
     assert torch.equal(generate(compiled, ids), exact)
     with caplog.at_level(logging.WARNING, logger="fhopt"):
-        gather(compiled, 5)
+        assert not warnings_of(compiled, lambda model: gather(model, 5))
     messages = [r.message for r in caplog.records if r.name == "fhopt"]
-    assert len(messages) == 1 and "new sequences are cached as latents" in messages[0] and "perplexity" in messages[0]
+    assert len(messages) == 2 and "runs exactly until 4096 tokens of its calls are recorded" in messages[0]
+    assert "new sequences are cached as latents" in messages[1] and "perplexity" in messages[1]
     found = fhopt.report(compiled)
     assert found.state == compile_report.COMPRESSED and "held-out tokens" in found.events[-1]
     plan = applied_plan(model)
     assert plan.provenance["gate"]["max_loss"] == 0.5 and plan.provenance["tokens"] >= 0.7 * 4096
     output = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
     assert any(row["kind"] != "exact" for row in cache_report(output.past_key_values))
-    generate(compiled, ids)
+    assert not warnings_of(compiled, lambda model: generate(model, ids))
     latent = [s for g in fhopt.report(compiled).graphs for s in g.sites if s.how == "latents of the cache"]
     assert {s.name for s in latent} == {f"model.layers.{i}.self_attn" for i in (0, 1)}
     fhopt.unapply(model)
@@ -107,7 +111,9 @@ def test_where_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.L
         gather(model, 9)
     found = fhopt.report(model)
     assert found.state == compile_report.REJECTED and "no plan passes" in found.events[-1]
-    assert [r.message for r in caplog.records if r.name == "fhopt"] == [f"fhopt: LlamaForCausalLM {found.events[-1]}"]
+    assert [r.message for r in caplog.records if r.name == "fhopt"][1:] == [
+        f"fhopt: LlamaForCausalLM {found.events[-1]}"
+    ]
     assert torch.equal(generate(model, ids), exact) and not hasattr(model, "_fhopt_applied")
 
 
@@ -158,6 +164,113 @@ def test_two_models_that_share_an_embedding_have_reports_of_their_own() -> None:
         fhopt.report(teacher)
 
 
+# --------------------------------------------------------------------------------------------------- never fitted
+
+
+class Wrapper(torch.nn.Module):
+    """A language model in a module of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.inner(ids, use_cache=False).logits
+        return logits
+
+
+def warnings_of(compiled: Any, calls: Callable[[Any], Any]) -> list[str]:
+    """Call a compiled model: warnings of fhopt."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calls(compiled)
+    return [str(w.message) for w in caught if "stays exact" in str(w.message)]
+
+
+@torch.no_grad()
+def twice(compiled: Any) -> None:
+    """Of two lengths: Dynamo compiles a graph for each."""
+    compiled(token_ids(1, 20))
+    compiled(token_ids(1, 30))
+
+
+def with_gradients(compiled: Any) -> None:
+    compiled(token_ids(1, 20))
+
+
+@torch.no_grad()
+def with_embeddings(compiled: Any) -> None:
+    compiled(inputs_embeds=torch.randn(1, 20, 64))
+
+
+def function() -> Callable[..., Any]:
+    models = {"one": tiny_llama()}  # where no module is among the names of the function
+    return lambda ids: models["one"](ids).logits
+
+
+NEVER: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
+    "function": (function, twice, "belongs to no module"),
+    "module": (Wrapper, twice, "Wrapper is not a language model of transformers"),
+    "gradients": (
+        tiny_llama,
+        with_gradients,
+        "calls that record gradients are not recorded. Call the model inside torch.no",
+    ),
+    "no ids": (tiny_llama, with_embeddings, "calls of LlamaForCausalLM without token ids"),
+}
+
+
+@pytest.mark.parametrize("case", [*NEVER])
+def test_a_requested_fit_that_never_comes_warns_once(case: str) -> None:
+    make, calls, reason = NEVER[case]
+    messages = warnings_of(torch.compile(make(), backend="flashhead", options={"ratio": 4}), calls)
+    assert len(messages) == 1 and reason in messages[0]
+
+
+def test_other_frames_of_a_recorded_model_do_not_warn() -> None:
+    """A graph break in a layer makes a frame of the layer, and perhaps one without a module."""
+    model = tiny_llama()
+    options: dict[str, Any] = {"ratio": 4}
+    model.compile(backend="flashhead", options=options)
+    model.model.layers[0].mlp.compile(backend="flashhead", options=options)
+
+    @torch.no_grad()
+    def calls(model: Any) -> None:
+        model(token_ids(1, 20))
+        model.model.layers[0].mlp(torch.randn(1, 4, 64))
+        torch.compile(lambda x: x + 1, backend="flashhead", options=options)(torch.ones(2))
+
+    assert not warnings_of(model, calls)
+
+
+@pytest.mark.parametrize("case", [*NEVER])
+def test_a_fit_by_default_is_silent_where_it_never_comes(case: str) -> None:
+    make, calls, _ = NEVER[case]
+    assert not warnings_of(torch.compile(make(), backend="flashhead", options={}), calls)
+
+
+def test_layers_compiled_one_by_one_warn_once() -> None:
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.compile(backend="flashhead", options={"ratio": 4})
+    messages = warnings_of(model, twice)
+    assert len(messages) == 1 and "LlamaDecoderLayer is not a language model" in messages[0]
+
+
+def test_a_second_target_for_a_model_is_not_taken_without_a_word() -> None:
+    model = tiny_llama()
+    assert not warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 4}), twice)
+    messages = warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 8}), twice)
+    assert len(messages) == 1 and "recorded with ratio=4, not ratio=8. Call torch.compiler.reset()" in messages[0]
+
+
+def test_a_fit_for_a_model_with_a_plan_warns() -> None:
+    model = tiny_llama()
+    model.__dict__["_fhopt_applied"] = None
+    messages = warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 8}), twice)
+    assert len(messages) == 1 and "a plan is already applied. Call fhopt.unapply(model)" in messages[0]
+
+
 def test_training_is_not_recorded() -> None:
     model = tiny_llama()
     compiled: Any = torch.compile(model, backend="flashhead", options={"calibration_tokens": 4096})
@@ -174,7 +287,16 @@ def test_training_is_not_recorded() -> None:
         ({"max_loss": 2}, "expected a share"),
         ({"max_loss": "much"}, "is not a share"),
         ({"ratio": 0.5}, "expected 1"),
+        ({"ratio": 0}, "expected 1"),
+        ({"ratio": -1}, "expected 1"),
+        ({"ratio": float("nan")}, "expected 1"),
+        ({"ratio": True}, "option ratio is True; expected a number"),
+        ({"max_loss": True}, "option max_loss is True; expected a number"),
         ({"ratio": "four"}, "expected numbers"),
+        ({"ratio": 1, "max_loss": 0.1}, "ratio=1 and max_loss exclude each other"),
+        ({"strict": True}, "option strict requires a plan"),
+        ({"weights": "trust"}, "option weights requires a plan"),
+        ({"skinny_products": "no"}, "expected True or False"),
         ({"weights": "maybe"}, "'check' or 'trust'"),
         ({"plan": 3}, "expected a LatentPlan"),
         ({"plan": "/nowhere"}, "is not a plan"),
@@ -184,6 +306,10 @@ def test_wrong_options_are_refused_with_the_cure(options: dict[str, Any], messag
     compiled: Any = torch.compile(tiny_llama(), backend="flashhead", options=options)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"FhoptError.*{message}"):
         compiled(token_ids(1, 8))
+
+
+def test_numbers_may_be_text() -> None:
+    assert FitTarget.parse({"ratio": "4"}) == FitTarget(4.0) and Settings.parse({"ratio": "1"})[0].target is None
 
 
 def test_defaults_are_those_that_the_documentation_names() -> None:
