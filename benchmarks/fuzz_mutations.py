@@ -38,12 +38,34 @@ def _never(original: Any) -> Callable[..., None]:
     return lambda *_, **__: None
 
 
+def _always(value: Any) -> Callable[[Any], Callable[..., Any]]:
+    """Make a function that returns one value."""
+    return lambda original: lambda *_, **__: value
+
+
+RECOGNIZE = "fhopt.passes.recognize"
 RULES = {
-    "any step may carry weights": Rule(
-        "fhopt.passes.recognize.normalize", "CARRIES", lambda names: names | {"relu", "clamp", "minimum", "index"}
+    "the canonical op is neither proved nor checked": Rule(f"{RECOGNIZE}.canonical", "check_canonical", _never),
+    "side values keep their value of the first call": Rule(f"{RECOGNIZE}.draws", "random_sides", _always({})),
+    "every value is a literal": Rule(f"{RECOGNIZE}.node_roles", "is_fixed", _always(True)),
+    "masks of a check hide nothing": Rule(
+        f"{RECOGNIZE}.draws", "_mask", lambda original: lambda numbers, draw: numbers == numbers
     ),
-    "canonical op unchecked": Rule("fhopt.passes.recognize.canonical", "check_canonical", _never),
-}
+    "elements may be taken by any index": Rule(f"{RECOGNIZE}.validity", "_Prover._movement", _always("")),
+    "bounds are never crossed": Rule(f"{RECOGNIZE}.validity", "_Prover._bound", _always("")),
+    "gradients flow everywhere": Rule(f"{RECOGNIZE}.validity", "_Prover._check_gradient", _never),
+    "no_grad does nothing": Rule(f"{RECOGNIZE}.node_roles", "Roles.has_gradient", _always(True)),
+    "gradients flow into scores that a mask overwrites": Rule(
+        f"{RECOGNIZE}.canonical", "Core.levels",
+        lambda original: property(lambda core: original.fget(core) and not core.scores.absorbing),
+    ),
+    "rows without keys are zero": Rule(f"{RECOGNIZE}.validity", "empty_rows_give_nan", _always(False)),
+    "exponentials never overflow": Rule(f"{RECOGNIZE}.softmax", "_is_largest", _always(True)),
+    "scores in float16 never overflow": Rule(f"{RECOGNIZE}.normalize", "_is_half", _always(False)),
+    "nothing sees the memory order of a result": Rule(f"{RECOGNIZE}.result_strides", "is_layout_seen", _always(False)),
+    "function transforms change nothing": Rule("fhopt.passes.graph.transforms", "transform_scopes", _always([])),
+    "complex numbers are real": Rule(f"{RECOGNIZE}.readable", "check_readable", _never),
+}  # fmt: skip
 
 
 def weaken(name: str) -> None:

@@ -29,7 +29,8 @@ def compiled_twice(
 
     Inductor is replaced by aot_eager, so that a difference beyond rounding is one of the rewrite. gradients: of all
     floating inputs and parameters; None: once without and once with them. tolerance: relative to the largest element,
-    absolute below 1. options: further ones of the backend. Returns how each attention was compiled, as `fhopt.report` lists it, of every mode that was run.
+    absolute below 1. options: further ones of the backend. Returns how each attention was compiled, as `fhopt.report`
+    lists it, of every mode that was run. Gradients are not compared where an output has NaN.
     """
     modes = (False, True) if gradients is None else (gradients,)
     return [site for mode in modes for site in _compared(function, sets, mode, tolerance, dynamic, options or {})]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +33,10 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 NAMES: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
 WITH_GRADIENTS = ("train", "eval", "autocast")
 MODES = (*WITH_GRADIENTS, "no_grad", "inference", "autocast no_grad")
-# Rounding error of a dtype -> differences that are always allowed, relative. In float64 it is less than float32 resolves.
+# Rounding error of a dtype -> relative differences that are always allowed. In float64: less than float32 resolves.
 LEAST = {2.0**-52: 4e-9, 2.0**-23: 2.0**-17, 2.0**-10: 2.0**-8, 2.0**-7: 2.0**-5}
 ILL_CONDITIONED = 0.1  # share of the largest element that rounding may change: beyond it, elements are not compared
+LARGEST_LEVEL = 1e6  # added to smaller mask levels, scores keep some of their digits
 LARGEST_OPERAND = 1e3  # larger elements of inputs are masks
 INDUCTOR = "torch._inductor.compile_fx.compile_fx"
 
@@ -131,6 +133,13 @@ class Program:
         used += ["float32"] if ".float()" in self.source else []
         used += ["bfloat16"] if any(call.mode.startswith("autocast") for call in self.calls) else []
         return max(torch.finfo(DTYPES[name]).eps for name in used)
+
+    @property
+    def level(self) -> float:
+        """The largest mask level that does not absorb the scores that it is added to, which it rounds."""
+        used = [abs(float(x)) for x in re.findall(r"-\d+(?:\.\d+)?(?:e\d+)?", self.source)]
+        used += [1e4] * any("-1e4" in value for i in self.inputs for value in i.values)
+        return max((x for x in used if x < LARGEST_LEVEL), default=1.0)
 
     def values(self, call: int) -> list[Tensor]:
         """Draw the value of every input in a call."""
@@ -392,37 +401,42 @@ def _expected(program: Program, call: int) -> Expected:
         for v in converted(program, values, torch.float64)
     ]
     moved = run(program, program.function, noisy, plain_mode)
-    return Expected(plain, precise, _errors(epsilon, plain, precise, single, moved))
+    return Expected(plain, precise, _errors(epsilon, max(program.level, 1.0), plain, precise, single, moved))
 
 
 def _errors(
-    epsilon: float, plain: Result, precise: Result, single: Result, moved: Result
+    epsilon: float, level: float, plain: Result, precise: Result, single: Result, moved: Result
 ) -> tuple[tuple[float, ...], ...]:
     """Estimate how much rounding changes each tensor of a result.
 
     It is the sum of: what rounding in eager mode changed, what noise of one rounding error in the inputs changed, and,
     scaled to the precision in use, what float32 changed. A multiple of the precision comes to it, as operations may be
     done in another order: of the tensor's own elements, and of inputs (squared for gradients, sums of products that
-    may cancel, such as those through a saturated softmax).
+    may cancel, such as those through a saturated softmax), times the largest mask level that scores are added to.
     """
     least = LEAST[max(e for e in LEAST if e <= epsilon)]
     inputs = torch.cat([torch.zeros(1, dtype=torch.float64), *(x.flatten().double() for x in precise.inputs)]).abs()
     size = float(inputs[inputs < LARGEST_OPERAND].max())
-    floors = {"outputs": 8 * epsilon * size, "gradients": 8 * epsilon * max(size, size**2), "inputs": 0.0}
+    unit = 8 * epsilon * level
+    floors = {"outputs": unit * size, "gradients": unit * max(size, size**2), "inputs": 0.0}
     results: list[tuple[float, ...]] = []
     for field in fields(Result):
         lists = [getattr(r, field.name) for r in (plain, precise, single, moved)]
-        found = [_error(epsilon, least, *tensors) for tensors in zip(*lists, strict=False)]
-        results.append(tuple(x + floors[field.name] for x in found))
+        floor = floors[field.name]
+        results.append(tuple(_error(epsilon, least, floor, *tensors) for tensors in zip(*lists, strict=False)))
     return tuple(results)
 
 
-def _error(epsilon: float, least: float, plain: Any, precise: Any, single: Any, moved: Any) -> float:
+def _error(
+    epsilon: float, least: float, floor: float, plain: Any, precise: Any, single: Any, moved: Any
+) -> float:  # fmt: skip
+    """Return the error of one tensor; infinite for an ill-conditioned one."""
     if any(not isinstance(x, Tensor) for x in (plain, precise, single, moved)) or not precise.is_floating_point():
         return 0.0
     rounded, noise = _largest(plain.double() - precise), _largest(moved - precise)
     share = min(1.0, epsilon / torch.finfo(torch.float32).eps)
-    return 8 * (rounded + noise + share * _largest(single.double() - precise)) + least * _largest(precise)
+    measured, size = 8 * (rounded + noise + share * _largest(single.double() - precise)), _largest(precise)
+    return math.inf if measured > ILL_CONDITIONED * size > ILL_CONDITIONED * floor else measured + least * size + floor
 
 
 def _largest(x: Tensor) -> float:
@@ -457,8 +471,6 @@ def _difference(plain: Any, precise: Any, mine: Any, error: float) -> str | None
         return f"{int(mine.isnan().sum())} elements are NaN; in eager mode {int(plain.isnan().sum())}"
     if not torch.equal(plain.isinf(), mine.isinf()) or not torch.equal(plain[plain.isinf()], mine[mine.isinf()]):
         return "other elements are infinite than in eager mode"
-    if error > ILL_CONDITIONED * _largest(plain):
-        return None
     apart = (mine.double() - plain.double()).abs()
     if isinstance(precise, Tensor):
         apart = torch.minimum(apart, (mine.double() - precise.detach().double()).abs().nan_to_num(math.inf, math.inf))

@@ -18,7 +18,8 @@ def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, mon
     names = sorted(p.name for p in tmp_path.iterdir())
     finding = ["input", "decompose", "functionalize", "normalize", "find_attention"]
     stages = [*finding, "absorb_projection", "compress", "absorb", "lower"]
-    assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]
+    assert names == [*(f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)), "certificates.txt"]
+    assert (tmp_path / "certificates.txt").read_text().count("3 sets of random values") == 2
     compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("06-compress", "07-absorb"))
     assert compressed.startswith("# compress: 2 sites, 2 compressed")
     assert " = decode(" in compressed and " = decode(" not in absorbed
