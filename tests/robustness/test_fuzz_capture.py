@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import attention_spellings
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_spellings import functions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_zoo import Case, Entry, checking
@@ -29,8 +31,8 @@ from fhopt.fitting import fit_plan
 from fhopt.models.capture import capture_graphs
 from fhopt.passes import pipeline
 
+WRITTEN_IN = ("robustness/test_fuzz_capture.py", "support/attention_spellings.py")
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-LEAST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -101,25 +103,10 @@ ROTATED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Keys and values of all query heads: x [B, G, T, D], n = H / G -> [B, H, T, D].
-REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "interleave": lambda x, n: x.repeat_interleave(n, 1),
-    "expand": lambda x, n: x.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(1, 2),
-    "stack": lambda x, n: torch.stack([x] * n, 2).flatten(1, 2),
-    "index": lambda x, n: x[:, torch.arange(x.shape[1] * n) // n],
-}
+REPEATED = functions(attention_spellings.REPEATED, "x, n")
 
 # Products of queries and keys, times a number: q [B, H, S, D], k [B, H, T, D] -> [B, H, S, T].
-PRODUCTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "matmul": lambda q, k, by: (q @ k.transpose(-1, -2)) * by,
-    "divided": lambda q, k, by: torch.matmul(q, k.mT) / (1 / by),
-    "einsum": lambda q, k, by: torch.einsum("bhsd,bhtd->bhst", q, k).mul(by),
-    "keys first": lambda q, k, by: (k @ q.mT).transpose(2, 3) * by,
-    "bmm": lambda q, k, by: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2]) * by,
-    "baddbmm": lambda q, k, by: torch.baddbmm(
-        q.new_zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.0, alpha=by
-    ).unflatten(0, q.shape[:2]),
-    "summed": lambda q, k, by: (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) * by,
-}
+PRODUCTS = functions(attention_spellings.PRODUCTS, "q, k, by")
 
 # Where the scale stands: (of q, of k, of the product).
 SCALED: dict[str, Callable[[float], tuple[float, float, float]]] = {
@@ -139,34 +126,12 @@ MASKS: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 # How scores are told: s [B, H, T, T], a bool mask -> s.
-FILLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "masked_fill": lambda s, mask: s.masked_fill(~mask, float("-inf")),
-    "where": lambda s, mask: torch.where(mask, s, LEAST),
-    "added": lambda s, mask: s + torch.zeros(mask.shape).masked_fill(~mask, LEAST),
-    "subtracted": lambda s, mask: s - (~mask).to(s.dtype) * 1e9,
-}
+FILLED = functions(attention_spellings.FILLED, "s, mask")
 
-WEIGHED: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda s: s.softmax(-1),
-    "in float32": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
-    "less the largest": lambda s: (s - s.amax(-1, keepdim=True)).softmax(3),
-    "by hand": lambda s: by_hand(s),
-}
-
-
-def by_hand(s: Tensor) -> Tensor:
-    e = (s - s.amax(-1, keepdim=True)).exp()
-    return e / e.sum(-1, keepdim=True)
-
+WEIGHED = functions(attention_spellings.WEIGHED, "s")
 
 # Weights and values: p [B, H, S, T], v [B, H, T, D] -> [B, H, S, D].
-MIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "matmul": lambda p, v: p @ v,
-    "einsum": lambda p, v: torch.einsum("bhst,bhtd->bhsd", p, v),
-    "bmm": lambda p, v: torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).unflatten(0, p.shape[:2]),
-    "values first": lambda p, v: (v.mT @ p.mT).mT,
-    "summed": lambda p, v: (p.unsqueeze(-1) * v.unsqueeze(2)).sum(3),
-}
+MIXED = functions(attention_spellings.MIXED, "p, v")
 
 # What is done to scores and weights that makes them no attention: m, s [B, H, S, T] -> the same shape.
 BEFORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -182,11 +147,7 @@ AFTER: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 # Heads side by side: [B, H, T, D] -> [B, T, C].
-JOINED: dict[str, Callable[[Tensor], Tensor]] = {
-    "reshape": lambda o: o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1),
-    "permute": lambda o: o.permute(0, 2, 1, 3).contiguous().flatten(2),
-    "concatenate": lambda o: torch.cat(o.unbind(1), -1),
-}
+JOINED = functions(attention_spellings.JOINED, "o")
 
 # What comes to the output y, from the module's input x: both [B, T, C].
 ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -331,7 +292,7 @@ def test_attention_of_any_spelling_is_found_and_gives_the_same_numbers_and_gradi
 def test_what_is_no_attention_is_left_alone_and_reported(spelling: Spelling, spoiled: str) -> None:
     result = checking.check(entry_of(replace(spelling, spoiled=spoiled), sites=0))
     assert result.failures == []
-    assert len([m for m in result.missed if m.source.startswith("robustness/test_fuzz_capture.py")]) > spelling.twice
+    assert len([m for m in result.missed if m.source.startswith(WRITTEN_IN)]) > spelling.twice
 
 
 @pytest.mark.slow

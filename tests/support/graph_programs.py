@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -190,6 +191,7 @@ FLOATS: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "sixty": lambda shape, g: torch.full(shape, 60.0, dtype=torch.float64),
     "minus sixty": lambda shape, g: torch.full(shape, -60.0, dtype=torch.float64),
     "large": lambda shape, g: 50 * _normal(shape, g),
+    "larger": lambda shape, g: 3 * _normal(shape, g),
     "small": lambda shape, g: 0.01 * _normal(shape, g),
     "positive": lambda shape, g: _uniform(shape, g) * 2 + 0.25,
     "negative": lambda shape, g: -_uniform(shape, g) - 0.25,
@@ -343,6 +345,7 @@ def check(program: Program) -> Verdict:
     """Compile a program once and run all its calls. Raises Wrong, or Invalid where nothing can be compared."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _leave_transforms()
         try:
             expected = [_expected(program, call) for call in range(len(program.calls))]
         except Exception as error:
@@ -363,6 +366,14 @@ def check(program: Program) -> Verdict:
     raise Wrong(program, *failure)
 
 
+def _leave_transforms() -> None:
+    """Leave the transforms of torch.func that an exception in a program before left open."""
+    forward_ad._current_level = -1
+    with contextlib.suppress(RuntimeError):  # raised if there is no such level
+        torch._C._exit_dual_level(level=0)
+    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+
+
 def _rewritten(module: Any) -> int:
     """Count the calls of fhopt's own functions in a graph."""
     if not hasattr(module, "graph"):
@@ -378,6 +389,7 @@ def _first_problem(program: Program, expected: Sequence[Expected], how: dict[str
     target = Holder(program, values) if is_held else program.function
     runner = torch.compile(target, dynamic=program.dynamic, fullgraph=True, **how)
     for call, known in enumerate(expected):
+        _leave_transforms()
         try:
             found = run(program, runner, converted(program, program.values(call), None), program.calls[call].mode)
         except Exception as error:
@@ -411,14 +423,15 @@ def _errors(
 
     It is the sum of: what rounding in eager mode changed, what noise of one rounding error in the inputs changed, and,
     scaled to the precision in use, what float32 changed. A multiple of the precision comes to it, as operations may be
-    done in another order: of the tensor's own elements, and of inputs (squared for gradients, sums of products that
-    may cancel, such as those through a saturated softmax), times the largest mask level that scores are added to.
+    done in another order: of the tensor's own elements, and of inputs. The gradient of a projection is a sum of
+    products of four operands, which cancel in a saturated softmax: its floor is that power of the largest operand. A mask
+    level that scores are added to takes as many of their digits.
     """
     least = LEAST[max(e for e in LEAST if e <= epsilon)]
     inputs = torch.cat([torch.zeros(1, dtype=torch.float64), *(x.flatten().double() for x in precise.inputs)]).abs()
     size = float(inputs[inputs < LARGEST_OPERAND].max())
     unit = 8 * epsilon * level
-    floors = {"outputs": unit * size, "gradients": unit * max(size, size**2), "inputs": 0.0}
+    floors = {"outputs": unit * size, "gradients": unit * max(size, size**4), "inputs": 0.0}
     results: list[tuple[float, ...]] = []
     for field in fields(Result):
         lists = [getattr(r, field.name) for r in (plain, precise, single, moved)]
