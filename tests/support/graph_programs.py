@@ -424,8 +424,8 @@ def _errors(
     It is the sum of: what rounding in eager mode changed, what noise of one rounding error in the inputs changed, and,
     scaled to the precision in use, what float32 changed. A multiple of the precision comes to it, as operations may be
     done in another order: of the tensor's own elements, and of inputs. The gradient of a projection is a sum of
-    products of four operands, which cancel in a saturated softmax: its floor is that power of the largest operand. A mask
-    level that scores are added to takes as many of their digits.
+    products of four operands, which cancel in a saturated softmax: its floor is that power of the largest operand. A
+    mask level that scores are added to takes as many of their digits.
     """
     least = LEAST[max(e for e in LEAST if e <= epsilon)]
     inputs = torch.cat([torch.zeros(1, dtype=torch.float64), *(x.flatten().double() for x in precise.inputs)]).abs()
