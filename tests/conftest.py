@@ -22,6 +22,7 @@ os.environ["MKL_CBWR"] = "AUTO,STRICT"
 TESTS = Path(__file__).parent
 LONGEST = (
     "integration/test_demo.py",
+    "robustness/test_fuzz_graphs.py",
     "robustness/test_soak.py",
     "unit/parallel/test_tensor_parallel.py",
     "unit/codegen/cpu/test_graph_kernels.py",

@@ -54,4 +54,83 @@ FOUND: dict[str, Program] = {
     """,
         inputs=_QKV,
     ),
+    "weights times a learned gate of ones": Program(
+        """
+    def program(q, k, v, gate):
+        return ((q @ k.mT).softmax(-1) * gate) @ v
+    """,
+        inputs=(*_QKV, Input("gate", "H 1 1", values=("ones", "normal"), held="parameter")),
+    ),
+    "rows whose keys are all masked with -inf": Program(
+        """
+    def program(q, k, v, keep):
+        return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+    """,
+        inputs=(*_QKV, Input("keep", "B 1 1 T", values=("all", "whole rows"))),
+    ),
+    "two finite levels of masks": Program(
+        """
+    def program(q, k, v, padding):
+        future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        s = (q @ k.mT).masked_fill(padding, -1e4).masked_fill(future, torch.finfo(q.dtype).min)
+        return s.softmax(-1) @ v
+    """,
+        inputs=(*_QKV, Input("padding", "B 1 1 T", values=("none", "whole rows", "most"))),
+    ),
+    "scores overwritten by a finite value": Program(
+        """
+    def program(q, k, v, own):
+        s = (q @ k.mT).masked_fill(own, -5e4)
+        return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+    """,
+        inputs=(*_QKV, Input("own", "B 1 S 1", values=("none", "most"))),
+    ),
+    "exponentials whose sum overflows": Program(
+        """
+    def program(q, k, v):
+        e = (q @ k.mT).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+    """,
+        inputs=(
+            Input("q", "B H S D", values=("normal", "large")),
+            Input("k", "B H T D", values=("normal", "large")),
+            _QKV[2],
+        ),
+        calls=(Call(mode="no_grad"),) * 3,
+    ),
+    "scores that overflow in float16": Program(
+        """
+    def program(q, k, v):
+        return ((q * 40).half() @ (k * 40).half().mT).softmax(-1) @ v.half()
+    """,
+        inputs=(Input("q", "B H S D", values=("normal", "large")), *_QKV[1:]),
+        calls=(Call(mode="no_grad"),) * 3,
+    ),
+    "scores that are the real part of a complex product": Program(
+        """
+    def program(q, k, v):
+        q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+        return (q @ k.mH).real.softmax(-1) @ v
+    """,
+        inputs=_QKV,
+    ),
+    "gradient by torch.func": Program(
+        """
+    def program(q, k, v):
+        return torch.func.grad(lambda x: ((x @ k.mT).softmax(-1) @ v).square().sum())(q)
+    """,
+        inputs=_QKV,
+        calls=(Call(mode="no_grad"),) * 3,
+    ),
+    "dropout of the result in training": Program(
+        """
+    def program(x, wq, wk, wv):
+        q, k, v = ((x @ w).unflatten(-1, (4, 4)).transpose(1, 2) for w in (wq, wk, wv))
+        o = F.dropout((q @ k.mT).softmax(-1) @ v, 0.3, True)
+        return o.transpose(1, 2).flatten(2)
+    """,
+        inputs=(Input("x", "B S C"), *(Input(f"w{name}", "C C", held="parameter") for name in "qkv")),
+        calls=(Call(mode="no_grad"),) * 3,
+        aot=True,
+    ),
 }
