@@ -97,6 +97,17 @@ def nan_without_keys(result: Tensor, mask: Tensor) -> Tensor:
     return result * torch.where(open_rows(mask), 1.0, math.nan).to(result.dtype)
 
 
+def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """Set rows [B,H,S,E] of queries that may attend to nothing to NaN, whose gradient reaches values [B,G,T,E] alone.
+
+    So it is where scores are overwritten: no gradient flows into queries and keys of such a row.
+    """
+    seen = open_rows(mask)
+    poison = torch.where(seen, 0.0, math.nan).to(result.dtype)
+    mean = value.mean(2, keepdim=True).repeat_interleave(result.shape[1] // value.shape[1], 1)
+    return torch.where(seen, result, poison * mean)
+
+
 def hidden_by(bias: Tensor, allowed: Tensor) -> Tensor:
     """Hide every key that `allowed` (bool) does not name, exactly: bias [...,S,T] with -inf there."""
     return bias.masked_fill(~allowed, -math.inf)

@@ -95,6 +95,11 @@ class Core:
         return not self.scores.absorbing or needs_gradient(self.output)
 
     @property
+    def blocks(self) -> bool:
+        """Whether the NaN of a row without keys reaches the gradient of values alone."""
+        return self.scores is not None and self.scores.blocks and needs_gradient(self.output)
+
+    @property
     def hides(self) -> bool:
         """Whether the places where scores are overwritten must be known, not only by what."""
         scores = self.scores
@@ -194,7 +199,7 @@ def _facts(core: Core, region: Region) -> tuple[Any, ...]:
     operands = [(places.get(o.node), o.steps) for o in (core.query, core.key, core.value)]
     mask = (places.get(core.mask.node), core.mask.steps) if core.mask else None
     scores = core.scores and (core.scores.form, core.scores.sinks, core.scores.start)
-    rows = (core.zeroed, core.empty_is_nan, core.hides, core.levels)
+    rows = (core.zeroed, core.empty_is_nan, core.hides, core.levels, core.blocks)
     factors = tuple((places.get(n), divides) for n, divides in core.factors)
     rest = (core.order, core.bias_steps, core.output_steps, core.extra, factors)
     return (repr(operands), repr(mask), scores, rows, repr(core.options), repr(rest))
@@ -261,7 +266,10 @@ def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, diffe
             mask = (masks.with_levels if core.levels else masks.hidden_by)(mask, allowed)
         result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
         if core.empty_is_nan and mask is not None:
-            result = masks.nan_without_keys(result, mask)
+            blocks = core.blocks
+            result = (
+                masks.nan_of_values(result, mask, values_in_order) if blocks else masks.nan_without_keys(result, mask)
+            )
         if core.order is not None:
             result = result[:, list(_inverse(core.order))]
         return arrange(result, core.output_steps)
@@ -339,7 +347,8 @@ def insert_canonical(program: Program, core: Core) -> fx.Node:
                 node.meta[key] = core.output.meta[key]
         result = node
         if core.empty_is_nan and mask is not None:
-            result = call(program, masks.nan_without_keys, (node, mask))
+            only_values = (masks.nan_of_values, (node, mask, operands[2]))
+            result = call(program, *(only_values if core.blocks else (masks.nan_without_keys, (node, mask))))
         result = _insert_result(program, result, node, core)
     core.output.replace_all_uses_with(result)
     return node

@@ -50,6 +50,7 @@ class Scores:
     start: int = 0  # the first column of the keys
     levels: bool = False  # masked scores hold finite values
     absorbing: bool = False  # and these are so low that adding a score to them changes nothing
+    blocks: bool = False  # masked scores are overwritten, so that no gradient flows into them
 
 
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
@@ -97,6 +98,8 @@ def _measured(
     allowed = zero.index_select(axis, columns)
     pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
     replaced = pushed == allowed
+    unknown = _run(region, {product: numbers + torch.nan, **sides}).index_select(axis, columns)
+    result.blocks = bool((replaced & ~unknown.isnan()).any())
     result.levels, result.absorbing = _levels(allowed[replaced], region)
     open_places = allowed.isfinite() & (allowed > MASKED) & ~replaced
     if not bool(open_places.any()):

@@ -150,7 +150,7 @@ def _without_shift(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _is_largest(node: fx.Node, scores: fx.Node, or_zero: bool = False) -> bool:
-    """Return whether a shift is the largest of the scores, so that no exponential overflows; or_zero: or 0 if larger."""
+    """Return whether a shift is the largest score, so that no exponential overflows; or_zero: or 0 if it is less."""
     while node.all_input_nodes and (op_name(node) in CARRIERS or (or_zero and _is_at_least_zero(node))):
         node = node.all_input_nodes[0]
     source = node.all_input_nodes[0] if node.all_input_nodes else None

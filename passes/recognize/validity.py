@@ -199,7 +199,7 @@ class _Prover:
         if name == "nan_to_num":
             becomes = argument(node, 1, "nan") or 0.0
             if node not in self.weights or not math.isfinite(low + high) or becomes != 0:
-                raise Miss("nan_to_num changes scores that are not finite; expected zeros of NaN, after the softmax", node)
+                raise Miss("nan_to_num changes scores that are not finite; expected zeros of NaN, in weights", node)
             self.proof.hides_nan = True
             self.ranges[node] = (low, high)
             return "range: weights are finite; rows without keys are zero"
