@@ -10,7 +10,7 @@ A CPU's scaled_dot_product_attention reads keys once for each query head: 3 to 1
 reading them once for all heads that share them. The kernel for latents without bit groups does that; inductor would
 turn plain products back into the slow call.
 
-In training, a mask of numbers that comes in with the call keeps its plain products (see `_may_hide_rows`).
+In training, a mask of numbers that is made of an input or a buffer keeps its plain products (see `_may_hide_rows`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _to_kernel(program: Program, node: fx.Node) -> str:
 
 
 def _may_hide_rows(program: Program, node: fx.Node) -> bool:
-    """Return whether a mask of numbers is an input of the call: padding may then hide all keys of a query.
+    """Return whether a mask of numbers is an input or a buffer: it may then hide all keys of a query.
 
     The weights of such a row are even, but not in the backward pass of scaled_dot_product_attention: it keeps
     max + log(sum), which rounds to the max, so that gradients become T times too large.
@@ -107,7 +107,7 @@ def _may_hide_rows(program: Program, node: fx.Node) -> bool:
     seen, stack = {mask}, [mask]
     while stack:
         at = stack.pop()
-        if at.op == "placeholder" and at.name not in program.parameters and at.name not in program.buffers:
+        if at.op == "placeholder" and at.name not in program.parameters:
             return True
         sources = [] if op_name(at) in ONLY_SIZED else at.all_input_nodes
         tensors = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
