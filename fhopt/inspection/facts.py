@@ -198,6 +198,7 @@ class Inspection:
     """The facts that `inspect` collects.
 
     exact_bytes: of an ordinary cache of the whole model, in 16 bits, divided by the tokens of `cache`, which it holds.
+    proofs: certificates of the rewrites, as text.
     """
 
     model: str
@@ -210,6 +211,7 @@ class Inspection:
     plan: PlanFacts | None
     rooflines: tuple[Roofline, ...]
     missed: tuple[Missed, ...]
+    proofs: str = ""
 
     def site(self, name: str) -> InspectedSite:
         """Return the site called `name`, in full or as tables shorten it. Raises FhoptError when there is none."""
@@ -234,6 +236,7 @@ class Inspection:
             "plan": asdict(self.plan) if self.plan else None,
             "rooflines": [asdict(r) for r in self.rooflines],
             "missed": [asdict(m) for m in self.missed],
+            "proofs": self.proofs,
         }
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from decimal import ROUND_HALF_UP, Context, Decimal
 from importlib import resources
 from pathlib import Path
@@ -28,6 +28,7 @@ from fhopt.inspection.facts import TOKENS, Inspection, common_form, inspect, sho
 from fhopt.inspection.kernel_listing import LANGUAGES, Listings, list_kernels, style_sheet
 from fhopt.inspection.optional import need
 from fhopt.inspection.snapshots import Snapshots, StageChanges
+from fhopt.inspection.tables import proofs_text
 from fhopt.models.sites import find_sites
 from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
@@ -78,7 +79,7 @@ def build(
     snapshots = Snapshots()
     with snapshots.taking():
         result = find_sites(loaded)
-        facts = inspect(loaded, result, plan, devices, tokens)
+        facts = replace(inspect(loaded, result, plan, devices, tokens), proofs=proofs_text(result.proofs))
         if plan is not None:
             pipeline.optimize(result, plan)
     return assemble(facts, plan, tuple(snapshots.changes()))

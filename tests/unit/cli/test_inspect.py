@@ -27,6 +27,7 @@ def test_explain_names_the_source_line(importable: str) -> None:
     result = call("explain", importable)
     assert result.exit_code == 0
     assert "1 sites found, 1 candidates not rewritten" in result.stdout
+    assert "sets of random values: outputs to" in result.stdout
     assert "command_models.py:" in result.stdout
 
 
@@ -38,7 +39,7 @@ def test_a_module_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
     result = call("explain", "mine_here:make", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"missed": [], "sites_found": 0}
+    assert json.loads(result.stdout) == {"missed": [], "sites_found": 0, "certificates": {}}
 
 
 def test_every_graph_of_a_model_that_breaks_is_read(importable: str) -> None:
