@@ -460,7 +460,12 @@ def _largest(x: Tensor) -> float:
 
 def difference(expected: Expected, found: Result) -> str | None:
     """Describe the first difference between what a call should give and what it gives; None without one."""
+    has_nan = any(
+        isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()) for x in expected.plain.outputs
+    )
     for field, errors in zip(fields(Result), expected.errors, strict=True):
+        if has_nan and field.name == "gradients":
+            continue  # which gradients the NaN reaches depends on the order of operations
         plain, precise, mine = (getattr(r, field.name) for r in (expected.plain, expected.precise, found))
         if len(plain) != len(mine):
             return f"{len(mine)} {field.name}; eager gives {len(plain)}"
