@@ -54,7 +54,6 @@ RULES = {
     "elements may be taken by any index": Rule(f"{RECOGNIZE}.validity", "_Prover._movement", _always("")),
     "bounds are never crossed": Rule(f"{RECOGNIZE}.validity", "_Prover._bound", _always("")),
     "gradients flow everywhere": Rule(f"{RECOGNIZE}.validity", "_Prover._check_gradient", _never),
-    "no_grad does nothing": Rule(f"{RECOGNIZE}.node_roles", "Roles.has_gradient", _always(True)),
     "gradients flow into scores that a mask overwrites": Rule(
         f"{RECOGNIZE}.canonical", "Core.levels",
         lambda original: property(lambda core: original.fget(core) and not core.scores.absorbing),
