@@ -230,12 +230,10 @@ def found(folder: Path) -> str:
     expected, sites, left = (sum(row["value"] for row in results.of(f"sites_{what}")) for what in counts)
     output, gradient = (max(r["value"] for r in results.of(f"max_{what}error")) for what in ("", "gradient_"))
     text = (
-        "A rewrite holds for all values, or is not made: each one is proved from the operators and checked on random "
-        f"values, gradients included. On a test suite of {number(len(passes))} forward passes through tiny random "
-        "models (transformers families, torch.nn modules, hand-written variants, and look-alikes that are not "
-        f"attention), fhopt rewrites {number(sites)} of {number(expected)} attention ops and leaves {number(left)} "
-        f"others with a reason. On two sets of values, rewritten outputs match to {output:.1e} and gradients to "
-        f"{gradient:.1e} (max error relative to the largest element)."
+        "Each rewrite is proved from the operators to hold for all values, and checked on random ones. In "
+        f"{number(len(passes))} forward passes of tiny random models, fhopt rewrites {number(sites)} of "
+        f"{number(expected)} attention ops and leaves {number(left)} others with a reason. On two sets of values, "
+        f"outputs match to {output:.1e} and gradients to {gradient:.1e} (relative to the largest element)."
     )
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 

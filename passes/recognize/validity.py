@@ -35,7 +35,7 @@ from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
 from fhopt.passes.recognize.scores import ABSORBING, DIVISION, MULTIPLICATION
-from fhopt.passes.recognize.softmax import SOFTMAX, Softmax
+from fhopt.passes.recognize.softmax import EXPONENTIAL, SOFTMAX, Softmax
 
 INDEXED = frozenset({"index", "gather", "take_along_dim", "index_select", "getitem", "take"})
 SAME = frozenset({"contiguous", "clone", "alias", "detach", "dropout", "native_dropout", "feature_dropout", "Identity"})
@@ -44,7 +44,7 @@ ANALYTIC_NAMES = (
     "add sub rsub subtract mul multiply div truediv divide true_divide neg negative exp exp2 expm1 log log2 log1p tanh "
     "sigmoid softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp matmul __matmul__ bmm mm linear einsum "
     "tensordot inner baddbmm addmm sum mean pow square sqrt rsqrt reciprocal sin cos tril triu addcmul "
-    "scaled_dot_product_attention attention vecdot"
+    "scaled_dot_product_attention attention vecdot linalg_vecdot linalg_matmul linalg_multi_dot chain_matmul"
 )
 ANALYTIC = frozenset(ANALYTIC_NAMES.split())
 SELECTION = frozenset({"masked_fill", "where", "index_fill", "written"})
@@ -165,8 +165,18 @@ class _Prover:
             rule = self._weights_rule(node, name)
             if rule:
                 return rule
-        self.ranges[node] = _RANGES.get(name) or self._scaled(node, name)
+        of_largest = name == "sum" and self._holds_largest(node.all_input_nodes[0])
+        self.ranges[node] = (1.0, math.inf) if of_largest else _RANGES.get(name) or self._scaled(node, name)
         return "analytic: checked at random points"
+
+    def _holds_largest(self, node: fx.Node) -> bool:
+        """Return whether a tensor is the exponentials of scores less their maximum: one of each row is 1."""
+        if self.softmax is None or self.softmax.shift is None or self.softmax.overflows or self.softmax.extra:
+            return False
+        while op_name(node) in CASTS | {"abs"} and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        return op_name(node) in EXPONENTIAL and source is not None and self.softmax.shift in source.all_input_nodes
 
     def _selection(self, node: fx.Node, name: str) -> str:
         conditions = _conditions(node, name)
