@@ -126,7 +126,8 @@ REASONS = (
         ("passes/prepare/*", "passes/graph/*", "passes/recognize/normalize", "passes/recognize/softmax",
          "passes/recognize/scores", "passes/recognize/contraction", "passes/recognize/layout", "passes/recognize/axes",
          "passes/recognize/kv_head_repetition", "passes/recognize/masks", "passes/recognize/canonical",
-         "passes/recognize/readable", "passes/recognize/sum_floor", "passes/stages"),
+         "passes/recognize/readable", "passes/recognize/sum_floor", "passes/recognize/validity",
+         "passes/stages"),
     ),
     Family(
         "There are no keys and values to compress",
