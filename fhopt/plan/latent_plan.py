@@ -194,7 +194,8 @@ class LatentPlan:
             try:
                 plan = LatentPlan(**fields)
             except FhoptError as error:
-                raise FhoptError(f"{path} is damaged: {error} Save the plan again, or fit it again.") from error
+                problem = str(error).rstrip(".")
+                raise FhoptError(f"{path} is damaged: {problem}. Save the plan again, or fit it again.") from error
             intact = plan.digest() == digest
         if not intact:
             raise altered(path)

@@ -27,7 +27,7 @@ def test_explain_names_the_source_line(importable: str) -> None:
     result = call("explain", importable)
     assert result.exit_code == 0
     assert "1 sites found, 1 candidates not rewritten" in result.stdout
-    assert "sets of random values: outputs to" in result.stdout
+    assert ": q [" in result.stdout
     assert "command_models.py:" in result.stdout
 
 
