@@ -354,7 +354,7 @@ def check(program: Program) -> Verdict:
 
         def compile_fx(module: Any, inputs: Any, **_: Any) -> Any:
             seen.append(_rewritten(module))
-            return aot_eager(module, inputs) if program.aot else module.forward
+            return aot_eager(module, inputs) if program.aot or "torch.func" in program.source else module.forward
 
         with mock.patch(INDUCTOR, compile_fx):
             failure = _first_problem(program, expected, dict(backend="flashhead", options={"ratio": 1}))
