@@ -17,12 +17,15 @@ FURTHER_SEED = 1_000_003  # between the seeds of rounds
 
 @dataclass
 class Tally:
-    """Programs by outcome ("rewritten", "not rewritten", "invalid", "repeated"), calls, and the first failure."""
+    """Programs by outcome ("rewritten", "not rewritten", "invalid", "repeated"), calls, rounds before the last one, and
+    the first failure.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     calls: int = 0
     sites: int = 0
+    rounds: int = 0
     failure: str = ""
     seconds_to_failure: float = 0.0
 
@@ -68,6 +71,7 @@ def run(seed: int, seconds: float, rounds: int = 10**9, examples: int = ROUND, s
         suppress_health_check=list(HealthCheck), print_blob=False, derandomize=False,
     )  # fmt: skip
     for index in range(rounds):
+        tally.rounds = index
         if time.monotonic() - start > seconds:
             break
         test = hypothesis.seed(seed + FURTHER_SEED * index)(options(given(programs())(body)))
