@@ -381,8 +381,10 @@ def programs(draw: st.DrawFn, only: str = "") -> Program:
     calls = tuple(Call(s, m) for s, m in zip(sizes, (mode, mode, last), strict=True))
     dtypes = ["float64", "float32", "float64", "float32", "float64", "bfloat16", "float16"]
     dtype = "float32" if mode.startswith("autocast") else draw(st.sampled_from(dtypes))
+    if wrapped == "jvp" and any("baddbmm" in line for line in writer.lines):
+        wrapped = "vjp"  # PyTorch 2.15 itself crashes: aot_eager of torch.func.jvp of baddbmm
     if wrapped and dtype in ("bfloat16", "float16"):
-        dtype = "float32"  # PyTorch 2.15 itself crashes: aot_eager of torch.func.jvp of baddbmm in 16 bits
+        dtype = "float32"
     is_coarse = mode.startswith("autocast") or dtype in ("bfloat16", "float16")
     inputs = tuple(
         sorted(map(_tamed, writer.inputs) if is_coarse else writer.inputs, key=lambda i: i.held != "argument")
