@@ -108,18 +108,13 @@ def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(seen, result, poison * mean)
 
 
-def hidden_by(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Hide every key that `allowed` (bool) does not name, exactly: bias [...,S,T] with -inf there."""
-    return bias.masked_fill(~allowed, -math.inf)
-
-
 def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Hide keys as `hidden_by` does, but for rows without allowed keys, which keep their bias, less its maximum.
+    """Restrict a bias to `allowed` (bool), but for rows without allowed keys, which keep it, less its maximum.
 
     There scores are overwritten by finite values, and the weights follow from these alone.
     """
     levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would drown the logarithm of a sum
-    return torch.where(open_rows(allowed), hidden_by(bias, allowed), levels)
+    return torch.where(open_rows(allowed), restricted(bias, allowed), levels)
 
 
 def seeing(query: Tensor, allowed: Tensor) -> Tensor:

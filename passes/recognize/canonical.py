@@ -263,7 +263,7 @@ def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, diffe
             mask, sinks, allowed = (None if m is None else _by_head(m, core.order) for m in (mask, sinks, allowed))
         if allowed is not None and mask is not None:
             query = masks.seeing(query, allowed) if core.levels else query
-            mask = (masks.with_levels if core.levels else masks.hidden_by)(mask, allowed)
+            mask = (masks.with_levels if core.levels else masks.restricted)(mask, allowed)
         result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
         if core.empty_is_nan and mask is not None:
             blocks = core.blocks
@@ -338,7 +338,7 @@ def insert_canonical(program: Program, core: Core) -> fx.Node:
         mask, sinks, allowed = _insert_mask(program, core, operands)
         if allowed is not None and mask is not None:
             operands[0] = call(program, masks.seeing, (operands[0], allowed)) if core.levels else operands[0]
-            mask = call(program, masks.with_levels if core.levels else masks.hidden_by, (mask, allowed))
+            mask = call(program, masks.with_levels if core.levels else masks.restricted, (mask, allowed))
         options = {k: v for k, v in core.options.items() if v}
         rest = (mask, sinks) if sinks is not None else (mask,) if mask is not None else ()
         node = call(program, torch.ops.fhopt.attention.default, (*operands, *rest), options)
