@@ -38,7 +38,7 @@ def mask(seed: int, *sizes: int) -> Tensor:
 ONES = torch.ones(B, 1, 1, T, dtype=torch.bool)
 KEEP = mask(1, B, 1, 1, T)
 NUMBER = torch.float64
-AFTER_SOFTMAX: dict[str, tuple[Any, Any, Any, str]] = {
+AFTER_SOFTMAX: dict[str, Any] = {  # program, values of the first call, of the second, reason
     "head mask": (
         lambda q, k, v, h: scores(q, k).softmax(-1) * h @ v,
         torch.ones(H, 1, 1, dtype=NUMBER), torch.tensor([1.0, 0, 1, 0], dtype=NUMBER).view(H, 1, 1), "multiplied by",
@@ -71,7 +71,7 @@ AFTER_SOFTMAX: dict[str, tuple[Any, Any, Any, str]] = {
         lambda q, k, v, i: scores(q, k)[..., i].softmax(-1) @ v, torch.arange(T), torch.randperm(T), "takes elements by"
     ),
 }  # fmt: skip
-IN_SCORES: dict[str, tuple[Any, Any, Any, str]] = {
+IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the second, reason
     "minimum of an input": (
         lambda q, k, v, c: torch.minimum(scores(q, k), c).softmax(-1) @ v,
         torch.tensor(60.0, dtype=NUMBER), torch.tensor(0.5, dtype=NUMBER), "minimum",
