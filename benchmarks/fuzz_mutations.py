@@ -1,9 +1,9 @@
 """Weaken one rule of the finder at a time, and measure how long the fuzzer needs to notice.
 
     python benchmarks/fuzz_mutations.py                   every rule, up to ten minutes each
-    python benchmarks/fuzz_mutations.py --rule NAME       one of them
+    python benchmarks/fuzz_mutations.py --rule NAME       one of them; rows of the others stay in the results
 
-The exit status is 1 if a rule survives.
+Writes benchmarks/results/fuzz_mutations.json. The exit status is 1 if a rule survives.
 
 A rule is an attribute of a module, and a function that makes the weakened one of it. Modules of fhopt that imported the
 attribute by name get the weakened one as well.
@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 from fuzz_graphs import start
+from recording import Row, kept_rows, write
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,24 @@ def seconds_to_failure(name: str, seed: int, seconds: float) -> float | None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the fuzzer.")
 def main(names: tuple[str, ...], minutes: float, seed: int) -> None:
     """Report the seconds until the first failure with each weakened rule; exit status 1 when a rule survives."""
-    survivors = []
-    for name in names or RULES:
-        seconds = seconds_to_failure(name, seed, 60 * minutes)
-        click.echo(f"{name}: {'survives' if seconds is None else f'failure after {seconds:.1f} s'}")
-        survivors += [name] if seconds is None else []
-    sys.exit(bool(survivors))
+    names = names or tuple(RULES)
+    found = {name: _reported(name, seconds_to_failure(name, seed, 60 * minutes)) for name in names}
+    measured = [_row(name, seconds) for name, seconds in found.items()]
+    others = kept_rows("fuzz_mutations", lambda case: case in found or case not in RULES)
+    click.echo(str(write("fuzz_mutations", sorted([*measured, *others], key=lambda row: list(RULES).index(row.case)))))
+    sys.exit(None in found.values())
+
+
+def _reported(name: str, seconds: float | None) -> float | None:
+    click.echo(f"{name}: {'survives' if seconds is None else f'failure after {seconds:.1f} s'}")
+    return seconds
+
+
+def _row(name: str, seconds: float | None) -> Row:
+    """Return the row of a rule: seconds until the fuzzer noticed that it was weakened."""
+    if seconds is None:
+        return Row(name, "fhopt", "seconds_to_failure", float("nan"), "s", error="the rule survives")
+    return Row(name, "fhopt", "seconds_to_failure", seconds, "s")
 
 
 if __name__ == "__main__":

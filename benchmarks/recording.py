@@ -124,8 +124,9 @@ def write(name: str, rows: Iterable[Row], further: Mapping[str, str] | None = No
         {"machine": machine(), "versions": versions() | dict(further or {}), "commit": commit()}, indent=1
     )
     figures = [_entry(row) for row in rows]
-    compact = {"allow_nan": False, "separators": (",", ":")}
-    lines = ",\n".join(f"  {json.dumps(figure, **compact)}" for figure in figures)  # a row a line
+    lines = ",\n".join(  # one row per line
+        f"  {json.dumps(figure, allow_nan=False, separators=(',', ':'))}" for figure in figures
+    )
     staging = path.with_name(f".{path.name}.part")
     staging.write_text(f'{head.removesuffix("}").rstrip()},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     staging.replace(path)

@@ -150,7 +150,7 @@ def test_losses_of_a_model_of_16_bits_are_those_of_its_weights_in_float32(
 ) -> None:
     model = tiny_llama().to(torch.bfloat16)
     plans = [(0.01, llama.plan(2.2))]
-    losses = []
+    losses: list[float] = []
     for is_widened, of_dtype in ((True, model), (False, model), (False, copy.deepcopy(model).float())):
         monkeypatch.setattr(probe, "is_widened", lambda *_, value=is_widened: value)
         (check,) = check_losses(probe.ProbedGraph(*found(of_dtype, 96)), TEXT, plans, 8)

@@ -83,9 +83,9 @@ RINGS: list[Tiers] = [
 def test_rings_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
     z = latents(plan, 2, 3, 5).to(dtype)
     z[0, 0, 0, 3], z[1, 1, 1, 5] = torch.nan, torch.inf
-    packed = pack(z, *plan)
-    assert_packed(packed, pack_reference(z, *plan))
-    found, wanted = unpack(*packed, *plan), unpack_reference(*packed, *plan)
+    codes, scale = pack(z, *plan)
+    assert_packed((codes, scale), pack_reference(z, *plan))
+    found, wanted = unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 

@@ -74,7 +74,7 @@ def test_a_step_attends_and_keeps_its_token(dtype: torch.dtype, packed: int, wit
     for where, tensor in zip(stored, (*new, output), strict=True):
         externals[where.external] = tensor.data_ptr()
     externals[6] = attended.data_ptr()
-    calls = _calls(kernels, new[0], sides[0], sides[1], rooms, exact, options)
+    calls = _calls(kernels, new[0], sides[0], sides[1], (rooms[0], rooms[1]), exact, options)
     pair = places[0], places[1]
     step = DecodeStep(program, ctypes.addressof(externals), 2, new[0], attended, pair, calls, 0.25)
     spent = Spent()
