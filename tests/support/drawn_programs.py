@@ -106,7 +106,7 @@ OPERAND_STEPS = {
     "keys written through a view": "k = k.clone()\nview = k.transpose(1, 2)\nview[:, 0].mul_({number})",
     "cast": "q, k, v = q.to({float_type}), k.to({float_type}), v.to({float_type})",
     "values are keys": "v = k",
-    "keys are queries": "k = q",
+    "keys are queries": "k, v = q, q * 2.0",  # torch reads beyond values that are fewer than keys
 }
 
 PRODUCTS_HERE = {
