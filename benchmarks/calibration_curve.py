@@ -21,11 +21,12 @@ from quality_caches import ours
 from quality_measurement import TEXTS, Result, Text, measure, progress_bar, read_texts
 from recording import Row, is_quick, kept_rows, record, table
 
-from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import plan_from_calibration
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
+from fhopt.planning.pipeline import calibrate_source, text_source
 
 NAME = "calibration_curve"
 COUNTS = (2, 4, 8, 12, 16, 20, 40)  # calibration sequences
@@ -44,9 +45,9 @@ def measure_count(loaded: LoadedModel, case: str, options: FitOptions, texts: li
     """Calibrate once, fit plans of every ratio, and measure them on the texts."""
     began = time.monotonic()
     with progress_bar(f"calibrate {case}") as bar:
-        measured = run.measure(loaded, options, lambda stage, done, total: bar(done, total))
+        measured = calibrate_source(text_source(loaded), options, lambda stage, done, total: bar(done, total))
     seconds = time.monotonic() - began
-    plans = {ratio: run.plan_for(measured, replace(options, ratio=ratio)) for ratio in RATIOS}
+    plans = {ratio: plan_from_calibration(measured, replace(options, ratio=ratio)) for ratio in RATIOS}
     results = measure(loaded.language_model(), ours(plans), texts, next(iter(plans.values())))
     name = f"{case}/{(options.sequences + options.rate_sequences) * options.context}"
     rows = [Row(name, "calibration", "seconds", seconds, "s")]

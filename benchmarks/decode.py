@@ -299,12 +299,12 @@ def summary_line(case: str, rows: list[Row]) -> str:
 def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
     """Fit plans as `fhopt fit` does; quick ones for this kind of machine."""
     from fhopt.calibration.options import FitOptions
-    from fhopt.calibration.run import fit
     from fhopt.hardware.this_cpu import most_alike
+    from fhopt.planning.pipeline import fit_to_text
 
     if quick:
-        return [fit(loaded, FitOptions(ratio=4.0, device=most_alike(), sequences=2, rate_sequences=1))[0]]
-    return [fit(loaded, FitOptions(ratio=ratio))[0] for ratio in RATIOS]
+        return [fit_to_text(loaded, FitOptions(device=most_alike(), sequences=2, rate_sequences=1)).plan]
+    return [fit_to_text(loaded, FitOptions(ratio=ratio)).plan for ratio in RATIOS]
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def rows_of(tallies: list[dict[str, Any]], minutes: float) -> list[Row]:
     for tally in tallies:
         outcomes = tally.get("outcomes", {})
         counts = {
-            "minutes": minutes, "programs": tally.get("programs", 0), "calls": tally.get("calls", 0),
+            "minutes": minutes, "cpu_minutes": round(tally.get("cpu_seconds", 0.0) / 60, 1),
+            "programs": tally.get("programs", 0), "calls": tally.get("calls", 0),
             "attentions_rewritten": tally.get("sites", 0), "failures": int(bool(tally["failure"])),
             **{f"programs_{k.replace(' ', '_')}": v for k, v in sorted(outcomes.items())},
         }  # fmt: skip

@@ -24,13 +24,13 @@ from recording import Row, is_quick, record
 from rich.table import Table
 
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import fit
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import BOOTSTRAP_TOKENS, Comparison, Interval, TokenCosts, bootstrap_interval
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.planning.pipeline import fit_to_text
 from fhopt.progress import Progress
 from fhopt.refine.heal import heal
 from fhopt.refine.options import HealOptions
@@ -158,7 +158,7 @@ def healed(
     if plan_path is not None:
         fitted = LatentPlan.load(plan_path)
     else:
-        fitted = two_bits(loaded) if quick else fit(loaded, FitOptions(ratio=RATIO), progress)[0]
+        fitted = two_bits(loaded) if quick else fit_to_text(loaded, FitOptions(ratio=RATIO), progress).plan
     middle = time.perf_counter()
     plans = {"fitted": fitted, "healed": heal(loaded, fitted, options, progress)}
     return plans, {"fit_s": middle - start, "heal_s": time.perf_counter() - middle}

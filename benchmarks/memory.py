@@ -27,7 +27,7 @@ from rich.table import Table
 import fhopt
 from fhopt.cache.report import REGIONS, cache_bytes, cache_report
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import measure, plan_for
+from fhopt.calibration.run import plan_from_calibration
 from fhopt.evaluation.perplexity import new_cache
 from fhopt.fitting import fit_plan
 from fhopt.models.loaded_model import LoadedModel
@@ -36,6 +36,7 @@ from fhopt.models.model_facts import cache_argument
 from fhopt.models.sites import find_sites
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.planning.pipeline import calibrate_source, text_source
 from fhopt.texts import tokens as texts_tokens
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ def plans(folder: Path, quick: bool) -> dict[str, Path]:
     if quick:
         return {"plain 4 bits": plain_plan(loaded).save(folder / "plain")}
     options = FitOptions(ratio=RATIOS[0], tokens=TOKENS)
-    collected = measure(loaded, options)
+    collected = calibrate_source(text_source(loaded), options)
     return {
-        f"{ratio:g}x": plan_for(collected, replace(options, ratio=ratio)).save(folder / f"{ratio:g}x")
+        f"{ratio:g}x": plan_from_calibration(collected, replace(options, ratio=ratio)).save(folder / f"{ratio:g}x")
         for ratio in RATIOS
     }
 

@@ -15,13 +15,14 @@ import click
 import memory
 
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import measure, plan_for
+from fhopt.calibration.run import plan_from_calibration
 from fhopt.fitting import fit_plan
 from fhopt.hardware.this_cpu import most_alike
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.sites import find_sites
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning.pipeline import calibrate_source, text_source
 
 RATIOS = (4.0, 8.0)  # fitted together: calibration takes longer than all else
 
@@ -29,8 +30,8 @@ RATIOS = (4.0, 8.0)  # fitted together: calibration takes longer than all else
 def fitted(loaded: LoadedModel, ratios: tuple[float, ...]) -> dict[str, LatentPlan]:
     """Fit plans of several ratios to one calibration, by name."""
     options = FitOptions(ratio=ratios[0], device=most_alike())
-    calibration = measure(loaded, options)
-    return {f"{ratio:g}x": plan_for(calibration, replace(options, ratio=ratio)) for ratio in ratios}
+    calibration = calibrate_source(text_source(loaded), options)
+    return {f"{ratio:g}x": plan_from_calibration(calibration, replace(options, ratio=ratio)) for ratio in ratios}
 
 
 def plans(loaded: LoadedModel, name: str, quick: bool) -> dict[str, LatentPlan]:

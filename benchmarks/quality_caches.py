@@ -13,10 +13,11 @@ from rich.progress import track
 from torch import Tensor
 
 from fhopt.calibration import options as calibration_options
-from fhopt.calibration import run
+from fhopt.calibration.run import plan_from_calibration
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning.pipeline import calibrate_source, text_source
 from fhopt.texts import tokens
 
 
@@ -30,9 +31,9 @@ def fit_plans(
 ) -> dict[float, LatentPlan]:
     """Fit a plan for each ratio, from statistics that are collected once."""
     with progress_bar("calibrate") as bar:
-        measured = run.measure(loaded, options, lambda stage, done, total: bar(done, total))
+        measured = calibrate_source(text_source(loaded), options, lambda stage, done, total: bar(done, total))
     return {
-        ratio: run.plan_for(measured, dataclasses.replace(options, ratio=ratio))
+        ratio: plan_from_calibration(measured, dataclasses.replace(options, ratio=ratio))
         for ratio in track(ratios, "fit", transient=True)
     }
 

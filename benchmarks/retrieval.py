@@ -39,7 +39,6 @@ from fhopt.attention.paged import attend_single_query, mean_values
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import fit
 from fhopt.codegen import dispatch
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, step_bounds, switched
@@ -51,6 +50,7 @@ from fhopt.models.model_facts import cache_argument, check_length
 from fhopt.ops import algebra, page_selection
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SketchPlan
+from fhopt.planning.pipeline import fit_to_text
 from fhopt.refine import page_budget, page_options, page_sketches
 from fhopt.system import cores
 from fhopt.texts import tokens as texts_tokens
@@ -267,7 +267,7 @@ def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
     """Return the plan with page selection, calibrated now where it has none."""
     small: dict[str, Any] = dict(sequences=2, rate_sequences=1) if quick else {}
-    plan = LatentPlan.load(path) if path else fit(loaded, FitOptions(ratio=4.0, device=most_alike(), **small))[0]
+    plan = LatentPlan.load(path) if path else fit_to_text(loaded, FitOptions(device=most_alike(), **small)).plan
     if plan.pages is not None:
         return plan
     sized: dict[str, Any] = dict(sequences=1, context=2048) if quick else {}

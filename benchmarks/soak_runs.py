@@ -19,8 +19,9 @@ import fhopt
 from fhopt.cache.quantized_rows import GROWTH
 from fhopt.cache.residual_window import spare_places
 from fhopt.cache.static_layer import StaticLatentLayer
+from fhopt.calibration.data import of_batches
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import measure_module, plan_for
+from fhopt.calibration.run import calibrate, plan_from_calibration
 from fhopt.hf.apply import latent_cache
 from fhopt.models.model_facts import cache_argument
 from fhopt.plan.latent_plan import LatentPlan
@@ -83,7 +84,7 @@ def prepared(variant: Variant) -> tuple[Any, LatentPlan]:
     batches: list[dict[str, Any]] = [
         {"input_ids": torch.randint(VOCABULARY, (2, 128)), "use_cache": False} for _ in range(10)
     ]
-    plan = plan_for(measure_module(model, batches, options), options)
+    plan = plan_from_calibration(calibrate(of_batches(model, batches), options), options)
 
     def cast(side: SidePlan) -> SidePlan:
         return replace(side, encode=side.encode.to(variant.dtype))

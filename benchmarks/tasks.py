@@ -33,8 +33,8 @@ import torch
 from recording import Row, is_quick, kept_rows, record, screen, table, write
 from rich.progress import Progress
 
-from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import plan_from_calibration
 from fhopt.calibration.statistics_file import load_statistics
 from fhopt.errors import FhoptError
 from fhopt.evaluation import generation, human_eval, prefilled
@@ -44,6 +44,7 @@ from fhopt.evaluation.tasks import TaskOptions, TaskResult, write_items
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning.pipeline import calibrate_source, text_source
 from fhopt.texts import tokens
 
 PARTS = ("humaneval", "generation", "ruler")
@@ -182,12 +183,12 @@ def _mean(numbers: Iterable[float]) -> float:
 def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, ...], options: FitOptions) -> Plans:
     """Fit plans from a file of statistics, or after a calibration. Raises FhoptError."""
     if statistics is None:
-        measured = run.measure(loaded, options)
+        measured = calibrate_source(text_source(loaded), options)
     else:
         measured = load_statistics(statistics)
         measured.check_model(loaded)
     chosen = replace(measured.options, checkpoint=None)
-    return {f"fhopt@{ratio:g}x": run.plan_for(measured, replace(chosen, ratio=ratio)) for ratio in ratios}
+    return {f"fhopt@{ratio:g}x": plan_from_calibration(measured, replace(chosen, ratio=ratio)) for ratio in ratios}
 
 
 @click.command()

@@ -16,6 +16,7 @@ from zoo_wide_check import one_line
 import fhopt
 from fhopt.cache.layer_map import LATENT_LAYERS
 from fhopt.calibration import run
+from fhopt.calibration.data import of_batches
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import latent_cache
@@ -112,7 +113,7 @@ def _layers(cache: Any) -> list[Any]:
 
 def _fitted(model: Any, ratio: float) -> LatentPlan:
     options = replace(OPTIONS, ratio=ratio)
-    return run.plan_for(run.measure_module(model, _batches(model), options), options)
+    return run.plan_from_calibration(run.calibrate(of_batches(model, _batches(model)), options), options)
 
 
 def _batches(model: Any) -> Iterator[dict[str, Any]]:

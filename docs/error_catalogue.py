@@ -61,7 +61,7 @@ FAMILIES = (
         "Choosing a plan",
         "Sizes, bits, layouts, devices and limits that cannot be combined.",
         ("fhopt/fitting/*", "fhopt/refine/loss_target", "fhopt/refine/options", "fhopt/hardware/*", "fhopt/cli/fit",
-         "fhopt/cli/measure"),
+         "fhopt/planning/*",         "fhopt/cli/measure"),
     ),
     Family(
         "Healing, page selection and the retrieval head",

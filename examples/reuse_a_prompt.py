@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 
 import fhopt
-from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import fit
 from fhopt.hf.apply import latent_cache
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument
@@ -21,7 +19,7 @@ from fhopt.models.model_facts import cache_argument
 
 def main() -> None:
     loaded = load_model("demo")
-    plan, _ = fit(loaded, FitOptions(ratio=4, sequences=4, rate_sequences=4))
+    plan = fhopt.fit(loaded.module, loaded.tokenizer, ratio=4, sequences=4, rate_sequences=4)
     model, tokenizer = loaded.language_model(), loaded.tokenizer
     fhopt.apply(model, plan)
     prompt = "The with statement wraps a block in methods of a context manager. " * 100

@@ -23,7 +23,6 @@ from fhopt.version import __version__
 if TYPE_CHECKING:
     from fhopt.backend.compile_report import report as report
     from fhopt.cache import LatentCache as LatentCache
-    from fhopt.calibration.api import fit as fit
     from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.hf.apply import apply as apply
     from fhopt.hf.apply import latent_cache as latent_cache
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from fhopt.hf.prompt_cache import save_cache as save_cache
     from fhopt.inspection.drawing import draw as draw
     from fhopt.plan import LatentPlan as LatentPlan
+    from fhopt.planning.api import fit as fit
 
 _WHERE = {
     "LatentCache": "fhopt.cache",
@@ -42,7 +42,7 @@ _WHERE = {
     "apply": "fhopt.hf.apply",
     "draw": "fhopt.inspection.drawing",
     "exact_plan": "fhopt.fitting.fit_plan",
-    "fit": "fhopt.calibration.api",
+    "fit": "fhopt.planning.api",
     "latent_cache": "fhopt.hf.apply",
     "load": "fhopt.hf.load",
     "load_cache": "fhopt.hf.prompt_cache",

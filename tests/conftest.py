@@ -55,6 +55,7 @@ WITHOUT_KERNELS = (
     "unit/inspection/",
     "unit/models/",
     "unit/passes/",
+    "unit/planning/",
     "unit/refine/",
     "integration/test_deepseek_decoding.py",
     "integration/test_encoder_decoder_cache.py",

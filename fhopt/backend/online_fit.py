@@ -20,7 +20,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,17 +28,15 @@ from torch import Tensor, fx
 
 from fhopt.backend import compile_report
 from fhopt.backend.compile_report import CompileReport
-from fhopt.calibration import options as calibration_options
-from fhopt.calibration import run as calibration_run
+from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.hardware import this_cpu
-from fhopt.models.capture import capture
-from fhopt.models.loaded_model import LoadedModel
 from fhopt.passes.graph.nodes import VIEWS, op_name
 from fhopt.passes.graph.program import source_name
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.refine import loss_target
-from fhopt.refine.options import Gate, parse_loss
+from fhopt.planning.pipeline import calls_source, fit_plan
+from fhopt.planning.request import PlanRequest
+from fhopt.refine.options import RATIOS, Gate, read_loss
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
 FIT_OPTIONS = ("ratio", "max_loss", "calibration_tokens")
@@ -71,7 +69,7 @@ class FitTarget:
         try:
             ratio = None if options.get("ratio") is None else float(options["ratio"])
             limit = options.get("max_loss", MAX_LOSS)
-            limit = parse_loss(limit) if isinstance(limit, str) else float(limit)
+            limit = read_loss(limit)
             tokens = int(options.get("calibration_tokens", CALIBRATION_TOKENS))
         except (TypeError, ValueError) as error:
             raise FhoptError(
@@ -172,7 +170,7 @@ class OnlineFit:
 
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
-                plan = fit(shared_weight_copy(model), self.stream, self.target)
+                plan = fit_recorded(shared_weight_copy(model), self.stream, self.target)
                 apply(model, plan)
         except FhoptError as error:
             self._conclude(compile_report.REJECTED, f"stays exact: {error}")
@@ -227,30 +225,21 @@ def _made_for(device: torch.device) -> str | None:
     return "h100" if device.type == "cuda" else None
 
 
-def fit(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
+def fit_recorded(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
     """Fit a plan for a causal language model to recorded tokens. Raises FhoptError when no plan passes the gate."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
     context = min(CONTEXT, stream.count // 8, positions)
     calibrated, held_out = stream.cut(context, 0, 0.75), stream.cut(context, 0.75, 1)
-    rate_sequences = max(1, len(calibrated) // 3)
-    device = _device(model)
-    options = calibration_options.FitOptions(
-        texts=(), ratio=target.ratio or loss_target.RATIOS[0], context=context,
-        sequences=len(calibrated) - rate_sequences, rate_sequences=rate_sequences,
-        recent=min(RECENT, context // 4), device=_made_for(device),
-        mean_tokens=0,  # graphs have none
+    rate_sequences, device = max(1, len(calibrated) // 3), _device(model)
+    options = FitOptions(
+        texts=(), context=context, sequences=len(calibrated) - rate_sequences, rate_sequences=rate_sequences,
+        recent=min(RECENT, context // 4), device=_made_for(device), mean_tokens=0,
     )  # fmt: skip
+    ratios = RATIOS if target.ratio is None else (target.ratio,)
+    options = replace(options, ratio=ratios[0])
     options.check()
-    arguments = {"input_ids": calibrated[:1].to(device), "use_cache": False}
-    captured = capture(model, (), arguments, reset=False)
-    batches = ({"input_ids": row.unsqueeze(0)} for row in calibrated)
-    weights, name = dict(model.named_parameters()), type(model).__name__
-    measured = calibration_run.measure_batches(captured, batches, options, weights, name)
-    measured.provenance |= {"model": name, "texts": ["the calls of the model"], "tokens": int(calibrated.numel())}
-    ratios = loss_target.RATIOS if target.ratio is None else (target.ratio,)
-    loaded = LoadedModel(name, model, tokenizer=model)  # a stand-in that is not called: the gate reads token ids
-    gate = Gate(target.max_loss, sequences=len(held_out), context=context)
-    return loss_target.smallest_plan(loaded, measured, options, gate, held_out.to(device), ratios=ratios)[0]
+    gate = Gate(target.max_loss, sequences=len(held_out), context=context, ratios=ratios)
+    return fit_plan(calls_source(model, calibrated, held_out.to(device)), PlanRequest(options, gate=gate)).plan
 
 
 # --------------------------------------------------------------------------------------------------- recording
@@ -381,4 +370,4 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-__all__ = ["FitTarget", "OnlineFit", "TokenStream", "fit", "forget", "recording", "unfit"]
+__all__ = ["FitTarget", "OnlineFit", "TokenStream", "fit_recorded", "forget", "recording", "unfit"]

@@ -16,6 +16,9 @@ from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
 RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # of the context: a residual window's size where none is given
 SEGMENT = 512  # tokens of a segment: as the first that means are of, more than `mean_tokens` and the sinks
+DECIDED_BY_STATISTICS = (  # options that a file of statistics has decided; it was made for `tokens`, no more
+    "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "segment", "seed",
+)  # fmt: skip
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 
 

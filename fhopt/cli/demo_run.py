@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fhopt import progress as fhopt_progress
 from fhopt.calibration import options as calibration_options
-from fhopt.calibration import run
 from fhopt.evaluation import decode_speed
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import Comparison
@@ -25,6 +24,7 @@ from fhopt.inspection import html_report
 from fhopt.inspection.tables import plan_table, sites_table, summary_table
 from fhopt.models.loader import load_model
 from fhopt.plan.quality_card import with_measured
+from fhopt.planning.pipeline import fit_to_text
 from fhopt.texts import tokens
 
 TEXTS = ("topics", "source")  # their second halves, which calibrate nothing
@@ -51,7 +51,9 @@ def run_demo(
     model = loaded.language_model()
     console.print(f"1. {loaded.name} is loaded ({sum(p.numel() for p in model.parameters()):,} parameters).")
     progress("finding attention", 0, 1)
-    plan, outcome = run.fit(loaded, options, progress)
+    fitted = fit_to_text(loaded, options, progress)
+    plan, outcome = fitted.plan, fitted.calibration.outcome
+    assert outcome is not None, "a calibration that was not read from a file has one"
     console.print(sites_table(outcome.sites.values()))
     console.print(f"2. {len(outcome.sites)} attention sites found, {len(outcome.missed)} candidates not rewritten.")
     console.print(plan_table(plan))

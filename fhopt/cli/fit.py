@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,6 @@ import click
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
 from fhopt.cli.options import (
-    CALIBRATING,
-    CALIBRATION_OPTIONS,
     DTYPES,
     busy,
     calibration_dtype,
@@ -28,15 +26,14 @@ from fhopt.cli.options import (
 )
 from fhopt.errors import FhoptError
 from fhopt.fitting.codes import AUTO, CHOICES
+from fhopt.planning.request import CALIBRATING
 
 if TYPE_CHECKING:
-    from fhopt.calibration.options import FitOptions
-    from fhopt.calibration.run import Calibration
     from fhopt.evaluation.statistics import Comparison
     from fhopt.models.loaded_model import LoadedModel
     from fhopt.plan.latent_plan import LatentPlan
-    from fhopt.refine.options import Gate
-    from fhopt.refine.page_options import PagingOptions
+    from fhopt.planning.pipeline import FittedPlan
+    from fhopt.planning.request import PlanRequest
 
 
 @main.command()
@@ -78,23 +75,22 @@ def calibrate(
 
     import torch
 
-    from fhopt.calibration.run import measure
     from fhopt.calibration.statistics_file import save_statistics
     from fhopt.inspection.progress_file import ProgressFile, beside
     from fhopt.models.loader import load_model
     from fhopt.parallel import collectives
+    from fhopt.planning.pipeline import calibrate_source, text_source
     from fhopt.system import peak_megabytes
 
     with busy("loading", as_json):
         loaded = load_model(model, getattr(torch, dtype), where)
     with progress_bar(as_json, CALIBRATING) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         shown("finding attention", 0, 1)
-        measured = measure(loaded, chosen, progress, layouts)
+        measured = calibrate_source(text_source(loaded), chosen, progress, layouts)
         if collectives.leave() > 0:  # the first process writes
             return
         took = {"seconds": round(time.monotonic() - began, 1), "peak_megabytes": round(peak_megabytes())}
-        measured.provenance["calibration"] = took | {"dtype": dtype}
-        save_statistics(measured, out)
+        save_statistics(measured.with_provenance(calibration=took | {"dtype": dtype}), out)
     about: dict[str, Any] = {
         "dtype": dtype,
         "sites": len(measured.sites),
@@ -184,14 +180,16 @@ def fit(
     The same command resumes an interrupted calibration. Under torchrun the processes share the calibration. For models
     larger than one device: --device-map. With --statistics nothing is calibrated.
     """
+    from fhopt.planning.request import read_request
+
     out = Path(os.path.abspath(out))
-    limit = _read_size(ratios, bytes_per_token, max_loss, gate_texts, has_pages=pages is not None or mass is not None)
-    given = dict(ratio=ratios[0] if ratios else 4.0, window_bits=int(window_bits), **options)
-    chosen, measured = _read_options(invoked, statistics_file, out, given)
-    chosen, paged = _with_pages(chosen, pages, mass)
+    options |= {"window_bits": int(window_bits), "checkpoint": out.with_name(f".{out.name}.calibration")}
+    request = read_request(
+        ratio=ratios, bytes_per_token=bytes_per_token, max_loss=max_loss, gate_texts=gate_texts, pages=pages, mass=mass,
+        statistics=statistics_file, options=options, given={name for name in options if _is_given(invoked, name)},
+    )  # fmt: skip
     _check_places(out, explain)
-    wanted = _Wanted(bytes_per_token, limit, paged)
-    if model is None and (measured is None or wanted.runs_model):
+    if model is None and request.needs_model:
         raise FhoptError(
             "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
             "Try fhopt fit demo -o PLAN."
@@ -208,174 +206,40 @@ def fit(
     from fhopt.models.loader import load_model
 
     loaded = None
-    if model is not None and (measured is None or wanted.runs_model):
+    if model is not None and request.needs_model:
         with busy("loading", as_json):
-            dtype = calibration_dtype(model, dtype, device_map, is_measured=wanted.runs_model)
+            dtype = calibration_dtype(model, dtype, device_map, is_measured=request.runs_model)
             loaded = load_model(model, getattr(torch, dtype), where)
-        if measured is not None:
-            measured.check_model(loaded)
-    fitted = _fitted(loaded, chosen, measured, wanted, dtype, beside=out, as_json=as_json)
+    fitted = _fitted(loaded, request, dtype, beside=out, as_json=as_json)
     if fitted is None:  # another process writes
         return
     fitted.plan.save(out)
     if explain is not None:
-        explain_plan(fitted.measured, fitted.plan, explain)
-    _show_plan(fitted.plan, chosen.tokens, out, fitted.trials, as_json)
-    if chosen.layout == AUTO and chosen.device is None:
-        _show_device(fitted.plan, chosen.tokens, as_json)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What a plan is to have beside its options: bytes of a token, a largest loss, page selection."""
-
-    bytes_per_token: float | None
-    limit: Gate | None
-    paged: PagingOptions | None
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether the model is needed though it is calibrated."""
-        return self.limit is not None or self.paged is not None
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """A plan, the calibration behind it, and the losses of plans that were tried, by their ratios."""
-
-    plan: LatentPlan
-    measured: Calibration
-    trials: dict[float, Comparison]
+        explain_plan(fitted.calibration, fitted.plan, explain)
+    tokens = request.options.tokens
+    _show_plan(fitted.plan, tokens, out, fitted.trials, as_json)
+    if request.options.layout == AUTO and request.options.device is None:
+        _show_device(fitted.plan, tokens, as_json)
 
 
 def _fitted(
-    loaded: LoadedModel | None, chosen: FitOptions, measured: Calibration | None, wanted: _Wanted, dtype: str, *,
-    beside: Path, as_json: bool,
-) -> _Fitted | None:  # fmt: skip
-    """Calibrate where there is no calibration, and fit; None in all processes but the first. Raises FhoptError.
-
-    loaded: None where the model is not run. beside: where the plan goes.
-    """
-    from fhopt.calibration.run import measure, plan_for
+    loaded: LoadedModel | None, request: PlanRequest, dtype: str, *, beside: Path, as_json: bool
+) -> FittedPlan | None:
+    """Run the pipeline, and show and record its progress beside the plan; None in all processes but the first."""
     from fhopt.inspection import progress_file
-    from fhopt.parallel import collectives
-    from fhopt.refine import loss_target, page_budget, page_options
+    from fhopt.planning.pipeline import fit_in_first_process, text_source
 
-    limit, paged = wanted.limit, wanted.paged
-    if paged is not None and loaded is not None:
-        paged = page_options.for_model(loaded, paged, chosen.block, chosen.window.first_length)
-    held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None and loaded is not None else None
-    shares = (CALIBRATING if measured is None else {}) | {"plan": 1.0}
-    shares |= ({"gate": 10.0} if limit is not None else {}) | ({"pages": 10.0} if paged is not None else {})
+    shares = (CALIBRATING if request.calibration is None else {}) | {"plan": 1.0}
+    shares |= ({"gate": 10.0} if request.gate else {}) | ({"pages": 10.0} if request.pages else {})
     kept = progress_file.ProgressFile(progress_file.beside(beside))
     with progress_bar(as_json, shares) as shown, kept.kept(shown) as progress:
-        if measured is None:
-            assert loaded is not None
+        if request.calibration is None:
             shown("finding attention", 0, 1)
-            measured = measure(loaded, chosen, progress)
-            measured.provenance["calibration"] = {"dtype": dtype}
-        if collectives.leave() > 0:
-            return None
-        if wanted.bytes_per_token is not None:
-            chosen = replace(chosen, ratio=_ratio_of(measured, wanted.bytes_per_token, chosen.tokens))
-            chosen.check()
-        shown("plan", 0, 1)
-        trials: dict[float, Comparison] = {}
-        if limit is None or held_out is None or loaded is None:
-            plan = plan_for(measured, chosen)
-        else:
-            plan, trials = loss_target.smallest_plan(loaded, measured, chosen, limit, held_out, progress)
-        if paged is not None and loaded is not None:
-            plan = page_budget.calibrate(loaded, plan, paged, progress)
-    return _Fitted(plan, measured, trials)
-
-
-def _read_size(
-    ratios: tuple[float, ...], bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
-    *, has_pages: bool,
-) -> Gate | None:  # fmt: skip
-    """Return the loss target, None where there is none. Raises FhoptError where a plan has not one size."""
-    if len(ratios) > 1:
-        raise FhoptError(
-            f"--ratio was given {len(ratios)} times, and a plan has one size; expected it once. For plans of several "
-            f"sizes from one calibration: fhopt plans fit MODEL {' '.join(f'--ratio {ratio:g}' for ratio in ratios)}, "
-            "or fhopt calibrate, and fhopt fit --statistics for each."
-        )
-    if bool(ratios) + (bytes_per_token is not None) + (max_loss is not None) > 1:
-        raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
-    limit = _read_gate(max_loss, gate_texts)
-    if limit is not None and has_pages:
-        raise FhoptError(
-            "--max-loss is measured with all pages read; expected it, or --pages and --mass. Find the ratio first, "
-            "then fit with --ratio and --pages, and measure that plan: fhopt eval."
-        )
-    return limit
-
-
-def _read_options(
-    invoked: click.Context, statistics_file: Path | None, out: Path, given: dict[str, Any]
-) -> tuple[FitOptions, Calibration | None]:
-    """Return checked options, and the calibration where there is a file of one, which decides some of them."""
-    from fhopt.calibration.options import FitOptions
-
-    measured = None
-    if statistics_file is None:
-        chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **given)
-    else:
-        _check_decided(invoked)
-        from fhopt.calibration.statistics_file import load_statistics
-
-        measured = load_statistics(statistics_file)
-        decided = {name: getattr(measured.options, name) for name in CALIBRATION_OPTIONS}
-        if not _is_given(invoked, "tokens"):
-            decided["tokens"] = measured.options.tokens
-        chosen = FitOptions(**(given | decided))
-    chosen.check()
-    return chosen, measured
-
-
-def _with_pages(chosen: FitOptions, pages: str | None, mass: str | None) -> tuple[FitOptions, PagingOptions | None]:
-    """Return options, without segments where pages are selected, and what was asked of these. Raises FhoptError."""
-    from fhopt.plan.site_plan import no_pages
-    from fhopt.refine import page_options
-
-    paged = page_options.read_options(pages, mass, chosen.texts)
-    if paged is None:
-        return chosen, None
-    if chosen.segment is None:
-        chosen = replace(chosen, segment=0)
-    if chosen.segment_tokens:
-        raise no_pages()
-    paged.check(chosen.block, chosen.window.first_length)
-    return chosen, paged
+        return fit_in_first_process(text_source(loaded), request, progress, calibration={"dtype": dtype})
 
 
 def _is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-
-
-def _check_decided(context: click.Context) -> None:
-    """Raise FhoptError when an option is given that the statistics have decided."""
-    given = [name for name in CALIBRATION_OPTIONS if _is_given(context, name)]
-    if given:
-        option = "data" if given[0] == "texts" else given[0].replace("_", "-")
-        raise FhoptError(
-            f"--{option} belongs to the calibration, which --statistics has done; expected one of the two. Calibrate "
-            f"again with it: fhopt calibrate MODEL --{option} ... -o FILE."
-        )
-
-
-def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
-    """Read the loss target of --max-loss and --gate-data. Raises FhoptError."""
-    from fhopt.refine.options import Gate, parse_loss
-
-    if max_loss is None:
-        if texts:
-            raise FhoptError("--gate-data is the text for --max-loss; expected both or neither.")
-        return None
-    limit = Gate(parse_loss(max_loss), texts)
-    limit.check()
-    return limit
 
 
 def _check_places(out: Path, picture: Path | None) -> None:
@@ -387,19 +251,6 @@ def _check_places(out: Path, picture: Path | None) -> None:
     check_writable(out.parent)
     if picture is not None:
         check_picture(picture)
-
-
-def _ratio_of(measured: Any, bytes_per_token: float, tokens: int) -> float:
-    """Return how many times smaller a cache of `tokens` tokens is that takes so many bytes for each of them."""
-    from fhopt.plan.cache_size import exact_bytes, layers_of
-
-    sites = [s.site for s in measured.statistics.values()]
-    exact = exact_bytes(sites, tokens, layers_of(measured.provenance)) / tokens
-    if not 0 < bytes_per_token <= exact:
-        raise FhoptError(
-            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,.0f} (the exact KV cache)."
-        )
-    return float(exact / bytes_per_token)
 
 
 def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:

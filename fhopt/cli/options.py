@@ -22,7 +22,6 @@ from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that look at a model, and their shares
-CALIBRATING = {"finding attention": 1.0, "moments": 4.0, "rates": 4.0, "losses": 3.0}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -148,11 +147,6 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-CALIBRATION_OPTIONS = (  # names, of those that a file of statistics has decided; it was made for `tokens`, no more
-    "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "segment", "seed",
-)  # fmt: skip
 
 
 def _count(name: str, default: int, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -11,7 +11,6 @@ import click
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN
 from fhopt.cli.options import (
-    CALIBRATING,
     busy,
     calibration_options,
     json_option,
@@ -20,10 +19,11 @@ from fhopt.cli.options import (
     progress_bar,
 )
 from fhopt.fitting.codes import AUTO, CHOICES
+from fhopt.planning.request import CALIBRATING
 
 if TYPE_CHECKING:
-    from fhopt.calibration.plan_store import Entry
     from fhopt.models.loaded_model import LoadedModel
+    from fhopt.planning.plan_store import Entry
 
 
 @main.group(invoke_without_command=True)
@@ -35,13 +35,13 @@ def plans(context: click.Context, as_json: bool) -> None:
     In other commands: --plan "$(fhopt plans path NAME)".
     """
     if context.invoked_subcommand is None:
-        from fhopt.calibration.plan_store import entries
+        from fhopt.planning.plan_store import entries
 
         _show_plans(entries(), as_json)
 
 
 def _show_plans(results: list[Entry], as_json: bool) -> None:
-    from fhopt.calibration.plan_store import table
+    from fhopt.planning.plan_store import table
 
     if as_json:
         print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in results]})
@@ -75,8 +75,8 @@ def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: A
     for ratio in ratios:
         replace(chosen, ratio=ratio).check()
 
-    from fhopt.calibration.plan_store import fit_ratios
     from fhopt.models.loader import load_model
+    from fhopt.planning.plan_store import fit_ratios
 
     with progress_bar(as_json, {"loading": 1.0} | CALIBRATING) as progress:
         progress("loading", 0, 1)
@@ -91,8 +91,8 @@ def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: A
 @json_option
 def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
     """Store copies of plans that `fhopt fit` wrote."""
-    from fhopt.calibration.plan_store import add
     from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.planning.plan_store import add
 
     _show_plans([add(LatentPlan.load(path)) for path in paths], as_json)
 
@@ -102,7 +102,7 @@ def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
 @json_option
 def plan_path(name: str, as_json: bool) -> None:
     """Print the folder of the plan whose name or digest begins with NAME."""
-    from fhopt.calibration.plan_store import find
+    from fhopt.planning.plan_store import find
 
     result = find(name)
     if as_json:
@@ -117,7 +117,7 @@ def plan_path(name: str, as_json: bool) -> None:
 @json_option
 def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Check all bytes of plans and report damaged ones; exit code 1 where there are any."""
-    from fhopt.calibration.plan_store import entries, find, verify
+    from fhopt.planning.plan_store import entries, find, verify
 
     asked = [find(n) for n in names] if names else entries()
     loaded = _loaded(model, as_json) if model else None
@@ -140,7 +140,7 @@ def _loaded(model: str, as_json: bool) -> LoadedModel:
 @json_option
 def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
     """Remove damaged plans, and files that interrupted commands left more than a day ago."""
-    from fhopt.calibration.plan_store import prune
+    from fhopt.planning.plan_store import prune
 
     done = prune(keep, dry_run)
     if as_json:

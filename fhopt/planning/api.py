@@ -1,44 +1,82 @@
-"""Calibrating a model and fitting a plan from Python: `fhopt.fit`."""
+"""Fitting a plan from Python: `fhopt.fit`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt.calibration import options as calibration_options
-from fhopt.calibration import run
+from fhopt.calibration.options import DEFAULT_TEXTS
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
+from fhopt.plan.expected_loss import calibration_warning
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning.pipeline import FitSource, batches_source, fit_plan, text_source
+from fhopt.planning.request import PlanRequest, read_request
 
 
 def fit(
-    model: torch.nn.Module,
+    model: torch.nn.Module | None,
     tokenizer: Any = None,
     *,
-    text: str | tuple[str, ...] = calibration_options.DEFAULT_TEXTS,
+    text: str | Sequence[str] | None = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
-    ratio: float = 4.0,
+    statistics: str | Path | None = None,
+    ratio: float | None = None,
+    bytes_per_token: float | None = None,
+    max_loss: float | str | None = None,
+    gate_text: str | Sequence[str] = (),
+    pages: float | str | None = None,
+    mass: float | str | None = None,
     **options: Any,
 ) -> LatentPlan:
-    """Calibrate a model and fit a plan for it.
+    """Calibrate a model and fit a plan for it: `fhopt fit` from Python, with the same options and defaults.
 
     A causal language model with its tokenizer is calibrated on `text`: a file, a folder or a built-in name (see
     `fhopt.texts.tokens`), or several. Any other module is calibrated on `batches`: dicts of keyword arguments, all of
-    the same shapes; its output counts as logits where the model calls it so. options: the other fields of
-    `fhopt.calibration.options.FitOptions`, such as `device="here"` for a plan that is fast on this CPU. Raises
-    FhoptError for options that cannot work and models without attention.
+    the same shapes; its output counts as logits where the model calls it so. statistics: file of `fhopt calibrate`, in
+    place of a calibration; the model is then needed for `max_loss` and `pages` only.
+
+    One of these chooses the size: ratio, how many times smaller than the 16-bit KV cache (default 4); bytes_per_token;
+    max_loss, the largest increase of perplexity, such as 0.01 or "1%", measured on the second half of `gate_text`
+    (default: of `text`). pages: page selection, the share of quantized tokens that a decode step reads on average,
+    such as "1/8". mass: read fewer pages as long as this share of attention weight is read. options: other fields of
+    `fhopt.calibration.options.FitOptions`, such as `device="here"` for a plan that is fast on this CPU.
+
+    Raises FhoptError for options that cannot work and models without attention. Warns if the bases were fitted to too
+    few tokens.
     """
-    texts = (text,) if isinstance(text, str) else tuple(text)
-    chosen = calibration_options.FitOptions(texts=texts, ratio=ratio, **options)
+    texts = DEFAULT_TEXTS if text is None else (text,) if isinstance(text, str) else tuple(text)
+    given = {*options, *(() if text is None else ("texts",))}
+    request = read_request(
+        ratio=ratio, bytes_per_token=bytes_per_token, max_loss=max_loss,
+        gate_texts=(gate_text,) if isinstance(gate_text, str) else gate_text, pages=pages, mass=mass,
+        statistics=statistics, options={"texts": texts} | options, given=given,
+        has_texts=batches is None,
+    )  # fmt: skip
+    plan = fit_plan(_source(model, tokenizer, batches, request), request).plan
+    if warning := calibration_warning(plan):
+        warnings.warn(warning, UserWarning, stacklevel=2)
+    return plan
+
+
+def _source(
+    model: torch.nn.Module | None, tokenizer: Any, batches: Iterable[Mapping[str, Tensor]] | None, request: PlanRequest
+) -> FitSource:
+    """Return what the plan is fitted to. Raises FhoptError."""
     if batches is not None:
-        return run.plan_for(run.measure_module(model, batches, chosen), chosen)
-    if tokenizer is None:
+        if model is None or request.calibration is not None:
+            raise FhoptError("batches come with a model and without statistics; expected both. Pass one of the two.")
+        return batches_source(model, batches)
+    if not request.needs_model:
+        return text_source(None)
+    if model is None or tokenizer is None:
         raise FhoptError(
             "found neither a tokenizer nor batches; expected the tokenizer of a language model, or `batches=`, keyword "
             "arguments for any other module."
         )
-    return run.fit(LoadedModel(type(model).__name__, model, tokenizer), chosen)[0]
+    return text_source(LoadedModel(type(model).__name__, model, tokenizer))

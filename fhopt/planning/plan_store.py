@@ -30,7 +30,7 @@ from fhopt.system import cache_folder
 from fhopt.version import __version__
 
 if TYPE_CHECKING:  # names of plans are looked up before torch is imported
-    from fhopt.calibration import run
+    from fhopt.calibration.run import Calibration
     from fhopt.models.loaded_model import LoadedModel
     from fhopt.plan.latent_plan import LatentPlan
 
@@ -219,8 +219,9 @@ def fit_ratios(
 
     A calibration that was interrupted goes on. Raises FhoptError for options that cannot work.
     """
-    from fhopt.calibration import run
     from fhopt.models.rewritten_folder import weights_print
+    from fhopt.planning.pipeline import fit_plan, text_source
+    from fhopt.planning.request import PlanRequest
 
     wanted = list(dict.fromkeys(ratios))
     asked = {ratio: replace(options, ratio=ratio, checkpoint=None) for ratio in wanted}
@@ -234,25 +235,26 @@ def fit_ratios(
         name = _request(replace(options, ratio=1.0), weights)  # the same whatever the ratios
         calibration = _calibrate(loaded, asked[max(missing)], name, progress)
         for ratio in missing:
-            plan = run.plan_for(calibration, asked[ratio]).with_provenance(request=requests[ratio])
-            known[requests[ratio]] = add(plan)
+            fitted = fit_plan(text_source(None), PlanRequest(asked[ratio], calibration=calibration))
+            known[requests[ratio]] = add(fitted.plan.with_provenance(request=requests[ratio]))
     return [known[requests[ratio]] for ratio in wanted]
 
 
-def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> run.Calibration:
+def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> Calibration:
     """Calibrate with checkpoints beside the plans."""
-    from fhopt.calibration import run
+    from fhopt.planning.pipeline import calibrate_source, text_source
 
     folder = plans_folder()
     check_writable(folder)
-    return run.measure(loaded, replace(options, checkpoint=folder / f".{name}.calibration"), progress)
+    options = replace(options, checkpoint=folder / f".{name}.calibration")
+    return calibrate_source(text_source(loaded), options, progress)
 
 
 def _request(options: FitOptions, weights: str) -> str:
     """Return a hash of what a plan is fitted by: equal requests give equal plans."""
-    from fhopt.calibration import run
+    from fhopt.calibration.run import code_of
 
     about: dict[str, Any] = {k: v for k, v in asdict(options).items() if k != "checkpoint"}
-    about["code"] = run.code_of(options, options.mean_tokens)
+    about["code"] = code_of(options, options.mean_tokens)
     text = json.dumps(about | {"weights": weights, "version": __version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

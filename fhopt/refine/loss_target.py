@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import Calibration, plan_for
+from fhopt.calibration.run import Calibration, plan_from_calibration
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import Comparison
@@ -26,8 +26,6 @@ from fhopt.progress import Progress, silent
 from fhopt.refine.options import Gate
 from fhopt.texts import tokens
 
-RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12 %
-
 
 def smallest_plan(
     loaded: LoadedModel,
@@ -36,20 +34,19 @@ def smallest_plan(
     gate: Gate,
     ids: Tensor,
     progress: Progress = silent,
-    ratios: tuple[float, ...] = RATIOS,
 ) -> tuple[LatentPlan, dict[float, Comparison]]:
-    """Find the plan of the largest of the rising `ratios` that passes on ids [N, T] of `held_out`.
+    """Find the plan of the largest ratio of the gate that passes on ids [N, T] of `held_out`.
 
     Returns (plan, what was measured by ratio). Raises FhoptError when none passes.
     """
     gate.check()
     network = loaded.language_model()
     trials: dict[float, Comparison] = {}
-    rounds = (len(ratios) - 1).bit_length() + 1
+    rounds = (len(gate.ratios) - 1).bit_length() + 1
 
     def passes(ratio: float) -> bool:
         try:
-            plan = plan_for(calibration, replace(options, ratio=ratio))
+            plan = plan_from_calibration(calibration, replace(options, ratio=ratio))
         except FhoptError:  # so small that sinks and window alone take more
             if not trials:
                 raise
@@ -59,7 +56,7 @@ def smallest_plan(
         low_high = trials[ratio].increase_percent_ci
         return low_high is not None and low_high[1] <= 100 * gate.max_loss
 
-    best = _largest(ratios, passes)
+    best = _largest(gate.ratios, passes)
     if best is None:
         mildest = min(trials)
         raise FhoptError(
@@ -67,7 +64,7 @@ def smallest_plan(
             f"{trials[mildest].increase_percent:+.2f} % ({_range(trials[mildest])}) on {ids.numel()} held-out tokens. "
             "Allow more loss, measure on more tokens, or calibrate on more text."
         )
-    plan = plan_for(calibration, replace(options, ratio=best))
+    plan = plan_from_calibration(calibration, replace(options, ratio=best))
     progress("gate", rounds, rounds)
     passed: dict[str, Any] = asdict(trials[best]) | {
         "max_loss": gate.max_loss,

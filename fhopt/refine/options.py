@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
 
 LEAST_SEQUENCES = 4  # fewer say nothing of other text
+RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12 %
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ class Gate:
     """The largest loss that a plan may have, and the held-out text on which it is measured.
 
     max_loss: increase of perplexity, as a share (0.01 = 1 %). texts: their second halves are read; none: those of the
-    calibration. sequences: of `context` tokens, over all texts.
+    calibration. sequences: of `context` tokens, over all texts. ratios: rising; the largest that passes is searched.
     """
 
     max_loss: float
     texts: tuple[str, ...] = ()
     sequences: int = 4
     context: int = 2048
+    ratios: tuple[float, ...] = RATIOS
 
     def check(self) -> None:
         """Raise FhoptError for limits that no plan or every plan passes."""
@@ -88,9 +90,9 @@ class Gate:
             )
 
 
-def parse_loss(text: str) -> float:
-    """Read a loss such as `1%` or `0.01` as a share. Raises FhoptError."""
+def read_loss(loss: float | str) -> float:
+    """Read a loss such as 0.01, `1%` or `0.01` as a share. Raises FhoptError."""
     try:
-        return parse_share(text)
-    except ValueError:
-        raise FhoptError(f"{text!r} is not a share; expected a number such as 1% or 0.01.") from None
+        return parse_share(loss) if isinstance(loss, str) else float(loss)
+    except (TypeError, ValueError):
+        raise FhoptError(f"{loss!r} is not a share; expected a number such as 1% or 0.01.") from None

@@ -68,15 +68,15 @@ class PagingOptions:
         return exact + -(-LEAST_PAGES * self.tokens // block) * block + PIECE + LAST
 
 
-def read_options(pages: str | None, mass: str | None, texts: tuple[str, ...]) -> PagingOptions | None:
-    """Make options from shares as a user writes them; None without any. A mass alone may read half of the pages.
+def read_options(pages: float | str | None, mass: float | str | None, texts: tuple[str, ...]) -> PagingOptions | None:
+    """Make options from shares, numbers or text as a user writes them; None without any.
 
-    Raises FhoptError.
+    A mass alone may read half of the pages. Raises FhoptError.
     """
     if pages is None and mass is None:
         return None
-    share = MASS_SHARE if pages is None else parse_page_share(pages)
-    return PagingOptions(share=share, mass=None if mass is None else parse_page_share(mass), texts=texts)
+    share = MASS_SHARE if pages is None else read_page_share(pages)
+    return PagingOptions(share=share, mass=None if mass is None else read_page_share(mass), texts=texts)
 
 
 def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: int) -> PagingOptions:
@@ -100,11 +100,11 @@ def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: in
     return limited
 
 
-def parse_page_share(text: str) -> float:
-    """Read a share of pages or of weight: "1/8", "0.125" or "12.5%". Raises FhoptError."""
+def read_page_share(text: float | str) -> float:
+    """Read a share of pages or of weight: 0.125, "1/8", "0.125" or "12.5%". Raises FhoptError."""
     try:
-        share = parse_share(text)
-    except ValueError:
+        share = parse_share(text) if isinstance(text, str) else float(text)
+    except (TypeError, ValueError):
         share = 0.0
     if not 0 < share <= 1:
         raise FhoptError(f"{text!r} is not a share; expected one such as 1/8, 0.125 or 12.5%, above 0 and at most 1.")

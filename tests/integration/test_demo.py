@@ -70,14 +70,14 @@ def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:
     import fhopt
     from fhopt.cache.latent_cache import LatentCache
     from fhopt.calibration.options import FitOptions
-    from fhopt.calibration.run import fit
     from fhopt.models.loader import load_model
     from fhopt.passes import pipeline
+    from fhopt.planning.pipeline import fit_to_text
     from fhopt.texts import tokens
 
     loaded = load_model("demo")
     model = loaded.language_model()
-    plan, _ = fit(loaded, FitOptions(ratio=1, sequences=2, context=400, recent=128))
+    plan = fit_to_text(loaded, FitOptions(ratio=1, sequences=2, context=400, recent=128)).plan
     ids = tokens.sequences(loaded.tokenizer, tokens.read_text("source"), count=1, length=300, what="source")
     with torch.no_grad():
         expected = model(input_ids=ids).logits

@@ -11,8 +11,7 @@ from small_models import run, tiny_gpt2, tiny_llama
 from torch import Tensor
 
 import fhopt
-from fhopt.calibration import options as calibration_options
-from fhopt.calibration import run as calibration_run
+from fhopt.calibration.data import of_batches
 from fhopt.errors import FhoptError
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline as passes_pipeline
@@ -141,4 +140,4 @@ def test_keys_that_rotate_are_refused_with_the_reason() -> None:
 
 def test_no_batches_are_refused() -> None:
     with pytest.raises(FhoptError, match="there are no batches"):
-        calibration_run.measure_module(tiny_gpt2(), [], calibration_options.FitOptions(sequences=SEQUENCES, **OPTIONS))
+        of_batches(tiny_gpt2(), [])

@@ -9,6 +9,7 @@ from window_models import WINDOW, windowed
 
 import fhopt
 from fhopt.calibration import run
+from fhopt.calibration.data import CalibrationData
 from fhopt.fitting import fit_plan
 from fhopt.models.capture import capture
 
@@ -23,7 +24,7 @@ def test_generation_with_an_exact_plan_is_that_of_the_model_alone(name: str) -> 
     options = dict(max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
     alone = model.generate(ids, **options)
     captured = capture(model, (), {"input_ids": ids[:1, :16], "use_cache": False})
-    sites = run._sites(captured, name, None).sites.values()
+    sites = run.find_compressible(CalibrationData(captured, [], name=name)).sites.values()
     fhopt.apply(model, fit_plan.exact_plan(sites, recent=16, block=16))
     ours = model.generate(ids, **options)
     fhopt.unapply(model)

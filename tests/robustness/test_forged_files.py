@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fhopt
 from fhopt.calibration import run
+from fhopt.calibration.data import CalibrationData
 from fhopt.calibration.statistics_file import load_statistics, save_statistics
 from fhopt.errors import FhoptError
 from fhopt.files import read_tensors
@@ -161,8 +162,10 @@ def test_bases_that_cannot_be_are_refused(how: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def statistics(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = dict(llama.model.named_parameters())
-    measured = run.measure_batches(
-        llama.captured, sequences(), OPTIONS, weights, "tiny", layouts=("input", "band", "identity", "head")
+    measured = run.calibrate(
+        CalibrationData(llama.captured, sequences(), weights, "tiny"),
+        OPTIONS,
+        layouts=("input", "band", "identity", "head"),
     )
     path = tmp_path_factory.mktemp("statistics") / "tiny.stats"
     save_statistics(measured, path)
@@ -269,7 +272,7 @@ def test_forged_statistics_are_refused_or_work(statistics: Path, data: st.DataOb
     with refused_or_used():
         measured = load_statistics(tmp_path / "forged")
         options = replace(measured.options, layout=data.draw(st.sampled_from(["auto", "head"]), label="layout"))
-        use(run.plan_for(measured, options))
+        use(run.plan_from_calibration(measured, options))
 
 
 FILES = ("plan/plan.json", "fhopt.json", "config.json", "generation_config.json")

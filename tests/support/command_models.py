@@ -57,8 +57,8 @@ def broken() -> tuple[nn.Module, tuple[Tensor]]:
     return Broken(), (torch.randn(1, 6, 32),)
 
 
-def save_tiny_model(folder: Path) -> None:
-    """A Hugging Face folder with a tokenizer of letters."""
+def save_tiny_model(folder: Path, scale: float = 1.0) -> None:
+    """A Hugging Face folder with a tokenizer of letters. scale: of the weights."""
     from small_models import tiny_llama
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -67,4 +67,8 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    tiny_llama().save_pretrained(folder)
+    model = tiny_llama()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= scale
+    model.save_pretrained(folder)

@@ -11,8 +11,9 @@ from hand_plans import shared_plan
 from model_zoo import huggingface as zoo
 from torch import Tensor
 
+from fhopt.calibration.data import of_batches
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import measure_module, plan_for
+from fhopt.calibration.run import calibrate, plan_from_calibration
 from fhopt.fitting import fit_plan
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline
@@ -49,4 +50,4 @@ def fitted(name: str, ratio: float) -> LatentPlan:
     batches: list[dict[str, Any]] = [
         {"input_ids": ids(2, 64), "decoder_input_ids": ids(2, 64), "use_cache": False} for _ in range(10)
     ]
-    return plan_for(measure_module(model_of(name), batches, options), options)
+    return plan_from_calibration(calibrate(of_batches(model_of(name), batches), options), options)

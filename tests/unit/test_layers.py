@@ -32,7 +32,8 @@ def allowed() -> dict[str, set[str]]:
         if cell.startswith("anything"):
             found[name] = table.keys() - named
         else:
-            found[name] = named | (found["calibration"] if cell.startswith("what calibration may") else set())
+            above = re.match(r"what ([a-z]+) may", cell)
+            found[name] = named | (found[above[1]] if above else set())
     return found
 
 
@@ -155,5 +156,6 @@ def test_the_table_is_read_as_it_is_meant() -> None:
     assert allowed()["plan"] == set() and allowed()["cache"] == {"plan", "ops", "attention"}
     assert allowed()["passes"] == allowed()["codegen"] == {"plan", "ops"}
     assert allowed()["refine"] == allowed()["calibration"] | {"calibration", "evaluation", "cache"}
+    assert allowed()["planning"] == allowed()["refine"] | {"refine"}
     assert allowed()["backend"] == allowed().keys() - {"export", "lm_head", "serving", "inspection", "cli"}
     assert allowed()["cli"] == allowed().keys()

@@ -42,7 +42,7 @@ WITHOUT_A_FILE = {
     "fhopt/cache/layer_map": CACHES,
     "fhopt/cache/quantized_rows": CACHES,
     "fhopt/cache/store": CACHES,
-    "fhopt/calibration/api": "unit/calibration/test_run.py and every `fhopt.fit`",
+    "fhopt/calibration/data": "unit/calibration/test_run.py and unit/planning/test_pipeline.py",
     "fhopt/calibration/options": "unit/calibration/test_run.py and unit/cli/test_fit.py",
     "fhopt/cli/demo": "integration/test_demo.py",
     "fhopt/cli/demo_run": "integration/test_demo.py",

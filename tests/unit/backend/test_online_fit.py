@@ -131,7 +131,7 @@ def test_a_failing_fit_does_not_fail_the_call(monkeypatch: pytest.MonkeyPatch) -
     def fails(*args: Any) -> None:
         raise KeyError("something unforeseen")
 
-    monkeypatch.setattr("fhopt.backend.online_fit.fit", fails)
+    monkeypatch.setattr("fhopt.backend.online_fit.fit_recorded", fails)
     model = tiny_llama()
     model.compile(backend="flashhead", options={"calibration_tokens": 4096})
     gather(model, 9)

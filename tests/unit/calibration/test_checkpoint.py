@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fhopt.calibration import checkpoint, run
 from fhopt.calibration import options as calibration_options
+from fhopt.calibration.data import CalibrationData
 from fhopt.errors import FhoptError
 
 
@@ -62,9 +63,9 @@ def test_a_checkpoint_of_other_options_is_refused(llama: Fitted, tmp_path: Path)
         with pytest.raises(FhoptError, match=r"state\.moments is of another calibration"):
             measure(llama.captured, other)
     with pytest.raises(FhoptError, match="another calibration"):
-        run.measure_batches(llama.captured, sequences(), options, {}, "another model")
+        run.calibrate(CalibrationData(llama.captured, sequences(), {}, "another model"), options)
     with pytest.raises(FhoptError, match="another calibration"):  # the same options, other text
-        run.measure_batches(llama.captured, sequences(), options, {}, "tiny", data_digest="other")
+        run.calibrate(CalibrationData(llama.captured, sequences(), {}, "tiny", "other"), options)
 
 
 def test_a_checkpoint_serves_another_size_of_plan(llama: Fitted, tmp_path: Path) -> None:

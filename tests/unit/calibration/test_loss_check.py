@@ -16,6 +16,7 @@ from small_models import FAR, Fitted, found, numbered, tiny_llama, token_ids
 
 from fhopt import codegen
 from fhopt.calibration import loss_check, probe, run
+from fhopt.calibration.data import CalibrationData
 from fhopt.calibration.loss_check import check_losses
 from fhopt.calibration.offloaded_probe import find_dispatched
 from fhopt.calibration.statistics_file import load_statistics, save_statistics
@@ -95,14 +96,12 @@ def test_a_dispatched_model_is_checked_as_one_in_memory(llama: Fitted, tmp_path:
 def test_a_calibration_keeps_its_checks_and_its_plans_have_an_interval(llama: Fitted, tmp_path: Path) -> None:
     steps: list[tuple[str, int]] = []
     held_out = [(f"text {i}", batch) for i, batch in numbered(2, start=50)]
-    measured = run.measure_batches(
-        llama.captured, sequences(), OPTIONS, {}, "tiny", lambda stage, done, total: steps.append((stage, done)),
-        held_out=held_out,
-    )  # fmt: skip
+    data = CalibrationData(llama.captured, sequences(), name="tiny", held_out=held_out)
+    measured = run.calibrate(data, OPTIONS, lambda stage, done, total: steps.append((stage, done)))
     assert steps[-2:] == [("losses", 1), ("losses", 2)]
     assert [check["text"] for check in measured.provenance[CHECKS]] == [name for name, _ in held_out]
     save_statistics(measured, tmp_path / "stats")
-    plan = run.plan_for(load_statistics(tmp_path / "stats"), OPTIONS)
+    plan = run.plan_from_calibration(load_statistics(tmp_path / "stats"), OPTIONS)
     plan.save(tmp_path / "plan")
     loss = expected_loss(type(plan).load(tmp_path / "plan"))
     assert loss is not None and loss.interval is not None
@@ -113,8 +112,8 @@ def test_a_calibration_keeps_its_checks_and_its_plans_have_an_interval(llama: Fi
 
 
 def test_a_calibration_without_held_out_text_is_as_before(llama: Fitted) -> None:
-    measured = run.measure_batches(llama.captured, sequences(), OPTIONS, {}, "tiny")
-    loss = expected_loss(run.plan_for(measured, OPTIONS))
+    measured = run.calibrate(CalibrationData(llama.captured, sequences(), {}, "tiny"), OPTIONS)
+    loss = expected_loss(run.plan_from_calibration(measured, OPTIONS))
     assert CHECKS not in measured.provenance and loss is not None and loss.interval is None
 
 

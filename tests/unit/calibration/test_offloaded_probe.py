@@ -14,6 +14,7 @@ from small_models import found, numbered, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 from fhopt.calibration import checkpoint, options, probe, run
+from fhopt.calibration.data import of_batches
 from fhopt.calibration.offloaded_probe import find_dispatched, is_dispatched, outline
 from fhopt.errors import FhoptError
 from fhopt.hardware import float_products
@@ -38,10 +39,10 @@ def test_a_model_on_disk_gives_the_plan_of_one_in_memory(folder: Path) -> None:
     batches = [batch for _, batch in numbered(11)]
     whole, away = tiny_llama().double(), offloaded(folder)
     assert is_dispatched(away) and not is_dispatched(whole)
-    measured = [run.measure_module(model, batches, OPTIONS) for model in (whole, away)]
+    measured = [run.calibrate(of_batches(model, batches), OPTIONS) for model in (whole, away)]
     one, two = [checkpoint.named_moments(m.statistics) | checkpoint.named_costs(m.costs) for m in measured]
     assert largest_difference(two, one) < 1e-9  # float64, in the same order
-    plans = [run.plan_for(m, OPTIONS) for m in measured]
+    plans = [run.plan_from_calibration(m, OPTIONS) for m in measured]
     assert plans[0].provenance == plans[1].provenance
     for left, right in zip(plans[0].sites, plans[1].sites, strict=True):
         assert left.site == right.site and left.key.tiers == right.key.tiers
@@ -57,7 +58,7 @@ def test_products_in_float32_are_those_of_both_runs_of_a_block(folder: Path, mon
     for by_loops in (False, True):
         monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype, here=by_loops: here)
         model = offloaded(folder, torch.bfloat16)
-        measured = run.measure_module(model, batches, few)
+        measured = run.calibrate(of_batches(model, batches), few)
         sums.append(checkpoint.named_moments(measured.statistics))
     assert largest_difference(sums[1], sums[0]) < 0.2  # rounding to bfloat16; with a weight transposed above 1
 
@@ -108,7 +109,7 @@ def test_a_dispatched_module_that_is_not_a_model_of_transformers_is_refused() ->
 
     module = cpu_offload(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.device("cpu"))
     with pytest.raises(FhoptError, match=r"not a model of transformers.*Calibrate it on one device"):
-        run.measure_module(module, [{"input": torch.zeros(1, 4)}], OPTIONS)
+        run.calibrate(of_batches(module, [{"input": torch.zeros(1, 4)}]), OPTIONS)
 
 
 def test_attention_that_a_model_writes_out_is_refused_on_several_devices() -> None:

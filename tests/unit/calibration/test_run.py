@@ -13,6 +13,7 @@ from small_models import Fitted, cached, tiny_llama, token_ids
 
 import fhopt
 from fhopt.calibration import run
+from fhopt.calibration.data import CalibrationData, of_batches
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, switched
@@ -39,10 +40,10 @@ def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: F
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
     weights = dict(llama.model.named_parameters())
     both = [
-        run.measure_batches(llama.captured, batches, options, weights, "tiny")
+        run.calibrate(CalibrationData(llama.captured, batches, weights, "tiny"), options)
         for options in (OPTIONS, FitOptions(**{**vars(OPTIONS), "mean_tokens": 0}))
     ]
-    assert [run.plan_for(measured, OPTIONS).mean_tokens for measured in both] == [16, 0]
+    assert [run.plan_from_calibration(measured, OPTIONS).mean_tokens for measured in both] == [16, 0]
     for name, centred in both[0].statistics.items():
         plain = both[1].statistics[name]
         for side in ("key", "value"):
@@ -50,8 +51,8 @@ def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: F
                 getattr(statistics, side).moment.diagonal(dim1=1, dim2=2).sum() for statistics in (centred, plain)
             ]
             assert not torch.allclose(moments[0], moments[1], rtol=1e-3)
-    module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
-    assert run.plan_for(module, OPTIONS).mean_tokens == 0
+    module = run.calibrate(of_batches(tiny_llama(), [batch | {"use_cache": False} for batch in batches]), OPTIONS)
+    assert run.plan_from_calibration(module, OPTIONS).mean_tokens == 0
 
 
 def test_small_plans_have_trellis_codes_where_these_are_read(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,15 +60,17 @@ def test_small_plans_have_trellis_codes_where_these_are_read(llama: Fitted, monk
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
     weights = dict(llama.model.named_parameters())
     measured, plain = (
-        run.measure_batches(llama.captured, batches, replace(OPTIONS, mean_tokens=means), weights, "tiny")
+        run.calibrate(CalibrationData(llama.captured, batches, weights, "tiny"), replace(OPTIONS, mean_tokens=means))
         for means in (16, 0)
     )
 
     def has_trellis(calibration: run.Calibration, **options: Any) -> bool:
-        return run.plan_for(calibration, replace(OPTIONS, ratio=6, bits=(1, 2, 4, 8), **options)).has_trellis
+        return run.plan_from_calibration(
+            calibration, replace(OPTIONS, ratio=6, bits=(1, 2, 4, 8), **options)
+        ).has_trellis
 
     assert has_trellis(measured) and has_trellis(measured, device="cpu")
-    assert not run.plan_for(measured, OPTIONS).has_trellis  # 4x
+    assert not run.plan_from_calibration(measured, OPTIONS).has_trellis  # 4x
     assert not has_trellis(plain) and has_trellis(plain, code="trellis")
     assert not has_trellis(measured, code="uniform")
     assert run.code_of(replace(OPTIONS, ratio=8, device="h100"), 16) == "uniform"
@@ -86,14 +89,16 @@ def test_keys_are_relative_to_segments_where_a_plan_has_means(llama: Fitted) -> 
 
     def plan_with(**changes: Any) -> LatentPlan:
         options = replace(OPTIONS, **changes)
-        return run.plan_for(run.measure_batches(llama.captured, batches, options, weights, "tiny"), options)
+        return run.plan_from_calibration(
+            run.calibrate(CalibrationData(llama.captured, batches, weights, "tiny"), options), options
+        )
 
     assert [s.segment for s in plan_with().sites] == [512] * len(llama.outcome.sites)
     assert plan_with(segment=64).segment == 64
     assert plan_with(mean_tokens=0).segment == plan_with(segment=0).segment == plan_with(ratio=1.0).segment == 0
     assert replace(OPTIONS, device="h100").segment_tokens == 0  # no kernel of a GPU turns queries
-    module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
-    assert run.plan_for(module, OPTIONS).segment == 0
+    module = run.calibrate(of_batches(tiny_llama(), [batch | {"use_cache": False} for batch in batches]), OPTIONS)
+    assert run.plan_from_calibration(module, OPTIONS).segment == 0
 
 
 @pytest.mark.parametrize("segment", [-64, 100, 32, 1 << 20])

@@ -12,6 +12,7 @@ from window_models import WINDOW, windowed
 
 import fhopt
 from fhopt.calibration import run
+from fhopt.calibration.data import CalibrationData
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import latent_cache
 from fhopt.models.capture import Captured
@@ -22,7 +23,7 @@ GEMMA: dict[str, Any] = dict(num_hidden_layers=2, layer_types=["sliding_attentio
 
 
 def fitted(captured: Captured) -> list[str]:
-    return [site.name for site in run._sites(captured, "model", None).sites.values()]
+    return [site.name for site in run.find_compressible(CalibrationData(captured, [], name="model")).sites.values()]
 
 
 @pytest.mark.parametrize("tokens", [16, WINDOW + 16])
@@ -37,7 +38,7 @@ def test_a_model_in_which_every_layer_slides_is_fitted_and_refused_where_windows
     assert len(fitted(found(windowed("mistral"))[0])) == 2
     captured, _ = found(windowed("mistral", sliding_window=LEAST_SLIDING - 1))
     with pytest.raises(FhoptError, match=f"windows of at most {LEAST_SLIDING - 1}"):
-        run._sites(captured, "model", None)
+        run.find_compressible(CalibrationData(captured, [], name="model"))
 
 
 @pytest.mark.slow

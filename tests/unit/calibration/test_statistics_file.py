@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_models import Fitted
 
 from fhopt.calibration import run, statistics_file
+from fhopt.calibration.data import CalibrationData
 from fhopt.calibration.statistics_file import load_statistics, save_statistics
 from fhopt.errors import FhoptError
 
@@ -21,7 +22,7 @@ LAYOUTS = ("input", "band", "identity", "head")
 @pytest.fixture(scope="module")
 def measured(llama: Fitted) -> run.Calibration:
     weights = dict(llama.model.named_parameters())
-    return run.measure_batches(llama.captured, sequences(), OPTIONS, weights, "tiny", layouts=LAYOUTS)
+    return run.calibrate(CalibrationData(llama.captured, sequences(), weights, "tiny"), OPTIONS, layouts=LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_plans_are_those_of_the_calibration(
     measured: run.Calibration, file: Path, ratio: float, layout: str, device: str | None
 ) -> None:
     options = replace(OPTIONS, ratio=ratio, layout=layout, device=device)
-    read, made = (run.plan_for(calibration, options) for calibration in (load_statistics(file), measured))
+    read, made = (run.plan_from_calibration(calibration, options) for calibration in (load_statistics(file), measured))
     assert read.provenance == made.provenance
     assert read.mean_tokens == made.mean_tokens == (OPTIONS.mean_tokens if ratio > 1 else 0)
     for a, b in zip(read.sites, made.sites, strict=True):
@@ -51,7 +52,7 @@ def test_sites_of_a_plan_keep_the_order_of_the_model(measured: run.Calibration, 
     reversed_names = list(measured.statistics)[::-1]  # as layer 10 comes behind layer 9, but not by name
     other = replace(measured, statistics={name: measured.statistics[name] for name in reversed_names})
     save_statistics(other, tmp_path / "other.stats")
-    plan = run.plan_for(load_statistics(tmp_path / "other.stats"), replace(OPTIONS, ratio=4.0))
+    plan = run.plan_from_calibration(load_statistics(tmp_path / "other.stats"), replace(OPTIONS, ratio=4.0))
     assert [one.site.name for one in plan.sites] == reversed_names
 
 
@@ -63,22 +64,24 @@ def test_a_file_of_before_there_were_segments_is_of_keys_as_they_were(
     save_statistics(measured, tmp_path / "old.stats")
     old = load_statistics(tmp_path / "old.stats")
     assert old.options.segment == 0 and not any(s.segment for s in old.statistics.values())
-    assert run.plan_for(old, replace(OPTIONS, ratio=4.0)).segment == 0
+    assert run.plan_from_calibration(old, replace(OPTIONS, ratio=4.0)).segment == 0
 
 
 def test_one_calibration_gives_the_plans_that_calibrating_for_each_gives(llama: Fitted, file: Path) -> None:
     weights = dict(llama.model.named_parameters())
     for layout, device, ratio in (("auto", None, 4.0), ("auto", "h100", 2.0), ("head", None, 4.0)):
         options = replace(OPTIONS, ratio=ratio, layout=layout, device=device, segment=512)
-        alone = run.plan_for(run.measure_batches(llama.captured, sequences(), options, weights, "tiny"), options)
-        assert run.plan_for(load_statistics(file), options).digest() == alone.digest()
+        alone = run.plan_from_calibration(
+            run.calibrate(CalibrationData(llama.captured, sequences(), weights, "tiny"), options), options
+        )
+        assert run.plan_from_calibration(load_statistics(file), options).digest() == alone.digest()
 
 
 def test_a_layout_that_was_not_measured_is_refused(file: Path) -> None:
     with pytest.raises(FhoptError, match="no bases of the layout freq; expected one of band, head, identity"):
-        run.plan_for(load_statistics(file), replace(OPTIONS, layout="freq"))
+        run.plan_from_calibration(load_statistics(file), replace(OPTIONS, layout="freq"))
     with pytest.raises(FhoptError, match="its keys rotate"):
-        run.plan_for(load_statistics(file), replace(OPTIONS, layout="input"))
+        run.plan_from_calibration(load_statistics(file), replace(OPTIONS, layout="input"))
 
 
 def test_what_is_no_file_of_statistics_is_refused(file: Path, tmp_path: Path) -> None:

@@ -6,36 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from command_models import call, save_tiny_model
-from hand_plans import SITE
 from small_models import Fitted
 
-from fhopt.cli.fit import _ratio_of, _show_device, _show_plan
-from fhopt.errors import FhoptError
+from fhopt.cli.fit import _show_device, _show_plan
 from fhopt.fitting import fit_plan
 from fhopt.fitting.statistics import empty_statistics
-from fhopt.plan.cache_size import CacheLayer, record_of
 from fhopt.plan.site import AttentionSite
-
-
-def test_bytes_of_a_token_are_those_of_what_windows_hold() -> None:
-    """One layer of all tokens and one of a sliding window, which holds a sixteenth of them."""
-    numbers = SITE.exact_numbers_per_token
-    sites = {name: replace(SITE, name=name) for name in ("layers.0", "layers.1")}
-    layers = [CacheLayer("layers.0", numbers=numbers), CacheLayer("layers.1", "sliding", 512, numbers=numbers)]
-    measured = SimpleNamespace(
-        statistics={name: SimpleNamespace(site=site) for name, site in sites.items()}, provenance=record_of(layers)
-    )
-    exact = 2 * numbers * (1 + 1 / 16)
-    assert _ratio_of(measured, exact / 4, 8192) == pytest.approx(4)
-    with pytest.raises(FhoptError, match=f"at most {exact:,.0f} "):
-        _ratio_of(measured, 1.01 * exact, 8192)
 
 
 @pytest.mark.parametrize(

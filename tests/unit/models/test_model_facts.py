@@ -12,6 +12,7 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.calibration import run
+from fhopt.calibration.data import CalibrationData
 from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
 from fhopt.models.capture import capture
@@ -43,7 +44,7 @@ def test_an_exact_plan_on_attention_by_hand_changes_no_number() -> None:
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         captured = capture(model, (), {"input_ids": ids[:, :16], "use_cache": False})
-        sites = run._sites(captured, "git", None).sites.values()
+        sites = run.find_compressible(CalibrationData(captured, [], name="git")).sites.values()
         fhopt.apply(model, fit_plan.exact_plan(sites, recent=8, block=8))
         found = model(input_ids=ids, use_cache=True).logits
     fhopt.unapply(model)

@@ -20,7 +20,7 @@ from fhopt.plan.latent_plan import LatentPlan
 def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> None:
     """Two processes on this machine, each with every second batch; 11 batches do not divide evenly."""
     processes.launch(__file__, 2, tmp_path)
-    one = run.plan_for(measure(llama.captured), OPTIONS)
+    one = run.plan_from_calibration(measure(llama.captured), OPTIONS)
     two, same = (LatentPlan.load(tmp_path / f"plan-{rank}") for rank in (0, 1))
     assert two.digest() == same.digest()
     for a, b in zip(one.sites, two.sites, strict=True):
@@ -37,7 +37,7 @@ def work(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     captured, _ = found(tiny_llama(), 96)
     options = replace(OPTIONS, checkpoint=folder / "state")
-    run.plan_for(measure(captured, options), options).save(folder / f"plan-{torch.distributed.get_rank()}")
+    run.plan_from_calibration(measure(captured, options), options).save(folder / f"plan-{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()
 
 

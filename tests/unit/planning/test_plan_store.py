@@ -12,12 +12,12 @@ from command_models import save_tiny_model
 from small_models import Fitted
 from stored_plans import plan
 
-from fhopt.calibration import plan_store, run
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning import pipeline, plan_store
 from fhopt.system import cache_folder
 
 
@@ -88,13 +88,13 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
 ) -> None:
     save_tiny_model(tmp_path / "model")
     calibrations: list[float] = []
-    measure = run.measure
+    calibrate = pipeline.calibrate_source
 
     def counted(*arguments: Any) -> Any:
         calibrations.append(1)
-        return measure(*arguments)
+        return calibrate(*arguments)
 
-    monkeypatch.setattr(run, "measure", counted)
+    monkeypatch.setattr(pipeline, "calibrate_source", counted)
     loaded, options = (
         load_model(str(tmp_path / "model")),
         FitOptions(sequences=6, rate_sequences=2, context=256, recent=64),
@@ -109,7 +109,7 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
         assert [e.name for e in plan_store.fit_ratios(loaded, options, (2, 4))] == names and len(calibrations) == 3
     monkeypatch.undo()
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(own_folder.parent))
-    monkeypatch.setattr(run, "measure", counted)
+    monkeypatch.setattr(pipeline, "calibrate_source", counted)
     assert [e.name for e in plan_store.fit_ratios(loaded, options, (2, 4))] == names and len(calibrations) == 3
     assert not list(own_folder.glob(".*"))
 
@@ -134,7 +134,7 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path, own_folder: Path) -> None:
     again = plan_store.fit_ratios(loaded, options, (4,), lambda stage, done, total: resumed.append((stage, done)))
     assert resumed[0] == ("moments", 4)  # what the checkpoint has
     assert not list(own_folder.glob(".*"))
-    whole = run.fit(loaded, options)[0]
+    whole = pipeline.fit_to_text(loaded, options).plan
     assert again[0].digest == whole.digest()
 
 

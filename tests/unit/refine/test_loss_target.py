@@ -17,7 +17,7 @@ from fhopt.evaluation.statistics import TokenCosts
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.refine import loss_target
 from fhopt.refine.loss_target import smallest_plan
-from fhopt.refine.options import Gate, parse_loss
+from fhopt.refine.options import RATIOS, Gate, read_loss
 
 OPTIONS = FitOptions(texts=("topics",), sinks=4, recent=8, block=8, tokens=2048, context=96)
 SMALL = Gate(0.01, sequences=2, context=200)
@@ -36,13 +36,13 @@ def loaded(llama: Fitted) -> LoadedModel:
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02), ("1/50", 0.02)])
 def test_a_loss_is_read_in_percent_or_as_a_number(text: str, share: float) -> None:
-    assert parse_loss(text) == pytest.approx(share)
+    assert read_loss(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["", "one", "1%%", "%"])
 def test_a_text_that_is_not_a_loss_is_refused(text: str) -> None:
     with pytest.raises(FhoptError, match="is not a share"):
-        parse_loss(text)
+        read_loss(text)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.0, float("nan")])
@@ -57,11 +57,11 @@ def test_bisection_finds_the_last_that_passes_in_few_trials(last: int) -> None:
 
     def passes(value: float) -> bool:
         tried.append(value)
-        return value <= loss_target.RATIOS[last]
+        return value <= RATIOS[last]
 
-    assert loss_target._largest(loss_target.RATIOS, passes) == loss_target.RATIOS[last]
+    assert loss_target._largest(RATIOS, passes) == RATIOS[last]
     assert len(tried) <= 6
-    assert loss_target._largest(loss_target.RATIOS, lambda value: False) is None
+    assert loss_target._largest(RATIOS, lambda value: False) is None
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_size_that_cannot_be_had_does_not_pass(loaded: LoadedModel, calibratio
     """At 400 tokens sinks and window alone are a twentieth of the cache; every size that exists passes a loose gate."""
     options, limit = replace(OPTIONS, tokens=400, window_bits=16), replace(SMALL, max_loss=0.99)
     plan, trials = smallest_plan(loaded, calibration, options, limit, loss_target.held_out(loaded, options, limit))
-    assert plan.provenance["ratio"] == max(trials) < loss_target.RATIOS[-1]
+    assert plan.provenance["ratio"] == max(trials) < RATIOS[-1]
 
 
 def test_a_model_with_few_positions_is_read_as_far_as_it_goes(loaded: LoadedModel) -> None:

@@ -8,13 +8,13 @@ import pytest
 from imports import imported_by
 
 from fhopt.errors import FhoptError
-from fhopt.refine.options import Gate, HealOptions, parse_loss
+from fhopt.refine.options import Gate, HealOptions, read_loss
 
 
 def test_losses_are_shares() -> None:
-    assert parse_loss("1%") == 0.01
+    assert read_loss("1%") == 0.01
     with pytest.raises(FhoptError, match="'low' is not a share"):
-        parse_loss("low")
+        read_loss("low")
     with pytest.raises(FhoptError, match="is not possible"):
         Gate(math.nan).check()
 

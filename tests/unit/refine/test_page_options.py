@@ -10,7 +10,7 @@ from small_models import tiny_llama
 
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.refine.page_options import PagingOptions, for_model, parse_page_share
+from fhopt.refine.page_options import PagingOptions, for_model, read_page_share
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
@@ -36,13 +36,13 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 
 @pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("0.125", 0.125), ("12.5%", 0.125), ("1", 1.0)])
 def test_shares_are_read_in_three_ways(text: str, share: float) -> None:
-    assert parse_page_share(text) == share
+    assert read_page_share(text) == share
 
 
 @pytest.mark.parametrize("text", ["0", "1/0", "9/8", "-1", "all", "nan", ""])
 def test_a_text_that_is_not_a_share_is_refused(text: str) -> None:
     with pytest.raises(FhoptError, match="is not a share"):
-        parse_page_share(text)
+        read_page_share(text)
 
 
 def test_sequences_are_as_long_as_the_model_and_the_texts_allow(lettered: Any) -> None:

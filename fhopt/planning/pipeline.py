@@ -1,0 +1,170 @@
+"""The fitting pipeline: the one way from a model to a plan.
+
+    data          of text, batches or recorded calls               fhopt/calibration/data.py
+    calibration   statistics, bases, costs, losses of two plans    fhopt/calibration/run.py
+    plan          of a ratio, bytes per token or a largest loss    fhopt/calibration/run.py, fhopt/refine/loss_target.py
+    pages         page selection                                   fhopt/refine/page_budget.py
+
+Each step takes the results of the steps before it, and none changes them. `fhopt fit`, `fhopt calibrate`, `fhopt plans
+fit`, `fhopt demo`, `fhopt.fit` and the online fit of the backend run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.calibration import data as calibration_data
+from fhopt.calibration.data import CalibrationData
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import Calibration, calibrate, plan_from_calibration
+from fhopt.errors import FhoptError
+from fhopt.evaluation.statistics import Comparison
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.parallel import collectives
+from fhopt.plan.cache_size import exact_bytes, layers_of
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning.request import PlanRequest
+from fhopt.progress import Progress, silent
+from fhopt.refine import loss_target, page_budget, page_options
+
+
+@dataclass(frozen=True)
+class FitSource:
+    """A model and the data that a plan is fitted to.
+
+    calibration_data: reads them; not called when there is a calibration. loaded: the language model that loss targets
+    and page selection run; None for modules without token ids. held_out: token ids [N, T] for a loss target; None:
+    read from its texts.
+    """
+
+    calibration_data: Callable[[FitOptions], CalibrationData]
+    loaded: LoadedModel | None = None
+    held_out: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FittedPlan:
+    """A plan, the calibration that it was made from, and the losses of plans that were tried, by their ratios."""
+
+    plan: LatentPlan
+    calibration: Calibration
+    trials: dict[float, Comparison] = field(default_factory=dict)
+
+
+def text_source(loaded: LoadedModel | None) -> FitSource:
+    """Fit a causal language model to text. loaded: None if the request has a calibration and does not run a model."""
+
+    def read(options: FitOptions) -> CalibrationData:
+        assert loaded is not None, "a request without a calibration comes with a model"
+        return calibration_data.of_text(loaded, options)
+
+    return FitSource(read, loaded)
+
+
+def batches_source(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> FitSource:
+    """Fit any module to batches of keyword arguments."""
+    return FitSource(lambda _: calibration_data.of_batches(model, batches))
+
+
+def calls_source(model: Any, ids: Tensor, held_out: Tensor) -> FitSource:
+    """Fit a causal language model to recorded token ids [N, T]; held_out: ids that a loss is measured on."""
+    name = type(model).__name__
+    loaded = LoadedModel(name, model, tokenizer=model)  # a stand-in that is never called: all tokens are ids
+    return FitSource(lambda _: calibration_data.of_sequences(model, ids), loaded, held_out)
+
+
+def calibrate_source(
+    source: FitSource, options: FitOptions, progress: Progress = silent, layouts: Sequence[str] = (), **about: Any
+) -> Calibration:
+    """Calibrate. about: further provenance. Raises FhoptError."""
+    data = source.calibration_data(options)
+    return calibrate(replace(data, about={**data.about, **about}), options, progress, layouts)
+
+
+def fit_plan(source: FitSource, request: PlanRequest, progress: Progress = silent, **about: Any) -> FittedPlan:
+    """Run the pipeline. about: further provenance of the plan. Raises FhoptError."""
+    fitted = fit_in_first_process(source, request, progress, is_shared=True, **about)
+    assert fitted is not None, "no process leaves"
+    return fitted
+
+
+def fit_to_text(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> FittedPlan:
+    """Run the pipeline for a causal language model, the texts of the options and their ratio. Raises FhoptError."""
+    return fit_plan(text_source(loaded), PlanRequest(options), progress)
+
+
+def fit_in_first_process(
+    source: FitSource, request: PlanRequest, progress: Progress = silent, *, is_shared: bool = False, **about: Any
+) -> FittedPlan | None:
+    """Run the pipeline; under torchrun, all but the first process leave after the calibration and get None.
+
+    is_shared: all processes go on and get the same plan.
+    """
+    request = _for_source(request, source)
+    held_out = _held_out(source, request)
+    calibration = request.calibration
+    if calibration is None:
+        calibration = calibrate_source(source, request.options, progress, **about)
+    if not is_shared and collectives.leave() > 0:
+        return None
+    fitted = _sized(source, calibration, request, held_out, progress)
+    if request.pages is None or source.loaded is None:
+        return fitted
+    return replace(fitted, plan=page_budget.calibrate(source.loaded, fitted.plan, request.pages, progress))
+
+
+def _for_source(request: PlanRequest, source: FitSource) -> PlanRequest:
+    """Check a request against the model, before anything slow starts. Raises FhoptError."""
+    if request.runs_model and source.loaded is None:
+        raise FhoptError(
+            "max loss and pages are measured on text, and there are only batches or statistics; expected a causal "
+            "language model and its tokenizer. Leave them out, or pass the model and the tokenizer."
+        )
+    if request.calibration is not None and source.loaded is not None:
+        request.calibration.check_model(source.loaded)
+    if request.pages is None or source.loaded is None:
+        return request
+    options = request.options
+    pages = page_options.for_model(source.loaded, request.pages, options.block, options.window.first_length)
+    return replace(request, pages=pages)
+
+
+def _held_out(source: FitSource, request: PlanRequest) -> Tensor | None:
+    """Return the token ids [N, T] on which a loss target is measured; None without one. Raises FhoptError."""
+    if request.gate is None or source.loaded is None:
+        return None
+    if source.held_out is not None:
+        return source.held_out
+    return loss_target.held_out(source.loaded, request.options, request.gate)
+
+
+def _sized(
+    source: FitSource, calibration: Calibration, request: PlanRequest, held_out: Tensor | None, progress: Progress
+) -> FittedPlan:
+    """Fit the plan of the size that was asked for. Raises FhoptError."""
+    options = request.options
+    progress("plan", 0, 1)
+    if request.bytes_per_token is not None:
+        options = replace(options, ratio=_ratio_of(calibration, request.bytes_per_token, options.tokens))
+        options.check()
+    if request.gate is None or held_out is None or source.loaded is None:
+        return FittedPlan(plan_from_calibration(calibration, options), calibration)
+    plan, trials = loss_target.smallest_plan(source.loaded, calibration, options, request.gate, held_out, progress)
+    return FittedPlan(plan, calibration, trials)
+
+
+def _ratio_of(calibration: Calibration, bytes_per_token: float, tokens: int) -> float:
+    """Return how many times smaller a cache of `tokens` tokens is that takes so many bytes for each of them."""
+    sites = [s.site for s in calibration.statistics.values()]
+    exact = exact_bytes(sites, tokens, layers_of(calibration.provenance)) / tokens
+    if not 0 < bytes_per_token <= exact:
+        raise FhoptError(
+            f"{bytes_per_token:g} bytes per token is out of range; expected more than 0 and at most {exact:,.0f}, the "
+            "size of the full-precision KV cache. Set a size in this range."
+        )
+    return float(exact / bytes_per_token)

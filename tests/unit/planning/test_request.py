@@ -1,0 +1,66 @@
+"""What a fit is asked for: one size, options that fit together, shares as numbers or text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from fhopt.errors import FhoptError
+from fhopt.planning.request import read_request
+
+
+def read(given: tuple[str, ...] = (), options: dict[str, Any] | None = None, **values: Any) -> Any:
+    return read_request(options=options or {}, given=given, **values)
+
+
+def test_the_default_is_a_ratio_of_4() -> None:
+    request = read()
+    assert request.options.ratio == 4.0 and request.gate is None and request.pages is None
+    assert request.needs_model and not request.runs_model
+
+
+def test_numbers_and_texts_are_read_alike() -> None:
+    assert read(max_loss=0.01).gate == read(max_loss="1%").gate
+    assert read(pages=0.125, mass=0.99).pages == read(pages="1/8", mass="99%").pages
+    assert read(pages="1/8").options.segment == 0  # pages are of whole sequences
+    assert read(ratio=8).options.ratio == read(ratio=(8.0,)).options.ratio == 8.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(ratio=4, max_loss=0.01), "each choose the size"),
+        (dict(ratio=4, bytes_per_token=100.0), "each choose the size"),
+        (dict(ratio=(4, 8)), "was given 2 times"),
+        (dict(gate_texts=("topics",)), "expected both or neither"),
+        (dict(max_loss=0.01, pages=0.5), "all pages read"),
+        (dict(max_loss="much"), "is not a share"),
+        (dict(max_loss=object()), "is not a share"),
+        (dict(max_loss=float("nan")), "is not possible"),
+        (dict(pages=[1]), "is not a share"),
+        (dict(pages=0.125, options={"segment": 512}), "segments"),
+        (dict(options={"sinsk": 4}), "sinsk: no such option of a fit"),
+        (dict(options={"sinks": -1}), "sinks"),
+        (dict(statistics="none.stats", given=("sinks",)), "--sinks belongs to the calibration"),
+        (dict(statistics="none.stats", given=("texts",)), "--data belongs to the calibration"),
+        (dict(statistics="none.stats"), "none.stats"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(FhoptError, match=message):
+        read(**values)
+
+
+def test_the_number_of_sequences_counts_for_texts_only() -> None:
+    few = {"sequences": 1, "context": 200}
+    with pytest.raises(FhoptError, match="more or longer sequences"):
+        read(options=few)
+    assert read(options=few, has_texts=False).options.sequences == 1
+
+
+def test_options_are_checked_without_torch() -> None:
+    code = "import sys, fhopt.planning.request; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
