@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fhopt import moved
 from fhopt.errors import FhoptError
 from fhopt.import_hook import lazily, when_imported
 from fhopt.version import __version__
@@ -81,4 +80,3 @@ def _register_quantizer() -> None:
 
 
 when_imported("transformers.quantizers.auto", _register_quantizer)
-moved.install()
