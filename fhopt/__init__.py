@@ -21,7 +21,7 @@ from fhopt.version import __version__
 
 if TYPE_CHECKING:
     from fhopt.backend.compile_report import report as report
-    from fhopt.cache import LatentCache as LatentCache
+    from fhopt.cache.latent_cache import LatentCache as LatentCache
     from fhopt.calibration.api import fit as fit
     from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.hf.apply import apply as apply
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fhopt.plan import LatentPlan as LatentPlan
 
 _WHERE = {
-    "LatentCache": "fhopt.cache",
+    "LatentCache": "fhopt.cache.latent_cache",
     "LatentPlan": "fhopt.plan",
     "apply": "fhopt.hf.apply",
     "draw": "fhopt.inspection.drawing",
