@@ -36,7 +36,6 @@ from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
 MERGED = 64  # channels of a program of `merge_kernel`
-KERNELS = ("attention_kernel", "merge_kernel")
 
 
 # --------------------------------------------------------------------------------------------------- the text

@@ -179,9 +179,7 @@ def _held_out(loaded: LoadedModel, options: FitOptions) -> list[tuple[str, Batch
     return [(name, {"input_ids": row.unsqueeze(0)}) for name, row in zip(names, ids, strict=True)]
 
 
-def measure_module(
-    model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, progress: Progress = silent
-) -> Calibration:
+def measure_module(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], options: FitOptions) -> Calibration:
     """Calibrate any module on batches of keyword arguments, all of the same shapes. Raises FhoptError.
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
@@ -199,7 +197,7 @@ def measure_module(
     captured: Source = find_dispatched(model, first) if is_dispatched(model) else capture(model, (), first)
     chained = itertools.chain([first], source)
     weights, name = Weights(model), type(model).__name__
-    calibration = measure_batches(captured, chained, options, weights, name, progress, encoder=encoder_path(model))
+    calibration = measure_batches(captured, chained, options, weights, name, encoder=encoder_path(model))
     calibration.provenance |= record_of(measured_layers(model))
     return calibration
 
