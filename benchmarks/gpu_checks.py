@@ -15,11 +15,13 @@ from gpu_timing import Machine
 from torch import Tensor
 
 from fhopt.codegen.build import build_triton
+from fhopt.codegen.gpu.launch import Span
 from fhopt.codegen.gpu.tuning import Workload
 from fhopt.codegen.tiers import Tiers
 from fhopt.ops import algebra, latent_attention
 from fhopt.ops import packing as ops_packing
 from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.window import ResidualWindow
 
 # Of float32, sums in another order and exponentials to 22 bits (TF32 would be 3e-4 off); else four roundings.
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
@@ -81,12 +83,11 @@ def attention_checks(
 
 @dataclass(frozen=True)
 class Question:
-    """A call of the kernel: arguments and options, and the mask and sink logits that the reference takes instead."""
+    """A call of the kernel: arguments and options, and the mask that the reference takes instead."""
 
     arguments: tuple[Any, ...]  # query, key, key_scale, value, value_scale, mask
     options: dict[str, Any]
     mask: Tensor | None = None
-    sinks: Tensor | None = None
 
 
 def one_range(x: tuple[Any, ...], sizes: Sizes) -> Question:
@@ -121,33 +122,17 @@ def lengths(x: tuple[Any, ...], sizes: Sizes) -> Question:
     return Question(x, {"lengths": ends}, torch.arange(tokens, device=x[0].device) < ends.view(2, 1, 1, 1))
 
 
-def a_window(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Attend causally within a sliding window."""
-    at, token = _positions(x)
-    mask = (token <= at) & (at - token < 12)
-    return Question(x, {"positions": at[:, 0, 0, 0], "causal": True, "window": 12}, mask)
-
-
-def slopes(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Add ALiBi."""
-    at, token = _positions(x)
-    each = 0.5 ** torch.arange(1, x[0].shape[1] + 1, device=x[0].device)
-    return Question(x, {"positions": at[:, 0, 0, 0], "slopes": each}, each.view(1, -1, 1, 1) * (token - at))
-
-
-def sinks(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Add a sink logit, a further column of the softmax without a value."""
-    each = torch.randn(x[0].shape[1], device=x[0].device)
-    return Question(x, {"sinks": each}, sinks=each)
-
-
 def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Read the packed latents of `x` from pages that lie in any order in a pool."""
+    """Read the quantized tokens of `x`, between attention sinks and residual window, from pages of a pool."""
     query, page = x[0], sizes.page
     count = x[1].shape[2] // page
     table = torch.randperm(2 * count + 1, device=query.device)[: 2 * count].view(2, count).to(torch.int32)
     pooled = [part if part is None else _pooled(part, table, page) for part in x[1:5]]
-    return Question((query, *pooled, None), {"table": table})
+    window, tokens = ResidualWindow(3, 5, 8), torch.arange(count * page, device=query.device)
+    ends = torch.tensor([count * page, count * page // 2], device=query.device)
+    last = window.sinks + window.quantized_tokens(ends - 1)
+    seen = (tokens >= window.sinks) & (tokens < last.view(2, 1, 1, 1))
+    return Question((query, *pooled, None), {"lengths": ends, "span": Span(Span.QUANTIZED, window, table)}, seen)
 
 
 def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
@@ -168,16 +153,8 @@ def chosen_short_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 Feature = Callable[[tuple[Any, ...], Sizes], Question]
 FEATURES: tuple[Feature, ...] = (
-    one_range, merged_ranges, a_mask, an_additive_mask, lengths, a_window, slopes, sinks, pages_of_a_pool, chosen_pages,
-    chosen_short_pages,
+    one_range, merged_ranges, a_mask, an_additive_mask, lengths, pages_of_a_pool, chosen_pages, chosen_short_pages,
 )  # fmt: skip
-
-
-def _positions(x: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Return the positions of the queries [2,1,S,1], and of the tokens [T]."""
-    tokens, device = x[1].shape[2], x[0].device
-    first = torch.tensor([tokens - 3, tokens // 2], device=device).view(2, 1, 1, 1)
-    return first + torch.arange(x[0].shape[2], device=device).view(-1, 1), torch.arange(tokens, device=device)
 
 
 def _pooled(x: Tensor, table: Tensor, page: int) -> Tensor:
@@ -193,7 +170,7 @@ def compare_attention(
 ) -> str:
     """Return what is wrong with one call, in words; empty where nothing is."""
     torch.manual_seed(0)
-    queries = 3 if feature in (a_window, a_mask) else 1
+    queries = 3 if feature is a_mask else 1
     workload = Workload(2, shape.heads, latent.heads, latent.heads, queries, sizes.checked)
     arguments = random_arguments(spec, workload, machine.device)
     question = feature(arguments, sizes)
@@ -226,13 +203,9 @@ def expected(
     query, key, key_scale, value, value_scale, _ = arguments
     key, value = (x if x.dtype == torch.uint8 else x.double() for x in (key, value))
     options = options | algebra.group_options(_columns(spec.key_tiers), _columns(spec.value_tiers))
-    output, lse = latent_attention.latent_attention_reference(
+    return latent_attention.latent_attention_reference(
         query.double(), key, key_scale, value, value_scale, question.mask, **options
     )
-    if question.sinks is None:
-        return output, lse
-    total = torch.logaddexp(lse, question.sinks.double().view(1, -1, 1))
-    return output * torch.exp(lse - total).unsqueeze(-1), total
 
 
 def _columns(side: Tiers) -> algebra.BitGroups:

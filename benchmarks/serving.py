@@ -143,7 +143,7 @@ def _own_likelihood(folder: Path, ids: list[int]) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fhopt.cache import LatentCache
+    from fhopt.cache.latent_cache import LatentCache
     from fhopt.hf.apply import apply
     from fhopt.models.rewritten_folder import is_rewritten, read_folder
     from fhopt.models.rewritten_model import load_exact

@@ -4,7 +4,6 @@
   two kernels for GPUs (gpu/attention.py); `render(spec, "torch")`: plain torch operations (eager.py).
 - `build(spec)`: the kernel for CPUs, compiled once for all specs, cached on disk, callable (build.py, cpu/launch.py;
   for GPUs gpu/launch.py).
-- `latent_attention(...)`: the kernel that its arguments need, built from the first call on (dispatch.py).
 - `fhopt::pack` and `fhopt::unpack` need no spec: one C++ file (cpu/packing.py), two Triton kernels (gpu/packing.py).
 - `start()`: libraries for CPUs are compiled in the background (background.py), once on a machine; `prepare()` waits
   for them, `waiting()` for all that calls need.
@@ -15,10 +14,8 @@
 """
 
 from fhopt.codegen.build import build, render
-from fhopt.codegen.cpu.graph_kernels import call_kernels
 from fhopt.codegen.dispatch import (
     install,
-    latent_attention,
     layer_programs_are_built,
     linear,
     prepare,
@@ -31,9 +28,7 @@ from fhopt.codegen.dispatch import (
 
 __all__ = [
     "build",
-    "call_kernels",
     "install",
-    "latent_attention",
     "layer_programs_are_built",
     "linear",
     "prepare",

@@ -97,11 +97,6 @@ FAMILIES = (
     ),
     Family("Inspection", "Drawings, graphs, reports.", ("fhopt/inspection/*", "fhopt/cli/inspect")),
     Family(
-        "Engines with latent attention",
-        "Exporting a model with DeepSeek's latent attention (MLA), for engines that support it.",
-        ("fhopt/export/mla", "fhopt/export/mla_*"),
-    ),
-    Family(
         "Exporting and verifying",
         "`fhopt rewrite --format pt2`, `fhopt export`, `fhopt verify`.",
         ("fhopt/export/*", "fhopt/cli/export"),

@@ -15,14 +15,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fhopt import moved
 from fhopt.errors import FhoptError
 from fhopt.import_hook import lazily, when_imported
 from fhopt.version import __version__
 
 if TYPE_CHECKING:
     from fhopt.backend.compile_report import report as report
-    from fhopt.cache import LatentCache as LatentCache
+    from fhopt.cache.latent_cache import LatentCache as LatentCache
     from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.hf.apply import apply as apply
     from fhopt.hf.apply import latent_cache as latent_cache
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from fhopt.planning.api import fit as fit
 
 _WHERE = {
-    "LatentCache": "fhopt.cache",
+    "LatentCache": "fhopt.cache.latent_cache",
     "LatentPlan": "fhopt.plan",
     "apply": "fhopt.hf.apply",
     "draw": "fhopt.inspection.drawing",
@@ -81,4 +80,3 @@ def _register_quantizer() -> None:
 
 
 when_imported("transformers.quantizers.auto", _register_quantizer)
-moved.install()

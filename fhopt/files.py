@@ -182,7 +182,7 @@ def check_tensor_file(file: Path, cure: str = "Write it again.") -> None:
     check_no_pickle(file, cure)
 
 
-def read_description(file: Path, key: str = "fhopt") -> dict[str, Any]:
+def read_description(file: Path) -> dict[str, Any]:
     """Read the description alone, as `read_tensors` does, without torch; empty where there is none.
 
     Raises FhoptError where it is not a regular file, and ValueError, LookupError or TypeError where it is not a whole
@@ -190,7 +190,7 @@ def read_description(file: Path, key: str = "fhopt") -> dict[str, Any]:
     """
     header = read_header(file)
     metadata = header.get("__metadata__", {})
-    about = json.loads(metadata.get(key, "{}")) if isinstance(metadata, dict) else {}
+    about = json.loads(metadata.get("fhopt", "{}")) if isinstance(metadata, dict) else {}
     return about if isinstance(about, dict) else {}
 
 

@@ -4,9 +4,6 @@
 contract.
 """
 
-from fhopt.passes.graph.program import Program
-from fhopt.passes.outcome import Explanation, Outcome
-from fhopt.passes.pipeline import absorb_projections, find, merge, optimize
-from fhopt.passes.stages import watched
+from fhopt.passes.pipeline import find
 
-__all__ = ["Explanation", "Outcome", "Program", "absorb_projections", "find", "merge", "optimize", "watched"]
+__all__ = ["find"]

@@ -15,7 +15,7 @@ scale[token], then is
                                        values with sum p
     scale[token]                       multiplies the logit, and the weight p before it meets the values
 
-Runs of words are those of row_layout.py. Features (mask, window, pages, ...) are arguments that may be None
+Runs of words are those of row_layout.py. Features (mask, lengths, pages, ...) are arguments that may be None
 and constants (`tl.constexpr`) of the kernel, so the text does not depend on them.
 
 Tokens, and channels of the output, are the rows of the products (scores [T, M], output [R, M]); queries are columns:
@@ -36,7 +36,6 @@ from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
 MERGED = 64  # channels of a program of `merge_kernel`
-KERNELS = ("attention_kernel", "merge_kernel")
 
 
 # --------------------------------------------------------------------------------------------------- the text

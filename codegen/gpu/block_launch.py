@@ -198,7 +198,7 @@ class BlockAttention:
         numbers: dict[str, Any] = {"scale": self.layout.scale, "lengths": lengths}
 
         def span(kind: int, table: Tensor) -> dict[str, Any]:
-            return numbers | {"span": Span(kind, rule), "table": table}
+            return numbers | {"span": Span(kind, rule, table)}
 
         single = query.unsqueeze(2)
         far = self._latents(

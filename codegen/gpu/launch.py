@@ -32,12 +32,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as 
 Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, what those of rows divide by
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
-    """Tokens that the newest token of a sequence reads: by the rule of `window` those of one kind, in its cache."""
+    """Tokens that the newest token of a sequence reads: by the rule of `window` those of one kind, in its cache.
+
+    table int32 [B,P]: keys and values are pools [pages,J,page,...], and page i of a sequence is at table[b, i].
+    """
 
     kind: int
     window: ResidualWindow
+    table: Tensor
 
     QUANTIZED, OPEN, FIRST = 1, 2, 3  # kinds, as the kernel knows them
 
@@ -56,22 +60,19 @@ class Features:
     """Tensors that a call may do without, in the shapes that the kernel reads."""
 
     mask: Tensor | None  # [B, H, S, T]
-    slopes: Tensor | None  # [H]
-    sinks: Tensor | None  # [H]
     lengths: Tensor | None  # [B]
-    positions: Tensor | None  # [B]
     table: Tensor | None  # [B, P]
     pages: Tensor | None  # [B, units, n]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of them, in the order of the kernel's arguments."""
-        return (self.mask, self.slopes, self.sinks, self.lengths, self.positions, self.table, self.pages)
+        return (self.mask, self.lengths, self.table, self.pages)
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the dimensions that are not dense, in the order of the kernel's arguments."""
-        pairs = ((self.mask, 4), (self.lengths, 1), (self.positions, 1), (self.table, 1), (self.pages, 2))
+        pairs = ((self.mask, 4), (self.lengths, 1), (self.table, 1), (self.pages, 2))
         return tuple(n for x, count in pairs for n in ((0,) * count if x is None else x.stride()[:count]))
 
 
@@ -105,12 +106,6 @@ class TritonKernel:
         scale: float,
         softcap: float = 0.0,
         lengths: Tensor | None = None,
-        positions: Tensor | None = None,
-        causal: bool = False,
-        window: int = 0,
-        slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-        table: Tensor | None = None,
         pages: Tensor | None = None,
         page_tokens: int = 0,
         span: Span | None = None,
@@ -120,54 +115,48 @@ class TritonKernel:
     ) -> tuple[Tensor, Tensor]:
         """Compute attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32.
 
-        lengths, integers [B] or one: how many tokens a sequence has. positions, likewise: the token at which its first
-        query stands, needed by causal (token <= position), window (position - token < window) and slopes [H] (ALiBi:
-        slope * (token - position) is added). sinks [H]: a further logit that takes weight and gives nothing; it counts
-        in lse. table [B,P]: keys and values are pools [pages,J,page,...], and page i of a sequence lies at table[b, i].
-        pages [B,U,n]: only these pages, of `page_tokens` tokens, are read, by query head h those of list h*U//H; -1:
-        none. span: of sequences of `lengths` tokens, in pages of any size at `table`, only these; a program finds them
-        by the length that it reads. splits, config: how the work is cut.
+        lengths, integers [B] or one: how many tokens a sequence has. pages [B,U,n]: only these pages, of `page_tokens`
+        tokens, are read, by query head h those of list h*U//H; -1: none. span, not with `pages`: of sequences of
+        `lengths` tokens, in pages of any size, only these; a program finds them by the length that it reads. splits,
+        config: how the work is cut.
         """
-        self._check(query, softcap, positions, causal or bool(window) or slopes is not None)
+        self._check(query, softcap)
         b, h, s, _ = query.shape
         query = query if query.stride(3) == 1 else query.contiguous()
-        tokens, page = _tokens(key, table, page_tokens)
+        tokens, page = key.shape[2], page_tokens
+        if span is not None:
+            tokens, page = span.table.shape[1] * key.shape[2], key.shape[2]
         sides = [
-            rows_as_read(side, x, factors, (b, h, s), tokens, table is not None)
+            rows_as_read(side, x, factors, (b, h, s), tokens, span is not None)
             for side, x, factors in zip(self._sides, (key, value), (key_scale, value_scale), strict=True)
         ]
         shared = gcd(h // key.shape[1], h // value.shape[1])  # query heads of a unit
         features = Features(
             mask=None if mask is None else mask_as_read(mask, (b, h, s, tokens)),
-            slopes=_per_head("slopes", slopes, h),
-            sinks=_per_head("sinks", sinks, h),
             lengths=None if lengths is None else lengths.reshape(-1).expand(b),
-            positions=None if positions is None else positions.reshape(-1).expand(b),
-            table=table,
+            table=None if span is None else span.table,
             pages=None if pages is None else _per_unit(pages, b, h // shared),
         )
-        known = config or self._config(shared * s, query.device)
-        if span is None:
-            config = _within(known, page, pages is not None, table is not None)
-        else:
-            config = scattered_config(known)
+        config = config or self._config(shared * s, query.device)
+        if span is not None:
+            config = scattered_config(config)
+        elif pages is not None:
+            config = _within(config, page)
         slots = tokens if features.pages is None else features.pages.shape[2] * page
         most = slots if span is None else span.most(slots)
         programs = b * (h // shared) * -(-shared * s // config.block_m)
         splits = splits or choose_splits(programs, most, processors(query.device) * max(1, WARPS // config.num_warps))
         sizes = (h, h // shared, s, tokens, slots, splits, h // shared // key.shape[1], h // shared // value.shape[1])
-        constants = _constants(config, query.is_cuda) | {"CAUSAL": causal, "WINDOW": window, "PAGE": page}
+        constants = _constants(config, query.is_cuda) | {"PAGE": page}
         rule, constants["SPAN"] = ((0, 0, 1), 0) if span is None else (span.numbers, span.kind)
         return self._launch((programs, splits), query, sides, features, (*sizes, *rule, scale, softcap), constants)
 
-    def _check(self, query: Tensor, softcap: float, positions: Tensor | None, needs_positions: bool) -> None:
-        """Raise ValueError for queries of another kernel, and where positions are needed and missing."""
+    def _check(self, query: Tensor, softcap: float) -> None:
+        """Raise ValueError for queries of another kernel."""
         if query.shape[3] != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
             raise ValueError(
                 f"{self._spec.name} takes no queries {tuple(query.shape)} with softcap {softcap}; build their kernel."
             )
-        if positions is None and needs_positions:
-            raise ValueError("causal, window and slopes need positions [B], where the first queries stand; give them.")
 
     def _config(self, rows: int, device: torch.device) -> Config:
         """Find the configuration for M = `rows` up to the next power of two, once."""
@@ -261,20 +250,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _tokens(key: Tensor, table: Tensor | None, page: int) -> tuple[int, int]:
-    """Return how many tokens a sequence has at most, and a page."""
-    if table is None:
-        return key.shape[2], page
-    return table.shape[1] * key.shape[2], key.shape[2]
-
-
-def _per_head(name: str, x: Tensor | None, heads: int) -> Tensor | None:
-    """Flatten to a number for every query head. Raises ValueError."""
-    if x is not None and x.numel() != heads:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({heads},), a number for every query head.")
-    return x if x is None else x.reshape(-1).contiguous()
-
-
 def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
     """Expand page lists [B,U,n] as the kernel reads them, one for each unit. Raises ValueError."""
     if units % pages.shape[1]:
@@ -287,11 +262,10 @@ def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
     return pages.expand(batch, -1, -1).repeat_interleave(units // pages.shape[1], 1)
 
 
-def _within(config: Config, page: int, listed: bool, pooled: bool) -> Config:
+def _within(config: Config, page: int) -> Config:
     """Cut the tiles of a configuration so that they do not cross a page, where pages are as large as a tile can be."""
-    least = SMALLEST_PIECE if pooled or not listed else PAGE_QUANTUM
-    if page % least or (listed and not page):
-        raise ValueError(f"pages have {page} tokens; expected a multiple of {least}. Seal larger blocks.")
+    if not page or page % PAGE_QUANTUM:
+        raise ValueError(f"pages have {page} tokens; expected a multiple of {PAGE_QUANTUM}. Seal larger blocks.")
     return replace(config, block_t=gcd(page, config.block_t)) if page % SMALLEST_PIECE == 0 else config
 
 

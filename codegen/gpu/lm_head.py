@@ -28,7 +28,6 @@ from fhopt.codegen.cpu.lm_head import BLOCK, Candidates, Codes, Search
 BLOCK_M, ROWS, STEP = 16, 64, 32  # hidden states, rows and words that a program multiplies at once
 SCORED = 256  # N: rows that are computed exactly for each hidden state, at least `keep`
 UNIT = 2.0**-24  # of rounding in float32
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _jit: Callable[..., Any] = triton.jit
 
 

@@ -36,9 +36,6 @@ from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.plan.kernel_spec import KernelSpec
 
-KERNELS = ("rebuild_kernel", "chunk_kernel")
-
-
 # --------------------------------------------------------------------------------------------------- operands
 
 

@@ -1,7 +1,7 @@
 """Resources that a Triton kernel needs of a GPU, measured by compiling it where there is none.
 
     compile_kernels   text and arguments of kernels -> registers, spilled bytes, shared memory, instructions
-    objection, fits   does a GPU have what a kernel needs
+    objection         what a kernel needs that a GPU does not have
     occupancy         how many blocks of it a multiprocessor holds at once
 
 Triton compiles for a GPU that is not there, down to machine code, but checks no limits: a kernel that spills, or asks
@@ -130,11 +130,6 @@ def objection(resources: Resources, gpu: Gpu) -> str:
     if needed > gpu.registers:
         return f"needs {needed:,} registers, there are {gpu.registers:,}"
     return ""
-
-
-def fits(resources: Resources, gpu: Gpu) -> bool:
-    """Return True when the kernel compiled, spills nothing and stays within the limits of the GPU."""
-    return not objection(resources, gpu)
 
 
 def occupancy(resources: Resources, gpu: Gpu) -> Occupancy:

@@ -13,14 +13,12 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 Example = tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-_OPTIONAL = {
-    "slopes": "*fp32", "sinks": "*fp32", "lengths": "*i32", "positions": "*i32", "table": "*i32", "pages": "*i32",
-}  # fmt: skip
+_OPTIONAL = ("lengths", "table", "pages")
 STRIDES = tuple(
     f"{name}_{axis}"
     for name, axes in (
         ("query", "bhs"), ("key", "bht"), ("key_scale", "bht"), ("value", "bht"), ("value_scale", "bht"),
-        ("mask", "bhst"), ("lengths", "b"), ("positions", "b"), ("table", "b"), ("pages", "bh"),
+        ("mask", "bhst"), ("lengths", "b"), ("table", "b"), ("pages", "bh"),
     )
     for axis in axes
 )  # fmt: skip
@@ -43,8 +41,8 @@ def attention_example(spec: KernelSpec, config: Config, **features: object) -> d
     """Describe the kernels of a decode step, by name, for `triton.compile(ASTSource(...))`.
 
     Types, constants and alignment are those with which the launcher calls them for contiguous tensors. Features by
-    name: mask ("bool" or a dtype), slopes, sinks, lengths, positions, table, pages (True), causal, whole (bool),
-    window, page, span (int), packed (False for AMD).
+    name: mask ("bool" or a dtype), lengths, table, pages (True), whole (bool), page, span (int), packed (False for
+    AMD).
     """
     types: dict[str, str] = {"query": POINTERS[spec.dtype]}
     for side, tiers in sides_of(spec):
@@ -52,7 +50,7 @@ def attention_example(spec: KernelSpec, config: Config, **features: object) -> d
         types[f"{side}_scale"] = "*fp16" if is_scaled(tiers) else "constexpr"
     mask = features.get("mask")
     types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else POINTERS[str(mask)]
-    types |= {name: pointer if features.get(name) else "constexpr" for name, pointer in _OPTIONAL.items()}
+    types |= {name: "*i32" if features.get(name) else "constexpr" for name in _OPTIONAL}
     whole = bool(features.get("whole"))
     types |= {"output": POINTERS[spec.dtype] if whole else "*fp32", "lse": "*fp32"}
     types["total"] = "constexpr" if whole else "*fp32"
@@ -61,8 +59,7 @@ def attention_example(spec: KernelSpec, config: Config, **features: object) -> d
     ones = ("key_scale_t", "value_scale_t", "mask_t")
     types |= dict.fromkeys(ones, "constexpr")
     constants |= dict.fromkeys(ones, 1) | {
-        "CAUSAL": bool(features.get("causal")), "WINDOW": features.get("window", 0), "PAGE": features.get("page", 0),
-        "SPAN": features.get("span", 0),
+        "SPAN": features.get("span", 0), "PAGE": features.get("page", 0),
         "WHOLE": whole, "PACKED": bool(features.get("packed", True)),
         "KEY_ALIGN": gcd(16, row_size(spec.key_tiers, spec.key_width)),
         "VALUE_ALIGN": gcd(16, row_size(spec.value_tiers, spec.value_width)),

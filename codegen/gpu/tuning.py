@@ -108,11 +108,11 @@ def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) 
     return Choice(best, verdicts)
 
 
-def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu, texts: tuple[str, ...] = ()) -> Request:
+def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu) -> Request:
     """Request the attention kernel of a rendered file, as the launcher calls it for one query."""
     types, constants, attrs = attention_example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return Request(text, KERNEL, types, constants, attrs, options, texts)
+    return Request(text, KERNEL, types, constants, attrs, options)
 
 
 def row_bytes(spec: KernelSpec) -> int:

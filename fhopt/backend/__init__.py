@@ -1,6 +1,5 @@
 """The backend of torch.compile: `torch.compile(model, backend="flashhead")`."""
 
-from fhopt.backend.compile import flashhead, last_outcome, reset
-from fhopt.backend.settings import Settings
+from fhopt.backend.compile import flashhead
 
-__all__ = ["Settings", "flashhead", "last_outcome", "reset"]
+__all__ = ["flashhead"]

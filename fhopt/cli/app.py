@@ -47,7 +47,7 @@ COMMANDS = {  # as `fhopt --help` lists them, in lines of at most 80 columns
         "generate": "Generate text behind PROMPT, streamed",
         "chat": "Chat with MODEL on one KV cache",
         "rewrite": "Write MODEL and plan as one folder, which vLLM serves too",
-        "export": "Export a decode step: .pt2, MLIR, IREE, DeepSeek's layout",
+        "export": "Export a decode step: MLIR, IREE",
         "verify": "Prove that an exported step never reconstructs K/V",
         "models": "Models converted from GGUF files: list, prune",
     },

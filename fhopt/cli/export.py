@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def _check_size(text: str) -> None:
 @click.option(
     "--target",
     required=True,
-    help="mlir; a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal; or vllm, sglang.",
+    help="mlir, or a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal.",
 )
 @click.option(
     "--arch",
@@ -135,39 +134,18 @@ def _check_size(text: str) -> None:
     "--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True, help="MLIR dialect."
 )
 @click.option("--bytecode", is_flag=True, help="Write MLIR as bytecode instead of text.")
-@click.option(
-    "--kv-lora-rank",
-    "rank",
-    type=click.IntRange(min=1),
-    help="vllm, sglang: truncate the plan to a latent of this width and one rotated key. [default: not truncated]",
-)
-@click.option("--force", is_flag=True, help="vllm, sglang: write also where a cached token becomes larger.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write. [default: FOLDER-TARGET]")
 @json_option
 def export_step(
-    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, rank: int | None, force: bool,
-    out: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, out: Path | None, as_json: bool
+) -> None:
     """Export a decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, with its weights.
 
     The latents are state that the caller keeps. Needs the extra mlir.
-
-    For vllm and sglang: a checkpoint with DeepSeek's latent attention (MLA) that has the plan in its projections. For a
-    plan that changes only bits: how to serve the original. It is worth its cost for models with many kv heads; a plan
-    of any other is served by vLLM from FOLDER itself, with the extra vllm.
     """
-    from fhopt.export.targets import ENGINES, Target
+    from fhopt.export.targets import Target
 
     out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
-    if target in ENGINES:
-        if arch or bytecode or dialect != "linalg":
-            raise FhoptError("--arch, --dialect and --bytecode are for MLIR; expected none of them with this target.")
-        _export_checkpoint(folder, target, rank, force, out, as_json)
-        return
-    if force:
-        raise FhoptError(f"--force is for {' and '.join(ENGINES)}; expected it with one of these targets.")
-    if rank is not None:
-        raise FhoptError(f"--kv-lora-rank is for {' and '.join(ENGINES)}; expected it with one of these targets.")
     chosen = Target(target, arch, dialect, bytecode)
     chosen.check()
 
@@ -188,48 +166,6 @@ def export_step(
     for name, size in files.items():
         click.echo(f"{size:>14,}  {name}")
     click.echo(f"written to {out}")
-
-
-def _export_checkpoint(
-    folder: Path, target: str, rank: int | None, force: bool, out: Path, as_json: bool
-) -> None:  # fmt: skip
-    """Export for a serving engine: a checkpoint, or how to serve the original."""
-    from fhopt.export import mla, rewrite_folder
-    from fhopt.export.mla_checkpoint import export
-    from fhopt.export.targets import ENGINES
-    from fhopt.models.loader import load_model
-    from fhopt.models.rewritten_folder import read_folder
-
-    plan, engine, made = read_folder(folder).plan, ENGINES[target], None
-    plan = plan if rank is None else mla.truncate(plan, rank)
-    if not mla.is_quantized_at_full_width(plan):
-        with progress_bar(as_json, _EXPORTING) as progress:
-            progress("loading", 0, 1)
-            loaded = load_model(str(folder))
-            progress("exporting", 0, 1)
-            stored = rewrite_folder.stored_dtype(folder)
-            made = export(loaded, plan, out, engine, folder, stored, force=force, announce=_announce(as_json))
-    dtype = engine.cache_dtypes["auto" if made else mla.cache_dtype(plan)]
-    command = engine.serve.format(path=out if made else "ORIGINAL", dtype=dtype)
-    if as_json:
-        written = asdict(made) | {"path": str(out)} if made else None
-        print_json({"checkpoint": written, "kv_cache_dtype": dtype, "command": command})
-        return
-    if made:
-        click.echo(f"logits differ from the plan's by at most {made.error:.1e} of the largest\nwritten to {out}")
-    else:
-        click.echo("Nothing is written: the plan changes only bits, which the engine does with the original.")
-    click.echo(command)
-
-
-def _announce(as_json: bool) -> Callable[[int, int], None]:
-    """Return what says the bytes of a cached token before a checkpoint is written; with --json they come at the end."""
-
-    def announce(token_bytes: int, exact: int) -> None:
-        if not as_json:
-            click.echo(f"a cached token takes {token_bytes:,} bytes in 16 bits, the original's {exact:,}")
-
-    return announce
 
 
 @main.command("verify")

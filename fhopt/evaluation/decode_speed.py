@@ -18,6 +18,8 @@ from fhopt.hf.apply import apply, unapply, waiting
 from fhopt.models.model_facts import cache_argument
 from fhopt.plan.latent_plan import LatentPlan
 
+ANSWER_TOKENS = 32
+
 
 @torch.inference_mode()
 def decode_speed(
@@ -78,10 +80,10 @@ def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, question: str, context: str = "", new_tokens: int = 32) -> str:
+def answer(model: Any, tokenizer: Any, question: str, context: str = "") -> str:
     """Generate the greedy answer of a chat model to `question` after `context`."""
     messages = [{"role": "user", "content": f"{context}{question}"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**inputs.to(model.device), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    output = model.generate(**inputs.to(model.device), max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=0)
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return " ".join(text.split())

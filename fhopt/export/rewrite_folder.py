@@ -67,7 +67,7 @@ def rewrite(
     with appearing_folder(out) as staging:
         copied = source is not None and stored_dtype(source) == next(model.parameters()).dtype
         if source is not None:
-            copy_settings(source, staging)
+            _copy_settings(source, staging)
         (_copy_weights(source, staging) if copied and source else _save_weights(model, staging, shard_size))
         if loaded.tokenizer is not None and source is None:
             loaded.tokenizer.save_pretrained(staging)
@@ -155,7 +155,7 @@ def losses(
 # --------------------------------------------------------------------------------------------------- files
 
 
-def copy_settings(source: Path, staging: Path) -> None:
+def _copy_settings(source: Path, staging: Path) -> None:
     """Copy tokenizer, generation settings and licences: files of text, not of code."""
     for file in source.iterdir():
         is_settings = file.suffix in _COPIED and file.name not in _NOT_COPIED and not file.name.endswith(".index.json")

@@ -42,20 +42,20 @@ class StateTensor:
         return math.prod(n for n in self.shape if n is not None) * self.dtype.itemsize
 
 
-def state_tensors(plan: LatentPlan, dtype: torch.dtype, batch: int = 1) -> list[StateTensor]:
+def state_tensors(plan: LatentPlan, dtype: torch.dtype) -> list[StateTensor]:
     """List the state of every site in the order in which `Step` takes it."""
     tensors = []
     for site_plan in plan.sites:
         site, name = site_plan.site, site_plan.site.name
         for side, dim in (("key", site.key_dim), ("value", site.value_dim)):
             places = plan.window.first_length
-            tensors.append(StateTensor(f"{name}.open_{side}", (batch, site.kv_heads, places, dim), dtype))
+            tensors.append(StateTensor(f"{name}.open_{side}", (1, site.kv_heads, places, dim), dtype))
         for side, one in _row_sides(site_plan):
             width = one.row_bytes() if one.tiers else one.width
             kind = torch.uint8 if one.tiers else dtype
-            tensors.append(StateTensor(f"{name}.{side}_rows", (batch, one.groups, None, width), kind))
+            tensors.append(StateTensor(f"{name}.{side}_rows", (1, one.groups, None, width), kind))
             if one.tiers:
-                tensors.append(StateTensor(f"{name}.{side}_scale", (batch, one.groups, None), torch.float16))
+                tensors.append(StateTensor(f"{name}.{side}_scale", (1, one.groups, None), torch.float16))
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Targets of `fhopt export`: MLIR, devices of IREE, serving engines. They are checked before torch is imported."""
+"""Targets of `fhopt export`: MLIR and devices of IREE. They are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -18,32 +18,6 @@ TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A serving engine. widths: (c, rotated part) that its kernels support, in rising order; empty: any.
-
-    vLLM's kernel for CPUs decodes one width, for which its kernels for GPUs are written, too.
-    """
-
-    widths: tuple[tuple[int, int], ...]
-    serve: str
-    cache_dtypes: Mapping[str, str]
-
-
-ENGINES = {
-    "vllm": Engine(
-        ((512, 64),),
-        "vllm serve {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
-        {"auto": "auto", "fp8": "fp8"},
-    ),
-    "sglang": Engine(
-        (),
-        "python -m sglang.launch_server --model-path {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
-        {"auto": "auto", "fp8": "fp8_e4m3"},
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Target:
     """The target of an export: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the default."""
 
@@ -55,7 +29,7 @@ class Target:
     def check(self) -> None:
         """Raise FhoptError for an unknown target and for options that it does not take."""
         if self.name != "mlir" and self.name not in TARGETS:
-            raise FhoptError(f"unknown target {self.name!r}; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
+            raise FhoptError(f"unknown target {self.name!r}; expected mlir, {', '.join(TARGETS)}.")
         if self.name == "mlir" and self.arch:
             raise FhoptError("--arch names a device's architecture; expected it with an iree target.")
         if self.name != "mlir" and self.dialect != "linalg":

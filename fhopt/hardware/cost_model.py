@@ -254,7 +254,7 @@ class BreakEven:
     formula: Any = None
 
 
-def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1, queries: int = 1) -> BreakEven:
+def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1) -> BreakEven:
     """Compute the context at which attention takes equally long with both, by roofline.
 
     Beyond the residual window both times are linear in T_quantized, and differ at its end by the time of the bases:
@@ -263,7 +263,7 @@ def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1, querie
 
     Where a window of 8 bits has already saved more than that, they cross within it, by a similar formula.
     """
-    gap, window = (latent.time(device) - exact.time(device)).subs(QUERIES, queries), latent.open_tokens
+    gap, window = (latent.time(device) - exact.time(device)).subs(QUERIES, 1), latent.open_tokens
     start = gap.subs({TOKENS: window, QUANTIZED: 0})
     slope = sympy.expand(gap.subs({TOKENS: window + 1, QUANTIZED: 1}) - start)
     if slope.subs(BATCH, batch) >= 0:

@@ -20,18 +20,3 @@
 
 `html_report`, `drawing` and `kernel_listing` need the extra `report`, `server` the extra `view`.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from fhopt.import_hook import lazily
-
-if TYPE_CHECKING:
-    from fhopt.inspection.drawing import Drawing as Drawing
-    from fhopt.inspection.drawing import draw as draw
-
-__getattr__ = lazily(__name__, {"Drawing": "fhopt.inspection.drawing", "draw": "fhopt.inspection.drawing"})
-from fhopt.inspection.facts import Inspection, inspect
-
-__all__ = ["Drawing", "Inspection", "draw", "inspect"]

@@ -1,14 +1,13 @@
 """The charts of a report as Vega-Lite specifications.
 
 Each names the data that it draws (`{"name": ROWS}`); the page fills them in from the report's own JSON, so a chart
-shows no number that the JSON lacks. The page gives colours, fonts and width; `standalone` gives them elsewhere.
+shows no number that the JSON lacks. The page gives colours, fonts and width.
 
 Vega-Lite: Satyanarayan et al. 2017, A Grammar of Interactive Graphics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 Spec = dict[str, Any]
@@ -179,9 +178,3 @@ def all_charts() -> dict[str, Spec]:
         "spectra": heat("spectra", "nats per token", True),
         "bits": heat("bits", "bits", False),
     }
-
-
-def standalone(spec: Spec, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int = 560) -> Spec:
-    """Return a chart that needs no page: with its data, a width, and a white background."""
-    form = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "background": "white"}
-    return form | spec | {"width": width, "datasets": {name: list(rows) for name, rows in data.items()}}

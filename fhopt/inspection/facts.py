@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 TOKENS = COUNTED_AT  # cached tokens for which sizes and times are shown
-DTYPES = {2: "bfloat16", 4: "float32"}
+DTYPE = "bfloat16"  # of exact numbers
 
 
 @dataclass(frozen=True)
@@ -265,25 +265,25 @@ def inspect(
 
 def inspect_sites(
     model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = SHOWN,
-    tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
+    tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (),
     layers: Sequence[CacheLayer] = (), cached: Collection[str] | None = None,
 ) -> Inspection:  # fmt: skip
     """Collect the facts of sites without a graph.
 
-    itemsize: bytes of an exact number. layers: of the model's cache, as measured; without any, one for each site.
+    layers: of the model's cache, as measured; without any, one for each site.
     cached: names of the sites that a cache holds keys and values of, and a decode step attends with; None: all.
     """
     decoding = [site for site in sites if cached is None or site.name in cached]
     targets = [find_device(name) for name in devices]
-    costs = {"exact": cost_model.model_cost(decoding, parameters=parameters, itemsize=itemsize)}
+    costs = {"exact": cost_model.model_cost(decoding, parameters=parameters)}
     if plan is not None:
-        costs["plan"] = cost_model.model_cost(decoding, plan, parameters=parameters, itemsize=itemsize)
-    inspect_one = _Inspector(plan, targets, itemsize, layers, {site.name for site in decoding})
+        costs["plan"] = cost_model.model_cost(decoding, plan, parameters=parameters)
+    inspect_one = _Inspector(plan, targets, layers, {site.name for site in decoding})
     size = cache_size(None, tokens, layers, sites=decoding)
     return Inspection(
         model=model,
         parameters=parameters,
-        dtype=DTYPES[itemsize],
+        dtype=DTYPE,
         sites=tuple(inspect_one(site) for site in sites),
         exact_bytes=round(size.exact_bytes / tokens),
         cache=size,
@@ -298,10 +298,10 @@ class _Inspector:
     """Facts of site after site; what sites of equal shapes share is computed once."""
 
     def __init__(
-        self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device], itemsize: int,
+        self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device],
         layers: Sequence[CacheLayer], cached: Collection[str],
     ) -> None:  # fmt: skip
-        self.plan, self.devices, self.itemsize, self.layers = plan, devices, itemsize, layers
+        self.plan, self.devices, self.layers = plan, devices, layers
         self.cached = cached
         self.planned = {p.site.name: p for p in compressed_sites(plan, layers)} if plan else {}
         self.evidence = evidence_of(plan) if plan else None
@@ -326,11 +326,11 @@ class _Inspector:
         return PlannedSite(plan.layout, _planned_sides(plan, seen), size, ratio, nats, *pages, formulas, pays)
 
     def _costs(self, site: AttentionSite, plan: SitePlan | None) -> tuple[Formulas, tuple[PaysFrom, ...]]:
-        rows = cost_model.LatentSizes.planned(plan, self.itemsize) if plan else None
+        rows = cost_model.LatentSizes.planned(plan, cost_model.ITEMSIZES[DTYPE]) if plan else None
         unnamed = replace(site, name="", projections=(), source="", rope=None)  # type: ignore[arg-type]
         key = (repr(unnamed), rows)
         if key not in self.known:
-            exact = cost_model.site_cost(site, itemsize=self.itemsize)
+            exact = cost_model.site_cost(site)
             latent = self._latent(site, plan) if plan else None
             pays = tuple(_pays(exact, latent, device) for device in self.devices) if latent else ()
             self.known[key] = _formulas(latent or exact), pays
@@ -340,7 +340,7 @@ class _Inspector:
         whole = self.plan
         assert whole is not None
         return cost_model.site_cost(
-            site, plan, open_tokens=whole.sinks + whole.recent + whole.block // 2, itemsize=self.itemsize,
+            site, plan, open_tokens=whole.sinks + whole.recent + whole.block // 2,
             window_bits=whole.window_bits, sinks=whole.sinks,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.hardware.devices import SHOWN
 from fhopt.inspection import charts, drawing
-from fhopt.inspection.facts import TOKENS, Inspection, common_form, inspect, short_name
+from fhopt.inspection.facts import Inspection, common_form, inspect, short_name
 from fhopt.inspection.kernel_listing import LANGUAGES, Listings, list_kernels, style_sheet
 from fhopt.inspection.optional import need
 from fhopt.inspection.snapshots import Snapshots, StageChanges
@@ -69,9 +69,7 @@ class Report:
         return {"fhopt": __version__} | self.inspection.as_json() | more
 
 
-def build(
-    loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = SHOWN, tokens: int = TOKENS
-) -> Report:
+def build(loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = SHOWN) -> Report:
     """Collect the report of a model and its plan.
 
     Raises FhoptError when there is no attention or the plan is for another model.
@@ -79,7 +77,7 @@ def build(
     snapshots = Snapshots()
     with snapshots.taking():
         result = find_sites(loaded)
-        facts = replace(inspect(loaded, result, plan, devices, tokens), proofs=proofs_text(result.proofs))
+        facts = replace(inspect(loaded, result, plan, devices), proofs=proofs_text(result.proofs))
         if plan is not None:
             pipeline.optimize(result, plan)
     return assemble(facts, plan, tuple(snapshots.changes()))

@@ -7,7 +7,7 @@ highlighted once, and a listing is a list of pieces.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pygments import highlight
@@ -50,17 +50,17 @@ class Listings:
         return "\n\n".join(self.pieces[i] for i in listing.pieces)
 
 
-def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[str] = ("cpp", "triton")) -> Listings:
-    """List the kernels of a plan for each target; none where the plan keeps no latents."""
+def list_kernels(plan: LatentPlan) -> Listings:
+    """List the kernels of a plan for CPUs and GPUs, in bfloat16; none where the plan keeps no latents."""
     result, known = Listings(), dict[tuple[str, str], int]()
     try:
-        kernels = kernels_of(plan, dtype)
+        kernels = kernels_of(plan, "bfloat16")
     except FhoptError:  # nothing but short sliding windows
         return result
     by_spec: dict[str, tuple[KernelSpec, list[str]]] = {}
     for (spec, *_), sites in kernels.items():
         by_spec.setdefault(spec.name, (spec, []))[1].extend(site.site.name for site in sites)
-    for target in targets:
+    for target in ("cpp", "triton"):
         lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
         for name, (spec, names) in by_spec.items():
             if target != "cpp" and has_trellis(spec):  # which kernels for CPUs alone read

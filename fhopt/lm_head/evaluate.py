@@ -19,7 +19,6 @@ from fhopt.errors import FhoptError
 from fhopt.lm_head.fitting import Progress, hidden_states, site_and_graph
 from fhopt.lm_head.head import Head
 from fhopt.lm_head.module import RetrievalHead, dense
-from fhopt.lm_head.sampling import top_k
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.texts import tokens
 
@@ -75,7 +74,7 @@ def measure(
     agreement = [float((_ids(hidden, module) == expected).double().mean()) for module in (certain, probed)]
     report = certain.report()
     searched = max(report.rows - report.dense_rows, 1)
-    ours, theirs = _times(hidden, lambda x: top_k(certain, x)[1], lambda x: dense(x, weight, bias).argmax(-1))
+    ours, theirs = _times(hidden, lambda x: certain(x).argmax(-1), lambda x: dense(x, weight, bias).argmax(-1))
     return HeadMetrics(
         len(hidden), 100 * agreement[0], 100 * report.certified, 100 * agreement[1], report.exact_rows / searched,
         report.bytes_per_row, report.dense_bytes_per_row, ours, theirs, torch.get_num_threads(),

@@ -163,10 +163,10 @@ def fit_weight(
     return Head(site, codes, dtype, fingerprint(weight, bias), probes, spread, metadata | (about or {}))
 
 
-def site_for(weight: Tensor, name: str = "weight", bias: str = "") -> HeadSite:
+def site_for(weight: Tensor, bias: str = "") -> HeadSite:
     """Make a site for a weight [V, C] without a graph."""
     vocabulary, width = weight.shape
-    return HeadSite(name, bias, "", vocabulary, width, False, 1.0, 0.0, "", "", "", "")
+    return HeadSite("weight", bias, "", vocabulary, width, False, 1.0, 0.0, "", "", "", "")
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -199,20 +199,6 @@ class RetrievalHead(nn.Module):
             setattr(self, name, tensor if tensor is None else tensor.to(self.weight.device))
         self.stamp = stamp_of(self.weight) if self.weight.dtype == dtype else [-2, 0]
         return self
-
-    def is_fresh(self) -> bool:
-        """Return True while the weight is as it was when the head was installed."""
-        return _is_fresh(self.weight, self.stamp)
-
-    @property
-    def quantized(self) -> Codes:
-        """Quantized rows on the module's device."""
-        tensors = {name: getattr(self, name) for name in TENSORS}
-        return replace(self.head.codes, **tensors)
-
-    def search_with(self, **options: Any) -> Search:
-        """Return the search options of this module with some of them changed."""
-        return replace(self.search, **options)
 
     def extra_repr(self) -> str:
         """Describe the module as a linear layer, with its bits."""

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
+TOKENS = 16  # of a text
 
-def example_arguments(model: Any, tokens: int = 16) -> dict[str, Tensor]:
+
+def example_arguments(model: Any) -> dict[str, Tensor]:
     """Make arguments for one forward pass of a transformers model that is not a causal language model.
 
     Text, images and sound have the sizes of its configuration. Raises FhoptError when the model takes something else.
     """
     config, accepted = model.config, inspect.signature(model.forward).parameters
     text, vision = config.get_text_config(), getattr(config, "vision_config", config)
-    ids = torch.arange(1, tokens + 1).remainder(getattr(text, "vocab_size", tokens + 1)).unsqueeze(0)
+    ids = torch.arange(1, TOKENS + 1).remainder(getattr(text, "vocab_size", TOKENS + 1)).unsqueeze(0)
     side = getattr(vision, "image_size", 224)
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
     frames = 2 * getattr(config, "max_source_positions", 50)

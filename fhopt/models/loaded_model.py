@@ -12,6 +12,8 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured, capture, capture_graphs, from_exported
 
+TOKENS = 16  # of an example
+
 
 @dataclass
 class LoadedModel:
@@ -27,7 +29,7 @@ class LoadedModel:
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
     program: torch.export.ExportedProgram | None = None
 
-    def capture(self, tokens: int = 16) -> Captured:
+    def capture(self, tokens: int = TOKENS) -> Captured:
         """Capture the graph of one forward pass. Raises FhoptError when it is not one graph.
 
         Language models read `tokens` token ids, any other model its example inputs.
@@ -37,12 +39,12 @@ class LoadedModel:
         assert self.module is not None
         return capture(self.module, *self._call(tokens))
 
-    def captures(self, tokens: int = 16) -> list[Captured]:
-        """Capture every graph that one forward pass falls into: on `tokens` token ids, or on the example inputs."""
+    def captures(self) -> list[Captured]:
+        """Capture every graph that one forward pass falls into: on TOKENS token ids, or on the example inputs."""
         if self.program is not None:
             return [from_exported(self.program)]
         assert self.module is not None
-        return capture_graphs(self.module, *self._call(tokens))
+        return capture_graphs(self.module, *self._call(TOKENS))
 
     def _call(self, tokens: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.tokenizer is None:

@@ -8,9 +8,9 @@ from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
 
 
-def find_sites(loaded: LoadedModel, tokens: int = 16) -> passes_outcome.Outcome:
+def find_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
     """Capture the model and find its attention. Raises FhoptError when there is none."""
-    outcome = explain_sites(loaded, tokens)
+    outcome = explain_sites(loaded)
     if not outcome.sites:
         raise_nothing_found(loaded.name, outcome)
     return outcome
@@ -22,9 +22,9 @@ def raise_nothing_found(name: str, outcome: passes_outcome.Outcome) -> None:
     raise FhoptError(f"no attention was found in {name}: {reasons}. See fhopt explain.")
 
 
-def explain_sites(loaded: LoadedModel, tokens: int = 16) -> passes_outcome.Outcome:
+def explain_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
     """Capture the model and find its attention, which may be none, over all graphs of its forward pass."""
-    captured = loaded.captures(tokens)
+    captured = loaded.captures()
     if not captured:
         raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")
     return pipeline.merge([pipeline.find(graph.program, assume_finite=True) for graph in captured])

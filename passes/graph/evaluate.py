@@ -17,6 +17,7 @@ from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, shape, size_hint
 from fhopt.passes.graph.program import Program
 from fhopt.passes.graph.transforms import transform_scopes
 
+MAX_NODES = 600  # of a region
 _smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))
 
 
@@ -151,15 +152,15 @@ class Region:
     """The nodes between some inputs and one that depends on them, as a function that can be run on other values.
 
     inputs: nodes whose values are replaced. end: the result. nodes: in graph order. sides: other nodes that are read.
-    Raises RuntimeError when there are more than `limit` nodes, and Miss when some are within a function transform.
+    Raises RuntimeError when there are more than MAX_NODES nodes, and Miss when some are within a function transform.
     """
 
-    def __init__(self, base: Evaluator, inputs: Iterable[fx.Node], end: fx.Node, limit: int = 600) -> None:
+    def __init__(self, base: Evaluator, inputs: Iterable[fx.Node], end: fx.Node) -> None:
         self.base, self.end = base, end
         self.inputs = tuple(dict.fromkeys(inputs))
         self.nodes = _between(self.inputs, end)
-        if len(self.nodes) > limit:
-            raise RuntimeError(f"{len(self.nodes)} nodes between the inputs and {end.name}, more than {limit}")
+        if len(self.nodes) > MAX_NODES:
+            raise RuntimeError(f"{len(self.nodes)} nodes between the inputs and {end.name}, more than {MAX_NODES}")
         scope = next((s for s in transform_scopes(base.program.graph) if not s.nodes.isdisjoint(self.nodes)), None)
         if scope is not None:
             raise Miss(f"a part of it runs inside {scope.name}; expected all of it outside", end)
@@ -223,11 +224,6 @@ class _Place(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def run_region(base: Evaluator, values: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
-    """Return the value of `end` when the nodes in `values` hold these values; see Region.run."""
-    return Region(base, values, end).run(values)
 
 
 def window(first: fx.Node, last: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

@@ -44,22 +44,19 @@ LOWEST = tl.constexpr(-1e38)  # of finite masks, in base e: lets a row attend to
     do_not_specialize=(
         *("query_b", "query_h", "query_s", "key_b", "key_h", "key_t", "key_scale_b", "key_scale_h"),
         *("value_b", "value_h", "value_t", "value_scale_b", "value_scale_h", "mask_b", "mask_h", "mask_s"),
-        *("lengths_b", "positions_b", "table_b", "pages_b", "pages_h", "heads", "units", "queries", "tokens", "slots"),
+        *("lengths_b", "table_b", "pages_b", "pages_h", "heads", "units", "queries", "tokens", "slots"),
         *("splits", "key_group", "value_group", "kept_first", "kept_last", "leaving"),
     )
 )
 def attention_kernel(
     query,  # [B, H, S, R_K]
-    key,  # rows [B, J, T], or [pages of the pool, J, PAGE] with `table`
+    key,  # rows [B, J, T], or [pages of the pool, J, PAGE] with a SPAN
     key_scale,  # float16, like the rows
     value,
     value_scale,
     mask,  # uint8 or floats [B, H, S, T]; None: all tokens
-    slopes,  # float32 [H], ALiBi: slope * (token - position) is added; None: nothing
-    sinks,  # float32 [H]: a further logit that takes weight and gives nothing; None: none
     lengths,  # integers [B]: tokens of a sequence; None: T
-    positions,  # integers [B]: token at which the first query stands
-    table,  # int32 [B, T / PAGE]: where in the pool a page lies; None: rows are in order of token
+    table,  # int32 [B, T / PAGE]: where in the pool a page lies; None without a SPAN: rows are in order of token
     pages,  # int32 [B, units, n]: pages to read, -1: none; None: all
     output,  # [B, H, S, R_V], or float32 [B, H, S, splits, PLACES]
     lse,  # float32 [B, H, S], or the largest logit (base 2) [B, H, S, splits]
@@ -84,7 +81,6 @@ def attention_kernel(
     mask_s,
     mask_t,
     lengths_b,
-    positions_b,
     table_b,
     pages_b,
     pages_h,
@@ -102,9 +98,7 @@ def attention_kernel(
     scale,
     softcap,
     SPAN: tl.constexpr,  # tokens by that rule: 1: those that were quantized, 2: newest ones, 3: first ones; 0: all
-    CAUSAL: tl.constexpr,  # token <= position
-    WINDOW: tl.constexpr,  # position - token < WINDOW; 0: no window
-    PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK_T, or any number with `pages` or a SPAN; 0: no pages
+    PAGE: tl.constexpr,  # tokens of a page; 0: no pages
     WHOLE: tl.constexpr,  # one range of tokens, and no channel of two planes
     PACKED: tl.constexpr,  # NVIDIA: codes by PTX
     KEY_ALIGN: tl.constexpr,
@@ -138,14 +132,6 @@ def attention_kernel(
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # largest logit so far, base 2
     weights = no_sums(BLOCK_T, BLOCK_M)  # of 2^(logit - top)
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
-        top = tl.where(split == 0, sink, top)
-        once = tl.where((split == 0) & (tl.arange(0, BLOCK_T) == 0), 1.0, 0.0)  # [T]
-        weights = add(weights, tl.zeros_like(top), once[:, None] + tl.zeros_like(top)[None, :])
-    slope = tl.zeros([BLOCK_M], tl.float32)
-    if slopes is not None:
-        slope = tl.load(slopes + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
     mass = no_sums(BLOCK_T, BLOCK_M)  # of scaled weights, to be multiplied by middles
     o0_0 = tl.zeros([16, BLOCK_M], tl.float32)
     o0_1 = tl.zeros([16, BLOCK_M], tl.float32)
@@ -160,9 +146,6 @@ def attention_kernel(
     o1_6 = tl.zeros([16, BLOCK_M], tl.float32)
     o1_7 = tl.zeros([16, BLOCK_M], tl.float32)
     o2 = tl.zeros([16, BLOCK_M], tl.float32)
-    position = s
-    if positions is not None:
-        position += tl.load(positions + b * positions_b).to(tl.int32)
     begin, end, length = 0, slots, tokens
     if lengths is not None:
         length = tl.minimum(tokens, tl.load(lengths + b * lengths_b).to(tl.int32))
@@ -170,10 +153,6 @@ def attention_kernel(
         begin, length = span(length, kept_first, kept_last, leaving, SPAN)
     if pages is None:
         end = tl.minimum(end, length)
-        if CAUSAL:
-            end = tl.minimum(end, tl.max(tl.where(inside, position, -1), 0) + 1)
-        if WINDOW:
-            begin = tl.maximum(tl.min(tl.where(inside, position, 2147483647), 0) - WINDOW + 1, 0) // BLOCK_T * BLOCK_T
     share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_T) * BLOCK_T
     begin += split * share
     end = tl.minimum(end, begin + share)
@@ -199,14 +178,10 @@ def attention_kernel(
                 far = t_in.to(tl.int64)
         t = first + t_in
         here = t < (length if pages is not None else end)
-        if table is not None:
-            if SPAN:  # a tile has tokens of several pages, each a row of its own
-                entry = tl.load(table + b.to(tl.int64) * table_b + t // PAGE, mask=here, other=0)
-                first, t_in = start * 0, t % PAGE
-                far = t_in.to(tl.int64)
-            else:
-                entry = tl.load(table + b.to(tl.int64) * table_b + first // PAGE, mask=first < length, other=0)
-                first = first % PAGE
+        if SPAN:  # a tile has tokens of several pages, each a row of its own
+            entry = tl.load(table + b.to(tl.int64) * table_b + t // PAGE, mask=here, other=0)
+            first, t_in = start * 0, t % PAGE
+            far = t_in.to(tl.int64)
         key_rows = key + (entry.to(tl.int64) * key_b + first.to(tl.int64) * key_t) * KEY_ALIGN
         value_rows = value + (entry.to(tl.int64) * value_b + first.to(tl.int64) * value_t) * VALUE_ALIGN
         key_scales = key_scale + entry.to(tl.int64) * key_scale_b + first.to(tl.int64) * key_scale_t
@@ -230,13 +205,7 @@ def attention_kernel(
         x = coded  # [T, M], logits in base 2
         if SOFTCAP:
             x = capped(x) * (softcap * LOG2E)
-        if slopes is not None:
-            x += slope[None, :] * (t[:, None] - position[None, :]).to(tl.float32)
         seen = here[:, None]
-        if CAUSAL:
-            seen = seen & (t[:, None] <= position[None, :])
-        if WINDOW:
-            seen = seen & (position[None, :] - t[:, None] < WINDOW)
         if mask is not None:
             at = mask + b.to(tl.int64) * mask_b + head.to(tl.int64) * mask_h + s.to(tl.int64) * mask_s
             y = tl.load(at[None, :] + t.to(tl.int64)[:, None] * mask_t, mask=here[:, None] & inside[None, :], other=0)

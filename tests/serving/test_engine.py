@@ -13,7 +13,7 @@ import torch
 from served_models import LENGTH, WINDOW, Served, folder_of, plan_of, prompt
 from small_models import Fitted, cached
 
-from fhopt.cache import LatentCache
+from fhopt.cache.latent_cache import LatentCache
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.serving.batch import means_from
 

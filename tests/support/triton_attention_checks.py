@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from attention_cases import FOUR, HALVES, ODD, PLANES, UNCODED, Case, Inputs, expected, inputs, masks
+from attention_cases import FOUR, ODD, PLANES, UNCODED, Case, Inputs, expected, inputs, masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -112,55 +112,6 @@ def the_lowest_mask_lets_a_row_attend_evenly() -> None:
     assert relative(output, x[3].mean(2, keepdim=True)) < 1e-5
 
 
-def causal_window_and_slopes_follow_positions() -> None:
-    case = Case(FOUR, HALVES, 4, 2, 2, 3, 50)
-    x = inputs(case)
-    positions, slopes = torch.tensor([47, 20]), torch.tensor([0.5, 0.25, 0.125, 1.0])
-    at = positions.view(2, 1, 1, 1) + torch.arange(3).view(1, 1, 3, 1)
-    token = torch.arange(50).view(1, 1, 1, 50)
-    bias = slopes.view(1, 4, 1, 1) * (token - at)
-    nothing = torch.full((), -math.inf)
-    kinds: dict[str, tuple[dict[str, Any], Tensor]] = {
-        "causal": ({"causal": True}, torch.where(token <= at, torch.zeros(()), nothing)),
-        "window": ({"causal": True, "window": 12}, torch.where((token <= at) & (at - token < 12), 0.0, nothing)),
-        "slopes": ({"causal": True, "slopes": slopes}, torch.where(token <= at, bias, nothing)),
-    }
-    for features, mask in kinds.values():
-        for splits in (1, 3):
-            found = attend(case, x, positions=positions, splits=splits, **features)
-            assert_close(found, expected(case, x, mask.float()))
-
-
-def sinks_take_weight_and_give_nothing() -> None:
-    case = Case(FOUR, FOUR, 4, 2, 2, 1, 40)
-    x, sinks = inputs(case), torch.tensor([0.5, -1.0, 3.0, 0.0])
-    output, lse = expected(case, x, None)
-    total = torch.logaddexp(lse, sinks.double().view(1, 4, 1))
-    wanted = output * torch.exp(lse - total).unsqueeze(-1), total
-    for splits, block_m in ((1, 8), (3, 8), (2, 32)):
-        assert_close(attend(case, x, sinks=sinks, splits=splits, config=replace(SMALL, block_m=block_m)), wanted)
-
-
-def pages_lie_anywhere_in_a_pool() -> None:
-    case = Case(FOUR, ODD, 4, 2, 1, 2, 64)
-    x = inputs(case)
-    table = torch.randperm(9)[:8].view(2, 4).to(torch.int32)
-    pooled = tuple(t if i == 0 or t is None else pool(t, table, 16) for i, t in enumerate(x))
-    seen = torch.arange(64) < torch.tensor([64, 37]).view(2, 1, 1, 1)
-    for splits in (1, 2):
-        found = attend(case, pooled, table=table, lengths=torch.tensor([64, 37]), splits=splits)  # type: ignore[arg-type]
-        assert_close(found, expected(case, x, seen))
-
-
-def pool(x: Tensor, table: Tensor, page: int) -> Tensor:
-    """[B,J,T,...] -> [9,J,page,...]: page i of sequence b at table[b, i]; what belongs to nobody is not a number."""
-    out = x.new_full((9, x.shape[1], page, *x.shape[3:]), 255 if x.dtype == torch.uint8 else math.nan)
-    for b in range(table.shape[0]):
-        for i, at in enumerate(table[b].tolist()):
-            out[at] = x[b, :, page * i : page * i + page]
-    return out
-
-
 def a_head_reads_the_pages_it_chose() -> None:
     case = Case(FOUR, FOUR, 4, 2, 2, 1, 90)
     x = inputs(case)
@@ -175,13 +126,6 @@ def a_head_reads_the_pages_it_chose() -> None:
     shared = pages[:, 1:]  # one list for all heads
     of_all = chosen[:, 1:].expand(2, 4, 90).unsqueeze(2)
     assert_close(attend(case, x, pages=shared, page_tokens=16), expected(case, x, of_all))
-    table = torch.randperm(9)[:6].to(torch.int32).expand(2, 6)
-    padded = [t if t is None or i == 0 else torch.cat((t, t[:, :, :6]), 2) for i, t in enumerate(x)]
-    same = [t if i == 0 or t is None else t[:1].expand_as(t) for i, t in enumerate(padded)]
-    pooled = [t if i == 0 or t is None else pool(t, table, 16) for i, t in enumerate(same)]
-    found = attend(case, pooled, pages=pages, table=table, lengths=torch.tensor(90))  # type: ignore[arg-type]
-    alike = [t if i == 0 or t is None else t[:1].expand_as(t) for i, t in enumerate(x)]
-    assert_close(found, expected(case, alike, seen))  # type: ignore[arg-type]
 
 
 def the_rule_of_a_window_says_what_is_read_of_pages_of_any_size() -> None:
@@ -204,9 +148,9 @@ def the_rule_of_a_window_says_what_is_read_of_pages_of_any_size() -> None:
         for kind, mask in seen.items():
             wanted = expected(case, x, mask.view(2, 1, 1, -1))
             for splits in (1, 3):
-                features = dict(table=table, lengths=lengths, span=Span(kind, window), splits=splits)
+                features = dict(lengths=lengths, span=Span(kind, window, table), splits=splits)
                 assert_close(attend(case, pooled, **features), wanted)  # type: ignore[arg-type]
-    empty = attend(case, pooled, table=table, lengths=lengths * 0, span=Span(Span.OPEN, window))  # type: ignore[arg-type]
+    empty = attend(case, pooled, lengths=lengths * 0, span=Span(Span.OPEN, window, table))  # type: ignore[arg-type]
     assert not bool(empty[0].any()) and bool((empty[1] == -math.inf).all())
 
 
@@ -275,9 +219,6 @@ CHECKS: dict[str, Callable[[], None]] = {
         no_token_at_all_gives_zeros,
         a_row_that_sees_nothing_gives_zeros,
         the_lowest_mask_lets_a_row_attend_evenly,
-        causal_window_and_slopes_follow_positions,
-        sinks_take_weight_and_give_nothing,
-        pages_lie_anywhere_in_a_pool,
         a_head_reads_the_pages_it_chose,
         the_rule_of_a_window_says_what_is_read_of_pages_of_any_size,
         rows_of_a_longer_cache_are_read_where_they_are,

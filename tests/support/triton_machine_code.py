@@ -95,17 +95,8 @@ def compile_features() -> None:
     from fhopt.codegen.build import load_module
 
     every: list[dict[str, Any]] = [
-        {
-            "mask": "bool",
-            "slopes": True,
-            "sinks": True,
-            "lengths": True,
-            "positions": True,
-            "causal": True,
-            "whole": True,
-        },
-        {"mask": "float32", "table": True, "pages": True, "page": 64, "sinks": True, "lengths": True},
-        {"table": True, "page": 64, "positions": True, "window": 100, "lengths": True, "causal": True},
+        {"mask": "bool", "lengths": True, "whole": True},
+        {"mask": "float32", "pages": True, "page": 64, "lengths": True},
         {"pages": True, "page": 32, "lengths": True},
         {"pages": True, "page": 8, "lengths": True, "mask": "bool"},
     ]

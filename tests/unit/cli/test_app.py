@@ -64,7 +64,7 @@ def test_wrong_input_gets_one_line_with_the_cure(case: str, tmp_path: Path) -> N
 SAVED = Path(__file__).parents[2] / "golden" / "saved" / "folder"
 REFUSED_AT_ONCE = (
     "inspect nowhere", "doctor nowhere", "plans nowhere", "plans path nowhere", "plans add nowhere", "plans verify no",
-    "export {saved} --target bogus", "export {saved} --target mlir --kv-lora-rank 8", "verify {tmp}", "kernels {tmp}",
+    "export {saved} --target bogus", "export {saved} --target mlir --arch sm_90", "verify {tmp}", "kernels {tmp}",
     "inspect command_models:encoder --graph {tmp}/g.png", "report command_models:encoder -o {unwritable}/r.html",
     "demo --out {unwritable}", "demo --ratio 0", "cost demo --device abacus", "device --threads 99999",
     "rewrite demo --plan {saved}/plan --shard-size many -o {tmp}/out", "eval demo --tasks nothing",

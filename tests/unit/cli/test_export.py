@@ -6,65 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import CliRunner
 from command_models import save_tiny_model
 from exported_steps import as_loaded, mixer, plan_of
-from mla_export import sites_of, with_tiers
-from small_models import Fitted, found, tiny_llama
+from small_models import found, tiny_llama
 
 from fhopt.cli.app import main
-from fhopt.export import rewrite_folder
 from fhopt.fitting import fit_plan
-from fhopt.models.loaded_model import LoadedModel
 
 
 def run(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["export", *map(str, arguments), "--json"])
 
 
-def test_the_command_cuts_and_writes_what_opens_and_says_how_to_serve_it(
-    llama: Fitted, lettered: Any, tmp_path: Path
-) -> None:
-    plan = fit_plan.fit(llama.statistics, ratio=1, layout="freq")
-    rewrite_folder.rewrite(LoadedModel("small", llama.model, lettered), plan, tmp_path / "model")
-    uncut = run(tmp_path / "model", "--target", "vllm")
-    assert uncut.exit_code == 2 and "--kv-lora-rank" in uncut.stderr
-    done = run(tmp_path / "model", "--target", "sglang", "--kv-lora-rank", 24, "-o", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    printed = json.loads(done.stdout)
-    assert printed["checkpoint"]["sizes"]["latent"] == 24 and printed["kv_cache_dtype"] == "auto"
-    assert f"--model-path {tmp_path / 'out'}" in printed["command"]
-    names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "export.json", "README.md"} <= names
-    assert "plan" not in names and "fhopt.json" not in names
-    again = run(tmp_path / "model", "--target", "sglang", "--kv-lora-rank", 15, "-o", tmp_path / "out")
-    assert json.loads(again.stdout)["checkpoint"]["sizes"]["latent"] == 16
-
-
-@pytest.mark.parametrize(("bits", "dtype"), [(8, "fp8_e4m3"), (16, None)])
-def test_where_only_bits_change_the_command_says_which_cache_to_serve_the_original_with(
-    bits: int, dtype: str | None, lettered: Any, tmp_path: Path
-) -> None:
-    model = tiny_llama()
-    plan = with_tiers(fit_plan.exact_plan(sites_of(model)), bits)
-    rewrite_folder.rewrite(LoadedModel("small", model, lettered), plan, tmp_path / "model")
-    done = run(tmp_path / "model", "--target", "sglang", "-o", tmp_path / "out")
-    if dtype is None:  # 16 bits are no other cache, and two kv heads no latent attention
-        assert done.exit_code == 2 and "keeps 2 complex numbers" in done.stderr
-        return
-    assert done.exit_code == 0, done.output
-    printed = json.loads(done.stdout)
-    assert printed["checkpoint"] is None and printed["kv_cache_dtype"] == dtype and "ORIGINAL" in printed["command"]
-    assert not (tmp_path / "out").exists()
-
-
-def test_options_of_other_targets_are_refused(tmp_path: Path) -> None:
-    assert "not a rewritten model" in run(tmp_path, "--target", "vllm").stderr
+def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
+    assert "not a rewritten model" in run(tmp_path, "--target", "mlir").stderr
     (tmp_path / "fhopt.json").write_text("{}")  # options are looked at before what it says
-    assert "are for MLIR" in run(tmp_path, "--target", "vllm", "--bytecode").stderr
-    assert "vllm and sglang" in run(tmp_path, "--target", "mlir", "--kv-lora-rank", 8).stderr
-    assert "iree-metal, vllm, sglang" in run(tmp_path, "--target", "nothing").stderr
+    assert "expected mlir, iree-cpu" in run(tmp_path, "--target", "nothing").stderr
 
 
 # --------------------------------------------------------------------------------------------------- programs

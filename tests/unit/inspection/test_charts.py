@@ -16,6 +16,11 @@ def test_vega_lite_draws_every_chart(name: str) -> None:
            "bytes_per_token": 5.0, "nats": 1e-3, "exponent": -3.0, "floor": -4.0, "value": 1.0, "intensity": 3.0,
            "tflops": 2.0, "seconds": 1e-3}  # fmt: skip
     spec = charts.all_charts()[name]
-    whole = charts.standalone(spec, {rows: [row, row] for rows in (name, "roof", "points")})
+    schema = "https://vega.github.io/schema/vega-lite/v6.json"
+    whole = spec | {
+        "$schema": schema,
+        "width": 560,
+        "datasets": {rows: [row, row] for rows in (name, "roof", "points")},
+    }
     svg = vl_convert.vegalite_to_svg(whole)
     assert svg.count("aria-roledescription") > 3

@@ -66,8 +66,6 @@ def test_a_kernel_that_spills_is_told_of_once_with_the_cure(monkeypatch: pytest.
         pytest.param({"value_scale": lambda x: None}, {}, "value_scale is none", id="scale"),
         pytest.param({"query": lambda x: x[..., :-1]}, {}, "build their kernel", id="query"),
         pytest.param({}, {"softcap": 3.0}, "build their kernel", id="softcap"),
-        pytest.param({}, {"causal": True}, "need positions", id="positions"),
-        pytest.param({}, {"sinks": torch.zeros(3)}, "every query head", id="sinks"),
         pytest.param({}, {"pages": torch.zeros(2, 1, 1, dtype=torch.int32)}, "multiple of 8", id="no page"),
         pytest.param(
             {}, {"pages": torch.zeros(2, 1, 1, dtype=torch.int32), "page_tokens": 20}, "multiple of 8", id="page"

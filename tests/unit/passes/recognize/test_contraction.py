@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fhopt.models.capture import capture
-from fhopt.passes.graph.evaluate import Evaluator, example_shape, run_region
+from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape
 from fhopt.passes.recognize.contraction import Contraction, parse_einsum, read_contraction
 
 Q, K = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4)
@@ -70,7 +70,7 @@ def test_the_labels_say_what_is_computed(name: str) -> None:
     (found,) = [c for c in map(read_contraction, program.graph.nodes) if c is not None]
     base = Evaluator(program)
     values = {n: torch.randn(example_shape(n), dtype=torch.float64) for n in (found.left, found.right)}
-    expected = run_region(base, values, found.node)
+    expected = Region(base, values, found.node).run(values)
     torch.testing.assert_close(as_einsum(found, values[found.left], values[found.right]), expected)
 
 
