@@ -72,6 +72,7 @@ WITHOUT_A_FILE = {
     "fhopt/progress": "unit/inspection/test_progress_file.py",
     "fhopt/serving/backend": ENGINES,
     "fhopt/serving/decode_step": "decode steps of a layer's caches, unit/serving/test_layer_cache.py",
+    "fhopt/serving/layer_rows": "all that is written and read by them, unit/serving/test_layer_cache.py",
     "fhopt/serving/plugin": ENGINES,
     "fhopt/serving/quantization": ENGINES,
     "fhopt/version": "every file that names a version",
