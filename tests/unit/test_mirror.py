@@ -32,6 +32,7 @@ WITHOUT_A_FILE = {
     "codegen/gpu/machine_code": "unit/codegen/gpu/test_resources.py",
     "codegen/gpu/prefill_launch": "unit/codegen/gpu/test_prefill.py",
     "codegen/gpu/signatures": "every compilation, unit/codegen/gpu/test_attention.py and test_prefill.py",
+    "codegen/layers/emitter": "every lowered layer, unit/codegen/layers/test_lowering.py and test_operations.py",
     "codegen/rows": "every kernel that is called, unit/codegen",
     "codegen/tiers": "every kernel with bit groups, unit/codegen",
     "fhopt/attention/cache_view": CACHES,
