@@ -147,7 +147,8 @@ def checksum(description: Mapping[str, Any]) -> str:
 def digest_of(description: Mapping[str, Any], tensors: bytes) -> str:
     """Return the digest of a plan by its files. Raises ValueError, LookupError and TypeError for a damaged header.
 
-    It is that of `LatentPlan.digest`: names and bytes of the tensors lie in the file as torch has them in memory.
+    It is that of `plan_digest` (fhopt/plan/serialization.py): names and bytes of the tensors lie in the file as torch
+    has them in memory.
     """
     header = tensor_header(tensors)
     start = 8 + int.from_bytes(tensors[:8], "little")
