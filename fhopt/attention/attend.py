@@ -26,7 +26,7 @@ from fhopt.attention.latent_parts import latent_parts
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, registry
-from fhopt.ops.turns import Turns
+from fhopt.plan.segment_rotation import SegmentRotation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,15 +114,17 @@ def attend_latents_reference(
     """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
 
     near, inside and far are the masks of exact tokens, window and latents; key_mean and value_mean those of `SideRows`.
-    turn_pairs, turn_phases and segment: of keys relative to segments, `Turns.pairs`, `Turns.phases` and the tokens of
-    one; 0: they are not.
+    turn_pairs, turn_phases and segment: of keys relative to segments, pairs and phases of their `SegmentRotation`, and
+    the tokens of a segment; 0: they are not.
     """
     key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
     value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
     key_groups = algebra.BitGroups(key_bits, key_widths, key_steps)
     value_groups = algebra.BitGroups(value_bits, value_widths, value_steps)
-    turns = None if turn_pairs is None or turn_phases is None else Turns.by_phases(segment, turn_pairs, turn_phases)
-    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean, turns)
+    rotation = None
+    if turn_pairs is not None and turn_phases is not None:
+        rotation = SegmentRotation.from_phases(segment, turn_pairs, turn_phases)
+    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean, rotation)
     value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window, value_mean)
     masks = PartMasks(near, inside, far, lengths)
     return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, scale, softcap))

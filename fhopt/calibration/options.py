@@ -27,7 +27,8 @@ class FitOptions:
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
     for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
-    relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are; None: as `segment_tokens` says.
+    relative to segments of that many tokens (fhopt/plan/segment_rotation.py); 0: they are not; None: as
+    `segment_tokens` says.
     kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any).
     code: how bit groups are quantized, one of `fhopt.fitting.codes.CHOICES`; auto: trellis
     codes from a ratio of 5 on, in KV caches on CPUs; uniformly with `mean_tokens` 0, as plans to be exported have it.

@@ -84,8 +84,8 @@ class AttentionSite:
         return sinks, min(recent, self.sliding // RECENT_PART) if self.sliding else recent
 
     @property
-    def turns(self) -> bool:
-        """Return whether keys turn with the position of their token, in a way that is known."""
+    def rotates(self) -> bool:
+        """Return whether keys rotate with the position of their token, in a way that is known."""
         return self.kind == "self" and self.rope is not None and self.rope.positions == "sequence"
 
     @property

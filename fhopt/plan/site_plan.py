@@ -145,7 +145,7 @@ class SitePlan:
     head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
     sketch: what pages are selected by; None: all of them are read. gather: of one process's part of a plan, where its
     encoders read heads of others (fhopt/parallel/tensor_parallel.py). segment: keys are encoded relative to segments of
-    so many tokens (fhopt/ops/turns.py); 0: as they are.
+    so many tokens (fhopt/plan/segment_rotation.py); 0: as they are.
     """
 
     site: AttentionSite

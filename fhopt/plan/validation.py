@@ -63,7 +63,7 @@ def check_parts(
 
 def _check_segment(site: SitePlan, pages: PagePlan | None) -> None:
     """Raise FhoptError where keys cannot be relative to segments."""
-    if not site.site.turns or site.site.slides or not site.key.tiers:
+    if not site.site.rotates or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
     if not 0 < site.segment <= MOST_SEGMENT or site.segment % LEAST_SEGMENT:
         raise FhoptError(

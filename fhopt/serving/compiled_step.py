@@ -84,7 +84,7 @@ def layout_of(layer: LayerRows, dtype: torch.dtype) -> BlockLayout:
         heads=site.heads, kv_heads=site.kv_heads, sizes=(site.key_dim, site.value_dim), dtype=dtype, scale=layer.scale,
         key=sides[0], value=sides[1], is_shared=layer.site.is_shared,
         window=layer.window, window_rows=_starts(layer.window_rows.parts), first_rows=_starts(first_parts),
-        means_from=layer.means_from, turns=layer.turns,
+        means_from=layer.means_from, rotation=layer.rotation,
     )  # fmt: skip
 
 

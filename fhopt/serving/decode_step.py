@@ -112,4 +112,4 @@ def _sides(
         if scale is not None:
             scale = scale[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1).masked_fill(step.absent, 0)
         sides.append(SideRows(groups, z, scale, decode, mean=mean))
-    return replace(sides[0], turns=layer.turns), sides[1]
+    return replace(sides[0], rotation=layer.rotation), sides[1]

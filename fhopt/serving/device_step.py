@@ -116,7 +116,7 @@ def _objection(layer: LayerRows, device: torch.device) -> str:
         return f"there are no kernels for {device.type}, only for CUDA and ROCm."
     if not has_triton():
         return "Triton is not installed. Install it: pip install 'triton>=3.6'."
-    if layer.turns is not None:
+    if layer.rotation is not None:
         return "no kernel turns queries for segments. Fit the plan with --segment 0."
     if layer.dtype not in DTYPES:
         return f"no kernel reads {layer.dtype}; expected one of {', '.join(map(str, DTYPES))}."

@@ -122,8 +122,8 @@ class LayerCache(LayerRows):
             self._write_latents(caches, owners, positions, keys.float(), values.float())
 
     def _write_latents(self, caches: Caches, owners: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        if self.turns is not None:
-            keys = self.turns.relative(keys.transpose(0, 1)[None], positions - self.window.sinks)[0].transpose(0, 1)
+        if self.rotation is not None:
+            keys = self.rotation.relative(keys.transpose(0, 1)[None], positions - self.window.sinks)[0].transpose(0, 1)
         if self.means_from:
             blocks = caches.first.blocks.table[:, 0].long()
             key_mean, value_mean = self.first_rows.read_means(caches.first.cache[blocks, 0, 0])
@@ -195,7 +195,7 @@ class _Reader:
         packed = self.layer.latent_rows.read(rows)
         parts = zip(self.layer.groups, packed, self.layer.decode, self.means, strict=True)
         key, value = (SideRows(groups, *latents, decode, mean=mean) for groups, latents, decode, mean in parts)
-        return replace(key, turns=self.layer.turns), value
+        return replace(key, rotation=self.layer.rotation), value
 
     def attend(self, tile: Tile, query: Tensor) -> Tensor:
         """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fhopt.ops.turns import Turns
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site_plan import SitePlan
 from fhopt.serving.batch import Batch, Blocks, Sequence, means_from
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
@@ -66,7 +66,7 @@ class LayerRows:
         self.window_rows = WindowRows(site, plan.window_bits, dtype)
         self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
         rope, segment = site.site.rope, site.segment
-        self.turns = Turns.on(rope, segment, device) if segment and rope is not None else None
+        self.rotation = SegmentRotation.on(rope, segment, device) if segment and rope is not None else None
         self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
         self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
 
