@@ -11,7 +11,7 @@ once, when the call has read them, so later calls see them in 8 bits. Where a pl
 (layout "input"), it is stored once.
 
 With `absorb=True` layers return `LatentTensor`s, on which attention runs without anything of full length
-(fhopt/attention/interface.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
+(fhopt/attention/offered_latents.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
 
 Where the sequences of a batch begin with padding, each keeps its own first tokens as attention sinks
 (fhopt/cache/left_padding.py), as long as somebody says so before the first call: `fhopt.apply` does.
@@ -21,6 +21,8 @@ says how attention selects pages (fhopt/attention/paged.py).
 
 A static layer quantizes a token when it arrives and keeps it in the ring too; two numbers on the device say how many
 tokens are read as latents, and which of the ring's places are read. So an update is the same operations at any length.
+
+Layers implement transformers' `CacheLayerMixin` here and not in fhopt/hf, which is above: it applies these caches.
 
 Letters: B batch, G kv heads, S new tokens, D head size.
 """
@@ -36,8 +38,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from fhopt.attention.cache_view import AnyLatents, SideRows
-from fhopt.attention.interface import Reader, offer
 from fhopt.attention.manual_attention import reconstructed
+from fhopt.attention.offered_latents import Reader, offer
 from fhopt.attention.paged import SAMPLE, log_fill
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.left_padding import PADDING, LeftPadding
