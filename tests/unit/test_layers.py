@@ -32,7 +32,7 @@ GROUND_IMPORTS = {name: GROUND - {"texts"} for name in GROUND} | {"texts": GROUN
 @cache
 def allowed() -> dict[str, set[str]]:
     """Package -> packages that it may import, as the page says it."""
-    section = PAGE.read_text().partition("## Who may import whom")[2].partition("\n## ")[0]
+    section = PAGE.read_text().partition("## Dependency rules")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([a-z_; ]+) \| (.+) \|$", section, re.M)
     table = {name: cell for names, cell in rows for name in names.split("; ") if cell != "may import"}
     found: dict[str, set[str]] = {}
@@ -120,3 +120,9 @@ def test_the_table_is_read_as_it_is_meant() -> None:
     assert allowed()["refine"] == allowed()["calibration"] | {"calibration", "evaluation", "cache"}
     assert allowed()["backend"] == allowed().keys() - {"export", "lm_head", "serving", "inspection", "cli"}
     assert allowed()["cli"] == allowed().keys()
+
+
+def test_operators_are_defined_in_ops_and_calls_of_compiled_kernels_in_codegen() -> None:
+    defines = re.compile(r"\b_LIB\.define\(|library\.(define|custom_op)\(")
+    elsewhere = {path for path, text in sources().items() if defines.search(text) and not path.startswith("fhopt/ops/")}
+    assert elsewhere == {"codegen/cpu/graph_kernels.py"}
