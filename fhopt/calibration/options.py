@@ -10,7 +10,7 @@ from fhopt.fitting.choices import AUTO, BITS, check_options
 from fhopt.fitting.codes import AUTO as AUTO_CODE
 from fhopt.fitting.codes import chosen
 from fhopt.hardware.devices import find_device
-from fhopt.plan.site_plan import LEAST_SEGMENT, MOST_SEGMENT
+from fhopt.plan.site_plan import MAX_SEGMENT, MIN_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
@@ -73,10 +73,10 @@ class FitOptions:
         check_options(self.ratio, self.layout, self.bits, self.device, chosen(self.code, self.ratio, is_read=False))
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
-        if not 0 <= self.segment_tokens <= MOST_SEGMENT or self.segment_tokens % LEAST_SEGMENT:
+        if not 0 <= self.segment_tokens <= MAX_SEGMENT or self.segment_tokens % MIN_SEGMENT:
             raise FhoptError(
-                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT} up to "
-                f"{MOST_SEGMENT}. Try {SEGMENT}."
+                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {MIN_SEGMENT} up to "
+                f"{MAX_SEGMENT}. Try {SEGMENT}."
             )
         if self.kernel_shapes is not None and self.kernel_shapes < 1:
             raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")

@@ -53,7 +53,7 @@ from fhopt.plan.expected_loss import EXPECTED
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
-from fhopt.plan.window import LEAST_SLIDING
+from fhopt.plan.window import MIN_SLIDING
 from fhopt.progress import Progress, silent
 from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
@@ -322,7 +322,7 @@ def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.O
         what = f"windows of at most {kept:,}" if kept else "its cache keeps keys and values beside a state"
         raise FhoptError(
             f"no attention layer of {name} keeps tokens enough in a layer of its own ({what}), so there is nothing to "
-            f"compress; expected a model in which some layers attend to all tokens, or to {LEAST_SLIDING} or more."
+            f"compress; expected a model in which some layers attend to all tokens, or to {MIN_SLIDING} or more."
         )
     return replace(outcome, sites=compressible)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fhopt.plan.window import COUNTED_AT, LEAST_SLIDING, ResidualWindow
+from fhopt.plan.window import COUNTED_AT, MIN_SLIDING, ResidualWindow
 
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
@@ -46,7 +46,7 @@ class CacheLayer:
     @property
     def sliding(self) -> int:
         """Tokens of a sliding window or chunk that a plan may compress; 0 for any other layer."""
-        return self.window if self.is_full and self.window >= LEAST_SLIDING else 0
+        return self.window if self.is_full and self.window >= MIN_SLIDING else 0
 
     @property
     def is_compressible(self) -> bool:

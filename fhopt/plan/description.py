@@ -27,10 +27,10 @@ from fhopt.plan.field_kinds import SIZE, provenance_kind, site_kind
 from fhopt.plan.json_kinds import Kind, WrongField, number, one_of, record, row, several, text, whole
 from fhopt.plan.site_plan import (
     LAYOUTS,
+    MAX_SEGMENT,
     MAX_STEP,
     MAX_TRELLIS_STEP,
     MIN_STEP,
-    MOST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
@@ -69,7 +69,7 @@ def _tiers(*bits: int, is_signed: bool) -> Kind:
 _SIDE = _tiers(*SUPPORTED_BITS, is_signed=True)
 _SITE_PLAN = record(
     {"site": site_kind, "layout": one_of(*LAYOUTS), "key": _SIDE, "value": _SIDE},
-    {"sketch": _tiers(*SKETCH_BITS, is_signed=False), "segment": whole(1, MOST_SEGMENT)},
+    {"sketch": _tiers(*SKETCH_BITS, is_signed=False), "segment": whole(1, MAX_SEGMENT)},
 )
 _SHARES = several(number(0, 1))
 _FACTORS = several(number(0, 1e6))

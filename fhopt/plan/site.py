@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fhopt.plan.window import LEAST_SLIDING, RECENT_PART
+from fhopt.plan.window import MIN_SLIDING, RECENT_PART
 
 # What a mask is (fhopt/passes/recognize/masks.py), and how keys and values reach a cache
 MASKS = (
@@ -96,7 +96,7 @@ class AttentionSite:
     @property
     def sliding(self) -> int:
         """Tokens of a sliding window that a plan may compress; 0 where there is none, or a shorter one."""
-        return self.window if self.slides and self.window >= LEAST_SLIDING else 0
+        return self.window if self.slides and self.window >= MIN_SLIDING else 0
 
     @property
     def cached_weights(self) -> tuple[str, ...]:

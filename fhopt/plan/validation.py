@@ -10,11 +10,11 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.plan.site_plan import (
     LAYOUTS,
-    LEAST_SEGMENT,
+    MAX_SEGMENT,
     MAX_STEP,
     MAX_TRELLIS_STEP,
+    MIN_SEGMENT,
     MIN_STEP,
-    MOST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
@@ -65,9 +65,9 @@ def _check_segment(site: SitePlan, pages: PagePlan | None) -> None:
     """Raise FhoptError where keys cannot be relative to segments."""
     if not site.site.rotates or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
-    if not 0 < site.segment <= MOST_SEGMENT or site.segment % LEAST_SEGMENT:
+    if not 0 < site.segment <= MAX_SEGMENT or site.segment % MIN_SEGMENT:
         raise FhoptError(
-            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {LEAST_SEGMENT}. Fit it "
+            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {MIN_SEGMENT}. Fit it "
             "again."
         )
     if pages is not None:

@@ -15,7 +15,7 @@ from fhopt.errors import FhoptError
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
+MIN_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
 MAX_WINDOW = 1 << 20  # tokens: static caches reserve memory for as many
 RECENT_PART, BLOCK_PART = 4, 8  # a residual window takes at most 1/4 of a sliding one, a block 1/8
 
