@@ -35,7 +35,7 @@ VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -104,6 +104,9 @@ test-matrix: $(TEST)  ## the tests that depend on versions, with the oldest to t
 
 coverage: $(TEST) $(DOCS)  ## how many lines and branches the tests run, by package; what was measured is kept (PART=fhopt/plan: one)
 	$(BIN)/python benchmarks/covered.py --workers $(WORKERS) $(if $(PART),--part $(PART))
+
+size: $(TEST)  ## lines by package, import cycles, long files and functions, repeated names (AGAINST=COMMIT: before and after)
+	$(BIN)/python benchmarks/size.py $(if $(AGAINST),--against $(AGAINST))
 
 audit: $(DEMO) $(AUDIT)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
 	$(BIN)/pip-audit --progress-spinner off --skip-editable

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.tiers import Tiers
-from fhopt.ops.turns import Turns
 from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.window import ResidualWindow
 
 
@@ -40,7 +40,7 @@ class BlockLayout:
     key, value: packed latents; with is_shared both are those of `key`. window: which tokens are read as what, and the
     bits of its rows. window_rows: bytes of such a row before keys, values, scales of keys, scales of values.
     first_rows: bytes of a page before the attention sinks' keys and values, the means of keys and of values.
-    means_from: tokens from which on a sequence has means, 0: the plan has none. turns: of keys that are relative to
+    means_from: tokens from which on a sequence has means, 0: the plan has none. rotation: of keys that are relative to
     segments; None: they are as they came.
     """
 
@@ -56,7 +56,7 @@ class BlockLayout:
     window_rows: tuple[int, int, int, int]
     first_rows: tuple[int, int, int, int]
     means_from: int
-    turns: Turns | None = None
+    rotation: SegmentRotation | None = None
 
     def specs(self) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
         """Return the specs of the kernels of latents, residual window and attention sinks."""

@@ -30,8 +30,8 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES
-from fhopt.ops.turns import MOST_TOKENS, Turns
 from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.segment_rotation import MAX_TOKENS, SegmentRotation
 
 NAME = "block_tables"  # of the library
 PANEL = 32  # columns of a basis that lie side by side
@@ -111,7 +111,7 @@ class BlockAttention:
             *(3 if layout.dtype == torch.float32 else 2, layout.scale),
         )
         addresses = [x for kernel in kernels for x in (kernel.address, kernel.table)]
-        tail = _starts(*layout.window_rows, *layout.first_rows, *addresses, pack, *self._turning(layout.turns))
+        tail = _starts(*layout.window_rows, *layout.first_rows, *addresses, pack, *self._turning(layout.rotation))
         self._layer = self._keep(head + of_side + of_value + tail)
 
     def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> bytes:
@@ -124,13 +124,13 @@ class BlockAttention:
             *self._panels(encode), *self._panels(decode),
         )  # fmt: skip
 
-    def _turning(self, turns: Turns | None) -> tuple[int, int, int, int, int]:
+    def _turning(self, rotation: SegmentRotation | None) -> tuple[int, int, int, int, int]:
         """Return the C++ struct `Turning`: the same for all sequences, none of which begins with padding."""
-        if turns is None:
+        if rotation is None:
             return 0, 0, 0, 0, 0
-        phases = turns.phases(turns.segments(MOST_TOKENS))
-        self._kept += [turns.pairs, phases]
-        return turns.pairs.data_ptr(), phases.data_ptr(), turns.pairs.shape[1], turns.segment, 0
+        phases = rotation.phases(rotation.segments(MAX_TOKENS))
+        self._kept += [rotation.pairs, phases]
+        return rotation.pairs.data_ptr(), phases.data_ptr(), rotation.pairs.shape[1], rotation.segment, 0
 
     def _panels(self, basis: Tensor) -> tuple[int, int, int]:
         """Return address, rows and panels of a basis [matrices,n,m] as panels [matrices,panels,n,PANEL]."""

@@ -23,7 +23,7 @@ from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
 _SIDE = struct.Struct("@PqqPqP3qP3qq")
 
 
-Turning = tuple[Tensor, Tensor, int]  # of queries, for keys relative to segments: `Turns.pairs`, its phases, tokens
+Turning = tuple[Tensor, Tensor, int]  # as of `SegmentRotation.of_tokens`
 
 
 @dataclass(frozen=True, eq=False)

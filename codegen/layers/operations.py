@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from fhopt.codegen.layers.emitter import Emitter
 from fhopt.codegen.layers.instructions import (
     ABSOLUTE,
     ADD,
@@ -35,10 +36,7 @@ from fhopt.codegen.layers.instructions import (
 )  # fmt: skip
 from fhopt.codegen.layers.trace import UnsupportedError
 
-if TYPE_CHECKING:
-    from fhopt.codegen.layers.lowering import Lowering
-
-Handler = Callable[["Lowering", tuple[Any, ...], dict[str, Any]], Value]
+Handler = Callable[[Emitter, tuple[Any, ...], dict[str, Any]], Value]
 VIEWS = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "select", "slice",
     "split", "split_with_sizes", "chunk", "unbind", "detach", "alias", "narrow", "movedim", "unflatten", "squeeze_",
@@ -48,7 +46,7 @@ IN_PLACE = {"add", "sub", "mul", "div", "neg", "silu", "gelu", "relu", "sigmoid"
 
 
 def _binary(code: int) -> Handler:
-    def handle(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    def handle(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") is not None or len(args) != 2:
             raise UnsupportedError("a sum with a factor, or a quotient that is rounded")
         return low.two(code, *args)
@@ -57,7 +55,7 @@ def _binary(code: int) -> Handler:
 
 
 def _unary(code: int) -> Handler:
-    def handle(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    def handle(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if len(args) != 1 or kwargs:
             raise UnsupportedError("a function with options")
         return low.one(code, args[0])
@@ -65,11 +63,11 @@ def _unary(code: int) -> Handler:
     return handle
 
 
-def _gelu(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _gelu(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     return low.one(GELU_TANH if kwargs.get("approximate", "none") == "tanh" else GELU, args[0])
 
 
-def _pow(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _pow(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     x, power = low.operand(args[0]), args[1]
     if power == 2:
         return low.two(MULTIPLY, x, x)
@@ -81,14 +79,14 @@ def _pow(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
 
 
 def _reduction(code: int) -> Handler:
-    def handle(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    def handle(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         dims = args[1] if len(args) > 1 else None
         return low.reduce(code, args[0], dims, bool(args[2]) if len(args) > 2 else False)
 
     return handle
 
 
-def _same(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _same(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     """Lower what copies or casts: nothing, or a copy where the layer changes values in place."""
     value = low.value(args[0])
     if not value.view.is_floating_point() or not kwargs.get("dtype", torch.float32).is_floating_point:
@@ -99,13 +97,13 @@ def _same(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value
     return value
 
 
-def _dropped(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _dropped(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     if args[2]:
         raise UnsupportedError("dropout in training")
     return low.value(args[0])
 
 
-def _clamp(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _clamp(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     given = (*args[1:], None, None)[:2]
     least, most = kwargs.get("min", given[0]), kwargs.get("max", given[1])
     value = low.operand(args[0])
@@ -115,7 +113,7 @@ def _clamp(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Valu
     return value
 
 
-def _layer_norm(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _layer_norm(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     x, shape, weight, bias, epsilon = args
     if len(shape) != 1:
         raise UnsupportedError("a norm over several dimensions")
@@ -124,7 +122,7 @@ def _layer_norm(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return _normed(low, centred, weight, bias, epsilon)
 
 
-def _rms_norm(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _rms_norm(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     x, shape, weight, epsilon = args
     if len(shape) != 1:
         raise UnsupportedError("a norm over several dimensions")
@@ -132,18 +130,18 @@ def _rms_norm(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V
     return _normed(low, low.operand(x), weight, None, torch.finfo(dtype).eps if epsilon is None else epsilon)
 
 
-def _normed(low: Lowering, value: Value, weight: Any, bias: Any, epsilon: float) -> Value:
+def _normed(low: Emitter, value: Value, weight: Any, bias: Any, epsilon: float) -> Value:
     square = low.reduce(MEAN, low.two(MULTIPLY, value, value), -1, True)
     value = low.two(MULTIPLY, value, low.one(INVERSE_ROOT, low.two(ADD, square, float(epsilon))))
     value = value if weight is None else low.two(MULTIPLY, value, weight)
     return value if bias is None else low.two(ADD, value, bias)
 
 
-def _matrix_product(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _matrix_product(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     return low.linear(args[0], _transposed(low.value(args[1])), None)
 
 
-def _matrix_product_and_bias(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _matrix_product_and_bias(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
         raise UnsupportedError("a product with factors")
     return low.linear(args[1], _transposed(low.value(args[2])), args[0])
@@ -153,7 +151,7 @@ def _transposed(value: Value) -> Value:
     return Value(value.view.t(), value.buffer, value.external)
 
 
-def _linear_layer(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+def _linear_layer(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     x, weight, *others = args
     return low.linear(x, low.value(weight), *others)
 

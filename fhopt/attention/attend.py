@@ -2,7 +2,7 @@
 
     attend         softmax(q K^T) V, with a mask over all tokens or none
     attend_parts   softmax(q K^T) V, with masks of the parts; in decode steps on a CPU one call of machine code, in
-                   compiled graphs the op fhopt::attend_latents
+                   compiled graphs the op fhopt::attend_latents (fhopt/ops/cache_attention.py)
 
 K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries may
 run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a single
@@ -26,7 +26,7 @@ from fhopt.attention.latent_parts import latent_parts
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, registry
-from fhopt.ops.turns import Turns
+from fhopt.plan.segment_rotation import SegmentRotation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,16 +66,6 @@ def attend_parts(operands: AttentionOperands) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- the op
 
-_LIB = torch.library.Library("fhopt", "FRAGMENT")
-_LIB.define(
-    "attend_latents(Tensor query, Tensor key, Tensor value, Tensor key_rows, Tensor? key_scale, Tensor key_decode, "
-    "Tensor value_rows, Tensor? value_scale, Tensor value_decode, Tensor? window_keys, Tensor? window_key_scale, "
-    "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, "
-    "Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, Tensor? turn_phases, int segment, *, "
-    "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
-    "float scale, float softcap=0.0) -> Tensor"
-)
-
 
 def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
     """Run `fhopt::attend_latents` in a graph, its kernel in eager mode; None where there is none that serves."""
@@ -86,7 +76,7 @@ def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
 
 
 def _with_flat_operands(kernel: Any, operands: AttentionOperands) -> Tensor | None:
-    """Call `kernel` with the operands in the order of the schema of `fhopt::attend_latents`."""
+    """Call `kernel` with the operands in the order of `cache_attention.SCHEMA`."""
     sides, masks = (operands.key_side, operands.value_side), operands.masks
     turning = operands.key_side.turning or (None, None, 0)
     output: Tensor | None = kernel(
@@ -114,26 +104,23 @@ def attend_latents_reference(
     """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
 
     near, inside and far are the masks of exact tokens, window and latents; key_mean and value_mean those of `SideRows`.
-    turn_pairs, turn_phases and segment: of keys relative to segments, `Turns.pairs`, `Turns.phases` and the tokens of
-    one; 0: they are not.
+    turn_pairs, turn_phases and segment: of keys relative to segments, pairs and phases of their `SegmentRotation`, and
+    the tokens of a segment; 0: they are not.
     """
     key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
     value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
     key_groups = algebra.BitGroups(key_bits, key_widths, key_steps)
     value_groups = algebra.BitGroups(value_bits, value_widths, value_steps)
-    turns = None if turn_pairs is None or turn_phases is None else Turns.by_phases(segment, turn_pairs, turn_phases)
-    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean, turns)
+    rotation = None
+    if turn_pairs is not None and turn_phases is not None:
+        rotation = SegmentRotation.from_phases(segment, turn_pairs, turn_phases)
+    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean, rotation)
     value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window, value_mean)
     masks = PartMasks(near, inside, far, lengths)
     return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, scale, softcap))
 
 
-def _attend_latents_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
-_LIB.impl("attend_latents", attend_latents_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
+torch.library.impl("fhopt::attend_latents", "default", attend_latents_reference)
 
 
 def _is_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:

@@ -22,7 +22,7 @@ from fhopt.attention.sketches import PageIndex
 from fhopt.attention.token_places import TokenPlaces
 from fhopt.ops import algebra, packing
 from fhopt.ops import masks as ops_masks
-from fhopt.ops.turns import Turns
+from fhopt.plan.segment_rotation import SegmentRotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class SideRows:
     bit_groups: none for uncoded latents. rows: quantized values uint8 [B,J,V,bytes] with scale float16 [B,J,V], or
     uncoded latents [B,J,V,R] without a scale. decode [G,D,R]. window: quantized values uint8 [B,G,M,D] and scales
     float16 [B,G,M] of the window in 8 bits, as from `ops.packing.round_rows`; None: the window is exact. mean: float32
-    [B,G,1,D], from which latents and a window in 8 bits are differences; None: they are not. turns: keys are relative
-    to their segments, the first row being number `first` behind the attention sinks; None: they are as they came.
+    [B,G,1,D], from which latents and a window in 8 bits are differences; None: they are not. rotation: keys are
+    relative to their segments, the first row being number `first` after the attention sinks; None: they are not.
     """
 
     bit_groups: algebra.BitGroups
@@ -42,7 +42,7 @@ class SideRows:
     decode: Tensor
     window: tuple[Tensor, Tensor] | None = None
     mean: Tensor | None = None
-    turns: Turns | None = None
+    rotation: SegmentRotation | None = None
     first: int = 0
 
     @property
@@ -72,20 +72,20 @@ class SideRows:
         decoded = algebra.decode(self.unpacked().to(dtype), self.decode.to(dtype))
         if self.mean is not None:
             decoded = decoded + self.mean  # in float32: a mean may be much larger than what is added
-        if self.turns is not None:
+        if self.rotation is not None:
             places = torch.arange(decoded.shape[2], device=decoded.device) + self.first
-            decoded = self.turns.finished(decoded, places)
+            decoded = self.rotation.absolute(decoded, places)
         return decoded.to(self.decode.dtype)
 
     @property
     def turning(self) -> tuple[Tensor, Tensor, int] | None:
         """Channels that turn, cosines and sines of all segments, and tokens of one; None: keys are as they came."""
-        return None if self.turns is None else self.turns.of_tokens(self.rows.shape[2])
+        return None if self.rotation is None else self.rotation.of_tokens(self.rows.shape[2])
 
     def part(self, start: int, stop: int) -> SideRows:
         """Return some of the rows."""
         scale = None if self.scale is None else self.scale[:, :, start:stop]
-        first = self.first + start if self.turns is not None else 0
+        first = self.first + start if self.rotation is not None else 0
         return replace(self, rows=self.rows[:, :, start:stop], scale=scale, first=first)
 
 

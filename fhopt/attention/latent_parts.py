@@ -1,8 +1,8 @@
 """Attention to packed latents, in one part or several.
 
-Keys that are relative to segments (fhopt/ops/turns.py) are read by queries that turn. Few queries turn for each
-segment, and segments of a sequence are read as if they were a batch; for many queries keys are reconstructed, and
-turned back. In decode steps on a CPU all of this is one call of machine code (fhopt/attention/attend.py).
+Queries are rotated to attend to keys that are relative to segments (fhopt/plan/segment_rotation.py). A few queries are
+rotated to each segment, and segments of a sequence are read like a batch; for many queries keys are reconstructed, and
+rotated back. In decode steps on a CPU all of this is one call of machine code (fhopt/attention/attend.py).
 
 Letters: B batch, H query heads, S queries, N segments, D and E head size of keys and values.
 """
@@ -27,7 +27,7 @@ MOST_TURNED = 1 << 22  # numbers of queries that are turned to all segments at o
 
 def latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
     """Attend to packed latents, those of each segment by queries that turn: outputs [B,H,S,E], lse [B,H,S]."""
-    if operands.key_side.turns is None:
+    if operands.key_side.rotation is None:
         return [with_means(operands, *_latent_part(operands))]
     output, lse = _joined(_segment_parts(operands))
     return [(output.to(operands.query.dtype), lse)]
@@ -49,18 +49,18 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _segment_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor]]:
     """Attend to segments, one or several at a time: outputs [B,H,S,E], lse [B,H,S], means included."""
     query, key = operands.query, operands.key_side
-    turns = key.turns
-    assert turns is not None
+    rotation = key.rotation
+    assert rotation is not None
     if _reads_finished(operands):
         yield from _finished_parts(operands)
         return
-    whole = key.rows.shape[2] // turns.segment
+    whole = key.rows.shape[2] // rotation.segment
     folds = len(query) <= whole and whole * query[:1].numel() <= MOST_TURNED and not _reconstructs(operands)
     if folds:
         yield _folded_part(operands, whole)
     exact = query.to(torch.promote_types(query.dtype, torch.float32))
-    for number in range(whole if folds else 0, turns.segments(key.rows.shape[2])):
-        turned = turns.query(exact, number)
+    for number in range(whole if folds else 0, rotation.segments(key.rows.shape[2])):
+        turned = rotation.rotate_query(exact, number)
         part = operands.of_segment(number, turned.to(query.dtype))
         output, lse = _latent_part(part)
         if key.mean is not None:  # of queries that are not rounded again: a mean may be much larger than what varies
@@ -79,25 +79,25 @@ def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Te
     Fewer calls than one for each segment, of which each fills a device.
     """
     query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
-    turns, parts = key.turns, []
-    assert turns is not None
+    rotation, parts = key.rotation, []
+    assert rotation is not None
     for b in range(len(query)):
         one = slice(b, b + 1)
         exact = query[one].to(torch.promote_types(query.dtype, torch.float32))
-        turned = turns.queries(exact, segments, b)  # [N,H,S,D]
+        turned = rotation.rotate_queries(exact, segments, b)  # [N,H,S,D]
         far, lengths = masks.latents, masks.lengths
         if far is not None:
             far = far.reshape((1,) * (4 - far.dim()) + far.shape)
             far = far[one] if len(far) > 1 else far
             if far.shape[-1] != 1:
-                far = _folded(far, segments, turns.segment, 3)
+                far = _folded(far, segments, rotation.segment, 3)
         if lengths is not None:
-            starts = torch.arange(segments, device=query.device) * turns.segment
-            lengths = (lengths.reshape(-1)[b if lengths.numel() > 1 else 0] - starts).clamp(0, turns.segment)
+            starts = torch.arange(segments, device=query.device) * rotation.segment
+            lengths = (lengths.reshape(-1)[b if lengths.numel() > 1 else 0] - starts).clamp(0, rotation.segment)
         sides = [
             replace(
-                side, rows=_folded(side.rows[one], segments, turns.segment, 2), turns=None,
-                scale=None if side.scale is None else _folded(side.scale[one], segments, turns.segment, 2),
+                side, rows=_folded(side.rows[one], segments, rotation.segment, 2), rotation=None,
+                scale=None if side.scale is None else _folded(side.scale[one], segments, rotation.segment, 2),
             )
             for side in (key, value)
         ]  # fmt: skip

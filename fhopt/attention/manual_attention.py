@@ -51,8 +51,8 @@ def _logits(query: Tensor, side: SideRows, dtype: torch.dtype, scale: float) -> 
     """Compute logits of quantized tokens, a tile at a time: query [B,H,S,D] -> [B,H,S,tokens], products in `dtype`."""
     turned, queries = query, algebra.absorb(query, side.decode)
     for part, tile in _tiles(side):
-        if side.turns is not None and (part.start or side.turns.is_of_each):
-            turned = side.turns.query(query, part.start // side.turns.segment)
+        if side.rotation is not None and (part.start or side.rotation.is_per_sequence):
+            turned = side.rotation.rotate_query(query, part.start // side.rotation.segment)
             queries = algebra.absorb(turned, side.decode)
         logits = attention.grouped_scores(queries.to(dtype) * scale, tile.to(dtype))
         if side.mean is not None:
@@ -65,7 +65,7 @@ def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
 
     Tokens of a tile are of one segment, where keys are relative to such.
     """
-    size = TILE if side.turns is None else side.turns.segment
+    size = TILE if side.rotation is None else side.rotation.segment
     for start in range(0, side.rows.shape[2], size):
         part = slice(start, start + size)
         yield part, side.unpacked(part)

@@ -48,9 +48,9 @@ class AttentionOperands:
     def of_segment(self, number: int, query: Tensor) -> AttentionOperands:
         """Return the operands of packed latents of one segment. query: turned to it."""
         key, value, masks = self.key_side, self.value_side, self.masks
-        turns = key.turns
-        assert turns is not None
-        start, end = number * turns.segment, min((number + 1) * turns.segment, key.rows.shape[2])
+        rotation = key.rotation
+        assert rotation is not None
+        start, end = number * rotation.segment, min((number + 1) * rotation.segment, key.rows.shape[2])
         latents, lengths = masks.latents, masks.lengths
         if latents is not None and latents.shape[-1] != 1:
             latents = latents[..., start:end]
@@ -58,7 +58,7 @@ class AttentionOperands:
             lengths = (lengths - start).clamp(0, end - start)
         return replace(
             self, query=query,
-            key_side=replace(key.part(start, end), turns=None, first=0),
+            key_side=replace(key.part(start, end), rotation=None, first=0),
             value_side=value.part(start, end), masks=replace(masks, latents=latents, lengths=lengths),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ once, when the call has read them, so later calls see them in 8 bits. Where a pl
 (layout "input"), it is stored once.
 
 With `absorb=True` layers return `LatentTensor`s, on which attention runs without anything of full length
-(fhopt/attention/interface.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
+(fhopt/attention/offered_latents.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
 
 Where the sequences of a batch begin with padding, each keeps its own first tokens as attention sinks
 (fhopt/cache/left_padding.py), as long as somebody says so before the first call: `fhopt.apply` does.
@@ -21,6 +21,8 @@ says how attention selects pages (fhopt/attention/paged.py).
 
 A static layer quantizes a token when it arrives and keeps it in the ring too; two numbers on the device say how many
 tokens are read as latents, and which of the ring's places are read. So an update is the same operations at any length.
+
+Layers implement transformers' `CacheLayerMixin` here and not in fhopt/hf, which is above: it applies these caches.
 
 Letters: B batch, G kv heads, S new tokens, D head size.
 """
@@ -36,8 +38,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from fhopt.attention.cache_view import AnyLatents, SideRows
-from fhopt.attention.interface import Reader, offer
 from fhopt.attention.manual_attention import reconstructed
+from fhopt.attention.offered_latents import Reader, offer
 from fhopt.attention.paged import SAMPLE, log_fill
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.left_padding import PADDING, LeftPadding
@@ -52,8 +54,8 @@ from fhopt.cache.residual_window import ExactWindow, StaticWindow
 from fhopt.cache.sequence_means import MEANS, SequenceMeans
 from fhopt.cache.store import PACKED, QUANTIZED, SKETCHES, RoundedPart, Store, place_bases
 from fhopt.errors import FhoptError
-from fhopt.ops.turns import Turns
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
 
@@ -70,7 +72,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     means: SequenceMeans | None = None  # where the plan has means
     padding: LeftPadding  # not of cross attention, which has no attention sinks
     lists: Tensor  # see `PageIndex.counters`, where it has
-    turns: Turns | None = None  # where keys are encoded relative to segments
+    rotation: SegmentRotation | None = None  # where keys are encoded relative to segments
     stores: dict[str, Store]  # by their names in files, see `named_stores`
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool, window: ResidualWindow | None = None) -> None:
@@ -82,7 +84,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         self.observer: Callable[..., None] | None = None  # see `Latents`
         self.share, self.mass, self.lift = plan.page_share(site), plan.page_mass(site), plan.page_lift(site)
         self.fill: Tensor | None = None  # see `PageIndex`
-        self._padded: tuple[Tensor, Turns] | None = None  # the last padding with which there were segments
+        self._padded: tuple[Tensor, SegmentRotation] | None = None  # the last padding with which there were segments
 
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise FhoptError when the tokens do not fit the plan."""
@@ -109,7 +111,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Fetch the bases to where the tokens are."""
         self.device, self.dtype = key_states.device, key_states.dtype
         if self.site.segment and self.site.site.rope is not None:
-            self.turns = Turns.on(self.site.site.rope, self.site.segment, self.device)
+            self.rotation = SegmentRotation.on(self.site.site.rope, self.site.segment, self.device)
         if self.sketches is not None and self.site.sketch is not None:
             self.sketches.sketcher = Sketcher.on(self.site.sketch, self.device)
             self.lists = self.lists.to(self.device)
@@ -127,7 +129,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         key, value = rounded or (None, None)
         key_mean, value_mean = (None, None) if self.means is None else self.means.parts
         return (
-            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean, self._turns_now()),
+            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean, self._rotation_now()),
             self.packed_values.side(start, stop, self.value_bases.decode, value, value_mean),
         )
 
@@ -143,13 +145,13 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Keep what padding sequences begin with. room: as of `LeftPadding`."""
         self.padding = self.stores[PADDING] = LeftPadding(room)
 
-    def _turns_now(self) -> Turns | None:
+    def _rotation_now(self) -> SegmentRotation | None:
         """Return the rotation of keys, of sequences that begin with padding each by its own positions."""
-        if self.turns is None or not self.padding.parts:
-            return self.turns
+        if self.rotation is None or not self.padding.parts:
+            return self.rotation
         (numbers,) = self.padding.parts
         if self._padded is None or self._padded[0] is not numbers:
-            self._padded = numbers, self.turns.behind(self.padding.behind)
+            self._padded = numbers, self.rotation.after_padding(self.padding.behind)
         return self._padded[1]
 
     def _encode(
@@ -159,12 +161,12 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
         places: numbers of the tokens behind the attention sinks, int64 [T], or that of the first.
         """
-        turns = self._turns_now()
-        if turns is not None:
+        rotation = self._rotation_now()
+        if rotation is not None:
             if isinstance(places, int):
                 places = torch.arange(keys.shape[2], device=keys.device) + places
             exact = keys.to(torch.promote_types(keys.dtype, torch.float32))  # a mean may be much larger than the rest
-            keys = turns.relative(exact, places)
+            keys = rotation.relative(exact, places)
         if self.means is not None:
             keys, values = self.means.differences(keys, values)
         encode_sides(self.site, keys, values, use)

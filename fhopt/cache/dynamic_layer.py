@@ -151,8 +151,8 @@ class LatentLayer(LatentLayerBase):
         stores = self.packed_keys, self.packed_values
         if len(rounded) < 2 or not all(store.takes_windows(self.dtype) for store in stores):
             return False
-        turns = self._turns_now()
-        turning = None if turns is None else turns.of_tokens(self.quantized + count)
+        rotation = self._rotation_now()
+        turning = None if rotation is None else rotation.of_tokens(self.quantized + count)
         for store, tokens, window, turned in zip(stores, rounded, windows, (turning, None), strict=True):
             places = self.quantized, self.window.block
             if not store.append_window(tokens, window.mean, self.dtype, *places, turned):

@@ -3,7 +3,7 @@
 It is a `DynamicCache` (or, with `max_cache_len`, stands for a `StaticCache`) of which the layers that a plan names are
 those of fhopt/cache/base_layer.py. Everything else a model caches (linear attention, layers that share keys and values,
 very short sliding windows, in caches of fixed size all of them) stays as transformers has it. `encoder_decoder_cache`
-makes the pair for a model that also reads an encoder.
+makes the pair for a model that also reads an encoder. It is not in fhopt/hf, which is above this package.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
     Args:
         plan: what to store of each layer, or the path of a saved plan; layers that it does not name stay exact.
         config: the model's configuration; needed when the plan leaves layers out.
-        absorb: return tensors on which attention runs without reconstructed K/V (fhopt/attention/interface.py); False:
-            ordinary tensors of full length, reconstructed in each call.
+        absorb: return tensors on which attention runs without reconstructed K/V; False: tensors of full length,
+            reconstructed in each call.
         max_cache_len: room for so many tokens, in tensors that never change their shape (for torch.compile and CUDA
             graphs); None: grow.
         kind: "self", or "cross" for what a decoder reads of its encoder.

@@ -15,7 +15,7 @@ from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import cached_sites
 from fhopt.plan.site_plan import SitePlan
-from fhopt.plan.window import LEAST_SLIDING
+from fhopt.plan.window import MIN_SLIDING
 
 LATENT_LAYERS = (LatentLayer, StaticLatentLayer, CrossLatentLayer)
 
@@ -53,7 +53,7 @@ def _latent_layer(plan: LatentPlan, site: SitePlan, plain: Any, kind: str, absor
         return CrossLatentLayer(plan, site, absorb)
     if type(plain) is StaticLayer:
         return StaticLatentLayer(plan, site, plain.max_cache_len, absorb)
-    if type(plain) is DynamicSlidingWindowLayer and plain.sliding_window >= LEAST_SLIDING:
+    if type(plain) is DynamicSlidingWindowLayer and plain.sliding_window >= MIN_SLIDING:
         layer = SlidingLatentLayer(plan, site, plain.sliding_window, absorb)
         layer.record_past = plain.record_past  # generate asks for it before the plan's layers are there
         return layer

@@ -23,7 +23,7 @@ from fhopt.attention.cache_view import SideRows
 from fhopt.attention.sketches import Sketcher, SketchRows
 from fhopt.cache.store import Bases, RoundedPart, Store, keep_static
 from fhopt.ops import algebra, encode_rows, registry
-from fhopt.ops.turns import Turns
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site_plan import SidePlan
 
 SAMPLED = 256  # tokens whose latents are looked at, see `LatentEnergy`
@@ -149,14 +149,14 @@ class PackedLatents(Store):
 
     def side(
         self, start: int, stop: int, decode: Tensor, rounded: RoundedPart = None, mean: Tensor | None = None,
-        turns: Turns | None = None,
+        rotation: SegmentRotation | None = None,
     ) -> SideRows:  # fmt: skip
         """Return tokens `start` to `stop` as attention reads them.
 
         decode [G,D,R]: the decoder matrix, of keys or of values. rounded: of the residual window, where it is. mean
-        [B,G,1,D]: from which latents are differences. turns: of keys that are relative to segments.
+        [B,G,1,D]: from which latents are differences. rotation: of keys that are relative to segments.
         """
-        return SideRows(self.tiers, *self.read(start, stop), decode, rounded, mean, turns, start if turns else 0)
+        return SideRows(self.tiers, *self.read(start, stop), decode, rounded, mean, rotation, start if rotation else 0)
 
     def unpack(self, start: int, stop: int) -> Tensor:
         """Return the latents [B,J,stop-start,R] of tokens `start` to `stop`."""

@@ -40,8 +40,8 @@ class StaticLatentLayer(LatentLayerBase):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the memory, with the shapes and dtype of the first tokens."""
         self._place_bases(key_states, value_states)
-        if self.turns is not None:
-            self.turns = self.turns.knowing(self.turns.segments(self.capacity))
+        if self.rotation is not None:
+            self.rotation = self.rotation.with_phases(self.rotation.segments(self.capacity))
         self.window_keys.start(key_states)
         self.window_values.start(value_states)
         if self.means is not None:

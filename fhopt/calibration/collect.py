@@ -27,7 +27,7 @@ Sequences of a calibration are short, and stand where a long context begins. Att
 positions alone, so the same keys further on are these, rotated, and so are their gradients; the means, which are of the
 first tokens, stay where they are. With `span` both passes count tokens as if they stood all over a long context: a
 constant in the keys, as of a bias, turns away from its mean there, and must not be cut off. Where keys are relative to
-segments (fhopt/ops/turns.py) they are so in both passes, and need no span.
+segments (fhopt/plan/segment_rotation.py) they are so in both passes, and need no span.
 
 Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
 """

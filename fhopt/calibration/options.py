@@ -10,7 +10,7 @@ from fhopt.fitting.choices import AUTO, BITS, check_options
 from fhopt.fitting.codes import AUTO as AUTO_CODE
 from fhopt.fitting.codes import chosen
 from fhopt.hardware.devices import find_device
-from fhopt.plan.site_plan import LEAST_SEGMENT, MOST_SEGMENT
+from fhopt.plan.site_plan import MAX_SEGMENT, MIN_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
@@ -30,7 +30,8 @@ class FitOptions:
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
     for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
-    relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are; None: as `segment_tokens` says.
+    relative to segments of that many tokens (fhopt/plan/segment_rotation.py); 0: they are not; None: as
+    `segment_tokens` says.
     kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any).
     code: how bit groups are quantized, one of `fhopt.fitting.codes.CHOICES`; auto: trellis
     codes from a ratio of 5 on, in KV caches on CPUs; uniformly with `mean_tokens` 0, as plans to be exported have it.
@@ -75,10 +76,10 @@ class FitOptions:
         check_options(self.ratio, self.layout, self.bits, self.device, chosen(self.code, self.ratio, is_read=False))
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
-        if not 0 <= self.segment_tokens <= MOST_SEGMENT or self.segment_tokens % LEAST_SEGMENT:
+        if not 0 <= self.segment_tokens <= MAX_SEGMENT or self.segment_tokens % MIN_SEGMENT:
             raise FhoptError(
-                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT} up to "
-                f"{MOST_SEGMENT}. Try {SEGMENT}."
+                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {MIN_SEGMENT} up to "
+                f"{MAX_SEGMENT}. Try {SEGMENT}."
             )
         if self.kernel_shapes is not None and self.kernel_shapes < 1:
             raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")

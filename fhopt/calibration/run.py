@@ -50,7 +50,7 @@ from fhopt.plan.expected_loss import EXPECTED
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
-from fhopt.plan.window import LEAST_SLIDING
+from fhopt.plan.window import MIN_SLIDING
 from fhopt.progress import Progress, silent
 from fhopt.version import __version__
 
@@ -284,7 +284,7 @@ def find_compressible(data: CalibrationData) -> passes_outcome.Outcome:
         what = f"windows of at most {kept:,}" if kept else "its cache keeps keys and values beside a state"
         raise FhoptError(
             f"no attention layer of {data.name} keeps tokens enough in a layer of its own ({what}), so there is "
-            f"nothing to compress; expected a model in which some layers attend to all tokens, or to {LEAST_SLIDING} "
+            f"nothing to compress; expected a model in which some layers attend to all tokens, or to {MIN_SLIDING} "
             "or more."
         )
     return replace(outcome, sites=compressible)

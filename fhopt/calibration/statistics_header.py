@@ -23,7 +23,7 @@ from fhopt.plan.json_kinds import (
     text,
     whole,
 )
-from fhopt.plan.site_plan import LAYOUTS, MOST_SEGMENT, SUPPORTED_BITS
+from fhopt.plan.site_plan import LAYOUTS, MAX_SEGMENT, SUPPORTED_BITS
 from fhopt.plan.window import MAX_WINDOW
 
 STATISTICS_VERSION, WITH_SEGMENTS = 1, 2  # the second: of keys relative to segments
@@ -43,7 +43,7 @@ _OPTIONS: dict[str, Kind] = {
     "seed": whole(),
     "device": maybe(line),
     "mean_tokens": whole(),
-    "segment": maybe(whole(0, MOST_SEGMENT)),
+    "segment": maybe(whole(0, MAX_SEGMENT)),
 }
 _FIELDS: dict[str, Kind] = {
     "version": one_of(STATISTICS_VERSION, WITH_SEGMENTS),

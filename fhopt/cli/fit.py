@@ -272,8 +272,9 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comp
     """Print a plan, with sizes in a context of `tokens` tokens, which it was made for."""
     from fhopt.fitting.fast_choice import TIME
     from fhopt.inspection.tables import plan_table
-    from fhopt.plan.cache_size import COUNTED_AT, cache_size
+    from fhopt.plan.cache_size import cache_size
     from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
+    from fhopt.plan.window import COUNTED_AT
 
     size, ratio = cache_size(plan, tokens), plan.ratio(tokens)
     trials = {f"{tried_ratio:.4g}": asdict(loss) for tried_ratio, loss in sorted(tried.items())}

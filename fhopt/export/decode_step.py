@@ -141,7 +141,7 @@ def _new_tokens(count: int, layers: Sequence[int]) -> Any:
     from transformers.cache_utils import Cache, DynamicLayer
 
     class NewTokens(Cache):  # type: ignore[misc]
-        """A cache of new tokens only. `taken`: their keys and values by layer."""
+        """A cache of new tokens only. `taken`: their keys and values by layer. Not in fhopt/hf: only exports use it."""
 
         def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             self.taken[layer_idx] = key, value

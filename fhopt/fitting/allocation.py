@@ -18,6 +18,7 @@ from fhopt.fitting import codes
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.choices import Grain, grain_of
 from fhopt.fitting.costs import Costs, SideCosts, SideKey
+from fhopt.plan.cache_size import window_bytes
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
@@ -92,7 +93,7 @@ class Budget:
         fixed = sum(p.mean_bytes() for p in own) if self.has_means else 0
         for p in own:
             sliding = self.sliding.get(p.site.name, 0)
-            fixed += window.within(sliding).bytes(self.tokens, [p], sliding=sliding)
+            fixed += window_bytes(window.within(sliding), self.tokens, [p], sliding=sliding)
         return int(8 * (total - fixed) / (quantized if len(own) == len(plans) else self.tokens))
 
 

@@ -20,8 +20,8 @@ Finished keys are encoded, so every basis is exact at full width, rotated or not
 is made for. The average over positions t of R(t) C R(t)^T is known in closed form: it leaves products of channels that
 turn at the same speed, and takes away the others as far as they drift apart within the context. Fast frequencies thus
 become blocks of complex numbers of their own (TransMLA's RoRoPE, 2502.07864), and slow ones mix freely, without a
-threshold between the two. Where keys are relative to segments (fhopt/ops/turns.py), they stand at no position but
-those of a segment, and are as calibration sees them.
+threshold between the two. Where keys are relative to segments (fhopt/plan/segment_rotation.py), they have only the
+positions of a segment, and are as calibration sees them.
 """
 
 from __future__ import annotations

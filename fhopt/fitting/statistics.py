@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fhopt.ops.turns import Turns
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site import AttentionSite
 
 MIX_LIMIT = 1024  # widest real space (heads x channels) that one basis mixes
@@ -54,7 +54,7 @@ def segment_of(site: AttentionSite, segment: int, sliding: Mapping[str, int]) ->
     segment: that of a plan. sliding: tokens of the sliding window of a site's layer by the site's name, where it has
     one: its tokens are dropped, and never far apart.
     """
-    return 0 if not site.turns or site.slides or sliding.get(site.name) else segment
+    return 0 if not site.rotates or site.slides or sliding.get(site.name) else segment
 
 
 def relative_to_segments(segment: int, tokens: int, sinks: int = 0) -> Tensor | None:
@@ -88,9 +88,9 @@ def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
     The same where keys do not turn. Attention depends on differences of positions alone: turned like this, keys and
     gradients are those of the same tokens further on in a sequence.
     """
-    if not site.turns or site.rope is None:
+    if not site.rotates or site.rope is None:
         return x
-    return Turns.on(site.rope, 1, x.device).later(x, later.to(x.device).unsqueeze(1))
+    return SegmentRotation.on(site.rope, 1, x.device).rotate(x, later.to(x.device).unsqueeze(1))
 
 
 def spread(count: int, first: int, span: int) -> Tensor:
@@ -150,7 +150,7 @@ class SiteStatistics:
 
     `cross` and `cross_metric` [G*D, G*E] are the sums of k v^T and of their gradients' product, kept where keys and
     values may be maps of one narrower input (no rotation), else None. segment: keys are relative to segments of so many
-    tokens (fhopt/ops/turns.py); 0: as they are.
+    tokens (fhopt/plan/segment_rotation.py); 0: as they are.
     """
 
     site: AttentionSite

@@ -2,7 +2,7 @@
 
 Only transformers' own interfaces are used: the attention implementation registry, the cache class, and a forward hook
 that puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched:
-a model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention/interface.py).
+a model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention/offered_latents.py).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def apply(
     Kernels that no process has built yet are built beside the first calls; `prepare` waits for them.
     """
     import fhopt.codegen
-    from fhopt.attention.interface import Reader
+    from fhopt.attention.offered_latents import Reader
     from fhopt.plan.layer_index import cached_sites, layer_indices
 
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
@@ -269,20 +269,21 @@ def _uses_latents(config: Any) -> bool:
 
 
 def register() -> None:
-    """Make `fhopt.attention.latent_attention` known to transformers as IMPLEMENTATION."""
+    """Make `latent_attention_forward` known to transformers as IMPLEMENTATION."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    from fhopt.attention.interface import latent_attention
+    from fhopt.hf.attention_interface import latent_attention_forward
 
-    AttentionInterface.register(IMPLEMENTATION, latent_attention)
+    AttentionInterface.register(IMPLEMENTATION, latent_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)  # without it padding would be ignored
 
 
 def _mask(*args: Any, **options: Any) -> Any:
     """Make transformers' mask; None where it says no more than that tokens see those before them.
 
-    `latent_attention` knows that by itself, also behind a cache, where `sdpa_mask` makes one for torch's attention.
+    `latent_attention_forward` knows that by itself, also with a cache, where `sdpa_mask` makes one for torch's
+    attention.
     """
     from transformers.masking_utils import sdpa_mask
 

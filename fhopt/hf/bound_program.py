@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from fhopt.attention.interface import latent_attention
 from fhopt.codegen.layers.held_objects import Entry, HeldObjects
 from fhopt.codegen.layers.program import LayerProgram, Stored, run_segment
+from fhopt.hf.attention_interface import latent_attention_forward
 from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
 from fhopt.hf.layer_trace import Recording, Weight, leaf, leaves
 
@@ -158,7 +158,7 @@ class BoundProgram:
         query, keys, values = (self._new(stored) for stored in (self.query, self.keys, self.values))
         run_segment(self.program, 0, self.externals, self.address, threads)
         read = cache.update(keys, values, call.layer)
-        attended, _ = latent_attention(call.module, query, read[0], read[1], mask, **call.options)
+        attended, _ = latent_attention_forward(call.module, query, read[0], read[1], mask, **call.options)
         return self._result(self._finish(attended, threads))
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

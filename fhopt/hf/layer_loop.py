@@ -26,14 +26,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import is_
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from fhopt.hf.steps_ahead import Walk
-
-if TYPE_CHECKING:
-    from fhopt.hf.layer_programs import LayerPrograms
 
 LOOP = "_fhopt_layer_loop"  # of a module that holds a list of layers
 TRUSTED = ("torch", "transformers")  # whose decorators call what they wrap
@@ -41,6 +38,15 @@ LOOKS_UP = (
     ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant, ast.Tuple, ast.Compare, ast.BoolOp, ast.IfExp,
     ast.UnaryOp, ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop,
 )  # fmt: skip
+
+
+class SharedState(Protocol):
+    """What a loop needs of what a model's layers share (fhopt/hf/layer_programs.py)."""
+
+    walk: Walk
+
+    def state_of(self, layer: torch.nn.Module, /) -> Any:
+        """Return the state of a layer; None if it has none."""
 
 
 class _Turn:
@@ -68,7 +74,7 @@ class _Turn:
 class Turns:
     """Stands for a list of layers: walks over it, and slices of it, give turns in place of layers."""
 
-    def __init__(self, layers: torch.nn.ModuleList, shared: LayerPrograms, alike: bool) -> None:
+    def __init__(self, layers: torch.nn.ModuleList, shared: SharedState, alike: bool) -> None:
         """alike: every turn has the same arguments, but for the first."""
         self._layers, self.elements = layers, tuple(layers)
         found = [(layer, shared.state_of(layer)) for layer in self.elements]
@@ -134,7 +140,7 @@ class _WithTurns:
 class LayerLoop:
     """The `forward` of a module, in whose list of layers, by its name, are programs of one model."""
 
-    def __init__(self, module: torch.nn.Module, name: str, shared: LayerPrograms) -> None:
+    def __init__(self, module: torch.nn.Module, name: str, shared: SharedState) -> None:
         self._module, self._name, self._shared = module, name, shared
         self._turns: Turns | None = None
         self._known: tuple[Any, CallLoop | None] = (None, None)  # a forward, and its loop
@@ -295,7 +301,7 @@ def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return vars(self)[LOOP](*args, **kwargs)
 
 
-def use_loop(module: torch.nn.Module, name: str, shared: LayerPrograms) -> None:
+def use_loop(module: torch.nn.Module, name: str, shared: SharedState) -> None:
     """Let a module call the layers of a list as turns, unless something else stands in for its forward."""
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return

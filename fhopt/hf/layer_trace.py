@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fhopt.attention.interface import rehearsed
 from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
+from fhopt.hf.attention_interface import rehearsed
 
 Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
 SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)

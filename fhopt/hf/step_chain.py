@@ -9,7 +9,7 @@ the caches. Here what is looked at stands in a few flat lists, of all layers beh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from fhopt.hf.bound_program import BoundProgram, Conditions, ReadyStep
 from fhopt.hf.cache_steps import CacheStep, run_steps
 from fhopt.hf.layer_trace import leaf
 
-if TYPE_CHECKING:
-    from fhopt.hf.layer_loop import Turns
-
 GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 FIRST = (0,)  # the path of the first argument
 Behind = list[tuple[Any, Tensor, ReadyStep]]  # states of layers, what they are called with, and their steps
+
+
+class CalledLayers(Protocol):
+    """A loop that calls one layer after the other (fhopt/hf/layer_loop.py). elements: the layers."""
+
+    elements: tuple[torch.nn.Module, ...]
 
 
 class StepChain:
@@ -122,7 +125,7 @@ class StepChain:
             step.finish()
         return self._states[-1], last
 
-    def is_called_in(self, turns: Turns) -> bool:
+    def is_called_in(self, turns: CalledLayers) -> bool:
         """Return whether turns of a loop are these layers one behind the other, whose calls are their programs alone.
 
         Nothing hooks into the calls then, and nothing stands in for the layers or is called around them.
@@ -134,7 +137,7 @@ class StepChain:
             return False
         return all(type(layer).__call__ is call for layer, call in self._calls)
 
-    def _calls_of(self, turns: Turns) -> Conditions | None:
+    def _calls_of(self, turns: CalledLayers) -> Conditions | None:
         """Return what must hold while turns call the layers; None where they never do that alone."""
         layers = tuple(state.layer for state in self._all)
         start = next((i for i, layer in enumerate(turns.elements) if layer is layers[0]), 0)

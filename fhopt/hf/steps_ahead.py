@@ -19,17 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from ctypes import string_at
 from dataclasses import dataclass
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fhopt.hf.bound_program import ReadyStep
 from fhopt.hf.cache_steps import run_steps
-from fhopt.hf.step_chain import StepChain
-
-if TYPE_CHECKING:
-    from fhopt.hf.layer_loop import Turns
+from fhopt.hf.step_chain import CalledLayers, StepChain
 
 MOST_WASTED = 3  # steps of a layer that were run ahead for nothing
 
@@ -132,7 +129,7 @@ class Walk(threading.local):
     """
 
     def __init__(self) -> None:
-        self.turns: Turns | None = None
+        self.turns: CalledLayers | None = None
         self.due: DueSteps | None = None
         self.may_skip: tuple[Any, int] = (None, 0)
         self.skipped = 0

@@ -24,8 +24,8 @@ from fhopt.hardware.devices import SHOWN, find_device
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.model_facts import decoder_sites, encoder_path
 from fhopt.passes.outcome import Explanation, Outcome
-from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, cache_size, compressed_sites
 from fhopt.plan.cache_size import KEY as LAYERS_KEY
+from fhopt.plan.cache_size import CacheLayer, CacheSize, cache_size, compressed_sites
 from fhopt.plan.display import mask_words, rope_words, tiers
 from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
 from fhopt.plan.fingerprint import check_model
@@ -33,6 +33,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import QUALITY, QualityCard, card
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.plan.window import COUNTED_AT
 
 if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel

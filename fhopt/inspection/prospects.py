@@ -19,8 +19,9 @@ from fhopt.inspection.facts import PaysFrom
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.model_facts import decoder_sites, encoder_path, positions_of
 from fhopt.passes.outcome import Outcome
-from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, hypothetical_size, site_layers, tokens_within
+from fhopt.plan.cache_size import CacheLayer, CacheSize, hypothetical_size, site_layers, tokens_within
 from fhopt.plan.site import AttentionSite
+from fhopt.plan.window import COUNTED_AT
 
 if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel

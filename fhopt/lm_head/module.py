@@ -1,4 +1,4 @@
-"""A retrieval head in a model: the op `fhopt::head_logits`, and the module that replaces the dense head.
+"""A retrieval head in a model: the kernel of `fhopt::head_logits`, and the module that replaces the dense head.
 
     before                                      after `apply`
     logits = lm_head(x)      [B,S,V]            logits = fhopt::head_logits(x, weight, codes...)     [B,S,V]
@@ -29,24 +29,18 @@ from fhopt.codegen.cpu.lm_head import Candidates, Codes, Search
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.errors import FhoptError
 from fhopt.lm_head.head import TENSORS, Head
+from fhopt.ops import registry
 from fhopt.system import has_triton
 
 log = logging.getLogger(__name__)
 
 
-@torch.library.custom_op("fhopt::head_logits", mutates_args=("counts",))
-def head_logits(
+def search_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, transform: Tensor | None, centre: Tensor,
     centroids: Tensor, radii: Tensor, counts: Tensor, sizes: list[int], norms: list[float], wanted: list[int],
     limits: list[float], stamp: list[int],
 ) -> Tensor:  # fmt: skip
-    """Compute logits [M, V] of hidden [M, C], weight [V, C] and bias [V]: the largest exactly, -inf for the others.
-
-    codes to radii, sizes (rank, lead) and norms (transform_norm, largest): of `Codes`. wanted (keep, probes, budget,
-    estimates: 1 to have them for -inf) and limits (margin, spread, softcap): of `Search`. counts: int64 [3], to which
-    are added the hidden states, those that went to the dense head, and the rows of the weight that the others read.
-    stamp: the stamp that the weight must have (`stamp_of`).
-    """
+    """Compute `fhopt.ops.head_logits.head_logits` by search, and densely what cannot be searched."""
     (rank, lead), (transform_norm, largest) = sizes, norms
     quantized = Codes(codes, transform, centre, centroids, radii, rank, lead, weight.shape[0], transform_norm, largest)
     keep, probes, budget, estimates = wanted
@@ -69,9 +63,8 @@ def head_logits(
     return logits
 
 
-@head_logits.register_fake
-def _(hidden: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], weight.shape[0])
+for _device in ("cpu", "cuda"):
+    registry.use("head_logits", _device, search_logits)
 
 
 def stamp_of(weight: Tensor) -> list[int]:

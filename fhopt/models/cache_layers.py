@@ -70,7 +70,7 @@ def _plain_cache(model: Any) -> Any:
     from transformers.cache_utils import DynamicCache
 
     class OrdinaryCache(DynamicCache):  # type: ignore[misc]
-        """Of a type of its own, so that a plan that is applied to the model leaves it as it is."""
+        """A type that no plan applied to the model replaces. Not in fhopt/hf, which is above this package."""
 
     return OrdinaryCache(config=model.config.get_text_config(decoder=True))
 

@@ -8,12 +8,23 @@ trellis            codes whose bits serve more than one channel
 encode_rows        fhopt::encode_rows: keys or values to packed latents at once
 page_selection     which pages a query reads, in torch operations
 paged_attention    fhopt::page_weights, fhopt::attend_pages: one query on the pages that it selects
+cache_attention    fhopt::attend_latents: a decode step on all parts of a KV cache
+head_logits        fhopt::head_logits: the largest logits of a language-model head
 algebra            encode, decode, absorb, expand, merge; bit groups as arguments of ops
 masks              masks: additive, causal, by length, by page list
 registry           kernels that run the operations on this machine
 """
 
-from fhopt.ops import attention, encode_rows, latent_attention, packing, paged_attention, prefill_attention
+from fhopt.ops import (
+    attention,
+    cache_attention,
+    encode_rows,
+    head_logits,
+    latent_attention,
+    packing,
+    paged_attention,
+    prefill_attention,
+)
 from fhopt.ops.algebra import absorb, decode, encode, expand, merge
 from fhopt.ops.attention import attention_reference
 from fhopt.ops.latent_attention import latent_attention_reference
@@ -23,10 +34,12 @@ __all__ = [
     "absorb",
     "attention",
     "attention_reference",
+    "cache_attention",
     "decode",
     "encode",
     "encode_rows",
     "expand",
+    "head_logits",
     "latent_attention",
     "latent_attention_reference",
     "merge",

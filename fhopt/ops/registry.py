@@ -12,7 +12,7 @@ from typing import Any
 
 Kernel = Callable[..., Any]
 
-# Op, and the reference whose signature a kernel has.
+# Op, and what has the signature of its kernels: its reference, or its schema.
 OPS = {
     "latent_attention": "fhopt.ops.latent_attention.latent_attention_reference",
     "pack": "fhopt.ops.packing.pack_reference",
@@ -24,7 +24,8 @@ OPS = {
     "attend_pages": "fhopt.ops.paged_attention.attend_pages_reference",
     "round_rows_into": "fhopt.ops.packing.round_rows_into_reference",
     "pack_window": "fhopt.ops.encode_rows.pack_window_reference",
-    "attend_latents": "fhopt.attention.attend.attend_latents_reference",  # None where it does not serve
+    "attend_latents": "fhopt.ops.cache_attention.SCHEMA",  # None where it does not serve
+    "head_logits": "fhopt.ops.head_logits.head_logits_reference",
 }
 _kernels: dict[tuple[str, str], Kernel] = {}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fhopt.plan.window import LEAST_SLIDING
+from fhopt.plan.window import COUNTED_AT, MIN_SLIDING, ResidualWindow
 
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fhopt.plan.site_plan import SitePlan
 
 KEY = "cache_layers"  # of the layers of a whole model in a plan's provenance
-COUNTED_AT = 8192  # tokens of a sequence, where no other number is stated
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class CacheLayer:
     @property
     def sliding(self) -> int:
         """Tokens of a sliding window or chunk that a plan may compress; 0 for any other layer."""
-        return self.window if self.is_full and self.window >= LEAST_SLIDING else 0
+        return self.window if self.is_full and self.window >= MIN_SLIDING else 0
 
     @property
     def is_compressible(self) -> bool:
@@ -164,8 +163,20 @@ def latent_bytes(
     for sliding in sorted(set(slides.values())):
         part, window = [p for p in own if slides[p.site.name] == sliding], plan.window.within(sliding)
         packed = sum(p.token_bytes(itemsize) for p in part) + (0 if sliding else plan.sketch_bytes(part))
-        total += window.split(tokens, sliding)[2] * packed + window.bytes(tokens, part, itemsize, sliding)
+        total += window.split(tokens, sliding)[2] * packed + window_bytes(window, tokens, part, itemsize, sliding)
     return total
+
+
+def window_bytes(
+    window: ResidualWindow, tokens: int, sites: Sequence[SitePlan], itemsize: int = 2, sliding: int = 0
+) -> int:
+    """Return the bytes of attention sinks and residual window of `tokens` tokens, over all `sites`.
+
+    itemsize: bytes of a number that is kept as it came. sliding: as of `ResidualWindow.split`.
+    """
+    first, newest, _ = window.split(tokens, sliding)
+    exact = sum(site.window_bytes(16, itemsize) for site in sites)
+    return first * exact + newest * sum(site.window_bytes(window.bits, itemsize) for site in sites)
 
 
 def exact_bytes(

@@ -27,10 +27,10 @@ from fhopt.plan.field_kinds import SIZE, provenance_kind, site_kind
 from fhopt.plan.json_kinds import Kind, WrongField, number, one_of, record, row, several, text, whole
 from fhopt.plan.site_plan import (
     LAYOUTS,
+    MAX_SEGMENT,
     MAX_STEP,
     MAX_TRELLIS_STEP,
     MIN_STEP,
-    MOST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
@@ -69,7 +69,7 @@ def _tiers(*bits: int, is_signed: bool) -> Kind:
 _SIDE = _tiers(*SUPPORTED_BITS, is_signed=True)
 _SITE_PLAN = record(
     {"site": site_kind, "layout": one_of(*LAYOUTS), "key": _SIDE, "value": _SIDE},
-    {"sketch": _tiers(*SKETCH_BITS, is_signed=False), "segment": whole(1, MOST_SEGMENT)},
+    {"sketch": _tiers(*SKETCH_BITS, is_signed=False), "segment": whole(1, MAX_SEGMENT)},
 )
 _SHARES = several(number(0, 1))
 _FACTORS = several(number(0, 1e6))
@@ -147,7 +147,8 @@ def checksum(description: Mapping[str, Any]) -> str:
 def digest_of(description: Mapping[str, Any], tensors: bytes) -> str:
     """Return the digest of a plan by its files. Raises ValueError, LookupError and TypeError for a damaged header.
 
-    It is that of `LatentPlan.digest`: names and bytes of the tensors lie in the file as torch has them in memory.
+    It is that of `plan_digest` (fhopt/plan/serialization.py): names and bytes of the tensors lie in the file as torch
+    has them in memory.
     """
     header = tensor_header(tensors)
     start = 8 + int.from_bytes(tensors[:8], "little")

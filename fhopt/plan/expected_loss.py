@@ -15,7 +15,7 @@ from fhopt.plan.latent_plan import LatentPlan
 EXPECTED = "expected_loss"  # of the provenance
 # For each number of a token's keys, of all heads that one latent mixes. With 13, plans of 8x lost 30 % more than with
 # 64, those of 4x 6 % (SmolLM2-135M-Instruct, benchmarks/results/calibration_curve.json).
-LEAST_TOKENS = 8
+MIN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def calibration_warning(plan: LatentPlan) -> str | None:
     if not sequences or not context or all(site.is_exact for site in plan.sites):
         return None
     width = max(site.key.encode.shape[2] for site in plan.sites)
-    tokens, least = sequences * context, LEAST_TOKENS * width
+    tokens, least = sequences * context, MIN_TOKENS * width
     if tokens >= least:
         return None
     return (

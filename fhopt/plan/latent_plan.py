@@ -1,7 +1,7 @@
-"""`LatentPlan`: what to do at every attention site of a model, and its files.
+"""`LatentPlan`: what to do at every attention site of a model, as data.
 
-A frozen dataclass without behaviour beyond counting and checking. A plan is saved as one safetensors file (tensors) and
-one JSON file (everything else) in a folder; never pickle.
+Modules that compute on a plan import this one: sizes (fhopt/plan/cache_size.py), files and digest (serialization.py),
+tables (display.py). The methods that users call for these import them late.
 
 Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R width,
 F rotary frequencies, L layers.
@@ -9,8 +9,6 @@ F rotary frequencies, L layers.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,16 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from fhopt.errors import FhoptError
-from fhopt.files import write_folder
-from fhopt.plan.cache_size import COUNTED_AT, exact_bytes, latent_bytes, recorded_layers
-from fhopt.plan.description import numbers_of
-from fhopt.plan.plan_files import altered, damage_named, describe_file, describe_plan, plan_tensors, read_plan
 from fhopt.plan.site_plan import PagePlan, SitePlan
-from fhopt.plan.validation import check_plan
-from fhopt.plan.window import ResidualWindow
+from fhopt.plan.validation import check_parts
+from fhopt.plan.window import COUNTED_AT, ResidualWindow
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +43,7 @@ class LatentPlan:
     mean_tokens: int = 0
 
     def __post_init__(self) -> None:
-        check_plan(self)
+        check_parts(self.sites, self.window, self.pages, self.mean_tokens)
 
     def __deepcopy__(self, memo: Any) -> LatentPlan:
         return self
@@ -144,6 +136,8 @@ class LatentPlan:
 
         source: tokens of the encoder, for a decoder that reads one; None: as many as `tokens`.
         """
+        from fhopt.plan.cache_size import latent_bytes, recorded_layers
+
         return latent_bytes(self, tokens, self.sites, itemsize, source, recorded_layers(self))
 
     def ratio(self, tokens: int = COUNTED_AT) -> float:
@@ -151,6 +145,8 @@ class LatentPlan:
 
         The ratio of the whole cache, with layers that stay exact: `cache_size`.
         """
+        from fhopt.plan.cache_size import exact_bytes, recorded_layers
+
         return exact_bytes([p.site for p in self.sites], tokens, recorded_layers(self)) / self.cache_bytes(tokens)
 
     @property
@@ -161,11 +157,9 @@ class LatentPlan:
 
     def digest(self) -> str:
         """Return a hash of everything that changes numbers (not of the provenance)."""
-        h = hashlib.sha256(numbers_of(describe_plan(self)))
-        for name, tensor in sorted(plan_tensors(self).items()):
-            h.update(name.encode())
-            h.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return h.hexdigest()
+        from fhopt.plan.serialization import plan_digest
+
+        return plan_digest(self)
 
     def with_provenance(self, **items: Any) -> LatentPlan:
         """Return this plan with `items` added to its provenance."""
@@ -173,33 +167,16 @@ class LatentPlan:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `plan.json` and `plan.safetensors` to `folder`, whole or not at all. Raises FhoptError."""
-        from safetensors.torch import save
+        from fhopt.plan.serialization import save_plan
 
-        path = Path(folder)
-        tensors = save(plan_tensors(self))
-        description = describe_file(self, tensors)
-        files = {
-            "plan.safetensors": tensors,
-            "plan.json": (json.dumps(description, indent=1, sort_keys=True) + "\n").encode(),
-        }
-        write_folder(path, files)
-        return path
+        return save_plan(self, folder)
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> LatentPlan:
         """Read a plan written by `save`. Raises FhoptError when it is absent, cut short, altered or too new."""
-        path = Path(folder)
-        with damage_named(path):
-            fields, digest = read_plan(path)
-            try:
-                plan = LatentPlan(**fields)
-            except FhoptError as error:
-                problem = str(error).rstrip(".")
-                raise FhoptError(f"{path} is damaged: {problem}. Save the plan again, or fit it again.") from error
-            intact = plan.digest() == digest
-        if not intact:
-            raise altered(path)
-        return plan
+        from fhopt.plan.serialization import load_plan
+
+        return load_plan(folder)
 
 
 PlanOrPath: TypeAlias = LatentPlan | str | os.PathLike[str]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fhopt.plan.window import LEAST_SLIDING, RECENT_PART
+from fhopt.plan.window import MIN_SLIDING, RECENT_PART
 
 # What a mask is (fhopt/passes/recognize/masks.py), and how keys and values reach a cache
 MASKS = (
@@ -84,8 +84,8 @@ class AttentionSite:
         return sinks, min(recent, self.sliding // RECENT_PART) if self.sliding else recent
 
     @property
-    def turns(self) -> bool:
-        """Return whether keys turn with the position of their token, in a way that is known."""
+    def rotates(self) -> bool:
+        """Return whether keys rotate with the position of their token, in a way that is known."""
         return self.kind == "self" and self.rope is not None and self.rope.positions == "sequence"
 
     @property
@@ -96,7 +96,7 @@ class AttentionSite:
     @property
     def sliding(self) -> int:
         """Tokens of a sliding window that a plan may compress; 0 where there is none, or a shorter one."""
-        return self.window if self.slides and self.window >= LEAST_SLIDING else 0
+        return self.window if self.slides and self.window >= MIN_SLIDING else 0
 
     @property
     def cached_weights(self) -> tuple[str, ...]:

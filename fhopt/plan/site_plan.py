@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its bit planes starts on a whole byte
-LEAST_SEGMENT, MOST_SEGMENT = 64, 1 << 16  # tokens of a segment; kernels read as many as the least in one go
+MIN_SEGMENT, MAX_SEGMENT = 64, 1 << 16  # tokens of a segment; kernels read as many as the least in one go
 TRELLIS_BITS = (1, 2, 3, 4)  # that a trellis code may have
 TRELLIS_TABLES = 2  # which tables of fhopt/ops/trellis.py: with others, what is stored stands for other numbers
 # Of a quantization step, as a share of a token's scale, its root mean square: fits use 0.06 to 1.7, and 0.019 to 0.028
@@ -145,7 +145,7 @@ class SitePlan:
     head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
     sketch: what pages are selected by; None: all of them are read. gather: of one process's part of a plan, where its
     encoders read heads of others (fhopt/parallel/tensor_parallel.py). segment: keys are encoded relative to segments of
-    so many tokens (fhopt/ops/turns.py); 0: as they are.
+    so many tokens (fhopt/plan/segment_rotation.py); 0: as they are.
     """
 
     site: AttentionSite

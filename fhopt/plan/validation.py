@@ -1,20 +1,20 @@
-"""Checks of a plan: shapes, bits, finiteness, names. Raises FhoptError."""
+"""Check the parts of a plan before it is made: shapes, bits, finiteness, names. Raises FhoptError."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 
 from fhopt.errors import FhoptError
 from fhopt.plan.site_plan import (
     LAYOUTS,
-    LEAST_SEGMENT,
+    MAX_SEGMENT,
     MAX_STEP,
     MAX_TRELLIS_STEP,
+    MIN_SEGMENT,
     MIN_STEP,
-    MOST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
@@ -26,82 +26,81 @@ from fhopt.plan.site_plan import (
     is_step,
     no_pages,
 )
-
-if TYPE_CHECKING:
-    from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.window import ResidualWindow
 
 BASIS_DTYPES = (torch.float32, torch.float64)
 MAX_BASIS = 1e12  # of a number in a basis; latents have about unit variance, and keys and values are far smaller
 MIN_DEVIATION = 1e-9  # of a latent channel, in sketches
 
 
-def check_plan(plan: LatentPlan) -> None:
-    """Check that a plan can be what it says. Raises FhoptError."""
-    if not plan.sites:
+def check_parts(
+    sites: Sequence[SitePlan], window: ResidualWindow, pages: PagePlan | None, mean_tokens: int
+) -> None:  # fmt: skip
+    """Check what a plan is made of, the fields of `LatentPlan`. Raises FhoptError."""
+    if not sites:
         raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
-    if len({s.site.name for s in plan.sites}) < len(plan.sites):
+    if len({s.site.name for s in sites}) < len(sites):
         raise FhoptError("two sites of the plan have the same name. Fit the plan again.")
-    _ = plan.window  # raises for sizes that are not possible
-    if plan.mean_tokens < 0:
-        raise FhoptError(f"the plan has means of {plan.mean_tokens} tokens; expected 0 (none) or more. Fit it again.")
-    for site in plan.sites:
+    if mean_tokens < 0:
+        raise FhoptError(f"the plan has means of {mean_tokens} tokens; expected 0 (none) or more. Fit it again.")
+    for site in sites:
         if site.layout not in LAYOUTS:
             raise FhoptError(f"{site.site.name} has the layout {site.layout!r}; expected one of {', '.join(LAYOUTS)}.")
         _check_sides(site)
-        if plan.mean_tokens and not (site.key.tiers and site.value.tiers):
+        if mean_tokens and not (site.key.tiers and site.value.tiers):
             raise FhoptError(f"{site.site.name}: means are of quantized latents, and these are not. Fit again.")
         if site.is_shared and (site.key.groups != 1 or site.key.tiers != site.value.tiers):
             raise FhoptError(
                 f"{site.site.name}: keys and values must share one latent head and its bit groups. Fit again."
             )
         if site.segment:
-            _check_segment(site, plan)
+            _check_segment(site, pages)
         if site.sketch is not None:
             _check_sketch(site.site.name, site.key, site.sketch)
-    if plan.pages is not None:
-        _check_pages(plan, plan.pages)
+    if pages is not None:
+        _check_pages(sites, window, pages)
 
 
-def _check_segment(site: SitePlan, plan: LatentPlan) -> None:
+def _check_segment(site: SitePlan, pages: PagePlan | None) -> None:
     """Raise FhoptError where keys cannot be relative to segments."""
-    if not site.site.turns or site.site.slides or not site.key.tiers:
+    if not site.site.rotates or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
-    if not 0 < site.segment <= MOST_SEGMENT or site.segment % LEAST_SEGMENT:
+    if not 0 < site.segment <= MAX_SEGMENT or site.segment % MIN_SEGMENT:
         raise FhoptError(
-            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {LEAST_SEGMENT}. Fit it "
+            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {MIN_SEGMENT}. Fit it "
             "again."
         )
-    if plan.pages is not None:
+    if pages is not None:
         raise no_pages()
 
 
-def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:
-    if pages.tokens < 1 or plan.block % pages.tokens:
-        raise FhoptError(f"pages of {pages.tokens} tokens: expected a divisor of the plan's block, {plan.block}.")
-    if not len(pages.shares) == len(pages.masses) == len(plan.sites):
+def _check_pages(sites: Sequence[SitePlan], window: ResidualWindow, pages: PagePlan) -> None:
+    if pages.tokens < 1 or window.block % pages.tokens:
+        raise FhoptError(f"pages of {pages.tokens} tokens: expected a divisor of the plan's block, {window.block}.")
+    if not len(pages.shares) == len(pages.masses) == len(sites):
         raise FhoptError(
-            f"pages for {len(pages.shares)} and {len(pages.masses)} sites, the plan has {len(plan.sites)}. Calibrate "
-            "them again."
+            f"pages for {len(pages.shares)} and {len(pages.masses)} sites, the plan has {len(sites)}. Calibrate them "
+            "again."
         )
     if not all(0 < x <= 1 for x in (*pages.shares, *pages.masses, pages.limit)) or pages.least < 0:
         raise FhoptError(f"{pages}: expected shares, masses and the limit above 0 and at most 1, and least from 0 on.")
-    if len(pages.lifts) not in (0, len(plan.sites)) or not all(0 <= x < math.inf for x in pages.lifts):
+    if len(pages.lifts) not in (0, len(sites)) or not all(0 <= x < math.inf for x in pages.lifts):
         raise FhoptError(
-            f"pages have lifts {pages.lifts}; expected numbers from 0 on for {len(plan.sites)} sites, or none. "
+            f"pages have lifts {pages.lifts}; expected numbers from 0 on for {len(sites)} sites, or none. "
             "Calibrate pages again."
         )
-    _check_fill(plan, pages)
-    for site, share in zip(plan.sites, pages.shares, strict=True):
+    _check_fill(sites, pages)
+    for site, share in zip(sites, pages.shares, strict=True):
         if share < 1 and site.site.kind != "self":
             raise FhoptError(f"{site.site.name} reads an encoder, all of it; expected a share of 1. Leave it out.")
         if share < 1 and site.sketch is None:
             raise FhoptError(f"{site.site.name} has no sketches to select pages by. Calibrate pages for this plan.")
 
 
-def _check_fill(plan: LatentPlan, pages: PagePlan) -> None:
+def _check_fill(sites: Sequence[SitePlan], pages: PagePlan) -> None:
     if not pages.fill:
         return
-    filled, expected = [len(heads) for heads in pages.fill], [site.site.heads for site in plan.sites]
+    filled, expected = [len(heads) for heads in pages.fill], [site.site.heads for site in sites]
     if filled != expected or not all(0 <= x < math.inf for heads in pages.fill for x in heads):
         raise FhoptError(
             f"pages are filled for {filled} heads; expected numbers from 0 on for {expected}. Calibrate pages again."

@@ -7,7 +7,6 @@ that no query sees any more; of what it still holds, attention reads the newest 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
@@ -16,9 +15,7 @@ from fhopt.errors import FhoptError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fhopt.plan.site_plan import SitePlan
-
-LEAST_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
+MIN_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
 MAX_WINDOW = 1 << 20  # tokens: static caches reserve memory for as many
 RECENT_PART, BLOCK_PART = 4, 8  # a residual window takes at most 1/4 of a sliding one, a block 1/8
 
@@ -99,15 +96,6 @@ class ResidualWindow:
             return 0, newest, first + quantized - self.dropped(tokens, sliding)
         return first, newest, quantized
 
-    def bytes(self, tokens: int, sites: Iterable[SitePlan], itemsize: int = 2, sliding: int = 0) -> int:
-        """Return the bytes of attention sinks and residual window of `tokens` tokens, over all `sites`.
 
-        itemsize: bytes of a number that is kept as it came. sliding: as of `split`.
-        """
-        sites = tuple(sites)
-        first, newest, _ = self.split(tokens, sliding)
-        exact = sum(site.window_bytes(16, itemsize) for site in sites)
-        return first * exact + newest * sum(site.window_bytes(self.bits, itemsize) for site in sites)
-
-
+COUNTED_AT = 8192  # tokens of a sequence, if no other number is stated
 DEFAULT_WINDOW = ResidualWindow(sinks=16, recent=256, block=64, bits=8)  # of plans for 8,192 tokens

@@ -29,7 +29,8 @@ from fhopt.serving.batch import Batch, Blocks
 from fhopt.serving.block_groups import FirstSpec, WindowSpec
 from fhopt.serving.block_sizes import BlockSizes
 from fhopt.serving.device_step import DeviceStep
-from fhopt.serving.layer_cache import Caches, Held, LayerCache
+from fhopt.serving.layer_cache import LayerCache
+from fhopt.serving.layer_rows import Caches, Held
 
 WINDOW, FIRST = ".window", ".first"  # behind the name of a layer
 

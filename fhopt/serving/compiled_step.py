@@ -6,8 +6,6 @@ compiled, and are what it is tested against.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -15,16 +13,14 @@ from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.cpu.block_tables import BlockAttention, Struct, attention_of, step_of, table_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.serving.batch import Batch, Blocks
+from fhopt.serving.layer_rows import Caches, LayerRows
 from fhopt.serving.rows import Part
-
-if TYPE_CHECKING:
-    from fhopt.serving.layer_cache import Caches, LayerCache
 
 
 class CompiledStep:
     """The decode step of one layer."""
 
-    def __init__(self, layer: LayerCache, attention: BlockAttention) -> None:
+    def __init__(self, layer: LayerRows, attention: BlockAttention) -> None:
         self.window, self.means_from, self._attention = layer.window, layer.means_from, attention
         self._writes, self._step = f"writes {self.window} {self.means_from}", f"step {self.window}"
 
@@ -74,13 +70,13 @@ def _table(blocks: Blocks) -> Struct:
     return table
 
 
-def compiled_step(layer: LayerCache, dtype: torch.dtype) -> CompiledStep | None:
+def compiled_step(layer: LayerRows, dtype: torch.dtype) -> CompiledStep | None:
     """Build the decode step of a layer of a model of type `dtype`; None where nothing can be compiled."""
     attention = attention_of(layout_of(layer, dtype))
     return None if attention is None else CompiledStep(layer, attention)
 
 
-def layout_of(layer: LayerCache, dtype: torch.dtype) -> BlockLayout:
+def layout_of(layer: LayerRows, dtype: torch.dtype) -> BlockLayout:
     """Return where what stands in the rows of a layer's caches."""
     site, sides = layer.site.site, _sides(layer.site, layer)
     first_parts = [*layer.first_rows.sink_parts, *layer.first_rows.mean_parts]
@@ -88,7 +84,7 @@ def layout_of(layer: LayerCache, dtype: torch.dtype) -> BlockLayout:
         heads=site.heads, kv_heads=site.kv_heads, sizes=(site.key_dim, site.value_dim), dtype=dtype, scale=layer.scale,
         key=sides[0], value=sides[1], is_shared=layer.site.is_shared,
         window=layer.window, window_rows=_starts(layer.window_rows.parts), first_rows=_starts(first_parts),
-        means_from=layer.means_from, turns=layer.turns,
+        means_from=layer.means_from, rotation=layer.rotation,
     )  # fmt: skip
 
 
@@ -98,7 +94,7 @@ def _starts(parts: list[Part]) -> tuple[int, int, int, int]:
     return first, second, third, fourth
 
 
-def _sides(plan: SitePlan, layer: LayerCache) -> tuple[SideLayout, SideLayout]:
+def _sides(plan: SitePlan, layer: LayerRows) -> tuple[SideLayout, SideLayout]:
     parts = iter(layer.latent_rows.parts)
     found = []
     for side in layer.latent_rows.sides:

@@ -12,7 +12,6 @@ Letters: B sequences, H query heads, G kv heads, J latent heads, N open tokens, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from fhopt.attention.cache_view import SideRows
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.batch import Batch, Blocks
-
-if TYPE_CHECKING:
-    from fhopt.serving.layer_cache import Caches, LayerCache
+from fhopt.serving.layer_rows import Caches, LayerRows
 
 
 class DecodeStep:
@@ -52,6 +49,14 @@ class DecodeStep:
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
         self._latents: tuple[Tensor, int] | None = None
 
+    @staticmethod
+    def of(batch: Batch, window: ResidualWindow) -> DecodeStep:
+        """Return the step of a batch, made once for all layers."""
+        if window not in batch.made:
+            batch.made[window] = DecodeStep(batch, window)
+        step: DecodeStep = batch.made[window]
+        return step
+
     def window_places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Return blocks and places of the window's rows, int64 [B,N] each."""
         if id(blocks) not in self._places:
@@ -65,7 +70,7 @@ class DecodeStep:
         return self._latents
 
 
-def attend_step(layer: LayerCache, caches: Caches, step: DecodeStep, query: Tensor) -> Tensor:
+def attend_step(layer: LayerRows, caches: Caches, step: DecodeStep, query: Tensor) -> Tensor:
     """Attend with the queries [B,H,1,D] of a decode step: [B,H,1,E]."""
     pages = caches.first.cache[caches.first.blocks.table[step.owners, 0].long(), 0, 0]  # [B, bytes]
     key, value = _open_tokens(layer, caches, step, pages, query.dtype)
@@ -79,7 +84,7 @@ def attend_step(layer: LayerCache, caches: Caches, step: DecodeStep, query: Tens
 
 
 def _open_tokens(
-    layer: LayerCache, caches: Caches, step: DecodeStep, pages: Tensor, dtype: torch.dtype
+    layer: LayerRows, caches: Caches, step: DecodeStep, pages: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return keys [B,G,N,D] and values [B,G,N,E] of attention sinks and residual window."""
     blocks, places = step.window_places(caches.window.blocks)
@@ -93,7 +98,7 @@ def _open_tokens(
 
 
 def _sides(
-    layer: LayerCache, caches: Caches, step: DecodeStep, means: tuple[Tensor | None, Tensor | None]
+    layer: LayerRows, caches: Caches, step: DecodeStep, means: tuple[Tensor | None, Tensor | None]
 ) -> tuple[SideRows, SideRows]:
     """Return packed latents [B,J,V,...] of all sequences; rows that stand for no token count as 0."""
     blocks, first = step.latent_blocks(caches.latents.blocks)
@@ -107,4 +112,4 @@ def _sides(
         if scale is not None:
             scale = scale[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1).masked_fill(step.absent, 0)
         sides.append(SideRows(groups, z, scale, decode, mean=mean))
-    return replace(sides[0], turns=layer.turns), sides[1]
+    return replace(sides[0], rotation=layer.rotation), sides[1]

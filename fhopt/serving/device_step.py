@@ -18,11 +18,11 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 from fhopt.serving.batch import Batch
 from fhopt.serving.compiled_step import layout_of
+from fhopt.serving.layer_rows import Caches, LayerRows
 from fhopt.system import has_triton
 
 if TYPE_CHECKING:
     from fhopt.codegen.gpu.block_launch import BlockAttention, StepBlocks
-    from fhopt.serving.layer_cache import Caches, LayerCache
 
 log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ class _Singles(NamedTuple):
     tables: list[Tensor]
 
 
-def device_step(layer: LayerCache, device: torch.device) -> DeviceStep | None:
+def device_step(layer: LayerRows, device: torch.device) -> DeviceStep | None:
     """Build the decode step of a layer on a GPU; None, with a warning, where there are no kernels for it."""
     reason = _objection(layer, device)
     if not reason:
@@ -110,13 +110,13 @@ def device_step(layer: LayerCache, device: torch.device) -> DeviceStep | None:
     return None
 
 
-def _objection(layer: LayerCache, device: torch.device) -> str:
+def _objection(layer: LayerRows, device: torch.device) -> str:
     """Say why a layer has no kernels on a device; empty where it has."""
     if device.type != "cuda":
         return f"there are no kernels for {device.type}, only for CUDA and ROCm."
     if not has_triton():
         return "Triton is not installed. Install it: pip install 'triton>=3.6'."
-    if layer.turns is not None:
+    if layer.rotation is not None:
         return "no kernel turns queries for segments. Fit the plan with --segment 0."
     if layer.dtype not in DTYPES:
         return f"no kernel reads {layer.dtype}; expected one of {', '.join(map(str, DTYPES))}."

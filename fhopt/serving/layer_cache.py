@@ -5,7 +5,7 @@ Letters: H query heads, G kv heads, T tokens, D and E head size of keys and valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
@@ -17,56 +17,13 @@ from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.ops.masks import additive, causal_mask
 from fhopt.ops.prefill_attention import attend_on_cpu
-from fhopt.ops.turns import Turns
-from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SitePlan
-from fhopt.plan.window import ResidualWindow
-from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, place_rows, tiles
+from fhopt.serving.batch import Batch, Sequence, Tile, place_rows, tiles
 from fhopt.serving.compiled_step import compiled_step
 from fhopt.serving.decode_step import DecodeStep, attend_step
 from fhopt.serving.device_step import device_step
-from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
+from fhopt.serving.layer_rows import Caches, LayerRows
 
-CPU = torch.device("cpu")
 FEW_QUERIES = 4  # queries of a tile at most that are absorbed; for more, keys and values are reconstructed
-
-
-@dataclass(eq=False, slots=True)  # not frozen: one is made for each cache, layer and step
-class Held:
-    """Memory of one cache of a layer, uint8 [blocks, 1, tokens of a block, bytes], and a batch's blocks in it."""
-
-    cache: Tensor
-    blocks: Blocks
-
-    def read(self, sequence: Sequence, start: int, stop: int) -> Tensor:
-        """Return the rows [stop - start, bytes] of a sequence's tokens at positions `start` to `stop`."""
-        return self.blocks.read(self.cache, sequence.index, start, stop)
-
-
-@dataclass(eq=False, slots=True)
-class Caches:
-    """The three caches of a layer, for one batch."""
-
-    latents: Held
-    window: Held
-    first: Held
-
-    @property
-    def batch(self) -> Batch:
-        """The batch that the blocks are of."""
-        return self.latents.blocks.batch
-
-    def decode_step(self, window: ResidualWindow) -> DecodeStep:
-        """Return what the sequences with one new token read, made once a batch for all layers."""
-        made = self.batch.made
-        if window not in made:
-            made[window] = DecodeStep(self.batch, window)
-        step: DecodeStep = made[window]
-        return step
-
-    def page(self, sequence: Sequence) -> Tensor:
-        """Return the page uint8 [1, bytes] of a sequence's first tokens, as a view."""
-        return self.first.cache[int(self.first.blocks.table[sequence.index, 0]), 0]
 
 
 class Step(Protocol):
@@ -87,27 +44,10 @@ class Step(Protocol):
         """
 
 
-class LayerCache:
-    """What one layer writes and reads of its caches, by the plan of its site; bases stand on `device`.
+class LayerCache(LayerRows):
+    """What one layer writes to its caches and reads of them. compiled: its decode step by kernels, if there is one."""
 
-    Of a model of 16 bits, encoders are rounded to float16, which moves latents less than its keys and values are
-    rounded: of one sequence, a decode step reads more bytes of them than of its cache.
-    """
-
-    def __init__(
-        self, plan: LatentPlan, site: SitePlan, scale: float, dtype: torch.dtype, device: torch.device = CPU
-    ) -> None:
-        site, self.device = _placed(site, dtype, device), device
-        self.window, self.site, self.scale, self.dtype = plan.window, site, scale, dtype
-        self.means_from = means_from(plan)
-        self.latent_rows = LatentRows(site, dtype)
-        self.window_rows = WindowRows(site, plan.window_bits, dtype)
-        self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
-        rope, segment = site.site.rope, site.segment
-        self.turns = Turns.on(rope, segment, device) if segment and rope is not None else None
-        self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
-        self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
-        self.compiled: Step | None = None
+    compiled: Step | None = None
 
     def compile(self) -> None:
         """Build the decode step: as one call of machine code on a CPU, of Triton kernels on a GPU.
@@ -182,8 +122,8 @@ class LayerCache:
             self._write_latents(caches, owners, positions, keys.float(), values.float())
 
     def _write_latents(self, caches: Caches, owners: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        if self.turns is not None:
-            keys = self.turns.relative(keys.transpose(0, 1)[None], positions - self.window.sinks)[0].transpose(0, 1)
+        if self.rotation is not None:
+            keys = self.rotation.relative(keys.transpose(0, 1)[None], positions - self.window.sinks)[0].transpose(0, 1)
         if self.means_from:
             blocks = caches.first.blocks.table[:, 0].long()
             key_mean, value_mean = self.first_rows.read_means(caches.first.cache[blocks, 0, 0])
@@ -204,7 +144,7 @@ class LayerCache:
         if self.compiled and self.compiled.serves(caches, query):
             self.compiled(caches, query, query, query, output, writes=False)
         elif batch.singles:
-            step = caches.decode_step(self.window)
+            step = DecodeStep.of(batch, self.window)
             out = attend_step(self, caches, step, query[step.tokens].unsqueeze(2))
             output[step.tokens] = out[:, :, 0].to(output.dtype)
         for one in batch.several:
@@ -255,7 +195,7 @@ class _Reader:
         packed = self.layer.latent_rows.read(rows)
         parts = zip(self.layer.groups, packed, self.layer.decode, self.means, strict=True)
         key, value = (SideRows(groups, *latents, decode, mean=mean) for groups, latents, decode, mean in parts)
-        return replace(key, turns=self.layer.turns), value
+        return replace(key, rotation=self.layer.rotation), value
 
     def attend(self, tile: Tile, query: Tensor) -> Tensor:
         """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""
@@ -343,19 +283,6 @@ class _Reader:
             self.made[key] = causal.repeat(shared, 1)
         mask: Tensor = self.made[key]
         return mask
-
-
-def _placed(site: SitePlan, dtype: torch.dtype, device: torch.device) -> SitePlan:
-    """Return the plan of a site with its bases on a device, encoders as a model of type `dtype` reads them."""
-    encoders = [side.encode.to(device, torch.float32) for side in (site.key, site.value)]
-    halves = [encode.half() for encode in encoders]
-    if dtype.itemsize == 2 and all(bool(half.isfinite().all()) for half in halves):
-        encoders = halves
-    key, value = (
-        replace(side, encode=encode, decode=side.decode.to(device))
-        for side, encode in zip((site.key, site.value), encoders, strict=True)
-    )
-    return replace(site, key=key, value=value)
 
 
 def _first(side: SideRows, count: int) -> SideRows:

@@ -11,10 +11,10 @@ from typing import Any
 from fhopt.errors import FhoptError
 from fhopt.models.rewritten_folder import RewrittenFolder
 from fhopt.models.stored_weights import check_stored
-from fhopt.ops.turns import MOST_TOKENS
 from fhopt.parallel.tensor_parallel import Share, shard_site
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import layer_indices
+from fhopt.plan.segment_rotation import MAX_TOKENS
 from fhopt.plan.site_plan import SitePlan
 
 
@@ -63,9 +63,9 @@ def check_engine(plan: LatentPlan, config: Any) -> None:
     if config.device_config.device_type != "cpu":
         plan.check_uniform("vLLM on a GPU")
     longest = config.model_config.max_model_len
-    if plan.segment and longest > MOST_TOKENS:
+    if plan.segment and longest > MAX_TOKENS:
         raise FhoptError(
-            f"--max-model-len {longest}: queries of a plan with segments are turned up to {MOST_TOKENS} tokens. "
+            f"--max-model-len {longest}: queries of a plan with segments are turned up to {MAX_TOKENS} tokens. "
             "Expected no more, or a plan without: fhopt fit MODEL --segment 0."
         )
     for site in plan.sites:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.serving.batch import NO_BLOCK, Batch, Blocks
 from fhopt.serving.block_sizes import BlockSizes
-from fhopt.serving.layer_cache import Caches, Held, LayerCache
+from fhopt.serving.layer_cache import LayerCache
+from fhopt.serving.layer_rows import Caches, Held
 
 
 class Engine:

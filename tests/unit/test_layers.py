@@ -1,20 +1,29 @@
-"""Who may import whom: the table of docs/explanation/architecture.md, held against every import, late ones too.
+"""The dependency rules of docs/explanation/architecture.md, held against every import.
 
-Imports under TYPE_CHECKING do not count.
+Late imports and those under TYPE_CHECKING count.
 """
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-import networkx as nx
 import pytest
+from source_imports import (
+    PRODUCT,
+    Import,
+    late_cycles,
+    module_cycles,
+    module_paths,
+    package_cycles,
+    package_of,
+    read_imports,
+)
 
 ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
+LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to the folders at the root
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"  # has the table
 GROUND = {"errors", "version", "progress", "files", "system", "import_hook", "texts"}  # all may import these
 GROUND_IMPORTS = {name: GROUND - {"texts"} for name in GROUND} | {"texts": GROUND}
@@ -23,7 +32,7 @@ GROUND_IMPORTS = {name: GROUND - {"texts"} for name in GROUND} | {"texts": GROUN
 @cache
 def allowed() -> dict[str, set[str]]:
     """Package -> packages that it may import, as the page says it."""
-    section = PAGE.read_text().partition("## Who may import whom")[2].partition("\n## ")[0]
+    section = PAGE.read_text().partition("## Dependency rules")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([a-z_; ]+) \| (.+) \|$", section, re.M)
     table = {name: cell for names, cell in rows for name in names.split("; ") if cell != "may import"}
     found: dict[str, set[str]] = {}
@@ -37,87 +46,51 @@ def allowed() -> dict[str, set[str]]:
     return found
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name and file of every module of fhopt."""
-    found = {}
-    for top, prefix in (("fhopt", ""), ("passes", "fhopt."), ("codegen", "fhopt.")):
-        for path in sorted((ROOT / top).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            if top == "fhopt" and parts[1:2] in (("passes",), ("codegen",)):  # links to the folders above
-                continue
-            found[prefix + ".".join(parts).removesuffix(".__init__")] = path
-    return found
-
-
-def imported(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:
-    """Every name that the module imports from fhopt, dotted, wherever in its code the import stands."""
-    skipped = {id(n) for node in ast.walk(tree) if is_for_types(node) for s in node.body for n in ast.walk(s)}  # type: ignore[attr-defined]
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            package = name.split(".") if is_package else name.split(".")[:-1]
-            base = package[: len(package) - node.level + 1] if node.level else []
-            whole = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{whole}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func) and node.args:
-            argument = node.args[0]
-            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                yield argument.value
-
-
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+@cache
+def sources() -> dict[str, str]:
+    """The text of every module of fhopt by its path."""
+    paths = [path for top in PRODUCT for path in (ROOT / top).rglob("*.py")]
+    own = [path for path in paths if not any(link in path.parents for link in LINKS)]
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in own}
 
 
 @cache
-def imports() -> dict[str, set[str]]:
-    """Module -> modules of fhopt that it imports."""
-    known = modules()
-    table: dict[str, set[str]] = {}
-    for name, path in known.items():
-        targets = imported(ast.parse(path.read_text()), name, path.name == "__init__.py")
-        found = {t if t in known else t.rpartition(".")[0] for t in targets if t.split(".")[0] == "fhopt"}
-        table[name] = found & known.keys() - {name}
-    return table
+def imports() -> tuple[Import, ...]:
+    """Every import between modules of fhopt."""
+    return tuple(read_imports(sources()))
 
 
-def package(module: str) -> str:
-    """`cache` for fhopt.cache.store, `errors` for fhopt.errors, "" for fhopt itself."""
-    return module.partition(".")[2].partition(".")[0]
-
-
-def forbidden(table: dict[str, set[str]]) -> list[str]:
+def forbidden(found: Iterable[Import]) -> list[str]:
     """Imports that the table of layers does not allow, one sentence each."""
-    lines = []
-    for module, targets in table.items():
-        mine = package(module)
+    lines = set()
+    for one in found:
+        mine = package_of(one.module)
         may = GROUND_IMPORTS.get(mine, GROUND | allowed().get(mine, set()) | {mine})
-        for target in sorted(targets):
-            if module != "fhopt" and package(target) not in may:
-                lines.append(f"{module} imports {target}; {mine} may import {', '.join(sorted(may))}")
-    return lines
-
-
-def circles(table: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other."""
-    graph = nx.DiGraph([(a, b) for a, targets in table.items() for b in targets])
-    return [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
+        if one.module != "fhopt" and package_of(one.target) not in may:
+            lines.add(f"{one.module} imports {one.target}; {mine} may import {', '.join(sorted(may))}")
+    return sorted(lines)
 
 
 def test_every_package_has_its_row() -> None:
-    packages = {package(m) for m in modules()} - GROUND - {""}
-    assert packages == allowed().keys()
+    assert {package_of(module) for module in module_paths(sources())} - GROUND - {""} == allowed().keys()
 
 
-def test_packages_import_only_what_stands_below_them() -> None:
+def test_packages_import_only_what_is_below_them() -> None:
     assert forbidden(imports()) == []
 
 
 def test_no_modules_import_each_other() -> None:
-    assert circles(imports()) == []
+    assert module_cycles(imports()) == [] and package_cycles(imports()) == []
+
+
+def test_only_methods_that_users_call_on_plans_and_sites_import_modules_above() -> None:
+    assert {(one.module, one.target) for one in late_cycles(imports())} == {
+        ("fhopt.plan.latent_plan", "fhopt.plan.cache_size"),  # ratio, cache_bytes
+        ("fhopt.plan.latent_plan", "fhopt.plan.serialization"),  # save, load, digest
+        ("fhopt.plan.latent_plan", "fhopt.plan.display"),  # the table in a notebook
+        ("fhopt.plan.site", "fhopt.plan.display"),
+        ("fhopt.plan.site_plan", "fhopt.plan.display"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,24 +105,14 @@ def test_no_modules_import_each_other() -> None:
     ],
 )
 def test_a_forbidden_import_is_reported(module: str, target: str) -> None:
-    table = imports() | {module: imports()[module] | {target}}
-    assert [line.partition(";")[0] for line in forbidden(table)] == [f"{module} imports {target}"]
+    found = [line.partition(";")[0] for line in forbidden([*imports(), Import(module, target, 1)])]
+    assert found == [f"{module} imports {target}"]
 
 
-def test_a_circle_is_reported() -> None:
-    table = imports()
-    low, high = next((b, a) for a, targets in table.items() for b in sorted(targets) if b != "fhopt")
-    assert any({low, high} <= set(group) for group in circles(table | {low: table[low] | {high}}))
-
-
-def test_late_imports_count_and_imports_for_types_do_not() -> None:
-    text = (
-        "if TYPE_CHECKING:\n    from fhopt.cli import app\n"
-        "def f():\n    from fhopt.hf.load import load\n    importlib.import_module('fhopt.cache')\n"
-        "    from . import site"
-    )
-    found = set(imported(ast.parse(text), "fhopt.plan.window", False))
-    assert found == {"fhopt.hf.load.load", "fhopt.cache", "fhopt.plan.site"}
+def test_a_cycle_is_reported() -> None:
+    one = next(one for one in imports() if one.module != "fhopt" and not one.is_late)
+    back = Import(one.target, one.module, 1, for_types=True)
+    assert any({one.module, one.target} <= set(group) for group in module_cycles([*imports(), back]))
 
 
 def test_the_table_is_read_as_it_is_meant() -> None:
@@ -159,3 +122,9 @@ def test_the_table_is_read_as_it_is_meant() -> None:
     assert allowed()["planning"] == allowed()["refine"] | {"refine"}
     assert allowed()["backend"] == allowed().keys() - {"export", "lm_head", "serving", "inspection", "cli"}
     assert allowed()["cli"] == allowed().keys()
+
+
+def test_operators_are_defined_in_ops_and_calls_of_compiled_kernels_in_codegen() -> None:
+    defines = re.compile(r"\b_LIB\.define\(|library\.(define|custom_op)\(")
+    elsewhere = {path for path, text in sources().items() if defines.search(text) and not path.startswith("fhopt/ops/")}
+    assert elsewhere == {"codegen/cpu/graph_kernels.py"}

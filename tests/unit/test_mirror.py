@@ -20,7 +20,7 @@ CACHES = "whole caches, unit/cache/test_latent_cache.py and test_report.py"
 MODELS = "whole models, integration/test_families.py and test_zoo.py"
 GRAPHS = "every test of a pass: it is what passes read and write graphs by"
 SPELLINGS = "every spelling of attention, unit/passes/recognize/test_normalize.py and integration/test_zoo.py"
-PLANS = "unit/plan/test_plan_files.py and test_validation.py, on whole plans"
+PLANS = "unit/plan/test_serialization.py and test_validation.py, on whole plans"
 ENGINES = "vLLM with plans, serving/test_engine.py and test_refused.py"
 COMMANDS = "the commands, unit/cli"
 PAGES = "the pages made of it, unit/inspection/test_html_report.py and test_server.py"
@@ -32,6 +32,7 @@ WITHOUT_A_FILE = {
     "codegen/gpu/machine_code": "unit/codegen/gpu/test_resources.py",
     "codegen/gpu/prefill_launch": "unit/codegen/gpu/test_prefill.py",
     "codegen/gpu/signatures": "every compilation, unit/codegen/gpu/test_attention.py and test_prefill.py",
+    "codegen/layers/emitter": "every lowered layer, unit/codegen/layers/test_lowering.py and test_operations.py",
     "codegen/rows": "every kernel that is called, unit/codegen",
     "codegen/tiers": "every kernel with bit groups, unit/codegen",
     "fhopt/attention/cache_view": CACHES,
@@ -72,6 +73,7 @@ WITHOUT_A_FILE = {
     "fhopt/progress": "unit/inspection/test_progress_file.py",
     "fhopt/serving/backend": ENGINES,
     "fhopt/serving/decode_step": "decode steps of a layer's caches, unit/serving/test_layer_cache.py",
+    "fhopt/serving/layer_rows": "all that is written and read by them, unit/serving/test_layer_cache.py",
     "fhopt/serving/plugin": ENGINES,
     "fhopt/serving/quantization": ENGINES,
     "fhopt/version": "every file that names a version",

@@ -17,7 +17,7 @@ from fhopt.cache.sequence_means import MEANS, SequenceMeans
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import switched
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.plan_files import describe_plan
+from fhopt.plan.serialization import describe_plan
 
 COUNT = 16  # tokens of the means
 

@@ -21,7 +21,7 @@ from fhopt.hf.apply import latent_cache
 from fhopt.models.cache_layers import measured_layers
 from fhopt.plan.cache_size import cache_size
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.window import LEAST_SLIDING, ResidualWindow
+from fhopt.plan.window import MIN_SLIDING, ResidualWindow
 
 W = 64
 NEW = 24
@@ -221,7 +221,7 @@ def test_a_saved_layer_goes_on_where_it_was(count: int) -> None:
 def test_short_windows_stay_exact_and_static_caches_keep_theirs() -> None:
     from transformers import DynamicCache, StaticCache
 
-    model = windowed("gemma3", sliding_window=LEAST_SLIDING - 1)
+    model = windowed("gemma3", sliding_window=MIN_SLIDING - 1)
     ids = tokens()[:, :60]
     fhopt.apply(model, exact(model))
     _, cache = read(model, ids, [60])
@@ -236,7 +236,7 @@ def test_short_windows_stay_exact_and_static_caches_keep_theirs() -> None:
     assert not any(type(layer) is SlidingLatentLayer for layer in static.layers)
 
 
-@pytest.mark.parametrize("sliding", [0, LEAST_SLIDING, 100, 512])
+@pytest.mark.parametrize("sliding", [0, MIN_SLIDING, 100, 512])
 @pytest.mark.parametrize("tokens", [1, 31, 99, 100, 101, 116, 511, 512, 600, 8192])
 def test_the_parts_of_a_residual_window_are_what_is_held(sliding: int, tokens: int) -> None:
     window = ResidualWindow(16, 256, 64, 8).within(sliding)

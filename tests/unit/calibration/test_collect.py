@@ -22,8 +22,8 @@ from fhopt.fitting.costs import SideCosts, empty_costs
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics
 from fhopt.models.capture import capture
 from fhopt.ops import packing
-from fhopt.ops.turns import Turns
 from fhopt.passes import pipeline
+from fhopt.plan.segment_rotation import SegmentRotation
 
 SITE = "model.layers.1.self_attn"
 
@@ -83,9 +83,9 @@ def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fi
     )
     for name, s in statistics.items():
         assert s.segment == 64 and s.site.rope is not None
-        turns = Turns.on(s.site.rope, 64, torch.device("cpu"))
+        rotation = SegmentRotation.on(s.site.rope, 64, torch.device("cpu"))
         for total, x in zip((s.key.moment, s.key.metric), seen[name], strict=True):
-            rows = turns.relative(x, torch.arange(x.shape[2]))[0].permute(1, 0, 2).flatten(1).double()
+            rows = rotation.relative(x, torch.arange(x.shape[2]))[0].permute(1, 0, 2).flatten(1).double()
             torch.testing.assert_close(total[0], rows.mT @ rows)
             plain = x[0].permute(1, 0, 2).flatten(1).double()
             assert not torch.allclose(total[0], plain.mT @ plain, rtol=1e-3)

@@ -17,7 +17,7 @@ from fhopt.errors import FhoptError
 from fhopt.hf.apply import latent_cache
 from fhopt.models.capture import Captured
 from fhopt.plan.cache_size import cache_size
-from fhopt.plan.window import LEAST_SLIDING
+from fhopt.plan.window import MIN_SLIDING
 
 GEMMA: dict[str, Any] = dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
 
@@ -36,8 +36,8 @@ def test_a_window_is_found_in_graphs_shorter_than_it_and_its_site_is_fitted(toke
 
 def test_a_model_in_which_every_layer_slides_is_fitted_and_refused_where_windows_are_short() -> None:
     assert len(fitted(found(windowed("mistral"))[0])) == 2
-    captured, _ = found(windowed("mistral", sliding_window=LEAST_SLIDING - 1))
-    with pytest.raises(FhoptError, match=f"windows of at most {LEAST_SLIDING - 1}"):
+    captured, _ = found(windowed("mistral", sliding_window=MIN_SLIDING - 1))
+    with pytest.raises(FhoptError, match=f"windows of at most {MIN_SLIDING - 1}"):
         run.find_compressible(CalibrationData(captured, [], name="model"))
 
 

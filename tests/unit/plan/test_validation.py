@@ -20,7 +20,7 @@ from fhopt.inspection import drawing
 from fhopt.ops import page_selection
 from fhopt.plan.description import numbers_of
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.plan_files import describe_plan
+from fhopt.plan.serialization import describe_plan
 from fhopt.plan.site_plan import PagePlan, Tier
 
 # --------------------------------------------------------------------------------------------------- caches

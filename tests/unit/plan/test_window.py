@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_models import Fitted
 
 from fhopt.errors import FhoptError
+from fhopt.plan.cache_size import window_bytes
 from fhopt.plan.window import ResidualWindow
 
 SIZES = st.builds(ResidualWindow, st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.sampled_from([8, 16]))
@@ -42,7 +43,7 @@ def test_a_plan_has_the_window_of_its_four_numbers(bits: int, llama: Fitted) -> 
     assert replace(plan, recent=24).window.recent == 24
     tokens = plan.window.first_length + 3
     packed = plan.window.quantized_tokens(tokens) * sum(site.token_bytes() for site in plan.sites)
-    assert plan.cache_bytes(tokens) == packed + plan.window.bytes(tokens, plan.sites)
+    assert plan.cache_bytes(tokens) == packed + window_bytes(plan.window, tokens, plan.sites)
     if bits == 16:
         exact = sum(2 * site.site.exact_numbers_per_token for site in plan.sites)
-        assert plan.window.bytes(tokens, plan.sites) == exact * (tokens - plan.block)
+        assert window_bytes(plan.window, tokens, plan.sites) == exact * (tokens - plan.block)

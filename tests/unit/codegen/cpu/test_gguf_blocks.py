@@ -20,7 +20,7 @@ from fhopt import codegen
 from fhopt.codegen.compiler import load
 from fhopt.codegen.cpu import gguf_blocks
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
-from fhopt.codegen.layers import lowering
+from fhopt.codegen.layers import emitter
 from fhopt.codegen.source_files import read_source
 from fhopt.hardware.this_cpu import vector_units
 
@@ -176,7 +176,7 @@ def test_products_of_one_input_with_several_weights(is_float: bool, rows: int, t
     made = [torch.zeros(rows, len(b.values), dtype=given.dtype) for b in weights]
     calls = [
         SKINNY.pack(
-            rows, width, len(b.values), threads, lowering._FORMATS * format + 1, given.data_ptr(), width,
+            rows, width, len(b.values), threads, emitter._FORMATS * format + 1, given.data_ptr(), width,
             b.values.data_ptr(), b.values.stride(0), 0, y.data_ptr(), 0, is_float,
         ) for b, y in zip(weights, made, strict=True)
     ]  # fmt: skip
@@ -218,7 +218,7 @@ def test_products_of_another_instruction_set_are_the_same(isa: str, monkeypatch:
     for format, (blocks, expected, unpacked) in numbers.items():
         made = torch.zeros(7, 43)
         call = SKINNY.pack(
-            7, 768, 43, 1, lowering._FORMATS * format, x.data_ptr(), 768, blocks.values.data_ptr(),
+            7, 768, 43, 1, emitter._FORMATS * format, x.data_ptr(), 768, blocks.values.data_ptr(),
             blocks.values.stride(0), 0, made.data_ptr(), 0, True,
         )  # fmt: skip
         library.block_group(call, ctypes.c_int64(1))
@@ -228,7 +228,7 @@ def test_products_of_another_instruction_set_are_the_same(isa: str, monkeypatch:
 
 def test_programs_and_kernels_name_formats_alike() -> None:
     text = read_source("fhopt.codegen.cpu", "block_linear.cpp").template
-    assert f"constexpr int64_t FORMATS = {lowering._FORMATS};" in text
+    assert f"constexpr int64_t FORMATS = {emitter._FORMATS};" in text
     for format, (numbers, size) in gguf_blocks.FORMATS.items():
         name = gguf.GGMLQuantizationType(format).name
         assert f"{name} = {format}" in text and f"case {name}: return {{{numbers}, {size}}};" in text

@@ -19,8 +19,8 @@ from fhopt.codegen import dispatch
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.hf.apply import latent_cache
 from fhopt.ops import algebra, encode_rows, latent_attention, packing
-from fhopt.ops.turns import Turns
 from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site import Rope
 
 B, H, J, T, S = 2, 6, 3, 37, 2
@@ -152,8 +152,8 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, tokens)]
     turning: tuple[Any, ...] = (None, None, 0)
     if segments:  # of 8 tokens, so that there are several
-        turns = Turns.on(Rope(segments, 8, (0.9, 0.3, 0.1, 0.03), offset=4), 8, torch.device("cpu"))
-        turning = turns.pairs, turns.phases(T // 8 + 1), 8
+        rotation = SegmentRotation.on(Rope(segments, 8, (0.9, 0.3, 0.1, 0.03), offset=4), 8, torch.device("cpu"))
+        turning = rotation.pairs, rotation.phases(T // 8 + 1), 8
     operands: Any = (
         query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
         *(x for pair in rounded for x in (pair if window else (None, None))),
@@ -215,8 +215,8 @@ def turning(kind: str) -> tuple[Tensor, Tensor, int] | None:
         return None
     pairing, width = ("interleaved", 16) if kind == "neighbours" else ("half", D)
     rope = Rope(pairing, width, tuple(0.5**i for i in range(width // 2)))
-    turns = Turns.on(rope, 32, torch.device("cpu"))
-    return (turns.behind(torch.tensor([0, 7])) if kind == "padded" else turns).of_tokens(AT + TOKENS)
+    rotation = SegmentRotation.on(rope, 32, torch.device("cpu"))
+    return (rotation.after_padding(torch.tensor([0, 7])) if kind == "padded" else rotation).of_tokens(AT + TOKENS)
 
 
 ROW_TIERS = {

@@ -1,17 +1,6 @@
-"""Attention on what a `LatentCache` returns: for transformers' `AttentionInterface`, and for models that spell it out.
+"""The attention "fhopt" of transformers' `AttentionInterface`, which `fhopt.apply` sets: it reads latents.
 
-A cache layer returns `LatentTensor`s in place of keys and values of full length. They have the shape, dtype and device
-of these but no memory; attention reads the exact tokens and the latents behind them:
-
-    attention of the interface ("fhopt", set by `fhopt.apply`)       latent_attention(module, q, k, v, mask)
-    F.scaled_dot_product_attention(q, k, v)                          `attend`, in a model that calls it itself
-    q @ k.transpose(-1, -2), bmm, baddbmm; p @ v                     `scores` and `mix`, in a model that spells it out
-
-Any other operation gets reconstructed keys or values, with a warning: right, but of full length. Under torch.compile
-the tensors are the exact tokens themselves, with the latents as an attribute that Dynamo follows; only the attention of
-the interface reads it.
-
-Letters: B batch, H query heads, G kv heads, S queries, T all tokens, N exact tokens, D head size.
+Letters: B batch, H query heads, G kv heads, S queries, T all tokens, D head size.
 """
 
 from __future__ import annotations
@@ -24,38 +13,20 @@ from torch import Tensor
 
 from fhopt.attention import exact_tokens
 from fhopt.attention.attend import attend
-from fhopt.attention.cache_view import AnyLatents
-from fhopt.attention.latent_tensor import LatentTensor, joined_latents
+from fhopt.attention.offered_latents import read_offered
 from fhopt.errors import FhoptError
 from fhopt.ops import algebra, attention, masks, prefill_attention
 
-ATTRIBUTE = "fhopt_latents"  # of exact keys, under torch.compile
-WATCH = "fhopt_watch"  # of a module: the function that computes its attention where there are no latents
+WATCH = "fhopt_watch"  # of a module: the function that computes its attention without latents
+rehearsed = threading.local()  # .attention: stands in for `latent_attention_forward` in this thread, while it is set
 
 
-rehearsed = threading.local()  # .attention: what stands in for `latent_attention` in this thread, while it is set
-
-
-class Reader:
-    """The attention that reads the layers of a cache, as far as these know it.
-
-    active: it is `latent_attention`, which reads latents in compiled graphs, too. pending: in a compiled graph, latents
-    were offered and have not been read yet.
-    """
-
-    def __init__(self, active: bool = False) -> None:
-        self.active, self.pending = active, False
-
-
-# --------------------------------------------------------------------------------------------------- the interface
-
-
-def latent_attention(
+def latent_attention_forward(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     position_bias: Tensor | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention on a latent cache: 'fhopt' of transformers' `AttentionInterface`.
+    """Compute the attention of a model of transformers, on a latent cache or without one.
 
     query [B,H,S,D], key and value [B,G,T,D] as the cache returned them, mask [B,1,S,T] or None, position_bias
     broadcastable to [B,H,S,T], s_aux [H] (attention sinks). Returns [B,S,H,D], and None in place of weights. Raises
@@ -69,7 +40,7 @@ def latent_attention(
     unknown = [name for name in ("head_mask", "output_attentions") if kwargs.get(name) not in (None, False)]
     if unknown:
         raise FhoptError(f"attention on latents has no {unknown[0]}. Call fhopt.unapply(model), or leave it out.")
-    keys, values, latents = _exact_tokens(key, value)
+    keys, values, latents = read_offered(key, value)
     queries, tokens = query.shape[2], keys.shape[2] if latents is None else latents.length(keys)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -118,33 +89,3 @@ def _attend_exactly(
     return attention.attention_reference(
         query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options
     )
-
-
-def _exact_tokens(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None]:
-    """Return exact keys and values [B,G,N,D], and the latents behind them; without latents, all keys and values."""
-    if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
-        return key.exact, value.exact, joined_latents(key, value)
-    latents, reader = getattr(key, ATTRIBUTE, (None, None))
-    if reader is not None:
-        reader.pending = False
-    return key, value, latents
-
-
-def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: Reader) -> tuple[Tensor, Tensor]:
-    """Offer exact keys and values [B,G,N,D] with latents behind them to attention.
-
-    Raises FhoptError in a compiled graph where the latents of the layer before have not been read: an operation on its
-    keys has lost them.
-    """
-    if not torch.compiler.is_compiling():
-        return LatentTensor(key, latents, True), LatentTensor(value, latents, False)
-    if reader.pending:
-        reader.pending = False
-        raise FhoptError(
-            "a compiled model changes cached keys before its attention reads them, and loses the latents. Make the "
-            "cache with absorb=False, or do not compile."
-        )
-    reader.pending = True
-    offered = key.view_as(key)
-    setattr(offered, ATTRIBUTE, (latents, reader))
-    return offered, value

@@ -17,8 +17,8 @@ from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.left_padding import ExpectedPadding
 from fhopt.ops.attention import attention_reference
-from fhopt.ops.turns import Turns
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site import Rope
 
 ROPE = Rope("interleaved", 6, (1.0, 0.1, 0.01), offset=1)
@@ -35,68 +35,70 @@ def turned_by_hand(x: Tensor, position: int) -> Tensor:
 
 
 def test_keys_are_what_they_would_be_if_their_segment_began_at_position_0() -> None:
-    turns, raw = Turns.on(ROPE, 64, CPU), torch.randn(8, dtype=torch.float64)
+    rotation, raw = SegmentRotation.on(ROPE, 64, CPU), torch.randn(8, dtype=torch.float64)
     places = torch.tensor([0, 63, 64, 130, 1000])
     keys = torch.stack([turned_by_hand(raw, int(i)) for i in places])[None, None]
     expected = torch.stack([turned_by_hand(raw, int(i) % 64) for i in places])[None, None]
-    torch.testing.assert_close(turns.relative(keys, places), expected)
-    torch.testing.assert_close(turns.finished(expected, places), keys)
+    torch.testing.assert_close(rotation.relative(keys, places), expected)
+    torch.testing.assert_close(rotation.absolute(expected, places), keys)
 
 
 def test_keys_behind_padding_are_relative_to_the_position_that_they_have() -> None:
     raw, ahead = torch.randn(8, dtype=torch.float64), (0, 70, 300)
-    turns, places = Turns.on(ROPE, 64, CPU).behind(torch.tensor(ahead)), torch.tensor([0, 63, 64, 130, 1000])
+    places = torch.tensor([0, 63, 64, 130, 1000])
+    rotation = SegmentRotation.on(ROPE, 64, CPU).after_padding(torch.tensor(ahead))
     keys = torch.stack([torch.stack([turned_by_hand(raw, int(i) - n) for i in places])[None] for n in ahead])
     expected = torch.stack([turned_by_hand(raw, int(i) % 64) for i in places])[None, None].expand(3, -1, -1, -1)
-    torch.testing.assert_close(turns.relative(keys, places), expected)
-    torch.testing.assert_close(turns.finished(expected, places), keys)
+    torch.testing.assert_close(rotation.relative(keys, places), expected)
+    torch.testing.assert_close(rotation.absolute(expected, places), keys)
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_queries_turn_for_each_sequence_behind_its_padding(known: bool) -> None:
-    turns, keys, query = Turns.on(ROPE, 64, CPU), torch.randn(2, 1, 200, 8), torch.randn(2, 1, 1, 8)
-    turns = (turns.knowing(4) if known else turns).behind(torch.tensor([0, 100]))
-    relative = turns.relative(keys, torch.arange(200))
-    by_phases = Turns.by_phases(64, turns.pairs, turns.phases(4))
-    for number in range(turns.segments(200)):
+    rotation, keys, query = SegmentRotation.on(ROPE, 64, CPU), torch.randn(2, 1, 200, 8), torch.randn(2, 1, 1, 8)
+    rotation = (rotation.with_phases(4) if known else rotation).after_padding(torch.tensor([0, 100]))
+    relative = rotation.relative(keys, torch.arange(200))
+    by_phases = SegmentRotation.from_phases(64, rotation.pairs, rotation.phases(4))
+    for number in range(rotation.segments(200)):
         part = slice(64 * number, 64 * (number + 1))
         expected = query @ keys[:, :, part].mT
-        for reader in (turns, by_phases):
-            found = reader.query(query, number) @ relative[:, :, part].mT
+        for reader in (rotation, by_phases):
+            found = reader.rotate_query(query, number) @ relative[:, :, part].mT
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             for b in range(2):
-                one = reader.queries(query[b : b + 1], 4, b)[number] @ relative[b, :, part].mT
+                one = reader.rotate_queries(query[b : b + 1], 4, b)[number] @ relative[b, :, part].mT
                 torch.testing.assert_close(one, expected[b], rtol=1e-4, atol=1e-4)
 
 
 def test_a_turned_query_reads_relative_keys_as_it_would_have_read_the_keys() -> None:
-    turns, keys, query = Turns.on(ROPE, 64, CPU), torch.randn(1, 1, 200, 8), torch.randn(1, 1, 1, 8)
-    relative = turns.relative(keys, torch.arange(200))
-    for number in range(turns.segments(200)):
+    rotation, keys, query = SegmentRotation.on(ROPE, 64, CPU), torch.randn(1, 1, 200, 8), torch.randn(1, 1, 1, 8)
+    relative = rotation.relative(keys, torch.arange(200))
+    for number in range(rotation.segments(200)):
         part = slice(64 * number, 64 * (number + 1))
-        for reader in (turns, turns.knowing(4), Turns.by_phases(64, turns.pairs, turns.phases(4))):
-            found = reader.query(query, number) @ relative[:, :, part].mT
+        phases_only = SegmentRotation.from_phases(64, rotation.pairs, rotation.phases(4))
+        for reader in (rotation, rotation.with_phases(4), phases_only):
+            found = reader.rotate_query(query, number) @ relative[:, :, part].mT
             torch.testing.assert_close(found, query @ keys[:, :, part].mT, rtol=1e-4, atol=1e-4)
 
 
 def test_positions_far_away_are_as_exact_as_near_ones() -> None:
-    turns, key = Turns.on(ROPE, 512, CPU), torch.randn(1, 1, 1, 8)
+    rotation, key = SegmentRotation.on(ROPE, 512, CPU), torch.randn(1, 1, 1, 8)
     place = torch.tensor([1_000_000])
-    torch.testing.assert_close(turns.finished(turns.relative(key, place), place), key)
+    torch.testing.assert_close(rotation.absolute(rotation.relative(key, place), place), key)
 
 
 def test_numbers_are_made_once_and_may_be_trained_with() -> None:
     """Also where the first to ask were in inference mode, or a fake one."""
     rope = Rope("half", 8, (0.7, 0.3, 0.2, 0.1))
     with FakeTensorMode():
-        Turns.on(rope, 64, CPU).phases(3)
+        SegmentRotation.on(rope, 64, CPU).phases(3)
     with torch.inference_mode():
-        turns = Turns.on(rope, 64, CPU)
-        turns.phases(3)
-    assert Turns.on(rope, 64, CPU) is copy.deepcopy(turns) is turns
-    assert turns.phases(5) is turns.phases(3) and type(turns.phases(3)) is Tensor
+        rotation = SegmentRotation.on(rope, 64, CPU)
+        rotation.phases(3)
+    assert SegmentRotation.on(rope, 64, CPU) is copy.deepcopy(rotation) is rotation
+    assert rotation.phases(5) is rotation.phases(3) and type(rotation.phases(3)) is Tensor
     query = torch.randn(1, 1, 1, 8, requires_grad=True)
-    turns.queries(query, 3).sum().backward()
+    rotation.rotate_queries(query, 3).sum().backward()
     assert query.grad is not None
 
 

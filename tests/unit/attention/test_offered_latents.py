@@ -1,4 +1,4 @@
-"""Attention of transformers on caches that hold latents."""
+"""Latents that a cache layer offers to attention: read, or lost."""
 
 from __future__ import annotations
 

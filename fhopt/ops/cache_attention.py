@@ -1,0 +1,35 @@
+"""fhopt::attend_latents: one decode step of attention on all parts of a KV cache.
+
+    query [B,H,1,D], exact tokens, window in 8 bits, packed latents, masks, means, rotation  ->  output [B,H,1,E]
+
+Compiled graphs have one such node for each attention site, which one call of native code replaces
+(fhopt/codegen/cpu/graph_kernels.py). Without that call fhopt/attention/attend.py runs it, on torch operations: it is
+above this package, and registers its `attend_latents_reference` as the implementation.
+
+Letters: B batch, H query heads, D and E head size of keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEMA = (
+    "attend_latents(Tensor query, Tensor key, Tensor value, Tensor key_rows, Tensor? key_scale, Tensor key_decode, "
+    "Tensor value_rows, Tensor? value_scale, Tensor value_decode, Tensor? window_keys, Tensor? window_key_scale, "
+    "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, "
+    "Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, Tensor? turn_phases, int segment, *, "
+    "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
+    "float scale, float softcap=0.0) -> Tensor"
+)
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define(SCHEMA)
+
+
+def _attend_latents_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
