@@ -368,7 +368,7 @@ SECTIONS = {
     ),
     "quality-SmolLM2-135M-Instruct": Section(
         "Loss against bytes: SmolLM2 with the default calibration, more methods, more texts",
-        f"{QUALITY_COMMAND} --ratio 4 --ratio 5.3 --ratio 8 --ratio 12 --context 1024 --rival NAME ... "
+        f"{QUALITY_COMMAND} --ratio 4 --ratio 5.3 --ratio 8 --ratio 12 --context 1024 --baseline NAME ... "
         "--texts FILE ...",
         "Plans of the default options (four kinds of text, 16 attention sinks, means over 256 tokens, a window of 256 "
         "tokens), 1,024 tokens of each text. Other methods have the same attention sinks and window in 16 bits: "
@@ -386,7 +386,7 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-0.5B-Instruct": Section(
         "Loss against bytes: Qwen2.5-Coder-0.5B-Instruct",
-        f"{QUALITY_COMMAND} --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 --texts FILE",
+        f"{QUALITY_COMMAND} --ratio 4 --ratio 8 --baseline kivi-3bit --context 1024 --texts FILE",
         "The same of another model, with plans of the default options, on 12 texts of 1,024 tokens, of kinds that did "
         "not calibrate, and four that did (`source`, `docstrings`, `topics`, `mixture`). KIVI has the same attention "
         "sinks and residual window, in 16 bits. `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `zh`, "
@@ -395,7 +395,7 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct": Section(
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct",
-        f"{QUALITY_COMMAND} --dtype bfloat16 --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 --texts FILE",
+        f"{QUALITY_COMMAND} --dtype bfloat16 --ratio 4 --ratio 8 --baseline kivi-3bit --context 1024 --texts FILE",
         "The same of a larger model, in bfloat16: exact cache and plans add up in other orders, and what that rounds "
         "differently is part of every figure. `law` is the GNU GPL; `de`, `fr`, `zh`, `it` are manuals of Debian; "
         "`prose` and `chat` are quotations; `numbers` is a table of stocks. Unlike the smaller model's, these plans "
@@ -404,7 +404,7 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct-float32": Section(
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct in float32",
-        f"{QUALITY_COMMAND} --plans PLANS --ratio 4 --ratio 8 --ratio 12 --rival kivi-3bit --context 1024 "
+        f"{QUALITY_COMMAND} --plans PLANS --ratio 4 --ratio 8 --ratio 12 --baseline kivi-3bit --context 1024 "
         "--texts FILE",
         "Plans that were calibrated on the model in bfloat16 and fitted for a CPU (`fhopt fit --device cpu`), which "
         "gives loss for time: attention takes 0.59 and 0.64 of the time of the plans in the section on [trellis "

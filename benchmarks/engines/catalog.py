@@ -15,13 +15,12 @@ OURS = "fhopt"
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One implementation.
+class EngineConfig:
+    """One engine with the options that it is measured with.
 
     name: in results; its first word is the engine. runner: of runners/run_<runner>.py. environment, form: names of
-    environments.py. plan: of fhopt. is_compiled: its first process in a new cache folder is slower, and is
-    reported separately. is_default: measured where --peer names nothing. shares_cache: what it compiles serves every
-    context.
+    environments.py. plan: of fhopt. is_compiled: its first process in a new cache folder is slower, and is reported
+    separately. is_default: measured if --engine names nothing. shares_cache: what it compiles serves every context.
     """
 
     name: str
@@ -54,12 +53,12 @@ FROZEN = {"pattern_matcher": False, "freezing": True}  # options of inductor, th
 CHUNK = 512  # tokens of a call of eager attention: its logits are [B, H, S, T]
 
 
-def _transformers() -> list[Peer]:
+def _transformers() -> list[EngineConfig]:
     """Return the ways that transformers has, and torchao's weights in it."""
 
-    def made(name: str, environment: str = "fhopt", **options: Any) -> Peer:
+    def made(name: str, environment: str = "fhopt", **options: Any) -> EngineConfig:
         is_compiled, is_default = "compiled" in options, options.pop("is_default", True)
-        return Peer(name, "transformers", environment, "folder", options, "", is_compiled, is_default)
+        return EngineConfig(name, "transformers", environment, "folder", options, "", is_compiled, is_default)
 
     return [
         made("transformers sdpa"),
@@ -76,19 +75,21 @@ CACHES = ("f16", "q8_0", "q4_0")
 WEIGHTS = ("f16", "q4_0")
 
 
-def _llama(engine: str, runner: str, environment: str, rare: Sequence[tuple[str, str]]) -> list[Peer]:
-    """Return weights of F16 and Q4_0, each with keys and values of three types. rare: measured by --peer only."""
+def _llama(engine: str, runner: str, environment: str, rare: Sequence[tuple[str, str]]) -> list[EngineConfig]:
+    """Return weights of F16 and Q4_0, each with keys and values of three types. rare: measured by --engine only."""
     return [
-        Peer(f"{engine} {w.upper()}, K/V {kv}", runner, environment, f"{w}.gguf", {"cache": kv}, "", False, is_default)
+        EngineConfig(
+            f"{engine} {w.upper()}, K/V {kv}", runner, environment, f"{w}.gguf", {"cache": kv}, "", False, is_default
+        )
         for w in WEIGHTS
         for kv in CACHES
         for is_default in ((w, kv) not in rare,)
     ]
 
 
-def _others() -> list[Peer]:
+def _others() -> list[EngineConfig]:
     made = [
-        Peer(
+        EngineConfig(
             f"OpenVINO {w.upper()}, K/V {kv}", "openvino", "openvino", f"{w}.gguf", {"cache": kv}, "", False,
             (w, kv) in (("f16", "u8"), ("f16", "u4"), ("q4_0", "u8")),
         )
@@ -96,24 +97,24 @@ def _others() -> list[Peer]:
         for kv in ("f16", "u8", "u4")
     ]  # fmt: skip
     for kind in ("int4", "fp32"):
-        made.append(Peer(f"ONNX-Runtime {kind}", "onnxruntime", "onnxruntime-genai", f"onnx-{kind}"))
-    made.append(Peer("vLLM bfloat16", "vllm", "vllm", "folder", {}, "", True, True, True))
-    return [*made, Peer("vLLM bfloat16, eager", "vllm", "vllm", "folder", {"eager": True}, "", False, False)]
+        made.append(EngineConfig(f"ONNX-Runtime {kind}", "onnxruntime", "onnxruntime-genai", f"onnx-{kind}"))
+    made.append(EngineConfig("vLLM bfloat16", "vllm", "vllm", "folder", {}, "", True, True, True))
+    return [*made, EngineConfig("vLLM bfloat16, eager", "vllm", "vllm", "folder", {"eager": True}, "", False, False)]
 
 
-def _fhopt() -> list[Peer]:
+def _fhopt() -> list[EngineConfig]:
     """Return fhopt: `apply` and `generate()`, also on a GGUF file whose weights stay in blocks, and compiled steps."""
-    made = [Peer(f"fhopt {plan}", OURS, "fhopt", "folder", {}, plan) for plan in ("exact", "4x", "8x")]
-    made.append(Peer("fhopt 4x, Q4_0", OURS, "fhopt", "q4_0.gguf", {}, "4x"))
-    made.append(Peer("fhopt exact, compiled", OURS, "fhopt", "folder", {"compiled": True}, "", True))
+    made = [EngineConfig(f"fhopt {plan}", OURS, "fhopt", "folder", {}, plan) for plan in ("exact", "4x", "8x")]
+    made.append(EngineConfig("fhopt 4x, Q4_0", OURS, "fhopt", "q4_0.gguf", {}, "4x"))
+    made.append(EngineConfig("fhopt exact, compiled", OURS, "fhopt", "folder", {"compiled": True}, "", True))
     for plan, is_default in (("4x", True), ("8x", False)):
         made.append(
-            Peer(f"fhopt {plan}, compiled", OURS, "fhopt", "folder", {"compiled": True}, plan, True, is_default)
+            EngineConfig(f"fhopt {plan}, compiled", OURS, "fhopt", "folder", {"compiled": True}, plan, True, is_default)
         )
     return made
 
 
-PEERS = (
+ENGINE_CONFIGS = (
     *_transformers(),
     *_llama("llama.cpp", "llama_cpp", "llama.cpp", ()),
     *_llama("ik_llama", "ik_llama", "ik-llama", (("f16", "q4_0"), ("q4_0", "f16"), ("q4_0", "q4_0"))),
@@ -121,23 +122,25 @@ PEERS = (
     *_others(),
     *_fhopt(),
 )
-SMALL_WEIGHTS = frozenset(peer.name for peer in PEERS if peer.has_small_weights)
+SMALL_WEIGHTS = frozenset(engine.name for engine in ENGINE_CONFIGS if engine.has_small_weights)
 QUICK = ("transformers sdpa", "llama.cpp F16, K/V f16", "fhopt 4x")
 
 
-def chosen(names: Sequence[str], is_quick: bool = False) -> list[Peer]:
-    """Return the peers whose names begin with one of `names`; those by default, or of a quick run, without any.
+def chosen(names: Sequence[str], is_quick: bool = False) -> list[EngineConfig]:
+    """Return the engines whose names begin with one of `names`; those by default, or of a quick run, without any.
 
-    A whole name means that peer alone. Raises ValueError for a name that no peer begins with.
+    A whole name means that engine alone. Raises ValueError for a name that no engine begins with.
     """
     if not names:
-        return [peer for peer in PEERS if (peer.name in QUICK if is_quick else peer.is_default)]
+        return [engine for engine in ENGINE_CONFIGS if (engine.name in QUICK if is_quick else engine.is_default)]
     for name in names:
-        if not any(peer.name.lower().startswith(name.lower()) for peer in PEERS):
-            engines = dict.fromkeys(peer.name.split()[0] for peer in PEERS)
-            raise ValueError(f"no peer is called {name!r}; expected the start of a name, such as {', '.join(engines)}.")
-    return [peer for peer in PEERS if any(_is_meant(peer.name.lower(), name.lower()) for name in names)]
+        if not any(engine.name.lower().startswith(name.lower()) for engine in ENGINE_CONFIGS):
+            engines = dict.fromkeys(engine.name.split()[0] for engine in ENGINE_CONFIGS)
+            raise ValueError(
+                f"no engine is called {name!r}; expected the start of a name, such as {', '.join(engines)}."
+            )
+    return [engine for engine in ENGINE_CONFIGS if any(_is_meant(engine.name.lower(), name.lower()) for name in names)]
 
 
-def _is_meant(peer: str, name: str) -> bool:
-    return peer == name or (peer.startswith(name) and all(other.name.lower() != name for other in PEERS))
+def _is_meant(engine: str, name: str) -> bool:
+    return engine == name or (engine.startswith(name) and all(other.name.lower() != name for other in ENGINE_CONFIGS))

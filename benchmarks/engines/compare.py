@@ -2,7 +2,7 @@
 
     python -m benchmarks.engines.compare                the demo's model at 512, 2,048 and 8,000 tokens; 20 minutes
     python -m benchmarks.engines.compare --prepare      only install engines, convert models and fit plans
-    python -m benchmarks.engines.compare --model FOLDER --context 16384 --batch 8 --peer llama.cpp --peer fhopt
+    python -m benchmarks.engines.compare --model FOLDER --context 16384 --batch 8 --engine llama.cpp --engine fhopt
     python -m benchmarks.engines.compare --quick        128 tokens, three engines, 8 new tokens (also QUICK=1)
     python -m benchmarks.engines.compare --list         the engines and options that are known
 
@@ -37,7 +37,7 @@ import torch
 
 from benchmarks import recording
 from benchmarks.engines import catalog, report
-from benchmarks.engines.catalog import Peer
+from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import ENVIRONMENTS, OWN, ModelForms, Unavailable, interpreter, last_error, prompts
 from benchmarks.engines.protocol import Report, Request
 from benchmarks.engines.rounds import Case, Setting, in_a_process, packages, run_rounds, variables
@@ -56,9 +56,9 @@ def say(text: str) -> None:
 
 @dataclass
 class Run:
-    """One run of the benchmark: what is needed to start a process for a peer, made once.
+    """One run of the benchmark: what is needed to start a process for an engine, made once.
 
-    requests: what a peer needs, or why it cannot be run.
+    requests: what an engine needs, or why it cannot be run.
     """
 
     build: Path
@@ -67,12 +67,12 @@ class Run:
     is_quick: bool = False
     prepared: dict[tuple[str, str], tuple[Path, Path, dict[str, object]] | str] = field(default_factory=dict)
 
-    def prepare(self, model: str, peer: Peer) -> tuple[Path, Path, dict[str, object]]:
-        """Return interpreter, model and options of a peer, made if need be. Raises Unavailable, the same each time."""
-        key = (model, peer.name)
+    def prepare(self, model: str, engine: EngineConfig) -> tuple[Path, Path, dict[str, object]]:
+        """Return interpreter, model and options of an engine, made if need be. Raises Unavailable."""
+        key = (model, engine.name)
         if key not in self.prepared:
             try:
-                self.prepared[key] = self._made(model, peer)
+                self.prepared[key] = self._made(model, engine)
             except Unavailable as error:
                 self.prepared[key] = str(error)
         made = self.prepared[key]
@@ -80,23 +80,23 @@ class Run:
             raise Unavailable(made)
         return made
 
-    def _made(self, model: str, peer: Peer) -> tuple[Path, Path, dict[str, object]]:
+    def _made(self, model: str, engine: EngineConfig) -> tuple[Path, Path, dict[str, object]]:
         forms = self.models[model]
-        python = interpreter(peer.environment, self.build, say)
-        path = forms.make(peer.form, say)
-        plan = {"plan": str(forms.plan(peer.plan, say, self.is_quick))} if peer.plan else {}
-        return python, path, {**peer.options, **plan}
+        python = interpreter(engine.environment, self.build, say)
+        path = forms.make(engine.form, say)
+        plan = {"plan": str(forms.plan(engine.plan, say, self.is_quick))} if engine.plan else {}
+        return python, path, {**engine.options, **plan}
 
-    def measure(self, case: Case, peer: Peer) -> tuple[Report, bool]:
+    def measure(self, case: Case, engine: EngineConfig) -> tuple[Report, bool]:
         """Measure in a new process. Raises Unavailable."""
-        python, path, options = self.prepare(case.model, peer)
+        python, path, options = self.prepare(case.model, engine)
         forms = self.models[case.model]
         ids = prompts(forms, case.context, case.batch, say)
         request = Request(
             str(path), str(ids), case.context, case.batch, self.setting.new_tokens, self.setting.cores, 0.0,
             options=options,
         )  # fmt: skip
-        return in_a_process(self.setting, case, peer, python, request)
+        return in_a_process(self.setting, case, engine, python, request)
 
 
 def positions(forms: ModelForms) -> int:
@@ -147,7 +147,7 @@ def write(rows: Sequence[Row], versions: dict[str, str], name: str) -> None:
 @click.option("--model", "names", multiple=True, default=("demo",), show_default=True, help="Model, as in `fhopt fit`.")
 @click.option("--context", "contexts", type=int, multiple=True, default=CONTEXTS, show_default=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=BATCHES, show_default=True)
-@click.option("--peer", "wanted", multiple=True, metavar="NAME", help="Start of an engine's name; repeatable.")
+@click.option("--engine", "wanted", multiple=True, metavar="NAME", help="Start of an engine's name; repeatable.")
 @click.option("--rounds", type=int, default=ROUNDS, show_default=True, help="Measurements of each, at most.")
 @click.option("--minutes", default=MINUTES, show_default=True, help="No round but the first begins that ends later.")
 @click.option("--new-tokens", default=NEW_TOKENS, show_default=True, help="Decode steps that are timed.")
@@ -165,10 +165,10 @@ def main(
 ) -> None:  # fmt: skip
     """Measure engines beside each other on this CPU."""
     if is_list:
-        return list_peers()
+        return list_engines()
     if quick := quick or is_quick():
         contexts, batches, rounds, new_tokens = (QUICK_CONTEXT,), (1,), 1, QUICK_TOKENS
-    peers = chosen(wanted, quick, build)
+    engines = chosen(wanted, quick, build)
     setting = Setting(build / "caches", new_tokens, cores(threads), limit)
     torch.set_num_threads(len(setting.cores))  # what results say of the machine
     given = dict(pair(text) for text in plans)
@@ -178,27 +178,29 @@ def main(
         able, unable = cases(run, contexts, batches, new_tokens)
     except Unavailable as error:
         raise click.ClickException(str(error)) from error
-    prepare_all(run, peers)
+    prepare_all(run, engines)
     if prepare:
         return None
-    outcomes = run_rounds(able, peers, rounds, 60 * minutes, run.measure, say)
+    outcomes = run_rounds(able, engines, rounds, 60 * minutes, run.measure, say)
     unit = report.vector_unit()
     rows = report.rows_of(outcomes, unit)
     rows += [report.failure(case, "all", text, unit) for case, text in unable.items()]
-    rows += report.installed(sizes(build, list(dict.fromkeys(peer.environment for peer in peers))))
+    rows += report.installed(sizes(build, list(dict.fromkeys(engine.environment for engine in engines))))
     write(rows, packages(outcomes), "peers-quick" if quick else "peers")
     return None
 
 
-def chosen(wanted: Sequence[str], quick: bool, build: Path) -> list[Peer]:
-    """Return the peers to measure; a quick run installs nothing, and leaves out what is not installed."""
+def chosen(wanted: Sequence[str], quick: bool, build: Path) -> list[EngineConfig]:
+    """Return the engines to measure; a quick run installs nothing, and leaves out what is not installed."""
     try:
-        peers = catalog.chosen(wanted, quick)
+        engines = catalog.chosen(wanted, quick)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--peer") from error
+        raise click.BadParameter(str(error), param_hint="--engine") from error
     if not quick:
-        return peers
-    return [peer for peer in peers if peer.environment == OWN or ENVIRONMENTS[peer.environment].is_ready(build)]
+        return engines
+    return [
+        engine for engine in engines if engine.environment == OWN or ENVIRONMENTS[engine.environment].is_ready(build)
+    ]
 
 
 def cores(threads: int | None) -> tuple[int, ...]:
@@ -217,21 +219,21 @@ def pair(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def list_peers() -> None:
-    """Print the names of all peers; those that are not measured by default are marked."""
-    for peer in catalog.PEERS:
-        click.echo(peer.name + ("" if peer.is_default else "  (by --peer only)"))
+def list_engines() -> None:
+    """Print the names of all engines; those that are not measured by default are marked."""
+    for engine in catalog.ENGINE_CONFIGS:
+        click.echo(engine.name + ("" if engine.is_default else "  (by --engine only)"))
 
 
-def prepare_all(run: Run, peers: Sequence[Peer]) -> None:
-    """Install, convert and fit what the peers need, and build fhopt's kernels; say what failed."""
+def prepare_all(run: Run, engines: Sequence[EngineConfig]) -> None:
+    """Install, convert and fit what the engines need, and build fhopt's kernels; say what failed."""
     for model in run.models:
-        for peer in peers:
+        for engine in engines:
             try:
-                run.prepare(model, peer)
+                run.prepare(model, engine)
             except Unavailable as error:
-                say(f"{peer.name}: {error}")
-    if any(peer.is_ours for peer in peers):
+                say(f"{engine.name}: {error}")
+    if any(engine.is_ours for engine in engines):
         say("fhopt: building kernels")
         build_kernels(run.setting)
 

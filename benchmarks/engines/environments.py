@@ -1,9 +1,9 @@
-"""Environments of peers, and the forms of a model that they read: each made once, and kept in a build folder.
+"""Environments of engines, and the forms of a model that they read: each made once, and kept in a build folder.
 
     build/peers/environments/<name>     a virtual environment, filled by pip; `ready.json` tells with what
     build/peers/models/<model>/<form>   folder (Hugging Face, bfloat16), f16.gguf, q4_0.gguf, onnx-int4, onnx-fp32
     build/peers/models/<model>/plans    plans of fhopt, exact, 4x and 8x
-    build/peers/caches                  what peers compile
+    build/peers/caches                  what engines compile
 
 What cannot be made raises `Unavailable` with one line that says why, and is tried again in the next run.
 """
@@ -29,12 +29,12 @@ ERROR_LENGTH = 300  # characters of an error in the results
 
 
 class Unavailable(Exception):
-    """A peer cannot be run on this machine; the message is one line."""
+    """An engine cannot be run on this machine; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What pip installs for a peer.
+    """What pip installs for an engine.
 
     packages: with releases; pip's own variables, such as PIP_EXTRA_INDEX_URL, say where else to look. variables: for a
     build. is_extension: it sees fhopt's packages, torch among them, too. without: what pip brings and the engine must

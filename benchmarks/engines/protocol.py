@@ -1,6 +1,6 @@
 """What the programs in runners/ share: they read one measurement, do it, and print one line of JSON.
 
-Each runs in the environment of its peer, so this file imports nothing but the standard library (Python 3.10), and
+Each runs in the environment of its engine, so this file imports nothing but the standard library (Python 3.10), and
 nothing of fhopt.
 
     request   argument 1: JSON with the fields of `Request`
@@ -24,9 +24,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """One measurement: a peer, a model, a context, a batch.
+    """One measurement: an engine, a model, a context, a batch.
 
-    model: path in the form that the peer reads. prompts: JSON file with a list of token ids for each sequence.
+    model: path in the form that the engine reads. prompts: JSON file with a list of token ids for each sequence.
     started: time.monotonic() of the process that asked, just before it started this one (one clock for all processes
     of a machine). cores: the CPU cores to run on, one for each thread. warm: decode steps before those that are timed.
     """

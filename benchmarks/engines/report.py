@@ -57,20 +57,20 @@ def vector_unit() -> str:
 def rows_of(outcomes: Outcomes, unit: str) -> list[Row]:
     """Return the figures of all outcomes; what could not be run is a row without a value, with the error."""
     rows = []
-    for (case, peer), outcome in outcomes.items():
+    for (case, engine), outcome in outcomes.items():
         name = case.name(unit)
-        rows += [Row(name, peer, metric.name, value, metric.unit) for metric, value in figures(case, outcome)]
+        rows += [Row(name, engine, metric.name, value, metric.unit) for metric, value in figures(case, outcome)]
         if outcome.reports:
-            rows.append(Row(name, peer, "rounds", float(len(outcome.reports)), ""))
+            rows.append(Row(name, engine, "rounds", float(len(outcome.reports)), ""))
         if outcome.error:
-            rows.append(failure(case, peer, outcome.error, unit))
+            rows.append(failure(case, engine, outcome.error, unit))
     return rows
 
 
-def failure(case: Case, peer: str, error: str, unit: str) -> Row:
+def failure(case: Case, engine: str, error: str, unit: str) -> Row:
     """Return the row of a measurement that could not be done."""
     first = METRICS[0]
-    return Row(case.name(unit), peer, first.name, math.nan, first.unit, error=error)
+    return Row(case.name(unit), engine, first.name, math.nan, first.unit, error=error)
 
 
 def merged(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
@@ -91,10 +91,10 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     These are engines whose weights have 16 bits or more, and all of them where its own weights are quantized. The ratio
     is above 1 where fhopt is better.
     """
-    rivals = [row for row in rows if not is_ours(row.impl) and math.isfinite(row.value)]
+    of_others = [row for row in rows if not is_ours(row.impl) and math.isfinite(row.value)]
     out = []
     for row in rows:
-        same = [rival for rival in rivals if (rival.case, rival.metric) == (row.case, row.metric)]
+        same = [other for other in of_others if (other.case, other.metric) == (row.case, row.metric)]
         others = [r.value for r in same if row.impl in SMALL_WEIGHTS or r.impl not in SMALL_WEIGHTS]
         if row.metric not in HIGHER or not is_ours(row.impl) or not others or not math.isfinite(row.value):
             out.append(row)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.catalog import Peer
+from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import Unavailable, last_error
 from benchmarks.engines.protocol import Report, Request
 from benchmarks.recording import ROOT
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a peer did in a case: reports of its processes, or why there are none.
+    """What an engine did in a case: reports of its processes, or why there are none.
 
     cold: of a process that found nothing compiled; it does not count where there are others.
     """
@@ -47,39 +47,39 @@ class Outcome:
 
 
 Outcomes = dict[tuple[Case, str], Outcome]
-Measure = Callable[[Case, Peer], tuple[Report, bool]]  # the report, and whether it was a cold start
+Measure = Callable[[Case, EngineConfig], tuple[Report, bool]]  # the report, and whether it was a cold start
 
 
 def run_rounds(
-    cases: Sequence[Case], peers: Sequence[Peer], rounds: int, budget_s: float, measure: Measure,
+    cases: Sequence[Case], engines: Sequence[EngineConfig], rounds: int, budget_s: float, measure: Measure,
     say: Callable[[str], None], clock: Callable[[], float] = time.monotonic,
 ) -> Outcomes:  # fmt: skip
-    """Measure each peer once in each case, then again, in turns, up to `rounds` times.
+    """Measure each engine once in each case, then again, in turns, up to `rounds` times.
 
     After the first round, a round of a case is left out where it would end later than `budget_s` seconds after the
     start. What failed is not tried again in its case; `measure` raises Unavailable for it.
     """
-    outcomes: Outcomes = {(case, peer.name): Outcome() for case in cases for peer in peers}
+    outcomes: Outcomes = {(case, engine.name): Outcome() for case in cases for engine in engines}
     start = clock()
     for index in range(rounds):
         for case in cases:
-            active = [peer for peer in peers if not outcomes[case, peer.name].error]
-            expected = sum(outcomes[case, peer.name].wall_s for peer in active)
+            active = [engine for engine in engines if not outcomes[case, engine.name].error]
+            expected = sum(outcomes[case, engine.name].wall_s for engine in active)
             if index and clock() - start + expected > budget_s:
                 say(f"{case.context} x {case.batch}: no time for round {index + 1}")
                 continue
-            for peer in active:
+            for engine in active:
                 before = clock()
-                _turn(outcomes[case, peer.name], case, peer, measure)
-                outcomes[case, peer.name].wall_s = clock() - before
-                say(line(case, peer, outcomes[case, peer.name]))
+                _turn(outcomes[case, engine.name], case, engine, measure)
+                outcomes[case, engine.name].wall_s = clock() - before
+                say(line(case, engine, outcomes[case, engine.name]))
     return outcomes
 
 
-def _turn(outcome: Outcome, case: Case, peer: Peer, measure: Measure) -> None:
+def _turn(outcome: Outcome, case: Case, engine: EngineConfig, measure: Measure) -> None:
     """Measure once and note the result."""
     try:
-        report, is_cold = measure(case, peer)
+        report, is_cold = measure(case, engine)
     except Unavailable as error:
         outcome.error = str(error)
         return
@@ -89,9 +89,9 @@ def _turn(outcome: Outcome, case: Case, peer: Peer, measure: Measure) -> None:
         outcome.reports.append(report)
 
 
-def line(case: Case, peer: Peer, outcome: Outcome) -> str:
-    """Format the newest result of a peer in one line."""
-    where = f"{case.context} x {case.batch}, {peer.name}"
+def line(case: Case, engine: EngineConfig, outcome: Outcome) -> str:
+    """Format the newest result of an engine in one line."""
+    where = f"{case.context} x {case.batch}, {engine.name}"
     if outcome.error:
         return f"{where}: {outcome.error}"
     report = outcome.reports[-1] if outcome.reports else outcome.cold
@@ -108,7 +108,7 @@ def line(case: Case, peer: Peer, outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all processes of a run have in common. caches: folder of what peers compile."""
+    """What all processes of a run have in common. caches: folder of what engines compile."""
 
     caches: Path
     new_tokens: int
@@ -116,22 +116,24 @@ class Setting:
     limit_s: float
 
 
-def in_a_process(setting: Setting, case: Case, peer: Peer, python: Path, request: Request) -> tuple[Report, bool]:
+def in_a_process(
+    setting: Setting, case: Case, engine: EngineConfig, python: Path, request: Request
+) -> tuple[Report, bool]:
     """Measure in a new process; return its report, and whether it found nothing compiled. Raises Unavailable."""
-    cache = cache_folder(setting, case, peer)
-    is_cold = peer.is_compiled and not cache.exists()
+    cache = cache_folder(setting, case, engine)
+    is_cold = engine.is_compiled and not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(replace(request, started=time.monotonic())))
-    command = [str(python), "-m", f"{RUNNERS}.run_{peer.runner}", text]
+    command = [str(python), "-m", f"{RUNNERS}.run_{engine.runner}", text]
     return parse(communicate(command, variables(setting, cache), setting.limit_s)), is_cold
 
 
-def cache_folder(setting: Setting, case: Case, peer: Peer) -> Path:
-    """Return the folder of what a peer compiles in a case; one for all that compile nothing."""
-    if not peer.is_compiled:
+def cache_folder(setting: Setting, case: Case, engine: EngineConfig) -> Path:
+    """Return the folder of what an engine compiles in a case; one for all that compile nothing."""
+    if not engine.is_compiled:
         return setting.caches / "shared"
-    context = "all" if peer.shares_cache else str(case.context)
-    return setting.caches / peer.slug / f"{case.model}-{context}-{case.batch}"
+    context = "all" if engine.shares_cache else str(case.context)
+    return setting.caches / engine.slug / f"{case.model}-{context}-{case.batch}"
 
 
 def variables(setting: Setting, cache: Path) -> dict[str, str]:
@@ -200,7 +202,7 @@ COLD = tuple(replace(m, name=m.name.replace("_s", "_cold_s")) for m in METRICS i
 
 
 def figures(case: Case, outcome: Outcome) -> Iterator[tuple[Metric, float]]:
-    """Yield the median of each metric over the reports of one peer; cold starts by names of their own."""
+    """Yield the median of each metric over the reports of one engine; cold starts by names of their own."""
     reports = outcome.reports or ([outcome.cold] if outcome.cold is not None else [])
     for metric in METRICS:
         if reports and not (metric.name.endswith("token_s") and not outcome.reports):

@@ -22,8 +22,8 @@ from benchmarks.quality.methods.float_codecs import NVFP4_BLOCK, Fp8, Nvfp4
 from benchmarks.quality.methods.joint_caches import JointBlocks
 from benchmarks.quality.methods.kvtc import Components, Kvtc, kvtc
 from benchmarks.quality.methods.quantized_caches import (
+    Baseline,
     Codec,
-    Competitor,
     Kivi,
     QuantizedBlocks,
     RoundToNearest,
@@ -121,10 +121,10 @@ class Field:
         return 0 if found is None else found[0].shape[-1]
 
 
-Offer = Iterable[Competitor | LeftOut]
+Offer = Iterable[Baseline | LeftOut]
 
 
-def _blocks(field: Field, codecs: Iterable[Codec]) -> list[Competitor | LeftOut]:
+def _blocks(field: Field, codecs: Iterable[Codec]) -> list[Baseline | LeftOut]:
     return [QuantizedBlocks(codec, field.schedule) for codec in codecs]
 
 
@@ -135,8 +135,8 @@ def _kivi_of_128(field: Field) -> Offer:
 
 def _transformers(field: Field, backend: str) -> Offer:
     for bits in (4, 2):
-        rival = Transformers(backend, bits, field.schedule.first_step)
-        yield rival if rival.missing is None else LeftOut(rival.name, rival.missing)
+        baseline = Transformers(backend, bits, field.schedule.first_step)
+        yield baseline if baseline.missing is None else LeftOut(baseline.name, baseline.missing)
 
 
 def _low_rank(field: Field) -> Offer:
@@ -219,28 +219,28 @@ def check_families(wanted: Iterable[str]) -> set[str]:
     return named
 
 
-def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Competitor], list[LeftOut]]:
+def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Baseline], list[LeftOut]]:
     """Return the methods that are wanted, by family or name, and those that cannot run.
 
     Where none is named: all, or, when the run is quick, two families. Raises FhoptError for a name that no method has.
     """
     named = check_families(wanted)
     families = [f for f in FAMILIES if f in (named if wanted else QUICK if quick else FAMILIES)]
-    found = [rival for family in families for rival in FAMILIES[family](field)]
-    methods = [rival for rival in found if not isinstance(rival, LeftOut)]
-    left_out = [rival for rival in found if isinstance(rival, LeftOut)]
+    found = [baseline for family in families for baseline in FAMILIES[family](field)]
+    methods = [baseline for baseline in found if not isinstance(baseline, LeftOut)]
+    left_out = [baseline for baseline in found if isinstance(baseline, LeftOut)]
     _check_names(wanted, methods, left_out)
     if wanted:
-        return [rival for rival in methods if {rival.family, rival.name} & set(wanted)], left_out
+        return [baseline for baseline in methods if {baseline.family, baseline.name} & set(wanted)], left_out
     if not quick:
         return methods, left_out + list(ABSENT)
-    quick_ones = [rival for rival in methods if rival.family != "kivi" or rival.name == "kivi-2bit"]
-    return quick_ones, [LeftOut("every other method", "the run is a quick one. Pick some with --rival.")]
+    quick_ones = [baseline for baseline in methods if baseline.family != "kivi" or baseline.name == "kivi-2bit"]
+    return quick_ones, [LeftOut("every other method", "the run is a quick one. Pick some with --baseline.")]
 
 
-def _check_names(wanted: Iterable[str], methods: Sequence[Competitor], left_out: Sequence[LeftOut]) -> None:
-    sizes = [rival.name for rival in methods]
-    known = {*FAMILIES, *sizes, *(rival.family for rival in methods), *(rival.name for rival in left_out)}
+def _check_names(wanted: Iterable[str], methods: Sequence[Baseline], left_out: Sequence[LeftOut]) -> None:
+    sizes = [baseline.name for baseline in methods]
+    known = {*FAMILIES, *sizes, *(baseline.family for baseline in methods), *(baseline.name for baseline in left_out)}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise FhoptError(f"unknown size {unknown[0]!r}; its family has {', '.join(sizes) or 'none here'}.")

@@ -47,7 +47,7 @@ def ours(plans: dict[float, LatentPlan]) -> list[Implementation]:
     ]
 
 
-def rivals(
+def baseline_caches(
     loaded: LoadedModel, plans: dict[float, LatentPlan], options: calibration_options.FitOptions, quick: bool,
     wanted: Collection[str] = (),
 ) -> list[Implementation]:  # fmt: skip
@@ -62,9 +62,9 @@ def rivals(
 
     field = Field(loaded.language_model(), plans, read_ids)
     methods, left_out = offered(field, wanted, quick)
-    for rival in left_out:
-        screen().print(str(rival), markup=False)
+    for baseline in left_out:
+        screen().print(str(baseline), markup=False)
     exact = COUNTED_AT * field.shape.exact_token_bytes
-    sizes = [rival.cache_bytes(field.shape, COUNTED_AT) for rival in methods]
+    sizes = [baseline.cache_bytes(field.shape, COUNTED_AT) for baseline in methods]
     pairs = zip(methods, sizes, strict=True)
-    return [Implementation(r.name, r.family, size, exact / size, rival=r) for r, size in pairs]
+    return [Implementation(r.name, r.family, size, exact / size, baseline=r) for r, size in pairs]

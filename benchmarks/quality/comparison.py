@@ -19,17 +19,17 @@ class Contest:
     """A plan, and the smallest size of a family that is not smaller than the plan."""
 
     plan: Result
-    rival: Result
+    baseline: Result
 
     @property
     def bytes_ratio(self) -> float:
         """Return the bytes of the other method relative to the plan's."""
-        return self.rival.impl.bytes_held / self.plan.impl.bytes_held
+        return self.baseline.impl.bytes_held / self.plan.impl.bytes_held
 
     @property
     def is_won(self) -> bool:
         """Whether the plan costs less by both measures, over all unseen texts."""
-        mine, other = self.plan.mean, self.rival.mean
+        mine, other = self.plan.mean, self.baseline.mean
         return mine.kl < other.kl and mine.increase_percent < other.increase_percent
 
 
@@ -40,13 +40,13 @@ def contests(results: Sequence[Result]) -> list[Contest]:
         if plan.impl.family != OURS:
             continue
         nearest: dict[str, Result] = {}
-        for rival in results:
-            family = rival.impl.family
-            if family == OURS or not rival.impl.is_larger(plan.impl):
+        for baseline in results:
+            family = baseline.impl.family
+            if family == OURS or not baseline.impl.is_larger(plan.impl):
                 continue
-            if family not in nearest or nearest[family].impl.is_larger(rival.impl):
-                nearest[family] = rival
-        pairs += [Contest(plan, rival) for rival in sorted(nearest.values(), key=lambda r: r.impl.bytes_held)]
+            if family not in nearest or nearest[family].impl.is_larger(baseline.impl):
+                nearest[family] = baseline
+        pairs += [Contest(plan, baseline) for baseline in sorted(nearest.values(), key=lambda r: r.impl.bytes_held)]
     return pairs
 
 
@@ -55,8 +55,8 @@ def baselines(results: Sequence[Result]) -> dict[str, Result]:
     best: dict[str, Result] = {}
     for contest in contests(results):
         key = size_name(contest.plan.impl)
-        if contest.bytes_ratio <= COMPARABLE and (key not in best or contest.rival.mean.kl < best[key].mean.kl):
-            best[key] = contest.rival
+        if contest.bytes_ratio <= COMPARABLE and (key not in best or contest.baseline.mean.kl < best[key].mean.kl):
+            best[key] = contest.baseline
     return best
 
 
@@ -69,16 +69,16 @@ def rows(results: Sequence[Result]) -> list[Row]:
     """Return figures of each implementation on each text; a plan's baseline is that of `baselines`, same text."""
     best, out = baselines(results), []
     for result in results:
-        rival = best.get(size_name(result.impl)) if result.impl.family == OURS else None
+        baseline = best.get(size_name(result.impl)) if result.impl.family == OURS else None
         for number, (text, comparison) in enumerate(result.by_text.items()):
-            out += _text_rows(result.impl, text, comparison, rival.by_text[text] if rival is not None else None)
+            out += _text_rows(result.impl, text, comparison, baseline.by_text[text] if baseline is not None else None)
             if not number:  # the same with every text
                 case = f"{text.name}@{size_name(result.impl)}"
                 out.append(Row(case, result.impl.name, "bytes_per_token", result.impl.token_bytes, "B"))
     return out
 
 
-def _text_rows(impl: Implementation, text: Text, comparison: Comparison, rival: Comparison | None) -> list[Row]:
+def _text_rows(impl: Implementation, text: Text, comparison: Comparison, baseline: Comparison | None) -> list[Row]:
     case = f"{text.name}@{size_name(impl)}"
     low, high = comparison.increase_percent_ci or (math.nan, math.nan)
 
@@ -86,10 +86,10 @@ def _text_rows(impl: Implementation, text: Text, comparison: Comparison, rival: 
         return Row(case, impl.name, metric, value, unit, baseline, gain(baseline, value))
 
     return [
-        row(INCREASE, comparison.increase_percent, "%", None if rival is None else rival.increase_percent),
+        row(INCREASE, comparison.increase_percent, "%", None if baseline is None else baseline.increase_percent),
         row(f"{INCREASE}_low", low, "%"),
         row(f"{INCREASE}_high", high, "%"),
-        row("kl", comparison.kl, "nats/token", None if rival is None else rival.kl),
+        row("kl", comparison.kl, "nats/token", None if baseline is None else baseline.kl),
         row("perplexity", comparison.plan, ""),
     ]
 

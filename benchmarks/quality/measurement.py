@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.quality.methods.quantized_caches import Competitor
+from benchmarks.quality.methods.quantized_caches import Baseline
 from benchmarks.recording import screen
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, read_steps, switched
@@ -37,15 +37,15 @@ class Implementation:
     bytes_held: int
     ratio: float
     plan: LatentPlan | None = None
-    rival: Competitor | None = None
+    baseline: Baseline | None = None
 
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache."""
-        return new_cache(model, self.plan) if self.rival is None else self.rival.new_cache(model)
+        return new_cache(model, self.plan) if self.baseline is None else self.baseline.new_cache(model)
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """Return the context in which `model` reads into the cache."""
-        return nullcontext() if self.rival is None else self.rival.reading(model)
+        return nullcontext() if self.baseline is None else self.baseline.reading(model)
 
     @property
     def token_bytes(self) -> float:

@@ -27,7 +27,7 @@ import click
 import torch
 
 from benchmarks.quality.baselines import check_families
-from benchmarks.quality.caches import fit_plans, load_plans, ours, rivals
+from benchmarks.quality.caches import baseline_caches, fit_plans, load_plans, ours
 from benchmarks.quality.comparison import rows
 from benchmarks.quality.former_results import check_kept, kept_results
 from benchmarks.quality.measurement import TEXTS, exact_perplexity, measure, read_texts
@@ -54,7 +54,7 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--context", default=CONTEXT, show_default=True, help="Tokens of each text.")
 @click.option(
-    "--rival", "families", multiple=True, help="Another method, such as kivi or kivi-3bit; all when not given."
+    "--baseline", "families", multiple=True, help="Another method, such as kivi or kivi-3bit; all when not given."
 )
 @click.option("--kept", is_flag=True, help="Measure plans only; other methods are those of the former file.")
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
@@ -79,7 +79,7 @@ def main(
         chosen = tuple(sorted(ratios)) or ((QUICK_RATIO,) if quick else RATIOS)
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)
         fitted = load_plans(plans, chosen) if plans is not None else fit_plans(loaded, chosen, options)
-        impls = ours(fitted) + ([] if kept else rivals(loaded, fitted, options, quick, families))
+        impls = ours(fitted) + ([] if kept else baseline_caches(loaded, fitted, options, quick, families))
         name = "quality" if model == "demo" else f"quality-{Path(model).name.removesuffix('.gguf')}"
         first = next(iter(fitted.values()))
         if kept:  # before it takes long

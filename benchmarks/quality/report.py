@@ -64,14 +64,14 @@ def contest_table(results: Sequence[Result]) -> Table:
 
 
 def _contest_cells(contest: Contest) -> tuple[str, ...]:
-    plan, rival = contest.plan, contest.rival
+    plan, baseline = contest.plan, contest.baseline
     return (
         size_name(plan.impl),
-        f"{rival.impl.name} ({size_name(rival.impl)})",
+        f"{baseline.impl.name} ({size_name(baseline.impl)})",
         f"{contest.bytes_ratio:.2f}x",
         _percent(plan.mean.increase_percent),
-        _percent(rival.mean.increase_percent),
-        f"{rival.mean.kl / plan.mean.kl:.1f}x",
+        _percent(baseline.mean.increase_percent),
+        f"{baseline.mean.kl / plan.mean.kl:.1f}x",
         "yes" if contest.is_won else "no",
     )
 

@@ -9,17 +9,17 @@ import torch
 from small_models import cached
 from torch import Tensor
 
-from benchmarks.quality.methods.quantized_caches import Competitor, Schedule
+from benchmarks.quality.methods.quantized_caches import Baseline, Schedule
 
 SCHEDULE = Schedule(sinks=4, recent=32, block=32)
 
 
 @torch.no_grad()
-def read(model: Any, rival: Competitor, ids: Tensor, schedule: Schedule = SCHEDULE) -> tuple[Tensor, Any]:
+def read(model: Any, baseline: Baseline, ids: Tensor, schedule: Schedule = SCHEDULE) -> tuple[Tensor, Any]:
     """(logits, cache) after reading `ids` in steps that end where a block is quantized."""
-    cache = rival.new_cache(model)
+    cache = baseline.new_cache(model)
     cuts = [0, *range(schedule.first_step, ids.shape[1], schedule.block), ids.shape[1]]
-    with rival.reading(model):
+    with baseline.reading(model):
         parts = [
             model(ids[:, start:stop], **cached(cache), use_cache=True).logits
             for start, stop in itertools.pairwise(cuts)

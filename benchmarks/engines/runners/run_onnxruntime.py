@@ -1,6 +1,6 @@
 """Measure ONNX Runtime GenAI: its generator on the CPU, one call for a token of each sequence.
 
-The model is a folder that its own builder wrote (peers_environments.py), with weights of 32 bits or of 4.
+The model is a folder that its own builder wrote (environments.py), with weights of 32 bits or of 4.
 """
 
 from __future__ import annotations

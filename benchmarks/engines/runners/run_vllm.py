@@ -1,7 +1,7 @@
 """Measure vLLM on a CPU: its engine in this process, step by step.
 
 The KV cache is as large as all sequences need; prompts are not cached, so that each sequence is read. What it compiles
-stays in the cache folder of this peer, as it does for a user who starts it a second time.
+stays in the cache folder of this engine, as it does for a user who starts it a second time.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Shape:
         return Shape(config.num_hidden_layers, heads, dim)
 
 
-class Competitor(Protocol):
+class Baseline(Protocol):
     """A method to shrink a KV cache. `family` names the line in a plot, `name` the point on it."""
 
     @property

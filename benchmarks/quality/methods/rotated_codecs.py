@@ -104,7 +104,7 @@ class GgmlBlocks:
         if x.shape[1] * x.shape[3] % BLOCK:
             raise FhoptError(
                 f"{self.name} has blocks of {BLOCK} numbers, which do not divide {x.shape[1]} heads of {x.shape[3]} "
-                "channels. Leave it out for this model (--rival)."
+                "channels. Leave it out for this model (--baseline)."
             )
         rotation = hadamard(x.shape[-1]).to(x) if self.rotated else torch.eye(x.shape[-1]).to(x)
         rows = (x @ rotation).transpose(1, 2).flatten(2)  # [B, N, G D]

@@ -18,7 +18,7 @@ from benchmarks import recording
 from benchmarks.engines import catalog, compare, environments, protocol
 from benchmarks.engines import report as engines_report
 from benchmarks.engines import rounds as engine_rounds
-from benchmarks.engines.catalog import Peer
+from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import Environment, ModelForms, Unavailable
 from benchmarks.engines.protocol import Report
 from benchmarks.engines.rounds import Case, Outcome
@@ -26,10 +26,10 @@ from benchmarks.engines.rounds import Case, Outcome
 RUNNERS = Path(protocol.__file__).parent / "runners"
 SMALL, LONG = Case("m", 512, 1), Case("m", 8000, 1)
 SDPA, FAST, PLAN, SLOW = (
-    Peer("transformers sdpa", "transformers", "fhopt", "folder"),
-    Peer("llama.cpp F16, K/V f16", "llama_cpp", "llama.cpp", "f16.gguf"),
-    Peer("fhopt 4x", "fhopt", "fhopt", "folder", plan="4x"),
-    Peer("vLLM bfloat16", "vllm", "vllm", "folder", is_compiled=True),
+    EngineConfig("transformers sdpa", "transformers", "fhopt", "folder"),
+    EngineConfig("llama.cpp F16, K/V f16", "llama_cpp", "llama.cpp", "f16.gguf"),
+    EngineConfig("fhopt 4x", "fhopt", "fhopt", "folder", plan="4x"),
+    EngineConfig("vLLM bfloat16", "vllm", "vllm", "folder", is_compiled=True),
 )
 REPORT = Report(2.0, 2.5, 1.0, 4.0, 32, 1 << 30, {"torch": "1"}, [1, 2])
 
@@ -45,18 +45,18 @@ class Measured:
         self.calls: list[tuple[int, str]] = []
         self.now, self.seconds, self.failing = 0.0, seconds, failing or {}
 
-    def __call__(self, case: Case, peer: Peer) -> tuple[Report, bool]:
-        is_cold = peer.is_compiled and (case.context, peer.name) not in self.calls
-        self.calls.append((case.context, peer.name))
+    def __call__(self, case: Case, engine: EngineConfig) -> tuple[Report, bool]:
+        is_cold = engine.is_compiled and (case.context, engine.name) not in self.calls
+        self.calls.append((case.context, engine.name))
         self.now += self.seconds
-        if peer.name in self.failing:
-            raise Unavailable(self.failing[peer.name])
+        if engine.name in self.failing:
+            raise Unavailable(self.failing[engine.name])
         return at_speed(10.0 * len(self.calls)), is_cold
 
-    def run(self, peers: tuple[Peer, ...], rounds: int, budget_s: float = math.inf) -> engine_rounds.Outcomes:
+    def run(self, engines: tuple[EngineConfig, ...], rounds: int, budget_s: float = math.inf) -> engine_rounds.Outcomes:
         lines: list[str] = []
         return engine_rounds.run_rounds(
-            (SMALL, LONG), peers, rounds, budget_s, self, lines.append, clock=lambda: self.now
+            (SMALL, LONG), engines, rounds, budget_s, self, lines.append, clock=lambda: self.now
         )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class Measured:
 def test_engines_take_turns_in_each_case_and_round() -> None:
     measured = Measured()
     measured.run((SDPA, FAST), 2)
-    a_round = [(context, peer.name) for context in (512, 8000) for peer in (SDPA, FAST)]
+    a_round = [(context, engine.name) for context in (512, 8000) for engine in (SDPA, FAST)]
     assert measured.calls == 2 * a_round
 
 
@@ -99,8 +99,8 @@ def test_each_engine_that_compiles_has_a_folder_of_its_own(tmp_path: Path) -> No
     setting = engine_rounds.Setting(tmp_path, 8, (0,), 1.0)
     shared = replace(SLOW, shares_cache=True)
     folders = [
-        engine_rounds.cache_folder(setting, case, peer).relative_to(tmp_path).as_posix()
-        for peer in (SDPA, PLAN, SLOW, shared)
+        engine_rounds.cache_folder(setting, case, engine).relative_to(tmp_path).as_posix()
+        for engine in (SDPA, PLAN, SLOW, shared)
         for case in (SMALL, LONG)
     ]
     assert folders[:4] == ["shared"] * 4
@@ -115,7 +115,7 @@ def test_a_report_is_found_behind_what_engines_print() -> None:
         engine_rounds.parse("{}\ndone\n")
 
 
-RECORDED = {  # what peers wrote before they ended
+RECORDED = {  # what engines wrote before they ended
     "RuntimeError: llama.cpp could not load m.gguf": (
         "llama_model_load: error loading model\nRuntimeError: llama.cpp could not load m.gguf\n", 1,
     ),
@@ -295,29 +295,31 @@ def test_a_gguf_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_are_unique_and_every_program_and_environment_exists() -> None:
-    names = [peer.name for peer in catalog.PEERS]
-    assert len(names) == len(set(names)) == len({peer.slug for peer in catalog.PEERS})
-    for peer in catalog.PEERS:
-        assert (RUNNERS / f"run_{peer.runner}.py").exists()
-        assert peer.environment in {*environments.ENVIRONMENTS, environments.OWN}
+    names = [engine.name for engine in catalog.ENGINE_CONFIGS]
+    assert len(names) == len(set(names)) == len({engine.slug for engine in catalog.ENGINE_CONFIGS})
+    for engine in catalog.ENGINE_CONFIGS:
+        assert (RUNNERS / f"run_{engine.runner}.py").exists()
+        assert engine.environment in {*environments.ENVIRONMENTS, environments.OWN}
     assert set(catalog.QUICK) <= set(names)
     assert "torchao int8 weights, sdpa" in catalog.SMALL_WEIGHTS
 
 
 def test_engines_are_chosen_by_the_start_of_their_names() -> None:
-    names = {peer.name for peer in catalog.chosen(["fhopt 4", "onnx"])}
+    names = {engine.name for engine in catalog.chosen(["fhopt 4", "onnx"])}
     fours = {"fhopt 4x", "fhopt 4x, Q4_0", "fhopt 4x, compiled"}
     assert names == fours | {"ONNX-Runtime int4", "ONNX-Runtime fp32"}
-    assert [peer.name for peer in catalog.chosen(["fhopt 4x"])] == ["fhopt 4x"]
-    with pytest.raises(ValueError, match="no peer is called 'gpt'; expected the start of a name, such as transformers"):
+    assert [engine.name for engine in catalog.chosen(["fhopt 4x"])] == ["fhopt 4x"]
+    with pytest.raises(
+        ValueError, match="no engine is called 'gpt'; expected the start of a name, such as transformers"
+    ):
         catalog.chosen(["gpt"])
-    failed = CliRunner().invoke(compare.main, ["--peer", "gpt"])
+    failed = CliRunner().invoke(compare.main, ["--engine", "gpt"])
     assert failed.exit_code == 2
-    assert "no peer is called 'gpt'" in failed.output
+    assert "no engine is called 'gpt'" in failed.output
 
 
 def test_a_quick_run_leaves_out_what_is_not_installed(tmp_path: Path) -> None:
-    names = [peer.name for peer in compare.chosen((), True, tmp_path)]
+    names = [engine.name for engine in compare.chosen((), True, tmp_path)]
     assert names == ["transformers sdpa", "fhopt 4x"]
 
 

@@ -16,7 +16,7 @@ from needs import needs_compiler
 from text_models import save_text_model
 
 from benchmarks.engines import protocol, rounds
-from benchmarks.engines.catalog import Peer
+from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import Unavailable
 from benchmarks.engines.protocol import Clock, Request, StepCounter
 from benchmarks.engines.runners import run_fhopt, run_transformers
@@ -142,7 +142,7 @@ def test_a_runner_starts_in_a_process_in_any_folder(
     monkeypatch.chdir(tmp_path)
     setting = rounds.Setting(tmp_path / "caches", 3, (min(os.sched_getaffinity(0)),), 120.0)
     given = replace(request_of_a_small_model, cores=setting.cores)
-    engine = Peer("transformers sdpa", "transformers", "fhopt", "folder")
+    engine = EngineConfig("transformers sdpa", "transformers", "fhopt", "folder")
     report, is_cold = rounds.in_a_process(setting, rounds.Case("m", 12, 2), engine, Path(sys.executable), given)
     assert len(report.tokens) == given.steps and not is_cold
 

@@ -40,8 +40,8 @@ def field() -> Field:
 def test_a_run_offers_every_family_and_names_what_it_leaves_out(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transformers, "missing", "it is not installed.")
     methods, left_out = offered(field, (), quick=False)
-    assert {rival.family for rival in methods} == set(WANTED)
-    assert [rival.name for rival in left_out] == [
+    assert {baseline.family for baseline in methods} == set(WANTED)
+    assert [baseline.name for baseline in left_out] == [
         "quanto-4bit",
         "quanto-2bit",
         "hqq-4bit",
@@ -49,28 +49,28 @@ def test_a_run_offers_every_family_and_names_what_it_leaves_out(field: Field, mo
         "kvpress",
         "KVzap",
     ]
-    assert len({rival.name for rival in methods}) == len(methods)
+    assert len({baseline.name for baseline in methods}) == len(methods)
 
 
 def test_sizes_of_a_family_fall(field: Field) -> None:
     methods, _ = offered(field, WANTED, quick=False)
     for family in WANTED:
-        sizes = [rival.cache_bytes(field.shape, COUNTED_AT) for rival in methods if rival.family == family]
+        sizes = [baseline.cache_bytes(field.shape, COUNTED_AT) for baseline in methods if baseline.family == family]
         assert sizes and sizes == sorted(sizes, reverse=True), family
         assert sizes[0] < COUNTED_AT * field.shape.exact_token_bytes
 
 
 def test_a_quick_run_collects_no_more_than_it_did(field: Field) -> None:
     methods, left_out = offered(field, (), quick=True)
-    assert {rival.name for rival in methods} == {"kivi-2bit", "low-rank-4", "low-rank-2"}
-    assert [str(rival) for rival in left_out] == [
-        "every other method is left out: the run is a quick one. Pick some with --rival."
+    assert {baseline.name for baseline in methods} == {"kivi-2bit", "low-rank-4", "low-rank-2"}
+    assert [str(baseline) for baseline in left_out] == [
+        "every other method is left out: the run is a quick one. Pick some with --baseline."
     ]
 
 
 def test_a_family_or_a_name_is_picked(field: Field) -> None:
     def names(*wanted: str) -> list[str]:
-        return [rival.name for rival in offered(field, wanted, quick=True)[0]]
+        return [baseline.name for baseline in offered(field, wanted, quick=True)[0]]
 
     assert names("kivi-3bit", "q8_0") == ["kivi-3bit", "q8_0"]
     assert names("turboquant-ip") == ["turboquant-ip-4bit", "turboquant-ip-3bit", "turboquant-ip-2bit"]
@@ -97,29 +97,33 @@ def test_an_eviction_that_no_share_makes_so_small_is_left_out() -> None:
 def test_formats_whose_blocks_do_not_fit_are_left_out() -> None:
     odd = tiny_llama(num_key_value_heads=1, head_dim=24, num_attention_heads=2)
     _, left_out = offered(Field(odd, {4.0: plan(4.0)}, lambda: token_ids(2, 100)), ["q4_0", "nvfp4"], quick=False)
-    assert {rival.name for rival in left_out} >= {"nvfp4", "q4_0"}
+    assert {baseline.name for baseline in left_out} >= {"nvfp4", "q4_0"}
 
 
 @pytest.mark.parametrize("family", [family for family in WANTED if family != OWN_WINDOW])
 def test_every_family_reads_a_text(field: Field, family: str) -> None:
-    rival = offered(field, [family], quick=False)[0][0]
+    baseline = offered(field, [family], quick=False)[0][0]
     ids = token_ids(1, 140)[0]
     steps = field.plans[4.0]
     log_p = exact_log_probabilities(field.model, ids, steps)
-    size = rival.cache_bytes(field.shape, COUNTED_AT)
-    found = costs(field.model, ids, Implementation(rival.name, rival.family, size, 1.0, rival=rival), log_p, steps)
+    size = baseline.cache_bytes(field.shape, COUNTED_AT)
+    found = costs(
+        field.model, ids, Implementation(baseline.name, baseline.family, size, 1.0, baseline=baseline), log_p, steps
+    )
     kl = found.kl[0]
     assert bool(kl.isfinite().all()) and float(kl[:60].max()) < 1e-5 < float(kl[68:].max())
     assert field.model.config._attn_implementation == "sdpa"
 
 
 def test_kivi_with_a_window_of_its_own_keeps_that_exact(field: Field) -> None:
-    (rival,), left_out = offered(field, [f"{OWN_WINDOW}-3bit"], quick=False)
-    assert not left_out and rival.name == f"{OWN_WINDOW}-3bit"
+    (baseline,), left_out = offered(field, [f"{OWN_WINDOW}-3bit"], quick=False)
+    assert not left_out and baseline.name == f"{OWN_WINDOW}-3bit"
     ids, steps = token_ids(1, 260)[0], field.plans[4.0]
     log_p = exact_log_probabilities(field.model, ids, steps)
-    size = rival.cache_bytes(field.shape, COUNTED_AT)
-    found = costs(field.model, ids, Implementation(rival.name, rival.family, size, 1.0, rival=rival), log_p, steps)
+    size = baseline.cache_bytes(field.shape, COUNTED_AT)
+    found = costs(
+        field.model, ids, Implementation(baseline.name, baseline.family, size, 1.0, baseline=baseline), log_p, steps
+    )
     first = 4 + 128 + 64  # tokens until a block is quantized
     kl = found.kl[0]
     assert float(kl[: first - 1].max()) < 1e-5 < float(kl[first + 32 :].max())

@@ -31,7 +31,7 @@ def test_a_plan_is_set_against_the_nearest_size_of_each_family_that_is_not_small
     plan = result("fhopt", "fhopt", 100, 0.02)
     field = [("a", 90, 0.5), ("a", 100, 0.03), ("a", 140, 0.01), ("b", 120, 0.01), ("b", 99, 0.5), ("c", 50, 0.5)]
     found = contests([plan, *(result(family, f"{family}-{size}", size, loss) for family, size, loss in field)])
-    assert [(c.rival.impl.name, c.is_won) for c in found] == [("a-100", True), ("b-120", False)]
+    assert [(c.baseline.impl.name, c.is_won) for c in found] == [("a-100", True), ("b-120", False)]
 
 
 def test_the_baseline_is_the_best_rival_of_comparable_size() -> None:

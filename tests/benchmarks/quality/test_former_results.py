@@ -53,7 +53,7 @@ def test_they_are_what_the_former_run_found(former: list[Result]) -> None:
     assert kept.worst[1].increase_percent_ci == pytest.approx(former[1].worst[1].increase_percent_ci)
     assert kept.worst[0].name == former[1].worst[0].name
     (contest,) = contests([plan, kept])
-    assert contest.rival is kept and contest.is_won
+    assert contest.baseline is kept and contest.is_won
 
 
 def test_rows_of_both_are_those_of_one_run(former: list[Result]) -> None:

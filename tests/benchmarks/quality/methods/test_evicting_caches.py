@@ -48,8 +48,8 @@ def test_fewer_tokens_cost_more(llama: Any, scorer: Any) -> None:
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_what_is_held_are_exact_tokens_in_their_order_and_the_bytes_are_theirs(llama: Any, scorer: Any) -> None:
     ids = token_ids(1, 298)
-    rival = eviction(scorer, 0.3)
-    _, cache = read(llama, rival, ids)
+    baseline = eviction(scorer, 0.3)
+    _, cache = read(llama, baseline, ids)
     _, whole = read(llama, eviction(scorer, 1.0), ids)
     layer, exact = cache.layers[0], whole.layers[0]  # the first layer reads no cache
     passed = SCHEDULE.quantized(298)
@@ -57,7 +57,7 @@ def test_what_is_held_are_exact_tokens_in_their_order_and_the_bytes_are_theirs(l
     assert passed == 256 and held == round(0.3 * 256) + 298 - 256
     shape = Shape.of(llama)
     # two numbers of 16 bits, where the test's have 32
-    assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2 == rival.cache_bytes(shape, 298)
+    assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2 == baseline.cache_bytes(shape, 298)
     for head in range(2):
         distance = (layer.keys[0, head][:, None] - exact.keys[0, head]).abs().amax(2)
         at = distance.argmin(1)
@@ -68,10 +68,10 @@ def test_what_is_held_are_exact_tokens_in_their_order_and_the_bytes_are_theirs(l
 def test_a_call_of_one_token_sees_what_is_held(llama: Any) -> None:
     """Decoding token by token against attention on the tokens that are held."""
     ids = token_ids(1, 210)
-    rival = eviction(SnapKV, 0.2)
-    _, cache = read(llama, rival, ids)
+    baseline = eviction(SnapKV, 0.2)
+    _, cache = read(llama, baseline, ids)
     held = cache.layers[0].keys.shape[2]
-    with torch.no_grad(), rival.reading(llama):
+    with torch.no_grad(), baseline.reading(llama):
         one = llama(ids[:, -1:], past_key_values=cache).logits
     assert cache.get_seq_length() == 211 and cache.layers[0].keys.shape[2] == held + 1 and bool(one.isfinite().all())
 

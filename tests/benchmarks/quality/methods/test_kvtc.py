@@ -148,8 +148,8 @@ def test_it_codes_a_model() -> None:
     expected = exact_logits(model, text)
     errors = []
     for bits in (3, 8, 16):
-        rival = JointBlocks(kvtc(*sides, bits), SCHEDULE)
-        found, _ = read(model, rival, text)
+        baseline = JointBlocks(kvtc(*sides, bits), SCHEDULE)
+        found, _ = read(model, baseline, text)
         errors.append(relative_error(found, expected))
     assert errors[0] > 2 * errors[1] > 8 * errors[2]
     assert errors[2] < 1e-5  # float16 components, all of them

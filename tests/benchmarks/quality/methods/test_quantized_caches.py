@@ -117,17 +117,17 @@ def test_kivi_groups_keys_over_tokens_and_values_over_channels() -> None:
     ],
 )
 def test_bytes_of_a_codec_by_hand(codec: Codec, token_bytes: int, ratio: float) -> None:
-    rival = QuantizedBlocks(codec, Schedule())
+    baseline = QuantizedBlocks(codec, Schedule())
     expected = 90 * (SEALED * token_bytes + OPEN * 256)  # 30 layers of 3 heads
-    assert rival.cache_bytes(SMOLLM2, AT) == expected
+    assert baseline.cache_bytes(SMOLLM2, AT) == expected
     assert AT * SMOLLM2.exact_token_bytes / expected == pytest.approx(ratio, abs=5e-3)
 
 
 @pytest.mark.parametrize(("bits", "token_bytes"), [(4, 72), (2, 40)])
 def test_bytes_of_transformers_own_cache_by_hand(bits: int, token_bytes: int) -> None:
-    rival = Transformers("quanto", bits, first_step=132)
+    baseline = Transformers("quanto", bits, first_step=132)
     exact = 124  # 8192 - 132 = 62 * 128 + 124
-    assert rival.cache_bytes(SMOLLM2, AT) == 90 * ((AT - exact) * token_bytes + exact * 256)
+    assert baseline.cache_bytes(SMOLLM2, AT) == 90 * ((AT - exact) * token_bytes + exact * 256)
 
 
 def test_short_caches_are_exact() -> None:

@@ -163,9 +163,9 @@ def test_it_is_deterministic_and_exact_tokens_stay(llama: Any) -> None:
     expected = exact_logits(llama, text)
     errors = []
     for bits in (2, 4, 8):
-        rival = JointBlocks(aatc(tokens, attention, shape, bits, rotary_size=16), SCHEDULE)
-        found, cache = read(llama, rival, text)
-        torch.testing.assert_close(found, read(llama, rival, text)[0], rtol=0, atol=0)
+        baseline = JointBlocks(aatc(tokens, attention, shape, bits, rotary_size=16), SCHEDULE)
+        found, cache = read(llama, baseline, text)
+        torch.testing.assert_close(found, read(llama, baseline, text)[0], rtol=0, atol=0)
         first = SCHEDULE.first_step
         torch.testing.assert_close(found[:, :first], expected[:, :first], rtol=1e-4, atol=1e-4)
         errors.append(relative_error(found, expected))
