@@ -87,10 +87,10 @@ fuzz: $(TEST)  ## the tests that draw their inputs, on other ones each time (ROU
 	done
 
 fuzz-graphs: $(BENCH)  ## random attention programs, compiled and compared with eager mode (MINUTES=60 SEED=0 FUZZERS=2)
-	$(BIN)/python benchmarks/fuzz_graphs.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --workers $(FUZZERS)
+	$(BIN)/python -m benchmarks.zoo.fuzz_graphs --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --workers $(FUZZERS)
 
 fuzz-mutations: $(BENCH)  ## weaken each rule of the finder: fuzz-graphs must notice within 10 minutes
-	$(BIN)/python benchmarks/fuzz_mutations.py
+	$(BIN)/python -m benchmarks.zoo.fuzz_mutations
 
 check: $(TEST) $(DOCS) $(LINT)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
@@ -100,66 +100,66 @@ check: $(TEST) $(DOCS) $(LINT)  ## format, lint, types, tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-matrix: $(TEST)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
-	$(BIN)/python benchmarks/matrix.py
+	$(BIN)/python -m benchmarks.testing.version_matrix
 
 coverage: $(TEST) $(DOCS)  ## how many lines and branches the tests run, by package; what was measured is kept (PART=fhopt/plan: one)
-	$(BIN)/python benchmarks/covered.py --workers $(WORKERS) $(if $(PART),--part $(PART))
+	$(BIN)/python -m benchmarks.testing.coverage_table --workers $(WORKERS) $(if $(PART),--part $(PART))
 
 size: $(TEST)  ## lines by package, import cycles, long files and functions, repeated names (AGAINST=COMMIT: before and after)
-	$(BIN)/python benchmarks/size.py $(if $(AGAINST),--against $(AGAINST))
+	$(BIN)/python -m benchmarks.size $(if $(AGAINST),--against $(AGAINST))
 
 audit: $(DEMO) $(AUDIT)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
 	$(BIN)/pip-audit --progress-spinner off --skip-editable
 	$(BIN)/pip-audit --progress-spinner off --strict --no-deps --disable-pip -r constraints.txt
 
 zoo: $(BENCH)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
-	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python -m benchmarks.zoo.curated
 
 zoo-wide: $(BENCH)  ## find attention in every class of transformers, made small; writes docs/zoo_wide.md (QUICK=1: a sample)
-	$(BIN)/python benchmarks/zoo_wide.py
+	$(BIN)/python -m benchmarks.zoo.wide
 
 zoo-plans: $(BENCH)  ## fit, apply and generate with a plan on every decoder of the wide zoo (QUICK=1: a sample)
-	$(BIN)/python benchmarks/zoo_plans.py
+	$(BIN)/python -m benchmarks.zoo.plans
 
 bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
-	$(BIN)/python benchmarks/finding.py
+	$(BIN)/python -m benchmarks.zoo.finding_time
 
 bench-quality: $(BENCH)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality.perplexity
 
 bench-calibration: $(BENCH)  ## loss of plans against the tokens that they were fitted to (QUICK=1: small)
-	$(BIN)/python benchmarks/calibration_curve.py
+	$(BIN)/python -m benchmarks.quality.calibration_curve
 
 bench-memory: $(BENCH)  ## resident bytes of caches at a context of 8,192 tokens, from the process (QUICK=1: small)
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.cpu.memory
 
 bench-decode: $(BENCH)  ## decoding at a context of 8,192 tokens on a CPU, against every exact implementation (QUICK=1: small)
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python -m benchmarks.cpu.decode
 
 bench-peers: $(BENCH)  ## tokens per second beside llama.cpp, vLLM and others, installed at first use (QUICK=1: small; MODEL=FOLDER)
-	$(BIN)/python benchmarks/peers.py $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m benchmarks.engines.compare $(if $(MODEL),--model $(MODEL))
 
 bench-tasks: $(BENCH)  ## HumanEval, long generation, retrieval tasks with plans (QUICK=1: small; MODEL=FOLDER STATISTICS=FILE)
-	$(BIN)/python benchmarks/tasks.py $(if $(MODEL),--model $(MODEL)) $(if $(STATISTICS),--statistics $(STATISTICS))
+	$(BIN)/python -m benchmarks.tasks.accuracy $(if $(MODEL),--model $(MODEL)) $(if $(STATISTICS),--statistics $(STATISTICS))
 
 bench-heal: $(BENCH)  ## what healing gives back to the 8x plan (QUICK=1: small)
-	$(BIN)/python benchmarks/healing.py
+	$(BIN)/python -m benchmarks.quality.healing
 
 bench-retrieval: $(BENCH)  ## page selection (1 in 8) against all pages, the retrieval LM head against the dense one (QUICK=1: small)
-	$(BIN)/python benchmarks/retrieval.py
-	$(BIN)/python benchmarks/retrieval_head.py
+	$(BIN)/python -m benchmarks.retrieval.page_selection
+	$(BIN)/python -m benchmarks.retrieval.lm_head
 
 bench-gpu: $(BENCH)  ## check the kernels on a GPU, then measure attention and decode steps (QUICK=1: few cases)
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu.suite
 
 bench-serve: $(SERVING)/.ready  ## plans in vLLM beside exact vLLM (MODEL=FOLDER PLANS='4x=PLAN 8x=PLAN'; QUICK=1: small)
-	$(SERVING)/bin/python benchmarks/serving.py --model $(MODEL) $(PLANS:%=--plan %)
+	$(SERVING)/bin/python -m benchmarks.serving.plans_in_vllm --model $(MODEL) $(PLANS:%=--plan %)
 
 compiled-zoo: $(BENCH)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
-	$(BIN)/python benchmarks/compiled_zoo.py
+	$(BIN)/python -m benchmarks.zoo.compiled
 
 soak: $(BENCH)  ## 230,000 tokens through every operation of a cache (QUICK=1: small; MINUTES=60: is memory flat?)
-	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m benchmarks.soak.suite $(if $(MINUTES),--minutes $(MINUTES))
 
 # Frames that the detection of uses after return moves to the heap are aligned to 32 bytes, too little for AVX-512 (GCC).
 sanitize: $(TEST)  ## the tests of C++ kernels under AddressSanitizer and UBSan (needs g++)
@@ -171,7 +171,7 @@ sanitize: $(TEST)  ## the tests of C++ kernels under AddressSanitizer and UBSan 
 		tests/unit/hf/test_step_chain.py tests/unit/hf/test_steps_ahead.py tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
 
 bench-attention: $(BENCH)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)
-	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python -m benchmarks.cpu.attention
 
 docs: $(DOCS)  ## the documentation, into build/docs: warnings and broken links are errors
 	$(BIN)/python docs/error_catalogue.py

@@ -48,7 +48,7 @@ TESTED = (
     "integration/test_compiled_models.py", "integration/test_encoder_decoder_cache.py",
     "integration/test_families.py", "integration/test_latent_generation.py", "integration/test_static_cache.py",
     "robustness/test_fuzz_capture.py", "robustness/test_fuzz_functionalize.py", "robustness/test_threads.py",
-    "benchmarks/test_memory.py",
+    "benchmarks/cpu/test_memory.py",
 )  # fmt: skip
 # Those that depend on versions: graphs as Dynamo makes them, passes, drawings, caches, generated kernels, models, the
 # commands.

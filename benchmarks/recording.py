@@ -109,6 +109,12 @@ def screen() -> Console:
     return console if console.is_terminal else Console(width=240)
 
 
+def child_environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a child process that runs a module of `benchmarks`, from whatever folder."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+
+
 def _shown(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 

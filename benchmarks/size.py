@@ -1,8 +1,8 @@
 """Count the repository's lines by package, and list what makes it hard to read.
 
-    python benchmarks/size.py                        the working tree
-    python benchmarks/size.py --commit REV           another commit
-    python benchmarks/size.py --against REV          before and after: REV and the working tree
+    python -m benchmarks.size                        the working tree
+    python -m benchmarks.size --commit REV           another commit
+    python -m benchmarks.size --against REV          before and after: REV and the working tree
 
 Listed are import cycles between modules (imports under TYPE_CHECKING count) and between packages, late imports that
 would close a cycle, long files and functions, public names with several definitions, and limits named MOST_ or LEAST_
@@ -23,9 +23,10 @@ from functools import cached_property
 from pathlib import Path
 
 import click
-from recording import screen
 from rich.table import Table
-from source_imports import PRODUCT, Import, late_cycles, module_cycles, package_cycles, read_imports
+
+from benchmarks.recording import screen
+from benchmarks.source_imports import PRODUCT, Import, late_cycles, module_cycles, package_cycles, read_imports
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = {".py": "Python", ".py.in": "Python", ".cpp": "C++", ".h": "C++"}  # by the ending of a file's name

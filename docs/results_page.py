@@ -355,7 +355,8 @@ ENGINE_METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 16 bits
 
 
-CODES_COMMAND = "python benchmarks/quality_codes.py --plan uniform@8x=PLAN --plan trellis@8x=PLAN --text FILE"
+QUALITY_COMMAND = "python -m benchmarks.quality.perplexity --model FOLDER"
+CODES_COMMAND = "python -m benchmarks.quality.plan_codes --plan uniform@8x=PLAN --plan trellis@8x=PLAN --text FILE"
 
 SECTIONS = {
     "quality": Section(
@@ -367,8 +368,8 @@ SECTIONS = {
     ),
     "quality-SmolLM2-135M-Instruct": Section(
         "Loss against bytes: SmolLM2 with the default calibration, more methods, more texts",
-        "python benchmarks/quality.py --model FOLDER --ratio 4 --ratio 5.3 --ratio 8 --ratio 12 --context 1024 --rival "
-        "NAME ... --texts FILE ...",
+        f"{QUALITY_COMMAND} --ratio 4 --ratio 5.3 --ratio 8 --ratio 12 --context 1024 --baseline NAME ... "
+        "--texts FILE ...",
         "Plans of the default options (four kinds of text, 16 attention sinks, means over 256 tokens, a window of 256 "
         "tokens), 1,024 tokens of each text. Other methods have the same attention sinks and window in 16 bits: "
         "KIVI, QuaRot, TurboQuant, llama.cpp's q4_0 with a Hadamard rotation, OSCAR, AATC, KVTC (what each was written "
@@ -385,7 +386,7 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-0.5B-Instruct": Section(
         "Loss against bytes: Qwen2.5-Coder-0.5B-Instruct",
-        "python benchmarks/quality.py --model FOLDER --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 --texts FILE",
+        f"{QUALITY_COMMAND} --ratio 4 --ratio 8 --baseline kivi-3bit --context 1024 --texts FILE",
         "The same of another model, with plans of the default options, on 12 texts of 1,024 tokens, of kinds that did "
         "not calibrate, and four that did (`source`, `docstrings`, `topics`, `mixture`). KIVI has the same attention "
         "sinks and residual window, in 16 bits. `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `zh`, "
@@ -394,8 +395,7 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct": Section(
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct",
-        "python benchmarks/quality.py --model FOLDER --dtype bfloat16 --ratio 4 --ratio 8 --rival kivi-3bit --context "
-        "1024 --texts FILE",
+        f"{QUALITY_COMMAND} --dtype bfloat16 --ratio 4 --ratio 8 --baseline kivi-3bit --context 1024 --texts FILE",
         "The same of a larger model, in bfloat16: exact cache and plans add up in other orders, and what that rounds "
         "differently is part of every figure. `law` is the GNU GPL; `de`, `fr`, `zh`, `it` are manuals of Debian; "
         "`prose` and `chat` are quotations; `numbers` is a table of stocks. Unlike the smaller model's, these plans "
@@ -404,12 +404,12 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct-float32": Section(
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct in float32",
-        "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --ratio 12 --rival kivi-3bit "
-        "--context 1024 --texts FILE",
+        f"{QUALITY_COMMAND} --plans PLANS --ratio 4 --ratio 8 --ratio 12 --baseline kivi-3bit --context 1024 "
+        "--texts FILE",
         "Plans that were calibrated on the model in bfloat16 and fitted for a CPU (`fhopt fit --device cpu`), which "
         "gives loss for time: attention takes 0.59 and 0.64 of the time of the plans in the section on [trellis "
         "codes](#trellis-codes-qwen25-coder-15b-instruct), which lose least. The model in float32, which shows what "
-        "caches lose, without what bfloat16 rounds differently; texts of `benchmarks/further_texts.py`.",
+        "caches lose, without what bfloat16 rounds differently; texts of `benchmarks/quality/debian_texts.py`.",
         quality_and_kl,
     ),
     "quality-SmolLM2-135M-Instruct-codes": Section(
@@ -430,7 +430,8 @@ SECTIONS = {
         "transformers.", decode,
     ),
     "decode-contexts": Section(
-        "A decode step at shorter contexts", "python benchmarks/decode.py --dtype float32 --tokens 640 --tokens 2048",
+        "A decode step at shorter contexts",
+        "python -m benchmarks.cpu.decode --dtype float32 --tokens 640 --tokens 2048",
         "SmolLM2 on a CPU, measured alternately, at contexts of 640 and 2,048 tokens.", decode,
     ),
     "peers": Section(
@@ -547,7 +548,7 @@ def page(folder: Path = RESULTS) -> str:
 
 def section(results: Results, folder: Path) -> str:
     """Format a section: title, command, table, picture, and what it was measured on."""
-    shown = SECTIONS.get(results.name) or Section(results.name, f"benchmarks/{results.name}.py", "", by_case)
+    shown = SECTIONS.get(results.name) or Section(results.name, "make help", "", by_case)
     parts = [f"## {shown.title}", f"{shown.about} `{shown.command}`".strip(), shown.table(results)]
     if (folder / f"{results.name}.png").exists():
         parts.append(f"![{shown.title.lower()}](../benchmarks/results/{results.name}.png)")

@@ -30,7 +30,7 @@ from fhopt.texts import tokens
 TEXTS = ("topics", "source")  # their second halves, which calibrate nothing
 CONTEXT = 2048  # of perplexity
 SPEED_CONTEXTS = (512, 2048, 8000)  # the last is as long as the model allows
-SEQUENCES, RATE_SEQUENCES = 7, 5  # enough for this model: benchmarks/calibration_curve.py
+SEQUENCES, RATE_SEQUENCES = 7, 5  # enough for this model: benchmarks/quality/calibration_curve.py
 QUESTION = "What is the capital of France? Answer in one sentence."
 COUNTED_AT = 8192
 

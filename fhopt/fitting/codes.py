@@ -1,8 +1,8 @@
 """How bit groups are quantized: uniformly, or by a trellis code (fhopt/ops/trellis.py), which errs less with as many.
 
 Numbers of trellis codes are of a unit Gaussian and the tables of fhopt/ops/trellis.py, in a bit group of 64 channels,
-as `benchmarks/trellis_table.py` measures them. Shorter rings err more (of 16 channels at 2 bits 0.88 of a uniform
-quantizer, not 0.68): by so much the expected loss of small groups is too low.
+as `benchmarks/quality/trellis_table.py` measures them. Shorter rings err more (of 16 channels at 2 bits 0.88 of a
+uniform quantizer, not 0.68): by so much the expected loss of small groups is too low.
 """
 
 from __future__ import annotations

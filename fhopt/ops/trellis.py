@@ -10,8 +10,9 @@ of a table at the `WINDOW` newest bits of the ring, its own b and those of the c
 Every value can be had on its own, from a shift and a look-up, as with a uniform quantizer; only who encodes has to
 search for the ring that errs least (`encode`: the Viterbi algorithm). Trellis-coded quantization: Marcellin and
 Fischer 1990; with windows of bits in place of a state machine, closed to a ring: Tseng et al. 2024 (QTIP, arXiv
-2406.11235). The tables are our own, found on Gaussian numbers at 1 to 4 bits at once by `benchmarks/trellis_table.py`:
-three of 16 bytes each, which fit vector registers, lose little beside one of 256.
+2406.11235). The tables are our own, found on Gaussian numbers at 1 to 4 bits at once by
+`benchmarks/quality/trellis_table.py`: three of 16 bytes each, which fit vector registers, lose little beside one of
+256.
 
 A ring is stored as it is, the bits of the first channel first within a byte. A bit group with a trellis code has a
 negative step, of which the magnitude counts.

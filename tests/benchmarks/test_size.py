@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 import pytest
-import size
 from click.testing import CliRunner
 from rich.console import Console
 from rich.table import Table
-from size import Size
-from source_imports import Import, late_cycles, module_cycles, package_cycles, read_imports
+
+from benchmarks import size
+from benchmarks.size import Size
+from benchmarks.source_imports import Import, late_cycles, module_cycles, package_cycles, read_imports
 
 
 def shown(table: Table) -> list[list[str]]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from memory import plain_plan
 from torch._dynamo.utils import counters
 from transformers.generation.streamers import BaseStreamer
 
 import fhopt
+from benchmarks.cpu.memory import plain_plan
 from fhopt.models.loader import load_model
 from fhopt.texts import tokens
 

@@ -1,20 +1,19 @@
-"""The environments of `make test-matrix` (noxfile.py, benchmarks/matrix.py): what they cover, what their table says."""
+"""The environments of `make test-matrix` (noxfile.py): what they cover, what their table says."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.testing import version_matrix
+
 nox: Any = pytest.importorskip("nox")  # of the extra `dev`
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import matrix  # noqa: E402
 
 import noxfile  # noqa: E402
 
@@ -72,21 +71,21 @@ def test_a_session_becomes_a_line_of_figures(tmp_path: Path) -> None:
     versions = {"python": "3.10.13", "torch": "2.11.0+cpu"}
     (tmp_path / "oldest.json").write_text(json.dumps(versions))
     (tmp_path / "oldest.xml").write_text(XML)
-    outcome = matrix.outcome_of(session("oldest", "failed"), tmp_path)
-    assert outcome == matrix.Outcome("oldest", "failed", "", 90.0, versions, passed=14, failed=3, skipped=3)
+    outcome = version_matrix.outcome_of(session("oldest", "failed"), tmp_path)
+    assert outcome == version_matrix.Outcome("oldest", "failed", "", 90.0, versions, passed=14, failed=3, skipped=3)
     assert not outcome.is_good
-    rows = {row.metric: row for row in matrix.rows_of(outcome)}
+    rows = {row.metric: row for row in version_matrix.rows_of(outcome)}
     assert rows["failed"].value == 3 and rows["minutes"].value == 1.5
     assert rows["passed"].impl == "python 3.10.13, torch 2.11.0+cpu"
 
 
 def test_an_environment_that_cannot_be_had_says_why_and_is_no_failure(tmp_path: Path) -> None:
     reason = "Python interpreter 3.10 not found."
-    outcome = matrix.outcome_of(session("oldest", "skipped", reason), tmp_path)
+    outcome = version_matrix.outcome_of(session("oldest", "skipped", reason), tmp_path)
     assert outcome.is_good
-    assert {row.impl for row in matrix.rows_of(outcome)} == {f"not tested: {reason}"}
-    assert all(math.isnan(row.value) for row in matrix.rows_of(outcome))
-    assert not matrix.outcome_of(session("oldest", "aborted", "conflict"), tmp_path).is_good
+    assert {row.impl for row in version_matrix.rows_of(outcome)} == {f"not tested: {reason}"}
+    assert all(math.isnan(row.value) for row in version_matrix.rows_of(outcome))
+    assert not version_matrix.outcome_of(session("oldest", "aborted", "conflict"), tmp_path).is_good
 
 
 def test_one_environment_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +94,7 @@ def test_one_environment_replaces_its_own_rows_only(tmp_path: Path, monkeypatch:
         for case, value in (("a", 1.0), ("b", None))
     ]
     (tmp_path / "matrix.json").write_text(json.dumps({"rows": known}))
-    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
-    (row,) = matrix.kept(("a",))
+    monkeypatch.setattr(version_matrix, "RESULTS", tmp_path)
+    (row,) = version_matrix.kept(("a",))
     assert row.case == "b" and math.isnan(row.value)
-    assert matrix.kept(()) == []
+    assert version_matrix.kept(()) == []

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from source_imports import (
+
+from benchmarks.source_imports import (
     PRODUCT,
     Import,
     late_cycles,

@@ -1,0 +1,1 @@
+"""Attention, decode steps and memory of caches on a CPU."""

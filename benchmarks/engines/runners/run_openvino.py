@@ -1,0 +1,63 @@
+"""Measure OpenVINO GenAI: its pipeline with continuous batching, step by step.
+
+options: cache: type of keys and values, u8, u4 or f16. The model is a GGUF file, which it reads itself. Prompts are not
+cached, so that each sequence is read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+from benchmarks.engines.protocol import Clock, Report, Request, StepCounter, run
+
+BLOCK = 32  # tokens of a block of its KV cache on a CPU
+CHUNK = 2048  # tokens of a step that reads prompts, at most
+
+
+def pipeline(request: Request) -> genai.ContinuousBatchingPipeline:
+    """Load the model with a KV cache for all sequences."""
+    scheduler = genai.SchedulerConfig()
+    scheduler.num_kv_blocks = request.batch * (-(-_most(request) // BLOCK) + 1) + 1
+    scheduler.max_num_batched_tokens = CHUNK
+    scheduler.max_num_seqs = request.batch
+    scheduler.enable_prefix_caching = False
+    properties = {
+        "INFERENCE_NUM_THREADS": request.threads,
+        "ENABLE_CPU_PINNING": True,
+        "KV_CACHE_PRECISION": request.options["cache"],
+    }
+    return genai.ContinuousBatchingPipeline(request.model, scheduler, "CPU", properties)
+
+
+def _most(request: Request) -> int:
+    """Return the positions of a sequence: the first one generates while the last one's prompt is read."""
+    return request.most + StepCounter.extra_tokens(request, CHUNK)
+
+
+def measure(request: Request) -> Report:
+    """Measure one request."""
+    clock, made = Clock(request), pipeline(request)
+    config = genai.GenerationConfig()
+    config.max_new_tokens = _most(request) - request.context
+    config.ignore_eos = True
+    config.do_sample = False
+    clock.start()
+    handles = [
+        made.add_request(index, ov.Tensor(np.array([ids], dtype=np.int64)), config)
+        for index, ids in enumerate(request.tokens())
+    ]
+    counter = StepCounter(clock)
+    while not clock.is_done and made.has_non_finished_requests():
+        made.step()
+        for index, handle in enumerate(handles):
+            while handle.can_read():
+                for output in handle.read().values():
+                    counter.add(index, output.generated_ids)
+        counter.end_step()
+    return counter.report(("openvino-genai", "openvino"))
+
+
+if __name__ == "__main__":
+    run(measure)

@@ -1,0 +1,143 @@
+"""Shapes of attention, models and sizes that benchmarks/gpu/suite.py measures.
+
+Letters: B batch, H query heads, G kv heads, T tokens, D head size, J latent heads, R latent width, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from fhopt.codegen.gpu.tuning import row_bytes
+from fhopt.codegen.tiers import Tiers
+from fhopt.plan.kernel_spec import KernelSpec
+
+SPARE = 128  # positions of static caches after their tokens
+
+
+def tiers(*pairs: tuple[int, int]) -> Tiers:
+    """Return bit groups from (bits, width), with steps at which random values have a deviation of about 1."""
+    return tuple((bits, width, 3.5 / 2**bits) for bits, width in pairs)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """How keys and values are stored: J latent heads, and the bit groups of both sides; none: unquantized."""
+
+    heads: int
+    key: Tiers = ()
+    value: Tiers = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """H query heads and G kv heads of D channels, and the latents that may replace the keys and values."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    latents: tuple[Latent, ...]
+
+    @property
+    def name(self) -> str:
+        """Name used in tables."""
+        heads = f"MHA {self.heads}" if self.is_mha else f"GQA {self.heads}/{self.kv_heads}"
+        return f"{heads}x{self.dim}"
+
+    @property
+    def is_mha(self) -> bool:
+        """Whether every query head has keys of its own."""
+        return self.heads == self.kv_heads
+
+    def spec(self, latent: Latent, dtype: torch.dtype) -> KernelSpec:
+        """Return what the kernel of a latent depends on."""
+        key_width, value_width = (sum(w for _, w, _ in side) or self.dim for side in (latent.key, latent.value))
+        return KernelSpec(latent.key, latent.value, key_width, value_width, dtype_name(dtype), False)
+
+    def dense_bytes(self, dtype: torch.dtype) -> int:
+        """Count the bytes of the keys and values of a token."""
+        return 2 * self.kv_heads * self.dim * dtype.itemsize
+
+    def latent_bytes(self, latent: Latent, dtype: torch.dtype) -> int:
+        """Return bytes of the quantized values and scales of a token."""
+        return latent.heads * row_bytes(self.spec(latent, dtype))
+
+    def label(self, latent: Latent, dtype: torch.dtype) -> str:
+        """Return the name of a latent in tables: how many times smaller it is."""
+        ratio = self.dense_bytes(dtype) / self.latent_bytes(latent, dtype)
+        return f"fhopt {ratio:.1f}x" if latent.key else "fhopt, uncoded"
+
+
+FOUR = tiers((4, 128))
+# Planes of whole words of 32 bytes or more, as plans for GPUs have them.
+MHA_SIXTH = Latent(8, tiers((8, 32), (4, 128), (2, 256)), tiers((8, 32), (4, 96), (2, 256)))  # each for 4 kv heads
+MHA_EIGHTH = Latent(8, *[tiers((8, 32), (4, 64), (2, 256))] * 2)
+GQA_FIFTH = Latent(4, *[tiers((8, 32), (4, 64), (2, 128))] * 2)  # each for 2
+GQA_EIGHTH = Latent(4, *[tiers((4, 64), (2, 128))] * 2)
+MHA = Shape(32, 32, 128, (Latent(32), Latent(32, FOUR, FOUR), MHA_SIXTH, MHA_EIGHTH))
+GQA = Shape(32, 8, 128, (Latent(8), Latent(8, FOUR, FOUR), GQA_FIFTH, GQA_EIGHTH))
+WIDE_GQA = replace(GQA, heads=64)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model by its shapes. `latents`: those of its attention that are measured."""
+
+    name: str
+    shape: Shape
+    latents: tuple[Latent, ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    batches: tuple[int, ...]
+
+    def config(self, layers: int, tokens: int) -> Any:
+        """Return the configuration for transformers: `layers` layers, positions for `tokens` tokens."""
+        return LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
+            num_hidden_layers=layers, num_attention_heads=self.shape.heads,
+            num_key_value_heads=self.shape.kv_heads, head_dim=self.shape.dim, max_position_embeddings=tokens,
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+
+    def depth(self, batch: int, tokens: int, numbers: float) -> int:
+        """Return how many layers fit, with weights and exact cache, into memory for so many numbers."""
+        heads, width = self.shape.heads + self.shape.kv_heads, self.shape.dim
+        weights = self.hidden * (2 * heads * width + 3 * self.intermediate)
+        place = 2 * batch * (tokens + SPARE) * width  # of keys and values, for each head
+        rest = 2 * self.vocabulary * self.hidden + 2 * place * self.shape.heads
+        return max(0, min(self.layers, int((numbers - rest) // (weights + place * self.shape.kv_heads))))
+
+
+LLAMA_2_7B = Network("Llama-2-7B", MHA, (MHA_SIXTH, MHA_EIGHTH), 32, 4096, 11008, 32000, (8,))
+LLAMA_31_8B = Network("Llama-3.1-8B", GQA, (GQA_FIFTH, GQA_EIGHTH), 32, 4096, 14336, 128256, (16,))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run measures. checked: tokens of the checks, whole pages of `page`."""
+
+    shapes: tuple[Shape, ...] = (MHA, GQA, WIDE_GQA)
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    tokens: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
+    networks: tuple[Network, ...] = (LLAMA_2_7B, LLAMA_31_8B)
+    step_tokens: tuple[int, ...] = (16384, 32768)
+    tuned: tuple[int, int] = (8, 32768)  # batch and tokens that configurations are timed at
+    checked: int = 1088
+    page: int = 64
+    check_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+
+QUICK = Sizes(batches=(8,), tokens=(32768,), networks=(replace(LLAMA_31_8B, layers=8),), step_tokens=(16384,))
+TINY = Shape(4, 2, 16, (Latent(2), Latent(1, tiers((4, 16), (2, 8)), tiers((4, 16)))))
+TINY_NETWORK = Network("tiny", TINY, TINY.latents[1:], 1, 32, 48, 64, (1,))
+TINY_SIZES = Sizes((TINY,), (1,), (32, 2048), (TINY_NETWORK,), (40,), (1, 32), 48, 16, (torch.float32,))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

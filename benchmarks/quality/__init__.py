@@ -1,0 +1,1 @@
+"""Perplexity and KL divergence of plans and of other methods."""

@@ -1,0 +1,111 @@
+"""Measure how many tokens calibration needs: loss of plans against the tokens that they were fitted to, and seconds.
+
+    python -m benchmarks.quality.calibration_curve           SmolLM2: benchmarks/results/calibration_curve.json, .png
+    python -m benchmarks.quality.calibration_curve --model FOLDER --dtype bfloat16 --texts FILE ...
+    python -m benchmarks.quality.calibration_curve --quick   two short calibrations, one text (also QUICK=1)
+
+Half of the sequences of 1,024 tokens fit the bases, the others choose the bits, as by default. Plans are measured with
+real caches on texts of kinds that did not calibrate (measurement.py). A case is "<model>, <dtype>/<tokens>";
+figures of other models and types that a former run wrote stay in the file.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.quality.caches import ours
+from benchmarks.quality.measurement import TEXTS, Result, Text, measure, progress_bar, read_texts
+from benchmarks.recording import Row, is_quick, kept_rows, record, table
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import plan_from_calibration
+from fhopt.errors import FhoptError
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.planning.pipeline import calibrate_source, text_source
+
+NAME = "calibration_curve"
+COUNTS = (2, 4, 8, 12, 16, 20, 40)  # calibration sequences
+RATIOS = (4.0, 8.0)
+DEFAULT = FitOptions()
+
+
+def options_for(sequences: int, quick: bool) -> FitOptions:
+    """Return the default options with so many sequences in all."""
+    first = max(1, round(sequences * DEFAULT.sequences / (DEFAULT.sequences + DEFAULT.rate_sequences)))
+    options = replace(DEFAULT, sequences=first, rate_sequences=sequences - first)
+    return replace(options, context=256, recent=64, sequences=5) if quick else options
+
+
+def measure_count(loaded: LoadedModel, case: str, options: FitOptions, texts: list[Text]) -> list[Row]:
+    """Calibrate once, fit plans of every ratio, and measure them on the texts."""
+    began = time.monotonic()
+    with progress_bar(f"calibrate {case}") as bar:
+        measured = calibrate_source(text_source(loaded), options, lambda stage, done, total: bar(done, total))
+    seconds = time.monotonic() - began
+    plans = {ratio: plan_from_calibration(measured, replace(options, ratio=ratio)) for ratio in RATIOS}
+    results = measure(loaded.language_model(), ours(plans), texts, next(iter(plans.values())))
+    name = f"{case}/{(options.sequences + options.rate_sequences) * options.context}"
+    rows = [Row(name, "calibration", "seconds", seconds, "s")]
+    return rows + [row for result in results for row in _rows(name, result)]
+
+
+def _rows(case: str, result: Result) -> list[Row]:
+    impl = f"fhopt@{result.impl.ratio:.3g}x"
+    worst = max(c.kl for text, c in result.by_text.items() if text.is_unseen)
+    return [
+        Row(case, impl, "kl_nats", result.mean.kl, "nats"),
+        Row(case, impl, "worst_kl_nats", worst, "nats"),
+        Row(case, impl, "perplexity_increase", result.mean.increase_percent, "%"),
+    ]
+
+
+@click.command()
+@click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--texts", multiple=True, metavar="TEXT", help="A further text: a file, a folder, or a built-in name.")
+@click.option("--context", default=1024, show_default=True, help="Tokens of each text.")
+@click.option("--count", "counts", type=int, multiple=True, help="Calibration sequences; 2 to 40 when not given.")
+@click.option("--quick", is_flag=True, help="A small version, of under a minute.")
+def main(model: str, dtype: str, texts: tuple[str, ...], context: int, counts: tuple[int, ...], quick: bool) -> None:
+    """Measure plans fitted to few and to many tokens."""
+    quick = quick or is_quick()
+    try:
+        loaded = load_model(model, getattr(torch, dtype))
+        case = f"{loaded.name}, {dtype}"
+        context = min(context, 512) if quick else context
+        names = [name for name in (*TEXTS, *texts) if name not in DEFAULT.texts]
+        read = read_texts(loaded, names[:1] if quick else names, DEFAULT.texts, context, with_seen=False)
+        rows = []
+        for count in counts or ((2,) if quick else COUNTS):
+            rows += measure_count(loaded, case, options_for(count, quick), read)
+    except FhoptError as error:
+        raise click.ClickException(str(error)) from error
+    whole = rows if quick else kept_rows(NAME, lambda measured: measured.startswith(f"{case}/")) + rows
+    record(f"{NAME}-quick" if quick else NAME, whole, lambda figure: draw(figure, whole), table(NAME, rows))
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Plot KL and seconds against calibration tokens, a line for each model, type and size."""
+    figure.set_size_inches(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    for axes, metric in ((left, "kl_nats"), (right, "seconds")):
+        here = [row for row in rows if row.metric == metric]
+        for key in dict.fromkeys((row.case.rpartition("/")[0], row.impl) for row in here):
+            mine = [row for row in here if (row.case.rpartition("/")[0], row.impl) == key]
+            line = sorted((int(row.case.rpartition("/")[2]), row.value) for row in mine)
+            axes.plot(*zip(*line, strict=True), marker="o", label=" ".join(key))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("calibration tokens")
+        axes.legend(fontsize=7)
+    left.set_ylabel("KL from the exact cache, nats a token")
+    right.set_ylabel("seconds of calibration")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other methods of KV-cache compression, implemented after their papers."""

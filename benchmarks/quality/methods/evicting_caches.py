@@ -1,0 +1,206 @@
+"""Keep the best tokens of each head and remove the others, so that a cache is of the same bytes as a plan's.
+
+    [ sinks | tokens that were kept | residual window ]  --a block leaves the window-->  scores of the kept tokens and
+    of the block, from the queries that the layer has seen  ->  the best of each kv head stay, exactly
+
+With s, r and b as in quantized_caches.py, T tokens of L layers with G heads of D channels take, when a share p is kept,
+
+    L G 4 D (round(p quantized(T)) + T - quantized(T)) bytes
+
+SnapKV (arXiv 2404.14469) chooses once, after the prompt; Expected Attention (arXiv 2510.00636) also in decoding. Here
+the choice is repeated for each block, as text is read in steps, and a removed token is gone. Their settings are the
+defaults of kvpress (NVIDIA), which cannot be installed beside this project: its release 0.5.5 needs transformers below
+5.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from benchmarks.quality.methods.quantized_caches import Schedule, Shape
+from benchmarks.quality.methods.rotary_embedding import Rotary, watched
+
+OBSERVED = 64  # queries of SnapKV's window
+POOLED = 5  # tokens that SnapKV's scores are averaged over
+FUTURE = 512  # positions that Expected Attention looks ahead
+LAYER = "evicting_layer"  # attribute of the keys that a layer returns: the layer
+
+
+class Scorer(Protocol):
+    """What a layer remembers of the queries it has seen, and the scores that it makes of them."""
+
+    def observe(self, query: Tensor, start: int) -> None:
+        """Remember queries [B,H,S,D], the first of which stands at position `start`."""
+
+    def scores(self, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Return the scores [B,G,T] of the tokens of keys and values [B,G,T,D], the greater the better."""
+
+
+class SnapKV:
+    """Score tokens by the attention of the last 64 queries, averaged over neighbours and queries (SnapKV, 4)."""
+
+    def __init__(self, rotary: Rotary, schedule: Schedule) -> None:
+        self.count = min(OBSERVED, schedule.recent)  # these are the last tokens of the cache, in their order
+        self.queries: Tensor | None = None
+
+    def observe(self, query: Tensor, start: int) -> None:
+        """Keep the last queries [B,H,S,D]."""
+        known = query if self.queries is None else torch.cat([self.queries, query], 2)
+        self.queries = known[:, :, -self.count :]
+
+    def scores(self, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Return mean weights [B,G,T] of the observed queries, over the query heads of a kv head."""
+        assert self.queries is not None
+        query = self.queries.unflatten(1, (keys.shape[1], -1))  # [B, G, H/G, W, D]
+        weights = query @ keys.unsqueeze(2).mT * scale
+        future = torch.ones(weights.shape[-2:], dtype=torch.bool, device=keys.device)
+        future = future.triu(keys.shape[2] - weights.shape[-2] + 1)
+        mean = weights.masked_fill(future, -torch.inf).softmax(-1).mean((2, 3))  # [B, G, T]
+        return torch.nn.functional.avg_pool1d(mean, POOLED, 1, POOLED // 2, count_include_pad=False)
+
+
+class ExpectedAttention:
+    """Score tokens by the attention that queries like those seen will pay them, times the norm of the value.
+
+    With mean m and covariance C of the queries before rotation, turned by the mean of the next 512 rotations, a key k
+    has the expected weight exp(k m scale + k C k scale^2 / 2) (Expected Attention, section 3).
+    """
+
+    def __init__(self, rotary: Rotary, schedule: Schedule) -> None:
+        self.rotary, self.sinks = rotary, schedule.sinks
+        self.count, self.end = 0, 0
+        self.first: Any = 0
+        self.second: Any = 0
+
+    def observe(self, query: Tensor, start: int) -> None:
+        """Add queries [B,H,S,D] behind the sinks to the sums."""
+        self.end = start + query.shape[2]
+        skipped = max(0, self.sinks - start)
+        positions = torch.arange(start + skipped, self.end)
+        rows = self.rotary.undo(query[:, :, skipped:], positions).float()
+        self.count += len(positions)
+        self.first = self.first + rows.sum(2)
+        self.second = self.second + rows.mT @ rows
+
+    def scores(self, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Return expected weights [B,G,T] times norms of values; of sinks as of any token."""
+        mean = self.first / self.count  # [B, H, D]
+        covariance = self.second / self.count - mean[..., :, None] * mean[..., None, :]
+        turn = self._mean_rotation(mean)
+        mean, covariance = mean @ turn, turn.mT @ covariance @ turn
+        heads = keys.float().repeat_interleave(mean.shape[1] // keys.shape[1], 1)  # [B, H, T, D]
+        spread = ((heads @ covariance) * heads).sum(-1)
+        expected = (heads @ mean[..., None])[..., 0] * scale + spread * scale**2 / 2
+        weights = expected[..., self.sinks :].softmax(-1)
+        weights = torch.nn.functional.pad(weights, (self.sinks, 0))
+        return weights.unflatten(1, (keys.shape[1], -1)).mean(2) * values.float().norm(dim=-1)
+
+    def _mean_rotation(self, like: Tensor) -> Tensor:
+        """Return the transpose [D, D] of the mean rotation of the next positions."""
+        unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        positions = torch.arange(self.end, self.end + FUTURE)
+        return self.rotary.redo(unit[:, None].expand(-1, FUTURE, -1), positions).mean(1)
+
+
+class EvictingLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that holds sinks, the best tokens and the residual window, exactly."""
+
+    def __init__(self, scorer: Scorer, schedule: Schedule, share: float) -> None:
+        super().__init__()
+        self.keys: Any
+        self.values: Any
+        self.scorer, self.schedule, self.share = scorer, schedule, share
+        self.seen = 0  # tokens
+        self.passed = 0  # tokens that have left the window, removed ones included
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append k, v [B,G,S,D]; the returned keys know the layer, which `attended` then tells of the queries."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.seen += key_states.shape[2]
+        setattr(keys, LAYER, self)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the layer has seen: the next one's position."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the tokens to mask and the first one's position, as if those held were the last ones seen."""
+        held = self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0
+        return held + query_length, self.seen - held
+
+    def attended(self, query: Tensor, scale: float) -> None:
+        """Take note of queries [B,H,S,D] that have read the layer; remove tokens when a block has left the window."""
+        self.scorer.observe(query, self.seen - query.shape[2])
+        until = self.schedule.quantized(self.seen)
+        if until > self.passed:
+            window = self.seen - self.schedule.sinks - until
+            self._evict(self.keys.shape[2] - window, round(self.share * until), scale)
+            self.passed = until
+
+    def _evict(self, stop: int, count: int, scale: float) -> None:
+        """Keep `count` of the tokens between the sinks and `stop`."""
+        start = self.schedule.sinks
+        scores = self.scorer.scores(self.keys, self.values, scale)[..., start:stop]
+        best = scores.topk(min(count, stop - start), -1).indices.sort(-1).values + start  # [B, G, count]
+        index = best[..., None].expand(-1, -1, -1, self.keys.shape[3])
+        self.keys, self.values = (
+            torch.cat([x[:, :, :start], x.gather(2, index), x[:, :, stop:]], 2) for x in (self.keys, self.values)
+        )
+
+
+def _tell_layer(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    layer = getattr(key, LAYER, None)
+    if layer is not None:
+        layer.attended(query, scale)
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Keep a share of the tokens between the attention sinks and the residual window of a plan, by their scores."""
+
+    family: str
+    scorer: Callable[[Rotary, Schedule], Scorer]
+    schedule: Schedule
+    share: float
+    ratio: float
+
+    @property
+    def name(self) -> str:
+        """Family and the plan's ratio."""
+        return f"{self.family}-{self.ratio:g}x"
+
+    def new_cache(self, model: Any) -> Any:
+        """Return an empty cache; the model has to read into it inside `reading`."""
+        rotary = Rotary.of(model)
+        layers = range(Shape.of(model).layers)
+        return Cache(
+            layers=[EvictingLayer(self.scorer(rotary, self.schedule), self.schedule, self.share) for _ in layers]
+        )
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which layers of the cache see the queries of the model."""
+        return watched(model, _tell_layer)
+
+    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+        """Return the bytes of the tokens that are held, exact."""
+        passed = self.schedule.quantized(tokens)
+        return (round(self.share * passed) + tokens - passed) * shape.exact_token_bytes
+
+
+def share_for(bytes_held: int, shape: Shape, schedule: Schedule, tokens: int) -> float | None:
+    """Return the least share whose cache is not smaller than `bytes_held`, at `tokens` tokens.
+
+    None when sinks and residual window alone are larger.
+    """
+    passed = schedule.quantized(tokens)
+    kept = math.ceil(bytes_held / shape.exact_token_bytes) - (tokens - passed)
+    return kept / passed if 0 < kept <= passed else None

@@ -1,0 +1,207 @@
+"""Tables, picture and page of benchmarks/quality/perplexity.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from benchmarks.quality.comparison import COMPARABLE, Contest, contests, size_name
+from benchmarks.quality.measurement import COUNTED_AT, OURS, Result
+from benchmarks.quality.methods.quantized_caches import PACKAGES
+from benchmarks.recording import commit, machine, versions
+from fhopt.evaluation.statistics import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+COMMAND = "make bench-quality"
+
+
+def summary(results: Sequence[Result]) -> Table:
+    """Format a line for each implementation."""
+    unseen = sum(text.is_unseen for text in results[0].by_text)
+    table = Table(title=f"Loss against bytes, {unseen} unseen texts", title_justify="left")
+    for heading, justify in zip(SUMMARY, ("left", *("right",) * 6), strict=True):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for result in results:
+        table.add_row(*_summary_cells(result))
+    return table
+
+
+SUMMARY = ("cache", "size", "bytes a token", "perplexity, mean", "95 % interval", "worst text", "KL, mean")
+
+
+def _summary_cells(result: Result) -> tuple[str, ...]:
+    text, worst = result.worst
+    mean = result.mean
+    return (
+        result.impl.name,
+        size_name(result.impl),
+        f"{result.impl.token_bytes:,.0f}",
+        _percent(mean.increase_percent),
+        _interval(mean),
+        f"{_percent(worst.increase_percent)} ({text.name})",
+        f"{mean.kl:.2e}",
+    )
+
+
+CONTESTS = ("plan", "against", "its bytes", "perplexity", "its perplexity", "its KL", "plan is better")
+
+
+def contest_table(results: Sequence[Result]) -> Table:
+    """Format the comparison of plans with other methods."""
+    table = Table(title="Plans against caches that are not smaller", title_justify="left")
+    for heading in CONTESTS:
+        table.add_column(heading)
+    for contest in contests(results):
+        table.add_row(*_contest_cells(contest))
+    return table
+
+
+def _contest_cells(contest: Contest) -> tuple[str, ...]:
+    plan, baseline = contest.plan, contest.baseline
+    return (
+        size_name(plan.impl),
+        f"{baseline.impl.name} ({size_name(baseline.impl)})",
+        f"{contest.bytes_ratio:.2f}x",
+        _percent(plan.mean.increase_percent),
+        _percent(baseline.mean.increase_percent),
+        f"{baseline.mean.kl / plan.mean.kl:.1f}x",
+        "yes" if contest.is_won else "no",
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.2f} %" if abs(value) < 100 else f"{value:+.0f} %"
+
+
+def _interval(comparison: Comparison) -> str:
+    if comparison.increase_percent_ci is None:
+        return "-"
+    low, high = comparison.increase_percent_ci
+    return f"{_percent(low)[:-2]} to {_percent(high)[:-2]}"
+
+
+def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
+    """Draw both measures of loss over bytes, a line for each family; model: its name."""
+    left, right = figure.subplots(1, 2, sharex=True)
+    _lines(left, results, lambda comparison: comparison.kl)
+    _lines(right, results, lambda comparison: comparison.increase_percent)
+    left.set(yscale="log", ylabel="KL(exact || cache), nats per token")
+    right.set_yscale("symlog", linthresh=0.1)  # an increase may be below zero by chance
+    right.set_ylabel("increase of perplexity, % (linear below 0.1)")
+    right.set_ylim(bottom=min(-0.1, 1.5 * min(result.mean.increase_percent for result in results)))
+    right.axhline(0, color="black", linewidth=0.5)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel(f"times smaller than a 16-bit cache, at {COUNTED_AT:,} tokens")
+        ticks = [2, 3, 4, 5, 6, 8, 10, 12]
+        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=7)
+    figure.suptitle(f"{model}: loss of smaller KV caches, mean of texts unlike the calibration text")
+
+
+def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
+    """Draw the points of each family, joined in order of size; fhopt's line is heavier.
+
+    There are ten colours: an eleventh family has the first one again, with dashes and squares.
+    """
+    for number, family in enumerate(dict.fromkeys(result.impl.family for result in results)):
+        members = sorted((r for r in results if r.impl.family == family), key=lambda r: r.impl.ratio)
+        line, marker = (("-", "o"), ("--", "s"))[number // 10 % 2]
+        style: dict[str, Any] = dict(color=f"C{number % 10}", linestyle=line, marker=marker, linewidth=1.2)
+        if family == OURS:
+            style |= dict(linewidth=2.5, zorder=3, color="black")
+        axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], label=family, **style)
+
+
+def write_page(path: Path, results: Sequence[Result]) -> None:
+    """Write the Markdown page: implementations, contests, texts."""
+    lines = [
+        "# Quality: the loss of smaller KV caches",
+        "",
+        *_made_by(),
+        "",
+        *_method(results),
+        "",
+        "![loss against bytes](../benchmarks/results/quality.png)",
+        "",
+        "## By implementation",
+        "",
+        *_markdown(SUMMARY, [_summary_cells(result) for result in results]),
+        "",
+        "## Plans against caches that are not smaller",
+        "",
+        "Each plan is compared with each method's smallest size that is at least as large. `its bytes` and `its KL` "
+        "are relative to the plan's; a plan is better when it is better in both measures. In `quality.json`, a plan's "
+        f"baseline is the best of these that holds at most {COMPARABLE:g} times its bytes.",
+        "",
+        *_markdown(CONTESTS, [_contest_cells(contest) for contest in contests(results)]),
+        "",
+        "## By text",
+        "",
+        *_by_text(results),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.part")
+    staging.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    staging.replace(path)
+
+
+def _made_by() -> list[str]:
+    used, on = versions(), machine()
+    known, _, state = commit().partition("-")
+    measured = f"{known[:12]} ({state})" if state else known[:12]
+    packages = [f"{p} {metadata.version(p)}" for p in PACKAGES.values() if _is_installed(p)]
+    named = ", ".join([f"torch {used['torch']}", f"transformers {used.get('transformers', '-')}", *packages])
+    return [
+        f"Made by `{COMMAND}` with {named}, on {on['cpu'] or on['architecture']} ({on['threads']} threads), commit "
+        f"{measured}. Do not edit: run the command again.",
+    ]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _method(results: Sequence[Result]) -> list[str]:
+    texts = list(results[0].by_text)
+    unseen = ", ".join(f"{t.name} ({len(t.ids):,} tokens)" for t in texts if t.is_unseen)
+    seen = ", ".join(t.name for t in texts if not t.is_unseen)
+    return [
+        f"SmolLM2-135M-Instruct in float32; each token attends to what it would attend to in decoding. Unseen texts: "
+        f"{unseen}; the mean is over their tokens. Calibrated on the first half of "
+        f"{seen or 'another text'}, whose second half is in the last table only. Bytes are counted at "
+        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. All have the same attention sinks and "
+        "residual window, but quanto and hqq: they are `transformers.QuantizedCache` with its own residual window. "
+        "Formulas: the docstring of `benchmarks/quality/methods/quantized_caches.py` and of the modules that it names; "
+        "sources: [comparison](comparison.md). Intervals: a bootstrap over blocks of 64 tokens."
+    ]
+
+
+def _by_text(results: Sequence[Result]) -> list[str]:
+    """Format the increase of perplexity, with the exact perplexity in the first row."""
+    texts = list(results[0].by_text)
+    exact = [f"{results[0].by_text[text].exact:.3f}" for text in texts]
+    heading = ("cache", "size", *(text.name + ("" if text.is_unseen else " (kind of calibration)") for text in texts))
+    body = [
+        (result.impl.name, size_name(result.impl), *(_percent(result.by_text[t].increase_percent) for t in texts))
+        for result in results
+    ]
+    return _markdown(heading, [("exact perplexity", "1x", *exact), *body])
+
+
+def _markdown(heading: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    lines = [heading, ["---"] * len(heading), *body]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -1,0 +1,1 @@
+"""Page selection and the retrieval LM head."""

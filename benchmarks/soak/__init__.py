@@ -1,0 +1,1 @@
+"""Long runs: correctness and memory of caches over many operations."""

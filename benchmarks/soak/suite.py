@@ -1,0 +1,88 @@
+"""Generate 200,000 tokens with latent caches through every operation of a cache, and compare with a plain reference.
+
+    python -m benchmarks.soak.suite               benchmarks/results/soak.json and .png; fails if a promise breaks
+    python -m benchmarks.soak.suite --quick       a twentieth of the tokens (also QUICK=1)
+    python -m benchmarks.soak.suite --minutes 60  the same mixed with generate(), over and over: endurance.json and .png
+
+A small model samples tokens one by one, in batches, mixed with prefill of several tokens, crops (short ones and ones
+deep into quantized blocks), reordered, repeated and selected sequences, and resets. After every call the logits of the
+latent cache are compared with those of `Reference`, which keeps all keys and values as ordinary tensors and replaces a
+token by its dequantized value when it is quantized. Models and latents are float64, so that no value is rounded to
+another level by chance. One run is in float32, with the compiled kernels: there rounding may differ, the caches diverge
+from then on, and only the memory is checked.
+
+Promises: logits within 1e-4; no drift (the last quarter of a run is as close as the first); bytes never above the
+formula and the spare capacity; constant memory of the process. With --minutes it is read after each lap through all
+variants, with models kept from lap to lap: the run fails when the slope of a straight line through the laps after the
+warm-up is above 1 MB an hour by more than two of its standard errors.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import torch
+
+from benchmarks.recording import Row, is_quick, record
+from benchmarks.soak.endurance import endure
+from benchmarks.soak.runs import MOST_APART, VARIANTS, Course, broken, drift, growth, run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+
+def rows_of(name: str, course: Course) -> list[Row]:
+    """Return the figures of one run."""
+    figures = (
+        ("tokens", course.tokens[-1], ""),
+        ("largest_logit_difference", max(course.apart), ""),
+        ("last_quarter_over_first", drift(course), "x"),
+        ("bytes_over_allowed", max(course.over), "x"),
+        ("process_growth", growth(course), "bytes"),
+        ("tokens_per_second", course.tokens[-1] / course.seconds, "1/s"),
+    )
+    return [Row(name, "fhopt", metric, float(value), unit) for metric, value, unit in figures]
+
+
+def draw(figure: Figure, courses: dict[str, Course]) -> None:
+    """Draw differences of logits, and bytes against what is allowed, over the tokens of each run."""
+    above, below = figure.subplots(2, 1, sharex=True)
+    for name, course in courses.items():
+        stride = max(1, len(course.tokens) // 400)
+        cut = range(0, len(course.tokens) - stride + 1, stride)
+        at = [course.tokens[i] for i in cut]
+        above.plot(at, [max(course.apart[i : i + stride]) for i in cut], label=name, linewidth=0.8)
+        below.plot(at, [max(course.over[i : i + stride]) for i in cut], linewidth=0.8)
+    above.axhline(MOST_APART, color="black", linestyle=":", linewidth=0.8)
+    above.set(yscale="log", ylabel="largest difference of logits", title="latent caches against a plain reference")
+    above.legend(fontsize="small", ncols=3)
+    below.axhline(1, color="black", linestyle=":", linewidth=0.8)
+    below.set(xlabel="tokens generated", ylabel="bytes held / bytes allowed", ylim=(0, 1.1))
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A twentieth of the tokens.")
+@click.option("--minutes", type=float, help="Repeat for so long, and monitor the memory of the process.")
+def main(quick: bool, minutes: float | None) -> None:
+    """Run every variant; exit status 1 when a promise is broken."""
+    torch.set_num_threads(1)
+    if minutes is not None:
+        problems = endure(minutes)
+        click.echo("; ".join(problems) or "every promise holds")
+        sys.exit(bool(problems))
+    share = 20 if quick or is_quick() else 1
+    courses: dict[str, Course] = {}
+    failed = False
+    for variant in VARIANTS:
+        course = courses[variant.name] = run(variant, variant.tokens // share)
+        failed |= bool(problems := broken(variant, course))
+        click.echo(f"{variant.name}: {'; '.join(problems) or 'every promise holds'}")
+    rows = [row for name, course in courses.items() for row in rows_of(name, course)]
+    record("soak", rows, lambda figure: draw(figure, courses))
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

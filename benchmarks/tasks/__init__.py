@@ -1,0 +1,1 @@
+"""Accuracy of models with plans on tasks."""

