@@ -12,9 +12,7 @@ from fhopt.cli.options import json_option, output_console, print_json, progress_
 from fhopt.errors import FhoptError
 from fhopt.planning.request import CALIBRATING
 
-SHARES = (
-    {"loading": 1.0} | CALIBRATING | {"plan": 1.0, "perplexity": 5.0, "speed": 3.0, "report": 2.0}
-)  # stages, and their times
+SHARES = {"loading": 1.0} | CALIBRATING | {"perplexity": 5.0, "speed": 3.0, "report": 2.0}  # stages, and their times
 
 
 @main.command()

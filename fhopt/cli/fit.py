@@ -233,8 +233,7 @@ def _fitted(
     shares |= ({"gate": 10.0} if request.gate else {}) | ({"pages": 10.0} if request.pages else {})
     kept = progress_file.ProgressFile(progress_file.beside(beside))
     with progress_bar(as_json, shares) as shown, kept.kept(shown) as progress:
-        if request.calibration is None:
-            shown("finding attention", 0, 1)
+        shown("finding attention" if request.calibration is None else "plan", 0, 1)
         return fit_in_first_process(text_source(loaded), request, progress, calibration={"dtype": dtype})
 
 

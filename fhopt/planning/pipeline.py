@@ -148,7 +148,6 @@ def _sized(
 ) -> FittedPlan:
     """Fit the plan of the size that was asked for. Raises FhoptError."""
     options = request.options
-    progress("plan", 0, 1)
     if request.bytes_per_token is not None:
         options = replace(options, ratio=_ratio_of(calibration, request.bytes_per_token, options.tokens))
         options.check()

@@ -55,7 +55,7 @@ def test_it_takes_what_the_command_takes_with_the_same_defaults() -> None:
 def test_plan_and_warning_are_those_of_the_command(
     folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fhopt.plan.expected_loss.LEAST_TOKENS", 1000)  # so that a tiny model has too few
+    monkeypatch.setattr("fhopt.plan.expected_loss.MIN_TOKENS", 1000)  # so that a tiny model has too few
     printed = call("fit", str(folder), *FLAGS, "--dtype", "float32", "-o", str(tmp_path / "plan")).output
     with pytest.warns(UserWarning, match="bases were fitted to") as caught:
         plan = fhopt.fit(loaded.module, loaded.tokenizer, **SMALL)
