@@ -46,6 +46,7 @@ LONGEST = (
 )  # files that take long, those with slow tests among them
 # Where no generated C++ is the point: attention on latents runs on torch operations, and no kernel is compiled.
 WITHOUT_KERNELS = (
+    "benchmarks/tasks/",
     "unit/backend/test_online_fit.py",
     "unit/calibration/",
     "unit/cli/",
