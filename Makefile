@@ -70,7 +70,7 @@ demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
 test: $(TEST)  ## the tests; what takes longest comes with `make test-slow`
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(if $(BUDGET),--budget $(BUDGET))
 	@echo "make test: all tests passed. What takes longest comes with: make test-slow"
 
 test-slow: $(TEST) $(DOCS)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
