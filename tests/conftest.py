@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from durations import DurationRecorder, Durations
 from hypothesis import settings
 from small_models import Fitted
 
@@ -20,32 +21,9 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1
 # On Intel's CPUs MKL rounds by where a matrix lies in memory, and a code of a latent may then be its neighbour: not so.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 TESTS = Path(__file__).parent
-LONGEST = (
-    "integration/test_demo.py",
-    "robustness/test_fuzz_graphs.py",
-    "robustness/test_soak.py",
-    "unit/parallel/test_tensor_parallel.py",
-    "unit/codegen/cpu/test_graph_kernels.py",
-    "unit/codegen/gpu/test_packing.py",
-    "unit/codegen/cpu/test_attention.py",
-    "integration/test_compiled_models.py",
-    "integration/test_distributed.py",
-    "unit/export/test_pt2_step.py",
-    "unit/export/test_pt2_module.py",
-    "unit/export/test_mlir_check.py",
-    "integration/test_paged_generation.py",
-    "unit/codegen/gpu/test_attention.py",
-    "unit/codegen/gpu/test_prefill.py",
-    "unit/codegen/gpu/test_encode_rows.py",
-    "robustness/test_fuzz_capture.py",
-    "integration/test_input_layout.py",
-    "integration/test_zoo.py",
-    "integration/test_families.py",
-    "integration/test_compiled_generation.py",
-    "unit/cli/test_fit_head.py",
-)  # files that take long, those with slow tests among them
 # Where no generated C++ is the point: attention on latents runs on torch operations, and no kernel is compiled.
 WITHOUT_KERNELS = (
+    "benchmarks/tasks/",
     "unit/backend/test_online_fit.py",
     "unit/calibration/",
     "unit/cli/",
@@ -74,6 +52,10 @@ SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of `make sanitize` and of test_golden_kernels.py."""
     parser.addoption("--sanitize", action="store_true", help="Compile kernels with AddressSanitizer and UBSan.")
+    parser.addoption(
+        "--budget", type=float, help="Seconds that a test may take that tests/durations.json does not have."
+    )
+    parser.addoption("--save-durations", action="store_true", help="Write tests/durations.json.")
     parser.addoption("--regenerate-golden", action="store_true", help="Write the kernels in tests/golden anew.")
 
 
@@ -82,15 +64,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Failures are told at once; kernels that read or write where they must not, or overflow, end the run."""
     if (terminal := config.pluginmanager.getplugin("terminalreporter")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Failures(terminal))
+        recorder = DurationRecorder(
+            Durations.load(), config.getoption("--budget"), config.getoption("--save-durations")
+        )
+        config.pluginmanager.register(recorder)
     if config.getoption("--sanitize"):
         compiler: Any = importlib.import_module("fhopt.codegen.compiler")
         compiler.FLAGS += SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, in this order, so that no worker is left alone with one at the end."""
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
+    """Run the files that take longest first, so that no worker is left alone with one of them at the end."""
+    seconds = Durations.load().files
+    items.sort(key=lambda item: -seconds.get(item.path.relative_to(TESTS).as_posix(), 0.0))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(4 * float(item.config.getini("timeout") or 300)))

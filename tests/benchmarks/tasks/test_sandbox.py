@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fhopt.evaluation import sandbox
-from fhopt.evaluation.sandbox import LINE, ProgramResult, run_program
+from benchmarks.tasks import sandbox
+from benchmarks.tasks.sandbox import LINE, ProgramResult, run_program
 
 SECONDS = 30.0  # where time is not the point: machines of tests are busy
 REFUSED = "exit code 1: PermissionError: the sandbox refuses "
@@ -95,7 +95,7 @@ def test_network_processes_and_foreign_code_are_refused(code: str, what: str) ->
 def test_the_network_is_gone_in_the_kernel_too() -> None:
     """Where it lets a user have a namespace; asked without the audit hook."""
     code = (
-        "from fhopt.evaluation.sandbox import leave_network; left = leave_network(); "
+        "from benchmarks.tasks.sandbox import leave_network; left = leave_network(); "
         "print(left, [line.split(':')[0].strip() for line in open('/proc/net/dev') if ':' in line])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_models import Fitted, token_ids
 
+from benchmarks.tasks.generation import BLOCK, Drift, drift_of, own_text, repeated
 from fhopt.errors import FhoptError
-from fhopt.evaluation.generation import BLOCK, Drift, drift_of, own_text, repeated
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.fitting.fit_plan import exact_plan
 

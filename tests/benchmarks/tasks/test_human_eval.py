@@ -16,9 +16,9 @@ from character_tokenizer import characters
 from small_models import Fitted, cached, tiny_gpt2, tiny_llama
 from tokenizers import decoders
 
+from benchmarks.tasks import human_eval
+from benchmarks.tasks.human_eval import Completion, Problem, complete, cut, judge, read_problems, solve
 from fhopt.errors import FhoptError
-from fhopt.evaluation import human_eval
-from fhopt.evaluation.human_eval import Completion, Problem, complete, cut, judge, read_problems, solve
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.plan.latent_plan import LatentPlan
 

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.tasks.sandbox import ProgramResult, run_program
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import decode_options, step_bounds
-from fhopt.evaluation.sandbox import ProgramResult, run_program
 from fhopt.files import read_file
 from fhopt.models.model_facts import positions_of
 from fhopt.plan.latent_plan import LatentPlan
