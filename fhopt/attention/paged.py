@@ -3,8 +3,8 @@
 A page is `PagePlan.tokens` consecutive quantized tokens. The token sketches are stored next to the packed latents
 (fhopt/cache/base_layer.py), and a decode step loads nothing else of pages that it does not select.
 `fhopt.ops.page_selection` selects. This module estimates page weights, attends to the selected pages, and accounts for
-the others: by a mean of sampled values with a calibrated part of their weight (`PagePlan.fill`), or, if an upper bound
-on their weight exceeds the plan's limit, by attending to them. Sinks, window, new tokens and all pages of short
+the others: by a mean of sampled values with a calibrated factor of their weight (`PagePlan.fill`), or, if an upper
+bound on their weight exceeds the plan's limit, by attending to them. Sinks, window, new tokens and all pages of short
 sequences are always attended.
 
 With plain masks, one query per sequence runs as one op, `fhopt::attend_pages`; other calls run the same functions as

@@ -183,7 +183,7 @@ def fill_with_mean(
 
     mean [B,n,S or 1,R], n a divisor of H; without a mean or a fill nothing changes. odds [B,H,S]: from `odds_left_out`.
     Estimates may have a common error factor, if a text's keys have another mean than the calibration set; odds cancel
-    it. fill [H]: log of the fraction of the weight that goes to the mean.
+    it. fill [H]: log of the factor of the weight that goes to the mean.
     """
     if mean is None or fill is None:
         return output, lse
