@@ -36,7 +36,7 @@ SAMPLE = 16  # pages averaged for value-mean fill
 
 
 def selects_pages(query: Tensor, index: PageIndex) -> bool:
-    """Return True if the query selects pages alone and there are more pages than its maximum."""
+    """Return True if the query selects its own pages and there are more pages than its maximum."""
     return (index.each_query or query.shape[2] == 1) and index.most < index.count
 
 

@@ -123,7 +123,7 @@ class Slots:
         return keys, values, StaticLatents(key_side, value_side, sinks, positions, seen, self.places.tokens)
 
     def _marked(self, slots: Tensor) -> Tensor:
-        """Return bool [T + 1]: which slots are in the list; the last entry stands for -1."""
+        """Return bool [T + 1]: which slots are in the list; the last entry represents -1."""
         marks = torch.zeros(self.places.tokens + 1, dtype=torch.bool, device=slots.device)
         return marks.index_fill(0, torch.where(slots < 0, self.places.tokens, slots), True)
 

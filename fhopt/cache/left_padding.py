@@ -1,7 +1,7 @@
 """Left padding of a batch's sequences in a cache; see fhopt/attention/token_places.py.
 
 A cache does not see the attention mask: `note_padding` reports it to the layers of an empty cache before their first
-call. A layer reorders that call's tokens into slots, and stores three numbers per sequence: its padding, its number of
+call. A layer reorders that call's tokens into slots, and stores three integers per sequence: its padding, its number of
 attention sinks, and the offset of its token indices from its positions. The offset is the padding if positions exclude
 padding, as in `generate`, and 0 if the model counts it. Sequences without any token in the first call (chunked prefill)
 are not reordered, and padding takes their attention sinks; their means and key segments still start at their first

@@ -1,7 +1,7 @@
 """Latents instead of the K/V buffers of a user's module: state of compiled graphs between calls.
 
-    register_buffer("k_cache", zeros(B, G, T, D))     the buffer    a few NaN, seen as [B,G,T,D]
-                                                ->    its state     [ sinks | ring | a packed latent for each slot ]
+    register_buffer("k_cache", zeros(B, G, T, D))     the buffer    a few NaN, viewed as [B,G,T,D]
+                                                ->    its state     [ sinks | ring | a packed latent per slot ]
 
 The state of a pair of buffers (keys, values) is looked up by tensor identity: all graphs of a module share it, and it
 is freed with the tensors. Tokens already in the buffers are quantized at first use; then the buffer memory is released.

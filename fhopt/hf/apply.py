@@ -2,7 +2,7 @@
 
 Only public interfaces of transformers are used: the attention registry, the cache class, and a forward pre-hook that
 passes a `LatentCache` when the model (or `generate`) would create an ordinary one. No model source is patched: a model
-with its own attention code reads the latents through `LatentTensor` (fhopt/attention/offered_latents.py).
+with its own attention code uses the latents through `LatentTensor` (fhopt/attention/offered_latents.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Applied:
     interface: bool  # attention goes through the registry, and the code before it does not need full-length keys
     reader: Any  # shared by the caches of this model
     config: Any  # the model's
-    fast: tuple[bool, bool]  # skinny products, layer programs
+    fast: tuple[bool, bool]  # skinny_products, layer_programs
     warned: set[str] = field(default_factory=set)  # messages already issued
 
 

@@ -171,7 +171,7 @@ class LayerState:
         self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
         self.known = _Known()
         self.follower = Follower()
-        self.reason = ""  # why there is no program
+        self.reason = ""  # reason for having no program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         """Return an empty state: programs are bound to one layer's weights."""

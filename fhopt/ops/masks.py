@@ -111,7 +111,7 @@ def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
     """Restrict a bias to `allowed` (bool), except in rows without allowed keys, which retain it less its maximum.
 
-    In such rows finite values overwrite the scores and alone determine the weights.
+    In such rows finite values overwrite the scores and determine the weights.
     """
     levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would swamp the logarithm of a sum
     return torch.where(open_rows(allowed), restricted(bias, allowed), levels)

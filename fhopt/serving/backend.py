@@ -101,7 +101,7 @@ class LatentBackend(AttentionBackend):  # type: ignore[misc]
 
 
 class LatentAttention(AttentionImpl):  # type: ignore[misc]
-    """Attention of one layer."""
+    """vLLM attention implementation of one layer with a plan."""
 
     def __init__(self, layer: Any, cache: LayerCache, window: FurtherCache, first: FurtherCache) -> None:
         exact = layer.impl
@@ -139,7 +139,7 @@ class FurtherCache(torch.nn.Module, AttentionLayerBase):  # type: ignore[misc]
         get_current_vllm_config().compilation_config.static_forward_context[name] = self
 
     def get_attn_backend(self) -> type[LatentBackend]:
-        """Return the backend."""
+        """Return the backend for the plan's caches."""
         return LatentBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:

@@ -38,7 +38,7 @@ class FirstSpec(SlidingWindowSpec):  # type: ignore[misc]
     """Cache of a layer's first tokens: one page per request, in the block of its first tokens."""
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Return 1."""
+        """Return 1, the page of first tokens."""
         return 1
 
 
