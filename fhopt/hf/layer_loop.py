@@ -72,7 +72,7 @@ class _Turn:
 
 
 class Turns:
-    """Proxy of a layer list: iterating over it, or over a slice, yields `_Turn`s."""
+    """Proxy of a layer list: iterating over it, or over a slice, yields `_Turn` objects."""
 
     def __init__(self, layers: torch.nn.ModuleList, shared: SharedState, alike: bool) -> None:
         """alike: every iteration has the same arguments except the first argument."""

@@ -34,8 +34,8 @@ def structure_of(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def twin_of(layer: torch.nn.Module, is_renumbered: bool) -> torch.nn.Module:
     """Return a clone of a layer with the same weights, optionally with another layer index.
 
-    The clone has module objects of its own, so that concurrent calls of `layer` are unaffected. Replaced `forward`s are
-    not copied.
+    The clone has module objects of its own, so that concurrent calls of `layer` are unaffected. A replaced
+    `forward` is not copied.
     """
     twin: torch.nn.Module = object.__new__(type(layer))
     attributes = {name: x for name, x in vars(layer).items() if name != "forward"}
