@@ -23,7 +23,7 @@ ECHO_COSTS = "echo_costs"  # provenance key for costs on the repeated-token prob
 
 
 def allocate_lifts(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, int]:
-    """Choose one of LIFTS, or ALL, for each site, such that on average `share` of the quantized tokens' bytes is loaded.
+    """Choose one of LIFTS, or ALL, for each site, such that on average `share` of quantized tokens' bytes is loaded.
 
     Starts from half the share and then takes the step with the largest reduction of cost per byte; with fewer pages
     than half, the measurements say little about longer contexts. Sites that were not measured load all their pages,

@@ -55,7 +55,7 @@ class _Moments:
 
 @torch.inference_mode()
 def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> LatentPlan:
-    """Fit sketches of at most `size` bytes of quantized values per token to token ids [N, T]; return the plan with them.
+    """Fit sketches of at most `size` bytes of quantized values per token to ids [N, T]; return the plan with them.
 
     Decoder sites that page selection can observe get one. Raises FhoptError if the plan is not for this model, or its
     attention cannot select pages.
