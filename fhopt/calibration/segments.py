@@ -41,7 +41,7 @@ class Segment:
 
 
 def activation_bytes(graph: fx.Graph, sites: Collection[str]) -> int:
-    """Return the bytes of all tensors, except views, that depend on attention at `sites` (node names): an upper bound."""
+    """Return the bytes of all tensors but views that depend on attention at `sites` (node names): an upper bound."""
     counted = [node for node in _dependent(graph, sites) if op_name(node) not in VIEWS]
     tensors = [t for node in counted for t in leaves(fake(node)) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors if t.is_floating_point())
