@@ -1,4 +1,4 @@
-"""The plot of `fhopt bench`, drawn by matplotlib: speed and bytes over the context, a line per KV cache."""
+"""Plot of `fhopt bench`, drawn by matplotlib: speed and bytes over the context, a line per KV cache."""
 
 from __future__ import annotations
 
