@@ -21,10 +21,11 @@ def one_line(text: object, limit: int = 300) -> str:
 class Miss(Exception):
     """Raised if a pass does not rewrite a node.
 
-        Attributes:
-            reason: what was expected and what was found, one sentence.
-            node: the node at which matching stopped (`torch.fx.Node`), or None.
-            reached: what had been recognized before, "" if the pass has no steps.
+    Attributes:
+        reason: what was expected and what was found, one sentence.
+        node: the node at which matching stopped (`torch.fx.Node`), or None.
+        reached: what had been recognized before, "" if the pass has no steps.
+
     """
 
     def __init__(self, reason: str, node: Any = None, reached: str = "") -> None:
@@ -41,8 +42,9 @@ class PassError(RuntimeError):
 class Stale(Exception):
     """Raised if a compiled graph is called with other weights than its plan was fitted for, and must run exactly.
 
-        Attributes:
-            is_settled: no other graph of the plan matches these weights.
+    Attributes:
+        is_settled: no other graph of the plan matches these weights.
+
     """
 
     is_settled = False

@@ -1,8 +1,8 @@
 """Calibration data: a captured model and its batches, from text, user batches or recorded calls.
 
-    of_text        sequences of the first halves of texts, for causal language models
-    of_batches     keyword arguments, for any module
-    of_sequences   token ids recorded from calls of a language model
+of_text        sequences of the first halves of texts, for causal language models
+of_batches     keyword arguments, for any module
+of_sequences   token ids recorded from calls of a language model
 """
 
 from __future__ import annotations

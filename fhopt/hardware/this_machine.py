@@ -1,7 +1,7 @@
 """Facts of `fhopt doctor`: hardware and software of this machine, and what is fast, slow or missing.
 
-    examine()          -> Machine         CPU, memory, compiler, GPUs, versions, the folder of generated kernels
-    findings(machine)  -> Finding, ...    one line each, with a fix if there is one
+examine()          -> Machine         CPU, memory, compiler, GPUs, versions, the folder of generated kernels
+findings(machine)  -> Finding, ...    one line each, with a fix if there is one
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def _bytes(x: Tensor, count: int) -> Tensor:
 
 
 def dequantize(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """Dequantize all rows: (rows int64 [n], values float64 [n, R], scales and norms float64 [n, 6] as in the blocks)."""
+    """Dequantize all rows: (rows int64 [n], values float64 [n, R], scales and norms float64 [n, 6] of the blocks)."""
     rank, lead = codes.rank, codes.lead
     sizes = [BLOCK * lead, BLOCK * (rank - lead) // 2, BLOCK * 12, BLOCK * 4]
     first, rest, numbers, rows = codes.codes.split(sizes, 1)
