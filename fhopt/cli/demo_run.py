@@ -80,7 +80,7 @@ def run_demo(
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Summarize the plan in one line: how much smaller and faster, from which context, and whether the answer changed."""
+    """Summarize the plan in one line: how much smaller and faster, from which context, and if the answer differs."""
     speeds = {int(n): speed["plan"] / speed["exact"] for n, speed in result["speed_by_context"].items()}
     longest = max(speeds)
     pays = result["break_even_tokens"]

@@ -82,7 +82,7 @@ class Finding:
 
 
 def examine() -> Machine:
-    """Examine this machine; reads memory for about a second, and compiles a kernel for the CPU and for each GPU."""
+    """Examine this machine; loads memory for at most a second, and compiles a kernel for the CPU and for each GPU."""
     total, free = memory_bytes()  # before measurements allocate memory
     threads = torch.get_num_threads()
     compiler, compiler_fault = _compiler()

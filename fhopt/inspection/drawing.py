@@ -119,7 +119,7 @@ def draw(site: AttentionSite | SitePlan, plan: PlanOrPath | None = None) -> Draw
     return Drawing(site.name, before(site).svg)
 
 
-# --------------------------------------------------------------------------------------------------- what is drawn
+# --------------------------------------------------------------------------------------------------- diagrams of a site
 
 
 def before(site: AttentionSite) -> Diagram:

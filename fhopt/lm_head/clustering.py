@@ -105,7 +105,7 @@ def _accept(rows: Tensor, nearest: Tensor, values: Tensor, labels: Tensor, room:
 
 
 def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the nearest centroids of each row: (x.m - |m|^2/2, which falls with distance, index), both [N, 32]."""
+    """Find the nearest centroids of each row: (x.m - |m|^2/2, larger if closer; index), both [N, 32]."""
     norms = centroids.square().sum(1) / 2
     count = min(NEAREST, centroids.shape[0])
     parts = [(part @ centroids.T - norms).topk(count, dim=1) for part in rows.split(CHUNK)]

@@ -51,7 +51,7 @@ def _share(curves: Curves | None, at: int) -> float:
 
 
 def _first(curves: Curves, share: float) -> int:
-    """Return the first of LIFTS whose share of pages is the largest up to `share`; the highest lift if none is."""
+    """Return the index of the lowest lift whose share of pages is at most `share`; the highest lift if none is."""
     return max([i for i in range(len(LIFTS)) if curves.share(i) <= share], default=0)
 
 
