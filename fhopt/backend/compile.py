@@ -181,7 +181,7 @@ class _OtherWeights:
                 return variant(inputs)
             except Stale:
                 continue
-        module_buffers.restore(inputs)  # undo partial writes: the next graph must see the original caches
+        module_buffers.restore(inputs)  # the next graph may need the original buffers
         compiled = self._compile_variant(inputs)
         if compiled is not None:
             self.variants.append(compiled)

@@ -5,7 +5,7 @@ decoding: the attention sinks, a recent window of `recent` to `recent + block` t
 or of the pages that it selects. The exact model runs in the same steps on its own KV cache, so only one step's logits
 of each are in memory. Several processes may share the sequences (fhopt/parallel/collectives.py).
 
-Intervals are percentiles of a bootstrap over blocks of 64 tokens, because errors of neighbouring tokens are correlated
+Intervals are percentiles of a bootstrap over blocks of 64 tokens, because errors of neighboring tokens are correlated
 (nonoverlapping blocks: Carlstein 1986, "The use of subseries values for estimating the variance of a general statistic
 from a stationary sequence").
 """

@@ -1,7 +1,7 @@
 """Charts of a report as Vega-Lite specifications.
 
 Each names its data (`{"name": ROWS}`), which the page fills in from the report's own JSON, so a chart shows no value
-that is not in the JSON. The page sets colours, fonts and width.
+that is not in the JSON. The page sets colors, fonts and width.
 
 Vega-Lite: Satyanarayan et al. 2017, A Grammar of Interactive Graphics.
 """
@@ -117,7 +117,7 @@ def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
 
 
 def spectrum() -> Spec:
-    """Chart one side of one site: the cost of dropping a channel, coloured by its bits. Rows: channel, nats, bits."""
+    """Chart one side of one site: the cost of dropping a channel, colored by its bits. Rows: channel, nats, bits."""
     return _spec(
         "spectrum",
         mark={"type": "bar", "tooltip": True},

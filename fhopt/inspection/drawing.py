@@ -30,7 +30,7 @@ from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
 
-# Fill and line colour by role of a node, unless a style sheet overrides them (the report's does for dark pages).
+# Fill and line color by role of a node, unless a style sheet overrides them (the report's does for dark pages).
 COLOURS = {
     "io": ("#f4f4f5", "#71717a"),
     "weight": ("#e0e7ff", "#4f46e5"),

@@ -95,5 +95,5 @@ def _pieces(text: str, target: str) -> Iterator[str]:
 
 
 def style_sheet(selector: str, style: str) -> str:
-    """Return Pygments' colours as CSS below a selector."""
+    """Return Pygments' colors as CSS below a selector."""
     return str(HtmlFormatter(style=style).get_style_defs(selector))

@@ -3,7 +3,7 @@
     fhopt inspect MODEL --plan PLAN --graph model.fhopt
     model-explorer model.fhopt --extensions=fhopt.inspection.model_explorer_extension --node_data_paths=model.bytes.json
 
-The file has one graph per pass, to be shown side by side. Node data in files next to it colour the sites: bytes per
+The file has one graph per pass, to be shown side by side. Node data in files next to it color the sites: bytes per
 token, mean bits per channel, and expected KL. Only loading needs the extra `explorer`.
 """
 

@@ -232,7 +232,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
-    """Compute upper bounds [M, n] of h.w for centred rows [n, C], without the rounding error of h."""
+    """Compute upper bounds [M, n] of h.w for centered rows [n, C], without the rounding error of h."""
     coordinates, hidden = basis.rows(rows), basis.hidden(sample)
     out = hidden @ coordinates.float().T
     for part, bits in ((slice(basis.lead), 8), (slice(basis.lead, None), 4)):

@@ -77,7 +77,7 @@ class Balance:
 
 
 def balance(hidden: Tensor | None, rows: Tensor) -> Balance:
-    """Compute the balanced basis from moments [C, C] (float64) of hidden states (None: unknown) and centred rows."""
+    """Compute the balanced basis from moments [C, C] (float64) of hidden states (None: unknown) and centered rows."""
     width = rows.shape[0]
     eye = torch.eye(width, dtype=torch.float64)
     rows = rows + 1e-6 * _scale(rows) * eye

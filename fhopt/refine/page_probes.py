@@ -31,8 +31,8 @@ Costs of the same weight left out differ between sites by two orders of magnitud
 to one token, and loses everything if its page is missing. A text has few tokens that can only be predicted by copying,
 hence the repeated-token probe. One layer of SmolLM2 has a copying head that sketches serve badly: the page it needs
 ranks 50th to 120th of 492 pages of 16 tokens. In this probe that layer costs 7 times as much as on text. It selects
-0.40 of its pages, up from 0.27, and the loss on answers copied from a distance of 8,064 tokens falls from 0.098 to 0.017
-nats/token (12 questions). Costs of several sites are assumed to add up.
+0.40 of its pages, up from 0.27, and the loss on answers copied from a distance of 8,064 tokens falls from 0.098 to
+0.017 nats/token (12 questions). Costs of several sites are assumed to add up.
 
 Dimensions: B batch, H query heads, U units, S queries, P pages, T quantized tokens.
 """
