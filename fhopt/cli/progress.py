@@ -1,7 +1,8 @@
 """Progress of a whole job on standard error: one bar with the time left, or plain lines without a terminal.
 
-A job has stages, each with a share of the time. The command defines them, and the running code reports `(stage, done,
-total)`. Without a terminal a line is printed every ten seconds, independent of reports, since a step may take minutes.
+A job has stages, each with a share of the time. The command defines them, and the running code reports
+`(stage, done, total)`. Without a terminal a line is printed every ten seconds, independent of reports, since a step may
+take minutes.
 """
 
 from __future__ import annotations

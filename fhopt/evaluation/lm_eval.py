@@ -3,8 +3,9 @@
     python -m fhopt.evaluation.lm_eval --model fhopt --model_args pretrained=demo,plan=PLAN --tasks TASK
 
 takes the options of `lm_eval`. `pretrained` is a MODEL of fhopt's commands; without `plan` a full-precision KV cache is
-used in the same steps. From Python: `lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"),
-tasks=[...])`.
+used in the same steps. From Python:
+
+    lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"), tasks=[...])
 
 lm-eval itself would prefill a context in one call, in which tokens attend to each other in full precision: every plan
 would seem lossless. All tokens are therefore processed in the steps of `fhopt.evaluation.perplexity`, as token-by-token
