@@ -29,7 +29,7 @@ def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> 
 
 
 def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: Fitted) -> None:
-    """Run in float64, so that both ways round every latent to the same code; test_codegen.py compares kernels."""
+    """Run in float64, so that both ways round every latent to the same code; tests/unit/codegen compares kernels."""
     plan, ids, model = fitted.plan(4), token_ids(2, 60), copy.deepcopy(fitted.model).double()
     rebuilt = logits(model, LatentCache(plan, absorb=False), ids, list(range(20, 60)))
     fhopt.apply(model, plan)
