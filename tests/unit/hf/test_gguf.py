@@ -30,12 +30,7 @@ from fhopt.models.gguf_files import read_gguf
 gguf: Any = pytest.importorskip("gguf")
 pytestmark = needs_compiler
 ALL = {"": "Q8_0"}
-UNLIKE = {
-    "blk.0.ffn_down": "F16",
-    "blk.0.ffn": "Q4_0",
-    "blk.1.attn_q": "Q8_0",
-    "": "Q4_1",
-}  # like Q4_K_M, mixed by layer
+UNLIKE = {"blk.0.ffn_down": "F16", "blk.0.ffn": "Q4_0", "blk.1.attn_q": "Q8_0", "": "Q4_1"}  # by layer, as in Q4_K_M
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 MIXED = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q8_0", "ffn_down": "Q5_1", "ffn": "Q4_1", "token": "Q8_0"}
 
