@@ -68,7 +68,7 @@ def test_pages_that_it_names_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-# --------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------- numbers
 
 
 def test_numbers_are_those_of_the_files() -> None:

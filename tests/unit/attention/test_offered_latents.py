@@ -36,7 +36,7 @@ def test_a_compiled_model_that_loses_the_latents_is_refused() -> None:
 
 
 def test_a_model_without_the_plan_applied_also_attends_to_latents(fitted: Fitted) -> None:
-    """Its own attention gets full-length tensors that hold latents, so results are right whether a plan is applied."""
+    """Its own attention gets full-length tensors that hold latents, so results are right with and without a plan."""
     ids = token_ids(2, 60)
     plan = fitted.plan(2)  # small quantization steps: codes of the next layer may round differently
     expected = logits(fitted.model, LatentCache(plan, absorb=False), ids, [30, 40, 41])

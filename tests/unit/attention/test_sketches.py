@@ -45,7 +45,9 @@ def naive_sketch(latent: Tensor, plan: SketchPlan, head: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", [(2,), (4,), (4, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_of_sketches_are_those_of_the_latents_they_stand_for(dtype: torch.dtype, bits: tuple[int, ...]) -> None:
+def test_logits_of_sketches_equal_those_of_the_latents_they_represent(
+    dtype: torch.dtype, bits: tuple[int, ...]
+) -> None:
     latents, query = torch.randn(2, 3, 5, 16), torch.randn(2, 6, 2, 16, dtype=dtype)
     plan = sketch(SidePlan(torch.zeros(3, 16, 1), torch.zeros(3, 1, 16), ()), bits=bits)
     sketcher = Sketcher.on(plan, latents.device)

@@ -21,7 +21,7 @@ def test_torch_knows_the_backend_without_an_import() -> None:
 
 
 @pytest.mark.slow
-def test_without_a_plan_the_numbers_are_inductors() -> None:
+def test_without_a_plan_the_results_are_inductors() -> None:
     model, ids = tiny_llama(num_hidden_layers=1), token_ids(1, 20)
     compiled = torch.compile(model, backend="flashhead")
     with torch.no_grad():  # inductor compiles C++ for seconds; the slow tests cover gradients

@@ -212,7 +212,7 @@ def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mod
 
 @KINDS
 def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: Fitted, plan: LatentPlan) -> None:
-    """Segments and means are those of the unpadded sequence; only its first tokens are quantized more coarsely."""
+    """Segments and means are those of the unpadded sequence; its first tokens are quantized because it has no sinks."""
     ids, mask = padded((110, 21))
     cache = LatentCache(in_parts(plan), llama.model.config, **options)
     with torch.no_grad(), switched(llama.model, in_parts(plan)):

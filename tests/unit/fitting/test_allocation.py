@@ -123,7 +123,7 @@ def side_of(side: Basis, costs: SideCosts | None, grain: choices.Grain) -> alloc
 
 
 @pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])
-def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
+def test_bit_groups_for_a_gpu_are_optimal_for_their_bytes(levels: tuple[int, ...]) -> None:
     """Compare with all numbers of planes per bit group, channels ordered by cost."""
     side = spectrum(88, 1, 300.0, 2)
     part = side_of(side, None, choices.Grain(levels, choices.PLANE)).parts[0]

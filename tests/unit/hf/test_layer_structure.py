@@ -1,4 +1,4 @@
-"""Layers of equal structure: recognized, given their own weights, and kept apart if they differ."""
+"""Layers of equal structure: recognized, given their own weights, and distinguished if they differ."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_one_layer_is_traced_for_all(rehearsals: list[Any]) -> None:
 
 
 @needs_compiler
-def test_a_layer_that_does_something_else_with_its_number_is_rehearsed_on_its_own(
+def test_a_layer_that_uses_its_index_differently_is_traced_separately(
     rehearsals: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only its outputs show the difference."""

@@ -100,7 +100,7 @@ def filled(cache: Any) -> int:
 
 
 def fill(cache: Any, tokens: int) -> None:
-    """Write `tokens` random keys and values into all layers that store any, only the last of them kept."""
+    """Write `tokens` random keys and values into all layers that store any, the last token in a separate call."""
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:

@@ -266,9 +266,7 @@ def test_window_tokens_are_encoded_and_packed_after_others(
     for a, b in zip(found, expected, strict=True):  # other rows are unchanged
         assert torch.equal(a[:, :, :AT], b[:, :, :AT]) and torch.equal(a[:, :, AT + TOKENS :], b[:, :, AT + TOKENS :])
     one, other = (torch.ops.fhopt.unpack(*[p[:, :, AT : AT + TOKENS] for p in x], *tiers) for x in (found, expected))
-    assert float((one - other).abs().mean()) < 1e-3 * float(
-        other.abs().mean()
-    )  # sums in another order change few codes
+    assert float((one - other).abs().mean()) < 1e-3 * float(other.abs().mean())  # another sum order: few codes
 
 
 def test_a_window_that_does_not_fit_is_not_packed() -> None:

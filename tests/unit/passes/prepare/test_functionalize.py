@@ -170,7 +170,7 @@ WRITES = [
 
 
 @pytest.mark.parametrize("core", WRITES, ids=lambda f: f.__name__)
-def test_every_form_of_a_write_becomes_a_value_with_the_same_numbers_and_gradients(core: Callable[..., Any]) -> None:
+def test_every_form_of_a_write_becomes_a_value_with_the_same_results_and_gradients(core: Callable[..., Any]) -> None:
     program = program_of(core)
     assert Functionalize().candidates(program)
     assert functionalized(program, gradients=True).left == ()
