@@ -29,7 +29,7 @@ def test_auto_uses_trellis_if_it_pays_and_runs(code: str, ratio: float, is_read:
     assert codes.chosen(code, ratio, is_read) == expected
 
 
-def test_it_loses_less_by_what_was_measured_and_nothing_changes_without() -> None:
+def test_it_reduces_the_loss_as_measured_and_changes_nothing_without() -> None:
     for bits in (0, 1, 2, 3, 4, 5, 8, 16):
         assert codes.share(codes.UNIFORM, bits) == 1
         assert (codes.share(codes.TRELLIS, bits) < 1) is (bits in (1, 2, 3, 4))

@@ -112,7 +112,7 @@ def test_logits_that_become_equal_by_rounding_are_all_computed(softcap: float) -
         assert torch.equal(ours.argmax(-1)[searched], theirs.argmax(-1)[searched])
 
 
-def test_a_margin_brings_all_logits_within_it() -> None:
+def test_a_margin_includes_all_logits_within_it() -> None:
     weight, hidden = weights("random", 500, 32), torch.randn(3, 32)
     head = made(weight)
     found = search(hidden, weight, None, head.codes, head.search(margin=2.0, budget=500, logits=True))
@@ -129,7 +129,7 @@ def test_hidden_states_that_exceed_the_row_budget_are_left_to_the_dense_head() -
     assert found.counts.tolist() == [-1] * 4
 
 
-def test_a_margin_includes_all_logits_within_it() -> None:
+def test_several_threads_find_the_same() -> None:
     weight = weights("random", 5000, 64)
     hidden, head = torch.randn(16, 64), made(weight, clusters=100)
     for probes in (0, 30):

@@ -120,7 +120,7 @@ def test_rows_of_odd_sizes_are_unpacked_correctly(plan: Tiers, compiled: None) -
 
 
 @mixed_tiers
-def test_a_row_with_nan_or_inf_spoils_no_other(plan: Tiers, compiled: None) -> None:
+def test_a_row_with_nan_or_inf_affects_no_other(plan: Tiers, compiled: None) -> None:
     z = latents(plan, 5)
     wanted = pack_reference(z, *plan)
     z[1, 3], z[3, 2] = math.nan, -math.inf
