@@ -95,7 +95,7 @@ def _type(name: str, data: np.ndarray[Any, Any], kind: str) -> Any:
 
 
 def _permuted(source: Source, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Permute rows of queries and keys for GGUF's Llama, which rotates neighbors instead of halves as transformers does."""
+    """Permute rows of queries and keys for GGUF's Llama, which rotates neighbors; transformers rotates halves."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     part = next((key for key in heads if f".{key}." in name), None)
     if part is None or source.architecture != "llama":

@@ -137,7 +137,7 @@ def write_config(
 
 
 def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    """Load a saved configuration; None if there is none or its file is damaged."""
+    """Load a saved configuration; None without one, or if its file is damaged."""
     try:
         return Config(**json.loads(read_file(config_path(kind, spec, rows, device_name)))["best"])
     except (

@@ -74,7 +74,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_named(device_name: str) -> Gpu | None:
-    """Return the GPU of the table for a device name such as "NVIDIA H100 80GB HBM3"; None if there is none."""
+    """Return the GPU of the table for a device name such as "NVIDIA H100 80GB HBM3"; None for others."""
     words = device_name.lower().replace("-", " ").split()
     short = {"a100-80": "a100", "edge": "orin"}
     for gpu in GPUS.values():

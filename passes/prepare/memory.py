@@ -45,7 +45,7 @@ Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # name, arguments after t
 
 
 def called_name(node: fx.Node) -> str:
-    """Return the name by which `written` finds the function that a node calls, "" if there is none."""
+    """Return the name by which `written` finds the function that a node calls, "" without one."""
     target: Any = node.target
     if node.op != "call_function" or isinstance(target, HigherOrderOperator):
         return str(target) if node.op == "call_method" else ""

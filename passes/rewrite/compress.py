@@ -60,7 +60,7 @@ class Fitted:
     trusting: bool = False
 
     def of(self, *weights: Tensor) -> SitePlan:
-        """Return the plan for these weights. Raises Stale if there is none."""
+        """Return the plan for these weights. Raises Stale without one."""
         fingerprint = weight_print(weights)
         if fingerprint == self.own:
             return self.site
