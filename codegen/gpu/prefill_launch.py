@@ -54,9 +54,9 @@ def rebuilt_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on reconstructed keys and values, for queries of float32, bfloat16 or float16.
 
-    The reference is `fhopt.chunks.rebuilt_attention_reference`. If one program has all rows of a kv head, and room for
-    its decoders, it reconstructs keys and values tile by tile. Otherwise they are reconstructed first, SCRATCH bytes at
-    a time. Raises ValueError if tensors do not match.
+    The reference is `fhopt.ops.prefill_attention.rebuilt_attention_reference`. If one program has all rows of a kv
+    head, and room for its decoders, it reconstructs keys and values tile by tile. Otherwise they are reconstructed
+    first, SCRATCH bytes at a time. Raises ValueError if tensors do not match.
     """
     spec = KernelSpec(
         tuple(zip(key_bits, key_widths, key_steps, strict=True)),
