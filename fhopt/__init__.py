@@ -1,13 +1,13 @@
-"""fhopt: find attention in any PyTorch graph, put a compressed latent in place of keys and values, prove what it cost.
+"""fhopt: KV-cache compression for PyTorch transformers, with attention computed on quantized latents.
 
     plan = fhopt.fit(model, tokenizer, text="topics", ratio=4)      calibrate and fit
     fhopt.apply(model, plan); model.generate(...)                   cache latents
-    torch.compile(model, backend="flashhead")                       the compiler backend, registered by installation
-    model = fhopt.load(FOLDER)                                      what `fhopt rewrite` wrote, ready to generate
-    model, tokenizer = fhopt.load_gguf(FILE)                        weights left in their blocks
+    torch.compile(model, backend="flashhead")                       the compiler backend, registered on installation
+    model = fhopt.load(FOLDER)                                      output of `fhopt rewrite`, ready to generate
+    model, tokenizer = fhopt.load_gguf(FILE)                        weights stay in their quantized blocks
 
-Importing this package is cheap: names are loaded when they are first used. The one thing that it does: when
-transformers loads its registry of quantizers, fhopt's is entered, so that `from_pretrained` opens rewritten folders.
+Importing this package is cheap: names are imported on first use. The only side effect: when transformers loads its
+registry of quantizers, fhopt's is added, so that `from_pretrained` opens rewritten folders.
 """
 
 from __future__ import annotations

@@ -6,25 +6,25 @@ from typing import Any
 
 
 class FhoptError(Exception):
-    """An error that the user can correct. The message says what was found, what was expected, and the cure.
+    """An error that the user can correct. The message states what was found, what was expected, and the fix.
 
-    The command line prints it as one line and ends with exit code 2; from Python it is an ordinary exception.
+    The command line prints it as one line and exits with code 2; from Python it is an ordinary exception.
     """
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """Return the start of a text as one printable line, for a message: files may hold any characters."""
+    """Return the start of a text as one printable line, for a message: files may contain any characters."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else "?" for c in words[:limit])
 
 
 class Miss(Exception):
-    """Raised where a pass leaves a node as it is.
+    """Raised if a pass does not rewrite a node.
 
     Attributes:
         reason: what was expected and what was found, one sentence.
         node: the node at which matching stopped (`torch.fx.Node`), or None.
-        reached: what had been recognised before, "" when the pass has no steps.
+        reached: what had been recognized before, "" if the pass has no steps.
 
     """
 
@@ -36,14 +36,14 @@ class Miss(Exception):
 
 
 class PassError(RuntimeError):
-    """Raised where a pass breaks its contract: names the pass and the node; the cause is kept in `__cause__`."""
+    """Raised if a pass breaks its contract: names the pass and the node; `__cause__` is the original error."""
 
 
 class Stale(Exception):
-    """Raised where a compiled graph is called with other weights than its plan was fitted for: it must run exactly.
+    """Raised if a compiled graph is called with other weights than its plan was fitted for, and must run exactly.
 
     Attributes:
-        is_settled: no other graph of the plan is right for these weights.
+        is_settled: no other graph of the plan matches these weights.
 
     """
 

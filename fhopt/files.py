@@ -1,8 +1,8 @@
-"""Files: regular ones of a limited size are read, files and folders appear whole, tensors have a digest.
+"""File access: bounded reads of regular files, atomic writes of files and folders, digests of tensors.
 
-What a user names may be anything: a FIFO, on which a read waits for ever, a link to a device without an end, a pickle,
-which runs code. `opened` opens regular files only, `read_file` reads no more than a limit, and `check_no_pickle`
-recognizes pickles by their first bytes.
+A path from a user may name anything: a FIFO, on which a read blocks forever, a link to an endless device, or a pickle,
+which runs code. `opened` opens only regular files, `read_file` limits the size, and `check_no_pickle` recognizes
+pickles by their first bytes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fhopt.errors import FhoptError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICTURES = (".png", ".svg", ".pdf")  # what matplotlib draws
+PICTURES = (".png", ".svg", ".pdf")  # formats of matplotlib
 GRAPHS = (".dot", ".svg", ".graphml", ".json")
 EXPLORER_GRAPH = ".fhopt"  # for Google's Model Explorer
-JSON_BYTES = 1 << 26  # no JSON file of a model or a plan is longer
-TENSOR_BYTES = 1 << 38  # no file of tensors is longer, nor than the memory of the machine
+JSON_BYTES = 1 << 26  # max size of a JSON file of a model or a plan
+TENSOR_BYTES = 1 << 38  # max size of a tensor file, which also must fit into memory
 HEADER_BYTES = 100_000_000  # of a safetensors file, as safetensors limits it
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -44,19 +44,19 @@ _KINDS = (
 
 
 def check_regular(path: Path, limit: int | None = None, cure: str = "Give the file itself.") -> int:
-    """Return the size of a file in bytes, behind links. Raises FhoptError unless it is regular and within `limit`.
+    """Return the size of a file in bytes, following links. Raises FhoptError unless it is regular and within `limit`.
 
-    OSError passes through where there is no such file.
+    Propagates OSError if there is no such file.
     """
     return _checked(os.stat(path), path, limit, cure)
 
 
 @contextmanager
 def opened(path: Path, limit: int | None = None, cure: str = "Give the file itself.") -> Iterator[BinaryIO]:
-    """Open a regular file of at most `limit` bytes for reading, without ever waiting for another process.
+    """Open a regular file of at most `limit` bytes for reading, without blocking on another process.
 
-    It is checked before it is opened, since opening a device may do something, and again after, since another file may
-    have come in its place. Raises FhoptError; OSError passes through.
+    It is checked before opening, since opening a device may have effects, and again after, since another file may have
+    replaced it. Raises FhoptError; propagates OSError.
     """
     check_regular(path, limit, cure)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -66,7 +66,7 @@ def opened(path: Path, limit: int | None = None, cure: str = "Give the file itse
 
 
 def read_file(path: Path, limit: int = JSON_BYTES, cure: str = "Give the file itself.") -> bytes:
-    """Read a regular file of at most `limit` bytes. Raises FhoptError; OSError passes through."""
+    """Read a regular file of at most `limit` bytes. Raises FhoptError; propagates OSError."""
     with opened(path, limit, cure) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1)
@@ -76,7 +76,7 @@ def read_file(path: Path, limit: int = JSON_BYTES, cure: str = "Give the file it
 
 
 def tensor_limit() -> int:
-    """Return how many bytes a file of tensors may have to be read whole: no more than this machine has memory."""
+    """Return the max bytes of a tensor file that is loaded whole: at most the memory of this machine."""
     with contextlib.suppress(OSError, ValueError):
         return min(TENSOR_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return TENSOR_BYTES
@@ -96,15 +96,15 @@ def _too_long(path: Path, size: int, limit: int, cure: str) -> FhoptError:
 
 
 def is_pickle(start: bytes) -> bool:
-    """Return True where the first 9 bytes of a file are those of a pickle, or of an archive that torch.save writes.
+    """Return whether the first 9 bytes of a file are those of a pickle or of a torch.save archive.
 
-    A safetensors file begins with the length of its header, 8 bytes, and has "{" after them.
+    A safetensors file begins with the length of its header in 8 bytes, followed by "{".
     """
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and start[8:9] != b"{")
 
 
 def check_no_pickle(path: Path, cure: str) -> None:
-    """Raise FhoptError where a regular file is a pickle: reading one can run code. OSError passes through."""
+    """Raise FhoptError if a regular file is a pickle, since loading it can run code. Propagates OSError."""
     with opened(path) as file:
         start = file.read(9)
     if is_pickle(start):
@@ -119,9 +119,9 @@ def check_no_pickle(path: Path, cure: str) -> None:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`, renamed to it if the block succeeds and removed if it does not.
+    """Yield a temporary path in the same folder, renamed to `path` if the block succeeds and removed if it fails.
 
-    A reader of `path` sees the old file, the new one or none. OSError passes through.
+    A reader of `path` sees the old file, the new one or none. Propagates OSError.
     """
     staging = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
     try:
@@ -136,10 +136,10 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Compute the SHA-256 of a description, JSON values, and of tensors: names, types, shapes and every byte."""
+    """Compute the SHA-256 of a JSON description and of tensors: names, dtypes, shapes and every byte."""
     import torch
 
-    description = json.loads(json.dumps(about))  # as it is read back: tuples are lists then
+    description = json.loads(json.dumps(about))  # as loaded again: tuples become lists
     h = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -148,10 +148,10 @@ def digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(file: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor], key: str = "fhopt") -> None:
-    """Write tensors and a description of JSON values to one safetensors file, whole or not at all.
+    """Write tensors and a description of JSON values to one safetensors file, atomically.
 
-    The description stands under `key` in the file's metadata, with the digest of everything. OSError and
-    SafetensorError pass through.
+    The description is under `key` in the file's metadata, with a digest of everything. Propagates OSError and
+    SafetensorError.
     """
     from safetensors.torch import save_file
 
@@ -162,10 +162,10 @@ def write_tensors(file: Path, about: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def read_tensors(file: Path, key: str = "fhopt") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description, empty where there is none, and the tensors of a file; `check_digest` checks both.
+    """Load the description ({} if there is none) and the tensors of a file; `check_digest` verifies both.
 
-    Raises FhoptError where it is not a regular file, longer than memory, or a pickle. OSError, SafetensorError,
-    ValueError and RecursionError pass through.
+    Raises FhoptError for a pickle, or a file that is not regular or exceeds memory. Propagates OSError,
+    SafetensorError, ValueError and RecursionError.
     """
     from safetensors import safe_open
 
@@ -177,16 +177,16 @@ def read_tensors(file: Path, key: str = "fhopt") -> tuple[dict[str, Any], dict[s
 
 
 def check_tensor_file(file: Path, cure: str = "Write it again.") -> None:
-    """Raise FhoptError unless a file is regular, no longer than memory, and no pickle. OSError passes through."""
+    """Raise FhoptError unless a file is regular, fits into memory, and is not a pickle. Propagates OSError."""
     check_regular(file, tensor_limit(), cure)
     check_no_pickle(file, cure)
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """Read the description alone, as `read_tensors` does, without torch; empty where there is none.
+    """Load only the description, as `read_tensors` does, without torch; {} if there is none.
 
-    Raises FhoptError where it is not a regular file, and ValueError, LookupError or TypeError where it is not a whole
-    safetensors file. OSError and RecursionError pass through.
+    Raises FhoptError if the file is not regular, and ValueError, LookupError or TypeError if it is not a whole
+    safetensors file. Propagates OSError and RecursionError.
     """
     header = read_header(file)
     metadata = header.get("__metadata__", {})
@@ -195,9 +195,9 @@ def read_description(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Read the header of a safetensors file: dtype, shape and place of each tensor by name, and `__metadata__`.
+    """Load the header of a safetensors file: dtype, shape and offsets of each tensor by name, and `__metadata__`.
 
-    Raises as `read_description`.
+    Raises like `read_description`.
     """
     check_tensor_file(file)
     with opened(file) as content:
@@ -217,7 +217,7 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError when description or tensors are not what `write_tensors` wrote."""
+    """Raise ValueError if description or tensors are not what `write_tensors` wrote."""
     description = {name: value for name, value in about.items() if name != "digest"}
     if about.get("digest") != digest(description, tensors):
         raise ValueError("its content is not what was written")
@@ -227,7 +227,7 @@ def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
 
 
 def check_writable(folder: Path) -> None:
-    """Create `folder` where it does not exist. Raises FhoptError when nothing can be written to it."""
+    """Create `folder` if it does not exist. Raises FhoptError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -237,7 +237,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Raise FhoptError when matplotlib can draw nothing to `path`, before anything slow starts."""
+    """Raise FhoptError if matplotlib cannot draw to `path`, before anything slow starts."""
     if importlib.util.find_spec("matplotlib") is None:
         raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
     if path.suffix.lower() not in PICTURES or path.is_dir():
@@ -246,21 +246,21 @@ def check_picture(path: Path) -> None:
 
 
 def check_graph(path: Path, formats: Sequence[str] = GRAPHS) -> None:
-    """Raise FhoptError for a file of a graph whose format is not in `formats`."""
+    """Raise FhoptError for a graph file whose format is not in `formats`."""
     if path.suffix.lower() not in formats or path.is_dir():
         raise FhoptError(f"{path} is not a graph file; expected a name that ends in {', '.join(formats)}.")
 
 
 def check_folder(path: Path, names: Iterable[str]) -> None:
-    """Raise FhoptError when `path` exists and holds anything but files of these names."""
+    """Raise FhoptError if `path` exists and contains anything but files of these names."""
     if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):
         raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` to the folder `path` so that a reader sees all of them or none. Raises FhoptError.
+    """Write `files` to the folder `path`, atomically. Raises FhoptError.
 
-    A folder that exists is replaced only if it holds nothing but files of these names.
+    An existing folder is replaced only if it contains nothing but files of these names.
     """
     check_folder(path, files)
     with appearing_folder(path) as staging:
@@ -270,10 +270,10 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` that replaces it if the block succeeds, and is removed if it does not.
+    """Yield a new folder next to `path` that replaces it if the block succeeds, and is removed if it fails.
 
-    A folder that existed at `path` stays as it was when the block or the replacement fails. Raises FhoptError when
-    something cannot be written, in the block too.
+    An existing folder stays unchanged if the block or the replacement fails. Raises FhoptError if something cannot be
+    written, also for errors in the block.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ def appearing_folder(path: Path) -> Iterator[Path]:
 
 
 def _replace_folder(staging: Path, path: Path, former: Path) -> None:
-    """Replace a folder by two renames: a process that is killed between them leaves none, else the old or the new."""
+    """Replace a folder by two renames: killed in between, it leaves no folder, otherwise the old or the new one."""
     if path.exists():
         os.replace(path, former)
     try:
@@ -311,4 +311,4 @@ def _remove(folder: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # Ctrl-C may have come in between
+        shutil.rmtree(folder, ignore_errors=True)  # Ctrl-C may have interrupted the first call

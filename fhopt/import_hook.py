@@ -1,4 +1,4 @@
-"""Deferred imports: a callback after another package has been imported, and names of a package on first use."""
+"""Deferred imports: a callback after another package's import, and lazily imported names of a package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def lazily(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a package whose names are imported from its modules on first use.
+    """Create the `__getattr__` of a package whose names are imported from its modules on first use.
 
     where: module of each name. Raises AttributeError for any other name.
     """
@@ -27,7 +27,7 @@ def lazily(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:
-    """Call `callback` once after the module `name` has been imported: at once where it is imported already."""
+    """Call `callback` once after the module `name` has been imported; immediately if it already is."""
     if name in sys.modules:
         callback()
     else:
@@ -35,7 +35,7 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """A finder that leaves finding to the others, and wraps the loader of one module so that it calls back."""
+    """Finder that delegates to the other finders, and wraps the loader of one module to run a callback."""
 
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self.name, self.callback = name, callback
@@ -43,7 +43,7 @@ class _Watcher(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the other finders' spec of the watched module, its loader wrapped; None for any other module."""
+        """Return the other finders' spec of the watched module with a wrapped loader; None for any other module."""
         if fullname != self.name or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
@@ -54,17 +54,17 @@ class _Watcher(MetaPathFinder):
 
 
 class _CallingLoader(Loader):
-    """A loader that calls back once the module has run."""
+    """Loader that runs a callback after the module."""
 
     def __init__(self, loader: Loader, callback: Callable[[], None]) -> None:
         self.loader, self.callback = loader, callback
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Create the module by the wrapped loader."""
+        """Create the module with the wrapped loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module by the wrapped loader, then call back."""
+        """Run the module with the wrapped loader, then the callback."""
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
         self.loader.exec_module(module)

@@ -1,10 +1,10 @@
-"""Progress of long computations: how a callback is called, and one that does nothing."""
+"""Progress of long computations: the callback type, and a callback that does nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # (stage, units done, units in all)
+Progress = Callable[[str, int, int], None]  # (stage, units done, total units)
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -1,12 +1,12 @@
-"""The file cache, CPUs and memory of this process, what torch does badly on them, and whether Triton is installed.
+"""Operating-system services: the cache folder, CPUs and memory of this process, native 16-bit matmuls, Triton.
 
 Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt. Generated code in it is
-run, so no other user may write to it, nor put another folder in its place: each parent is opened from the root on,
-without following links, and belongs to this user or root; one that others may write to is sticky, as /tmp is. What
-passes can be changed by this user and root only, so that a path that was checked stays what it was.
+executed, so no other user may write to it or replace it. Each parent is therefore opened starting from the root,
+without following links, and must belong to this user or root; a parent that others may write to must be sticky, like
+/tmp. Only this user and root can change a path that passes these checks, so it stays valid.
 
-Files are written atomically (to another name, then renamed) and under a lock, so that processes that need the same file
-at once make it once.
+Files are written atomically (to another name, then renamed) and under a lock, so that concurrent processes create a
+file once.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ CACHE_VARIABLE = "FHOPT_CACHE_DIR"
 _warned: set[str] = set()
 
 
-# What torch asks for whether oneDNN multiplies numbers of a 16-bit type with instructions of this CPU.
+# Functions by which torch reports whether oneDNN has native instructions for a 16-bit dtype on this CPU.
 _ASKED = {"torch.bfloat16": "_is_mkldnn_bf16_supported", "torch.float16": "_is_mkldnn_fp16_supported"}
 
 
 @functools.cache
 def multiplies_by_loops(dtype: torch.dtype) -> bool:
-    """Return whether torch multiplies matrices of a 16-bit type by loops, for want of instructions of this CPU.
+    """Return whether torch's matmul of a 16-bit dtype is a loop, for lack of native instructions on this CPU.
 
-    Products of float32 are then 8 times as fast (Zen 3, 1,024 rows). Of CPUs other than those of x86-64, on which torch
-    has ways without oneDNN, it was not measured.
+    Float32 matmuls are then 8 times faster (Zen 3, 1,024 rows). False on other architectures than x86-64, where torch
+    has implementations without oneDNN; these were not measured.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
@@ -61,7 +61,7 @@ def multiplies_by_loops(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def has_triton() -> bool:
-    """Return True where Triton is installed; it is not imported for that."""
+    """Return whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -71,7 +71,7 @@ def cores() -> int:
 
 
 def peak_megabytes() -> float:
-    """Return the most memory that this process has held at once, in MB of 10^6 bytes."""
+    """Return the peak memory of this process, in MB of 10^6 bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,7 +81,7 @@ def peak_megabytes() -> float:
 def memory_bytes() -> tuple[int, int]:
     """Return the bytes of memory that this process may use, and how many of them are free.
 
-    On Linux those of the system, or of the control group (version 2) where that has a lower limit. Elsewhere all of the
+    On Linux those of the system, or of the control group (version 2) if its limit is lower. Elsewhere all of the
     machine's memory counts as free.
     """
     known = _numbers(Path("/proc/meminfo"))
@@ -92,7 +92,7 @@ def memory_bytes() -> tuple[int, int]:
     limit, used = (_number(_GROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None or limit >= total:
         return total, free
-    cached = _numbers(_GROUP / "memory.stat").get("inactive_file", 0)  # given back as soon as memory is needed
+    cached = _numbers(_GROUP / "memory.stat").get("inactive_file", 0)  # reclaimed as soon as memory is needed
     return limit, max(0, min(free, limit - used + cached))
 
 
@@ -100,7 +100,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def _number(path: Path) -> int | None:
-    """Read the number that a file of the kernel holds; None where it holds none, or is not there."""
+    """Parse the number in a kernel file; None if the file is missing or holds no number."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def _number(path: Path) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Read the lines `name number` of a file of the kernel; empty where it is not there."""
+    """Parse the lines `name number` of a kernel file; {} if it is missing."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:
@@ -117,14 +117,14 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    """Return the folder of generated files: FHOPT_CACHE_DIR, or `fhopt` below XDG_CACHE_HOME, else ~/.cache."""
+    """Return the folder of generated files: FHOPT_CACHE_DIR, or `fhopt` in XDG_CACHE_HOME, else ~/.cache."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fhopt"
 
 
 def cache_fault() -> str:
-    """Return why the folder of generated files cannot be used; empty where it can, and is there."""
+    """Return why the folder of generated files cannot be used; "" if it can. Creates it."""
     try:
         folder = cache_folder()
         make_private(folder)
@@ -136,17 +136,17 @@ def cache_fault() -> str:
 
 
 def cache_bytes() -> int:
-    """Return the bytes of all generated files; 0 where there is no folder of them."""
+    """Return the total bytes of all generated files; 0 if there are none."""
     total = 0
     for folder, _, names in os.walk(cache_folder()):
         for name in names:
-            with contextlib.suppress(OSError):  # another process may remove a file meanwhile
+            with contextlib.suppress(OSError):  # another process may remove a file concurrently
                 total += os.lstat(os.path.join(folder, name)).st_size
     return total
 
 
 def cached_file(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the path of the file `name` of the cache, made by `make(path)` under a lock when it is not there yet."""
+    """Return the path of the cached file `name`; if missing, `make(path)` creates it under a lock."""
     try:
         return _found_or_made(cache_folder(), name, make)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
@@ -160,9 +160,9 @@ def cached_file(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make `folder`, where it is not there, for this user alone.
+    """Create `folder`, if missing, with access only for this user.
 
-    Raises PermissionError when others may write to it, or put another in its place.
+    Raises PermissionError if others may write to it, or replace it.
     """
     for parent in (*reversed(folder.absolute().parents), folder):
         with contextlib.suppress(FileExistsError):
@@ -171,7 +171,7 @@ def make_private(folder: Path) -> None:
 
 
 def _open_private(folder: Path) -> int:
-    """Open a folder by the descriptors of its parents, each of which is checked. Raises OSError."""
+    """Open a folder through the descriptors of its parents, checking each. Raises OSError."""
     real = Path(os.path.realpath(folder, strict=True))
     flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     held = os.open(real.anchor, flags)
@@ -190,7 +190,7 @@ def _open_private(folder: Path) -> int:
 
 
 def _check_owner(about: os.stat_result, path: Path, is_parent: bool) -> None:
-    """Raise PermissionError where others own a folder, or may write to it; they may write to a sticky parent."""
+    """Raise PermissionError if others own a folder or may write to it; a sticky parent may be writable."""
     if about.st_uid not in (os.geteuid(), 0):
         raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
     is_open = about.st_mode & stat.S_IWOTH or (
@@ -201,7 +201,7 @@ def _check_owner(about: os.stat_result, path: Path, is_parent: bool) -> None:
 
 
 def _is_own(group: int) -> bool:
-    """Return True for the group that has this user's name and no other member, as many systems make one for each."""
+    """Return whether a group has this user's name and no other member, as on systems with user private groups."""
     try:
         user, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:
@@ -210,7 +210,7 @@ def _is_own(group: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with appearing(path) as target:
         target.write_text(text)
 
@@ -221,21 +221,21 @@ def text_digest(*parts: str) -> str:
 
 
 def warn_once(about: str, message: str) -> None:
-    """Warn about a subject once in a process."""
+    """Warn about a subject once per process."""
     if about not in _warned:
         _warned.add(about)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _found_or_made(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the file `name` of a folder that is this user's alone, and make both where they are not there."""
+    """Return the file `name` of a folder private to this user; creates both if missing."""
     make_private(folder)
     real = Path(os.path.realpath(folder))
     return _locked(_open_private(real), real / name, make)
 
 
 def _locked(folder: int, path: Path, make: Callable[[Path], None]) -> Path:
-    """Return `path`, made under a lock where it is not there. folder: descriptor of its folder, which is closed."""
+    """Return `path`, created under a lock if missing. folder: descriptor of its folder, closed on return."""
     try:
         if _is_sound(folder, path.name):
             return path
@@ -243,7 +243,7 @@ def _locked(folder: int, path: Path, make: Callable[[Path], None]) -> Path:
         lock = os.open(path.with_suffix(".lock").name, flags, 0o600, dir_fd=folder)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_sound(folder, path.name):  # another process may have made it while this one waited
+            if not _is_sound(folder, path.name):  # another process may have created it meanwhile
                 path.unlink(missing_ok=True)
                 make(path)
                 os.chmod(path, path.stat().st_mode & 0o755)
@@ -255,7 +255,7 @@ def _locked(folder: int, path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _is_sound(folder: int, name: str) -> bool:
-    """Return True for a regular file that is no link, of this user or root, to which nobody else may write."""
+    """Return whether a file is regular, not a link, owned by this user or root, and not writable by others."""
     try:
         about = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Fixtures: a clean state for every test, kernels in a folder of the session, and fitted small models."""
+"""Fixtures: a clean state for every test, a kernel cache per test session, and small fitted models."""
 
 from __future__ import annotations
 
@@ -11,41 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from durations import DurationRecorder, Durations
 from hypothesis import settings
 from small_models import Fitted
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# One core for each worker: threads of processes that a test starts would only wait for each other.
+# One core per worker: threads of subprocesses would only contend with each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-# On Intel's CPUs MKL rounds by where a matrix lies in memory, and a code of a latent may then be its neighbour: not so.
+# On Intel CPUs, MKL's rounding depends on the address of a matrix, which can change a quantized value by one: pin it.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 TESTS = Path(__file__).parent
-LONGEST = (
-    "integration/test_demo.py",
-    "robustness/test_fuzz_graphs.py",
-    "robustness/test_soak.py",
-    "unit/parallel/test_tensor_parallel.py",
-    "unit/codegen/cpu/test_graph_kernels.py",
-    "unit/codegen/gpu/test_packing.py",
-    "unit/codegen/cpu/test_attention.py",
-    "integration/test_compiled_models.py",
-    "integration/test_distributed.py",
-    "unit/export/test_pt2_step.py",
-    "unit/export/test_pt2_module.py",
-    "unit/export/test_mlir_check.py",
-    "integration/test_paged_generation.py",
-    "unit/codegen/gpu/test_attention.py",
-    "unit/codegen/gpu/test_prefill.py",
-    "unit/codegen/gpu/test_encode_rows.py",
-    "robustness/test_fuzz_capture.py",
-    "integration/test_input_layout.py",
-    "integration/test_zoo.py",
-    "integration/test_families.py",
-    "integration/test_compiled_generation.py",
-    "unit/cli/test_fit_head.py",
-)  # files that take long, those with slow tests among them
 # Where no generated C++ is the point: attention on latents runs on torch operations, and no kernel is compiled.
 WITHOUT_KERNELS = (
+    "benchmarks/tasks/",
     "unit/backend/test_online_fit.py",
     "unit/calibration/",
     "unit/cli/",
@@ -65,39 +43,47 @@ WITHOUT_KERNELS = (
     "integration/test_readme.py",
     "robustness/test_fuzz_capture.py",
 )
-# A suite that fails does so again: the same inputs every time. `make fuzz` takes other ones.
+# The same inputs in every run, so that failures are repeatable. `make fuzz` draws others.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
 SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of `make sanitize` and of test_golden_kernels.py."""
+    """Add the options of `make sanitize` and test_golden_kernels.py."""
     parser.addoption("--sanitize", action="store_true", help="Compile kernels with AddressSanitizer and UBSan.")
+    parser.addoption(
+        "--budget", type=float, help="Seconds that a test may take that tests/durations.json does not have."
+    )
+    parser.addoption("--save-durations", action="store_true", help="Write tests/durations.json.")
     parser.addoption("--regenerate-golden", action="store_true", help="Write the kernels in tests/golden anew.")
 
 
-@pytest.hookimpl(trylast=True)  # there is no terminal reporter before
+@pytest.hookimpl(trylast=True)  # the terminal reporter is registered before
 def pytest_configure(config: pytest.Config) -> None:
-    """Failures are told at once; kernels that read or write where they must not, or overflow, end the run."""
+    """Report failures at once; with --sanitize, end the run at a kernel's first invalid access or overflow."""
     if (terminal := config.pluginmanager.getplugin("terminalreporter")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Failures(terminal))
+        recorder = DurationRecorder(
+            Durations.load(), config.getoption("--budget"), config.getoption("--save-durations")
+        )
+        config.pluginmanager.register(recorder)
     if config.getoption("--sanitize"):
         compiler: Any = importlib.import_module("fhopt.codegen.compiler")
         compiler.FLAGS += SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, in this order, so that no worker is left alone with one at the end."""
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
+    """Run the slowest files first, so that none of them runs last on a single worker."""
+    seconds = Durations.load().files
+    items.sort(key=lambda item: -seconds.get(item.path.relative_to(TESTS).as_posix(), 0.0))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(4 * float(item.config.getini("timeout") or 300)))
 
 
 class Failures:
-    """Names a test as soon as it has failed, for a run that is ended before its summary."""
+    """Names a test as soon as it fails, in case the run is stopped before its summary."""
 
     def __init__(self, terminal: Any) -> None:
         self.terminal = terminal
@@ -111,25 +97,25 @@ class Failures:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: Python's collector, a seventh of the time of tracing, is spared looking at it again."""
+    """Freeze imported objects, so that Python's collector, a seventh of tracing time, skips them."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_unconfigure() -> None:
-    """Libraries that count what is left of them at the end find it again."""
+    """Unfreeze, so that libraries which count their live objects at exit find them."""
     gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Generated kernels go to a folder of the test session, which its workers share."""
+    """Store generated kernels in a folder of the test session, shared by its workers."""
     before, folder = os.environ.get("FHOPT_CACHE_DIR"), tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     os.environ["FHOPT_CACHE_DIR"] = str(folder / "kernels")
-    os.environ["FHOPT_MODELS_GB"] = "0"  # pytest keeps the folders of several sessions, of half a gigabyte each
+    os.environ["FHOPT_MODELS_GB"] = "0"  # pytest keeps the folders of several sessions, half a gigabyte each
     yield
     for name in ("FHOPT_CACHE_DIR", "FHOPT_MODELS_GB"):
         os.environ.pop(name)
@@ -139,20 +125,20 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_are_waited_for() -> None:
-    """What stands in for a kernel until it is built has tests of its own."""
+    """Wait for kernel builds: the fallback used during a background build has its own tests."""
     importlib.import_module("fhopt.codegen.background").builder.waits = True
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_lines_of_progress() -> None:
-    """What a command says must not depend on how fast the machine is; progress has tests of its own."""
+    """Turn off progress lines, so that command output does not depend on machine speed; progress has its own tests."""
     progress: Any = importlib.import_module("fhopt.cli.progress")
     progress.SECONDS = 1e6
 
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> Iterator[None]:
-    """What a module leaves behind, such as compiled graphs, is not looked at by the collections of those after it."""
+    """Freeze the objects that a test module leaves, such as compiled graphs, so that later collections skip them."""
     yield
     gc.collect()
     gc.freeze()
@@ -160,7 +146,7 @@ def frozen_heap() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
-    """Same random numbers in every test, one thread (the models are tiny), and no compiled graphs of the one before."""
+    """Reset the random seed, the thread count (one: the models are tiny) and Dynamo before every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -169,14 +155,14 @@ def clean_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kernels_where_they_are_the_point(request: pytest.FixtureRequest) -> None:
-    """Compiling takes seconds a kernel, and every plan has kernels of its own."""
+    """Skip compilation in the files of WITHOUT_KERNELS: it takes seconds per kernel, and each plan has its own."""
     if request.path.relative_to(TESTS).as_posix().startswith(WITHOUT_KERNELS):
         request.getfixturevalue("without_compiling")
 
 
 @pytest.fixture
 def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention on latents runs on torch operations, for tests in which no generated C++ is the point."""
+    """Run latent attention on torch operations, for tests of anything but generated C++."""
     dispatch, background = (importlib.import_module(f"fhopt.codegen.{name}") for name in ("dispatch", "background"))
     monkeypatch.setattr(background, "build", importlib.import_module("fhopt.codegen.build").without_compiler)
     monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
@@ -185,7 +171,7 @@ def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """AOTAutograd as in inductor, without the minutes that generating C++ takes, but for tests marked `inductor`."""
+    """Trace with AOTAutograd but skip inductor, whose C++ builds take minutes, except in tests marked `inductor`."""
     from torch._dynamo.backends.debugging import aot_eager
 
     if request.node.get_closest_marker("inductor") is None:
@@ -194,7 +180,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 @pytest.fixture
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Nothing has been kept yet, in the cache folder or in that of Triton."""
+    """Empty fhopt and Triton cache folders."""
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     return tmp_path / "cache"
@@ -202,7 +188,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def importable() -> str:
-    """A MODEL of the form module:function."""
+    """A MODEL argument of the form module:function."""
     return "command_models:encoder"
 
 
@@ -224,7 +210,7 @@ def fitted(request: pytest.FixtureRequest) -> Fitted:
 
 @pytest.fixture(scope="session")
 def lettered() -> Any:
-    """A tokenizer of letters."""
+    """A character-level tokenizer for the letters a, b and c."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

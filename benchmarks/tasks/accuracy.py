@@ -33,11 +33,12 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.recording import Row, is_quick, kept_rows, record, screen, table, write
+from benchmarks.tasks import generation, human_eval
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import plan_from_calibration
 from fhopt.calibration.statistics_file import load_statistics
 from fhopt.errors import FhoptError
-from fhopt.evaluation import generation, human_eval, prefilled
+from fhopt.evaluation import prefilled
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.evaluation.statistics import Interval, mcnemar, paired_rate_interval
 from fhopt.evaluation.tasks import TaskOptions, TaskResult, write_items

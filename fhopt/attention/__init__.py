@@ -1,1 +1,1 @@
-"""What attention does with a KV cache of latents: views of it, exact tokens, pages, and how a model gets at them."""
+"""Attention on a latent KV cache: cache views, exact tokens, packed latents, pages, and the model interface."""

@@ -1,15 +1,15 @@
-"""Attention on a KV cache: exact tokens, a residual window in 8 bits and packed latents, merged by log-sum-exp.
+"""Attention on a KV cache: exact tokens, an 8-bit residual window and packed latents, merged by log-sum-exp.
 
-    attend         softmax(q K^T) V, with a mask over all tokens or none
-    attend_parts   softmax(q K^T) V, with masks of the parts; in decode steps on a CPU one call of machine code, in
-                   compiled graphs the op fhopt::attend_latents (fhopt/ops/cache_attention.py)
+    attend         softmax(q K^T) V, with a mask over all tokens, or causal
+    attend_parts   softmax(q K^T) V, with masks of the parts; a decode step on CPU is one native call, in compiled
+                   graphs the op fhopt::attend_latents (fhopt/ops/cache_attention.py)
 
-K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries may
-run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a single
-query reads the latents of the pages that it selects (fhopt/attention/paged.py).
+K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only prefill may run on
+reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). If the cache has a page index, a single query
+attends only to the latents of the pages that it selects (fhopt/attention/paged.py).
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N exact tokens, M tokens of the
-window in 8 bits, V packed latents, D and E head size of keys and values, R latent width.
+8-bit window, V packed latents, D and E head size of keys and values, R latent width.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attend to exact keys [B,G,N,D] and values [B,G,N,E] and to latents. query [B,H,S,D] -> [B,H,S,E].
 
-    mask, broadcastable to [B,H,S,T]: bool or additive, over all tokens in order of position; None: causal. sinks,
-    broadcastable to [B,H,S]: one further logit that takes weight and gives nothing.
+    mask, broadcastable to [B,H,S,T]: bool or additive, over all tokens in position order; None: causal. sinks,
+    broadcastable to [B,H,S]: a sink logit.
     """
     operands = AttentionOperands(
         query, key, value, latents.key, latents.value, _part_masks(query, key, latents, mask), scale, softcap, sinks,
@@ -58,7 +58,7 @@ def attend(
 
 
 def attend_parts(operands: AttentionOperands) -> Tensor:
-    """Attend to packed latents, to the window in 8 bits and to exact tokens, and merge: [B,H,S,E]."""
+    """Attend to packed latents, the 8-bit window and exact tokens, and merge: [B,H,S,E]."""
     parts = latent_parts(operands) if operands.key_side.rows.shape[2] else []
     parts += exact_parts(operands)
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
@@ -68,7 +68,7 @@ def attend_parts(operands: AttentionOperands) -> Tensor:
 
 
 def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
-    """Run `fhopt::attend_latents` in a graph, its kernel in eager mode; None where there is none that serves."""
+    """Run `fhopt::attend_latents` in a graph, its kernel in eager mode; None if no kernel applies."""
     kernel: Any = torch.ops.fhopt.attend_latents
     if not torch.compiler.is_compiling():
         kernel = registry.kernel_of("attend_latents", "cpu")
@@ -76,7 +76,7 @@ def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
 
 
 def _with_flat_operands(kernel: Any, operands: AttentionOperands) -> Tensor | None:
-    """Call `kernel` with the operands in the order of `cache_attention.SCHEMA`."""
+    """Call `kernel` with operands in the order of `cache_attention.SCHEMA`."""
     sides, masks = (operands.key_side, operands.value_side), operands.masks
     turning = operands.key_side.turning or (None, None, 0)
     output: Tensor | None = kernel(
@@ -103,9 +103,8 @@ def attend_latents_reference(
 ) -> Tensor:  # fmt: skip
     """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
 
-    near, inside and far are the masks of exact tokens, window and latents; key_mean and value_mean those of `SideRows`.
-    turn_pairs, turn_phases and segment: of keys relative to segments, pairs and phases of their `SegmentRotation`, and
-    the tokens of a segment; 0: they are not.
+    near, inside and far: masks of exact tokens, window and latents. key_mean, value_mean: as in `SideRows`. turn_pairs,
+    turn_phases, segment: pairs and phases of the keys' `SegmentRotation`, and tokens per segment; 0: no rotation.
     """
     key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
     value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
@@ -124,9 +123,9 @@ torch.library.impl("fhopt::attend_latents", "default", attend_latents_reference)
 
 
 def _is_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
-    """Return True in decode steps on a CPU: there all parts are one call of compiled kernels.
+    """Return True for decode steps on CPU, which run all parts as one call of compiled kernels.
 
-    In graphs they are one op, which `codegen.cpu.graph_kernels` replaces by that call.
+    In graphs the call is one op that `codegen.cpu.graph_kernels` replaces.
     """
     some = latents.key.rows.shape[2] != 0 or latents.key.window is not None
     single = query.shape[2] == 1 and key.shape[2] != 0 and query.dtype == key.dtype
@@ -134,14 +133,14 @@ def _is_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
 
 
 def reads_at_once(new_keys: Tensor) -> bool:
-    """Return whether a decode step with this key [B,G,1,D] is one call of machine code in eager mode."""
+    """Return whether a decode step with this key [B,G,1,D] is one native call in eager mode."""
     if torch.compiler.is_compiling() or registry.kernel_of("attend_latents", "cpu") is None:
         return False
     return _is_served(new_keys)
 
 
 def _is_served(x: Tensor) -> bool:
-    """Return whether tensors like this one are of a call that kernels of a CPU know: no gradients, 32 or 16 bits."""
+    """Return whether CPU kernels support tensors like this one: no gradients, 32-bit or 16-bit floats."""
     return not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in _DTYPES
 
 
@@ -149,15 +148,15 @@ def _is_served(x: Tensor) -> bool:
 
 
 def _part_masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | None) -> PartMasks:
-    """Split a mask over all tokens, None for causal, into the masks of the parts."""
+    """Split a mask over all tokens (None: causal) into masks of the parts."""
     if mask is None:
         exact, far = latents.causal(query.shape[2], key)
     else:
-        if mask.shape[-1] == 1:  # one rule for all tokens
+        if mask.shape[-1] == 1:  # the same for all tokens
             mask = mask.expand(*mask.shape[:-1], latents.length(key))
         mask = latents.by_place(mask)
         exact, far = latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
-        if latents.lengths is not None:  # they hide the other rows
+        if latents.lengths is not None:  # lengths mask the remaining rows
             far = mask[..., latents.sinks : latents.sinks + latents.key.rows.shape[2]]
     exact, window = split_off(exact, latents.sinks, latents.key.rounded)
     return PartMasks(exact, window, far, latents.lengths)

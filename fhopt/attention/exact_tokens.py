@@ -1,4 +1,4 @@
-"""Attention to tokens that are not latents: attention sinks, residual window (exact or in 8 bits) and new tokens."""
+"""Attention to tokens without latents: attention sinks, residual window (exact or 8-bit) and new tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fhopt.ops import masks as ops_masks
 
 
 def exact_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
-    """Attend to the window in 8 bits, to exact tokens and to further logits, each where there are any.
+    """Attend to the 8-bit window, to exact tokens and to sink logits, as far as present.
 
-    Returns (output [B,H,S,E], lse [B,H,S]) of each.
+    Returns a pair (output [B,H,S,E], lse [B,H,S]) for each.
     """
     query, key, value, masks = operands.query, operands.key, operands.value, operands.masks
     numbers = operands.numbers
@@ -35,13 +35,13 @@ def exact_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
 
 
 def no_token(query: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a logit, broadcastable to [B,H,S], gives that takes weight and has no value [B,G,_,E]."""
+    """Return output and lse of a sink logit, broadcastable to [B,H,S]. value [B,G,_,E]: gives the shape."""
     blank = query.new_zeros((*query.shape[:3], value.shape[3]))
     return blank, sinks.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[:3])
 
 
 def _window_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
-    """Attend to the window in 8 bits, without the means that it is differences from."""
+    """Attend to the 8-bit window, without adding the means back."""
     query, mask, (keys, values) = operands.query, operands.masks.window, (operands.key_side, operands.value_side)
     assert keys.window is not None and values.window is not None
     options = algebra.group_options(_window_groups(query), _window_groups(operands.value)) | operands.numbers
@@ -53,14 +53,14 @@ def _window_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
 
 
 def joint_lse(parts: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Return the log of the weight of all parts [B,H,S]; None where there is no part."""
+    """Return the joint log-sum-exp of all parts [B,H,S]; None without parts."""
     if len(parts) < 2:
         return parts[0][1] if parts else None
     return torch.stack([lse for _, lse in parts], -1).logsumexp(-1)
 
 
 def split_off(mask: Tensor | None, start: int, count: int) -> tuple[Tensor | None, Tensor | None]:
-    """Split a mask over keys in two: without the `count` keys from `start` on, and of these alone."""
+    """Split a mask over keys: without the `count` keys from `start` on, and only these."""
     if mask is None or count == 0:
         return mask, None
     end = start + count
@@ -68,16 +68,16 @@ def split_off(mask: Tensor | None, start: int, count: int) -> tuple[Tensor | Non
 
 
 def _window_groups(like: Tensor) -> algebra.BitGroups:
-    """Return the bit group of a window in 8 bits (`ops.packing.round_rows`) of tokens as wide as `like`."""
+    """Return the bit group of an 8-bit window (`ops.packing.round_rows`) with the head size of `like`."""
     return algebra.BitGroups([8], [like.shape[-1]], [1.0])
 
 
 def attend_open_tokens(
     query: Tensor, key: Tensor, value: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Attend to sinks, window and new tokens, of which the newest S queries see those before them.
+    """Attend causally to sinks, window and new tokens, with the newest S tokens as queries.
 
-    query [B,H,S,D]; key, value: the exact ones. Returns (output [B,H,S,E], lse [B,H,S]).
+    query [B,H,S,D]; key, value: of exact tokens. Returns (output [B,H,S,E], lse [B,H,S]).
     """
     keys, values = latents.key.open(key, latents.sinks), latents.value.open(value, latents.sinks)
     mask = ops_masks.causal_mask(query.shape[2], keys.shape[2], query.device)

@@ -1,8 +1,8 @@
-"""Attention to packed latents, in one part or several.
+"""Attention to packed latents, in one or several parts.
 
-Queries are rotated to attend to keys that are relative to segments (fhopt/plan/segment_rotation.py). A few queries are
-rotated to each segment, and segments of a sequence are read like a batch; for many queries keys are reconstructed, and
-rotated back. In decode steps on a CPU all of this is one call of machine code (fhopt/attention/attend.py).
+Queries are rotated to attend to keys relative to segments (fhopt/plan/segment_rotation.py). A few queries are rotated
+to each segment, and the segments of a sequence are processed like a batch. For many queries keys are reconstructed and
+rotated back. In decode steps on CPU all of this is one native call (fhopt/attention/attend.py).
 
 Letters: B batch, H query heads, S queries, N segments, D and E head size of keys and values.
 """
@@ -20,13 +20,13 @@ from fhopt.ops import algebra, prefill_attention
 from fhopt.ops import masks as ops_masks
 from fhopt.ops.attention import safe_softmax
 
-# Tokens that are reconstructed at once for many queries: at least, and as keys and values of so many numbers.
+# Reconstruction tile for many queries: minimum number of tokens, and target number of elements of keys and values.
 LEAST_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
-MOST_TURNED = 1 << 22  # numbers of queries that are turned to all segments at once
+MOST_TURNED = 1 << 22  # maximum elements of queries rotated to all segments at once
 
 
 def latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
-    """Attend to packed latents, those of each segment by queries that turn: outputs [B,H,S,E], lse [B,H,S]."""
+    """Attend to packed latents, with queries rotated to each segment: outputs [B,H,S,E], lse [B,H,S]."""
     if operands.key_side.rotation is None:
         return [with_means(operands, *_latent_part(operands))]
     output, lse = _joined(_segment_parts(operands))
@@ -34,20 +34,20 @@ def latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
 
 
 def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge parts as they come, in float32 or more exactly: there are many, and their outputs are of all queries."""
+    """Merge parts incrementally, in float32 or float64: each of the many outputs covers all queries."""
     rest = iter(parts)
     output, lse = next(rest)
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     for other, other_lse in rest:
         total = torch.logaddexp(lse, other_lse)
-        share = (other_lse - total).exp().nan_to_num(0.0)  # neither has a token: both are -inf
+        share = (other_lse - total).exp().nan_to_num(0.0)  # no token in either: both are -inf
         output = output + (other.to(output.dtype) - output) * share.unsqueeze(-1).to(output.dtype)
         lse = total
     return output, lse
 
 
 def _segment_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attend to segments, one or several at a time: outputs [B,H,S,E], lse [B,H,S], means included."""
+    """Attend to segments, one or several at a time: outputs [B,H,S,E], lse [B,H,S], means added."""
     query, key = operands.query, operands.key_side
     rotation = key.rotation
     assert rotation is not None
@@ -63,20 +63,20 @@ def _segment_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor
         turned = rotation.rotate_query(exact, number)
         part = operands.of_segment(number, turned.to(query.dtype))
         output, lse = _latent_part(part)
-        if key.mean is not None:  # of queries that are not rounded again: a mean may be much larger than what varies
+        if key.mean is not None:  # uses unrounded queries: a mean may be much larger than the differences
             lse = lse + operands.scale * algebra.mean_logits(turned, key.mean).to(lse.dtype)
         yield _with_value_means(operands, output, lse)
 
 
 def _with_value_means(operands: AttentionOperands, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the means of values; those of keys are in the lse."""
+    """Add the means of values; the lse already includes those of keys."""
     return with_means(replace(operands, key_side=replace(operands.key_side, mean=None)), output, lse)
 
 
 def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Tensor]:
-    """Attend to the first, whole segments, those of a sequence as if they were a batch: output and lse, means included.
+    """Attend to the leading full segments of each sequence as a batch: output and lse, means added.
 
-    Fewer calls than one for each segment, of which each fills a device.
+    This makes fewer calls than one per segment, and each fills a GPU.
     """
     query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
     rotation, parts = key.rotation, []
@@ -114,12 +114,12 @@ def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Te
 
 
 def _folded(x: Tensor, segments: int, tokens: int, dim: int) -> Tensor:
-    """View numbers of one sequence's tokens along `dim`, [1,...], as those of segments: [N,...]."""
+    """View data of one sequence's tokens along `dim`, [1,...], by segment: [N,...]."""
     return x.narrow(dim, 0, segments * tokens).unflatten(dim, (segments, tokens)).movedim(dim, 0).squeeze(1)
 
 
 def _reads_finished(operands: AttentionOperands) -> bool:
-    """Return True where a kernel of the CPU for many queries reads keys that are turned back."""
+    """Return True if a CPU prefill kernel can attend to keys that are reconstructed and rotated back."""
     query, key, value = operands.query, operands.key_side, operands.value_side
     if query.shape[1] * query.shape[2] < prefill_attention.CPU_ROWS * key.rows.shape[1]:
         return False
@@ -130,7 +130,7 @@ def _reads_finished(operands: AttentionOperands) -> bool:
 
 
 def _finished_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attend with many queries to keys that are turned back, some tokens at a time: outputs and lse, means included."""
+    """Attend to keys that are rotated back, a tile of tokens at a time: outputs and lse, means added."""
     query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
     tokens = key.rows.shape[2]
     seen = ops_masks.within(masks.lengths, tokens, masks.latents)
@@ -148,7 +148,7 @@ def _finished_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tenso
 
 
 def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
-    """Attend to packed latents, without the means that they are differences from: output [B,H,S,E], lse [B,H,S]."""
+    """Attend to packed latents without adding the means back: output [B,H,S,E], lse [B,H,S]."""
     query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
     rows = key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths
     options = algebra.group_options(key.bit_groups, value.bit_groups) | operands.numbers
@@ -164,7 +164,7 @@ def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
 
 
 def _reconstructs(operands: AttentionOperands) -> bool:
-    """Return True where K/V are reconstructed from packed latents for these queries."""
+    """Return True if K/V are reconstructed from packed latents for these queries."""
     key, value = operands.key_side, operands.value_side
     return prefill_attention.should_reconstruct(
         operands.query, key.rows, key.decode, value.rows, value.decode, operands.masks.latents,

@@ -1,4 +1,4 @@
-"""Keys and values that stand for latents: a tensor subclass that attention reads as latents, other code as K/V."""
+"""Tensor subclass for cached keys and values: attention uses the latents, other code gets reconstructed K/V."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fhopt.errors import FhoptError
 
 
 class LatentTensor(torch.Tensor):
-    """Keys or values [B,G,T,D] of which the quantized tokens are latents, without memory of that size.
+    """Keys or values [B,G,T,D] whose quantized tokens are latents, without storage of that size.
 
-    exact [B,G,N,D]: the tokens kept as they came; latents: the others. is_key: True for keys, False for values. folded:
-    batch and heads are one dimension, [B*G,T,D]. swapped: the last two dimensions are, [B,G,D,T].
+    exact [B,G,N,D]: the exact tokens. latents: the others. is_key: True for keys, False for values. folded: batch and
+    heads are one dimension, [B*G,T,D]. swapped: the last two dimensions are swapped, [B,G,D,T].
     """
 
     exact: Tensor
@@ -34,7 +34,7 @@ class LatentTensor(torch.Tensor):
     def __new__(
         cls, exact: Tensor, latents: AnyLatents, is_key: bool, folded: bool = False, swapped: bool = False
     ) -> LatentTensor:
-        """Make a tensor of the shape, dtype and device of all tokens, and store the arguments as attributes."""
+        """Make a wrapper with the shape, dtype and device of all tokens; the arguments become attributes."""
         b, g, _, d = exact.shape
         shape = [*([b * g] if folded else [b, g]), latents.length(exact), d]
         if swapped:
@@ -47,14 +47,14 @@ class LatentTensor(torch.Tensor):
         super().__init__()
 
     def viewed(self, *, folded: bool | None = None, swapped: bool | None = None) -> LatentTensor:
-        """Return these keys or values as a tensor of other dimensions."""
+        """Return the same keys or values with other dimensions."""
         return LatentTensor(
             self.exact, self.latents, self.is_key,
             self.folded if folded is None else folded, self.swapped if swapped is None else swapped,
         )  # fmt: skip
 
     def reconstruct(self) -> Tensor:
-        """Reconstruct all tokens: an ordinary tensor of the same shape, with what the latents kept."""
+        """Reconstruct all tokens as an ordinary tensor of the same shape, with the loss of the latents."""
         side = self.latents.key if self.is_key else self.latents.value
         whole = reconstructed(self.exact, side, self.latents)
         whole = whole.flatten(0, 1) if self.folded else whole
@@ -66,27 +66,27 @@ class LatentTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on latents where a handler knows it, else on reconstructed tensors."""
+        """Run an operation on latents if it has a handler, else on reconstructed tensors."""
         kwargs, handler = kwargs or {}, _HANDLERS.get(func)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **kwargs)
             try:
                 result = handler(*args, **kwargs) if handler is not None else NotImplemented
-            except TypeError:  # spelled in another way than handlers know
+            except TypeError:  # a signature that handlers do not support
                 result = NotImplemented
             return _on_reconstructed(func, args, kwargs) if result is NotImplemented else result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Run an operation that does not pass `__torch_function__` on reconstructed tensors."""
+        """Run an operation that bypasses `__torch_function__` on reconstructed tensors."""
         return args[0] if func is torch.ops.aten.detach.default else _on_reconstructed(func, args, kwargs or {})
 
 
 def _on_reconstructed(func: Any, args: Any, kwargs: Any) -> Any:
     """Run any operation on reconstructed tensors.
 
-    Raises FhoptError for one that would change them in place: the cache would not change.
+    Raises FhoptError for in-place operations, which would not change the cache.
     """
     name = getattr(func, "__name__", str(func))
     changes = (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
@@ -118,7 +118,7 @@ def _warn(operation: str) -> None:
 
 # --------------------------------------------------------------------------------------------------- handlers
 
-# A handler takes the arguments of its function and returns NotImplemented where it does not support them.
+# A handler takes its function's arguments and returns NotImplemented if it does not support them.
 
 
 def _transpose(x: Tensor, dim0: int, dim1: int) -> Any:
@@ -162,7 +162,7 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _matmul(left: Tensor, right: Tensor) -> Any:
-    """Compute scores q k^T or weighted sums p v; a folded right side takes a folded left one."""
+    """Compute scores q k^T or weighted sums p v; a folded right operand needs a folded left one."""
     if not isinstance(right, LatentTensor) or isinstance(left, LatentTensor) or right.is_key != right.swapped:
         return NotImplemented
     groups, folded = right.exact.shape[1], right.folded
@@ -179,7 +179,7 @@ def _baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alph
     product = _matmul(batch1, batch2)
     if product is NotImplemented:
         return NotImplemented
-    return alpha * product if beta == 0 else beta * x + alpha * product  # with 0, x may be anything
+    return alpha * product if beta == 0 else beta * x + alpha * product  # beta 0 ignores x, even NaN
 
 
 def _sdpa(
@@ -193,7 +193,7 @@ def _sdpa(
     groups = key.shape[1]
     if query.shape[1] % groups or not (enable_gqa or groups in (1, query.shape[1])):
         return NotImplemented
-    if is_causal:  # aligned with the first key
+    if is_causal:  # aligned to the first key
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     elif attn_mask is None:
         attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
@@ -234,7 +234,7 @@ _METADATA |= {
 
 
 def joined_latents(key: LatentTensor, value: LatentTensor) -> AnyLatents:
-    """Join the latents of keys and of values, which may be of two calls of a cache layer."""
+    """Combine latents of keys and of values, which may come from two calls of a cache layer."""
     if key.latents is value.latents:
         return key.latents
     return replace(key.latents, value=value.latents.value)

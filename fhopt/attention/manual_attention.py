@@ -1,4 +1,4 @@
-"""Attention spelled out in torch operations, on latents: scores, weighted sums, reconstructed keys and values.
+"""Attention on latents for models that compute it themselves: scores, weighted sums, reconstructed K/V.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N open tokens, V packed latents,
 D and E head size of keys and values, R latent width.
@@ -14,18 +14,18 @@ from torch import Tensor
 from fhopt.attention.cache_view import AnyLatents, SideRows
 from fhopt.ops import algebra, attention
 
-TILE = 1024  # tokens that are unpacked at a time
+TILE = 1024  # tokens unpacked at a time
 
 
 def latent_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0) -> Tensor:
-    """Compute logits of all quantized tokens: query [B,H,S,D] -> [B,H,S,V], float32 or more exact."""
+    """Compute logits of all quantized tokens: query [B,H,S,D] -> [B,H,S,V], float32 or float64."""
     exact = torch.promote_types(query.dtype, torch.float32)
     logits = torch.cat(list(_logits(query, latents.key, exact, scale)), -1)
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
-    """Compute q k^T for all tokens in order of position: query [B,H,S,D], exact keys [B,G,_,D] -> [B,H,S,T]."""
+    """Compute q k^T for all tokens in position order: query [B,H,S,D], exact keys [B,G,_,D] -> [B,H,S,T]."""
     side = latents.key
     near = attention.grouped_scores(query, side.open(key, latents.sinks))
     tiles = list(_logits(query, side, query.dtype, 1.0))
@@ -48,7 +48,7 @@ def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
 
 
 def _logits(query: Tensor, side: SideRows, dtype: torch.dtype, scale: float) -> Iterator[Tensor]:
-    """Compute logits of quantized tokens, a tile at a time: query [B,H,S,D] -> [B,H,S,tokens], products in `dtype`."""
+    """Yield logits of quantized tokens, a tile at a time: query [B,H,S,D] -> [B,H,S,tokens]; matmuls in `dtype`."""
     turned, queries = query, algebra.absorb(query, side.decode)
     for part, tile in _tiles(side):
         if side.rotation is not None and (part.start or side.rotation.is_per_sequence):
@@ -61,9 +61,9 @@ def _logits(query: Tensor, side: SideRows, dtype: torch.dtype, scale: float) -> 
 
 
 def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
-    """Unpack latents a tile at a time, never all of them at once: places, and numbers [B,J,tokens,R].
+    """Yield unpacked latents a tile at a time: slice of tokens, latents [B,J,tokens,R].
 
-    Tokens of a tile are of one segment, where keys are relative to such.
+    With a segment rotation, each tile is one segment.
     """
     size = TILE if side.rotation is None else side.rotation.segment
     for start in range(0, side.rows.shape[2], size):
@@ -72,5 +72,5 @@ def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
 
 
 def reconstructed(exact: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
-    """Reconstruct all keys or values [B,G,T,D], in order of position, from the exact ones and the latents."""
+    """Reconstruct all keys or values [B,G,T,D], in position order, from exact tokens and latents."""
     return latents.by_position(latents.place(side.open(exact, latents.sinks), side.reconstruct(), 2), 2)

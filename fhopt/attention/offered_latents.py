@@ -1,15 +1,15 @@
-"""Offer the latents of a cache layer to attention, and read them there.
+"""Passing of latents from a cache layer to attention through the model's K/V arguments.
 
-A cache layer returns `LatentTensor`s in place of keys and values of full length. They have the shape, dtype and device
-of these but no memory; attention reads the exact tokens and the latents behind them:
+A cache layer returns `LatentTensor`s instead of full-length keys and values. They have the same shape, dtype and device
+but no storage; attention uses their exact tokens and latents:
 
     attention of transformers' interface, set by `fhopt.apply`       fhopt/hf/attention_interface.py
-    F.scaled_dot_product_attention(q, k, v)                          `attend`, in a model that calls it itself
-    q @ k.transpose(-1, -2), bmm, baddbmm; p @ v                     `scores` and `mix`, in a model that spells it out
+    F.scaled_dot_product_attention(q, k, v)                          `attend`, in a model that calls it
+    q @ k.transpose(-1, -2), bmm, baddbmm; p @ v                     `scores` and `mix`, in manual attention code
 
-Any other operation gets reconstructed keys or values, with a warning: right, but of full length. Under torch.compile
-the tensors are the exact tokens themselves, with the latents as an attribute that Dynamo follows; only the attention of
-the interface reads it.
+Any other operation gets reconstructed keys or values, with a warning: correct, but of full length. Under torch.compile
+the tensors are the exact tokens themselves, with the latents as an attribute that Dynamo tracks; only the attention of
+the interface supports it.
 
 Letters: B batch, G kv heads, N exact tokens, D head size.
 """
@@ -23,14 +23,14 @@ from fhopt.attention.cache_view import AnyLatents
 from fhopt.attention.latent_tensor import LatentTensor, joined_latents
 from fhopt.errors import FhoptError
 
-ATTRIBUTE = "fhopt_latents"  # of exact keys, under torch.compile
+ATTRIBUTE = "fhopt_latents"  # attribute of exact keys under torch.compile
 
 
 class Reader:
-    """The attention that reads the layers of a cache, as far as these know it.
+    """State of the attention that consumes a cache's latents.
 
-    active: it is `latent_attention_forward`, which reads latents in compiled graphs, too. pending: in a compiled graph,
-    latents were offered and have not been read yet.
+    active: it is `latent_attention_forward`, which supports latents in compiled graphs, too. pending: in a compiled
+    graph, offered latents have not been consumed yet.
     """
 
     def __init__(self, active: bool = False) -> None:
@@ -38,10 +38,10 @@ class Reader:
 
 
 def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: Reader) -> tuple[Tensor, Tensor]:
-    """Offer exact keys and values [B,G,N,D] with latents behind them to attention.
+    """Attach latents to exact keys and values [B,G,N,D] for attention.
 
-    Raises FhoptError in a compiled graph where the latents of the layer before have not been read: an operation on its
-    keys has lost them.
+    Raises FhoptError in a compiled graph if the previous layer's latents were not consumed: an operation on its keys
+    has dropped them.
     """
     if not torch.compiler.is_compiling():
         return LatentTensor(key, latents, True), LatentTensor(value, latents, False)
@@ -58,7 +58,7 @@ def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: Reader) -> tu
 
 
 def read_offered(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None]:
-    """Return what `offer` was given: exact keys and values [B,G,N,D], and latents; without latents, all tokens."""
+    """Return the arguments of `offer`: exact keys and values [B,G,N,D], and latents; None: all tokens are exact."""
     if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
         return key.exact, value.exact, joined_latents(key, value)
     latents, reader = getattr(key, ATTRIBUTE, (None, None))

@@ -1,4 +1,4 @@
-"""What attention on a KV cache reads: exact tokens, a residual window in 8 bits, packed latents, and their masks."""
+"""Operands of attention on a KV cache: exact tokens, 8-bit residual window, packed latents, and their masks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fhopt.ops import algebra, latent_attention
 class PartMasks:
     """Masks of the parts of a cache, bool or additive; None: every query sees the whole part.
 
-    exact [..., N]: of tokens kept as they came; window [..., M]: of the window in 8 bits; latents [..., V]: of packed
-    latents, of which the first `lengths` count (int64, one number or [B]; None: all of them).
+    exact [..., N]: of exact tokens. window [..., M]: of the 8-bit window. latents [..., V]: of packed latents. lengths:
+    number of leading packed latents to use (int64, scalar or [B]; None: all).
     """
 
     exact: Tensor | None = None
@@ -30,8 +30,8 @@ class AttentionOperands:
     """Operands of attention on a KV cache.
 
     query [B,H,S,D]; key [B,G,N,D] and value [B,G,N,E] of exact tokens; key_side, value_side: latents and windows.
-    softcap: 0 for none. sinks, broadcastable to [B,H,S]: one further logit that takes weight and gives nothing. causal:
-    the masks of exact tokens and window say no more than that no query sees what follows it.
+    softcap: 0 for none. sinks, broadcastable to [B,H,S]: a sink logit. causal: the masks of exact tokens and window are
+    only causal.
     """
 
     query: Tensor
@@ -46,7 +46,7 @@ class AttentionOperands:
     causal: bool = False
 
     def of_segment(self, number: int, query: Tensor) -> AttentionOperands:
-        """Return the operands of packed latents of one segment. query: turned to it."""
+        """Return the operands of one segment's packed latents. query: rotated to it."""
         key, value, masks = self.key_side, self.value_side, self.masks
         rotation = key.rotation
         assert rotation is not None
@@ -73,7 +73,7 @@ def attend_latents(
 ) -> tuple[Tensor, Tensor]:
     """Attend to packed latents: query [B,H,S,R] (absorbed) -> (output [B,H,S,R_V] (not expanded), lse [B,H,S]).
 
-    mask broadcastable to [B,H,S,V]; options: other keyword arguments of `fhopt::latent_attention`.
+    mask: broadcastable to [B,H,S,V]. options: further keyword arguments of `fhopt::latent_attention`.
     """
     groups = algebra.group_options(key.bit_groups, value.bit_groups)
     return latent_attention.latent_attention(
@@ -82,10 +82,10 @@ def attend_latents(
 
 
 def with_means(operands: AttentionOperands, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the means that tokens are differences from to attention on them: output [B,H,S,E] (expanded), lse.
+    """Add the means of keys and values back to attention on differences: output [B,H,S,E] (expanded), lse.
 
-    softmax(q (k + m)^T) over these tokens is softmax(q k^T), and the log of their weight grows by q . m; a mean of
-    values is the same in every output.
+    softmax(q (k + m)^T) over these tokens is softmax(q k^T), and their lse grows by q . m. A mean of values adds to
+    every output.
     """
     key_mean, value_mean = operands.key_side.mean, operands.value_side.mean
     if key_mean is not None:

@@ -1,14 +1,14 @@
-"""Attention to selected pages: a decode step reads the pages of quantized tokens that matter to it, and no others.
+"""Page selection: a decode step loads only the pages of quantized tokens with the largest estimated weight.
 
-A page is `PagePlan.tokens` quantized tokens in a row. The sketches of its tokens lie beside the packed latents
-(fhopt/cache/base_layer.py) and are all that a decode step reads of pages that it does not select. Selection is in
-`fhopt.ops.page_selection`; this module estimates the weights of pages, reads the selected ones, and adds what stands
-for the others: a mean of some values, with a part of their weight that was calibrated for each head (`PagePlan.fill`),
-or, where an upper bound on their weight exceeds the plan's limit, the pages themselves. Sinks, window and new tokens
-are always read, and so are all pages of short sequences.
+A page is `PagePlan.tokens` consecutive quantized tokens. The token sketches are stored next to the packed latents
+(fhopt/cache/base_layer.py), and a decode step loads nothing else of pages that it does not select.
+`fhopt.ops.page_selection` selects. This module estimates page weights, attends to the selected pages, and accounts for
+the others: by a mean of sampled values with a calibrated factor of their weight (`PagePlan.fill`), or, if an upper
+bound on their weight exceeds the plan's limit, by attending to them. Sinks, window, new tokens and all pages of short
+sequences are always attended.
 
-One query of each sequence on plain masks runs as one op, `fhopt::attend_pages`; other calls select and read in torch
-operations, by the same functions. The measurements behind sketches, pages and fill: docs/explanation/page_selection.md.
+With plain masks, one query per sequence runs as one op, `fhopt::attend_pages`; other calls run the same functions as
+torch operations. Measurements: docs/explanation/page_selection.md.
 
 Letters: B batch, H query heads, J latent heads, U units (a common divisor of J on both sides), S queries, T quantized
 tokens, P pages, N pages of a list, R latent width.
@@ -29,21 +29,21 @@ from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latent
 from fhopt.attention.sketches import PageIndex
 from fhopt.ops import algebra, masks, page_selection, paged_attention
 
-SAMPLE = 16  # pages whose values are averaged for value-mean fill
+SAMPLE = 16  # pages averaged for value-mean fill
 
 
 # --------------------------------------------------------------------------------------------------- attention
 
 
 def selects_pages(query: Tensor, index: PageIndex) -> bool:
-    """Return True for a query that is alone, or counts as such, and has more pages than it may read."""
+    """Return True if the query selects its own pages and there are more pages than its maximum."""
     return (index.each_query or query.shape[2] == 1) and index.most < index.count
 
 
 def attend_selected_pages(operands: AttentionOperands, index: PageIndex) -> Tensor:
     """Attend to exact tokens, to the window and to the latents of selected pages: [B,H,S,E].
 
-    Units for which pages left out might weigh more than the index allows read these pages, too.
+    Units for which unselected pages might exceed the limit attend to these pages, too.
     """
     key, value, mask = operands.key_side, operands.value_side, operands.masks
     absorbed = algebra.absorb(operands.query, key.decode)
@@ -72,7 +72,7 @@ def attend_selected_pages(operands: AttentionOperands, index: PageIndex) -> Tens
 
 
 def _beside_latents(operands: AttentionOperands, lse: Tensor | None) -> Tensor | None:
-    """Return the log of a weight [B,H,S] as it compares with logits of latents that are differences from a mean."""
+    """Convert a log weight [B,H,S] to the reference of latent logits, which exclude the mean of keys."""
     if lse is None:
         return None
     return algebra.counted_from_mean(lse, operands.query, operands.key_side.mean, operands.scale)
@@ -82,10 +82,10 @@ def attend_single_query(
     query: Tensor, key: SideRows, value: SideRows, index: PageIndex, mask: PartMasks, near: Tensor | None,
     mean: Tensor | None, *, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Select pages and attend to them by one op, `fhopt::attend_pages`, for one query of each sequence.
+    """Select pages and attend to them by one op, `fhopt::attend_pages`, for one query per sequence.
 
-    query [B,H,1,R] is absorbed; mask: of latents alone, as the op takes it; near [B,H,1]: log of the weight of what is
-    read in any case; mean: of values, for the fill. Adds to the counters of the index. Returns (output [B,H,1,R_V] (not
+    query [B,H,1,R] is absorbed; mask: of latents, in the op's format; near [B,H,1]: log weight of the tokens that are
+    always attended; mean: of values, for the fill. Updates the counters of the index. Returns (output [B,H,1,R_V] (not
     expanded), lse [B,H,1]).
     """
     sketcher, (codes, scales, _) = index.sketcher, index.rows
@@ -104,7 +104,7 @@ def attend_single_query(
 
 
 def _has_plain_masks(query: Tensor, mask: PartMasks, softcap: float) -> bool:
-    """Return True where the ops on pages take the masks: one of tokens for each sequence, one length, no softcap."""
+    """Return True if the page ops support the masks: one token mask per sequence, one length, no softcap."""
     far, lengths = mask.latents, mask.lengths
     plain = far is None or (far.dtype == torch.bool and far.dim() == 4 and far.shape[1:3] == (1, 1))
     one = lengths is None or lengths.numel() == 1
@@ -114,7 +114,7 @@ def _has_plain_masks(query: Tensor, mask: PartMasks, softcap: float) -> bool:
 def _read_pages(
     absorbed: Tensor, operands: AttentionOperands, index: PageIndex, selected: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the latents of selected pages, bool [B,U,S,P], at most `most`: by page lists, or masks of many queries.
+    """Attend to the latents of at most `most` selected pages, bool [B,U,S,P], by page lists, or a mask if S > 1.
 
     Returns (output [B,H,S,R_V] (not expanded), lse [B,H,S]).
     """
@@ -129,7 +129,7 @@ def _read_pages(
 
 
 def page_mask(selected: Tensor, page_tokens: int, heads: int, tokens: int) -> Tensor:
-    """Convert selected pages, bool [B,U,S,P], to a mask of their tokens: bool [B,H,S,T], T = `tokens`."""
+    """Convert selected pages, bool [B,U,S,P], to a token mask: bool [B,H,S,T], T = `tokens`."""
     seen = selected.repeat_interleave(page_tokens, -1)[..., :tokens]
     return seen.repeat_interleave(heads // selected.shape[1], 1)
 
@@ -141,10 +141,10 @@ def token_logits(
     query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, *, scale: float, softcap: float = 0.0,
     at_most: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Estimate logits of quantized tokens from their sketches, [B,H,S,T]; at_most: upper bounds of them instead.
+    """Estimate logits of quantized tokens from their sketches, [B,H,S,T]; at_most: upper bounds instead.
 
-    query [B,H,S,R] is absorbed. far: mask of the tokens, bool or additive, broadcastable to [B,H,S,T]; lengths: so many
-    first ones count.
+    query [B,H,S,R] is absorbed. far: token mask, bool or additive, broadcastable to [B,H,S,T]. lengths: number of
+    leading tokens to use.
     """
     codes, scales, lost = index.rows
     logits = index.sketcher.logits(query, codes, scales) * scale
@@ -158,7 +158,7 @@ def token_logits(
 
 
 def _page_estimates(absorbed: Tensor, operands: AttentionOperands, index: PageIndex) -> Tensor:
-    """Estimate the log of the weight of each page from its sketches, [B,H,S,P]."""
+    """Estimate the log weight of each page from its sketches, [B,H,S,P]."""
     far, lengths = operands.masks.latents, operands.masks.lengths
     if not _has_plain_masks(absorbed, operands.masks, operands.softcap):
         return page_selection.page_logits(token_logits(absorbed, index, far, lengths, **operands.numbers), index.tokens)
@@ -170,7 +170,7 @@ def _page_estimates(absorbed: Tensor, operands: AttentionOperands, index: PageIn
 
 
 def _available_pages(index: PageIndex, lengths: Tensor | None) -> Tensor | int:
-    """Return how many pages there are to select from."""
+    """Return the number of pages to select from."""
     return index.count if lengths is None else -(-lengths.reshape(-1, 1, 1, 1) // index.tokens)
 
 
@@ -180,10 +180,10 @@ def _available_pages(index: PageIndex, lengths: Tensor | None) -> Tensor | int:
 def mean_values(
     query: Tensor, key: SideRows, value: SideRows, far: Tensor | None, lengths: Tensor | None, page_tokens: int
 ) -> Tensor:
-    """Average the value latents of SAMPLE pages that each query may see: what a query of zeros reads.
+    """Average the value latents of SAMPLE pages that each query may see, by attention with a zero query.
 
-    query [B,H,S,R] is absorbed, and gives shape, dtype and device alone; far, lengths: as `latents` and `lengths` of
-    `PartMasks` -> [B,n,S,R_V], S that of the mask `far` or 1, n a divisor of H.
+    query [B,H,S,R] is absorbed and only gives shape, dtype and device; far, lengths: as `latents` and `lengths` of
+    `PartMasks` -> [B,n,S,R_V], S as in the mask `far` or 1, n a divisor of H.
     """
     (b, heads), rows = query.shape[:2], math.lcm(key.rows.shape[1], value.rows.shape[1])
     shape = (1, 1) if far is None or far.dim() < 3 else far.shape[-3:-1]
@@ -195,12 +195,12 @@ def mean_values(
 
 
 def log_fill(parts: Sequence[float], device: torch.device) -> Tensor | None:
-    """Convert `PagePlan.fill` of one site to that of a `PageIndex`: its log, float32 [H]; None for zeros."""
+    """Convert a site's `PagePlan.fill` to that of a `PageIndex`: its log, float32 [H]; None if all are zero."""
     return torch.tensor(parts, dtype=torch.float32, device=device).log() if any(parts) else None
 
 
 def _fill_mean(absorbed: Tensor, operands: AttentionOperands, index: PageIndex) -> Tensor | None:
-    """Return the mean of values for the fill: the one of the index where all queries see all rows, else a new one."""
+    """Return the mean of values for the fill: the cached one if all queries see all rows, else a new one."""
     far, lengths = operands.masks.latents, operands.masks.lengths
     if index.fill is None or (index.mean is not None and far is None and lengths is None):
         return index.mean
@@ -208,9 +208,9 @@ def _fill_mean(absorbed: Tensor, operands: AttentionOperands, index: PageIndex) 
 
 
 def sampled_pages(count: Tensor | int, device: torch.device) -> Tensor:
-    """List SAMPLE of `count` pages, evenly spread, as `page_lists` does; all of them where there are fewer.
+    """List SAMPLE of `count` pages, evenly spaced, in the format of `page_lists`; all pages if there are fewer.
 
-    A number -> int32 [SAMPLE]; integers [B] -> [B, SAMPLE].
+    int -> int32 [SAMPLE]; integers [B] -> [B, SAMPLE].
     """
     many = count.unsqueeze(-1) if isinstance(count, Tensor) else torch.full((), count, device=device)
     places = torch.arange(SAMPLE, device=device) * many.clamp(min=SAMPLE) // SAMPLE
@@ -227,7 +227,7 @@ def _pages_beyond_limit(
     selected: Tensor,
     parts: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Select all pages left out, for units for which they might weigh more than the limit: bool [B,U,S,P]."""
+    """Select all remaining pages for units that might exceed the limit: bool [B,U,S,P]."""
     lse = _beside_latents(operands, joint_lse(parts))
     assert lse is not None, "pages were read"
     far, lengths = operands.masks.latents, operands.masks.lengths
@@ -237,9 +237,9 @@ def _pages_beyond_limit(
 
 
 def left_out_bound(bounds: Tensor, selected: Tensor, lse: Tensor) -> Tensor:
-    """Bound the share of a query's weight on pages that are not selected, [B,H,S].
+    """Bound the fraction of a query's weight on unselected pages, [B,H,S].
 
-    bounds [B,H,S,P]: on the log of the weight of pages; selected bool [B,U,S,P]; lse [B,H,S]: of all that was read.
+    bounds [B,H,S,P]: upper bounds of log page weights; selected bool [B,U,S,P]; lse [B,H,S]: of everything attended.
     """
     heads = selected.repeat_interleave(bounds.shape[1] // selected.shape[1], 1)
     others = bounds.masked_fill(heads, -math.inf).logsumexp(-1)
@@ -247,7 +247,7 @@ def left_out_bound(bounds: Tensor, selected: Tensor, lse: Tensor) -> Tensor:
 
 
 def exceeds_limit(share: Tensor, index: PageIndex) -> Tensor:
-    """Return the units with a head beyond the limit, and count them: share [B,H,S] -> bool [B,U,S]."""
+    """Return and count the units with a head above the limit: share [B,H,S] -> bool [B,U,S]."""
     failed = (share > index.limit).unflatten(1, (index.units, -1)).any(2)
     index.counters[1] += failed.sum()
     return failed

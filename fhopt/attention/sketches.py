@@ -1,12 +1,12 @@
-"""Sketches of quantized tokens: a few channels in 2 or 4 bits, by which pages are selected; the index of a layer.
+"""Sketches of quantized tokens (a few channels in 2 or 4 bits, for page selection) and the page index of a layer.
 
     sketch   of a token's key latent z: (z_c - mean_c) / deviation_c = scale u_c, u_c in 2 or 4 bits, for the channels c
-             that move logits most; one scale for each token, so large that nothing is clipped
-    logit    q~ . mean + scale sum over c of q~_c deviation_c u_c          of a token, to within what the sketch lost
-    weight   sum over a page's tokens of exp(logit)                        by which pages are selected
+             with the largest effect on logits; one scale per token, large enough to avoid clipping
+    logit    q~ . mean + scale sum over c of q~_c deviation_c u_c          estimate for a token
+    weight   sum over a page's tokens of exp(logit)                        criterion of page selection
 
-A token's logit differs from its sketch's by at most |q~ w| |(z - sketch) / w| for any weights w (Cauchy-Schwarz); where
-a plan has a limit, the second factor of every token is stored with its sketch.
+A token's logit differs from its estimate by at most |q~ w| |(z - sketch) / w| for any weights w (Cauchy-Schwarz). If a
+plan has a limit, the second factor is stored with each sketch.
 
 Letters: B batch, H query heads, J latent heads, S queries, T quantized tokens, P pages, N pages of a list, R latent
 width, r channels of a sketch, n any number of tokens.
@@ -24,7 +24,7 @@ from fhopt.ops import packing, page_selection
 from fhopt.ops.algebra import BitGroups
 from fhopt.plan.site_plan import SketchPlan, Tier
 
-LOST = {2: 0.35, 4: 0.11}  # standard deviation of the rounding error of a unit normal channel, about, by bits
+LOST = {2: 0.35, 4: 0.11}  # approximate standard deviation of the rounding error of a unit normal channel, by bits
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
 """Quantized values uint8 [B,J,T,bytes], scales float16 [B,J,T], and |(z - sketch) / w| float16 [B,J,T] with a limit."""
 
@@ -34,7 +34,7 @@ SketchRows = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Sketcher:
-    """The tensors of a `SketchPlan` on the device of a model: channels [J,r], mean and deviation [J,R]."""
+    """A `SketchPlan`'s tensors on the model's device: channels [J,r], mean and deviation [J,R]."""
 
     plan: SketchPlan
     channels: Tensor
@@ -74,7 +74,7 @@ class Sketcher:
         return zip(parts, self.plan.tiers, strict=True)
 
     def kept(self, x: Tensor) -> Tensor:
-        """Return the channels that a sketch keeps: [..., J, n, R] -> [..., J, n, r]."""
+        """Gather the channels of a sketch: [..., J, n, R] -> [..., J, n, r]."""
         index = self.channels.unsqueeze(1)
         return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
@@ -95,7 +95,7 @@ class Sketcher:
     def logits(self, query: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         """Estimate q~ . z from sketches: query [B,H,S,R] (absorbed), sketches of T tokens -> [B,H,S,T].
 
-        The result is float32 or more exact.
+        The result is float32 or float64.
         """
         weights, constant = self.factors(query)
         logits = page_selection.sketch_logits(weights, constant, codes, scale, *self.bit_groups)
@@ -118,14 +118,13 @@ class Sketcher:
 
 @dataclass(frozen=True, eq=False)
 class PageIndex:
-    """What attention of a layer selects pages by.
+    """Page index of a layer: sketches and parameters of page selection.
 
-    rows: sketches of T tokens. tokens: of a page. share, mass, lift, limit: as in `PagePlan`, of this site; least:
-    pages that a list has room for in any case. units: U. each_query: every query of a call reads what it would select
-    alone; False: calls of several queries read all pages. counters: int64 [4], added to: lists made, those that the
-    limit made complete, pages in lists, and pages to select from. fill: log of `PagePlan.fill` of this site, float32
-    [H]; None: nothing takes the place of pages that are not read. mean: of values, as from `paged.mean_values`, for
-    calls in which all queries see all rows; None: it is not known yet.
+    rows: sketches of T tokens. tokens: per page. share, mass, lift, limit: as in `PagePlan`, for this site. least:
+    minimum capacity of a page list. units: U. each_query: every query of a call selects as it would alone; False:
+    multi-query calls use all pages. counters: int64 [4], accumulated: lists made, lists that the limit completed, pages
+    in lists, pages available. fill: log of the site's `PagePlan.fill`, float32 [H]; None: no fill. mean: of values,
+    from `paged.mean_values`, for calls in which all queries see all rows; None: not computed yet.
     """
 
     sketcher: Sketcher
@@ -149,10 +148,10 @@ class PageIndex:
 
     @property
     def most(self) -> int:
-        """N, pages that a list has room for."""
+        """N, capacity of a page list."""
         return page_selection.pages_read(self.count, self.share, self.least)
 
     @property
     def rule(self) -> page_selection.SelectionRule:
-        """What decides which pages are read."""
+        """The rule that decides which pages are selected."""
         return page_selection.SelectionRule(self.units, self.most, self.share, self.least, self.mass, self.lift)

@@ -1,4 +1,4 @@
-"""The backend of torch.compile: `torch.compile(model, backend="flashhead")`."""
+"""torch.compile backend: `torch.compile(model, backend="flashhead")`."""
 
 from fhopt.backend.compile import flashhead
 

@@ -1,8 +1,8 @@
 """Extra inputs of rewritten graphs, bound at call time.
 
-Dynamo also uses a compiled graph for other weights (another instance of a class, `load_state_dict`, an update in
-place) without calling the backend again. So no tensor that was computed from weights is a constant of a graph: it is an
-extra input, and the `Binder` checks at every call that it was computed from the weights of that call.
+Dynamo reuses a compiled graph for other weights (another instance of a class, `load_state_dict`, an in-place update)
+without calling the backend again. Tensors computed from weights are therefore extra inputs instead of constants of a
+graph, and the `Binder` checks at every call that they were computed from the weights of that call.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from fhopt.errors import Stale
 from fhopt.passes.graph.program import Bound, Program
 
-KEPT = 256  # sets of weights, such as the layers that share one graph, whose extra inputs are kept
-CHECKED = 4  # weights whose sample is compared in each call
-SAMPLED = 64  # numbers in the sample of a weight
+KEPT = 256  # sets of weights, such as the layers that share one graph, whose extra inputs are cached
+CHECKED = 4  # weights whose samples are compared in each call
+SAMPLED = 64  # elements in the sample of a weight
 
 
 @dataclass
 class _Entry:
-    """The extra inputs for some source tensors, which are held weakly, with their versions and samples.
+    """Extra inputs for a set of source tensors, with weak references, versions and samples of these.
 
-    Versions show all changes but those through `.data`, and inference tensors have none. Samples show these: at every
-    call a few tensors are compared, in turn, since such changes seldom affect a single tensor.
+    Versions detect all changes except those through `.data`; inference tensors have no versions. Samples detect the
+    rest: each call compares a few tensors, round-robin, since such changes rarely affect a single tensor.
     """
 
     sources: list[weakref.ref[Tensor]]
@@ -41,13 +41,13 @@ class _Entry:
 
     @staticmethod
     def of(sources: Sequence[Tensor], inputs: list[Tensor], stale: Stale | None = None) -> _Entry:
-        """Make the entry of tensors in their present state."""
+        """Create the entry for tensors in their current state."""
         return _Entry(
             [weakref.ref(x) for x in sources], [version(x) for x in sources], [*map(sample, sources)], inputs, stale
         )
 
     def is_for(self, sources: Sequence[Tensor]) -> bool:
-        """Return True for the same tensors, unchanged."""
+        """Return whether these are the same tensors, unchanged."""
         held = zip(self.sources, self.versions, sources, strict=True)
         return all(ref() is x and was == version(x) for ref, was, x in held) and self._has_equal_samples(sources)
 
@@ -55,11 +55,11 @@ class _Entry:
         count = len(sources)
         checked = {(self.turn + i) % count for i in range(min(CHECKED, count))} if count else set[int]()
         self.turn += CHECKED
-        return all(repr(self.samples[i]) == repr(sample(sources[i])) for i in checked)  # NaN equals NaN as text
+        return all(repr(self.samples[i]) == repr(sample(sources[i])) for i in checked)  # as text, NaN equals NaN
 
 
 class Binder:
-    """The extra inputs of one program. `inputs`: how many inputs its graph had before it was rewritten."""
+    """Extra inputs of one program. inputs: how many inputs its graph had before the rewrite."""
 
     def __init__(self, program: Program, inputs: int) -> None:
         names = list(program.values)
@@ -74,7 +74,7 @@ class Binder:
         self.known: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Return the extra inputs for these inputs. Raises Stale when there are none for their weights."""
+        """Return the extra inputs for these inputs. Raises Stale if there are none for their weights."""
         sources = [inputs[i] for i in self.positions]
         key = tuple([id(x) for x in sources])
         entry = self.known.get(key)
@@ -87,7 +87,7 @@ class Binder:
     def _remember(self, key: tuple[int, ...], sources: list[Tensor]) -> _Entry:
         self.known.pop(key, None)
         try:
-            entry = _Entry.of(sources, self._make(sources))  # after making, which may change a cache
+            entry = _Entry.of(sources, self._make(sources))  # after _make, which may modify a cache
         except Stale as stale:
             entry = _Entry.of(sources, [], stale)
         self.known[key] = entry
@@ -107,12 +107,12 @@ class Binder:
 
 
 def version(x: Tensor) -> tuple[int, int]:
-    """Return (number of changes in place, address) of a tensor; the first is 0 for inference tensors."""
+    """Return (number of in-place changes, address) of a tensor; the first is 0 for inference tensors."""
     return 0 if x.is_inference() else x._version, x.data_ptr()
 
 
 def sample(x: Tensor) -> float:
-    """Sum some numbers of a tensor in CPU memory; 0 for other devices, where reading would wait for the device."""
+    """Return the sum of some elements of a CPU tensor; 0 for other devices, where it would synchronize."""
     if not x.is_cpu or not x.numel() or not x.dtype.is_floating_point or not x.is_contiguous():
         return 0.0
     with torch.no_grad():

@@ -1,20 +1,20 @@
-"""`torch.compile(model, backend="flashhead")`: find attention, apply a plan, and compile the graph by inductor.
+"""`torch.compile(model, backend="flashhead")`: find attention, apply a plan, and compile the graph with inductor.
 
 Registered through the entry point group `torch_dynamo_backends`, so no import is needed. Options:
 
     plan                 a LatentPlan or its path: the sites that it names run on latents
     ratio                1: exact mode, attention in its fastest exact implementation. Another number: fit a plan of
-                         that ratio online, to the calls of the model; a warning says when no call can be recorded
-    max_loss             without plan and ratio: fit the smallest plan within that loss online (default 0.01, 1 %)
+                         that ratio online, to the calls of the model; a warning says if no call can be recorded
+    max_loss             without plan and ratio: fit the smallest plan within that loss online (default 0.01, 1%)
     calibration_tokens   tokens of the calls to which a plan is fitted online (default 16,384)
-    weights              "check" (default): a plan is used only for the weights that it was fitted for; "trust": for any
-    skinny_products      on CPUs, products of up to 16 rows with a weight go to a kernel that reads the weight once, of
-                         more, in 16 bits, to another one with AVX2 alone (default: True; False: to inductor)
-    strict               raise FhoptError when a plan compresses no site of a graph (default: warn)
+    weights              "check" (default): use a plan only for the weights that it was fitted for; "trust": for any
+    skinny_products      on CPUs, run matmuls of up to 16 rows on a kernel that loads the weight once, and larger 16-bit
+                         ones on another kernel if the CPU has only AVX2 (default: True; False: use inductor)
+    strict               raise FhoptError if a plan compresses no site of a graph (default: warn)
     assume_finite        rewrite attention whose scores may overflow, where the model gives NaN and a rewrite does not:
                          scores in float16, exponentials without a maximum (default: False; with a plan: True)
 
-All other options go to inductor. `fhopt.report(compiled)` shows what each attention was compiled to, and why.
+All other options are passed to inductor. `fhopt.report(compiled)` shows how each attention was compiled, and why.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _outcomes: list[passes_outcome.Outcome] = []
 
 
 def last_outcome() -> passes_outcome.Outcome | None:
-    """Return the sites of the most recently compiled graph: found, compressed and left alone; None before the first."""
+    """Return the outcome of the last compiled graph: sites found, compressed, not rewritten; None before the first."""
     return _outcomes[0] if _outcomes else None
 
 
@@ -92,10 +92,11 @@ flashhead.reset = reset  # type: ignore[attr-defined]  # where torch looks for i
 
 
 def _find(program: Program, training: bool, settings: Settings) -> passes_outcome.Outcome:
-    """Find the sites of the graph; one on which a pass fails is left to inductor, with a warning.
+    """Find the sites of the graph; if a pass fails, leave the graph to inductor, with a warning.
 
-    Models that cache latents themselves read them directly, unless the plan names the site. In training, activation
-    checkpoints keep their memory saving, and attention inside them is left alone.
+    In models that cache latents themselves, attention runs on these unless the plan names the site. In training,
+    activation checkpoints are not inlined, to preserve their memory savings, and attention inside them is not
+    rewritten.
     """
     try:
         outcome = pipeline.find(program, inline_checkpoints=not training, assume_finite=settings.assume_finite)
@@ -115,7 +116,7 @@ def _compile_exactly(
     training: bool,
     compiler: Compiler,
 ) -> Compiled:
-    """Compile every attention to its fastest exact implementation; a graph without gain goes to inductor unchanged."""
+    """Compile every attention to its fastest exact implementation; pass a graph without gain to inductor unchanged."""
     if not pipeline.exact(outcome, module.graph, training):
         return compiler.now(module, example_inputs)
     dispatch.install()
@@ -148,7 +149,7 @@ def _compile_with_plan(
 
 
 def _report_unused(outcome: passes_outcome.Outcome, settings: Settings, report: CompileReport) -> None:
-    """Warn that the plan compressed nothing. Raises FhoptError where the option `strict` is set."""
+    """Warn that the plan compressed nothing. Raises FhoptError if the option `strict` is set."""
     reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "no attention was found"
     message = f"the plan changed nothing in this graph: {reasons}."
     if settings.strict:
@@ -158,9 +159,9 @@ def _report_unused(outcome: passes_outcome.Outcome, settings: Settings, report: 
 
 
 class _OtherWeights:
-    """Graphs for other weights than those of the first call: another layer of the class, or none of the plan's.
+    """Graphs for other weights than those of the first call: another layer of the class, or none in the plan.
 
-    Dynamo does not call the backend for them, so they are compiled when they are first called.
+    Dynamo does not call the backend for them, so they are compiled on first use.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class _OtherWeights:
         self.exact: Compiled | None = None
 
     def __call__(self, inputs: Sequence[Any], stale: Stale) -> Any:
-        """Run the graph for the weights of these inputs, compiled at the first call."""
+        """Run the graph for the weights of these inputs, compiled on first use."""
         if stale.is_settled and self.exact is not None:
             return self.exact(*inputs)
         for variant in self.variants:
@@ -180,7 +181,7 @@ class _OtherWeights:
                 return variant(inputs)
             except Stale:
                 continue
-        module_buffers.restore(inputs)  # the next graph may read caches as they were
+        module_buffers.restore(inputs)  # the next graph may need the original buffers
         compiled = self._compile_variant(inputs)
         if compiled is not None:
             self.variants.append(compiled)
@@ -193,7 +194,7 @@ class _OtherWeights:
 
     def _compile_variant(self, inputs: Sequence[Any]) -> _Variant | None:
         assert self.settings.plan is not None
-        if not self.settings.plan.weights:  # without fingerprints its bases are those of the first call's weights
+        if not self.settings.plan.weights:  # without fingerprints, its bases belong to the first call's weights
             return None
         program = copy_program(self.original, inputs)
         outcome = _find(program, self.training, self.settings)
@@ -220,7 +221,7 @@ class _Variant:
     binder: Binder
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
-        """Run the graph. Raises Stale when it is not for the weights of these inputs."""
+        """Run the graph. Raises Stale if it is not for the weights of these inputs."""
         return self.compiled(*inputs, *self.binder(inputs))
 
 
@@ -245,7 +246,7 @@ def _bind(
 
 
 def _keep_static(tensors: list[Tensor]) -> None:
-    """Mark the sizes of these inputs as static for AOTAutograd: Dynamo has no source to guard them by."""
+    """Mark the sizes of these inputs as static for AOTAutograd, since Dynamo has no source to guard them by."""
     context = TracingContext.try_get()
     if context is not None:
         for index, tensor in enumerate(tensors):

@@ -2,7 +2,7 @@
 
     print(fhopt.report(compiled))       a table;      fhopt.report(compiled).as_dict()       for programs
 
-The backend writes them. They hold no part of a model, and are kept in a weak dictionary by compiled module.
+The backend writes them. They reference no part of a model, and are stored in a weak dictionary by compiled module.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ EXACT, PLANNED, GATHERING, COMPRESSED, REJECTED = "exact", "by a plan", "gatheri
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone".
+    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone" (not rewritten).
 
-    certificate: why the rewrite holds for all values; None where nothing was rewritten.
+    certificate: why the rewrite holds for all values; None if nothing was rewritten.
     """
 
     name: str
@@ -44,7 +44,7 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A compiled graph. seconds: of fhopt's own passes. assumed: see `Outcome`."""
+    """A compiled graph. seconds: in fhopt's own passes. assumed: see `Outcome`."""
 
     training: bool
     sites: tuple[SiteRecord, ...]
@@ -54,10 +54,10 @@ class GraphRecord:
 
 @dataclass
 class CompileReport:
-    """The compile report of one model.
+    """Compile report of one model.
 
-    state: EXACT or PLANNED; GATHERING, COMPRESSED or REJECTED where a plan is fitted online. events: decisions of the
-    backend with their reasons, in order.
+    state: EXACT or PLANNED; GATHERING, COMPRESSED or REJECTED with an online fit. events: decisions of the backend with
+    their reasons, in order.
     """
 
     model: str
@@ -71,7 +71,7 @@ class CompileReport:
         self.graphs.append(GraphRecord(training, tuple(_sites(outcome)), seconds, tuple(outcome.assumed.items())))
 
     def add_event(self, event: str) -> None:
-        """Record an event, once where it repeats."""
+        """Record an event, without duplicates."""
         if event not in self.events:
             self.events.append(event)
 
@@ -92,7 +92,7 @@ class CompileReport:
 
 
 def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
-    """Yield a record of each site, and of each attention without one: exact, or left alone."""
+    """Yield a record of each site, and of each attention without one: exact, or not rewritten."""
     reasons: dict[str, Explanation] = {m.node: m for m in outcome.missed}
     for node, site in outcome.sites.items():
         missed = reasons.pop(node, None)
@@ -127,7 +127,7 @@ def _title(report: CompileReport) -> str:
 
 
 def report_html(report: CompileReport) -> str:
-    """Write the HTML of a report for notebooks: sites and events."""
+    """Return the HTML of a report for notebooks: sites and events."""
     rows = dict.fromkeys((s.name, s.how, s.reason, s.source) for graph in report.graphs for s in graph.sites)
     events = "".join(f"<li>{html.escape(event)}</li>" for event in report.events)
     return html_titled(_title(report), html_table(("site", "became", "because", "source"), rows)) + (
@@ -143,7 +143,7 @@ _unowned = CompileReport("graphs of functions")
 
 
 def report_of(module: torch.nn.Module | None) -> CompileReport:
-    """Return the report of a module, a new one where there is none; None: that of graphs that no module owns."""
+    """Return the report of a module, creating it if missing; None: that of graphs without an owning module."""
     if module is None:
         return _unowned
     return _reports.setdefault(module, CompileReport(type(module).__name__))
@@ -159,8 +159,8 @@ def forget() -> None:
 def report(compiled: Any) -> CompileReport:
     """Return the report of a compiled model: `torch.compile(model, ...)`, or a model after `model.compile(...)`.
 
-    The reports of compiled parts of a model are merged; a function has the reports of the models that it calls. Raises
-    FhoptError when nothing of it has been compiled by this backend.
+    Reports of compiled parts of a model are merged; a function has the reports of the models that it calls. Raises
+    FhoptError if this backend has compiled no part of it.
     """
     target = getattr(compiled, "_orig_mod", None) or getattr(compiled, "_torchdynamo_orig_callable", compiled)
     target = getattr(target, "__self__", target)
@@ -193,9 +193,9 @@ def _merge(name: str, parts: list[CompileReport]) -> CompileReport:
 
 
 def owner(parameters: Iterable[Tensor]) -> torch.nn.Module | None:
-    """Find the module whose call Dynamo is tracing and that owns these parameters; None where there is no such module.
+    """Find the module whose call Dynamo is tracing and that owns these parameters; None if there is none.
 
-    Of several, such as two models that share an embedding, it is the one with the fewest parameters.
+    Of several, such as two models that share an embedding, returns the one with the fewest parameters.
     """
     identities = {id(p) for p in parameters}
     owned = [(m, {id(p) for p in m.parameters()}) for m in _modules_in(_traced_locals())]
@@ -208,7 +208,7 @@ def _traced_locals() -> dict[str, Any]:
 
     try:
         names: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals
-    except AttributeError:  # nothing is being traced
+    except AttributeError:  # no trace in progress
         return {}
     return names
 

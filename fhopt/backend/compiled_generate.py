@@ -1,9 +1,9 @@
 """Compiled `generate` of transformers models: `torch.compile(model, backend="flashhead").generate(...)`.
 
-`torch.compile(model)` returns a wrapper whose methods are those of the wrapped model: they call the model and not the
-wrapper, so that `generate` silently runs uncompiled code. After `install`, methods of wrappers of this backend run with
-the model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.compile()` sets permanently). Outside of
-such a method the wrapped model is not changed. Wrappers of other backends are not changed either.
+The wrapper from `torch.compile(model)` has the methods of the wrapped model. They call the model instead of the
+wrapper, so `generate` silently runs uncompiled code. After `install`, methods of this backend's wrappers run with the
+model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.compile()` sets permanently). Outside of
+such a method the model is unchanged. Wrappers of other backends are not affected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _inside: ContextVar[Mapping[int, Any]] = ContextVar("inside", default=MappingPro
 
 
 def install() -> None:
-    """Make methods of this backend's wrappers call compiled code; a second call changes nothing."""
+    """Make methods of this backend's wrappers call compiled code. Idempotent."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     before = OptimizedModule.__getattr__
@@ -51,7 +51,7 @@ def _is_ours(wrapper: Any) -> bool:
 
 
 def _compiling(method: MethodType, wrapper: Any) -> Callable[..., Any]:
-    """Wrap a method so that every call of its module is compiled while it runs."""
+    """Wrap a method so that calls of its module are compiled while it runs."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -63,9 +63,9 @@ def _compiling(method: MethodType, wrapper: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _compiled_calls(model: Any, wrapper: Any) -> Iterator[None]:
-    """Within the context, in this thread, run calls of `model` compiled with the wrapper's settings.
+    """Run calls of `model` in this thread compiled with the wrapper's settings, inside the context.
 
-    A model that was compiled in place stays compiled as it was.
+    A model compiled in place is not affected.
     """
     _begin_dispatch(model)
     inside = _inside.get()

@@ -1,4 +1,4 @@
-"""Compilation of rewritten graphs by inductor, and the keys for its cache of compiled graphs."""
+"""Compilation of rewritten graphs with inductor, and the keys for its cache of compiled graphs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Compiled = Callable[..., Any]
 
 
 def takes_gradients(graph: fx.Graph) -> bool:
-    """Return True where gradients are enabled, or are enabled somewhere in the graph."""
+    """Return whether gradients are enabled now or somewhere in the graph."""
     turns_on = any(n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes)
     return turns_on or torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Inductor with the user's mode and options. products: small products may go to fhopt's kernel."""
+    """Inductor with the user's mode and options. products: whether fhopt's kernels may run matmuls."""
 
     mode: str | None
     options: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Compiler:
         return torch.compile(module, backend="inductor", options=self._patches(module) or None)
 
     def _products(self) -> bool:
-        """Return True where products may go to fhopt's kernel: the options do not make inductor tune or freeze them."""
+        """Return whether fhopt's kernels may run matmuls: not if inductor is to tune or freeze them."""
         options = self._all_options()
         return self.products and not any(options.get(k) for k in ("max_autotune", "max_autotune_gemm", "freezing"))
 
@@ -68,9 +68,9 @@ class Compiler:
 
 
 def cacheable(graph: fx.Graph) -> dict[str, str]:
-    """Map the functions of fhopt that a graph calls to cache keys, so that inductor can cache compiled graphs.
+    """Map fhopt's functions in a graph to cache keys, so that inductor can cache compiled graphs.
 
-    All else that a plan determines is a number in the graph or an input of it.
+    Everything else that depends on the plan is a constant or an input of the graph.
     """
     targets: dict[Any, None] = {n.target: None for n in graph.nodes if n.op == "call_function"}
     ours = [t for t in targets if str(getattr(t, "__module__", "")).startswith("fhopt") and hasattr(t, "__name__")]

@@ -1,15 +1,15 @@
-"""Online fit: a plan is fitted to the tokens of a compiled model's first calls, without a calibration run.
+"""Online fit: fits a plan to the tokens of a compiled model's first calls, without a calibration run.
 
     gathering     calls run exactly; their tokens are recorded (not their activations)
     compressed    the plan fitted to them passed the gate: new sequences are cached as latents (`fhopt.apply`)
     rejected      no plan passed, or fitting failed: the model stays exact, and the compile report says why
 
-The recorded tokens are split: a plan is calibrated on the first three quarters and measured on the last quarter against
-the exact model, through the real KV cache (fhopt/refine/loss_target.py). Sequences that have begun keep their cache.
-The call that completes the tokens fits the plan, which takes minutes.
+A plan is calibrated on the first three quarters of the recorded tokens, and compared with the exact model on the last
+quarter, with the real KV cache (fhopt/refine/loss_target.py). Sequences in progress keep using their cache. The call
+that completes the tokens fits the plan, which takes minutes.
 
-Only causal language models of transformers are fitted: a plan compresses their KV cache, and attention without a cache
-gains nothing from latents.
+Only causal language models of transformers are supported: a plan compresses their KV cache, and attention without a
+cache gains nothing from latents.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from fhopt.refine.options import RATIOS, Gate, read_loss
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
 FIT_OPTIONS = ("ratio", "max_loss", "calibration_tokens")
 LEAST_TOKENS = 4096
-SHORTEST = 16  # tokens; shorter sequences are not used
-CONTEXT = 1024  # tokens of a calibration sequence, fewer where tokens or positions are few
-RECENT = 256  # tokens of the residual window, where a sequence of calibration is long enough
+SHORTEST = 16  # tokens; shorter sequences are ignored
+CONTEXT = 1024  # tokens of a calibration sequence; fewer if tokens or positions are few
+RECENT = 256  # tokens of the recent window, if calibration sequences are long enough
 logger = logging.getLogger("fhopt")
 
 
 @dataclass(frozen=True)
 class FitTarget:
-    """The target of a fit. ratio None: the smallest plan whose loss is at most `max_loss` (a share).
+    """Target of a fit. ratio None: the smallest plan whose loss is at most `max_loss` (a share).
 
-    is_requested: by an option; a fit by default is silent where nothing can be fitted.
+    is_requested: whether an option requested the fit; a default fit is silent if nothing can be fitted.
     """
 
     ratio: float | None = None
@@ -61,7 +61,7 @@ class FitTarget:
 
     @staticmethod
     def parse(options: Mapping[str, Any]) -> FitTarget:
-        """Read and check the options of the backend. Raises FhoptError."""
+        """Parse and check the options of the backend. Raises FhoptError."""
         given = {name: options[name] for name in FIT_OPTIONS if options.get(name) is not None}
         for name, value in given.items():
             if isinstance(value, bool):
@@ -84,7 +84,7 @@ class FitTarget:
         return FitTarget(ratio, limit, tokens, bool(given))
 
     def __str__(self) -> str:
-        """Say what is fitted."""
+        """Describe the target."""
         return f"max_loss={self.max_loss:g}" if self.ratio is None else f"ratio={self.ratio:g}"
 
 
@@ -95,15 +95,15 @@ class FitTarget:
 class TokenStream:
     """Token ids of sequences, in the order in which they began."""
 
-    padding: int | None = None  # the padding token, where the model has one
+    padding: int | None = None  # the padding token, if the model has one
     rows: list[list[int]] = field(default_factory=list)
-    open: list[list[int]] = field(default_factory=list)  # sequences that grow, one for each row of the batch
+    open: list[list[int]] = field(default_factory=list)  # sequences in progress, one per row of the batch
     count: int = 0
 
     def add(self, ids: Tensor, mask: Tensor | None) -> None:
         """Add ids [B, S]: single tokens continue the sequences of the last call, several begin new ones.
 
-        mask [B, T], T >= S: 0 where a token is padding; the last S columns are those of ids.
+        mask [B, T], T >= S: 0 for padding; the last S columns are those of ids.
         """
         if ids.shape[1] == 1 and len(self.open) == ids.shape[0]:
             for row, token in zip(self.open, ids[:, 0].tolist(), strict=True):
@@ -119,9 +119,9 @@ class TokenStream:
         self.count += sum(map(len, self.open))
 
     def cut(self, context: int, begin: float, end: float, shortest: int = SHORTEST) -> Tensor:
-        """Cut the share from `begin` to `end` of all tokens into sequences [N, context].
+        """Cut the tokens between the shares `begin` and `end` into sequences [N, context].
 
-        Sequences of fewer than `shortest` tokens are left out.
+        Ignores sequences of fewer than `shortest` tokens.
         """
         rows = [without_padding(row, self.padding) for row in self.rows]
         flat = [token for row in rows if len(row) >= shortest for token in row]
@@ -130,7 +130,7 @@ class TokenStream:
 
 
 def without_padding(row: list[int], padding: int | None) -> list[int]:
-    """Remove padding at both ends of a sequence, but for one token at the end, which may mark the end of a text."""
+    """Strip padding from both ends of a sequence, except one token at the end, which may mark the end of a text."""
     first = next((i for i, token in enumerate(row) if token != padding), len(row))
     last = next((i for i, token in enumerate(reversed(row)) if token != padding), len(row))
     return row[first : len(row) - max(0, last - 1)]
@@ -140,7 +140,7 @@ def without_padding(row: list[int], padding: int | None) -> list[int]:
 
 
 class OnlineFit:
-    """The online fit of one model, which it holds weakly."""
+    """Online fit of one model, which it references weakly."""
 
     def __init__(self, model: torch.nn.Module, target: FitTarget, report: CompileReport) -> None:
         self.model, self.target, self.report = weakref.ref(model), target, report
@@ -151,7 +151,7 @@ class OnlineFit:
 
     def record(self, ids: Tensor, mask: Tensor | None) -> None:
         """Record the tokens of a call; fit a plan when there are enough."""
-        if self.is_done or not self.lock.acquire(blocking=False):  # another thread's call records, or fits
+        if self.is_done or not self.lock.acquire(blocking=False):  # a call in another thread records or fits
             return
         try:
             self.stream.add(ids.detach().cpu(), None if mask is None else mask.detach().cpu())
@@ -196,7 +196,7 @@ class OnlineFit:
 
 
 def _raise_recompile_limit(graphs: int) -> None:
-    """Let Dynamo compile this many more graphs for a function, since the earlier ones are not used any more.
+    """Let Dynamo compile this many more graphs for a function, since the earlier ones are no longer used.
 
     Beyond its limit it silently runs uncompiled code.
     """
@@ -208,7 +208,7 @@ _limit_raises: list[int] = []
 
 
 def shared_weight_copy(model: Any) -> Any:
-    """Copy a model without its weights, uncompiled and in evaluation mode, to try plans while the model is in use."""
+    """Copy a model with shared weights, uncompiled and in evaluation mode, to try plans while the model is in use."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(x): x for x in shared}).eval()
 
@@ -219,14 +219,14 @@ def _device(model: Any) -> torch.device:
 
 
 def _made_for(device: torch.device) -> str | None:
-    """Return the device of the cost model that a plan is fitted for. Plans for GPUs are alike."""
+    """Return the device of the cost model that a plan is fitted for. Plans for all GPUs are the same."""
     if device.type == "cpu":
         return this_cpu.most_alike()
     return "h100" if device.type == "cuda" else None
 
 
 def fit_recorded(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
-    """Fit a plan for a causal language model to recorded tokens. Raises FhoptError when no plan passes the gate."""
+    """Fit a plan for a causal language model to recorded tokens. Raises FhoptError if no plan passes the gate."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
     context = min(CONTEXT, stream.count // 8, positions)
     calibrated, held_out = stream.cut(context, 0, 0.75), stream.cut(context, 0.75, 1)
@@ -252,7 +252,7 @@ _warned: set[str] = set()
 
 
 def forget() -> None:
-    """Discard all online fits, and restore Dynamo's limit of graphs."""
+    """Discard all online fits, and restore Dynamo's recompile limit."""
     _fits.clear()
     _warned.clear()
     while _limit_raises:
@@ -265,8 +265,8 @@ def recording(
 ) -> Callable[..., Any]:  # fmt: skip
     """Wrap a compiled graph so that its tokens are recorded until a plan for `root` has been fitted.
 
-    A graph that stays exact is returned unchanged, with a warning if a fit was requested. training, has_attention: of
-    the graph.
+    Returns a graph that stays exact unchanged, with a warning if a fit was requested. training, has_attention:
+    properties of the graph.
     """
     online = None if root is None else _fits.get(root)
     if online is None and (_is_part_of_a_fit(root) or (root is None and not has_attention)):
@@ -277,7 +277,7 @@ def recording(
         return compiled
     positions = _token_inputs(module, example_inputs, root)
     if positions is None:
-        if online is None and has_attention:  # the graph with the token ids would have been compiled before
+        if online is None and has_attention:  # the graph with the token ids is compiled before this one
             _stay_exact(
                 f"calls of {type(root).__name__} without token ids are not recorded. {_BY_PLAN}", root, target, report
             )
@@ -303,7 +303,7 @@ def recording(
 
 
 def _is_part_of_a_fit(root: torch.nn.Module | None) -> bool:
-    """Return whether a module is a part of a model whose calls are recorded: its frame after a graph break."""
+    """Return whether a module is part of a model whose calls are recorded, such as a frame after a graph break."""
     return root is not None and any(root is part for model in _fits for part in model.modules())
 
 
@@ -311,7 +311,7 @@ _BY_PLAN = "Fit a plan (fhopt fit, fhopt.fit) and set options={'plan': plan} to 
 
 
 def _obstacle(root: torch.nn.Module | None, online: OnlineFit | None, target: FitTarget, training: bool) -> str:
-    """Return why calls of a graph are not recorded, with the fix; empty where they are."""
+    """Return why calls of a graph are not recorded, with the fix; "" if they are."""
     if root is None:
         return f"a graph that belongs to no module is not recorded. {_BY_PLAN}, or compile the model itself"
     if online is not None and online.target != target and target.is_requested:
@@ -337,7 +337,7 @@ def _stay_exact(obstacle: str, root: torch.nn.Module | None, target: FitTarget, 
 
 
 def unfit(model: Any) -> str:
-    """Return the reason why no plan can be fitted to the calls of a model; empty where one can."""
+    """Return why no plan can be fitted to the calls of a model; "" if one can."""
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "generate"):
         return f"{type(model).__name__} is not a language model of transformers, whose KV cache a plan compresses"
     if model.config.is_encoder_decoder:
@@ -348,7 +348,7 @@ def unfit(model: Any) -> str:
 
 
 def _token_inputs(module: fx.GraphModule, example_inputs: Sequence[Any], root: Any) -> tuple[int, int | None] | None:
-    """Find the inputs that are the token ids of the input embedding, and the padding mask; None without ids."""
+    """Find the indices of the inputs with the embedding's token ids and the padding mask; None without ids."""
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     values = dict(zip(placeholders, example_inputs, strict=True))
     table = root.get_input_embeddings()

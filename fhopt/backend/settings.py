@@ -1,4 +1,4 @@
-"""Options of `torch.compile(model, backend="flashhead", options={...})`, read and checked."""
+"""Parsing of `torch.compile(model, backend="flashhead", options={...})`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ OPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked options of fhopt. target: of a plan that is fitted online; None: no plan is fitted.
+    """Checked options of fhopt. target: of an online fit; None: no online fit.
 
-    assume_finite: scores do not overflow; so with a plan, which is approximate.
+    assume_finite: assume that scores do not overflow; True with a plan, which is approximate anyway.
     """
 
     plan: LatentPlan | None = None
@@ -55,7 +55,7 @@ class Settings:
 
 
 def _check_combination(ours: Mapping[str, Any], is_exact: bool) -> None:
-    """Raise FhoptError for options of which one would be ignored."""
+    """Raise FhoptError for combinations in which one option would be ignored."""
     if "plan" in ours:
         clash = [name for name in online_fit.FIT_OPTIONS if name in ours]
         if clash:
@@ -77,7 +77,7 @@ def _plan(option: Any) -> LatentPlan | None:
     return None if option is None else as_plan(option, "option plan")
 
 
-loaded_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first read, so that all graphs of a process agree
+loaded_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first loaded, so that all graphs of a process agree
 
 
 def _loaded(path: str) -> LatentPlan:

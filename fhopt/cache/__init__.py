@@ -1,1 +1,1 @@
-"""The KV cache of latents: layers, the residual window, packed latents, reports of bytes."""
+"""The latent KV cache: layers, residual window, packed latents, byte reports."""

@@ -1,28 +1,28 @@
-"""Layers of a `LatentCache`.
+"""Base class of the layers of a `LatentCache`.
 
-    LatentLayer         [ attention sinks | packed latents of quantized tokens | residual window ], growing
-    SlidingLatentLayer  these, of the tokens that a sliding window shows
-    StaticLatentLayer   these in places of fixed number, for torch.compile and CUDA graphs
-    CrossLatentLayer    packed latents of everything that a decoder reads of its encoder
+    LatentLayer         [ attention sinks | packed latents of quantized tokens | residual window ], dynamic
+    SlidingLatentLayer  the same, for the tokens of a sliding window
+    StaticLatentLayer   the same in slots of fixed number, for torch.compile and CUDA graphs
+    CrossLatentLayer    packed latents of all encoder tokens
 
-An `update` appends to the residual window; when the window holds `recent + block` tokens, its oldest block is encoded,
-quantized and packed. Tokens of the call itself are always exact to each other; with `window_bits` 8 they are rounded,
-once, when the call has read them, so later calls see them in 8 bits. Where a plan has one latent for keys and values
-(layout "input"), it is stored once.
+`update` appends to the residual window. When the window holds `recent + block` tokens, its oldest block is encoded,
+quantized and packed. Tokens of one call attend to each other in full precision; with `window_bits` 8 they are rounded
+to 8 bits after the call, so later calls see them rounded. If keys and values share one latent (layout "input"), it is
+stored once.
 
-With `absorb=True` layers return `LatentTensor`s, on which attention runs without anything of full length
-(fhopt/attention/offered_latents.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
+With `absorb=True` layers return `LatentTensor`s, on which attention runs without full-length K/V
+(fhopt/attention/offered_latents.py). With `absorb=False` they return full-length K/V, reconstructed in every call.
 
-Where the sequences of a batch begin with padding, each keeps its own first tokens as attention sinks
-(fhopt/cache/left_padding.py), as long as somebody says so before the first call: `fhopt.apply` does.
+In a left-padded batch, each sequence has its own first tokens as attention sinks (fhopt/cache/left_padding.py), if the
+padding is reported before the first call; `fhopt.apply` reports it.
 
-At a site with page selection, a sketch of each packed latent is stored beside it, and the index that a layer returns
-says how attention selects pages (fhopt/attention/paged.py).
+At a site with page selection, each packed latent has a sketch, and the layer returns an index that tells attention how
+to select pages (fhopt/attention/paged.py).
 
-A static layer quantizes a token when it arrives and keeps it in the ring too; two numbers on the device say how many
-tokens are read as latents, and which of the ring's places are read. So an update is the same operations at any length.
+A static layer quantizes a token on arrival and also stores it in a ring buffer. Two counters on the device say how many
+tokens are attended as latents and which ring slots are attended, so an update runs the same operations at any length.
 
-Layers implement transformers' `CacheLayerMixin` here and not in fhopt/hf, which is above: it applies these caches.
+Layers subclass transformers' `CacheLayerMixin` here because fhopt/hf, a higher layer, imports this package.
 
 Letters: B batch, G kv heads, S new tokens, D head size.
 """
@@ -61,33 +61,33 @@ from fhopt.plan.window import ResidualWindow
 
 
 class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
-    """What the layers share: the checks, the stores and everything that moves whole sequences."""
+    """Shared part of the layers: checks, stores, and operations on whole sequences."""
 
     is_sliding = False
     is_croppable = True
     site: SitePlan
     packed_keys: PackedLatents
-    packed_values: PackedLatents  # those of the keys, where one latent serves both
-    sketches: Sketches | None = None  # where the plan has page selection at the site
-    means: SequenceMeans | None = None  # where the plan has means
-    padding: LeftPadding  # not of cross attention, which has no attention sinks
-    lists: Tensor  # see `PageIndex.counters`, where it has
-    rotation: SegmentRotation | None = None  # where keys are encoded relative to segments
-    stores: dict[str, Store]  # by their names in files, see `named_stores`
+    packed_values: PackedLatents  # the same object as `packed_keys` if keys and values share a latent
+    sketches: Sketches | None = None  # if the plan has page selection at the site
+    means: SequenceMeans | None = None  # if the plan has means
+    padding: LeftPadding  # not in cross attention, which has no attention sinks
+    lists: Tensor  # `PageIndex.counters`, with page selection
+    rotation: SegmentRotation | None = None  # if keys are encoded relative to segments
+    stores: dict[str, Store]  # by name in files, see `named_stores`
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool, window: ResidualWindow | None = None) -> None:
-        # Without the parent's `__init__`, which sets `keys` and `values`: here they are properties.
+        # Does not call the parent's `__init__`, which would set the properties `keys` and `values`.
         self.plan, self.window, self.site, self.absorb = plan, plan.window if window is None else window, site, absorb
-        self.reader = Reader()  # of the model that the cache is for, where a plan is applied
+        self.reader = Reader()  # the model's, once a plan is applied
         self.is_initialized = False
-        self.each_query = False  # whether each query of a call of several has its own pages, as it would alone
+        self.each_query = False  # whether each query of a multi-query call selects its own pages
         self.observer: Callable[..., None] | None = None  # see `Latents`
         self.share, self.mass, self.lift = plan.page_share(site), plan.page_mass(site), plan.page_lift(site)
         self.fill: Tensor | None = None  # see `PageIndex`
-        self._padded: tuple[Tensor, SegmentRotation] | None = None  # the last padding with which there were segments
+        self._padded: tuple[Tensor, SegmentRotation] | None = None  # last padding combined with segments
 
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Raise FhoptError when the tokens do not fit the plan."""
+        """Raise FhoptError if the tokens do not fit the plan."""
         site = self.site.site
         sizes = (key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
         expected = (site.kv_heads, site.key_dim, site.kv_heads, site.value_dim)
@@ -98,7 +98,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             )
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Raise FhoptError when the tokens do not fit the plan or the cache."""
+        """Raise FhoptError if the tokens do not fit the plan or the cache."""
         self._check_site(key_states, value_states)
         site = self.site.site
         if self.is_initialized and (key_states.dtype != self.dtype or key_states.shape[0] != self.batch_size):
@@ -108,7 +108,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             )
 
     def _place_bases(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Fetch the bases to where the tokens are."""
+        """Copy the bases to the device of the tokens."""
         self.device, self.dtype = key_states.device, key_states.dtype
         if self.site.segment and self.site.site.rope is not None:
             self.rotation = SegmentRotation.on(self.site.site.rope, self.site.segment, self.device)
@@ -122,9 +122,9 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             self.packed_values.bases = self.value_bases
 
     def _sides(self, start: int, stop: int, *rounded: RoundedPart) -> tuple[SideRows, SideRows]:
-        """Return quantized tokens `start` to `stop` as attention reads them: keys and values.
+        """Return keys and values of quantized tokens `start` to `stop` for attention.
 
-        rounded: of the residual windows of both, where they are.
+        rounded: the 8-bit residual windows of keys and of values, if any.
         """
         key, value = rounded or (None, None)
         key_mean, value_mean = (None, None) if self.means is None else self.means.parts
@@ -134,7 +134,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         )
 
     def _use_means(self, keys: ExactWindow | StaticWindow, values: ExactWindow | StaticWindow) -> None:
-        """Keep means of the sequence where the plan has them. keys, values: residual windows."""
+        """Use sequence means if the plan has them. keys, values: residual windows."""
         if self.plan.mean_tokens:
             of_keys = not self.site.site.softcap
             self.means = self.stores[MEANS] = SequenceMeans(self.window.sinks, self.plan.mean_tokens, of_keys)
@@ -142,11 +142,11 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
                 window.means, window.side = self.means, side
 
     def _use_padding(self, room: int | None = None) -> None:
-        """Keep what padding sequences begin with. room: as of `LeftPadding`."""
+        """Track left padding. room: as of `LeftPadding`."""
         self.padding = self.stores[PADDING] = LeftPadding(room)
 
     def _rotation_now(self) -> SegmentRotation | None:
-        """Return the rotation of keys, of sequences that begin with padding each by its own positions."""
+        """Return the rotation of keys; with left padding, by each sequence's own positions."""
         if self.rotation is None or not self.padding.parts:
             return self.rotation
         (numbers,) = self.padding.parts
@@ -157,28 +157,28 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     def _encode(
         self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None], places: Tensor | int = 0
     ) -> None:
-        """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means.
+        """Call `use(side, x)` with each encoder matrix's input, means subtracted.
 
-        places: numbers of the tokens behind the attention sinks, int64 [T], or that of the first.
+        places: indices of the tokens, counted after the attention sinks, int64 [T], or the first index.
         """
         rotation = self._rotation_now()
         if rotation is not None:
             if isinstance(places, int):
                 places = torch.arange(keys.shape[2], device=keys.device) + places
-            exact = keys.to(torch.promote_types(keys.dtype, torch.float32))  # a mean may be much larger than the rest
+            exact = keys.to(torch.promote_types(keys.dtype, torch.float32))  # a mean may dominate
             keys = rotation.relative(exact, places)
         if self.means is not None:
             keys, values = self.means.differences(keys, values)
         encode_sides(self.site, keys, values, use)
 
     def _use_pages(self, make: Callable[[bool], Sketches]) -> None:
-        """Keep sketches where the plan has page selection at the site. `make`: of whether there is a limit."""
+        """Store sketches if the plan has page selection at the site. make: called with whether there is a limit."""
         if self.plan.pages is not None and self.share < 1:
             self.sketches = self.stores[SKETCHES] = make(self.plan.pages.limit < 1)
             self.lists = torch.zeros(4, dtype=torch.int64)
 
     def _index(self, tokens: int) -> PageIndex | None:
-        """Return what pages of the first `tokens` quantized tokens are selected by; None where all are read."""
+        """Return the page index over the first `tokens` quantized tokens; None if attention uses all pages."""
         pages, sketches = self.plan.pages, self.sketches
         if sketches is None or pages is None:
             return None
@@ -188,16 +188,16 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         return PageIndex(sketches.sketcher, sketches.read(tokens), *numbers, self.each_query, self.lists, self.fill)
 
     def _for_attention(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
-        """Return keys and values that are not quantized, with latents behind them, as the next attention reads them."""
+        """Return exact keys and values combined with latents, in the form that the next attention needs."""
         if self.absorb and (self.reader.active or not torch.compiler.is_compiling()):
             return offer(keys, values, latents, self.reader)
         return reconstructed(keys, latents.key, latents), reconstructed(values, latents.value, latents)
 
-    # ---- what transformers asks of a layer
+    # ---- interface of transformers' cache layers
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first tokens."""
+        """Number of sequences; -1 before the first tokens."""
         return next((int(s.parts[0].shape[0]) for s in self.stores.values() if s.parts), -1)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -205,7 +205,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             store.each(function)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the sequences `beam_idx` (beam search)."""
+        """Select the sequences `beam_idx` (beam search)."""
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -213,7 +213,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         self._each(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`."""
+        """Select the sequences `indices`."""
         self._each(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
@@ -221,7 +221,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         self._each(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Move all tokens back to the device of the model."""
+        """Move all tokens back to the model's device."""
         self._each(lambda t: t.to(self.device, non_blocking=True))
 
     # ---- files
@@ -237,9 +237,9 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         return {"parts": parts, "blank": list(self._blank()), **self._counters()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Hold what another layer's `state` returned, on the device of its tensors.
+        """Load another layer's `state`, on the device of its tensors.
 
-        Raises FhoptError or ValueError when it is not the state of such a layer, which is empty then.
+        Raises FhoptError or ValueError, and leaves the layer empty, if the state does not fit.
         """
         self.reset()
         try:
@@ -256,7 +256,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             raise
 
     def _fill(self, name: str, store: Store, parts: list[Tensor]) -> None:
-        """Put loaded parts into a store, in place where it has a fixed size. Raises ValueError."""
+        """Put loaded parts into a store, in place if its size is fixed. Raises ValueError."""
         is_fixed = isinstance(store, (StaticPackedLatents, StaticWindow, StaticSketches, SequenceMeans))
         expected = list(store.parts)
         if type(store) is Sketches and parts:
@@ -274,38 +274,38 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             store.parts = tuple(parts)
 
     def _encoded(self, side: str, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts of x where `name` is that of the packed latents of `side`, otherwise nothing."""
+        """Return the parts of x if `name` is the packed-latents store of `side`, otherwise nothing."""
         return self._packed(side).encode(x) if name == PACKED[side] else ()
 
     def _packed(self, side: str) -> PackedLatents:
         return self.packed_keys if side == "key" else self.packed_values
 
     def _blank(self) -> tuple[Tensor, Tensor]:
-        """Return keys [B,G,0,D] and values [B,G,0,E] of no tokens."""
+        """Return empty keys [B,G,0,D] and values [B,G,0,E]."""
         raise NotImplementedError
 
     def _counters(self) -> dict[str, Any]:
-        """Return the numbers by which the parts are read, by their names in files."""
+        """Return the counters that describe the parts, by name in files."""
         raise NotImplementedError
 
     def _count(self, counters: dict[str, Any]) -> None:
-        """Take over what `_counters` returned. Raises ValueError when the parts have other tokens."""
+        """Load what `_counters` returned. Raises ValueError if the parts hold another number of tokens."""
         raise NotImplementedError
 
     # ---- bytes
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that holds tokens."""
+        """All tensors that hold tokens."""
         return [part for store in self.stores.values() for part in store.parts]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage behind the tokens: quantized values, scales, sinks, window, spare capacity."""
+        """Bytes of storage: quantized values, scales, sinks, window, spare capacity."""
         return sum(self.regions().values())
 
     def regions(self) -> dict[str, int]:
-        """Return the bytes of sinks, packed latents, their sketches, window, and spare capacity (see `REGIONS`)."""
+        """Return the bytes by region (`REGIONS`): sinks, packed latents, sketches, window, spare capacity."""
         out = {"sinks": 0, QUANTIZED: 0, "index": 0, "window": 0, "spare": 0}
         quantized = self.quantized_tokens
         for store in self.stores.values():
@@ -324,14 +324,14 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def completed(self) -> float:
-        """Share of the page selections in which the plan's limit made all pages be read."""
+        """Fraction of page selections that the plan's limit extended to all pages."""
         lists, complete, *_ = (0, 0) if self.sketches is None else self.lists.tolist()
         return float(complete / max(1, lists))
 
     def decode_step_bytes(self) -> tuple[int, int]:
-        """Return the bytes that attention of the next token reads of the cache: (with all pages, with selected ones).
+        """Return the bytes that attention of the next token loads from the cache: (all pages, selected pages).
 
-        Of selected pages it is the share that was read so far on average; before the first selection, the largest.
+        The selected fraction is the average so far; before the first selection, the maximum.
         """
         held, index = self.regions(), self._index(self.quantized_tokens) if self.quantized_tokens else None
         every = held["sinks"] + held[QUANTIZED] + held["window"]
@@ -344,18 +344,18 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def quantized_tokens(self) -> int:
-        """Tokens that are read as latents."""
+        """Number of tokens held as latents."""
         raise NotImplementedError
 
 
 def make_packed(site: SitePlan, make: Callable[[SidePlan], Any]) -> tuple[Any, Any]:
-    """Make the packed latents of keys and of values, the same where one latent serves both."""
+    """Make the packed latents of keys and of values; one shared object if they share a latent."""
     packed = make(site.key)
     return packed, packed if site.is_shared else make(site.value)
 
 
 def encode_sides(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
-    """Call `use(side, x)` with what each encoder matrix reads: keys and values, or both side by side."""
+    """Call `use(side, x)` with each encoder matrix's input: keys and values, or both concatenated."""
     if site.gather is not None:
         keys, values = site.gather(keys, values)
     for side, x in encoder_inputs(keys, values, site.is_shared):
@@ -363,16 +363,16 @@ def encode_sides(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[st
 
 
 def _used(store: Store, quantized: int) -> int | None:
-    """Return how much of a store that grows stands for `quantized` tokens; None: all of any other."""
+    """Return the slice end for `quantized` tokens in a dynamic store; None (all) for other stores."""
     return quantized if type(store) in (PackedLatents, Sketches) else None
 
 
 def _but_tokens(x: Tensor) -> tuple[int, ...]:
-    """Return the shape without the dimension of tokens."""
+    """Return the shape without the token dimension."""
     return (*x.shape[:2], *x.shape[3:])
 
 
 def check_crop(tokens_to_remove: int, length: int) -> None:
-    """Check how many tokens `crop` shall remove, a number from -length to 0. Raises FhoptError."""
+    """Check the argument of `crop`, a number from -length to 0. Raises FhoptError."""
     if tokens_to_remove > 0 or -tokens_to_remove > length:
         raise FhoptError(f"crop({tokens_to_remove}) of {length} tokens; expected a number from -{length} to 0.")

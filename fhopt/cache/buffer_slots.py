@@ -1,4 +1,4 @@
-"""Slots of a module's K/V buffer held as latents, and attention over them."""
+"""Slots of a module's K/V buffer stored as latents, and attention over them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fhopt.ops import masks
 from fhopt.plan.module_buffer import Places
 from fhopt.plan.site_plan import SidePlan, Tier
 
-CHUNK = 1024  # slots that are quantized at a time
+CHUNK = 1024  # slots quantized at a time
 
 
 # --------------------------------------------------------------------------------------------------- tokens in slots
 
 
 class Slots:
-    """The tokens of one pair of buffers. `ring` [capacity]: slot of the token in each place of the ring, or -1."""
+    """Tokens of one pair of buffers. `ring` [capacity]: buffer slot of the token in each ring entry, or -1."""
 
     ring: Tensor
     key_bases: Bases
@@ -42,24 +42,24 @@ class Slots:
 
     @property
     def stores(self) -> list[Store]:
-        """Everything that holds tokens, each once."""
+        """All stores, each once."""
         packed: list[Store] = [self.packed_keys] if self.is_shared else [self.packed_keys, self.packed_values]
         return [self.window_keys, self.window_values, *packed]
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Every tensor, in a fixed order."""
+        """All tensors, in a fixed order."""
         return (*(part for store in self.stores for part in store.parts), self.ring)
 
     def put(self, parts: Sequence[Tensor]) -> None:
-        """Take over tensors in the order of `parts`."""
+        """Set the tensors, in the order of `parts`."""
         rest = iter(parts)
         for store in self.stores:
             store.parts = tuple([next(rest) for _ in range(self._count(store))])
         self.ring = next(rest)
 
     def _count(self, store: Store) -> int:
-        """Return how many tensors a store has."""
+        """Return the number of tensors of a store."""
         if isinstance(store, StaticPackedLatents):
             return 2 if store.plan.tiers else 1
         return 2 if self.window.bits == 16 else 3
@@ -72,7 +72,7 @@ class Slots:
             self.packed_values.bases = value_bases
 
     def start(self, keys: Tensor, values: Tensor) -> None:
-        """Hold zeros in all slots, of the shape and dtype of keys and values [B,G,T,D]."""
+        """Initialize all slots to zeros, with the shape and dtype of keys and values [B,G,T,D]."""
         self.window_keys.start(keys)
         self.window_values.start(values)
         for packed, x in self._encoded(keys[:, :, :0], values[:, :, :0]):
@@ -80,13 +80,13 @@ class Slots:
         self.ring = torch.full((self.window.capacity,), -1, device=keys.device)
 
     def clear(self) -> None:
-        """Hold zeros in all slots again."""
+        """Set all slots to zeros again."""
         for part in self.parts:
             part.zero_()
         self.ring.fill_(-1)
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Hold keys and values [B,G,T,D]: attention sinks exactly, all others as latents."""
+        """Store keys and values [B,G,T,D]: attention sinks exactly, all others as latents."""
         first = torch.arange(self.window.sinks, device=keys.device)
         for window, x in ((self.window_keys, keys), (self.window_values, values)):
             window.write(x[:, :, : len(first)], first, torch.full_like(first, self.window.capacity))
@@ -97,17 +97,17 @@ class Slots:
         self.ring.fill_(-1)
 
     def _encoded(self, keys: Tensor, values: Tensor) -> list[tuple[StaticPackedLatents, Tensor]]:
-        """Return what each encoder matrix reads, with the packed latents that it writes."""
+        """Return the packed latents with the input of their encoder matrix."""
         stores = {"key": self.packed_keys, "value": self.packed_values}
         return [(stores[side], x) for side, x in encoder_inputs(keys, values, self.is_shared)]
 
     def read(
         self, key: Tensor, value: Tensor, slots: Tensor, quantized: Tensor
     ) -> tuple[Tensor, Tensor, StaticLatents]:
-        """Return (keys and values that are not quantized, latents), with new tokens [B,G,S,D] for `slots` [S].
+        """Return (exact keys, exact values, latents), with new tokens [B,G,S,D] for `slots` [S].
 
-        slots: -1 for a token that goes into none. quantized: how many slots behind the sinks are not read from the
-        ring.
+        slots: -1 for a token without a slot. quantized: how many slots after the sinks are attended as latents, not
+        from the ring.
         """
         sinks, written = self.window.sinks, self._marked(slots)
         first = torch.arange(sinks, device=slots.device)
@@ -123,12 +123,12 @@ class Slots:
         return keys, values, StaticLatents(key_side, value_side, sinks, positions, seen, self.places.tokens)
 
     def _marked(self, slots: Tensor) -> Tensor:
-        """Return bool [T + 1]: which slots are among these; of -1, the last is."""
+        """Return bool [T + 1]: which slots are in the list; the last entry represents -1."""
         marks = torch.zeros(self.places.tokens + 1, dtype=torch.bool, device=slots.device)
         return marks.index_fill(0, torch.where(slots < 0, self.places.tokens, slots), True)
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Put new tokens [B,G,S,D] into their slots [S]: sinks, or packed latents and, the newest ones, the ring."""
+        """Write new tokens [B,G,S,D] to slots [S]: sinks, or packed latents and, for the newest ones, the ring."""
         sinks, capacity = self.window.sinks, self.window.capacity
         behind = slots - sinks
         is_kept = (behind >= 0) & (slots > slots.max() - capacity)
@@ -139,11 +139,11 @@ class Slots:
         self.window_values.write(value, in_sinks, in_ring)
         for packed, x in self._encoded(key, value):
             packed.write(x, packed_at)
-        kept = torch.where(self._marked(slots)[self.ring], -1, self.ring)  # what was overwritten is in the ring no more
+        kept = torch.where(self._marked(slots)[self.ring], -1, self.ring)  # overwritten slots leave the ring
         self.ring.copy_(F.pad(kept, (0, 1)).index_copy(0, in_ring, slots)[:-1])
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B,G,T,D] of all slots, reconstructed where they are latents."""
+        """Reconstruct keys and values [B,G,T,D] of all slots."""
         key, value = (window.parts[0][:, :, :0] for window in (self.window_keys, self.window_values))
         keys, values, latents = self.read(key, value, self.ring[:0], self.ring.new_zeros(()))
         return reconstructed(keys, latents.key, latents), reconstructed(values, latents.value, latents)
@@ -157,11 +157,11 @@ def attend_buffered(
     parts: Sequence[Tensor], bases: Sequence[Tensor], *, is_causal: bool, scale: float, softcap: float,
     is_shared: bool, places: Sequence[int], key_tiers: Sequence[Sequence[Any]], value_tiers: Sequence[Sequence[Any]],
 ) -> Tensor:  # fmt: skip
-    """Attend to the slots of a buffer and new tokens, which are then put into their slots; returns [B,H,S,E].
+    """Attend to buffer slots and new tokens, then write the new tokens to their slots. Returns [B,H,S,E].
 
-    query [B,H,S,D], new key, value [B,G,S,D]; mask over the first `read` slots. numbers (T of them): which of the new
-    tokens, counted from 1, goes into each slot, 0 for none. parts: of `Slots`, changed in place. bases: encode and
-    decode of keys, then of values. places: the numbers of `Places`.
+    query [B,H,S,D]; new key, value [B,G,S,D]; mask over the first `read` slots. numbers (T of them): for each slot, the
+    new token that goes into it, counted from 1, or 0. parts: of `Slots`, updated in place. bases: encode and decode of
+    keys, then of values. places: the sizes of `Places`.
     """
     tiers = [tuple([Tier(*tier) for tier in side]) for side in (key_tiers, value_tiers)]
     key_bases, value_bases = Bases(*bases[:2]), Bases(*bases[2:])
@@ -179,13 +179,13 @@ def attend_buffered(
 
 
 def arriving(numbers: Tensor, count: Any) -> Tensor:
-    """Return the slot of each of `count` new tokens, -1 for none, from the token's number in each slot (0: none)."""
+    """Invert the map from slots to new tokens (counted from 1; 0: none): the slot of each of `count` tokens, or -1."""
     slots = numbers.new_full((count + 1,), -1)
     return slots.scatter(0, numbers, torch.arange(numbers.shape[0], device=numbers.device))[1:]
 
 
 def whole_mask(query: Tensor, mask: Tensor | None, is_causal: bool, read: Any, tokens: int) -> Tensor:
-    """Return a mask over all `tokens` slots, from a mask over the first `read` ones or a causal one."""
+    """Extend a mask over the first `read` slots, or a causal one, to all `tokens` slots."""
     seen = masks.total_mask(query, query.new_zeros(()).expand(1, 1, read, 1), mask, is_causal)
     if seen is None:
         seen = torch.ones(1, read, dtype=torch.bool, device=query.device)

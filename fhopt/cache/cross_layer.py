@@ -1,4 +1,4 @@
-"""The cache layer of cross attention: the encoder's keys and values, quantized once."""
+"""The cross-attention cache layer: the encoder's keys and values, quantized once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from fhopt.plan.site_plan import SitePlan
 
 
 class CrossLatentLayer(LatentLayerBase):
-    """Keys and values that a decoder reads of its encoder: all of them as packed latents, written once.
+    """Cross-attention keys and values, all as packed latents, written once.
 
-    The first call attends to them exactly. Shapes are the same in each decode step, so that it serves static caches
-    too.
+    The first call attends to them exactly. Shapes are the same in each decode step, so static caches use it too.
     """
 
     is_compileable = True
@@ -29,18 +28,18 @@ class CrossLatentLayer(LatentLayerBase):
         self.packed_keys, self.packed_values = make_packed(site, PackedLatents)
         self.stores = named_stores(None, (self.packed_keys, self.packed_values))
         self.count = 0
-        self.shapes: tuple[Tensor, Tensor] | None = None  # no tokens, of the shapes and dtype of keys and values
+        self.shapes: tuple[Tensor, Tensor] | None = None  # empty keys and values: their shapes and dtype
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Remember shapes and dtype."""
+        """Record shapes and dtype."""
         self._place_bases(key_states, value_states)
         self.shapes = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep k, v [B,G,T,D] as latents; returns them as they came.
+        """Store k, v [B,G,T,D] as latents and return them unchanged.
 
-        Raises FhoptError, and changes nothing, when they do not fit the plan or the layer is full.
+        Raises FhoptError, and changes nothing, if they do not fit the plan or the layer is full.
         """
         self._check(key_states, value_states)
         if self.count:
@@ -59,13 +58,13 @@ class CrossLatentLayer(LatentLayerBase):
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys [B,G,T,D] as attention reads them, None before they came."""
+        """All keys [B,G,T,D] for attention; None before the first call."""
         return self._read()[0]
 
     @property
     def values(self) -> Tensor | None:
-        """All values [B,G,T,E] as attention reads them, None before they came."""
-        pending, self.reader.pending = self.reader.pending, False  # the keys were read before, and count
+        """All values [B,G,T,E] for attention; None before the first call."""
+        pending, self.reader.pending = self.reader.pending, False  # set by the `keys` property, which comes first
         values = self._read()[1]
         self.reader.pending = pending
         return values
@@ -91,7 +90,7 @@ class CrossLatentLayer(LatentLayerBase):
 
     @property
     def quantized_tokens(self) -> int:
-        """Tokens that are read as latents."""
+        """Number of tokens held as latents."""
         return self.count
 
     def get_seq_length(self) -> int:
@@ -103,14 +102,14 @@ class CrossLatentLayer(LatentLayerBase):
         return self.count, 0
 
     def get_max_length(self) -> int:
-        """Return -1: as many as the encoder has."""
+        """Return -1: the encoder determines the length."""
         return -1
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         for store in self.stores.values():
             store.parts = ()
         self.count, self.is_initialized, self.shapes = 0, False, None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Change nothing: a decoder that goes back reads the same encoder."""
+        """Do nothing: the encoder's tokens are unaffected."""

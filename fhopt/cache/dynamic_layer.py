@@ -1,4 +1,4 @@
-"""The cache layer that grows with the sequence."""
+"""The dynamic cache layer, which grows with the sequence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fhopt.plan.window import ResidualWindow
 
 
 class LatentLayer(LatentLayerBase):
-    """A layer that grows. `quantized` tokens are latents, the others attention sinks and residual window."""
+    """A dynamic layer: `quantized` tokens as latents, the others as attention sinks and residual window."""
 
     is_compileable = False
 
@@ -38,10 +38,10 @@ class LatentLayer(LatentLayerBase):
         self._use_means(self.window_keys, self.window_values)
         self._use_padding()
         self.quantized = 0
-        self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # of values, and what it is the mean of
+        self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # mean of values, after its inputs
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start without tokens, with the shapes and dtype of the first ones."""
+        """Start empty, with the shapes and dtype of the first tokens."""
         self._place_bases(key_states, value_states)
         self.window_keys.start(key_states)
         self.window_values.start(value_states)
@@ -51,12 +51,12 @@ class LatentLayer(LatentLayerBase):
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys [B,G,T,D] as attention reads them, None before the first tokens."""
+        """All keys [B,G,T,D] for attention; None before the first tokens."""
         return self._read()[0]
 
     @property
     def values(self) -> Tensor | None:
-        """All values [B,G,T,E] as attention reads them, None before the first tokens."""
+        """All values [B,G,T,E] for attention; None before the first tokens."""
         return self._read()[1]
 
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
@@ -65,7 +65,7 @@ class LatentLayer(LatentLayerBase):
         return self._with_new((), ())
 
     def _with_new(self, new_keys: tuple[Tensor, ...], new_values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return what attention reads of the tokens held and of new ones."""
+        """Return keys and values for attention: the held tokens followed by new ones."""
         order = self.padding.places
         if not self.quantized and not self._reads_window(new_keys):
             read = self.window_keys.read(*new_keys), self.window_values.read(*new_values)
@@ -79,20 +79,20 @@ class LatentLayer(LatentLayerBase):
         return self._for_attention(keys, values, latents)
 
     def _reads_window(self, new_keys: tuple[Tensor, ...]) -> bool:
-        """Return whether attention shall read a window in 8 bits as it is, though no token is quantized yet.
+        """Return whether attention should use an 8-bit window directly, before any token is quantized.
 
-        So that a decode step on a CPU is one call of machine code from the first one on.
+        This makes a decode step on CPU one native call from the first one on.
         """
         if len(new_keys) != 1 or new_keys[0].shape[2] != 1 or self.window.bits == 16 or self.packed_keys.is_uncoded:
             return False
         if not self.absorb or not self.reader.active or not reads_at_once(new_keys[0]):
             return False
-        if not self.packed_keys.parts:  # of no tokens, but of the right shape
+        if not self.packed_keys.parts:  # creates it, empty, with the right shape
             self._encode(*self._blank(), self._append)
         return True
 
     def _with_mean(self, index: PageIndex | None, key: SideRows, value: SideRows) -> PageIndex | None:
-        """Return `index` with the mean of values, made anew when packed latents were added, moved or dropped."""
+        """Return `index` with the mean of values, recomputed if packed latents were added, moved or dropped."""
         if index is None or index.fill is None or index.most == index.count or torch.compiler.is_compiling():
             return index
         held = self.packed_values.parts, self.quantized
@@ -102,9 +102,9 @@ class LatentLayer(LatentLayerBase):
         return replace(index, mean=self._mean[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D]; returns all keys and values for attention (see fhopt/cache/base_layer.py).
+        """Append k, v [B,G,S,D] and return all keys and values for attention (see fhopt/cache/base_layer.py).
 
-        Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache.
+        Raises FhoptError, and changes nothing, if the tokens do not fit the plan or the cache.
         """
         self._check(key_states, value_states)
         if not self.is_initialized:
@@ -114,7 +114,7 @@ class LatentLayer(LatentLayerBase):
         return read
 
     def _take(self, new_keys: Tensor, new_values: Tensor) -> None:
-        """Hold new tokens."""
+        """Store new tokens."""
         if self.padding.expected is not None:
             new_keys, new_values = self.padding.begin(new_keys, new_values)
         if self.means is not None:
@@ -122,7 +122,7 @@ class LatentLayer(LatentLayerBase):
         self._keep(new_keys, new_values)
 
     def _keep(self, new_keys: Tensor, new_values: Tensor) -> None:
-        """Keep new tokens; quantize whole blocks that are older than the recent tokens."""
+        """Append new tokens to the window; quantize whole blocks older than the recent tokens."""
         window = self.window
         ready = window.quantized_tokens(self.window_keys.count + new_keys.shape[2])
         if ready:
@@ -138,12 +138,12 @@ class LatentLayer(LatentLayerBase):
         self.window_values.keep(new_values, ready)
 
     def quantize_full_blocks(self) -> None:
-        """Quantize blocks of the window that are full, as `update` does: where tokens were put into it directly."""
+        """Quantize full blocks of the window, as `update` does, after tokens were appended to it directly."""
         if self.window.quantized_tokens(self.window_keys.count):
             self._keep(*self._blank())
 
     def _pack_window(self, count: int) -> bool:
-        """Quantize the oldest tokens of windows in 8 bits by machine code; False where that is not possible."""
+        """Quantize the oldest tokens of 8-bit windows by a native kernel; False if that is not possible."""
         if self.site.is_shared or self.site.gather is not None or torch.compiler.is_compiling():
             return False
         windows = [w for w in (self.window_keys, self.window_values) if isinstance(w, RoundedWindow)]
@@ -178,33 +178,33 @@ class LatentLayer(LatentLayerBase):
 
     @property
     def quantized_tokens(self) -> int:
-        """Tokens that are read as latents."""
+        """Number of tokens held as latents."""
         return self.quantized
 
     @property
     def hidden(self) -> int:
-        """Quantized tokens, the oldest, that attention does not read."""
+        """Number of oldest quantized tokens that attention skips."""
         return 0
 
     @property
     def held(self) -> int:
-        """Tokens held, quantized and not."""
+        """Number of tokens held, quantized or not."""
         return self.quantized + self.window_keys.count if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens seen, which are held."""
+        """Return the number of tokens seen, all of which are held."""
         return self.held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (length, offset) of the mask: all tokens, in order of position."""
+        """Return (length, offset) of the mask: all tokens, in position order."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Return -1: the layer grows without a limit."""
+        """Return -1: no limit."""
         return -1
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         for store in self.stores.values():
             store.parts = ()
         self.padding.forget()
@@ -212,9 +212,9 @@ class LatentLayer(LatentLayerBase):
         self.quantized, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest -`tokens_to_remove` tokens; a block that is cut is dequantized into the window.
+        """Remove the newest -`tokens_to_remove` tokens; a cut block is dequantized into the window.
 
-        Raises FhoptError for a positive number or for more tokens than are held.
+        Raises FhoptError for a positive number, or for more tokens than are held.
         """
         length = self.held
         check_crop(tokens_to_remove, length)
@@ -238,19 +238,19 @@ class LatentLayer(LatentLayerBase):
             self.sketches.trim(keep, block)
 
     def _begin_again(self, tokens: int) -> None:
-        """Hold the first `tokens` tokens as if they came anew, dequantized: padding has changed their places."""
+        """Reinsert the first `tokens` tokens, dequantized: padding has changed their slots."""
         keys, values = self._reconstructed()
         self._hold_nothing()
         self.padding.shorten(self.window.sinks, tokens)
         self._take(keys[:, :, :tokens], values[:, :, :tokens])
 
     def _reconstructed(self) -> tuple[Tensor, Tensor]:
-        """Return the keys [B,G,T,D] and values [B,G,T,E] that attention reads, in order of position."""
+        """Return the keys [B,G,T,D] and values [B,G,T,E] that attention uses, in position order."""
         keys, values = [x.reconstruct() if isinstance(x, LatentTensor) else x for x in self._with_new((), ())]
         return keys, values
 
     def _hold_nothing(self) -> None:
-        """Forget the tokens held, and neither means nor padding."""
+        """Drop the held tokens, but not means and padding."""
         blank = self._blank()
         self.quantized, self.packed_keys.parts, self.packed_values.parts = 0, (), ()
         if self.sketches is not None:

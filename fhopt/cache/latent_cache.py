@@ -1,9 +1,9 @@
-"""`LatentCache`: a transformers cache that holds latents.
+"""`LatentCache`: a transformers cache that stores latents.
 
-It is a `DynamicCache` (or, with `max_cache_len`, stands for a `StaticCache`) of which the layers that a plan names are
-those of fhopt/cache/base_layer.py. Everything else a model caches (linear attention, layers that share keys and values,
-very short sliding windows, in caches of fixed size all of them) stays as transformers has it. `encoder_decoder_cache`
-makes the pair for a model that also reads an encoder. It is not in fhopt/hf, which is above this package.
+A `DynamicCache` (or, with `max_cache_len`, the equivalent of a `StaticCache`) whose layers named by a plan are those of
+fhopt/cache/base_layer.py. All other cached layers stay as in transformers: linear attention, layers that share keys and
+values, very short sliding windows, and in static caches every sliding window. `encoder_decoder_cache` makes the pair
+for encoder-decoder models. This is not in fhopt/hf, which imports this package.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.system import warn_once
 
-UNLIKE = 1.35  # times the energy of calibration text: other languages have more, other English text and code less
+UNLIKE = 1.35  # times the calibration energy: other languages exceed it, other English text and code do not
 
 
 class LatentCache(DynamicCache):  # type: ignore[misc]
     """A KV cache for one model and plan.
 
-    Raises FhoptError when the plan does not fit the model, or is not a plan.
+    Raises FhoptError if the plan does not fit the model, or is not a plan.
 
     Args:
-        plan: what to store of each layer, or the path of a saved plan; layers that it does not name stay exact.
-        config: the model's configuration; needed when the plan leaves layers out.
-        absorb: return tensors on which attention runs without reconstructed K/V; False: tensors of full length,
+        plan: a plan or its path; layers that it does not name stay in full precision.
+        config: the model's configuration; required if the plan leaves layers out.
+        absorb: return tensors on which attention runs without reconstructed K/V; False: full-length tensors,
             reconstructed in each call.
-        max_cache_len: room for so many tokens, in tensors that never change their shape (for torch.compile and CUDA
-            graphs); None: grow.
-        kind: "self", or "cross" for what a decoder reads of its encoder.
-        layers: index of the layer that each site (by its name) belongs to; None: read from the names.
-        offloading: keep the layers in CPU memory between their turns.
-        each_query: where the plan has pages, select pages for each query of a call of several, as in calls of one
-            query; False: such calls, as in prefill, read all pages.
+        max_cache_len: capacity in tokens, in tensors of fixed shape (for torch.compile and CUDA graphs); None: dynamic.
+        kind: "self", or "cross" for cross attention.
+        layers: layer index of each site, by site name; None: parsed from the names.
+        offloading: hold a layer in CPU memory except while it runs.
+        each_query: with page selection, select pages for each query of a multi-query call, as single-query calls do;
+            False: multi-query calls, as in prefill, use all pages.
 
     """
 
@@ -65,13 +64,13 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         Cache.__init__(self, layers=made, offloading=offloading)
         self.plan = plan
         self._first_pass = True
-        self.warns = bool(plan.provenance)  # of text unlike that of calibration; a plan made by hand has seen none
+        self.warns = bool(plan.provenance)  # a plan made by hand has no calibration set
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append to layer `layer_idx`; see `LatentLayer.update`. Raises FhoptError, and leaves the cache as it was."""
-        if torch.compiler.is_compiling():  # a change of this object would be another graph
+        """Append to layer `layer_idx`; see `LatentLayer.update`. Raises FhoptError and leaves the cache unchanged."""
+        if torch.compiler.is_compiling():  # a change of this object would trigger a recompilation
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._first_pass and layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized:
             self._first_pass = False
@@ -83,7 +82,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
                 )
             result: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except FhoptError:
-            if self._first_pass:  # layers before this one have taken the tokens already
+            if self._first_pass:  # earlier layers have already stored the tokens
                 self.reset()
             raise
         if layer_idx == len(self.layers) - 1:
@@ -91,9 +90,9 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         return result
 
     def tell_unlike_text(self) -> None:
-        """Warn, once a process and plan, when the first tokens are unlike the text of calibration.
+        """Warn once per process and plan if the first tokens are out of distribution of the calibration set.
 
-        Called by `update`, and by what quantizes tokens without it.
+        Called by `update`, and by code that quantizes tokens without it.
         """
         energy = self.latent_energy if self.warns else None
         if energy is None:
@@ -109,11 +108,10 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def latent_energy(self) -> float | None:
-        """Mean square of the values' latents against calibration text, where it is about 1 (see `LatentEnergy`).
+        """Mean square of the values' latents relative to the calibration set, where it is about 1 (see `LatentEnergy`).
 
-        The geometric mean over layers with bit groups, without sliding windows that have quantized too few tokens. None
-        before enough tokens are quantized, and where nothing says: no such layers, fixed sizes, calls in compiled
-        graphs.
+        Geometric mean over layers with bit groups, except sliding windows that have quantized too few tokens. None
+        before enough tokens are quantized, and if nothing was measured: no such layers, static caches, compiled graphs.
         """
         means = []
         for layer in self.layers:
@@ -126,7 +124,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         return math.exp(sum(math.log(max(mean, 1e-30)) for mean in means) / len(means)) if means else None
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         super().reset()
         self._first_pass = True
 
@@ -139,36 +137,36 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage that the cache holds, all layers, everything counted."""
+        """Bytes of storage of all layers, everything included."""
         return cache_bytes(self)
 
     def report(self) -> list[dict[str, Any]]:
-        """Return a row for each layer: kind, tokens, quantized tokens, bytes in all and by region (REGIONS).
+        """Return a row per layer: kind, tokens, quantized tokens, bytes in total and by region (REGIONS).
 
-        step_bytes: of these, what attention of the next token reads; dense_step_bytes: what it would, if it read all
-        pages; completed: share of its page selections in which the plan's limit made all pages be read.
+        step_bytes: bytes that attention of the next token loads; dense_step_bytes: the same with all pages; completed:
+        fraction of page selections that the plan's limit extended to all pages.
         """
         return cache_report(self)
 
 
 class LatentEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
-    """Two latent caches: of what the decoder wrote, and of what it reads of the encoder."""
+    """A pair of latent caches: the decoder's own tokens, and its cross attention."""
 
     def check_dynamic_cache(self, method: str) -> None:
-        """Raise nothing: latent caches can do all that dynamic ones can."""
+        """Raise nothing: latent caches support everything that dynamic ones do."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage that both caches hold."""
+        """Bytes of storage of both caches."""
         return cache_bytes(self)
 
     def report(self) -> list[dict[str, Any]]:
-        """Return rows as `LatentCache.report` does: layers of the decoder, then those that read the encoder."""
+        """Return rows as `LatentCache.report` does: decoder layers, then cross-attention layers."""
         return cache_report(self)
 
 
 def encoder_decoder_cache(plan: LatentPlan, config: Any, **options: Any) -> LatentEncoderDecoderCache:
-    """Return a cache for an encoder-decoder model; options as of `LatentCache`."""
+    """Make a cache for an encoder-decoder model; options as of `LatentCache`."""
     cross = {k: v for k, v in options.items() if k != "max_cache_len"}
     return LatentEncoderDecoderCache(
         LatentCache(plan, config, **options), LatentCache(plan, config, kind="cross", **cross)

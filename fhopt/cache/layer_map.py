@@ -1,4 +1,4 @@
-"""Which cache layer belongs to which attention site of a model."""
+"""Mapping of a model's attention sites to cache layers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def latent_layers(
     plan: LatentPlan, plain: list[Any] | None, *, absorb: bool = True, max_cache_len: int | None = None,
     kind: str = "self", layers: Mapping[str, int] | None = None,
 ) -> list[Any]:  # fmt: skip
-    """Return the layers `plain`, with latent ones where the plan has a site.
+    """Return the layers `plain` with latent layers at the sites of the plan.
 
-    A layer must hold all tokens, or those of a sliding window that grows up to it.
+    Only layers that hold all tokens, or a sliding window up to its size, can be replaced.
 
-    plain: None for as many as the plan has. A layer that is static becomes a static one. kind, layers: as of
+    plain: None for as many layers as the plan has. Static layers are replaced by static ones. kind, layers: as of
     `cached_sites`. Raises FhoptError.
     """
     sites = cached_sites(plan, kind, layers)
@@ -55,13 +55,13 @@ def _latent_layer(plan: LatentPlan, site: SitePlan, plain: Any, kind: str, absor
         return StaticLatentLayer(plan, site, plain.max_cache_len, absorb)
     if type(plain) is DynamicSlidingWindowLayer and plain.sliding_window >= MIN_SLIDING:
         layer = SlidingLatentLayer(plan, site, plain.sliding_window, absorb)
-        layer.record_past = plain.record_past  # generate asks for it before the plan's layers are there
+        layer.record_past = plain.record_past  # generate sets it before the plan's layers exist
         return layer
     return LatentLayer(plan, site, absorb) if type(plain) is DynamicLayer else plain
 
 
 def plain_layers(config: Any, max_cache_len: int | None = None) -> list[Any]:
-    """Return the layers that transformers makes for a model, growing or of `max_cache_len` tokens."""
+    """Return the layers that transformers makes for a model, dynamic or of `max_cache_len` tokens."""
     decoder = config.get_text_config(decoder=True)
     made = DynamicCache(config=decoder) if max_cache_len is None else StaticCache(decoder, max_cache_len)
     return list(made.layers)

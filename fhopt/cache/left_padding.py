@@ -1,11 +1,11 @@
-"""Padding on the left of the sequences of a batch, as a cache keeps it: see fhopt/attention/token_places.py.
+"""Left padding of a batch's sequences in a cache; see fhopt/attention/token_places.py.
 
-Whoever calls the model knows its attention mask, a cache does not: `note_padding` tells the layers of an empty cache
-before their first call. A layer brings the tokens of that call to their places, and keeps three numbers a sequence:
-its padding, its attention sinks, and by how many positions its tokens are behind their numbers in the batch. That is
-the padding where positions are counted without it, as `generate` does, and nothing where the model counts it.
-Sequences of which the first call has no token at all (chunked prefill) stay as they come, with padding for attention
-sinks; their means, and the segments of their keys, begin with their first token all the same.
+A cache does not see the attention mask: `note_padding` reports it to the layers of an empty cache before their first
+call. A layer reorders that call's tokens into slots, and stores three integers per sequence: its padding, its number of
+attention sinks, and the offset of its token indices from its positions. The offset is the padding if positions exclude
+padding, as in `generate`, and 0 if the model counts it. Sequences without any token in the first call (chunked prefill)
+are not reordered, and padding takes their attention sinks; their means and key segments still start at their first
+token.
 
 Letters: B batch, G kv heads, S new tokens, T tokens, D head size.
 """
@@ -22,12 +22,12 @@ from torch import Tensor
 from fhopt.attention.token_places import TokenPlaces
 from fhopt.cache.store import Store
 
-PADDING = "padding"  # the store's name in files
+PADDING = "padding"  # store name in files
 
 
 @dataclass(frozen=True, eq=False)
 class ExpectedPadding:
-    """Padding of a first call of `tokens` tokens: numbers int64 [B,1,3], and reach as of `TokenPlaces`."""
+    """Padding of a first call of `tokens` tokens: numbers int64 [B,1,3]; reach as of `TokenPlaces`."""
 
     numbers: Tensor
     reach: int
@@ -35,9 +35,9 @@ class ExpectedPadding:
 
     @staticmethod
     def of(ahead: Tensor, behind: Tensor, sinks: int, tokens: int) -> ExpectedPadding:
-        """Make it from the padding of each sequence and its positions behind numbers of tokens, both int64 [B].
+        """Make it from each sequence's padding and position offset, both int64 [B].
 
-        sinks: how many a cache has.
+        sinks: of the cache.
         """
         ahead = torch.where(ahead < tokens, ahead, 0)
         numbers = torch.stack([ahead, (tokens - ahead).clamp(max=sinks), behind], -1).unsqueeze(1)
@@ -49,12 +49,11 @@ def _reach(numbers: Tensor) -> int:
 
 
 class LeftPadding(Store):
-    """Padding before each sequence, its attention sinks, and positions that it is behind: int64 [B,1,3].
+    """Padding, attention sinks and position offset of each sequence: int64 [B,1,3].
 
-    No parts where all sequences have no padding and the positions of their tokens' numbers. moves: tokens are brought
-    to other places.
+    Empty if no sequence has padding and all offsets are 0. moves: whether tokens are reordered into other slots.
 
-    room: places of a cache of fixed size, None where it grows. expected: of the next call, if that is a first one.
+    room: slots of a static cache; None if dynamic. expected: of the next call, if it is a first one.
     """
 
     def __init__(self, room: int | None = None) -> None:
@@ -63,23 +62,23 @@ class LeftPadding(Store):
 
     @property
     def places(self) -> TokenPlaces | None:
-        """Places of tokens; None where each stands in the place of its position."""
+        """Slots of tokens; None if each token's slot is its position."""
         if not self.parts or not self.moves:
             return None
         return TokenPlaces(self.parts[0][..., :2], self.reach if self.room is None else self.room)
 
     @property
     def starts(self) -> Tensor:
-        """The first token behind the attention sinks of each sequence, int64 [B,1,1]. Expects parts."""
+        """The first token after the attention sinks of each sequence, int64 [B,1,1]. Expects parts."""
         return self.parts[0][..., :2].sum(-1, keepdim=True)
 
     @property
     def behind(self) -> Tensor:
-        """By how many positions the tokens of each sequence are behind their numbers, int64 [B]. Expects parts."""
+        """Offset of each sequence's token indices from its positions, int64 [B]. Expects parts."""
         return self.parts[0][:, 0, 2]
 
     def begin(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take what was expected of the first call, and return its keys and values [B,G,S,D] in order of places."""
+        """Apply the padding expected of the first call, and return its keys and values [B,G,S,D] in slot order."""
         expected, self.expected = self.expected, None
         self.moves = True
         if expected is None or (len(expected.numbers), expected.tokens) != (keys.shape[0], keys.shape[2]):
@@ -90,12 +89,12 @@ class LeftPadding(Store):
         return places.by_place(keys, 2), places.by_place(values, 2)
 
     def follow(self, behind: Tensor, own: int) -> None:
-        """Take positions behind numbers of tokens, int64 [B], and no padding. own: attention sinks so far."""
+        """Record position offsets, int64 [B], without padding. own: attention sinks so far."""
         zeros = torch.zeros_like(behind)
         self.parts, self.reach, self.moves = (torch.stack([zeros, zeros + own, behind], -1).unsqueeze(1),), own, False
 
     def learn(self, ahead: Tensor, behind: Tensor, before: int, tokens: int) -> None:
-        """Take what `ExpectedPadding.of` takes of sequences whose first token is one of `tokens`, `before` behind."""
+        """Record padding as `ExpectedPadding.of` does, for sequences that start in tokens `before` to +`tokens`."""
         late = (ahead >= before) & (ahead < before + tokens)
         if before == 0 or not bool(late.any()):
             return
@@ -106,21 +105,21 @@ class LeftPadding(Store):
         self.reach = _reach(self.parts[0])
 
     def shorten(self, sinks: int, tokens: int) -> None:
-        """Expect the same sequences again, their first `tokens` tokens alone."""
+        """Expect only the first `tokens` tokens of the same sequences in the next call."""
         (numbers,) = self.parts
         ahead, _, behind = numbers[:, 0].unbind(-1)
         self.expected, self.parts = ExpectedPadding.of(ahead, behind, sinks, tokens) if tokens else None, ()
 
     def forget(self) -> None:
-        """Know of no padding."""
+        """Drop all padding."""
         self.parts, self.expected = (), None
 
     def restore(self, parts: list[Tensor], batch: int, length: int) -> None:
-        """Hold saved parts, of a cache of `length` tokens. Raises ValueError when they cannot be such."""
+        """Load saved parts of a cache of `length` tokens. Raises ValueError if they are invalid."""
         if not parts:
             return
         (numbers,) = parts
-        if numbers.dtype == torch.int64 and tuple(numbers.shape) == (batch, 1, 2):  # of files before there were three
+        if numbers.dtype == torch.int64 and tuple(numbers.shape) == (batch, 1, 2):  # older files
             numbers = torch.cat([numbers, numbers[..., :1]], -1)
         if numbers.dtype != torch.int64 or tuple(numbers.shape) != (batch, 1, 3):
             raise ValueError(f"{PADDING} is {numbers.dtype} {tuple(numbers.shape)}, not int64 {(batch, 1, 3)}")
@@ -134,11 +133,10 @@ class LeftPadding(Store):
 
 
 def note_padding(layers: Iterable[Any], mask: Any, tokens: int, positions: Any = None) -> None:
-    """Tell latent layers of a cache what padding their first call begins with, and later ones of several tokens.
+    """Report left padding to latent layers of a cache: that of the first call, or of sequences that start later.
 
-    tokens: of the call, S. mask: the model's attention mask: [B,T], or [B,1,S,T], bool or additive; None, or anything
-    else: nothing is known of padding. positions: those of the call's tokens, int64 [B,S] or [1,S]; None, or anything
-    else: the model counts all tokens.
+    tokens: S, of the call. mask: the model's attention mask: [B,T], or [B,1,S,T], bool or additive; otherwise padding
+    is unknown. positions: of the call's tokens, int64 [B,S] or [1,S]; otherwise the model counts all tokens.
     """
     waiting = [layer for layer in layers if isinstance(getattr(layer, PADDING, None), LeftPadding)]
     if not waiting:
@@ -152,7 +150,7 @@ def note_padding(layers: Iterable[Any], mask: Any, tokens: int, positions: Any =
         return
     if ahead is None and behind is not None and bool(behind.any()):
         ahead = torch.zeros_like(behind)
-    expected: dict[int, ExpectedPadding | None] = {}  # by the number of attention sinks
+    expected: dict[int, ExpectedPadding | None] = {}  # by number of attention sinks
     for layer in waiting:
         sinks = layer.window.sinks
         if sinks not in expected:
@@ -161,10 +159,10 @@ def note_padding(layers: Iterable[Any], mask: Any, tokens: int, positions: Any =
 
 
 def note_positions(layers: Iterable[Any], positions: Any, tokens: int) -> None:
-    """Tell latent layers whose keys are relative to segments the positions of their first call, within a graph.
+    """Report the positions of a first call to latent layers with key segments, inside a graph.
 
-    There padding is not known, and stays in the attention sinks; without its positions keys would be read wrongly.
-    positions: as of `note_padding`, of each sequence; of a single one none are taken: it seldom has padding.
+    In a graph padding is unknown and stays in the attention sinks; without positions keys would be decoded wrongly.
+    positions: as of `note_padding`, for a batch; a single sequence, which is rarely padded, is skipped.
     """
     if not isinstance(positions, Tensor) or positions.dim() != 2 or len(positions) == 1:
         return
@@ -176,9 +174,9 @@ def note_positions(layers: Iterable[Any], positions: Any, tokens: int) -> None:
 
 
 def _behind(positions: Any, tokens: int, ahead: Tensor | None) -> Any:
-    """Return by how many positions the newest of `tokens` tokens of each sequence is behind its number, int64 [B].
+    """Return each sequence's offset of token indices from positions, from the newest of `tokens` tokens, int64 [B].
 
-    None where neither positions nor padding are known.
+    None if neither positions nor padding are known.
     """
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return None if ahead is None else torch.zeros_like(ahead)
@@ -187,10 +185,10 @@ def _behind(positions: Any, tokens: int, ahead: Tensor | None) -> Any:
 
 
 def padding_ahead(mask: Tensor, any_query: bool = False) -> Tensor | None:
-    """Count the tokens of padding before each sequence: mask as of `note_padding` -> int64 [B], None where none has.
+    """Count the padding tokens before each sequence: mask as of `note_padding` -> int64 [B]; None if there is none.
 
-    any_query: of a mask with queries, what any of them sees is no padding; else what the newest one does, from which a
-    sliding window may hide more.
+    any_query: in a mask with queries, a token that any query sees is not padding; otherwise only the newest query
+    counts, from which a sliding window may hide more.
     """
     if mask.dim() == 4:
         mask = mask[:, 0] if any_query else mask[:, 0, -1:]

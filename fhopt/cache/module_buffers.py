@@ -1,20 +1,19 @@
-"""Latents in place of the K/V buffers that a user's module keeps: what compiled graphs hold between their calls.
+"""Latents instead of the K/V buffers of a user's module: state of compiled graphs between calls.
 
-    register_buffer("k_cache", zeros(B, G, T, D))     the buffer    a few NaN, seen as [B,G,T,D]
-                                                ->    its state     [ sinks | ring | a packed latent for each slot ]
+    register_buffer("k_cache", zeros(B, G, T, D))     the buffer    a few NaN, viewed as [B,G,T,D]
+                                                ->    its state     [ sinks | ring | a packed latent per slot ]
 
-The state of a pair of buffers (keys, values) is found by the identity of the tensors, so that all graphs of a module
-share it, and dies with them. Tokens that the buffers hold when they come first are quantized; then their memory is
-released. Code that reads them outside of a compiled graph gets NaN; a write there is detected, and refused, by the next
-call of a graph (until then, uncompiled code that reads what it wrote gets wrong numbers). `buffer.zero_()` forgets all
-tokens, `restore` brings the memory back.
+The state of a pair of buffers (keys, values) is looked up by tensor identity: all graphs of a module share it, and it
+is freed with the tensors. Tokens already in the buffers are quantized at first use; then the buffer memory is released.
+Code that loads the buffers outside of a compiled graph gets NaN. A write there is detected and rejected by the next
+call of a graph; until then, uncompiled code that loads what it wrote gets wrong values. `buffer.zero_()` drops all
+tokens; `restore` brings the memory back.
 
-There are no counters. Each slot of a buffer has one packed latent. A token is quantized when it arrives, and the newest
-ones are kept in a ring too, with their slots. A slot is read exactly where the call itself writes it, where it is an
-attention sink, or where the ring holds it and it is not quantized (`ResidualWindow.quantized_tokens` of the slots
-before the first that the call writes); any other as a latent. So going back, starting again at slot 0, chunked prefill
-and gaps are right. Slots that were never written are zeros, as they are in the buffer: the mask says which slots a
-query sees.
+There are no counters. Each buffer slot has one packed latent. A token is quantized on arrival, and the newest ones are
+also stored in a ring with their slots. A slot is attended exactly if the call itself writes it, if it is an attention
+sink, or if it is in the ring and not quantized (`ResidualWindow.quantized_tokens` of the slots before the first one
+that the call writes); otherwise as a latent. So going back, restarting at slot 0, chunked prefill and gaps are correct.
+Slots that were never written are zeros, as in the buffer: the mask says which slots a query sees.
 
 Letters: B batch, H query heads, G kv heads, S new tokens, T slots of a buffer, D head size.
 """
@@ -40,7 +39,7 @@ from fhopt.plan.site_plan import SitePlan
 
 
 class State:
-    """What stands for one pair of buffers."""
+    """State that replaces one pair of buffers."""
 
     def __init__(self, held: Held, keys: Tensor, values: Tensor) -> None:
         self.held, self.values = held, weakref.ref(values)
@@ -55,7 +54,7 @@ class State:
         return sum(part.nbytes for part in self.slots.parts)
 
     def is_for(self, held: Held, values: Tensor) -> bool:
-        """Return whether it stands for these values, in the same places and by the same plan."""
+        """Return whether the state is for these values, with the same slots and plan."""
         alike = (held.places, held.key_axes, held.value_axes) == (
             self.held.places, self.held.key_axes, self.held.value_axes,
         )  # fmt: skip
@@ -66,7 +65,7 @@ _states = WeakTensorKeyDictionary()  # keys' buffer -> State
 
 
 def state_of(keys: Tensor) -> State | None:
-    """Return the state that stands for a buffer of keys, None when it still holds its tokens itself."""
+    """Return the state that replaces a buffer of keys; None if the buffer holds its tokens itself."""
     state: State | None = _states.get(keys)
     return state
 
@@ -78,9 +77,9 @@ def blank(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
 
 
 def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """Return the parts that stand for these buffers, which are taken over when they are new or have new contents.
+    """Return the parts that replace these buffers, taking the buffers over if they or their contents are new.
 
-    Raises Stale for buffers that cannot be taken over, FhoptError when their tokens are lost.
+    Raises Stale for buffers that cannot be taken over, FhoptError if their tokens are lost.
     """
     for buffer in (keys, values):
         if reason := unfit(buffer):
@@ -104,7 +103,7 @@ def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
 
 
 def restore(tensors: Iterable[Any]) -> None:
-    """Bring back the memory of buffers among these, with the tokens that their states hold."""
+    """Bring back the memory of the buffers among `tensors`, with the tokens of their states."""
     distinct = {id(x): x for x in tensors if isinstance(x, Tensor)}
     with torch.inference_mode(False), torch.no_grad():
         for keys in distinct.values():
@@ -119,7 +118,7 @@ def restore(tensors: Iterable[Any]) -> None:
 
 
 def unfit(buffer: Tensor) -> str:
-    """Return why the memory of a buffer cannot be released, "" where it can."""
+    """Return why the memory of a buffer cannot be released; "" if it can."""
     if buffer.is_inference():
         return "was made in inference mode: its changes are not counted"
     if buffer.requires_grad:
@@ -129,23 +128,23 @@ def unfit(buffer: Tensor) -> str:
 
 
 def release(buffer: Tensor) -> None:
-    """Release the memory of a buffer: its elements share a few numbers, which are NaN.
+    """Release the memory of a buffer: its elements alias a few NaN values.
 
-    All strides are 1. With strides of 0 eager writes of slices would raise, but Dynamo could not trace them either.
+    All strides are 1. With strides of 0 eager slice writes would raise, but Dynamo could not trace them.
     """
     few = sum(buffer.shape) - buffer.dim() + 1
     buffer.set_(buffer.new_full((few,), math.nan).untyped_storage(), 0, buffer.shape, (1,) * buffer.dim())
 
 
 def is_released(buffer: Tensor) -> bool:
-    """Return whether a buffer has released its memory."""
+    """Return whether the memory of a buffer is released."""
     if buffer.layout is not torch.strided or buffer.is_nested or buffer.dim() < 2:
         return False
     return set(buffer.stride()) == {1} and buffer.untyped_storage().nbytes() < buffer.nbytes
 
 
 def _content(site: SitePlan, buffer: Tensor) -> str:
-    """Return what a buffer has: "released", "zeros" or "tokens". Raises FhoptError for anything else."""
+    """Return the contents of a buffer: "released", "zeros" or "tokens". Raises FhoptError for anything else."""
     gone = is_released(buffer)
     numbers = buffer.as_strided((sum(buffer.shape) - buffer.dim() + 1,), (1,)) if gone else buffer
     if not bool(numbers.any()):  # NaN is true
@@ -176,7 +175,7 @@ def _lost(site: SitePlan, reason: str) -> FhoptError:
 
 
 def _is_same(a: SitePlan, b: SitePlan) -> bool:
-    """Return whether two plans of a site are the same, also when it was loaded twice."""
+    """Return whether two site plans are equal, even if loaded separately."""
     return a is b or (
         a.layout == b.layout
         and a.site.name == b.site.name
@@ -188,7 +187,7 @@ def _is_same(a: SitePlan, b: SitePlan) -> bool:
 
 
 class BufferKeeper:
-    """Keeps latents in place of the K/V buffers of modules, for `fhopt.passes.rewrite.latent_buffers`."""
+    """Implementation of latent buffers for `fhopt.passes.rewrite.latent_buffers`."""
 
     attend_buffered = staticmethod(attend_buffered)
     unfit = staticmethod(unfit)

@@ -1,4 +1,4 @@
-"""Bytes that a cache holds and reads, by region: attention sinks, residual window, packed latents, sketches."""
+"""Bytes that a cache holds and loads, by region: attention sinks, residual window, packed latents, sketches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fhopt.cache.store import REGIONS as REGIONS
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of storage that any transformers cache holds."""
+    """Return the bytes of storage of any transformers cache."""
     return sum(row["bytes"] for row in cache_report(cache))
 
 
 def exact_cache_bytes(cache: Any) -> int:
-    """Return the bytes that exact keys and values of the tokens in a transformers cache have, in the same dtype."""
+    """Return the bytes of a full-precision cache of the same tokens, in the same dtype."""
     if isinstance(cache, EncoderDecoderCache):
         return exact_cache_bytes(cache.self_attention_cache) + exact_cache_bytes(cache.cross_attention_cache)
     return sum(map(_exact_bytes, cache.layers))
@@ -40,7 +40,7 @@ def _exact_bytes(layer: Any) -> int:
 
 
 def cache_report(cache: Any) -> list[dict[str, Any]]:
-    """Return what `LatentCache.report` does for any transformers cache; all that is not latent is exact."""
+    """Return what `LatentCache.report` does, for any transformers cache; non-latent layers count as exact."""
     if isinstance(cache, EncoderDecoderCache):
         rows = [("self", cache.self_attention_cache), ("cross", cache.cross_attention_cache)]
         return [{"part": part, **row} for part, one in rows for row in cache_report(one)]
@@ -63,7 +63,7 @@ def _report(index: int, layer: Any) -> dict[str, Any]:
 
 
 def _read_in_decode_step(layer: Any, held: int) -> dict[str, float]:
-    """Return the bytes that the next decode step reads of a layer of `held` bytes. layer None: an exact one."""
+    """Return the bytes that the next decode step loads from a layer of `held` bytes. layer None: full precision."""
     if layer is None:
         return {"dense_step_bytes": held, "step_bytes": held, "completed": 0.0}
     dense, selected = layer.decode_step_bytes()
@@ -71,7 +71,7 @@ def _read_in_decode_step(layer: Any, held: int) -> dict[str, float]:
 
 
 def tensor_bytes(layer: Any) -> int:
-    """Return the bytes of storage of an ordinary cache layer, whatever it holds."""
+    """Return the bytes of storage of an ordinary cache layer of any class."""
     held: list[Any] = list(vars(layer).values())
     held += [x for value in held if isinstance(value, (dict, list, tuple)) for x in _items(value)]
     tensors = [t for t in held if isinstance(t, Tensor) and t.dim() > 0]

@@ -1,10 +1,10 @@
-"""Attention sinks and residual window of one side, keys or values: exact, or the window rounded to 8 bits.
+"""Attention sinks and residual window of keys or of values: exact, or with the window rounded to 8 bits.
 
-    ExactWindow     [ sinks | window ]  one part [B,G,N,D], as tokens came
-    RoundedWindow   sinks [B,G,N,D], 8-bit values uint8 [B,G,M,D] and their scales [B,G,M] of the window
-    StaticWindow    in fixed places: sinks [B,G,sinks+1,D], a ring [B,G,capacity+1,D] or its 8-bit values and scales
+    ExactWindow     [ sinks | window ]  one part [B,G,N,D], unquantized
+    RoundedWindow   sinks [B,G,N,D]; 8-bit values uint8 [B,G,M,D] and scales [B,G,M] of the window
+    StaticWindow    in fixed slots: sinks [B,G,sinks+1,D]; a ring [B,G,capacity+1,D] or its 8-bit values and scales
 
-The last of the fixed places is for tokens that are not to be kept.
+The last slot of a static part takes tokens to discard.
 
 Letters: B batch, G kv heads, S new tokens, N and M tokens, D head size.
 """
@@ -20,33 +20,34 @@ from fhopt.cache.store import RoundedPart, Store
 from fhopt.ops import packing, registry
 from fhopt.plan.window import ResidualWindow
 
-FEWEST, MOST = 8, 64  # places by which a window in 8 bits grows
+FEWEST, MOST = 8, 64  # minimum and maximum growth increment of an 8-bit window
 
 
 def spare_places(quantized: int, block: int) -> int:
-    """Return by how many places a window in 8 bits grows, so that most decode steps write one row and copy nothing.
+    """Return the growth increment of an 8-bit window, chosen so that most decode steps append in place.
 
-    quantized: tokens before the window, of which they are a small share. block: tokens behind which it is made anew.
+    quantized: tokens before the window; the increment is a small fraction of them. block: tokens after which the window
+    is rebuilt anyway.
     """
     return min(max(quantized // 64, FEWEST), MOST, block)
 
 
 class Window(Store):
-    """Tokens that are not latents. `side` of `means`: from which a window in 8 bits holds differences."""
+    """Tokens that are not latents. `side`: index into `means`, which an 8-bit window subtracts."""
 
     means: Store | None = None
     side = 0
 
     @property
     def mean(self) -> Tensor | None:
-        """Mean of the sequence, float32 [B,G,1,D]; None where the window holds tokens themselves."""
+        """Mean of the sequence, float32 [B,G,1,D]; None if the window holds tokens themselves."""
         return None if self.means is None else self.means.parts[self.side]
 
 
 class ExactWindow(Window):
-    """Attention sinks and residual window as they came, one part [B,G,N,D].
+    """Attention sinks and residual window, unquantized, in one part [B,G,N,D].
 
-    spare: places by which a window in 8 bits grows.
+    spare: growth increment of an 8-bit window.
     """
 
     spare = FEWEST
@@ -55,54 +56,54 @@ class ExactWindow(Window):
         self.sinks = window.sinks
 
     def start(self, like: Tensor) -> None:
-        """Hold no tokens, of the shape and dtype of `like`."""
-        self.parts = (like[:, :, :0].clone(),)  # a view would keep the memory of `like`
+        """Start empty, with the shape and dtype of `like`."""
+        self.parts = (like[:, :, :0].clone(),)  # a view would keep the memory of `like` alive
 
     @property
     def count(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return int(self.parts[0].shape[2])
 
     @property
     def rounded(self) -> int:
-        """Tokens that are held in 8 bits."""
+        """Number of tokens in 8 bits."""
         return 0
 
     @property
     def sink_bytes(self) -> int:
-        """Bytes of the attention sinks among `nbytes`."""
+        """Bytes of the attention sinks within `nbytes`."""
         return self.parts[0][:, :, : self.sinks].nbytes if self.parts else 0
 
     def read(self, *new: Tensor) -> Tensor:
-        """Return the tokens, and `new` ones behind them."""
+        """Return the tokens, followed by `new` ones."""
         return torch.cat([*self.parts, *new], 2) if new else self.parts[0]
 
     def oldest(self, count: int, new: Tensor) -> Tensor:
-        """Return the first `count` tokens behind the sinks, of the window and of `new` ones behind it."""
+        """Return the first `count` tokens after the sinks, from the window followed by `new` tokens."""
         return self.read(new)[:, :, self.sinks : self.sinks + count]
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
-        """Return (tokens as they came, `new` ones behind; the rounded part of the window)."""
+        """Return (exact tokens, followed by `new` ones; the 8-bit part of the window)."""
         return self.read(*new), None
 
     def keep(self, new: Tensor, quantized: int) -> None:
-        """Hold new tokens too, without the `quantized` oldest of the window."""
+        """Append new tokens and remove the `quantized` oldest ones of the window."""
         tokens = torch.cat([*self.parts, new], 2)
         if quantized:
             tokens = torch.cat([tokens[:, :, : self.sinks], tokens[:, :, self.sinks + quantized :]], 2)
         self.parts = (tokens,)
 
     def insert(self, dequantized: Tensor) -> None:
-        """Put tokens between attention sinks and window."""
+        """Insert tokens between attention sinks and window."""
         (held,) = self.parts
         self.parts = (torch.cat([held[:, :, : self.sinks], dequantized.to(held.dtype), held[:, :, self.sinks :]], 2),)
 
     def crop(self, count: int) -> None:
-        """Hold the first `count` tokens only."""
+        """Truncate to the first `count` tokens."""
         self.parts = (self.parts[0][:, :, :count].clone(),)
 
     def take_sinks(self) -> Tensor:
-        """Return the attention sinks, and hold the window alone from now on."""
+        """Remove and return the attention sinks; the layer has none afterwards."""
         held, count = self.parts[0], self.sinks
         self.sinks = 0
         self.parts = (held[:, :, count:].clone(), *self.parts[1:])
@@ -110,7 +111,7 @@ class ExactWindow(Window):
 
 
 class _InRoom(NamedTuple):
-    """A window in 8 bits that grows. room: values and scales with spare places behind; the first `taken` are tokens."""
+    """A dynamic 8-bit window. room: values and scales with spare slots; the first `taken` slots hold tokens."""
 
     sinks: Tensor
     room: tuple[Tensor, Tensor]
@@ -118,15 +119,15 @@ class _InRoom(NamedTuple):
 
 
 class RoundedWindow(ExactWindow):
-    """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
+    """Exact attention sinks and an 8-bit window: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
 
-    # The parts as they were set, or what they are made of. It is replaced as a whole, and reading changes nothing, so
-    # that another thread may ask for the size of a cache that grows.
+    # The parts as set, or what they are built from. Replaced atomically and not changed by loads, so that another
+    # thread may query the size of a growing cache.
     _state: tuple[Tensor, ...] | _InRoom = ()
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Sinks, values of the window, their scales: made when somebody reads them, which most decode steps do not."""
+        """Sinks, window values, window scales; built on access, which most decode steps avoid."""
         state = self._state
         if not isinstance(state, _InRoom):
             return state
@@ -137,13 +138,13 @@ class RoundedWindow(ExactWindow):
         self._state = parts
 
     def start(self, like: Tensor) -> None:
-        """Hold no tokens, of the shape and dtype of `like`."""
+        """Start empty, with the shape and dtype of `like`."""
         nothing = like[:, :, :0].clone()
         self.parts = (nothing, *packing.round_rows(nothing))
 
     @property
     def count(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         state = self._state
         if isinstance(state, _InRoom):
             return int(state.sinks.shape[2]) + state.taken
@@ -151,40 +152,40 @@ class RoundedWindow(ExactWindow):
 
     @property
     def rounded(self) -> int:
-        """Tokens of the window, all of which are held in 8 bits."""
+        """Number of tokens in the window, all in 8 bits."""
         state = self._state
         return state.taken if isinstance(state, _InRoom) else int(state[1].shape[2])
 
     def read(self, *new: Tensor) -> Tensor:
-        """Return the tokens, and `new` ones behind them exactly as they came, in the dtype of the sinks."""
+        """Return the tokens, followed by unquantized `new` ones, in the dtype of the sinks."""
         sinks, values, scale = self.parts
         return torch.cat([sinks, self._exact(values, scale, sinks.dtype), *new], 2)
 
     def _exact(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return tokens of the window."""
+        """Dequantize tokens of the window."""
         if self.mean is None:
             return packing.unround_rows(values, scale, dtype)
         return (packing.unround_rows(values, scale, torch.float32) + self.mean).to(dtype)
 
     def oldest(self, count: int, new: Tensor) -> Tensor:
-        """Return the first `count` tokens behind the sinks; the others of the window stay as they are."""
+        """Return the first `count` tokens after the sinks."""
         rounded = self.oldest_rounded(count)
         return super().oldest(count, new) if rounded is None else self._exact(*rounded, self.parts[0].dtype)
 
     def oldest_rounded(self, count: int) -> tuple[Tensor, Tensor] | None:
-        """Return values and scales of the first `count` tokens behind the sinks; None where they are not all held."""
+        """Return values and scales of the first `count` tokens after the sinks; None if not all are in the window."""
         sinks, values, scale = self.parts
         if sinks.shape[2] < self.sinks or count > values.shape[2]:
             return None
         return values[:, :, :count], scale[:, :, :count]
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
-        """Return (sinks, `new` tokens behind; values and scales of the window)."""
+        """Return (sinks, followed by `new` tokens; values and scales of the window)."""
         sinks, values, scale = self.parts
         return (torch.cat([sinks, *new], 2) if new else sinks), (values, scale)
 
     def keep(self, new: Tensor, quantized: int) -> None:
-        """Hold new tokens too, without the `quantized` oldest of the window; only tokens that stay are rounded."""
+        """Append new tokens and remove the `quantized` oldest of the window; only tokens that stay are rounded."""
         if not quantized and self._append(new):
             return
         sinks, values, scale = self.parts
@@ -194,15 +195,15 @@ class RoundedWindow(ExactWindow):
             return
         staying = new[:, :, max(0, self.sinks + quantized - self.count) :]
         more_values, more_scale = packing.round_rows(_less(staying, self.mean))
-        if sinks.shape[2] < self.sinks:  # and the window is empty
+        if sinks.shape[2] < self.sinks:  # the window is empty
             sinks = torch.cat([sinks, new], 2)[:, :, : self.sinks].clone()
         values = torch.cat([values[:, :, quantized:], more_values], 2)
         self.parts = (sinks, values, _joined([scale[:, :, quantized:], more_scale]))
 
     def _append(self, new: Tensor) -> bool:
-        """Round a few new tokens into spare places, by machine code; False where there is none, or sinks are missing.
+        """Round a few new tokens into spare slots by a native kernel; False without a kernel, slots, or all sinks.
 
-        Places up to the tokens held never change: what was read of the window stays as it was.
+        Slots of held tokens never change, so earlier views of the window stay valid.
         """
         more = new.shape[2]
         kernel = registry.kernel_of("round_rows_into", new.device.type)
@@ -216,7 +217,7 @@ class RoundedWindow(ExactWindow):
         return True
 
     def room(self, more: int) -> tuple[Tensor, Tensor]:
-        """Return values and scales with `more` spare places behind those of the window."""
+        """Return values and scales of the window with at least `more` spare slots."""
         state = self._state
         if isinstance(state, _InRoom) and all(state.taken + more <= part.shape[2] for part in state.room):
             return state.room
@@ -224,16 +225,16 @@ class RoundedWindow(ExactWindow):
         return _with_spare(values, self.spare), _with_spare(scale, self.spare)
 
     def take(self, room: tuple[Tensor, Tensor], more: int) -> None:
-        """Hold `more` tokens that were written into spare places of `room`."""
+        """Commit `more` tokens that were written to spare slots of `room`."""
         state = self._state
         sinks = state.sinks if isinstance(state, _InRoom) else state[0]
         self._state = _InRoom(sinks, room, self.rounded + more)
 
     def take_next(self) -> None:
-        """Hold the token that was written behind those that `take` put into a room."""
+        """Commit the next token, written to the room that `take` set."""
         state = self._state
         assert isinstance(state, _InRoom)
-        # Two for each layer and token: the class itself would call a function in Python.
+        # Called twice per layer and token: the class's constructor would be a Python call.
         self._state = tuple.__new__(_InRoom, (state.sinks, state.room, state.taken + 1))
 
     def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
@@ -242,20 +243,20 @@ class RoundedWindow(ExactWindow):
         return isinstance(state, _InRoom) and state.room is room and state.taken == count
 
     def insert(self, dequantized: Tensor) -> None:
-        """Put tokens between attention sinks and window, rounded."""
+        """Insert tokens between attention sinks and window, rounded."""
         sinks, *window = self.parts
         more = packing.round_rows(_less(dequantized, self.mean))
         self.parts = (sinks, *[_joined([new, old]) for new, old in zip(more, window, strict=True)])
 
     def crop(self, count: int) -> None:
-        """Hold the first `count` tokens only."""
+        """Truncate to the first `count` tokens."""
         sinks, *window = self.parts
         rest = max(0, count - self.sinks)
         self.parts = (sinks[:, :, :count].clone(), *[part[:, :, :rest].clone() for part in window])
 
 
 def _with_spare(part: Tensor, spare: int) -> Tensor:
-    """Copy values [B,G,M,D] or scales [B,G,M] to the front of a tensor with `spare` places behind."""
+    """Copy values [B,G,M,D] or scales [B,G,M] to a tensor with `spare` more slots."""
     count = part.shape[2]
     room = part.new_empty((*part.shape[:2], count + spare, *part.shape[3:]))
     room.narrow(2, 0, count).copy_(part)
@@ -267,14 +268,14 @@ def _less(tokens: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Join values or scales along tokens; as integers, since autocast on a CPU cannot join float16."""
+    """Concatenate values or scales along tokens; as integers, since CPU autocast cannot concatenate float16."""
     if parts[0].dtype != torch.float16:
         return torch.cat(parts, 2)
     return torch.cat([part.contiguous().view(torch.int16) for part in parts], 2).view(torch.float16)
 
 
 def growing_windows(window: ResidualWindow) -> tuple[ExactWindow, ExactWindow]:
-    """Return the stores of keys and of values that grow, exact or rounded as `window` says."""
+    """Make the dynamic windows of keys and of values, exact or rounded according to `window`."""
     kind = ExactWindow if window.bits == 16 else RoundedWindow
     return kind(window), kind(window)
 
@@ -283,26 +284,26 @@ def growing_windows(window: ResidualWindow) -> tuple[ExactWindow, ExactWindow]:
 
 
 class StaticWindow(Window):
-    """Attention sinks and residual window in fixed places, the window as a ring (see the module docstring)."""
+    """Attention sinks and residual window in fixed slots, the window as a ring (see the module docstring)."""
 
     def __init__(self, window: ResidualWindow) -> None:
         self.window = window
 
     def start(self, like: Tensor) -> None:
-        """Reserve the places, of the shape and dtype of `like`."""
+        """Allocate the slots, with the shape and dtype of `like`."""
         counts = self.window.sinks, self.window.capacity
         blank = [like.new_zeros((*like.shape[:2], count + 1, like.shape[3])) for count in counts]
         self.parts = tuple(blank) if self.window.bits == 16 else (blank[0], *packing.round_rows(blank[1]))
 
     @property
     def sink_bytes(self) -> int:
-        """Bytes of the attention sinks among `nbytes`."""
+        """Bytes of the attention sinks within `nbytes`."""
         return self.parts[0].nbytes if self.parts else 0
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
-        """Return (tokens as they came, `new` ones behind; the rounded part of the ring).
+        """Return (exact tokens, followed by `new` ones; the 8-bit part of the ring).
 
-        Tokens as they came stand in the places of the sinks and, where the ring is not rounded, of the ring.
+        Exact tokens are the sinks, and the ring if it is not rounded.
         """
         sinks, *ring = [part[:, :, :-1] for part in self.parts]
         if self.window.bits == 16:
@@ -310,7 +311,7 @@ class StaticWindow(Window):
         return torch.cat([sinks, *new], 2), (ring[0], ring[1])
 
     def write(self, tokens: Tensor, sink_places: Tensor, ring_places: Tensor) -> None:
-        """Put tokens [B,G,S,D] into their places [S], the last place for those that have none."""
+        """Write tokens [B,G,S,D] to slots [S]; tokens without a slot go to the last one."""
         window = (tokens,) if self.window.bits == 16 else packing.round_rows(_less(tokens, self.mean))
         self.parts[0].index_copy_(2, sink_places, tokens)
         for part, new in zip(self.parts[1:], window, strict=True):

@@ -1,13 +1,13 @@
-"""Means of a sequence's keys and values, from which packed latents are differences.
+"""Means of a sequence's keys and values, subtracted before encoding.
 
-What keys and values have in common over a text (a key bias, a language, a subject) is not the same in another text, and
-no basis that was fitted before has bits for all of it; and what a latent loses of it is lost in all tokens alike, so
-that attention does not average it out. Encoded is therefore x - m, with m the mean over the first tokens behind the
-attention sinks that a cache sees, at most `LatentPlan.mean_tokens`: it costs a vector a sequence, and attention adds it
-back once a query (`fhopt.attention.operands.with_means`). As zero points of KIVI (2402.02750) it adapts to the text;
-that a mean of keys cancels in a softmax is what SageAttention (2410.02367) smooths keys by.
+What keys and values of a text have in common (key bias, language, subject) differs between texts, and no fitted basis
+has bits for all of it. An error in it is the same for all tokens, so attention does not average it out. Encoded is
+therefore x - m, with m the mean over the first tokens after the attention sinks, at most `LatentPlan.mean_tokens`. This
+costs one vector per sequence, and attention adds m back once per query (`fhopt.attention.operands.with_means`). Like
+the zero points of KIVI (2402.02750) it adapts to the text; that a mean of keys cancels in the softmax is also used by
+SageAttention (2410.02367) to smooth keys.
 
-Where logits are capped, a mean of keys would not cancel, and is zero.
+With softcapped logits a mean of keys would not cancel, and is zero.
 
 Letters: B batch, G kv heads, S new tokens, D and E head size of keys and values.
 """
@@ -20,24 +20,24 @@ from torch import Tensor
 from fhopt.cache.left_padding import LeftPadding
 from fhopt.cache.store import Store
 
-MEANS = "means"  # the store's name in files
+MEANS = "means"  # store name in files
 
 
 class SequenceMeans(Store):
-    """Means of keys [B,G,1,D] and of values [B,G,1,E], float32, each of the tokens that came first."""
+    """Means of keys [B,G,1,D] and of values [B,G,1,E], float32, over a sequence's first tokens."""
 
     def __init__(self, sinks: int, tokens: int, of_keys: bool) -> None:
         self.sinks, self.tokens, self.of_keys = sinks, tokens, of_keys
 
     def start(self, keys: Tensor, values: Tensor) -> None:
-        """Begin with zeros, for keys and values like these."""
+        """Start with zeros, for keys and values like these."""
         self.parts = tuple([x.new_zeros((*x.shape[:2], 1, x.shape[3]), dtype=torch.float32) for x in (keys, values)])
 
     def see(self, keys: Tensor, values: Tensor, length: int | Tensor, padding: LeftPadding | None = None) -> None:
-        """Take the means of new tokens [B,G,S,D], `length` tokens before them, unless there are means already.
+        """Compute the means from new tokens [B,G,S,D] at index `length`, unless there are means already.
 
-        The means are of the first call with a token behind the sinks: with padding, behind those of each sequence.
-        length on a device changes the means in place.
+        The means are of the first call with a token after the sinks; with padding, after each sequence's own sinks. A
+        `length` on the device updates the means in place.
         """
         if padding is not None and padding.parts:
             return self._see_each(keys, values, length, padding)
@@ -54,7 +54,7 @@ class SequenceMeans(Store):
         return None
 
     def _see_each(self, keys: Tensor, values: Tensor, length: int | Tensor, padding: LeftPadding) -> None:
-        """Take means of each sequence, behind its own attention sinks."""
+        """Compute the means of each sequence, after its own attention sinks."""
         seen, starts = keys.shape[2], padding.starts
         if isinstance(length, int):
             if length > padding.reach:
@@ -69,7 +69,7 @@ class SequenceMeans(Store):
             self._replace(means, is_first)
 
     def _of(self, keys: Tensor, values: Tensor, behind: Tensor) -> tuple[Tensor, ...]:
-        """Compute means of keys and values [B,G,S,D]. behind, [N] or [B,1,N]: of the first N, from the start."""
+        """Compute means of keys and values [B,G,S,D]. behind, [N] or [B,1,N]: token indices after the sinks."""
         counted = ((behind >= 0) & (behind < self.tokens)).float()
         weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(-1)
         seen = behind.shape[-1]
@@ -77,10 +77,10 @@ class SequenceMeans(Store):
         return tuple(means) if self.of_keys else (self.parts[0], means[1])
 
     def _replace(self, means: tuple[Tensor, ...], where: Tensor) -> None:
-        """Take these means in place, where this is so."""
+        """Update the means in place where the condition holds."""
         for part, mean in zip(self.parts, means, strict=True):
             part.copy_(torch.where(where, mean, part))
 
     def differences(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B,G,S,D] less the means, float32 or as exact as they come."""
+        """Subtract the means from keys and values [B,G,S,D], in float32 or the tokens' higher precision."""
         return keys - self.parts[0], values - self.parts[1]

@@ -1,8 +1,7 @@
-"""The cache layer of a sliding window, or of chunks: packed latents that are dropped when no query sees them any more.
+"""The cache layer of a sliding window or chunk: packed latents are dropped once no query can see them.
 
-What is held when, and when the attention sinks are quantized: fhopt/plan/window.py. transformers' masks for its own
-layers of this kind fit: keys and values for attention are those of the newest `sliding_window` - 1 tokens, and the new
-ones behind them.
+fhopt/plan/window.py says what is held when, and when attention sinks are quantized. transformers' masks for its own
+sliding layers fit: attention gets the newest `sliding_window` - 1 tokens, followed by the new ones.
 
 Letters: B batch, G kv heads, S new tokens, D head size.
 """
@@ -23,10 +22,10 @@ DROPPED, SLIDES = "dropped", "slides"  # counters in files
 
 
 class SlidingLatentLayer(LatentLayer):
-    """A layer of which attention reads the newest `sliding_window` - 1 tokens, and new ones.
+    """A layer in which attention uses the newest `sliding_window` - 1 tokens and the new ones.
 
-    `dropped` tokens are not held any more. `slides`: a token has left the window, and there are no attention sinks.
-    record_past: tokens are dropped by `crop` alone (`activate_past_recording`).
+    dropped: number of tokens no longer held. slides: a token has left the window, and there are no attention sinks.
+    record_past: only `crop` drops tokens (`activate_past_recording`).
     """
 
     is_sliding = True
@@ -44,7 +43,7 @@ class SlidingLatentLayer(LatentLayer):
         self._window_without_sinks = self.whole_window.without_sinks()
 
     def _use_pages(self, make: Any) -> None:
-        """Keep no sketches: all of a sliding window is read."""
+        """Store no sketches: attention uses all of a sliding window."""
         self.share = 1.0
 
     def activate_past_recording(self) -> None:
@@ -53,18 +52,18 @@ class SlidingLatentLayer(LatentLayer):
 
     @property
     def hidden(self) -> int:
-        """Quantized tokens, the oldest, that attention does not read."""
+        """Number of oldest quantized tokens that attention skips."""
         return max(0, self.held - (self.sliding_window - 1)) if self.slides else 0
 
     def _take(self, new_keys: Tensor, new_values: Tensor) -> None:
-        """Hold new tokens, as far as later queries see them."""
+        """Store new tokens that later queries can see."""
         length = self.get_seq_length()
         dropped = 0 if self.record_past else self.whole_window.dropped(length + new_keys.shape[2], self.sliding_window)
         if dropped <= length:
             super()._take(new_keys, new_values)
             self._slide()
             return
-        if self.padding.expected is not None:  # the means read it, and the tokens stay in order of position
+        if self.padding.expected is not None:  # for the means; the tokens stay in position order
             self.padding.begin(new_keys, new_values)
         if self.means is not None:
             self.means.see(new_keys, new_values, length, self.padding)
@@ -73,7 +72,7 @@ class SlidingLatentLayer(LatentLayer):
         self._keep(new_keys[:, :, dropped - length :], new_values[:, :, dropped - length :])
 
     def _slide(self) -> None:
-        """Quantize the attention sinks when the first token has left the window, and drop blocks that have."""
+        """Quantize the attention sinks once the first token has left the window, and drop blocks outside of it."""
         if self.get_seq_length() < self.sliding_window:
             return
         if not self.slides and self.padding.parts:
@@ -88,7 +87,7 @@ class SlidingLatentLayer(LatentLayer):
             self._drop()
 
     def _drop(self) -> None:
-        """Drop blocks of which no later query sees a token."""
+        """Drop blocks without a token that later queries can see."""
         leaving = self.whole_window.dropped(self.get_seq_length(), self.sliding_window) - self.dropped
         if leaving > 0:
             for packed in dict.fromkeys((self.packed_keys, self.packed_values)):
@@ -100,7 +99,7 @@ class SlidingLatentLayer(LatentLayer):
         self._packed(side).insert(x, self.quantized)
 
     def _hold_nothing_and_slide(self) -> None:
-        """Forget the tokens held and their padding, not how many there were, and slide."""
+        """Drop the held tokens and their padding, but not the token count, and start sliding."""
         self._hold_nothing()
         self._begin_to_slide()
         self.padding.forget()
@@ -114,17 +113,17 @@ class SlidingLatentLayer(LatentLayer):
         return self.dropped + self.held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (length, offset) of the mask: the tokens that attention reads, in order of position."""
+        """Return (length, offset) of the mask: the tokens that attention uses, in position order."""
         seen = self.get_seq_length()
         offset = max(0, seen - (self.sliding_window - 1))
         return seen - offset + query_length, offset
 
     def get_max_length(self) -> int:
-        """Return the tokens of the sliding window."""
+        """Return the size of the sliding window."""
         return self.sliding_window
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         super().reset()
         self.dropped, self.slides, self.window = 0, False, self.whole_window
         self.window_keys.sinks = self.window_values.sinks = self.window.sinks
@@ -132,7 +131,7 @@ class SlidingLatentLayer(LatentLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest -`tokens_to_remove` tokens, as `LatentLayer.crop` does.
 
-        Raises FhoptError also where the next query would see a token that is not held any more.
+        Raises FhoptError also if the next query would see a token that was dropped.
         """
         self.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -140,7 +139,7 @@ class SlidingLatentLayer(LatentLayer):
         self._drop()
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise FhoptError where `crop` would, and change nothing."""
+        """Raise FhoptError if `crop` would, without changing anything."""
         length = self.get_seq_length()
         check_crop(tokens_to_remove, length)
         first = max(0, length + tokens_to_remove - (self.sliding_window - 1))

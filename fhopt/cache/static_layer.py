@@ -1,4 +1,4 @@
-"""The cache layer of fixed size, for compiled decode steps."""
+"""The static cache layer, for compiled decode steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.plan.site_plan import SitePlan
 
 
 class StaticLatentLayer(LatentLayerBase):
-    """A layer for `max_cache_len` tokens, with an update that is the same operations at any length."""
+    """A layer of capacity `max_cache_len` whose update runs the same operations at any length."""
 
     is_compileable = True
 
@@ -33,12 +33,12 @@ class StaticLatentLayer(LatentLayerBase):
         self._use_pages(lambda limited: StaticSketches(limited, self.capacity))
         self._use_means(self.window_keys, self.window_values)
         self._use_padding(max_cache_len)
-        self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
+        self.checks_room = True  # in eager mode the check synchronizes with the device; one layer of a cache is enough
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.quantized = torch.zeros((), dtype=torch.int64)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Reserve the memory, with the shapes and dtype of the first tokens."""
+        """Allocate memory, with the shapes and dtype of the first tokens."""
         self._place_bases(key_states, value_states)
         if self.rotation is not None:
             self.rotation = self.rotation.with_phases(self.rotation.segments(self.capacity))
@@ -63,10 +63,10 @@ class StaticLatentLayer(LatentLayerBase):
         return packed
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D]; returns what attention reads: where it can, the new tokens alone in the first call.
+        """Append k, v [B,G,S,D] and return K/V for attention, in the first call only the new tokens if possible.
 
-        Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache. In a compiled graph
-        too many tokens raise RuntimeError.
+        Raises FhoptError, and changes nothing, if the tokens do not fit the plan or the cache. In a compiled graph too
+        many tokens raise RuntimeError.
         """
         self._check_site(key_states, value_states)
         self._fit_again(key_states)
@@ -81,7 +81,7 @@ class StaticLatentLayer(LatentLayerBase):
         return result
 
     def _fit_again(self, key_states: Tensor) -> None:
-        """Let an empty layer take another batch, dtype or device: its memory is reserved anew."""
+        """Let an empty layer accept another batch size, dtype or device by reallocating."""
         if not self.is_initialized or torch.compiler.is_compiling():
             return
         same = (self.batch_size, self.dtype, self.device) == (key_states.shape[0], key_states.dtype, key_states.device)
@@ -96,7 +96,7 @@ class StaticLatentLayer(LatentLayerBase):
             raise FhoptError(f"{message}, it holds {held}. Make it longer (max_cache_len), or crop or reset it.")
 
     def _read(self, *new: Tensor) -> tuple[Tensor, Tensor, StaticLatents]:
-        """Return (keys and values that are not quantized, latents), the `new` tokens (keys, values) behind."""
+        """Return (exact keys, exact values, latents), followed by the `new` tokens (keys, values)."""
         key, value = new or (None, None)
         keys, rounded_keys = self.window_keys.for_attention(*([] if key is None else [key]))
         values, rounded_values = self.window_values.for_attention(*([] if value is None else [value]))
@@ -105,7 +105,7 @@ class StaticLatentLayer(LatentLayerBase):
             arriving = torch.arange(key.shape[2], device=self.device) + self.cumulative_length
             positions = torch.cat([positions, arriving])
         sides = self._sides(0, self.capacity, rounded_keys, rounded_values)
-        quantized = self.quantized.clone()  # what `_write` changes later
+        quantized = self.quantized.clone()  # `_write` changes it later
         index = self._index(self.capacity)
         latents = StaticLatents(
             *sides, self.window.sinks, positions, quantized, self.max_cache_len, index, order=self.padding.places
@@ -113,16 +113,16 @@ class StaticLatentLayer(LatentLayerBase):
         return keys, values, latents
 
     def _positions(self) -> Tensor:
-        """Return the position of the token in each place of sinks and ring, -1 where there is none."""
+        """Return the position of the token in each slot of sinks and ring; -1 for an empty slot."""
         sinks, ring = self.window.sinks, self.window.capacity
         first = torch.arange(sinks, device=self.device)
         first = torch.where(first < self.cumulative_length, first, -1)
         place, newest = torch.arange(ring, device=self.device), self.cumulative_length - sinks - 1
-        rest = newest - (newest - place) % ring  # the newest token whose place this is, counted behind the sinks
+        rest = newest - (newest - place) % ring  # the newest token of this slot, counted after the sinks
         return torch.cat([first, torch.where(rest >= self.quantized, rest + sinks, -1)])
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Put new tokens into their places, and their packed latents into theirs."""
+        """Write new tokens and their packed latents to their slots."""
         if self.padding.expected is not None:
             key_states, value_states = self.padding.begin(key_states, value_states)
         (sinks, ring), count = (self.window.sinks, self.window.capacity), key_states.shape[2]
@@ -144,12 +144,12 @@ class StaticLatentLayer(LatentLayerBase):
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys [B,G,max_cache_len,D] as attention reads them, None before the first tokens."""
+        """All keys [B,G,max_cache_len,D] for attention; None before the first tokens."""
         return self._for_attention(*self._read())[0] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:
-        """All values [B,G,max_cache_len,E] as attention reads them, None before the first tokens."""
+        """All values [B,G,max_cache_len,E] for attention; None before the first tokens."""
         return self._for_attention(*self._read())[1] if self.is_initialized else None
 
     def _blank(self) -> tuple[Tensor, Tensor]:
@@ -168,32 +168,32 @@ class StaticLatentLayer(LatentLayerBase):
 
     @property
     def quantized_tokens(self) -> int:
-        """Tokens that are read as latents."""
+        """Number of tokens held as latents."""
         return int(self.quantized)
 
     def get_seq_length(self) -> int | Tensor:
-        """Return the number of tokens held, on the device, where updates change it; 0 before the first tokens."""
+        """Return the number of tokens held, as a device tensor that updates change; 0 before the first tokens."""
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (length, offset) of the mask: all places."""
+        """Return (length, offset) of the mask: all slots."""
         return self.max_cache_len, 0
 
     def get_max_length(self) -> int:
-        """Return how many tokens fit in."""
+        """Return the capacity in tokens."""
         return self.max_cache_len
 
     def reset(self) -> None:
-        """Forget all tokens; the memory stays where it is."""
+        """Drop all tokens; the memory stays allocated at its address."""
         self.padding.forget()
         self._each(lambda t: t.zero_())
         self.cumulative_length.zero_()
         self.quantized.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest -`tokens_to_remove` tokens; what the ring no longer holds is read as latents.
+        """Remove the newest -`tokens_to_remove` tokens; tokens that left the ring are attended as latents.
 
-        Raises FhoptError for a positive number or for more tokens than are held.
+        Raises FhoptError for a positive number, or for more tokens than are held.
         """
         length = int(self.cumulative_length)
         check_crop(tokens_to_remove, length)
@@ -201,12 +201,12 @@ class StaticLatentLayer(LatentLayerBase):
             self._begin_again(length + tokens_to_remove)
             return
         behind = self.cumulative_length - self.window.sinks
-        oldest = torch.maximum(self.quantized, behind - self.window.capacity)  # in the ring
+        oldest = torch.maximum(self.quantized, behind - self.window.capacity)  # oldest token in the ring
         self.quantized.copy_(torch.minimum(oldest, behind + tokens_to_remove).clamp(min=0))
         self.cumulative_length.add_(tokens_to_remove)
 
     def _begin_again(self, tokens: int) -> None:
-        """Hold the first `tokens` tokens as if they came anew, dequantized: padding has changed their places."""
+        """Reinsert the first `tokens` tokens, dequantized: padding has changed their slots."""
         exact_keys, exact_values, latents = self._read()
         keys = reconstructed(exact_keys, latents.key, latents)[:, :, :tokens]
         values = reconstructed(exact_values, latents.value, latents)[:, :, :tokens]
@@ -217,7 +217,7 @@ class StaticLatentLayer(LatentLayerBase):
             self._write(keys, values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the sequences `beam_idx` (beam search), in place where their number stays."""
+        """Select the sequences `beam_idx` (beam search), in place if the batch size is unchanged."""
         if beam_idx.shape[0] != self.batch_size:
             super().reorder_cache(beam_idx)
         else:

@@ -1,4 +1,4 @@
-"""Storage of cache layers: encoders and decoders on their device, tensors that grow or stay."""
+"""Storage of cache layers: bases on their device, dynamic and static tensors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fhopt.plan.site_plan import SidePlan
 
 @dataclass(frozen=True, eq=False)
 class Bases:
-    """The bases of one side where a model needs them: all caches of a plan share them, copies of a cache too."""
+    """Encoder and decoder matrices of one side on a device, shared by all caches of a plan and by copies of a cache."""
 
-    encode: Tensor  # [J, R, n*D], as exact as the plan has it
-    decode: Tensor  # [G, D, R], in the dtype of the model
+    encode: Tensor  # [J, R, n*D], in the plan's precision
+    decode: Tensor  # [G, D, R], in the model's dtype
 
     def __deepcopy__(self, memo: Any) -> Bases:
         return self
 
 
 def keep_static(*tensors: Tensor, axis: int | None = None) -> None:
-    """Keep Dynamo from taking sizes of these for numbers that change, as it does where another plan has other ones.
+    """Mark sizes as static for Dynamo, which would make them dynamic when another plan has other sizes.
 
-    axis: the one whose size is meant; None: all.
+    axis: the dimension to mark; None: all.
     """
     if not torch.compiler.is_compiling():
         for tensor in tensors:
@@ -42,15 +42,15 @@ _placed: weakref.WeakKeyDictionary[SidePlan, dict[tuple[torch.device, torch.dtyp
 
 
 def place_bases(plan: SidePlan, like: Tensor) -> Bases:
-    """Return the bases of `plan` on the device of `like`, made once for each device and dtype."""
-    if torch.compiler.is_compiling():  # the table is not for Dynamo to guard
+    """Return the bases of `plan` on the device of `like`, copied once per device and dtype."""
+    if torch.compiler.is_compiling():  # Dynamo must not guard the table
         return Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
     table, key = _placed.setdefault(plan, {}), (like.device, like.dtype)
     if key in table:
         return table[key]
-    with torch.inference_mode(False), torch.no_grad():  # others may train with them
+    with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them too
         made = Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
-    if type(made.decode) is Tensor and type(made.encode) is Tensor:  # not of a fake mode, which ends
+    if type(made.decode) is Tensor and type(made.encode) is Tensor:  # fake tensors do not outlive their mode
         keep_static(made.encode, made.decode)
         table[key] = made
     return made
@@ -59,12 +59,12 @@ def place_bases(plan: SidePlan, like: Tensor) -> Bases:
 # --------------------------------------------------------------------------------------------------- stores
 
 
-# Quantized values uint8 [B,G,M,D] and scales [B,G,M] of a residual window; None where its tokens are as they came.
+# Quantized values uint8 [B,G,M,D] and scales [B,G,M] of a residual window; None if the window is exact.
 RoundedPart = tuple[Tensor, Tensor] | None
 
 
 class Store:
-    """Tensors of some tokens: batch in dimension 0, tokens in dimension 2. No parts: not started yet."""
+    """Tensors of a set of tokens: batch in dimension 0, tokens in dimension 2. Empty until started."""
 
     parts: tuple[Tensor, ...] = ()
 
@@ -74,17 +74,17 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory behind the parts, spare capacity included."""
+        """Bytes of storage, spare capacity included."""
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.parts}.values())
 
 
 # --------------------------------------------------------------------------------------------------- names
 
-# Keys of saved prompt caches and of reports, which stay as they were first written.
+# Keys of saved prompt caches and of reports; fixed for compatibility.
 WINDOW_KEYS, WINDOW_VALUES = "open_keys", "open_values"  # attributes window_keys, window_values of a layer
 PACKED = {"key": "key_rows", "value": "value_rows"}  # attributes packed_keys, packed_values
 SKETCHES = "sketches"
-QUANTIZED = "sealed"  # the counter `quantized` of a layer; in reports the bytes of packed latents
+QUANTIZED = "sealed"  # the counter `quantized` of a layer; in reports, bytes of packed latents
 QUANTIZED_TOKENS = "sealed_tokens"  # in reports
 REGIONS = ("sinks", QUANTIZED, "index", "window", "exact", "spare")  # of bytes, in reports
 
@@ -92,8 +92,8 @@ REGIONS = ("sinks", QUANTIZED, "index", "window", "exact", "spare")  # of bytes,
 def named_stores(window: tuple[Store, Store] | None, packed: tuple[Store, Store]) -> dict[str, Store]:
     """Return the stores of a layer by their names in files.
 
-    window: of keys and of values, None where all tokens are quantized. packed: of keys and of values, the same twice
-    where one latent serves both.
+    window: of keys and of values; None if all tokens are quantized. packed: of keys and of values; the same object
+    twice if they share a latent.
     """
     stores = {} if window is None else dict(zip((WINDOW_KEYS, WINDOW_VALUES), window, strict=True))
     stores[PACKED["key"]] = packed[0]

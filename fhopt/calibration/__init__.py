@@ -1,1 +1,1 @@
-"""Running a model over text to collect the statistics that a plan is fitted to."""
+"""Calibration: runs a model over text to collect the statistics that plans are fitted to."""

@@ -1,4 +1,4 @@
-"""Checkpoints of calibration and healing, from which interrupted work goes on: sums over batches, a file a stage."""
+"""Checkpoints that let interrupted calibration or healing resume: sums over batches, one file per stage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fhopt.fitting.costs import Costs
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.parallel.collectives import Sums, processes
 
-SAVE_EVERY = 4  # batches, or sequences of a healing, between two checkpoints
+SAVE_EVERY = 4  # batches (calibration) or sequences (healing) between checkpoints
 SIDES = ("key", "value")
 
 
 def named_moments(statistics: Mapping[str, SiteStatistics]) -> Sums:
-    """Return every sum of the statistics, by name."""
+    """Return all sums of the statistics, by name."""
     sums: Sums = {}
     for name, s in statistics.items():
         for which, side in zip(SIDES, (s.key, s.value), strict=True):
@@ -34,7 +34,7 @@ def named_moments(statistics: Mapping[str, SiteStatistics]) -> Sums:
 
 
 def named_costs(costs: Costs) -> Sums:
-    """Return every sum of the costs of channels, by name."""
+    """Return all sums of the channel costs, by name."""
     sums: Sums = {}
     for (name, layout, side), measured in costs.items():
         prefix = f"{name}.{layout}.{SIDES[side]}"
@@ -45,10 +45,11 @@ def named_costs(costs: Costs) -> Sums:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of work that can be interrupted, as progress, files and messages name it.
+    """A resumable stage of work, as progress output, files and messages name it.
 
-    name: of the stage, and the suffix of its file where `is_suffix`. work: what it belongs to, and `verb`, doing that.
-    inputs: what two runs must have in common. unit: JSON key of the number of batches in a file's description.
+    name: of the stage; also the suffix of its file if `is_suffix`. work: the task that the stage belongs to. verb: the
+    verb for that task. inputs: what must be equal between the interrupted and the resumed run. unit: JSON key of the
+    number of finished batches in a file's description.
     """
 
     name: str
@@ -64,9 +65,9 @@ MOMENTS, RATES = (Stage(name, "calibration", "calibrate", "model or options") fo
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file of an interrupted stage; without a path nothing is kept. Each process has its own.
+    """The checkpoint file of one stage in one process; without a path nothing is saved.
 
-    key: JSON values that the interrupted work must have in common with the one that goes on.
+    key: JSON values that must be equal when work resumes.
     """
 
     path: str | os.PathLike[str] | None
@@ -75,7 +76,7 @@ class Checkpoint:
 
     @property
     def file(self) -> Path | None:
-        """Where the stage of this process is kept."""
+        """Path of this process's checkpoint file."""
         if self.path is None or not self.stage.is_suffix:
             return None if self.path is None else Path(self.path)
         rank, count = processes()
@@ -83,16 +84,16 @@ class Checkpoint:
         return Path(f"{os.fspath(self.path)}{suffix}")
 
     def check(self) -> None:
-        """Raise FhoptError when the file cannot be written, is damaged, or is of other work."""
+        """Raise FhoptError if the file cannot be written, is damaged, or belongs to other work."""
         file = self.file
         if file is not None:
             check_writable(file.parent)
             self.load()
 
     def load(self) -> tuple[Sums, int]:
-        """Read the sums that were saved, and the number of batches in them: ({}, 0) without a file.
+        """Load the saved sums and the number of batches in them; without a file, ({}, 0).
 
-        Raises FhoptError.
+        Raises FhoptError if the file is damaged or belongs to other work.
         """
         from safetensors import SafetensorError
 
@@ -112,7 +113,7 @@ class Checkpoint:
             raise self._damaged(error) from error
 
     def restore(self, sums: Sums) -> int:
-        """Fill `sums` with what was saved of them, and return the number of batches in them. Raises FhoptError."""
+        """Copy the saved sums into `sums` and return the number of batches in them. Raises FhoptError."""
         tensors, batches = self.load()
         try:
             for name, total in sums.items() if tensors else ():
@@ -122,7 +123,7 @@ class Checkpoint:
         return batches
 
     def save(self, sums: Mapping[str, Tensor], batches: int) -> None:
-        """Keep the sums of so many batches, whole or not at all. Raises FhoptError."""
+        """Save the sums over the first `batches` batches, atomically. Raises FhoptError."""
         from safetensors import SafetensorError
 
         file = self.file
@@ -134,7 +135,7 @@ class Checkpoint:
             raise FhoptError(f"cannot write {file}: {error}. Give another place for the checkpoint.") from error
 
     def remove(self) -> None:
-        """Remove the file: the work is done."""
+        """Delete the checkpoint once the work is done."""
         file = self.file
         if file is not None:
             with contextlib.suppress(OSError):
@@ -150,17 +151,17 @@ class BatchPass:
 
     def __init__(self, total: int, checkpoint: Checkpoint, progress: Callable[[str, int, int], None]) -> None:
         self.total, self.checkpoint, self.progress = total, checkpoint, progress
-        self.sequences = 0  # that came, of all processes
+        self.sequences = 0  # received so far, in all processes
         self.sums: Sums = {}
 
     def batches(self, source: Iterator[Mapping[str, Tensor]], sums: Sums) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """Yield (number, batch) of this process's share of the next `total` batches, less what a checkpoint holds.
+        """Yield (number, batch) for this process's share of the next `total` batches, skipping those in the checkpoint.
 
-        sums: what the batches are added to; they are restored first.
+        sums: accumulators of the caller; they are restored from the checkpoint first.
         """
         self.sums = sums
         already = self.checkpoint.restore(sums)
-        self.progress(self.checkpoint.stage.name, already, self.total)  # the first may take minutes
+        self.progress(self.checkpoint.stage.name, already, self.total)  # report now: the first batch may take minutes
         rank, count = processes()
         for number in range(self.total):
             batch = next(source, None)
@@ -171,7 +172,7 @@ class BatchPass:
                 yield number, batch
 
     def done(self, number: int) -> None:
-        """Count a batch that was added to the sums, and save them now and then."""
+        """Report a batch as added to the sums, and save them periodically."""
         self.progress(self.checkpoint.stage.name, number + 1, self.total)
         count = processes()[1]
         if (number // count + 1) % SAVE_EVERY == 0 or number + count >= self.total:

@@ -1,35 +1,37 @@
-"""Calibration: second moments of keys and values, what an error in them costs, and what quantizing them costs.
+"""Calibration statistics: second moments of keys and values, their Fisher information, and quantization costs.
 
-The captured graph is run on calibration batches with every `fhopt::attention` node instrumented; a model that is spread
-over several devices runs as it is (fhopt/calibration/offloaded_probe.py). Nothing per token is kept; two passes stream
-sums in float64:
+The captured graph runs on calibration batches with every `fhopt::attention` node instrumented. A model that is spread
+over several devices runs directly instead (fhopt/calibration/offloaded_probe.py). No per-token data is stored; two
+passes accumulate sums in float64:
 
     collect         moment  sum over tokens of x x^T         what is there
                     metric  sum over tokens of g g^T         what an error costs: g = d s / d x, s a random score
     measure_costs   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
 
-with g of some queries at a time, whose squares are summed (`probe.Watch`).
+Each g comes from a tile of queries; the squares of the tiles are summed (`probe.Watch`).
 
-A score is random such that the squares of its gradients at the logits are their Fisher information in expectation, as
-are those of log p(y) for labels y that are drawn (fhopt/calibration/probe.py says why not these). So the metric is the
-Fisher information of the key (value): to second order, an error e of a cached key changes the predicted distribution by
-KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy, softmax, the spread of values,
-the output projection, and all layers above. One backward pass gives it for all sites at once. Only positions that a
-cache would see compressed count: the gradient through attention sinks and recent tokens, which stay exact, is left out.
+The score is random and chosen such that the expected squares of its gradients at the logits are the Fisher information
+of the logits. Gradients of log p(y) with sampled labels y have the same expectation; fhopt/calibration/probe.py says
+why they are not used. The metric is thus the Fisher information of the key (value): to second order, an error e of a
+cached key changes the predicted distribution by KL = 1/2 e^T F e. It includes everything that other methods weight by
+hand: query energy, softmax, the spread of values, the output projection, and all later layers. One backward pass gives
+it for all sites at once. Gradients through attention sinks and recent tokens are left out, because a cache stores these
+in full precision.
 
-The metric assumes that errors of tokens are independent. They are not: a dropped channel is wrong in the same direction
-in all tokens that attention reads together, and a clipped one is wrong where it matters most. So bits are chosen by the
-second pass, which sums over a sequence *before* it squares: scores of different positions are independent, so this
-square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token scale and coherence
-included.
+The metric assumes that errors of tokens are independent, but they are not. A dropped channel has the same error
+direction in all tokens that a query attends to, and clipping errors occur in the tokens that matter most. Bits are
+therefore chosen by the second pass, which sums over a sequence *before* it squares. Scores of different positions are
+independent, so the expectation of this square is the whole second-order cost of the channel at b bits, including
+clipping, token scale and coherence.
 
-Sequences of a calibration are short, and stand where a long context begins. Attention depends on differences of
-positions alone, so the same keys further on are these, rotated, and so are their gradients; the means, which are of the
-first tokens, stay where they are. With `span` both passes count tokens as if they stood all over a long context: a
-constant in the keys, as of a bias, turns away from its mean there, and must not be cut off. Where keys are relative to
-segments (fhopt/plan/segment_rotation.py) they are so in both passes, and need no span.
+Calibration sequences are short and start at position 0 of a long context. Attention depends only on position
+differences, so keys and their gradients at later positions are the same ones, rotated. The means do not move, since
+they are taken over the first tokens. With `span` both passes count tokens as if they were spread over a long context:
+RoPE rotates a constant part of the keys, such as a bias, away from its mean there, and its channels must not be
+dropped. Keys that are relative to segments (fhopt/plan/segment_rotation.py) are encoded so in both passes and need no
+span.
 
-Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
+Sources: optimal brain surgeon (Hassibi & Stork 1992); Fisher-weighted rank allocation in Palu (2407.21118).
 """
 
 from __future__ import annotations
@@ -66,10 +68,10 @@ def collect(
 ) -> dict[str, SiteStatistics]:
     """Collect statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
 
-    mean_tokens: as of `LatentPlan`; moments are then of differences from the means of each sequence. span: keys that
-    turn count as up to so many positions later than they stand, the means as they are; but not where statistics are of
-    keys relative to segments. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
-    Raises FhoptError when a batch does not fit the graph.
+    mean_tokens: as in `LatentPlan`; moments are then taken of differences from the means of each sequence. span: count
+    rotated keys as up to this many positions later, with unchanged means; ignored if the statistics are of keys
+    relative to segments. into: statistics to add to (to resume or to merge). `done(number)` is called after each batch.
+    Raises FhoptError if a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into
 
@@ -95,12 +97,12 @@ def collect(
 
 
 def _turned(site: AttentionSite, gradient: Tensor, later: Tensor | None) -> Tensor:
-    """Return gradients of the first tokens as of `turned`; later: as of `placed`, of all tokens."""
+    """Rotate gradients of the first tokens by `turned`; later: result of `placed` for all tokens."""
     return gradient if later is None else turned(site, gradient, later[:, : gradient.shape[2]])
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
-    """Stack tokens in float64: [B,G,T,D] -> [J, B*T, n*D]."""
+    """Flatten tokens and convert to float64: [B,G,T,D] -> [J, B*T, n*D]."""
     return joined(x, groups).flatten(1, 2).double()
 
 
@@ -135,17 +137,17 @@ def measure_costs(
     into: Costs | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> Costs:
-    """Measure what channels of every basis cost at 0 bits and at each number of bits in `steps` (bits -> step).
+    """Measure the cost of every channel of every basis at 0 bits and at each bit width in `steps` (bits -> step).
 
-    batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. mean_tokens:
-    as of `collect`, for the statistics of the bases. span: whole sequences count as up to so many positions later.
-    segments: by site name, as of these statistics. into: add to these costs, which have the same bases and numbers of
-    bits (to resume, or to merge). Raises FhoptError when a batch does not fit the graph.
+    batches: numbered, argument name -> tensor of the captured shape; not those that the bases were fitted to.
+    mean_tokens: as passed to `collect` for the statistics of the bases. span: count whole sequences as up to this many
+    positions later. segments: segment length by site name, as in these statistics. into: costs to add to, with the same
+    bases and bit widths (to resume or to merge). Raises FhoptError if a batch does not fit the graph.
     """
     levels = {0: 0.0, **steps}
     costs = empty_costs(bases, levels) if into is None else into
     sites = {site.name: site for site in outcome.sites.values()}
-    current = 0  # number of the batch
+    current = 0  # number of the current batch
 
     def counted() -> Iterator[tuple[int, Batch]]:
         nonlocal current
@@ -175,20 +177,20 @@ def measure_costs(
 
 
 def _exact(x: Tensor) -> torch.dtype:
-    """Return the dtype in which latents of x are made: float32 at least."""
+    """Return the dtype for latents of x: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _read_by(sides: Sequence[Basis], keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """Return what each basis of a layout reads: keys and values, or both side by side."""
+    """Return the input of each basis of a layout: keys and values, or both concatenated."""
     return (keys, values) if len(sides) == 2 else (torch.cat([keys, values], -1),)
 
 
 @torch.no_grad()
 def _errors(basis: Basis, x: Tensor, levels: Mapping[int, float]) -> Tensor:
-    """Return the errors of latents of x [B,G,T,D] at each number of bits in `levels`: [levels, J, B, T, R]."""
+    """Return quantization errors of latents of x [B,G,T,D] at each bit width in `levels`: [levels, J, B, T, R]."""
     latent = joined(x.to(_exact(x)), basis.groups) @ basis.encode.to(x.device, _exact(x)).unsqueeze(1).mT
-    used = max(1, latent.shape[-1] // 2)  # about the channels that share a token's scale in a plan
+    used = max(1, latent.shape[-1] // 2)  # about the number of channels that share a token's scale in a plan
     scale = latent[..., :used].square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14)
     unit = latent / scale
     errors = unit.new_empty((len(levels), *unit.shape))
@@ -199,13 +201,13 @@ def _errors(basis: Basis, x: Tensor, levels: Mapping[int, float]) -> Tensor:
 
 @torch.no_grad()
 def _add_costs(costs: SideCosts, basis: Basis, errors: Tensor, gradient: Tensor, bits: Iterable[int]) -> None:
-    """Add the squares of what errors [levels, J, B, T, R], as of `_errors`, do with gradients of the first tokens.
+    """Add the squared effect of `errors` [levels, J, B, T, R] on the score, through gradients of the first tokens.
 
-    gradient: [B,G,N,D]. bits: the levels.
+    errors: from `_errors`. gradient: [B,G,N,D]. bits: the levels.
     """
     decode = basis.decode.to(gradient.device, _exact(gradient)).unsqueeze(1)
     effect = joined(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
-    # Products of all levels are as large as the errors, which exist for all layouts at once.
+    # The product for all levels is no larger than `errors`, which exist for all layouts at once.
     summed = (effect * errors[:, :, :, : effect.shape[2]]).sum(3).double()  # [levels, J, B, R]
     for level, cost in zip(bits, summed.square().sum(2).cpu(), strict=True):
         costs.sums[level].add_(cost)

@@ -1,8 +1,8 @@
-"""Calibration data: a captured model and the batches it runs on, of text, of batches or of recorded calls.
+"""Calibration data: a captured model and its batches, from text, user batches or recorded calls.
 
 of_text        sequences of the first halves of texts, for causal language models
 of_batches     keyword arguments, for any module
-of_sequences   token ids that were recorded from calls of a language model
+of_sequences   token ids recorded from calls of a language model
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from fhopt.plan.cache_size import record_of
 from fhopt.texts import tokens as texts_tokens
 
 Source = Captured | Dispatched  # what calibration runs
-MAX_CHECKED_TEXTS = 8  # held-out sequences on which losses are measured
+MAX_CHECKED_TEXTS = 8  # held-out sequences for measuring the KL of plans
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """A captured model and its batches.
+    """A captured model and its calibration batches.
 
-    source: the captured model. batches: keyword arguments, all of the same shapes; the first `FitOptions.sequences`
-    fit the bases, the next `rate_sequences` choose the bits. weights: parameters by name. name: of the model, in
-    messages and provenance. digest: distinguishes data in checkpoints. encoder: path of a module whose sites get no
-    bytes, since nothing of it is cached. held_out: (text, batch) on which losses of plans are measured. about:
-    provenance of the plans, JSON values. has_means, has_segments: whether latents may be relative to means and to
-    segments of a sequence.
+    source: the captured model. batches: keyword arguments, all of the same shapes; the first `FitOptions.sequences` fit
+    the bases, the next `rate_sequences` choose the bits. weights: parameters by name. name: of the model, in messages
+    and provenance. digest: identifies the data in checkpoints. encoder: path of a module whose sites get no bytes,
+    because nothing of it is cached. held_out: (text, batch) pairs for measuring the KL of plans. about: provenance of
+    the plans, JSON values. has_means, has_segments: whether latents may be relative to means and to segments of a
+    sequence.
     """
 
     source: Source
@@ -57,7 +57,7 @@ class CalibrationData:
 
 
 def of_text(loaded: LoadedModel, options: FitOptions) -> CalibrationData:
-    """Read calibration sequences of a causal language model from the first halves of the texts. Raises FhoptError."""
+    """Load calibration sequences of a causal language model from the first halves of the texts. Raises FhoptError."""
     options.check()
     model = loaded.language_model()
     in_images = counts_in_images(model.config)
@@ -83,16 +83,16 @@ def of_text(loaded: LoadedModel, options: FitOptions) -> CalibrationData:
 
 
 def _batch(ids: Tensor) -> Batch:
-    """Return the keyword arguments of one sequence [T]."""
+    """Return the keyword arguments for one sequence [T]."""
     return {"input_ids": ids.unsqueeze(0)}
 
 
 def _held_out(loaded: LoadedModel, options: FitOptions) -> list[tuple[str, Batch]]:
-    """Return a sequence of the second half of each text, by its name; two of a single text."""
+    """Return a sequence from the second half of each text, by text name; two sequences for a single text."""
     names = options.texts[:MAX_CHECKED_TEXTS] if len(options.texts) > 1 else options.texts * 2
     try:
         ids = texts_tokens.held_out_ids(loaded.tokenizer, options.texts, count=len(names), length=options.context)
-    except FhoptError:  # too short: losses are not checked
+    except FhoptError:  # too short: skip the KL check
         return []
     return [(name, _batch(row)) for name, row in zip(names, ids, strict=True)]
 
@@ -100,8 +100,8 @@ def _held_out(loaded: LoadedModel, options: FitOptions) -> list[tuple[str, Batch
 def of_batches(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> CalibrationData:
     """Use batches of keyword arguments of any module, all of the same shapes. Raises FhoptError.
 
-    Of an encoder-decoder of transformers, the decoder's sites are fitted. Latents are neither relative to means nor to
-    segments: a module may store them without fhopt's KV cache, which handles both.
+    For a transformers encoder-decoder, only the decoder's sites are fitted. Latents are relative neither to means nor
+    to segments, because only fhopt's KV cache handles these and a module may store its latents elsewhere.
     """
     check_whole(model)
     remaining = iter(batches)

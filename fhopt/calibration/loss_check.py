@@ -1,14 +1,13 @@
-"""What plans of a calibration lose on held-out text, measured: the model runs once as it is, and once for each plan.
+"""Measured KL of plans on held-out text: one run of the exact model, then one run for each plan.
 
-Attention of every site reads keys and values as a cache of the plan would give them, all of a sequence at once:
+Attention of every site gets keys and values as a cache of the plan would return them, for a whole sequence at once:
 
-    attention sinks, the token itself    exact
-    the newest tokens, of the window     rounded to 8 bits, where the plan has such a window
+    attention sinks, the token itself    full precision
+    the recent window                    rounded to 8 bits if the plan's window has 8 bits
     all others                           encoded, quantized, dequantized, decoded
 
-No cache takes part, so any model that can be calibrated can be checked; attention runs by the CPU's kernel for prompts
-where that serves.
-What the sizes in between lose follows in fhopt/fitting/loss_interval.py.
+No cache is used, so any model that can be calibrated can be checked. Attention runs on the CPU's prefill kernel if that
+supports the inputs. fhopt/fitting/loss_interval.py interpolates the KL of plans of other sizes.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ from fhopt.plan.site_plan import SidePlan, SitePlan
 
 
 class PlanAttention:
-    """Attention of a plan's sites on keys and values as its cache would give them; of other sites, exact.
+    """Attention on the keys and values that a plan's cache would return; exact for sites outside the plan.
 
-    plan: None for exact attention everywhere, by the same arithmetic. recent: newest tokens of the residual window.
+    plan: None for exact attention at all sites, with the same arithmetic. recent: newest tokens in the recent window.
     """
 
     def __init__(self, plan: LatentPlan | None, recent: int = 0) -> None:
         self.plan, self.recent = plan, recent
         self.sites: Mapping[str, SitePlan] = {} if plan is None else {s.site.name: s for s in plan.sites}
-        self._masks: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # as of `_split`, which layers share
+        self._masks: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # results of `_split`, shared by layers
 
     def attend(
         self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
         extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """Compute attention in float32 at least."""
+        """Compute attention in float32 or wider."""
         given = q.dtype
         q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q, k, v))
         allowed, extra = ops_masks.total_mask(q, k, mask, is_causal), additive_mask(extra, q)
@@ -66,7 +65,7 @@ class PlanAttention:
         return torch.cat(outputs, 2).to(given)
 
     def _parts(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
-        """Return keys and values as they came, as the window holds them, and as packed latents do."""
+        """Return keys and values in full precision, rounded as in the window, and decoded from packed latents."""
         planned = self.sites.get(site.name)
         if planned is None or self.plan is None:
             return [Part(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), k, v)]
@@ -86,7 +85,7 @@ class PlanAttention:
         return [Part(own, k, v), Part(near & ~own, k + moved[0], v + moved[1]), *parts]
 
     def _split(self, q: Tensor, k: Tensor, sinks: int, recent: int) -> tuple[Tensor, Tensor]:
-        """Return which keys queries see as they came, and which through latents: bool [S,T] each."""
+        """Return which keys each query sees in full precision, and which through latents: bool [S,T] each."""
         key = (q.shape[2], k.shape[2], sinks, recent, q.device)
         if key not in self._masks:
             self._masks[key] = ops_masks.split_mask(q, k, None, False, sinks, recent)
@@ -94,7 +93,7 @@ class PlanAttention:
 
 
 class Part(NamedTuple):
-    """Keys and values [B,G,T,D] as some of the queries see them: seen, bool [S,T]."""
+    """Keys and values [B,G,T,D] in one precision, and which queries see them: bool [S,T]."""
 
     seen: Tensor
     k: Tensor
@@ -104,7 +103,7 @@ class Part(NamedTuple):
 def _attended_by_kernels(
     q: Tensor, parts: Sequence[Part], allowed: Tensor | None, extra: Tensor | None, numbers: Mapping[str, float]
 ) -> Tensor | None:
-    """Attend with queries [B,H,S,D] to each part by the CPU's kernel, and merge; None where it does not serve."""
+    """Attend with queries [B,H,S,D] to each part with the CPU kernel, and merge; None if it does not support them."""
     attended = []
     for part in parts:
         mask = part.seen if allowed is None else ops_masks.restricted(allowed, part.seen)
@@ -118,7 +117,7 @@ def _attended_by_kernels(
 
 
 def _attended(q: Tensor, parts: Sequence[Part], bias: Tensor | None, extra: Tensor | None, softcap: float) -> Tensor:
-    """Attend with scaled queries [B,H,S,D] to keys and values of which each is seen in one of the parts."""
+    """Attend with scaled queries [B,H,S,D] to keys and values, each of which is seen in one of the parts."""
     products = [attention.grouped_scores(q, part.k) * part.seen for part in parts]
     logits = sum(products[1:], products[0])
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
@@ -132,7 +131,7 @@ def _attended(q: Tensor, parts: Sequence[Part], bias: Tensor | None, extra: Tens
 
 
 def _through_latents(plan: SitePlan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode, quantize, dequantize and decode keys and values [B,G,T,D], without their means."""
+    """Encode, quantize, dequantize and decode keys and values [B,G,T,D] whose means were subtracted."""
     if plan.is_shared:
         shared = _quantized(torch.cat([k, v], -1), plan.key)
         return algebra.decode(shared, plan.key.decode.to(k)), algebra.decode(shared, plan.value.decode.to(v))
@@ -141,7 +140,7 @@ def _through_latents(plan: SitePlan, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
 
 def _quantized(x: Tensor, side: SidePlan) -> Tensor:
-    """Encode x [B,G,T,D] to latents [B,J,T,R], with the rounding of the side's bit groups."""
+    """Encode x [B,G,T,D] to latents [B,J,T,R], rounded by the side's bit groups."""
     latent = algebra.encode(x, side.encode.to(x))
     groups = algebra.bit_groups(side)
     return packing.straight_through(latent, *groups) if groups.bits else latent
@@ -153,8 +152,8 @@ def check_losses(
 ) -> tuple[LossCheck, ...]:  # fmt: skip
     """Measure the KL of plans from the exact model on named held-out batches; each process takes its share.
 
-    Installs the kernels of this machine. plans: with the sums of their costs. recent: of `PlanAttention`.
-    `done(number)` is called after each batch.
+    Installs the kernels of this machine. plans: (predicted nats, plan). recent: as in `PlanAttention`. `done(number)`
+    is called after each batch.
     """
     codegen.install()
 
@@ -172,17 +171,17 @@ def check_losses(
 
 
 def _divergence(exact: Tensor, other: Tensor) -> float:
-    """Return the mean KL, nats per token, of logits [..., V] from the exact ones.
+    """Return the mean KL in nats/token of logits [..., V] from the exact ones.
 
-    It is the sum of p (exp(-d) - 1 + d) with d = log p - log q, as q sums to one. What float32
-    rounds of d counts by its product with d: KLs of 1e-8 have four digits.
+    Computed as the sum of p (exp(-d) - 1 + d) with d = log p - log q, valid because q sums to one. The float32 rounding
+    error of d is multiplied by d itself, so a KL of 1e-8 has four digits.
     """
     total, rows = 0.0, exact.reshape(-1, exact.shape[-1])
     others, step = other.reshape(rows.shape), positions(rows)
     for one, two in zip(rows.split(step), others.split(step), strict=True):
         log_p, log_q = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (one, two))
-        d = (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)  # tokens that the model never gives
+        d = (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)  # tokens to which the model gives probability 0
         p, q = log_p.exp_(), log_q.exp_()
-        less = torch.where(d < -1, q - p, p * torch.expm1(-d))  # p (exp(-d) - 1), which float32 may not hold
+        less = torch.where(d < -1, q - p, p * torch.expm1(-d))  # p (exp(-d) - 1); exp(-d) may overflow float32
         total += float(less.addcmul_(p, d).sum(-1).double().sum())
     return total / len(rows)

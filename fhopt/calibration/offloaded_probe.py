@@ -1,12 +1,12 @@
 """Calibration of models that accelerate has spread over several devices, CPU memory or disk (`device_map`).
 
     outline    the model's graph, with weights that take no memory   -> its attention sites: shapes, rotation, mask
-    probe      the model itself, attention by `probe.Watch`          -> the same sums as of a captured graph
+    probe      the model itself, attention by `probe.Watch`          -> the same sums as from a captured graph
 
-Hooks that move weights while a model runs cannot be captured, and a graph of the whole would need all of its weights at
-once. Neither is needed: sites are a matter of the configuration, and numbers come from running the model through
-transformers' attention interface. Each block is run again in the backward pass (Chen et al. 2016, 1604.06174), so that
-no weights and no activations but the inputs of blocks are held in between.
+Hooks that move weights during a run cannot be captured, and a graph of the whole model would need all weights at once.
+Neither is needed: the sites follow from the configuration, and the statistics come from running the model through
+transformers' attention interface. Each block is recomputed in the backward pass (Chen et al. 2016, 1604.06174), so only
+the inputs of blocks are stored in between, no weights and no other activations.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
 from fhopt.plan.site import AttentionSite
 
-OUTLINE_WEIGHT = 0.01  # any that keeps numbers finite: what weights are does not matter for sites
+OUTLINE_WEIGHT = 0.01  # any value that keeps results finite; sites do not depend on weights
 
 
 def is_dispatched(model: torch.nn.Module) -> bool:
-    """Return whether hooks of accelerate run the model."""
+    """Return whether accelerate hooks run the model."""
     return any(hooks(module) for module in model.modules())
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A transformers model that accelerate runs, with the sites of its outline: one kind of `probe.Probed`.
+    """A transformers model that accelerate runs, with the sites of its outline; implements `probe.Probed`.
 
-    modules: those that run attention, by the name of the site. is_logits: whether the main output is logits.
+    modules: those that run attention, by site name. is_logits: whether the main output is logits.
     """
 
     model: Any
@@ -92,7 +92,7 @@ def _attend(
 
 
 def find_dispatched(model: Any, batch: Batch) -> Dispatched:
-    """Find the sites of a model in its outline, on a batch. Raises FhoptError where that cannot be."""
+    """Find the sites of a model by capturing its outline on a batch. Raises FhoptError for unsupported models."""
     if not hasattr(model, "set_attn_implementation"):
         raise FhoptError(
             f"{type(model).__name__} is run by hooks of accelerate and is not a model of transformers; expected one. "
@@ -119,9 +119,9 @@ def _without_cache(model: Any) -> dict[str, Any]:
 
 
 def outline(model: Any) -> torch.nn.Module:
-    """Make a model of the same configuration whose weights, all of one number, take no memory.
+    """Build a model of the same configuration whose weights are one expanded scalar and take no memory.
 
-    Its buffers are those of the model. Wherever the model is, it is on the CPU, in float32.
+    Its buffers have the values of the model's. It is on the CPU, in float32, wherever the model is.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     with torch.device("meta"):
@@ -142,10 +142,11 @@ def outline(model: Any) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def _blocks_run_again(model: torch.nn.Module, modules: Any) -> Iterator[None]:
-    """Checkpoint blocks around attention inside the context: they keep their inputs alone, and run again in backward.
+    """Checkpoint the blocks around attention inside the context: store only inputs, and recompute in backward.
 
-    They run to their ends: where they stopped early, weights would stay where they were fetched to. Both times products
-    are `fast_products`, which a backward pass takes away: else what is kept would be of other functions.
+    Recomputation runs each block to its end: with early stop, the hooks would not offload its weights again. Both runs
+    use `fast_products`, which a backward pass disables: otherwise the two runs would save tensors of different
+    functions.
     """
     blocks = [block for block in _blocks(model) if any(m in modules for m in block.modules())]
     before = [vars(block).get("forward") for block in blocks]
@@ -170,7 +171,7 @@ def _run_fast(forward: Callable[..., Any], weights: Sequence[Tensor], *args: Any
 
 
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the blocks that transformers itself would run again, none inside another."""
+    """Return the outermost blocks for which transformers supports gradient checkpointing."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks: list[torch.nn.Module] = []

@@ -13,29 +13,28 @@ from fhopt.hardware.devices import find_device
 from fhopt.plan.site_plan import MAX_SEGMENT, MIN_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
-DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
-RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # of the context: a residual window's size where none is given
-SEGMENT = 512  # tokens of a segment: as the first that means are of, more than `mean_tokens` and the sinks
-DECIDED_BY_STATISTICS = (  # options that a file of statistics has decided; it was made for `tokens`, no more
+DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # available on every machine, see `fhopt.texts.tokens`
+RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # default recent window: share of the context, and its limits
+SEGMENT = 512  # tokens; more than `mean_tokens` plus the sinks, so the first segment holds all tokens that means are of
+DECIDED_BY_STATISTICS = (  # fixed by a statistics file; plans for more than its `tokens` are refused
     "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "segment", "seed",
 )  # fmt: skip
-LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
+LEAST_FAR_TOKENS = 512  # with fewer, the moments reflect the sample more than the model
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of calibration and fitting, beside the model.
+    """Options of calibration and fitting, without the model.
 
-    texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
-    tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
-    which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
-    for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
-    relative to segments of that many tokens (fhopt/plan/segment_rotation.py); 0: they are not; None: as
-    `segment_tokens` says.
-    kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any).
-    code: how bit groups are quantized, one of `fhopt.fitting.codes.CHOICES`; auto: trellis
-    codes from a ratio of 5 on, in KV caches on CPUs; uniformly with `mean_tokens` 0, as plans to be exported have it.
-    checkpoint: file that lets an interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
+    texts: calibration texts, interleaved. sequences, rate_sequences: number of calibration sequences of `context`
+    tokens for fitting the bases, and of further ones for choosing the bits. tokens: target context length; the plan's
+    size is counted at this length. recent: None for a share of `tokens` (`recent_tokens`). device: what the plan will
+    run on; decides between layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment:
+    encode keys relative to segments of this many tokens (fhopt/plan/segment_rotation.py); 0: do not; None: see
+    `segment_tokens`. kernel_shapes: max number of different kernels for the sites of a plan (None: few on a GPU,
+    otherwise unlimited). code: how bit groups are quantized, one of `fhopt.fitting.codes.CHOICES`; auto: trellis codes
+    at a ratio of 5 and above, for KV caches on CPUs, but uniform with `mean_tokens` 0, as in plans for export.
+    checkpoint: file from which an interrupted calibration resumes. The other options are those of `fhopt.fitting.fit`.
     """
 
     texts: tuple[str, ...] = DEFAULT_TEXTS
@@ -59,7 +58,7 @@ class FitOptions:
     code: str = AUTO_CODE
 
     def check(self) -> None:
-        """Raise FhoptError for values that cannot work, before anything slow starts."""
+        """Raise FhoptError for invalid values, before anything slow starts."""
         self.check_sizes()
         far = self.sequences * max(0, self.context - self.sinks - self.near_tokens)
         if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
@@ -91,14 +90,14 @@ class FitOptions:
 
     @property
     def window(self) -> ResidualWindow:
-        """Which tokens of a sequence are not quantized. Raises FhoptError for sizes that cannot be."""
+        """Which tokens of a sequence are not quantized. Raises FhoptError for invalid sizes."""
         return ResidualWindow(self.sinks, self.recent_tokens, self.block, self.window_bits)
 
     @property
     def recent_tokens(self) -> int:
-        """Newest tokens in the residual window: as given, else `tokens` / 32 in whole blocks, between 64 and 1,024.
+        """Number of newest tokens in the recent window: `recent`, else `tokens` / 32 in whole blocks, from 64 to 1,024.
 
-        256 at 8,192 tokens: in 8 bits, an eighth of the bytes of a plan of 8x.
+        The default at 8,192 tokens is 256; with an 8-bit window this is 1/8 of the bytes of an 8x plan.
         """
         if self.recent is not None:
             return self.recent
@@ -107,15 +106,16 @@ class FitOptions:
 
     @property
     def near_tokens(self) -> int:
-        """Newest tokens that calibration takes for exact: those of the window, but at most a quarter of a sequence."""
+        """Newest tokens that calibration treats as exact: the window, by default at most a quarter of a sequence."""
         return self.recent if self.recent is not None else min(self.recent_tokens, max(1, self.context // 4))
 
     @property
     def segment_tokens(self) -> int:
-        """Tokens of a segment: as given, else 512.
+        """Tokens per segment: `segment` if given, else 512.
 
-        0 for plans without means or bits, which stand in graphs, and for GPUs, where no kernel turns queries. Where
-        positions are those in images a calibration has none, either.
+        0 for plans without means or without bits, which run inside graphs, and for GPUs, which have no kernel that
+        rotates queries per segment. Calibration data with image positions have no segments either
+        (`CalibrationData.has_segments`).
         """
         if self.segment is not None:
             return self.segment
@@ -124,5 +124,5 @@ class FitOptions:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether no bits are to be chosen."""
+        """Whether the plan quantizes nothing."""
         return self.ratio == 1 or (self.layout == "input" and self.ratio <= 2)

@@ -1,4 +1,4 @@
-"""Probes in a model's attention: keys, values and their gradients at every site of a forward and backward pass."""
+"""Attention probes: keys, values and their gradients at every site during a forward and backward pass."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fhopt.passes.outcome import Outcome
 from fhopt.passes.recognize.masks import LEAST
 from fhopt.plan.site import AttentionSite
 
-ACTIVATION_BYTES = 5 * 2**29  # of a graph that is differentiated at once; larger ones are run in segments
-MASKS = 2  # whose tiles are kept: of all tokens and of a sliding window
-PROBABILITIES = 2**19  # that exist at once
+ACTIVATION_BYTES = 5 * 2**29  # max activations of a graph differentiated at once; larger ones are cut into segments
+MASKS = 2  # masks whose tiles are cached: full and sliding-window causal
+PROBABILITIES = 2**19  # max elements at once
 Batch = Mapping[str, Tensor]
 
 
@@ -32,17 +32,18 @@ Batch = Mapping[str, Tensor]
 
 
 class Watch:
-    """Runs attention of known sites: with the same numbers, and it shows keys, values and their gradients.
+    """Attention of known sites with unchanged results, which reports keys, values and their gradients.
 
-    `see(site name, k, v)`, called once in the backward pass with all tokens but the sinks, [B,G,T,D], returns a
-    function that is called for every QUERIES queries that read far keys and values: with their gradients through these
-    queries alone, of the first N tokens [B,G,N,D]; those of the others are zero. Squared one by one they say what their
-    sum says, squared, and leave less to chance: random scores of different positions are independent, so the products
-    of two of these gradients are zero in expectation, as far as layers behind do not bring them together again
-    (measured on SmolLM2: their squares are 1.01 times the square of their sum, with 128 queries or 16).
+    `see(site name, k, v)` is called once per site in the backward pass, with all tokens but the sinks, [B,G,T,D]. It
+    returns a function that is called for every tile of QUERIES queries that attend to far keys and values. Its
+    arguments are the gradients through these queries only, of the first N tokens [B,G,N,D]; gradients of later tokens
+    are zero. Squaring tile by tile has the same expectation as squaring the sum, with less variance: scores of
+    different positions are independent, so products of two tiles' gradients have zero expectation unless later layers
+    mix these positions again (measured on SmolLM2: the squares are 1.01 times the square of the sum, with 128 queries
+    or 16).
 
-    far: attention sinks, and newest tokens that stay exact. leaf: with respect to which the gradient of the output is
-    to be taken.
+    far: number of attention sinks, and of newest tokens that stay exact. leaf: differentiate the output with respect to
+    this to run the backward pass.
     """
 
     def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], OnGradients]) -> None:
@@ -55,7 +56,7 @@ class Watch:
         extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """Compute `ops.attention.attention_reference` in float32 at least, observed."""
+        """Compute `ops.attention.attention_reference` in float32 or wider, and report to `see`."""
         exact, given = site.exact_tokens(*self.far), q.dtype
         q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q + self.leaf.to(q), k, v))
         matrix, extra, sinks = self._tiled(q, k, mask, is_causal, exact), additive_mask(extra, q), exact[0]
@@ -65,10 +66,10 @@ class Watch:
             return lambda *gradients: add(*[gradient[:, :, sinks:] for gradient in gradients])
 
         result: Tensor = ProbedAttention.apply(q, k, v, matrix, extra, scale, softcap, observe)
-        return result.to(given, copy=True)  # the backward pass needs it as it is; a graph may write to what it gets
+        return result.to(given, copy=True)  # the graph may write to its copy, but backward needs `result`
 
     def _tiled(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, exact: tuple[int, int]) -> list[Tile]:
-        """Return the tiles of an attention matrix; of layers that get one mask they are made once."""
+        """Return the tiles of an attention matrix, cached for layers that share a mask."""
         version = None if mask is None or mask.is_inference() else mask._version
         key = (version, is_causal, exact, q.shape[2], k.shape[2], q.dtype, q.device)
         for known, of_mask, matrix in self._matrices:
@@ -76,7 +77,7 @@ class Watch:
                 return matrix
         bias = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q)
         _, far = ops_masks.split_mask(q, k, None, False, *exact)
-        if bias is not None:  # some masks hide by large numbers: a query that sees nothing then sees nothing here, too
+        if bias is not None:  # some masks hide keys by large finite values; treat these as -inf
             bias = bias.masked_fill(bias < LEAST, -math.inf)
         matrix = tiled(q, k, bias, far)
         self._matrices.append((key, mask, matrix))
@@ -84,7 +85,7 @@ class Watch:
 
 
 class Attends(Protocol):
-    """What runs attention of known sites in place of the model: a `Watch`, or the attention of a plan."""
+    """Attention of known sites that replaces the model's: a `Watch`, or the attention of a plan."""
 
     def attend(
         self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
@@ -104,7 +105,7 @@ class Probed(Protocol):
     def run(self, batch: Batch, attends: Attends) -> Tensor:
         """Run forward on a batch with attention by `attends`, without gradients; return the main output.
 
-        In float32 where it can: what plans lose is less than what 16 bits round away.
+        In float32 if supported: 16-bit rounding errors exceed the KL of plans.
         """
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
@@ -112,7 +113,7 @@ class Probed(Protocol):
 
 
 class _Instrumented(fx.Interpreter):
-    """Runs a graph with the attention nodes of known sites replaced."""
+    """Graph interpreter that replaces the attention nodes of known sites."""
 
     def __init__(self, captured: Captured, outcome: Outcome, watch: Attends) -> None:
         super().__init__(captured.program.module)
@@ -124,7 +125,7 @@ class _Instrumented(fx.Interpreter):
         return self.run_node(node)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run an attention node of a site by the watch, any other as it is."""
+        """Run the attention node of a site by the watch, and any other node normally."""
         if n.name not in self.sites:
             return super().run_node(n)
         with self._set_current_node(n):
@@ -133,7 +134,7 @@ class _Instrumented(fx.Interpreter):
 
 
 class _InstrumentedInFloat32(_Instrumented, Float32Interpreter):
-    """The same, with 16-bit numbers widened."""
+    """The same, with 16-bit tensors widened to float32."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ class ProbedGraph:
         return self.captured.is_logits
 
     def run(self, batch: Batch, attends: Attends) -> Tensor:
-        """Run forward on a batch with attention by `attends`. Raises FhoptError where it does not fit the graph.
+        """Run forward on a batch with attention by `attends`. Raises FhoptError if the batch does not fit the graph.
 
-        In float32 where the graph is of 16 bits, if `is_widened`.
+        In float32 if the graph is 16-bit and supported by `is_widened`.
         """
         kind = _InstrumentedInFloat32 if self._is_widened else _Instrumented
         runner, arguments = kind(self.captured, self.outcome, attends), graph_arguments(self.captured, batch)
@@ -160,7 +161,7 @@ class ProbedGraph:
         return output
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
-        """Run forward and backward on a batch. Raises FhoptError when the batch does not fit the graph."""
+        """Run forward and backward on a batch. Raises FhoptError if the batch does not fit the graph."""
         runner, arguments = _Instrumented(self.captured, self.outcome, watch), graph_arguments(self.captured, batch)
         if len(self._segments) == 1:
             with torch.enable_grad():
@@ -177,18 +178,18 @@ class ProbedGraph:
 
     @property
     def _result(self) -> fx.Node:
-        """The node of the main output."""
+        """Node of the main output."""
         result: fx.Node = self.captured.program.graph.output_node().args[0][self.captured.result]  # type: ignore[index, assignment]
         return result
 
     @functools.cached_property
     def _is_widened(self) -> bool:
-        """Whether `run` computes in float32 though the weights are of 16 bits."""
+        """Whether `run` computes a 16-bit graph in float32."""
         return is_widened(self.captured.program.graph, self.captured.program.values.values())
 
     @functools.cached_property
     def _segments(self) -> list[segments.Segment]:
-        """What is differentiated at once: all of it where its activations are small."""
+        """Segments to differentiate one at a time: a single one if the activations are small."""
         graph = self.captured.program.graph
         if segments.activation_bytes(graph, self.outcome.sites) <= ACTIVATION_BYTES:
             return segments.cut(graph, (), self._result)
@@ -196,7 +197,7 @@ class ProbedGraph:
 
 
 def probed(captured: Captured | Probed, outcome: Outcome) -> Probed:
-    """Return the model to probe: of a captured graph, attention at the sites of `outcome`."""
+    """Return the model to probe; a captured graph gets probes at the sites of `outcome`."""
     return ProbedGraph(captured, outcome) if isinstance(captured, Captured) else captured
 
 
@@ -206,8 +207,8 @@ def run_probed(
 ) -> None:  # fmt: skip
     """Run forward and backward over numbered batches.
 
-    What is random of a batch depends on its number and the seed alone. far, see: as of `Watch`. `done(number)` is
-    called after each batch. Raises FhoptError when a batch does not fit the graph.
+    Random draws for a batch depend only on its number and the seed. far, see: as in `Watch`. `done(number)` is called
+    after each batch. Raises FhoptError if a batch does not fit the graph.
     """
     model = probed(captured, outcome)
     for number, batch in batches:
@@ -221,9 +222,9 @@ def run_probed(
 
 
 def graph_arguments(captured: Captured, batch: Batch) -> list[Any]:
-    """Return values of all placeholders of a graph: those of a batch, and example values for the others.
+    """Return values of all placeholders of a graph: from the batch, else the example values.
 
-    Raises FhoptError when a batch has another shape than the graph was captured with.
+    Raises FhoptError if a tensor of the batch has another shape than at capture.
     """
     values: list[Any] = []
     for name, example in captured.program.values.items():
@@ -236,10 +237,10 @@ def graph_arguments(captured: Captured, batch: Batch) -> list[Any]:
 
 
 def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
-    """Return a scalar whose gradient, squared, has the Fisher information as its expectation; its value says nothing.
+    """Return a scalar whose squared gradient has the Fisher information as its expectation; its value is meaningless.
 
-    For logits [..., V] see `_LogitScore`. Any other output counts as the mean of a unit Gaussian around itself. Raises
-    FhoptError where no gradient would go through it.
+    For logits [..., V] see `_LogitScore`. Any other output is treated as the mean of a unit Gaussian. Raises FhoptError
+    if the output has no gradient.
     """
     if not output.requires_grad:
         raise FhoptError(
@@ -254,7 +255,7 @@ def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -
 
 
 def _random_signs(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Return random signs of a shape [N, V], eight of each random byte; dtype and device are those of `like`."""
+    """Return random signs of a shape [N, V], eight per random byte, with the dtype and device of `like`."""
     rows, width = shape
     drawn = torch.randint(0, 256, (rows, -(-width // 8)), dtype=torch.uint8, generator=generator)
     signs = nn.functional.embedding(drawn.int().to(like.device), _signs_of_bytes().to(like))
@@ -263,27 +264,27 @@ def _random_signs(shape: torch.Size, generator: torch.Generator, like: Tensor) -
 
 @functools.cache
 def _signs_of_bytes() -> Tensor:
-    """Return the signs that the bits of each byte stand for: [256, 8]."""
+    """Return the signs that the bits of each byte encode: [256, 8]."""
     bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
     return bits.float().mul_(2).sub_(1)
 
 
 def positions(rows: Tensor) -> int:
-    """Return of how many positions of logits [N, V] probabilities exist at once."""
+    """Return for how many positions of logits [N, V] probabilities are computed at once."""
     return max(1, PROBABILITIES // max(1, rows.shape[-1]))
 
 
 class _LogitScore(torch.autograd.Function):
     """Zero, with the gradient g = sqrt(p) * z - p (sqrt(p) . z) at each position: p = softmax(logits [..., V]).
 
-    With random signs z [V], E[g g^T] = diag(p) - p p^T, which is the Fisher information of the logits. So it is of the
-    gradient of log p(y) with a label y ~ p. But where a model is sure of the next token, nearly all of that comes from
-    the few positions at which an unlikely label is drawn, and a few thousand positions say little. With signs, g is
-    about as long in every draw.
+    With random signs z [V], E[g g^T] = diag(p) - p p^T, the Fisher information of the logits. The gradient of log p(y)
+    for a label y ~ p has the same expectation, but a higher variance: if the model is sure of the next token, nearly
+    all of it comes from the few positions where an unlikely label is drawn, so a few thousand positions are too few.
+    With signs, the length of g barely varies between draws.
 
-    Probabilities are float32, of `PROBABILITIES` at a time: of a large vocabulary, those of all positions would be
-    several times the memory of everything else, and these stay in the caches. sqrt(p) is computed first, as a power of
-    two, and p from it.
+    Probabilities are computed in float32 for `PROBABILITIES` elements at a time. With a large vocabulary, those of all
+    positions would take several times the memory of everything else; a part fits into the CPU caches. sqrt(p) is
+    computed first, by exp2, and p as its square.
     """
 
     @staticmethod

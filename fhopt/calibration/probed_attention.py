@@ -1,7 +1,7 @@
-"""Attention that shows the gradients of far keys and values, and the tiles of the attention matrix that it works on.
+"""Attention that reports the gradients of far keys and values, tile by tile of the attention matrix.
 
-Powers are of two: torch's `exp2` takes a third of the time of its `exp` on CPUs, so logits are in bits. Letters: B
-sequences, H query heads, G kv heads, S queries, T keys, D and E widths of keys and of values.
+Logits are in bits, because torch's `exp2` takes a third of the time of its `exp` on CPUs. Dimensions: B sequences, H
+query heads, G kv heads, S queries, T keys, D and E widths of keys and of values.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from fhopt.ops import attention
 from fhopt.ops import masks as ops_masks
 
-QUERIES = 128  # rows of the attention matrix that exist at once
+QUERIES = 128  # rows of the attention matrix computed at once
 EVERY = slice(None)
-BITS = math.log2(math.e)  # in a nat
+BITS = math.log2(math.e)  # per nat
 OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of keys and of values, see `probe.Watch`
-Columns = slice | Tensor  # of a tile: neighbours, or their numbers
+Columns = slice | Tensor  # of a tile: a range, or indices
 
 
 # --------------------------------------------------------------------------------------------------- masks
 
 
 def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return a mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
+    """Return an additive mask with at least two dimensions, so that it has rows and columns to slice."""
     return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
 
 
 def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
-    """Cut a mask broadcastable to [..., S, T] to a tile."""
+    """Slice a mask broadcastable to [..., S, T] to a tile."""
     if mask is None:
         return None
     mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
@@ -41,7 +41,7 @@ def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
 
 
 def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
-    """Return (queries, keys that any of them sees) of each tile."""
+    """Return (queries, keys that any of them sees) for each tile."""
     queries, keys = q.shape[2], k.shape[2]
     out = []
     for start in range(0, queries, QUERIES):
@@ -54,32 +54,32 @@ def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]
 
 
 def _columns_until(mask: Tensor, keys: int) -> int:
-    """Return the number of the last of the first `keys` columns with anything true, in a mask [..., S, T]; 0: none."""
+    """Return one past the last of the first `keys` columns with any true entry in a mask [..., S, T]; 0 if none has."""
     columns = _in_any_row(mask, keys).nonzero()
     return int(columns.max()) + 1 if len(columns) else 0
 
 
 def _in_any_row(mask: Tensor, keys: int) -> Tensor:
-    """Return which of the first `keys` columns have anything true, in a mask [..., S, T]."""
+    """Return which of the first `keys` columns have any true entry in a mask [..., S, T]."""
     return mask.flatten(0, -2).any(0).expand(keys)
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Some queries and the keys that any of them sees: which of these the mask changes, and which are far."""
+    """A block of queries with the keys that any of them sees: which of these are masked, and which are far."""
 
     rows: slice
     columns: slice
-    masked: slice  # from the first to the last column of which a mask says anything
-    bias: Tensor | None  # what it says of those, in bits; None: nothing
-    reached: int  # columns up to the last that is far for some row
-    some: Columns  # those that some rows have far and others near
-    of_some: Tensor  # bool, which rows have those far
-    none: Columns  # those that no row has far
+    masked: slice  # from the first to the last column that the mask changes
+    bias: Tensor | None  # the mask of those columns, in bits; None if it changes none
+    reached: int  # columns up to the last that is far for any row
+    some: Columns  # columns that are far for some rows and near for others
+    of_some: Tensor  # bool: the rows for which each of these is far
+    none: Columns  # columns that are far for no row
 
     @classmethod
     def of(cls, rows: slice, columns: slice, bias: Tensor | None, far: Tensor) -> Tile:
-        """Build the tile of a mask that is added to logits, in nats, and of which pairs are far, bool [S,T]."""
+        """Build a tile from a mask that is added to logits, in nats, and the far pairs, bool [S,T]."""
         said, count = cut(bias, rows, columns), columns.stop
         far, masked = cut(far, rows, columns), slice(0, 0)
         pairs = (far, ~far) if said is None else (far & (said > -math.inf), ~far & (said > -math.inf))
@@ -102,7 +102,7 @@ class Tile:
 
 
 def _columns(numbers: Tensor) -> Columns:
-    """Return ascending numbers as a slice where they are neighbours: that is read in place."""
+    """Return ascending indices as a slice if they are contiguous, since a slice copies nothing."""
     if not len(numbers):
         return slice(0, 0)
     first, last = int(numbers[0]), int(numbers[-1])
@@ -110,7 +110,7 @@ def _columns(numbers: Tensor) -> Columns:
 
 
 def tiled(q: Tensor, k: Tensor, bias: Tensor | None, far: Tensor) -> list[Tile]:
-    """Return the tiles of queries q [B,H,S,D] on keys k [B,G,T,D]; bias, far: as of `Tile.of`."""
+    """Return the tiles of queries q [B,H,S,D] on keys k [B,G,T,D]; bias, far: as in `Tile.of`."""
     return [Tile.of(rows, columns, bias, far) for rows, columns in tiles(q, k, bias)]
 
 
@@ -118,11 +118,11 @@ def tiled(q: Tensor, k: Tensor, bias: Tensor | None, far: Tensor) -> list[Tile]:
 
 
 class ProbedAttention(torch.autograd.Function):
-    """Attention whose backward pass also gives the gradients that reach far keys and values to what `observe` returns.
+    """Attention whose backward pass also passes gradients of far keys and values to the callback from `observe`.
 
-    It works on QUERIES rows at a time and leaves out the columns that none of them sees. With P the weights, o the
-    output and g its gradient, those of scores are P (g v^T - g . o), as FlashAttention has them (2205.14135, appendix
-    B.2); columns that all rows have far have the same gradients from far pairs as from all.
+    It works on QUERIES rows at a time and skips columns that none of them sees. With weights P, output o and its
+    gradient g, score gradients are P (g v^T - g . o) as in FlashAttention (2205.14135, appendix B.2). Columns that are
+    far for all rows have the same gradient from far pairs as from all pairs, and need no second matmul.
     """
 
     @staticmethod
@@ -130,7 +130,7 @@ class ProbedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, matrix: list[Tile], sinks: Tensor | None, scale: float,
         softcap: float, observe: Callable[[Tensor, Tensor], OnGradients],
     ) -> Tensor:  # fmt: skip
-        """Attend with q [B,H,S,D] to k [B,G,T,D] and v [B,G,T,E] by `tiled`'s tiles: [B,H,S,E]."""
+        """Attend with q [B,H,S,D] to k [B,G,T,D] and v [B,G,T,E] by the tiles of `tiled`: [B,H,S,E]."""
         outputs, sums, scaled = [], [], q * (scale if softcap else scale * BITS)
         for tile in matrix:
             logits = tile.add_mask(_logits(scaled[:, :, tile.rows], k[:, :, tile.columns], softcap))
@@ -138,7 +138,7 @@ class ProbedAttention(torch.autograd.Function):
                 more = cut(sinks, tile.rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
                 logits = torch.cat((logits, more * BITS), -1)
             top = logits.amax(-1, keepdim=True)
-            top = torch.where(top == -math.inf, 0.0, top)  # of queries that see nothing
+            top = torch.where(top == -math.inf, 0.0, top)  # queries that see nothing
             p = logits.sub_(top).exp2_()
             total = p.sum(-1, keepdim=True)
             output = attention.grouped_mix(p[..., : tile.columns.stop], v[:, :, tile.columns])
@@ -151,7 +151,7 @@ class ProbedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k and v, and give those of far ones to what `observe` returned."""
+        """Return the gradients of q, k and v, and pass those of far keys and values to the callback from `observe`."""
         q, k, v, output, lse = ctx.saved_tensors
         (grad,), groups, (scale, softcap) = gradients, k.shape[1], ctx.options
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -180,7 +180,7 @@ class ProbedAttention(torch.autograd.Function):
 
 
 def _logits(q: Tensor, k: Tensor, softcap: float) -> Tensor:
-    """Return logits [B,H,S,T] in bits, without a mask; queries are scaled, to bits where there is no softcap."""
+    """Return logits [B,H,S,T] in bits, without a mask; queries are scaled, and in bits unless there is a softcap."""
     logits = attention.grouped_scores(q, k)
     return logits.div_(softcap).tanh_().mul_(softcap * BITS) if softcap else logits
 

@@ -1,4 +1,4 @@
-"""Calibration: everything that plans of any size are made of, from one run of the model over its data.
+"""Calibration: one run of a model over its data, from which plans of any size can be fitted.
 
     statistics   collected over the first batches             fhopt/calibration/collect.py
     bases        fitted to the statistics                     fhopt/fitting/candidates.py
@@ -6,8 +6,8 @@
     losses       of two plans, on held-out text               fhopt/calibration/loss_check.py
     plan         bits allocated by the costs                  fhopt/fitting/fit_plan.py
 
-A calibration serves plans of any size, and can be saved to a file (fhopt/calibration/statistics_file.py). What calls
-the steps in order, from data to a plan with page selection, is fhopt/planning/pipeline.py.
+A calibration can be saved to a file (fhopt/calibration/statistics_file.py). fhopt/planning/pipeline.py calls the steps
+in order, from data to a plan with page selection.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ from fhopt.plan.window import MIN_SLIDING
 from fhopt.progress import Progress, silent
 from fhopt.version import __version__
 
-LOSSES = "losses"  # the stage that measures them
-CHECKED_RATIOS = (4.0, 8.0)  # of which held-out losses are measured
+LOSSES = "losses"  # progress stage that measures the KL of plans
+CHECKED_RATIOS = (4.0, 8.0)  # of the plans whose held-out KL is measured
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Result of calibrating a model: enough for plans of any size."""
+    """Result of calibrating a model: everything needed to fit plans of any size."""
 
     statistics: dict[str, SiteStatistics]
     bases: CandidateBases
     costs: Costs
     provenance: dict[str, Any]
-    options: FitOptions  # with which statistics and costs were collected
-    prints: dict[str, Any]  # fingerprint, and prints of the weights of each site
-    outcome: passes_outcome.Outcome | None = None  # what was found in the model; None where read from a file
+    options: FitOptions  # options under which statistics and costs were collected
+    prints: dict[str, Any]  # fingerprint, and hashes of the weights of each site
+    outcome: passes_outcome.Outcome | None = None  # sites found in the model; None if loaded from a file
 
     def with_provenance(self, **values: Any) -> Calibration:
-        """Return the same calibration with further provenance, JSON values."""
+        """Return the calibration with further provenance, JSON values."""
         return replace(self, provenance=self.provenance | values)
 
     @property
@@ -80,7 +80,7 @@ class Calibration:
         return {name: s.site for name, s in self.statistics.items()}
 
     def check_model(self, loaded: LoadedModel) -> None:
-        """Raise FhoptError when this is a calibration of another model than `loaded`."""
+        """Raise FhoptError if this is a calibration of another model than `loaded`."""
         weights = Weights(loaded.language_model())
         if fingerprint(weights, list(self.sites.values())) != self.prints["fingerprint"]:
             raise FhoptError(
@@ -92,8 +92,7 @@ class Calibration:
 def plan_from_calibration(calibration: Calibration, options: FitOptions) -> LatentPlan:
     """Fit a plan to a calibration, with its provenance. Raises FhoptError.
 
-    Of `options`, those count that choose size and form: ratio, layout, bits, code, device, tokens, kernel shapes, and
-    sizes of the window.
+    Uses only the options for size and form: ratio, layout, bits, code, device, tokens, kernel shapes, and window sizes.
     """
     bases = select_bases(
         calibration.bases, calibration.sites, options.layout, tokens=options.tokens, device=options.device
@@ -115,9 +114,9 @@ def plan_from_calibration(calibration: Calibration, options: FitOptions) -> Late
 
 
 def code_of(options: FitOptions, mean_tokens: int) -> str:
-    """Return how plans of these options are quantized, which have means of so many tokens.
+    """Resolve the code `auto` for plans whose means are over `mean_tokens` tokens.
 
-    No GPU reads trellis codes, nor does what has no means; and without a compiler rings take minutes to find.
+    Trellis codes need a CPU, a cache with means, and a compiler, without which finding the rings takes minutes.
     """
     device = options.device
     on_cpu = not torch.accelerator.is_available() if device is None else find_device(device).kind == "cpu"
@@ -129,15 +128,15 @@ def calibrate(
 ) -> Calibration:
     """Calibrate in two passes over the batches. Raises FhoptError.
 
-    Under torchrun, each process takes its share of the batches and all get the sum; what fails in one process fails in
-    all (`collectives.together`). layouts: fit bases of these, not only of the layout of `options`.
+    Under torchrun, each process takes its share of the batches and all get the sum; an error in one process raises in
+    all (`collectives.together`). layouts: fit bases of these instead of the options' layout.
     """
     with collectives.together(), fast_products():
         return _calibrate(data, _for_data(options, data), progress, layouts)
 
 
 def _for_data(options: FitOptions, data: CalibrationData) -> FitOptions:
-    """Return the options without means and segments where the data or a lossless plan have none. Raises FhoptError."""
+    """Disable means and segments if the data or a lossless plan do not support them. Raises FhoptError."""
     if not data.has_means or options.is_lossless:
         options = replace(options, mean_tokens=0, segment=0)
     elif not data.has_segments and options.segment is None:
@@ -171,7 +170,7 @@ def _calibrate(data: CalibrationData, options: FitOptions, progress: Progress, l
 
 
 def _check_reach(outcome: passes_outcome.Outcome, options: FitOptions) -> None:
-    """Raise FhoptError where no plan of the sites reaches the ratio."""
+    """Raise FhoptError if no plan of the sites can reach the ratio."""
     sites = list(outcome.sites.values())
     sliding = sliding_windows(sites, outcome.program.layers)
     budget = allocation.Budget(options.ratio, options.window, options.tokens, sliding=sliding)
@@ -189,18 +188,18 @@ def _bases(
 
 @dataclass
 class _Passes:
-    """The two passes over the batches of a calibration, each of which goes on where the former stopped."""
+    """The two passes over the batches of a calibration; the second continues where the first stopped."""
 
     data: CalibrationData
     outcome: passes_outcome.Outcome
     options: FitOptions
     batches: Iterator[Batch]
     progress: Progress
-    read: int = 0  # sequences of the first pass
+    read: int = 0  # sequences in the first pass
 
     @property
     def _far(self) -> dict[str, Any]:
-        """Keyword arguments that say which tokens count; span: over which those of a long context are spread."""
+        """Keyword arguments for which tokens count; span: how far they are spread over a long context."""
         options = self.options
         return {
             "sinks": options.sinks, "recent": options.near_tokens, "seed": options.seed,
@@ -208,7 +207,7 @@ class _Passes:
         }  # fmt: skip
 
     def statistics(self, checkpoint: Checkpoint) -> dict[str, SiteStatistics]:
-        """Collect the statistics that bases are fitted to. Raises FhoptError without a batch."""
+        """Collect the statistics that bases are fitted to. Raises FhoptError if there is no batch."""
         sites, moments = self.outcome.sites.values(), BatchPass(self.options.sequences, checkpoint, self.progress)
         sliding = sliding_windows(list(sites), self.outcome.program.layers)
         statistics = empty_statistics(sites, self.options.segment_tokens, sliding)
@@ -222,11 +221,11 @@ class _Passes:
         return statistics
 
     def tokens_per_sequence(self, statistics: dict[str, SiteStatistics]) -> int:
-        """Return how many tokens of a sequence were counted."""
+        """Return how many tokens per sequence were counted."""
         return max(int(s.key.count) for s in statistics.values()) // max(1, self.read)
 
     def costs(self, checkpoint: Checkpoint, statistics: dict[str, SiteStatistics], bases: CandidateBases) -> Costs:
-        """Measure the costs of the bases' channels on the batches that are left. Raises FhoptError without one."""
+        """Measure the costs of the bases' channels on the remaining batches. Raises FhoptError if there is none."""
         rates = BatchPass(self.options.rate_sequences, checkpoint, self.progress)
         costs = empty_costs(bases, (0, *STEPS))
         sums = named_costs(costs)
@@ -248,15 +247,15 @@ class _Passes:
 def _check_losses(
     calibration: Calibration, model: Probed, held_out: Sequence[tuple[str, Batch]], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Measure what plans of a calibration lose on held-out batches, as JSON values; none where no plan can be made."""
+    """Measure the KL of a calibration's plans on held-out batches, as JSON values; [] if no plan can be fitted."""
     options, plans = calibration.options, []
     for ratio in CHECKED_RATIOS:
         try:
             plan = plan_from_calibration(calibration, replace(options, ratio=ratio, code=codes.UNIFORM))
-        except FhoptError:  # a size that cannot be reached
+        except FhoptError:  # ratio out of reach
             continue
         plans.append((plan.provenance["predicted_nats"], plan))
-    recent = options.near_tokens + options.block // 2  # a window grows by a block, and is cut again
+    recent = options.near_tokens + options.block // 2  # average: the window grows by a block before it is quantized
 
     def done(number: int) -> None:
         progress(LOSSES, number + 1, len(held_out))
@@ -268,7 +267,7 @@ def _check_losses(
 
 
 def find_compressible(data: CalibrationData) -> passes_outcome.Outcome:
-    """Find the sites that are to be fitted: those that a cache compresses. Raises FhoptError when there are none."""
+    """Find the sites whose cache can be compressed. Raises FhoptError if there are none."""
     if isinstance(data.source, Dispatched):
         outcome = data.source.outcome
     else:
@@ -291,16 +290,16 @@ def find_compressible(data: CalibrationData) -> passes_outcome.Outcome:
 
 
 def _print_of(weight: Tensor) -> tuple[str, float]:
-    """Return what tells a weight from others, for checkpoints."""
+    """Return a fingerprint of a weight, for checkpoints."""
     return str(weight.dtype), float(weight.double().square().sum())
 
 
 def _key(options: FitOptions, data: CalibrationData, outcome: passes_outcome.Outcome) -> dict[str, Any]:
-    """Return what an interrupted calibration must have in common with the one that goes on; JSON values only."""
+    """Return what must be equal when an interrupted calibration resumes; JSON values only."""
     irrelevant = {"ratio", "bits", "block", "window_bits", "checkpoint", "kernel_shapes", "code"}
     about = {"model": data.name, "data": data.digest, "version": __version__}
     if options.checkpoint is not None:
         names = sorted({n for site in outcome.sites.values() for role in site.projections.values() for n in role})
-        sums = [_print_of(data.weights[n]) for n in names if n in data.weights]  # one by one: they may be offloaded
+        sums = [_print_of(data.weights[n]) for n in names if n in data.weights]  # one by one: weights may be offloaded
         about["weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()
     return about | {k: str(v) for k, v in asdict(options).items() if k not in irrelevant}

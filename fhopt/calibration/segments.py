@@ -1,10 +1,10 @@
-"""Backward passes of large graphs: one segment at a time has its activations, the others keep their inputs.
+"""Gradient checkpointing of large graphs: only one segment's activations exist at a time.
 
-    forward     [seg 0] h1 [seg 1] h2 [seg 2]      without gradients; h1, h2 are kept
+    forward     [seg 0] h1 [seg 1] h2 [seg 2]      without gradients; h1, h2 are stored
     backward    seg 2 again, from h2, with gradients -> d h2;   seg 1 again, from h1 -> d h1;   seg 0
 
-A graph is cut once between two attention sites, where the fewest tensors are alive that depend on attention: in a
-transformer, the residual stream alone. That costs one more forward pass, and saves all activations but one segment's.
+The graph is cut once between two attention sites, where the fewest live tensors depend on attention: in a transformer,
+only the residual stream. This costs one more forward pass and saves the activations of all segments but one.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, section 3.
 """
@@ -28,10 +28,10 @@ leaves = torch.utils._pytree.tree_leaves
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of nodes that is differentiated at once.
+    """Consecutive nodes that are differentiated at once.
 
-    inputs: nodes of former segments that it reads. variables: those of them that depend on attention. outputs: its own
-    nodes that are read later, or are the graph's result.
+    inputs: nodes of earlier segments that it uses. variables: those inputs that depend on attention. outputs: its own
+    nodes that later segments use, or the graph's result.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -41,16 +41,16 @@ class Segment:
 
 
 def activation_bytes(graph: fx.Graph, sites: Collection[str]) -> int:
-    """Bytes of all tensors that depend on attention at `sites` (node names), views not counted: an upper bound."""
+    """Return the bytes of all tensors but views that depend on attention at `sites` (node names): an upper bound."""
     counted = [node for node in _dependent(graph, sites) if op_name(node) not in VIEWS]
     tensors = [t for node in counted for t in leaves(fake(node)) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors if t.is_floating_point())
 
 
 def cut(graph: fx.Graph, sites: Collection[str], result: fx.Node) -> list[Segment]:
-    """Cut what is computed up to `result` between the attention nodes named in `sites`; one segment cannot be cut.
+    """Cut the graph up to `result` between the attention nodes named in `sites`; one segment if it cannot be cut.
 
-    A graph that changes tensors in place is left whole: what is run again would be changed twice.
+    A graph that modifies tensors in place is not cut, since recomputation would modify them twice.
     """
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "get_attr", "output"}]
     places = [i for i, node in enumerate(nodes) if node.name in sites]
@@ -63,7 +63,7 @@ def cut(graph: fx.Graph, sites: Collection[str], result: fx.Node) -> list[Segmen
 
 
 def _dependent(graph: fx.Graph, sites: Collection[str]) -> set[fx.Node]:
-    """Return the nodes that compute something from attention at the sites, and these."""
+    """Return attention nodes at the sites and all nodes that depend on them."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "output" and (node.name in sites or not found.isdisjoint(node.all_input_nodes)):
@@ -77,7 +77,7 @@ def changes_inputs(node: fx.Node) -> bool:
 
 
 def _last_uses(nodes: Sequence[fx.Node], result: fx.Node) -> dict[fx.Node, int]:
-    """Return where each node is read last, by its place; the result is read behind the end."""
+    """Return the position of each node's last use; that of the result is past the end."""
     last = {source: place for place, node in enumerate(nodes) for source in node.all_input_nodes}
     return last | {result: len(nodes)}
 
@@ -85,7 +85,7 @@ def _last_uses(nodes: Sequence[fx.Node], result: fx.Node) -> dict[fx.Node, int]:
 def _best_cut(
     nodes: Sequence[fx.Node], last: Mapping[fx.Node, int], dependent: set[fx.Node], start: int, stop: int
 ) -> int:
-    """Return where to cut between two sites: the first place with the fewest tensors alive that depend on attention."""
+    """Return the first position between two sites where the fewest live tensors depend on attention."""
     alive = dict.fromkeys(range(start + 1, stop + 1), 0)
     for made, node in enumerate(nodes[:stop]):
         if node in dependent:
@@ -108,9 +108,10 @@ def backward(
     segments: Sequence[Segment], constants: Environment, run_node: RunNode, result: fx.Node,
     likelihood: Callable[[Tensor], Tensor], leaf: Tensor,
 ) -> None:  # fmt: skip
-    """Differentiate `likelihood` of the result with respect to `leaf`, which attention adds, for the effects of it.
+    """Run backward from `likelihood` of the result to `leaf`, which every attention adds, segment by segment.
 
-    constants: values of placeholders and attributes. run_node: runs a node on an environment that has its inputs.
+    Only the side effects in the backward passes of attention matter. constants: values of placeholders and attributes.
+    run_node: runs a node on an environment that has its inputs.
     """
     held: list[Environment] = [{}]
     with torch.no_grad():
@@ -126,7 +127,7 @@ def backward(
 
 
 def _run(segment: Segment, values: Environment, run_node: RunNode) -> Environment:
-    """Run a segment's nodes; return the values of its outputs. Others are let go of after their last use."""
+    """Run a segment's nodes and return the values of its outputs; free others after their last use."""
     last = _last_uses(segment.nodes, segment.nodes[-1])
     ends: dict[int, list[fx.Node]] = {}
     for node in segment.nodes:
@@ -144,7 +145,7 @@ def _run_back(
     segment: Segment, constants: Environment, held: Environment, run_node: RunNode, result: fx.Node,
     likelihood: Callable[[Tensor], Tensor], leaf: Tensor, gradients: dict[tuple[fx.Node, int], Tensor],
 ) -> None:  # fmt: skip
-    """Run a segment again and add the gradients of its inputs to `gradients`, by node and leaf of its value."""
+    """Recompute a segment and add the gradients of its inputs to `gradients`, by (node, leaf index of its value)."""
     own = {node: torch.utils._pytree.tree_map(_variable, held[node]) for node in segment.variables}
     outputs = _run(segment, constants | held | own, run_node)
     ends, given = [], []
@@ -173,7 +174,7 @@ def _run_back(
 
 
 def _variable(value: Any) -> Any:
-    """Detach a tensor of numbers so that it has gradients of its own; return any other value as it is."""
+    """Detach a floating-point tensor so that it gets its own gradient; return any other value unchanged."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value

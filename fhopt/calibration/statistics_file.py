@@ -1,14 +1,14 @@
-"""The file of a calibration, from which plans of any size are fitted in seconds: `fhopt calibrate`.
+"""Calibration files, from which `fhopt fit` fits plans of any size in seconds: `fhopt calibrate`.
 
-One safetensors file (`fhopt.files.write_tensors`) with a digest of everything in it. Matrices of float64 are kept as
-float32, but for moments of a site that may get the layout `input`, whose rank is found by eigenvalues of 1e-12:
+One safetensors file (`fhopt.files.write_tensors`) with a digest of its contents. Float64 matrices are stored as
+float32, except moments of a site that may get the layout `input`, whose rank depends on eigenvalues of 1e-12:
 
     SITE.key.moment, SITE.key.metric, ...     second moments and metrics   fhopt/fitting/statistics.py
     SITE.LAYOUT.0.encode, .decode, .variance  bases of keys (0), values (1) or both (0, `input`)
     SITE.LAYOUT.key.BITS, ...                 costs of their channels      fhopt/fitting/costs.py
 
-Bases are kept though they follow from the statistics: costs are those of their channels, and an eigenvalue solver may
-order and turn channels otherwise on another machine.
+Bases are stored although they follow from the statistics: the costs belong to their channels, and an eigensolver may
+order and rotate channels differently on another machine.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from fhopt.plan.site import AttentionSite, site_from
 
 PARTS = ("encode", "decode", "variance")
 MAX_COUNT = 1 << 53  # tokens
-MAX_SUM = 1e30  # of a sum or a number in a basis: their products are finite in float64
-UNKEPT = ("checkpoint", "kernel_shapes", "code")  # options that are of a run, not of what it measured
+MAX_SUM = 1e30  # of a sum or a basis element: products of two are finite in float64
+UNKEPT = ("checkpoint", "kernel_shapes", "code")  # options of a run that do not affect the measurements
 
 
 def save_statistics(calibration: Calibration, file: Path) -> None:
-    """Write a calibration to `file`, whole or not at all. Raises FhoptError when it cannot be written."""
+    """Write a calibration to `file`, atomically. Raises FhoptError if it cannot be written."""
     options = {name: value for name, value in asdict(calibration.options).items() if name not in UNKEPT}
     about = {
         "version": WITH_SEGMENTS if calibration.options.segment else STATISTICS_VERSION,
@@ -75,7 +75,7 @@ def save_statistics(calibration: Calibration, file: Path) -> None:
 
 
 def load_statistics(file: Path) -> Calibration:
-    """Read a calibration that `save_statistics` wrote. Raises FhoptError where it is none, or damaged."""
+    """Load a calibration that `save_statistics` wrote. Raises FhoptError if the file is damaged or not one."""
     check_statistics(file)
     try:
         about, tensors = read_tensors(file)
@@ -88,13 +88,13 @@ def load_statistics(file: Path) -> Calibration:
 
 def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
     sites = [site_from(item) for item in about["sites"]]
-    segment = about["options"].get("segment") or 0  # files of earlier versions have none
+    segment = about["options"].get("segment") or 0  # missing in files of earlier versions
     sliding = sliding_windows(sites, layers_of(about["provenance"]))
-    with torch.device("meta"):  # shapes alone: a site of forged sizes takes no memory
+    with torch.device("meta"):  # shapes only: a site with forged sizes must not allocate memory
         shapes = named_moments(empty_statistics(sites, segment, sliding))
     _check_sums(tensors, shapes)
     statistics = empty_statistics(sites, segment, sliding)
-    layouts = {site.name: about["layouts"][site.name] for site in sites}  # keys of JSON objects are sorted
+    layouts = {site.name: about["layouts"][site.name] for site in sites}  # in site order: JSON keys are sorted
     bases = {site.name: _bases(site, layouts[site.name], tensors) for site in sites}
     costs = empty_costs(bases, about["levels"]) if about["levels"] else {}
     _check_sums(tensors, named_costs(costs))
@@ -109,7 +109,7 @@ def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
 
 
 def _check_sums(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise WrongField for a sum that is missing, or whose shape, kind or numbers are not those of its counterpart."""
+    """Raise WrongField for a sum that is missing, or whose shape, dtype or values do not match its counterpart."""
     for name, total in expected.items():
         _check_tensor(tensors, name, tuple(total.shape), total.is_floating_point())
         found = tensors[name]
@@ -120,7 +120,7 @@ def _check_sums(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def _check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], is_float: bool = True) -> None:
-    """Raise WrongField for a tensor that is missing, of another shape or kind, or whose numbers are too large."""
+    """Raise WrongField for a tensor that is missing, has another shape or dtype, or has too large values."""
     found = tensors.get(name)
     if found is None:
         raise WrongField(f"tensor {name} is missing; expected one of shape {shape}")
@@ -152,13 +152,13 @@ def _bases(
             raise WrongField(f"tensor {prefix}.variance has negative numbers; expected variances from 0 on")
         return parts
 
-    # a JSON object loses the order of layouts when its keys are sorted: the first must fit the least budget
+    # sorted JSON keys lose the order of layouts; the first must fit the smallest budget
     ordered = sorted(layouts, key=lambda which: (which != "input", which != "band"))
     return {which: tuple(basis(which, i) for i in range(layouts[which])) for which in ordered}
 
 
 def _latent_shape(site: AttentionSite, layout: str, side: int) -> tuple[int, int]:
-    """Return (latent heads, channels that each reads) of a basis: of keys (side 0), of values, or of both (input)."""
+    """Return (latent heads, input channels of each) of a basis: of keys (side 0), of values, or of both (input)."""
     if layout == "input":
         return 1, site.kv_heads * (site.key_dim + site.value_dim)
     dim = site.value_dim if side else site.key_dim

@@ -1,4 +1,4 @@
-"""The description in a file of statistics, which shows without torch whether it is one."""
+"""The JSON header of a statistics file, checked without importing torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fhopt.plan.json_kinds import (
 from fhopt.plan.site_plan import LAYOUTS, MAX_SEGMENT, SUPPORTED_BITS
 from fhopt.plan.window import MAX_WINDOW
 
-STATISTICS_VERSION, WITH_SEGMENTS = 1, 2  # the second: of keys relative to segments
+STATISTICS_VERSION, WITH_SEGMENTS = 1, 2  # the second: keys relative to segments
 _OPTIONS: dict[str, Kind] = {
     "texts": several(text),
     "ratio": number(1, 1000),
@@ -58,7 +58,7 @@ _FIELDS: dict[str, Kind] = {
 
 
 def check_statistics(file: Path) -> dict[str, Any]:
-    """Return the description of a file of `fhopt calibrate`. Raises FhoptError where it is none, or damaged."""
+    """Return the header of a statistics file. Raises FhoptError if the file is damaged or not one."""
     try:
         about = read_description(file)
     except OSError as error:
@@ -78,7 +78,7 @@ def check_statistics(file: Path) -> dict[str, Any]:
 
 
 def check_fields(about: Mapping[str, Any]) -> None:
-    """Raise WrongField for a field of the description that is missing, unknown, of another type or out of range."""
+    """Raise WrongField for a header field that is missing, unknown, of another type or out of range."""
     record(_FIELDS)(about, "")
     names = [site["name"] for site in about["sites"]]
     if not names or len(set(names)) < len(names):
@@ -95,14 +95,14 @@ def check_fields(about: Mapping[str, Any]) -> None:
 
 
 def damaged_statistics(file: Path, error: Exception) -> FhoptError:
-    """Make the error for a file that was altered or cut short."""
+    """Build the error for a file that was modified or truncated."""
     if isinstance(error, WrongField):
         return FhoptError(f"{file} is damaged: {error}. Calibrate again.")
     return FhoptError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}). Calibrate again.")
 
 
 def check_file(file: Path) -> None:
-    """Raise FhoptError when statistics could not be written to `file`, or would overwrite anything but statistics."""
+    """Raise FhoptError if statistics cannot be written to `file`, or would overwrite anything but statistics."""
     check_writable(file.parent)
     if file.is_dir():
         raise FhoptError(f"{file} is a folder; expected a file for the statistics, such as {file.name}.stats.")

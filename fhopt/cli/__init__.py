@@ -1,6 +1,6 @@
-"""The command line `fhopt`: one module for each group of commands."""
+"""Command line `fhopt`: one module per group of commands."""
 
-from fhopt.cli import (  # they register their commands
+from fhopt.cli import (  # importing them registers their commands
     bench,
     chat,
     demo,

@@ -1,4 +1,4 @@
-"""`python -m fhopt.cli`: the command line without the script that installation makes."""
+"""`python -m fhopt.cli`: the command line without the installed script."""
 
 from fhopt.cli import main
 

@@ -1,6 +1,6 @@
-"""The command line. Every command takes `--json`: one object on standard output and nothing else there.
+"""Command group and errors of the command line. Every command takes `--json`: only one object on standard output.
 
-A user error ends with one line on standard error and exit code 2.
+A user error prints one line on standard error and exits with code 2.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import click
 from fhopt.errors import FhoptError, PassError
 from fhopt.version import __version__
 
-EXTRAS = {  # packages that `pip install fhopt` alone does not bring, and the extra that does
+EXTRAS = {  # packages that `pip install fhopt` does not install, and the extra that does
     "transformers": "hf", "tokenizers": "hf", "huggingface_hub": "hf", "accelerate": "hf", "gguf": "hf",
     "pygraphviz": "report", "vl_convert": "report", "starlette": "view", "uvicorn": "view", "matplotlib": "plot",
     "model_explorer": "explorer", "datasets": "data", "lm_eval": "evaluation", "torch_mlir": "mlir", "iree": "mlir",
 }  # fmt: skip
 
-FOREIGN = {  # loggers of other libraries, and how a message begins that tells a user of fhopt nothing
+FOREIGN = {  # loggers of other libraries, and the start of a message that is useless to a user of fhopt
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # a machine may have CUDA's compiler and no GPU
     "matplotlib.font_manager": "Matplotlib is building the font cache",
-    "torch.utils._pytree": "%s is an Enum subclass",  # of torchao, which transformers imports where it is installed
+    "torch.utils._pytree": "%s is an Enum subclass",  # from torchao, which transformers imports if installed
 }
 
 
@@ -68,19 +68,19 @@ COMMANDS = {  # as `fhopt --help` lists them, in lines of at most 80 columns
 
 
 class _Commands(click.Group):
-    """The group of commands, which turns FhoptError, or a missing extra, into one line and exit code 2."""
+    """Command group that converts FhoptError, or a missing extra, into one line and exit code 2."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands by what they are for."""
+        """List the commands by purpose."""
         for title, lines in COMMANDS.items():
             with formatter.section(title):
                 formatter.write_dl([(name, line) for name, line in lines.items() if name in self.commands])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads at run time
         for name in FOREIGN:
-            logging.getLogger(name).addFilter(_is_our_matter)  # the same function is added once
+            logging.getLogger(name).addFilter(_is_our_matter)  # addFilter ignores a duplicate
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -97,7 +97,7 @@ class _Commands(click.Group):
 
 
 def _show_warning(show: Callable[..., None], message: Any, category: type, filename: str, *where: Any) -> None:
-    """Write a warning of fhopt itself as one line; leave others to `show`."""
+    """Write a warning of fhopt itself as one line; pass others to `show`."""
     if category is RuntimeWarning and Path(filename).is_relative_to(Path(__file__).parent.parent):
         click.echo(f"fhopt: warning: {' '.join(str(message).split())}", err=True)
     else:

@@ -1,8 +1,8 @@
-"""Types of arguments: what they name is looked at before a command runs, and before torch is imported.
+"""Argument types that are checked before a command runs, and before torch is imported.
 
-A wrong argument is refused in a fraction of a second that way; importing torch alone takes 2 seconds. Processes that
-torchrun started leave it to the command, which looks again: there, one that is refused ends all with one message, where
-the others would wait for it.
+This rejects a wrong argument in a fraction of a second; importing torch takes 2 seconds. In processes that torchrun
+started, the command checks instead: there a rejected argument ends all processes with one message, whereas otherwise
+the others would wait for the one that exited.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
 
 
 class Argument(ParamType):
-    """An argument that is checked as soon as it is read."""
+    """An argument that is checked as soon as it is parsed."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check a value, unless other processes depend on this one, and return it."""
@@ -41,17 +41,17 @@ class Argument(ParamType):
 
 
 class Model(Argument):
-    """MODEL of a command. Raises FhoptError where there is none."""
+    """MODEL of a command. Raises FhoptError if it does not exist."""
 
     name = "text"
 
     def check(self, value: str) -> None:
-        """Check that a model is there."""
+        """Check that the model exists."""
         check_model(value)
 
 
 class Plan(Argument):
-    """The folder of a plan. may_come: it may not be written yet. Raises FhoptError for anything else."""
+    """Folder of a plan. may_come: it may not be written yet. Raises FhoptError for anything else."""
 
     name = "path"
 
@@ -75,17 +75,17 @@ def _exists(path: Path) -> bool:
 
 
 class Statistics(Argument):
-    """A file of `fhopt calibrate`. Raises FhoptError for anything else."""
+    """File of `fhopt calibrate`. Raises FhoptError for anything else."""
 
     name = "path"
 
     def check(self, value: str) -> None:
-        """Check the description of a file of statistics."""
+        """Check the header of a statistics file."""
         check_statistics(Path(value))
 
 
 class Folder(Argument):
-    """A folder that `fhopt rewrite`, or export, wrote: one of these files is in it. Raises FhoptError without one."""
+    """Folder that `fhopt rewrite` or export wrote, with one of these files in it. Raises FhoptError without one."""
 
     name = "path"
 
@@ -103,12 +103,12 @@ class Folder(Argument):
 
 
 class Device(Argument):
-    """The name of a device of the cost model. Raises FhoptError for any other."""
+    """Name of a device of the cost model. Raises FhoptError for any other."""
 
     name = "text"
 
     def check(self, value: str) -> None:
-        """Check a name, but of this machine's own CPU, which is measured later."""
+        """Check a name, except this machine's own CPU, which is measured later."""
         if not value.startswith("here"):
             find_device(value)
 
@@ -119,7 +119,7 @@ class Text(Argument):
     name = "text"
 
     def check(self, value: str) -> None:
-        """Check that a text is there."""
+        """Check that the text exists."""
         check_text(value)
 
 

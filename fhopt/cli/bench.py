@@ -1,4 +1,4 @@
-"""The command `fhopt bench`."""
+"""Command `fhopt bench`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def bench(
 
 
 def _check(model: str, chosen: ThroughputOptions) -> None:
-    """Raise FhoptError for options that are not possible, as far as the files of MODEL say."""
+    """Raise FhoptError for invalid options, as far as the files of MODEL show."""
     from fhopt.models.model_name import check_text_model, stored_facts
 
     check_text_model(model)
@@ -91,7 +91,7 @@ def _check(model: str, chosen: ThroughputOptions) -> None:
 
 
 def _read_plans(model: str, paths: tuple[Path, ...]) -> dict[str, LatentPlan | None]:
-    """Return the KV caches to measure by name: the exact one, and that of each plan. Raises FhoptError."""
+    """Return the KV caches to measure by name: full precision, and that of each plan. Raises FhoptError."""
     plans: dict[str, LatentPlan | None] = {"exact": None}
     names = [path.name for path in paths]
     for path in paths:
@@ -102,7 +102,7 @@ def _read_plans(model: str, paths: tuple[Path, ...]) -> dict[str, LatentPlan | N
 
 
 def _limited(chosen: ThroughputOptions, positions: int | None) -> ThroughputOptions:
-    """Return the options with contexts that the model has, and say so where they were cut. Raises FhoptError."""
+    """Return the options with contexts that fit the model, and report truncated ones. Raises FhoptError."""
     from fhopt.evaluation.throughput_options import CONTEXTS
 
     limited = chosen.within(positions)
@@ -115,7 +115,7 @@ def _limited(chosen: ThroughputOptions, positions: int | None) -> ThroughputOpti
 def _measure(
     network: Any, plans: dict[str, LatentPlan | None], chosen: ThroughputOptions, as_json: bool
 ) -> tuple[list[Throughput], bool]:
-    """Return the results, and whether they are all: Ctrl-C ends measuring."""
+    """Return the results, and whether they are complete: Ctrl-C ends the measurement."""
     from fhopt.evaluation.throughput import measure
 
     rows: list[Throughput] = []
@@ -129,7 +129,7 @@ def _measure(
 
 
 def _about(opened: TextModel, dtype: str, keep_blocks: bool, chosen: ThroughputOptions) -> dict[str, Any]:
-    """Return what the results depend on, as JSON values."""
+    """Return the conditions of the results, as JSON values."""
     import torch
 
     device, threads = opened.network.device, torch.get_num_threads()
@@ -144,7 +144,7 @@ def _about(opened: TextModel, dtype: str, keep_blocks: bool, chosen: ThroughputO
 
 
 def _compared(rows: list[Throughput]) -> list[dict[str, Any]]:
-    """Return results as JSON values, each with its gains over the exact KV cache of the same context and batch."""
+    """Return results as JSON values, each with its gains over the full-precision cache at its context and batch."""
     exact = {(row.context, row.batch): row for row in rows if row.cache == "exact"}
     return [_row(row, exact[row.context, row.batch]) for row in rows]
 
@@ -168,7 +168,7 @@ def _row(row: Throughput, exact: Throughput) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any], out: Path | None, as_json: bool, parts: bool) -> None:
-    """Print the results, with the parts of a step where these are wanted, and plot them to `out`."""
+    """Print the results, optionally with the time breakdown of a step, and plot them to `out`."""
     from fhopt.inspection.tables import parts_table, throughput_table
     from fhopt.inspection.throughput_plot import plot_throughput
 

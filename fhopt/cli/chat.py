@@ -1,4 +1,4 @@
-"""The command `fhopt chat`."""
+"""Command `fhopt chat`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def chat(
 
 
 class _Session:
-    """The loop of turns at a terminal or a pipe."""
+    """Loop of turns at a terminal or a pipe."""
 
     def __init__(self, opened: TextModel, chat: Chat, dtype: str, as_json: bool) -> None:
         self.opened, self.chat, self.dtype, self.as_json = opened, chat, dtype, as_json

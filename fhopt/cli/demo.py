@@ -1,4 +1,4 @@
-"""The command `fhopt demo`."""
+"""Command `fhopt demo`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from fhopt.cli.options import json_option, output_console, print_json, progress_
 from fhopt.errors import FhoptError
 from fhopt.planning.request import CALIBRATING
 
-SHARES = (
-    {"loading": 1.0} | CALIBRATING | {"plan": 1.0, "perplexity": 5.0, "speed": 3.0, "report": 2.0}
-)  # stages, and their times
+# Stages and shares of the time
+SHARES = {"loading": 1.0} | CALIBRATING | {"perplexity": 5.0, "speed": 3.0, "report": 2.0}
 
 
 @main.command()
@@ -53,7 +52,7 @@ def demo(ratio: float, out: Path, as_json: bool) -> None:
 
 
 def _check_extras() -> None:
-    """Raise FhoptError where a package that the demo needs is not installed, before anything is imported."""
+    """Raise FhoptError if a package that the demo needs is not installed, before anything is imported."""
     absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         raise FhoptError(

@@ -1,4 +1,4 @@
-"""The job of `fhopt demo`: find attention, fit a plan, generate with it, and measure, on SmolLM2-135M."""
+"""Implementation of `fhopt demo`: find attention, fit a plan, generate with it, and measure, on SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fhopt.plan.quality_card import with_measured
 from fhopt.planning.pipeline import fit_to_text
 from fhopt.texts import tokens
 
-TEXTS = ("topics", "source")  # their second halves, which calibrate nothing
-CONTEXT = 2048  # of perplexity
-SPEED_CONTEXTS = (512, 2048, 8000)  # the last is as long as the model allows
+TEXTS = ("topics", "source")  # their second halves are not used for calibration
+CONTEXT = 2048  # for perplexity
+SPEED_CONTEXTS = (512, 2048, 8000)  # the last is the model's limit
 SEQUENCES, RATE_SEQUENCES = 7, 5  # enough for this model: benchmarks/quality/calibration_curve.py
 QUESTION = "What is the capital of France? Answer in one sentence."
 COUNTED_AT = 8192
@@ -38,7 +38,7 @@ COUNTED_AT = 8192
 def run_demo(
     out: Path, ratio: float, console: Console, progress: fhopt_progress.Progress = fhopt_progress.silent
 ) -> dict[str, Any]:
-    """Run the demo, write plan and report below `out`, and return the figures that `fhopt demo --json` prints."""
+    """Run the demo, write plan and report into `out`, and return the results that `fhopt demo --json` prints."""
     start = time.perf_counter()
     options = calibration_options.FitOptions(
         ratio=ratio, sequences=SEQUENCES, rate_sequences=RATE_SEQUENCES, device=most_alike()
@@ -80,7 +80,7 @@ def run_demo(
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Say in one line what the plan gave: how much smaller and faster, from which context on, and the same answer."""
+    """Summarize the plan in one line: how much smaller and faster, from which context, and if the answer differs."""
     speeds = {int(n): speed["plan"] / speed["exact"] for n, speed in result["speed_by_context"].items()}
     longest = max(speeds)
     pays = result["break_even_tokens"]
@@ -95,7 +95,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def break_even(speeds: Mapping[int, Mapping[str, float]]) -> int | None:
-    """Return the shortest measured context from which on the plan is at least as fast; None where it never is."""
+    """Return the shortest measured context from which the plan is at least as fast; None if it never is."""
     pays = None
     for length in sorted(speeds, reverse=True):
         if speeds[length]["plan"] < speeds[length]["exact"]:
@@ -105,13 +105,13 @@ def break_even(speeds: Mapping[int, Mapping[str, float]]) -> int | None:
 
 
 def _unseen(loaded: Any, name: str, length: int) -> Tensor:
-    """Return the first tokens [1, length] of the half of a text that calibrates nothing."""
+    """Return the first tokens [1, length] of the half of a text that is not used for calibration."""
     half = tokens.halves(tokens.read_text(name))[1]
     return tokens.sequences(loaded.tokenizer, half, count=1, length=length, what=f"text {name!r}")
 
 
 def _perplexities(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Comparison]:
-    """Measure what each of TEXTS costs with the exact KV cache and with latents."""
+    """Measure each of TEXTS with the full-precision KV cache and with latents."""
     found = {}
     for done, name in enumerate(TEXTS):
         progress("perplexity", done, len(TEXTS))
@@ -121,7 +121,7 @@ def _perplexities(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> 
 
 
 def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Any]:
-    """Measure answer, bytes and speed, with the exact KV cache and with latents."""
+    """Measure answer, bytes and speed, with the full-precision KV cache and with latents."""
     model, tokenizer = loaded.language_model(), loaded.tokenizer
     notes = tokenizer.decode(_unseen(loaded, "topics", CONTEXT)[0][:600])
     answers = {}

@@ -1,4 +1,4 @@
-"""The command `fhopt doctor`."""
+"""Command `fhopt doctor`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _prospects(model: str, machine: Machine, dtype: str, as_json: bool) -> Prosp
 
 
 def _places(machine: Machine) -> list[Place]:
-    """Return this CPU, with the rates that `fhopt device` keeps, and the GPUs that the cost model knows."""
+    """Return this CPU, with the rates that `fhopt device` stores, and the GPUs that the cost model knows."""
     from fhopt.hardware.devices import find_device
     from fhopt.inspection.prospects import Place
 

@@ -1,4 +1,4 @@
-"""Commands that make plans: `fhopt calibrate`, `fhopt fit`, `fhopt heal`, `fhopt head`."""
+"""Commands that create plans: `fhopt calibrate`, `fhopt fit`, `fhopt heal`, `fhopt head`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def calibrate(
     with progress_bar(as_json, CALIBRATING) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         shown("finding attention", 0, 1)
         measured = calibrate_source(text_source(loaded), chosen, progress, layouts)
-        if collectives.leave() > 0:  # the first process writes
+        if collectives.leave() > 0:  # only the first process writes
             return
         took = {"seconds": round(time.monotonic() - began, 1), "peak_megabytes": round(peak_megabytes())}
         save_statistics(measured.with_provenance(calibration=took | {"dtype": dtype}), out)
@@ -225,7 +225,7 @@ def fit(
 def _fitted(
     loaded: LoadedModel | None, request: PlanRequest, dtype: str, *, beside: Path, as_json: bool
 ) -> FittedPlan | None:
-    """Run the pipeline, and show and record its progress beside the plan; None in all processes but the first."""
+    """Run the pipeline, and show and record its progress next to the plan; None in all processes but the first."""
     from fhopt.inspection import progress_file
     from fhopt.planning.pipeline import fit_in_first_process, text_source
 
@@ -233,8 +233,7 @@ def _fitted(
     shares |= ({"gate": 10.0} if request.gate else {}) | ({"pages": 10.0} if request.pages else {})
     kept = progress_file.ProgressFile(progress_file.beside(beside))
     with progress_bar(as_json, shares) as shown, kept.kept(shown) as progress:
-        if request.calibration is None:
-            shown("finding attention", 0, 1)
+        shown("finding attention" if request.calibration is None else "plan", 0, 1)
         return fit_in_first_process(text_source(loaded), request, progress, calibration={"dtype": dtype})
 
 
@@ -243,7 +242,7 @@ def _is_given(context: click.Context, name: str) -> bool:
 
 
 def _check_places(out: Path, picture: Path | None) -> None:
-    """Raise FhoptError where a plan, or the picture of one, cannot be written."""
+    """Raise FhoptError if a plan, or its plot, cannot be written."""
     from fhopt.files import check_picture, check_writable
     from fhopt.models.model_files import check_plan_place
 
@@ -254,7 +253,7 @@ def _check_places(out: Path, picture: Path | None) -> None:
 
 
 def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
-    """Say where layouts that were chosen by loss alone are slow on a CPU."""
+    """Report layouts that were chosen by KL only and are slow on a CPU."""
     from fhopt.fitting.candidates import SLOW, is_slow
     from fhopt.hardware.this_cpu import most_alike
 
@@ -269,7 +268,7 @@ def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
 
 
 def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comparison], as_json: bool) -> None:
-    """Print a plan, with sizes in a context of `tokens` tokens, which it was made for."""
+    """Print a plan, with sizes at its target context of `tokens` tokens."""
     from fhopt.fitting.fast_choice import TIME
     from fhopt.inspection.tables import plan_table
     from fhopt.plan.cache_size import cache_size

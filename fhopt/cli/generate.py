@@ -1,4 +1,4 @@
-"""The command `fhopt generate`."""
+"""Command `fhopt generate`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def generate(
 
 
 def run_generation(opened: TextModel, ids: list[int], sampling: Sampling, *, silent: bool) -> Generated:
-    """Generate behind token ids, streamed to standard output unless `silent`. Raises FhoptError."""
+    """Generate after token ids, streamed to standard output unless `silent`. Raises FhoptError."""
     import torch
 
     from fhopt.hf.streaming import generate_text
@@ -97,7 +97,7 @@ def run_generation(opened: TextModel, ids: list[int], sampling: Sampling, *, sil
 
 
 def _check_prompt(model: str, text: str, chat: bool | None, sampling: Sampling) -> None:
-    """Raise FhoptError where the prompt has no tokens or too many, before the model of a folder is loaded."""
+    """Raise FhoptError if the prompt has no tokens or too many, before the model of a folder is loaded."""
     from fhopt.models.loader import load_tokenizer
     from fhopt.models.model_name import stored_facts
 
@@ -107,7 +107,7 @@ def _check_prompt(model: str, text: str, chat: bool | None, sampling: Sampling) 
 
 
 def _tokens(tokenizer: Any, text: str, chat: bool | None, model: str) -> tuple[list[int], str]:
-    """Return the token ids of the prompt, and whether they are of the chat template. Raises FhoptError."""
+    """Return the token ids of the prompt, and whether the chat template was applied. Raises FhoptError."""
     from fhopt.hf.chat import chat_tokens
 
     if chat is None:

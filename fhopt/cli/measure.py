@@ -122,7 +122,7 @@ def evaluate(
         progress(chosen[0], 0, 1)
         perplexity = _perplexities(network, ids, plan, progress)
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
-    if collectives.leave() > 0:  # the first process prints the results of all
+    if collectives.leave() > 0:  # only the first process prints the results
         return
     size = cache_size(plan, layers=measured_layers(network)) if plan else None
     result: dict[str, Any] = {
@@ -163,7 +163,7 @@ def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, conte
 def _perplexities(
     network: Any, ids: dict[str, Tensor], plan: LatentPlan | None, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate each text: the exact model against the plan, or the exact model alone."""
+    """Evaluate each text: the exact model versus the plan, or only the exact model."""
     from fhopt.evaluation.perplexity import score, token_costs
 
     results: dict[str, dict[str, Any]] = {}

@@ -21,12 +21,12 @@ from fhopt.hardware.devices import SHOWN
 from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
-LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that look at a model, and their shares
+LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that inspect a model, with shares
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
 def _is_first() -> bool:
-    """Return whether this process prints: the first of those that torchrun started, or any other process."""
+    """Return whether this process prints: the first that torchrun started, or any process without torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -64,7 +64,7 @@ def progress_bar(
 ) -> Iterator[Callable[[str, int, int], None]]:
     """Show the whole job on standard error: a bar with the time left, or a line every ten seconds without a terminal.
 
-    shares: relative times of the job's stages, in order. transient: the bar goes at the end.
+    shares: relative times of the job's stages, in order. transient: remove the bar at the end.
     """
     if not _is_first() or as_json:
         yield silent
@@ -85,14 +85,14 @@ def progress_bar(
 
 @contextmanager
 def busy(stage: str, as_json: bool) -> Iterator[None]:
-    """Show that something runs that reports nothing, with a bar that goes at the end."""
+    """Show a transient bar for work that reports no progress."""
     with progress_bar(as_json, {stage: 1.0}, transient=True) as progress:
         progress(stage, 0, 1)
         yield
 
 
 def read_counts(text: str, option: str) -> tuple[int, ...]:
-    """Read a list with commas of positive numbers, each once. Raises FhoptError."""
+    """Parse a comma-separated list of positive numbers, without duplicates. Raises FhoptError."""
     words = [word.strip() for word in text.split(",")]
     counts = [int(word) if word.isascii() and word.isdecimal() else 0 for word in words]
     if not all(counts):
@@ -101,7 +101,7 @@ def read_counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON value on standard output; numbers that are not finite, which JSON has not, as null."""
+    """Print one JSON value on standard output; non-finite numbers, which JSON does not support, as null."""
     click.echo(json.dumps(_finite(value), indent=1, sort_keys=True))
 
 
@@ -114,7 +114,7 @@ def _finite(value: Any) -> Any:
 
 
 def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say on what a model is calibrated; the defaults are those of `FitOptions`."""
+    """Add the options for calibration data; the defaults are those of `FitOptions`."""
     options = (
         click.option(
             "--data", "texts", type=TEXT, multiple=True, default=("topics", "source", "docstrings", "mixture"),
@@ -162,7 +162,7 @@ _placement_option = click.option(
 
 
 def placement_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say where a model's weights go, and in which dtype."""
+    """Add the options for placement and dtype of a model's weights."""
     dtype = click.option(
         "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Dtype of the model."
     )
@@ -170,7 +170,7 @@ def placement_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def calibration_placement_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the same options for commands that calibrate: the dtype may be left to `calibration_dtype`."""
+    """Add the same options for commands that calibrate, where `auto` leaves the dtype to `calibration_dtype`."""
     dtype = click.option(
         "--dtype",
         type=click.Choice([AUTO_DTYPE, *DTYPES]),
@@ -183,9 +183,9 @@ def calibration_placement_options(command: Callable[..., None]) -> Callable[...,
 
 
 def calibration_dtype(model: str, asked: str, device_map: str | None, is_measured: bool = False) -> str:
-    """Return in which dtype a command calibrates MODEL, asked for by `calibration_placement_options`.
+    """Resolve the dtype in which a command calibrates MODEL, from `calibration_placement_options`.
 
-    is_measured: what a plan loses is measured, too, which is less than what 16 bits round away.
+    is_measured: whether the KL of plans is measured, too; 16-bit rounding errors would exceed it.
     """
     if asked != AUTO_DTYPE:
         return asked

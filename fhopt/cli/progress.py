@@ -1,7 +1,8 @@
 """Progress of a whole job on standard error: one bar with the time left, or plain lines without a terminal.
 
-A job has stages, each with a share of the time; the command knows them, and what runs reports `(stage, done, total)`.
-Without a terminal a line comes every ten seconds, whatever is reported meanwhile: a step may take minutes.
+A job has stages, each with a share of the time. The command defines them, and the running code reports
+`(stage, done, total)`. Without a terminal a line is printed every ten seconds, independent of reports, since a step may
+take minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SECONDS = 10.0  # between two lines without a terminal
 
 
 class Job:
-    """The progress of a job over its stages. shares: relative times of stages, in order; others join as they come."""
+    """Progress of a job over its stages. shares: relative times of stages, in order; unknown stages are appended."""
 
     def __init__(self, shares: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
         self.shares, self.now = dict(shares), now
@@ -30,7 +31,7 @@ class Job:
         self.stage_began, self.first, self.is_over = self.began, 0, False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Record that `done` of `total` steps of a stage are done; stages before it are complete."""
+        """Record that `done` of `total` steps of a stage are done; earlier stages are complete."""
         if stage != self.stage:
             self.stage, self.first, self.stage_began = stage, done, self.now()
             self.shares.setdefault(stage, sum(self.shares.values()) / max(1, len(self.shares)) or 1.0)
@@ -49,20 +50,20 @@ class Job:
         self.fraction, self.is_over = 1.0, True
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds left: this stage at its own pace, later ones at that of all; None where unknown."""
+        """Estimate the seconds left: this stage at its own pace, later ones at the overall pace; None if unknown."""
         if self.is_over or not self.stage:
             return 0.0 if self.is_over else None
         now, reached = self.now(), self._reached() - self.shares[self.stage] * self.first / self.total
         steps, spent = self.done - self.first, now - self.stage_began
         known = now if steps > 0 else self.stage_began
-        pace = (known - self.began) / reached if reached > 0 else None  # seconds of a share
+        pace = (known - self.began) / reached if reached > 0 else None  # seconds per unit of share
         if steps > 0:
             rest = max(0.0, spent / steps * (self.total - self.first) - spent)
         elif pace is not None:
             rest = pace * self.shares[self.stage] * (self.total - self.first) / self.total - spent
         else:
             return None
-        if rest < 0:  # this stage takes longer than its share: nobody knows
+        if rest < 0:  # this stage takes longer than its share: unknown
             return None
         later = sum(self.shares.values()) - self._before() - self.shares[self.stage]
         return rest + later * (pace if pace is not None else 0.0)
@@ -73,7 +74,7 @@ class Job:
         return f"{self.stage}{steps}: {100 * self.fraction:.0f} %, {self.time_words()}"
 
     def time_words(self) -> str:
-        """Describe the time left, or the time so far where nothing can be said of it."""
+        """Describe the time left, or the time so far if it is unknown."""
         left = self.seconds_left()
         return f"{duration(self.now() - self.began)} so far" if left is None else f"{duration(left)} left"
 
@@ -108,25 +109,26 @@ def lines(job: Job) -> Iterator[None]:
 
 
 class _Left(ProgressColumn):
-    """The time left of a job."""
+    """Progress column with the time left of a job."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.job = job
 
     def render(self, task: Task) -> Text:
-        """Return the words of the job."""
+        """Return the time left of the job."""
         left = self.job.seconds_left()
         return Text("" if left is None else f"{duration(left)} left", "progress.remaining")
 
 
 @contextmanager
 def bar(job: Job, console: Console, transient: bool = False) -> Iterator[Callable[[], None]]:
-    """Show a bar for a whole job; yields what is to be called when it has moved on. transient: it goes at the end."""
+    """Show a bar for a whole job; yields a function to call after progress. transient: remove the bar at the end."""
     columns = (
         TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), _Left(job),
     )  # fmt: skip
-    # What is printed meanwhile stands above the bar, but goes where it was to go: not with it to standard error.
+    # rich prints other output above the bar. Redirect standard output only if it is a terminal: otherwise it would go
+    # to standard error with the bar.
     shared = sys.stdout.isatty()
     with Progress(*columns, console=console, transient=transient, redirect_stdout=shared) as shown:
         task = shown.add_task("", total=1.0)
@@ -137,7 +139,7 @@ def bar(job: Job, console: Console, transient: bool = False) -> Iterator[Callabl
         try:
             yield moved
         except BaseException:
-            shown.live.transient = True  # a message follows
+            shown.live.transient = True  # an error message follows
             raise
         job.end()
         moved()

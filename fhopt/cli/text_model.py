@@ -1,4 +1,4 @@
-"""MODEL and --plan of commands that generate text: checked as far as possible before the model is loaded."""
+"""MODEL and --plan of commands that generate text, checked as far as possible before the model is loaded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel
     from fhopt.plan.latent_plan import LatentPlan
 
-INTERRUPTED = 130  # the exit code after Ctrl-C, 128 + SIGINT
+INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model with its tokenizer, and the plan that is applied to it; None for the exact KV cache."""
+    """A model with its tokenizer, and the plan applied to it; None for the full-precision KV cache."""
 
     name: str
     network: Any
@@ -35,12 +35,12 @@ class TextModel:
 
     @property
     def cache_words(self) -> str:
-        """The kind of KV cache, in words."""
+        """Description of the KV cache."""
         return "exact KV cache" if self.plan is None else f"{self.plan.ratio():.1f}x plan"
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say which plan is applied, how many tokens are generated, and how they are drawn."""
+    """Add the options for the plan, the number of generated tokens, and sampling."""
     options = (
         click.option(
             "--plan", "plan_path", type=click.Path(path_type=Path),
@@ -66,7 +66,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 def read_sampling(
     model: str, max_new_tokens: int | None, temperature: float, top_p: float, seed: int, needs_template: bool
 ) -> Sampling:
-    """Check MODEL by its files, and the numbers, with nothing loaded. Raises FhoptError."""
+    """Check MODEL by its files, and the sampling options, without loading anything. Raises FhoptError."""
     from fhopt.hf.sampling import Sampling
     from fhopt.models.model_name import check_text_model, no_chat_template, stored_facts
 
@@ -80,9 +80,9 @@ def read_sampling(
 
 
 def read_plan(model: str, plan_path: Path | None, exact: bool = False) -> LatentPlan | None:
-    """Load the plan for MODEL, that of a rewritten folder where none is given, and check it against stored weights.
+    """Load the plan for MODEL, by default that of a rewritten folder, and check it against stored weights.
 
-    Returns None for the exact KV cache. Raises FhoptError.
+    Returns None for the full-precision KV cache. Raises FhoptError.
     """
     from fhopt.models.model_name import folder_of
 
@@ -114,9 +114,9 @@ def load_text_model(
     name: str, dtype: str, device_map: str | None, plan: LatentPlan | None, as_json: bool = False,
     keep_blocks: bool = False,
 ) -> TextModel:  # fmt: skip
-    """Load MODEL, with a bar that goes when it is loaded, and apply the plan. Raises FhoptError.
+    """Load MODEL, with a transient bar, and apply the plan. Raises FhoptError.
 
-    keep_blocks: the weights of a GGUF file stay in their blocks.
+    keep_blocks: leave the weights of a GGUF file in their quantized blocks.
     """
     import torch
 
@@ -136,7 +136,7 @@ def load_text_model(
 
 
 def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> LoadedModel:
-    """Load the model of a GGUF file, its weights left in their blocks. Raises FhoptError for any other model."""
+    """Load a GGUF file's model with weights in their quantized blocks. Raises FhoptError for any other model."""
     from fhopt.hf.gguf import load_gguf
     from fhopt.models.loaded_model import LoadedModel
     from fhopt.models.loader import DEMO_NAME, gguf_file
@@ -152,7 +152,7 @@ def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> Loade
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End the command with exit code 130 and without a traceback at Ctrl-C."""
+    """Exit with code 130 and without a traceback on Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
@@ -161,7 +161,7 @@ def interruptible() -> Iterator[None]:
 
 
 def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") -> list[str]:
-    """Return speed and bytes of a generation in lines. kind: of KV cache. dtype: of exact keys and values."""
+    """Return speed and bytes of a generation in lines. kind: of KV cache. dtype: of full-precision keys and values."""
     from fhopt.plan.display import quantity, rate, times
 
     values = done.as_json()

@@ -1,1 +1,1 @@
-"""Measuring what a plan costs and gives: perplexity, tasks, speed of decoding."""
+"""Evaluation of plans: perplexity, tasks, decode speed."""

@@ -1,4 +1,4 @@
-"""Timing of decode steps with an exact KV cache and with latents, in turns."""
+"""Interleaved timing of decode steps with the full-precision KV cache and with latents."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ANSWER_TOKENS = 32
 def decode_speed(
     model: Any, plan: LatentPlan, ids: Tensor, contexts: Sequence[int] = (), steps: int = 12, rounds: int = 4
 ) -> dict[str, Any]:
-    """Measure tokens per second behind token ids [T], exact KV cache against latents: medians of interleaved rounds.
+    """Measure decode tok/s after token ids [T], full-precision KV cache versus latents: medians of interleaved rounds.
 
-    The tokens are read once, by the exact model; the plan's cache is given its keys and values, and is applied and
-    removed in each round. contexts: lengths of shorter beginnings to measure, too. Returns {"exact", "plan"} for all
-    tokens, under "contexts" the same by length, and under "bytes" the size of each cache of all tokens.
+    The exact model prefills the tokens once, and the plan's cache is filled from its keys and values. The plan is
+    applied and removed in each round. contexts: lengths of prefixes to measure as well. Returns {"exact", "plan"} for
+    all tokens, under "contexts" the same by length, and under "bytes" the size of each cache for all tokens.
     """
     lengths = sorted({*contexts, len(ids)})
     caches: dict[tuple[str, int], Any] = {}
@@ -38,7 +38,7 @@ def decode_speed(
     apply(model, plan)
     for length in lengths:
         caches["plan", length] = prefilled(model, plan, whole, length)
-        caches["plan", length].activate_past_recording()  # steps are taken back
+        caches["plan", length].activate_past_recording()  # so that steps can be cropped
     for length in lengths:
         caches["exact", length] = copy.deepcopy(whole) if length < len(ids) else whole
         caches["exact", length].crop(length - len(ids))
@@ -59,7 +59,7 @@ def decode_speed(
 
 
 def _read(model: Any, ids: Tensor) -> Any:
-    """Read token ids [T] into a new exact KV cache, some at a time; all its layers hold all tokens."""
+    """Prefill token ids [T] in pieces into a new full-precision KV cache whose layers all store all tokens."""
     cache = new_cache(model, None)
     cache.activate_past_recording()
     for piece in ids[None].to(model.device).split(PIECE, 1):
@@ -68,7 +68,7 @@ def _read(model: Any, ids: Tensor) -> Any:
 
 
 def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
-    """Time `steps` decode steps, in seconds each; their tokens are cropped from the cache again."""
+    """Time `steps` decode steps, in seconds each, then crop their tokens from the cache."""
     name, out = cache_argument(model), []
     token = torch.tensor([[1]], device=model.device)
     for _ in range(steps):
@@ -81,7 +81,7 @@ def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
 
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, question: str, context: str = "") -> str:
-    """Generate the greedy answer of a chat model to `question` after `context`."""
+    """Generate a chat model's greedy answer to `question` after `context`."""
     messages = [{"role": "user", "content": f"{context}{question}"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs.to(model.device), max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=0)

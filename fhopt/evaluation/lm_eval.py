@@ -1,12 +1,15 @@
-"""The lm-eval harness on latents: its model `fhopt`, which reads everything in steps through a latent cache.
+"""lm-eval harness model `fhopt`, which processes all tokens in steps through a latent KV cache.
 
     python -m fhopt.evaluation.lm_eval --model fhopt --model_args pretrained=demo,plan=PLAN --tasks TASK
 
-takes the options of `lm_eval`. `pretrained` is a MODEL of fhopt's commands; without `plan` the exact KV cache is read
-in the same steps. From Python: `lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"), tasks=[...])`.
+takes the options of `lm_eval`. `pretrained` is a MODEL of fhopt's commands; without `plan` a full-precision KV cache is
+used in the same steps. From Python:
 
-lm-eval itself would prefill a context in one call, in which tokens are exact to each other: every plan would seem
-lossless. Everything is read in the steps of `fhopt.evaluation.perplexity` instead, as token-by-token decoding would.
+    lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"), tasks=[...])
+
+lm-eval itself would prefill a context in one call, in which tokens attend to each other in full precision: every plan
+would seem lossless. All tokens are therefore processed in the steps of `fhopt.evaluation.perplexity`, as token-by-token
+decoding would.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def harness_model() -> Any:
         ) from error
 
     class LatentLM(HFLM):  # type: ignore[misc]
-        """A causal language model whose KV cache holds latents; further options are those of lm-eval's HFLM."""
+        """Causal language model with a latent KV cache; further options are those of lm-eval's HFLM."""
 
         def __init__(self, pretrained: Any, plan: PlanOrPath | None = None, **options: Any) -> None:
             if isinstance(pretrained, str):
@@ -61,7 +64,7 @@ def harness_model() -> Any:
         def _model_generate(
             self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor | None = None, **kwargs: Any
         ) -> Tensor:
-            """Generate [B, S + new] from token ids [B, S] by rows: padding before a context would shift its steps."""
+            """Generate [B, S + new] from token ids [B, S], row by row: left padding would shift the steps."""
             rows = []
             for index, row in enumerate(context):
                 padding = 0 if attention_mask is None else int((attention_mask[index] == 0).sum())
@@ -76,14 +79,14 @@ def harness_model() -> Any:
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
         def _steps(self, ids: Tensor, held: Any, first: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
-            """Read token ids [B, S] in steps, from an empty cache on; no steps when there are no tokens."""
+            """Process token ids [B, S] in steps from an empty cache; no steps if there are no tokens."""
             return read_steps(self.model, ids, [held], self.latent_plan, first) if ids.numel() else iter(())
 
     return register_model("fhopt")(LatentLM)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:
-    """Resolve lm-eval's option `dtype`; `auto` is float32, in which plans are measured. Raises FhoptError."""
+    """Resolve lm-eval's option `dtype`; `auto` is float32, the dtype for measuring plans. Raises FhoptError."""
     dtype = torch.float32 if name == "auto" else getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise FhoptError(f"dtype {name!r} is unknown; expected float32, bfloat16, float16 or auto.")

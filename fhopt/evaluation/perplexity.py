@@ -1,13 +1,13 @@
 """Perplexity and KL divergence of a plan, measured on the model itself with its real KV cache.
 
-Tokens are read in steps of the plan's block, aligned so that every query sees exactly what it would see when decoding
-token by token: a residual window of `recent` to `recent + block` tokens, the attention sinks, and latents of all
-others, or of the pages that it selects. The exact model is read in the same steps, its KV cache beside the plan's; only
-one step's logits of each are held. Several processes may share the sequences (fhopt/parallel/collectives.py).
+Tokens are processed in steps of the plan's block, aligned so that every query sees what it would see in token-by-token
+decoding: the attention sinks, a recent window of `recent` to `recent + block` tokens, and latents of all other tokens,
+or of the pages that it selects. The exact model runs in the same steps on its own KV cache, so only one step's logits
+of each are in memory. Several processes may share the sequences (fhopt/parallel/collectives.py).
 
-Intervals are percentiles of a bootstrap over blocks of 64 tokens, because tokens close to each other go wrong together
-(blocks that do not overlap: Carlstein 1986, "The use of subseries values for estimating the variance of a general
-statistic from a stationary sequence").
+Intervals are percentiles of a bootstrap over blocks of 64 tokens, because errors of neighboring tokens are correlated
+(nonoverlapping blocks: Carlstein 1986, "The use of subseries values for estimating the variance of a general statistic
+from a stationary sequence").
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.cache_size import recorded_layers, sliding_windows
 from fhopt.plan.latent_plan import LatentPlan
 
-FIRST_STEP, STEP = 336, 64  # tokens, for an exact cache alone: those of a plan with the default sinks and window
+FIRST_STEP, STEP = 336, 64  # tokens, without a plan: those of a plan with the default sinks and window
 
 
 def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -> Any:
-    """Make an empty KV cache: of latents by `plan` (which must be applied to the model), or an exact one for any model.
+    """Create an empty KV cache: latents for `plan`, which must be applied to the model, or full precision for any.
 
-    each_query: of the plan's pages each query reads those that it would select alone (see `LatentCache`). The exact
-    cache is not a `DynamicCache`, although it has its layers: a model with a plan would put latents into that.
+    each_query: each query selects its own pages, as if decoded separately (see `LatentCache`). The full-precision cache
+    is a `Cache` with the layers of a `DynamicCache`, because a model with a plan would put latents into a
+    `DynamicCache`.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import Cache
@@ -46,15 +47,15 @@ def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -
     if plan is None:
         return Cache(layers=DynamicCache(config=model.config).layers)
     cache = LatentCache(held_plan(model, plan), model.config, absorb=True, each_query=each_query)
-    cache.warns = False  # what a text loses is being measured
+    cache.warns = False  # suppress out-of-distribution warnings: evaluation measures that effect
     return cache
 
 
 @contextmanager
 def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
-    """Apply `plan` inside the context (None: no plan at all), and afterwards what was applied before.
+    """Apply `plan` inside the context (None: no plan), and restore the previous plan afterwards.
 
-    Calls inside wait for kernels that are not built yet.
+    Calls inside wait for kernels that are still being compiled.
     """
     before = getattr(model, "_fhopt_applied", None)
     try:
@@ -66,7 +67,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
 
 
 def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:
-    """Return (start, stop) of each step over `tokens` tokens: one ends where a layer of the plan quantizes a block."""
+    """Return (start, stop) of each step over `tokens` tokens: steps end where a layer of the plan quantizes a block."""
     if plan is None:
         ends = set(range(FIRST_STEP, tokens, STEP))
     else:
@@ -79,10 +80,10 @@ def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:
 def read_steps(
     model: Any, ids: Tensor, caches: list[Any], plan: LatentPlan | None, first: int = 0
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Read token ids [B, T] into all `caches` side by side, in the steps of `plan`.
+    """Process token ids [B, T] into each of `caches`, in the steps of `plan`.
 
-    Yields, for each step with tokens from position `first` on, the position of the first of its logits and the logits
-    [B, S, V] with each cache.
+    Yields, for each step with tokens from position `first` on, the position of its first logits and the logits [B, S,
+    V] with each cache.
     """
     name = cache_argument(model)
     can_skip = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -96,7 +97,7 @@ def read_steps(
 
 
 def decode_options(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the arguments of calls that read tokens into `cache`, of which the last one's logits are wanted."""
+    """Return the arguments for calls that append tokens to `cache` and return only the last logits."""
     options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
@@ -109,9 +110,9 @@ def score(
     model: Any, ids: Tensor, plan: LatentPlan | None, progress: Callable[[int], None] = lambda n: None,
     *, shared: bool = False,
 ) -> Score:  # fmt: skip
-    """Measure the likelihood of token ids [N, T] under the model with the KV cache of `plan` (None: an exact one).
+    """Measure the likelihood of token ids [N, T] with the KV cache of `plan` (None: full precision).
 
-    shared: each process reads its share, and all know the result; all must call it, with a whole model each.
+    shared: each process handles its share, and all get the result; all must call it, each with a whole model.
     """
 
     def measure(sequence: Tensor) -> Tensor:
@@ -134,11 +135,10 @@ def token_costs(
     model: Any, ids: Tensor, plan: LatentPlan, progress: Callable[[int], None] = lambda n: None,
     *, shared: bool = False,
 ) -> TokenCosts:  # fmt: skip
-    """Measure what each of token ids [N, T] costs with the exact KV cache and with the plan's, in one pass.
+    """Measure per-token costs of token ids [N, T] with the full-precision KV cache and with the plan's, in one pass.
 
-    Applies the plan, and leaves the model as it was. shared: each process reads its share, and all know the result; all
-    must call it, with a whole model each. Raises FhoptError when the plan is not for
-    this model.
+    Applies the plan, and restores the model afterwards. shared: each process handles its share, and all get the result;
+    all must call it, each with a whole model. Raises FhoptError if the plan is not for this model.
     """
 
     def measure(sequence: Tensor) -> Tensor:
@@ -153,16 +153,16 @@ def token_costs(
 
 
 def paired(exact: Tensor, planned: Tensor, following: Tensor) -> Tensor:
-    """Return costs of the exact model and of the plan, and the KL, [3, S], from logits [S, V] and following tokens.
+    """Return costs of the exact model and of the plan, and the KL, [3, S], from logits [S, V] and the next tokens.
 
-    float64: the difference of two close distributions is small beside what float32 rounds off.
+    In float64: the difference of two close distributions is small compared with float32 rounding errors.
     """
     p, q = exact.double().log_softmax(-1), planned.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()  # below zero by rounding only
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()  # negative only by rounding
     return torch.stack([_costs(p, following), _costs(q, following), kl])
 
 
 def _costs(log_p: Tensor, following: Tensor) -> Tensor:
-    """Return the negative log-likelihood [S] from log-probabilities [S, V] and at least S tokens that follow."""
+    """Return the negative log-likelihood [S] from log-probabilities [S, V] and at least S next tokens."""
     target = following[: len(log_p), None].to(log_p.device)
     return -log_p.gather(-1, target)[:, 0].cpu()

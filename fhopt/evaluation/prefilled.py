@@ -1,12 +1,12 @@
-"""Tasks whose context is read once, as a prompt, for the exact KV cache and for those of all plans.
+"""Tasks with a context that is prefilled once, for the full-precision KV cache and for those of all plans.
 
-    context     read by the exact model in pieces, into an exact cache
-    caches      a plan's is given the keys and values of the exact one, as a prefill in one call gives them to it
-    questions   each is read behind the context, with its answer, in a copy of each cache
+    context     prefilled by the exact model in pieces, into a full-precision cache
+    caches      a plan's cache is filled from its keys and values, as a prefill in one call would
+    questions   each is processed after the context, with its answer, in a copy of each cache
 
-Within a prefill, tokens attend to each other's exact keys and values; what a plan loses, it loses from the question on.
-So serving goes: a document is read, then questions are asked. `fhopt.evaluation.tasks.run_tasks` is stricter: it reads
-the context itself as decoding would.
+Within a prefill, tokens attend to each other's full-precision keys and values; a plan has errors only from the question
+on. This matches serving: prefill a document, then ask questions. `fhopt.evaluation.tasks.run_tasks` is stricter: it
+processes the context itself as decoding would.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fhopt.hardware.float_products import with_fast_products
 from fhopt.models.model_facts import check_length
 from fhopt.plan.latent_plan import LatentPlan
 
-PIECE = 1024  # tokens of a context that are read at once
+PIECE = 1024  # context tokens per forward pass
 
 
 def ask(
     model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plans: Mapping[str, LatentPlan],
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, TaskResult]]:  # fmt: skip
-    """Ask every question of every item; returns results by task and name of the plan, each beside the exact cache.
+    """Ask every question of every item; returns results by task and plan name, paired with the full-precision cache.
 
-    `progress(done)` is called after each item of a task. Leaves the model as it was. Raises FhoptError when a plan or a
-    length is not for this model.
+    `progress(done)` is called after each item of a task. Restores the model afterwards. Raises FhoptError if a plan or
+    a length is not for this model.
     """
     items = {task: [item for some in cells.values() for item in some] for task, cells in tasks.items()}
     for item in (item for some in items.values() for item in some):
@@ -53,15 +53,15 @@ def ask(
 @torch.inference_mode()
 @with_fast_products
 def answers(model: Any, item: Item, plans: Sequence[LatentPlan]) -> Tensor:
-    """Read an item's context once and ask all its questions.
+    """Prefill an item's context once and ask all its questions.
 
-    Returns of each question, with the exact cache and with that of each plan, whether the answer was exact and its mean
-    log-probability: float64 [questions, 1 + plans, 2].
+    Returns, for each question with the full-precision cache and with that of each plan, whether the answer was correct
+    and its mean log-probability: float64 [questions, 1 + plans, 2].
     """
     context = torch.tensor([item.context[: item.question]], device=model.device)
     exact = new_cache(model, None)
-    exact.activate_past_recording()  # sliding layers keep what a plan's cache is given
-    with switched(model, plans[0] if plans else None):  # whose attention reads an exact cache, too: fast, in pieces
+    exact.activate_past_recording()  # sliding layers must retain what a plan's cache is filled with
+    with switched(model, plans[0] if plans else None):  # its attention speeds up exact prefill, too
         for piece in context.split(PIECE, 1):
             model(piece, **decode_options(model, exact))
     with switched(model, None):
@@ -74,10 +74,9 @@ def answers(model: Any, item: Item, plans: Sequence[LatentPlan]) -> Tensor:
 
 
 def prefilled(model: Any, plan: LatentPlan, exact: Any, tokens: int | None = None) -> Any:
-    """Make the KV cache of a plan, which is applied to the model, from an exact cache that has read a prompt.
+    """Fill the KV cache of a plan, which is applied to the model, from a prefilled full-precision cache.
 
-    exact: all of whose layers hold all tokens (`activate_past_recording`). tokens: so many of them, the first; None:
-    all.
+    exact: its layers must all store all tokens (`activate_past_recording`). tokens: use only the first ones; None: all.
     """
     cache = new_cache(model, plan)
     for index, layer in enumerate(exact.layers):
@@ -89,7 +88,7 @@ def prefilled(model: Any, plan: LatentPlan, exact: Any, tokens: int | None = Non
 def _asked(
     model: Any, cache: Any, plan: LatentPlan | None, start: int, question: tuple[int, ...], answer: tuple[int, ...]
 ) -> Tensor:
-    """Read a question and its answer behind `start` tokens into a copy of the cache; returns the answer's score."""
+    """Process a question and its answer after `start` tokens in a copy of the cache; returns the answer's score."""
     own, ids = copy.deepcopy(cache), torch.tensor([[*question, *answer[:-1]]], device=model.device)
     stop, options = start + ids.shape[1], decode_options(model, own)
     logits: list[Tensor] = []

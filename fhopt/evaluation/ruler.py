@@ -1,23 +1,23 @@
-"""Tasks in the manner of RULER: many needles, chains to follow, words to count, text to continue, blocks to copy.
+"""RULER-style tasks: many needles, chains to follow, words to count, text to continue, blocks to copy.
 
     [sinks | filler | needle | filler | needle | filler ... | question] answer
-                      ^ in latents when the question is read ^
+                      ^ in latents when the question is asked ^
 
 | task | the needles | the answer |
 |---|---|---|
-| `niah_single` | one key with its number, at 10, 50 and 90 % | the number |
+| `niah_single` | one key with its number, at 10, 50 and 90% | the number |
 | `niah_multikey` | keys with their numbers, one per 150 tokens, at least 8 | the number of one key |
 | `niah_multivalue` | one key, with another number in each of four places | the numbers, in order of appearance |
 | `variable_tracking` | chains `VAR B = VAR A`, four hops each, one per 300 tokens | the variables of one value |
 | `common_words` | a list of words, three of them 30 times, others three times | the three, by first appearance |
-| `question` | a sentence of the filler, where it stands, at 10, 50 and 90 % | its rare word, found nowhere else |
+| `question` | a sentence of the filler in its place, at 10, 50 and 90% | its rare word, found nowhere else |
 | `json_extraction` | records as lines of JSON, one per 150 tokens, at least 4 | a field of one record, as in JSON |
-| `long_copy` | twelve lines of random hexadecimal digits, at 10 % | all lines |
+| `long_copy` | twelve lines of random hexadecimal digits, at 10% | all lines |
 
 Hsieh et al. 2024, "RULER: What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.06654,
-section 3: its retrieval, variable tracking, common words and question answering, in other words; extraction and copying
-are additions. There, parts of an answer count; here, an item is right when the whole answer is. Where a model must be
-shown the form of an answer, the question begins with an example. Needles without a depth are spread evenly, and
+section 3: its retrieval, variable tracking, common words and question answering, reworded; extraction and copying are
+additions. RULER gives credit for parts of an answer; here an item is correct only if the whole answer is. If a model
+must be shown the form of an answer, the question begins with an example. Needles without a depth are spread evenly, and
 `common_words` fills the context with its list as far as words suffice.
 """
 
@@ -34,12 +34,12 @@ from functools import cache
 from fhopt.errors import FhoptError
 from fhopt.texts import tokens
 
-Pieces = tuple[str, ...]  # a text, of which each piece is encoded on its own
+Pieces = tuple[str, ...]  # a text whose pieces are encoded separately
 HOPS = 4
 VALUES = 4
-COMMON, OFTEN, RARELY = 3, 30, 3  # words that are asked for; how often they and the others occur
+COMMON, OFTEN, RARELY = 3, 30, 3  # number of common words; occurrences of these, and of the others
 COPIED_LINES = 12
-QUESTIONS = 8  # at most, of the needles of one context
+QUESTIONS = 8  # max per context
 TOKENS_PER_NEEDLE = 150
 TOKENS_PER_CHAIN = 300
 
@@ -59,10 +59,10 @@ CITIES = ("Athens", "Bergen", "Cairo", "Dublin", "Lima", "Lisbon", "Oslo", "Prag
 
 @dataclass(frozen=True)
 class Wording:
-    """The texts of an item, encoded piece by piece: so the answer's tokens stand in the needle unchanged.
+    """The texts of an item, encoded piece by piece, so that the answer has the same tokens in the needle.
 
-    others: what else could be asked of the needle, each a question and its answer. more: further needles, which stand
-    behind the first in this order. around: what stands before and behind the needle; None: filler from anywhere.
+    others: alternative questions about the needle, with their answers. more: further needles, placed after the first in
+    this order. around: text before and after the needle; None: filler from anywhere.
     """
 
     needle: Pieces
@@ -75,10 +75,10 @@ class Wording:
 
 @dataclass(frozen=True)
 class Room:
-    """What an item has room for.
+    """Space for an item.
 
-    tokens: how many the needles and the question may have together. count: the tokens of some pieces. text: the filler.
-    reach: so many of its characters have more tokens than a context.
+    tokens: available for needles and question together. count: returns the number of tokens of pieces. text: the
+    filler. reach: number of its characters that is sure to fill a context.
     """
 
     tokens: int
@@ -89,9 +89,9 @@ class Room:
 
 @dataclass(frozen=True)
 class Task:
-    """How an item is worded from random numbers, and the depths, in percent, at which its needle stands.
+    """Function that words an item from random draws, and the depths of its needle in percent.
 
-    A depth of None: needles are spread evenly over the context.
+    A depth of None spreads the needles evenly over the context.
     """
 
     word: Callable[[random.Random, Room], Wording]
@@ -99,23 +99,23 @@ class Task:
 
 
 def _joined(*parts: Sequence[str]) -> Pieces:
-    """Join pieces."""
+    """Concatenate pieces."""
     return tuple(piece for part in parts for piece in part)
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    """Draw keys, two words each, all different; at most as many as there are."""
+    """Draw distinct keys of two words each; at most as many as there are."""
     pairs = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
     return rng.sample(pairs, min(count, len(pairs)))
 
 
 def _values(rng: random.Random, count: int) -> list[str]:
-    """Draw numbers of five digits, all different."""
+    """Draw distinct five-digit numbers."""
     return [f" {number}" for number in rng.sample(range(10_000, 100_000), count)]
 
 
 def _chosen(rng: random.Random, count: int, most: int = QUESTIONS) -> list[int]:
-    """Draw which of so many needles are asked for, at most `most`, all different."""
+    """Draw the indices of at most `most` of `count` needles to ask for."""
     return rng.sample(range(count), min(count, most))
 
 
@@ -158,25 +158,25 @@ def _variable_tracking(rng: random.Random, room: Room) -> Wording:
     turns = [i for i in range(count) for _ in range(HOPS + 1)]
     rng.shuffle(turns)
     waiting = [iter(some) for some in lines]
-    first, *more = [(*next(waiting[i]), "\n") for i in turns]  # each chain in its order
+    first, *more = [(*next(waiting[i]), "\n") for i in turns]  # preserves the order within each chain
     asked = [((*example, "\n", "\nVariables that hold", values[i], ":"), chains[i]) for i in range(1, count + 1)]
     return Wording(first, *asked[0], tuple(asked[1:QUESTIONS]), tuple(more))
 
 
 def _distinct(rng: random.Random, chains: int) -> list[int]:
-    """Draw numbers for the names, three letters each, of all variables of so many chains."""
+    """Draw distinct numbers that encode the three-letter names of all variables of `chains` chains."""
     return rng.sample(range(26**3), chains * (HOPS + 1))
 
 
 def _statements(chain: Pieces, value: str) -> list[Pieces]:
-    """Return the statements that give the first variable its value, and each other one that of the one before it."""
+    """Return statements that assign a value to the first variable, and to each other one its predecessor."""
     hops = [("\nVAR", name, " = VAR", before) for before, name in itertools.pairwise(chain)]
     return [("\nVAR", chain[0], " =", value), *hops]
 
 
 @cache
 def _vocabulary() -> list[str]:
-    """Return words of four to nine small letters of the filler's source, both halves of it."""
+    """Return words of four to nine lowercase letters from the filler's source, both halves of it."""
     return sorted(set(re.findall(r"\b[a-z]{4,9}\b", tokens.read_text("topics"))))
 
 
@@ -216,7 +216,7 @@ def _question(rng: random.Random, room: Room) -> Wording:
     known = _clozes(room.text)
     for body, answer, stop in rng.sample(known, len(known)):
         start = stop - len(body) - len(answer)
-        rest = room.text[stop:] + "\n\n" + room.text[:start]  # the filler from here on, around to here
+        rest = room.text[stop:] + "\n\n" + room.text[:start]  # the filler from the sentence on, wrapped around to it
         rest *= 1 + room.reach // len(rest)
         around = rest[-room.reach :], rest[: room.reach]
         if answer.strip().lower() not in "\n".join((*around, body)).lower():
@@ -229,7 +229,7 @@ def _question(rng: random.Random, room: Room) -> Wording:
 
 @cache
 def _clozes(text: str) -> list[tuple[str, str, int]]:
-    """Return beginnings of sentences, each with the name, number or identifier that follows and where that ends."""
+    """Return sentence prefixes, each with the name, number or identifier that follows and its end position."""
     return [
         (sentence.group()[: word.start()], word.group(), sentence.start() + word.end())
         for sentence in _SENTENCE.finditer(text)

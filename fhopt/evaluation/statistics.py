@@ -1,4 +1,4 @@
-"""Statistics of what is measured: perplexity, KL, bootstrap confidence intervals, paired tests of answers."""
+"""Statistics of measurements: perplexity, KL, bootstrap confidence intervals, paired tests of answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 BOOTSTRAP_TOKENS = 64
 RESAMPLES = 2000
-SEED = 0  # of the resampling: equal figures give equal intervals
+SEED = 0  # of the resampling: equal data give equal intervals
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood in nats per token, and its number of tokens."""
+    """Mean negative log-likelihood in nats/token, and the number of tokens."""
 
     nats: float
     tokens: int
@@ -30,10 +30,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The exact model against a plan on the same tokens.
+    """The exact model compared with a plan on the same tokens.
 
-    exact, plan: perplexity. kl: mean of KL(exact || plan) of the next-token distribution, in nats per token. The `_ci`
-    are 95 % intervals (low, high), None when there are not two blocks of tokens to resample.
+    exact, plan: perplexity. kl: mean of KL(exact || plan) of the next-token distribution, in nats/token. `_ci`: 95%
+    intervals (low, high), None for fewer than two blocks of tokens.
     """
 
     exact: float
@@ -47,9 +47,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """Per token, paired: negative log-likelihood with the exact cache and with the plan's, and KL(exact || plan).
+    """Paired costs per token: negative log-likelihood with the full-precision cache and with the plan's, and KL.
 
-    All in nats, [N, T - 1] for N sequences of T tokens, float64.
+    kl: KL(exact || plan). All in nats, [N, T - 1] for N sequences of T tokens, float64.
     """
 
     exact: Tensor
@@ -72,7 +72,7 @@ class TokenCosts:
 
 
 def _percent(nats: float) -> float:
-    """Return the increase of perplexity, in percent, for an increase of the mean in nats."""
+    """Return the perplexity increase in percent for an increase of the mean in nats."""
     return 100 * math.expm1(nats)
 
 
@@ -83,7 +83,7 @@ def _block_interval(x: Tensor) -> Interval | None:
 
 
 def bootstrap_interval(sums: list[float], counts: list[int]) -> Interval | None:
-    """Return the 95 % interval of sum(sums) / sum(counts), resampling the pairs; None for fewer than two pairs."""
+    """Return the 95% interval of sum(sums) / sum(counts), resampling the pairs; None for fewer than two pairs."""
     if len(sums) < 2:
         return None
     generator, total, count = np.random.default_rng(SEED), np.array(sums), np.array(counts)
@@ -94,11 +94,11 @@ def bootstrap_interval(sums: list[float], counts: list[int]) -> Interval | None:
 
 
 def mcnemar(exact: Sequence[bool], other: Sequence[bool]) -> float:
-    """Return the two-sided p-value that one of two ways is right more often, from their answers to the same questions.
+    """Return the two-sided p-value that one of two methods is correct more often, on the same questions.
 
-    Only questions count that one alone answers right: as often one as the other, if both are equally good. Exact, by
-    the binomial distribution; 1.0 when there is no such question. McNemar 1947, "Note on the sampling error of the
-    difference between correlated proportions or percentages". Raises ValueError when the lengths differ.
+    Only questions that exactly one of them answers correctly count; if both are equally good, each wins half of these.
+    Exact, by the binomial distribution; 1.0 if there is no such question. McNemar 1947, "Note on the sampling error of
+    the difference between correlated proportions or percentages". Raises ValueError if the lengths differ.
     """
     alone = [a for a, b in zip(exact, other, strict=True) if a != b]
     n, fewer = len(alone), min(sum(map(bool, alone)), len(alone) - sum(map(bool, alone)))
@@ -106,9 +106,9 @@ def mcnemar(exact: Sequence[bool], other: Sequence[bool]) -> float:
 
 
 def paired_rate_interval(exact: Sequence[bool], other: Sequence[bool]) -> Interval | None:
-    """Return the 95 % interval of the rate of `other` less that of `exact`, in percentage points, question by question.
+    """Return the 95% interval of the rate of `other` minus that of `exact`, paired, in percentage points.
 
-    None for fewer than two questions. Raises ValueError when the lengths differ.
+    None for fewer than two questions. Raises ValueError if the lengths differ.
     """
     changes = [100.0 * (int(b) - int(a)) for a, b in zip(exact, other, strict=True)]
     return bootstrap_interval(changes, [1] * len(changes))

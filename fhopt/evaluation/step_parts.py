@@ -1,11 +1,11 @@
-"""What the time of decode steps goes to: products with weights, attention, the output layer, and what is around them.
+"""Time breakdown of decode steps: matmuls with weights, attention, LM head, overhead.
 
     with step_clock(model) as clock:
         for ...: run a step; clock.note(its seconds)
-    clock.parts()                                       -> StepParts, means of the steps; None: not known
+    clock.parts()                                       -> StepParts, means of the steps; None: unknown
 
-The parts of decoder layers are known where a layer and its cache are one call of machine code
-(fhopt/hf/cache_steps.py), as most are of a plan on a CPU. The clock is read some ten times in a layer.
+The breakdown covers decoder layers that run, with their cache, as one native call (fhopt/hf/cache_steps.py), as most
+layers with a plan do on a CPU. Each layer reads the clock about ten times.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fhopt.hf.cache_steps import Spent, timed_steps
 
 @dataclass(frozen=True)
 class StepParts:
-    """Milliseconds of a decode step, of all sequences of a batch together: `total`, and the others, which add up to it.
+    """Milliseconds of a decode step, for all sequences of a batch: `total`, and the parts that add up to it.
 
-    Of layers that are one call of machine code with their caches: weights, products with weights; attention, on their
-    KV caches; rest, all else that they do, as norms and rotations. Of a layer with experts the attention alone is such
-    a call. What was run ahead in vain is part of these. output: of the layer that gives logits; None where it is not
-    called as a module. around: embeddings, masks, Python, the choice of a token, the quantization of a full block, all
-    other layers, and in the first step of a plan how its layers become programs.
+    For layers that run as one native call with their caches: weights, matmuls with weights; attention, on their KV
+    caches; rest, everything else, such as norms and RoPE. In a layer with experts only the attention is such a call.
+    Discarded work that ran ahead is included. output: the LM head; None if it is not called as a module. around:
+    embeddings, masks, Python, sampling, quantization of a full block, all other layers, and in a plan's first step the
+    tracing of layers.
     """
 
     total: float
@@ -39,23 +39,23 @@ class StepParts:
 
 
 class StepClock:
-    """Adds up the parts of decode steps that run within `step_clock`. seconds: of the steps that were noted."""
+    """Accumulates the parts of decode steps inside `step_clock`. seconds: of the steps that were noted."""
 
     def __init__(self, spent: Spent) -> None:
         self._spent, self._steps, self.seconds = spent, 0, 0.0
         self._output, self._outputs, self._start = 0.0, 0, 0.0
 
     def note(self, seconds: float) -> None:
-        """Note a step, which took so long in all."""
+        """Add a step with its total time."""
         self._steps += 1
         self.seconds += seconds
 
     def layers(self) -> float:
-        """Return how many layers a step ran as one call of machine code, in the mean."""
+        """Return the mean number of layers per step that ran as one native call."""
         return self._spent.layers / max(1, self._steps)
 
     def parts(self) -> StepParts | None:
-        """Return the means of all steps that were noted; None where no layer was one call of machine code."""
+        """Return the means of all noted steps; None if no layer ran as one native call."""
         spent = self._spent
         if not spent.layers or not self._steps:
             return None
@@ -76,7 +76,7 @@ class StepClock:
 
 @contextmanager
 def step_clock(model: Any) -> Iterator[StepClock]:
-    """Look into the decode steps of a model of transformers, on a CPU, until the end of the block; one at a time."""
+    """Time the decode steps of a transformers model on a CPU inside the context; one clock at a time."""
     output = model.get_output_embeddings()
     with timed_steps() as spent:
         clock = StepClock(spent)

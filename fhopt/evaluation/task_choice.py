@@ -1,4 +1,4 @@
-"""Names of tasks and lengths of their contexts as a user writes them: read before torch is imported."""
+"""Parsing of task names and context lengths, before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ RULER = (  # fhopt/evaluation/ruler.py
 
 
 def choose(names: str) -> list[str]:
-    """Read tasks from a list with commas, in order, each once. Raises FhoptError.
+    """Parse a comma-separated list of tasks; returns each once, in the order of this module. Raises FhoptError.
 
-    `all` stands for perplexity and the tasks of `fhopt.evaluation.tasks`, `ruler` for those of
-    `fhopt.evaluation.ruler`.
+    `all` means perplexity and the tasks of `fhopt.evaluation.tasks`, `ruler` those of `fhopt.evaluation.ruler`.
     """
     known, groups = ["perplexity", *TASKS, *RULER], {"all": ["perplexity", *TASKS], "ruler": [*RULER]}
     chosen = [name.strip() for name in names.split(",")]
@@ -28,7 +27,7 @@ def choose(names: str) -> list[str]:
 
 
 def read_lengths(text: str) -> tuple[int, ...]:
-    """Read lengths from a list with commas: 512,1024. Raises FhoptError."""
+    """Parse a comma-separated list of lengths, such as 512,1024. Raises FhoptError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise FhoptError(f"lengths {text!r} are not numbers of tokens; expected some like 512,1024.")

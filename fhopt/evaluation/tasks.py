@@ -1,23 +1,23 @@
-"""Retrieval tasks that compressed attention is known to be bad at: exact strings and numbers from afar.
+"""Retrieval tasks that are hard for compressed attention: exact strings and numbers from afar.
 
     [sinks | filler | needle | filler .......... | question] answer
-                      ^ in latents when the question is read
+                      ^ in latents when the question is asked
 
 | task | the needle | the answer |
 |---|---|---|
-| `passkey` | a five-digit number at 10, 30, 50, 70 and 90 % | the number |
+| `passkey` | a five-digit number at 10, 30, 50, 70 and 90% | the number |
 | `copy` | lines of random letters and digits | one of them, exactly |
 | `digits` | a table of names and four-digit numbers | the number of one name |
 | `arithmetic` | additions of small numbers with their sums | the sum of two that are not among them |
 
-Depth is the place of the needle between the attention sinks and the last position that is quantized before the question
-begins, in percent: a needle at any depth is in latents. The passkey is that of Mohtashami and Jaggi 2023, "Landmark
-Attention", section 4.2. Only `arithmetic` can be answered without its needle, by a model that can add: it is there to
-show harm.
+Depth is the position of the needle between the attention sinks and the last position that is quantized before the
+question, in percent: a needle at any depth is in latents. The passkey is that of Mohtashami and Jaggi 2023, "Landmark
+Attention", section 4.2. Only `arithmetic` can be answered without its needle, by a model that can add; it shows general
+damage.
 
-Longer tasks, of many needles, are those of `fhopt.evaluation.ruler`.
+`fhopt.evaluation.ruler` has longer tasks with many needles.
 
-An item is right when each token of its answer is the most likely one, which is when greedy decoding would write it.
+An item is correct if each token of its answer is the most likely one, so that greedy decoding would generate it.
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ from fhopt.progress import Progress, silent
 from fhopt.texts import tokens
 
 FILLER = "topics"
-BATCH = 4  # items read at once: on a CPU about twice as fast as one by one
-Cell = tuple[int, int | None]  # tokens of the contexts; depth in percent, None for needles all over the context
+BATCH = 4  # items per forward pass: on a CPU about twice as fast as one by one
+Cell = tuple[int, int | None]  # context length; depth in percent, None for needles all over the context
 
 
 @dataclass(frozen=True)
 class Item:
     """Token ids of a context that ends with a question, and of its answer.
 
-    needle: its positions [start, stop), of several needles from the first to the last. question: the position at which
-    it begins. others: questions that may be asked instead, with their answers, so that a context is read once for
-    several questions.
+    needle: its positions [start, stop), from the first to the last needle. question: position at which it begins.
+    others: alternative questions with their answers, to reuse a prefilled context.
     """
 
     context: tuple[int, ...]
@@ -74,7 +73,8 @@ class Item:
 class TaskOptions:
     """Options of the tasks.
 
-    lengths: tokens of the contexts. items: per length and depth. sinks, window: tokens that a plan keeps exact.
+    lengths: context lengths in tokens. items: per length and depth. sinks, window: tokens that a plan stores in full
+    precision.
     """
 
     lengths: tuple[int, ...] = (512, 1024, 2048)
@@ -111,7 +111,7 @@ def _digits(rng: random.Random, _: Room) -> Wording:
 
 
 def _arithmetic(rng: random.Random, _: Room) -> Wording:
-    pairs = rng.sample([(a, b) for a in range(1, 6) for b in range(1, 6)], 13)  # what a small model can add
+    pairs = rng.sample([(a, b) for a in range(1, 6) for b in range(1, 6)], 13)  # sums that a small model can do
     *lines, last = [(f"\n{a} + {b} =", f" {a + b}") for a, b in pairs]
     return Wording(_joined("\n", lines, "\n\n"), _joined("\n", rng.sample(lines, 2), last[0]), last[1:])
 
@@ -129,18 +129,18 @@ TASKS = {
 
 
 class ItemWriter:
-    """Writes items with the words of one tokenizer; equal options give equal items."""
+    """Generator of items for one tokenizer; equal options give equal items."""
 
     def __init__(self, tokenizer: Any, options: TaskOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
         self._piece = functools.cache(self._ids)
-        self.text = tokens.halves(tokens.read_text(FILLER))[1]  # the half that calibrates nothing
+        self.text = tokens.halves(tokens.read_text(FILLER))[1]  # the half not used for calibration
         self.filler = self._ids(self.text)
         plain, whole = self._ids("a"), list(tokenizer("a").input_ids)
-        self.start = whole[: -len(plain)] if whole[-len(plain) :] == plain else []  # what stands before every text
+        self.start = whole[: -len(plain)] if whole[-len(plain) :] == plain else []  # start tokens of the tokenizer
 
     def items(self, task: str, length: int, depth: int | None) -> list[Item]:
-        """Write the items of one cell. Raises FhoptError when `length` is too short for the task."""
+        """Generate the items of one cell. Raises FhoptError if `length` is too short for the task."""
         seeds = (f"{self.options.seed} {task} {length} {depth} {number}" for number in range(self.options.items))
         return [self._item(task, length, depth, random.Random(seed)) for seed in seeds]
 
@@ -162,12 +162,12 @@ class ItemWriter:
         )
 
     def _room(self, length: int) -> Room:
-        reach = 2 * length * len(self.text) // len(self.filler) + 1  # twice as many as on average
+        reach = 2 * length * len(self.text) // len(self.filler) + 1  # twice the average characters per token
         tokens_free = length - max(len(self.start), self.options.sinks) - self.options.window
         return Room(tokens_free, lambda pieces: len(self._encode(pieces)), self.text, reach)
 
     def _around(self, wording: Wording, rng: random.Random, before: int, count: int) -> list[int]:
-        """Return the tokens, `count` in all, that stand around the needles, `before` of them before the first."""
+        """Return the `count` filler tokens around the needles, of which `before` precede the first."""
         if wording.around is None:
             offset = rng.randrange(len(self.filler))
             return [self.filler[(offset + i) % len(self.filler)] for i in range(count)]
@@ -175,9 +175,9 @@ class ItemWriter:
         return [*first[len(first) - before :], *second[: count - before]]
 
     def _place(self, task: str, length: int, depth: int | None, needles: list[int], question: int) -> list[int]:
-        """Return the positions of needles of so many tokens. Raises FhoptError.
+        """Return the positions of needles with the given lengths. Raises FhoptError.
 
-        At `depth` percent, or evenly between the first and the last position that is quantized.
+        At `depth` percent, or evenly between the first and the last quantized position.
         """
         sinks, window = self.options.sinks, self.options.window
         first, last = max(len(self.start), sinks), length - question - window - sum(needles)
@@ -199,7 +199,7 @@ class ItemWriter:
 
 @dataclass(frozen=True)
 class Answered:
-    """Scores of answers: hits are exact ones; log_prob is the mean per token of an answer, in nats."""
+    """Scores of answers: hits are correct ones; log_prob is the mean log-probability per token, in nats."""
 
     hits: int
     items: int
@@ -210,11 +210,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of a task, or one of its cells, with the exact KV cache and with the plan's (None: there was no plan).
+    """Scores of a task, or of one cell, with the full-precision KV cache and with the plan's (None: no plan).
 
-    log_prob_change: mean of plan minus exact over the items, with its 95 % interval (None for a single item). mcnemar:
-    p-value of McNemar's test that one of the two is right more often. rate_change_ci: 95 % interval of the plan's rate
-    minus the exact one, item by item, in percentage points (None for a single item).
+    log_prob_change: mean of plan minus exact over the items, with its 95% interval (None for a single item). mcnemar:
+    p-value of McNemar's test that one of the two is correct more often. rate_change_ci: 95% interval of the plan's rate
+    minus the exact one, paired by item, in percentage points (None for a single item).
     """
 
     exact: Answered
@@ -233,11 +233,11 @@ class _ItemScore:
     log_prob: float
 
 
-_Pair = tuple[_ItemScore, ...]  # with the exact cache; with the plan's, when there is one
+_Pair = tuple[_ItemScore, ...]  # with the full-precision cache, then with the plan's if there is one
 
 
 def wilson_interval(hits: int, items: int) -> Interval:
-    """Return the 95 % interval of a rate.
+    """Return the 95% interval of a rate.
 
     Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -249,14 +249,14 @@ def wilson_interval(hits: int, items: int) -> Interval:
 
 
 def write_items(tokenizer: Any, tasks: Sequence[str], options: TaskOptions) -> dict[str, dict[Cell, list[Item]]]:
-    """Write the items of each task by cell. Raises FhoptError when a length is too short for a task."""
+    """Generate the items of each task by cell. Raises FhoptError if a length is too short for a task."""
     writer, table = ItemWriter(tokenizer, options), TASKS | RULER
     cells = {task: [(length, depth) for length in options.lengths for depth in table[task].depths] for task in tasks}
     return {task: {cell: writer.items(task, *cell) for cell in cells[task]} for task in tasks}
 
 
 def check_items(model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]]) -> None:
-    """Raise FhoptError when an item is longer than the model has positions."""
+    """Raise FhoptError if an item exceeds the model's positions."""
     for item in (item for cells in tasks.values() for items in cells.values() for item in items):
         check_length(model, len(item.context) + len(item.answer) - 1)
 
@@ -265,11 +265,11 @@ def run_tasks(
     model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plan: LatentPlan | None, progress: Progress = silent,
     *, shared: bool = False,
 ) -> dict[str, dict[Cell | None, TaskResult]]:  # fmt: skip
-    """Run each task; returns its results by cell, and under None those of all its cells together.
+    """Run each task; returns its results by cell, and the total under None.
 
-    Applies the plan, and leaves the model as it was. shared: each process takes its share of the items, and all know
-    the results; all must call it, with a whole model each. Raises FhoptError when the plan or
-    a length is not for this model.
+    Applies the plan, and restores the model afterwards. shared: each process handles its share of the items, and all
+    get the results; all must call it, each with a whole model. Raises FhoptError if the plan or a length is not for
+    this model.
     """
     check_items(model, tasks)
     with switched(model, plan):
@@ -287,7 +287,7 @@ def _run_task(
         done = min(total, done + len(batch[1]) * (processes()[1] if shared else 1))
         answered = _answer(model, batch[1], plan)
         progress(task, done, total)
-        return torch.nn.functional.pad(answered, (0, 0, 0, 0, 0, BATCH - len(batch[1])))  # all alike
+        return torch.nn.functional.pad(answered, (0, 0, 0, 0, 0, BATCH - len(batch[1])))  # for `by_process`
 
     measured = by_process(batches, measure) if shared else [measure(batch) for batch in batches]
     scores: dict[Cell, list[_Pair]] = {cell: [] for cell in cells}
@@ -302,9 +302,9 @@ def _run_task(
 @torch.inference_mode()
 @with_fast_products
 def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
-    """Read items of one length at once, into an exact KV cache and into that of the plan.
+    """Run items of one length in a batch, with the full-precision KV cache and with that of the plan.
 
-    Returns of each item and cache whether the answer was exact, and its log-probability: float64 [B, caches, 2].
+    Returns for each item and cache whether the answer was correct, and its log-probability: float64 [B, caches, 2].
     """
     used = [None] if plan is None else [None, plan]
     longest = max(len(item.answer) for item in items)
@@ -317,7 +317,7 @@ def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
 
 
 def score_answer(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
-    """Return [is exact, mean log-probability], float64, of an answer of A tokens from log-probabilities [A.., V]."""
+    """Return [is correct, mean log-probability], float64, of an answer of A tokens from log-probabilities [A.., V]."""
     target = torch.tensor(answer)
     log_p = log_p[: len(answer)]
     values = log_p.gather(-1, target[:, None])
@@ -325,7 +325,7 @@ def score_answer(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
 
 
 def summarize(scores: Tensor) -> TaskResult:
-    """Summarize scores [items, caches, 2] of the exact cache and, where there are two, of a plan's."""
+    """Summarize scores [items, caches, 2] of the full-precision cache and, if there are two, of a plan's."""
     return _summary([tuple(_ItemScore(bool(hit), float(nats)) for hit, nats in row) for row in scores])
 
 

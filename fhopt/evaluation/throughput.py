@@ -1,10 +1,10 @@
-"""Prefill and decode speed over contexts and batches, the exact KV cache against plans.
+"""Prefill and decode throughput by context and batch, full-precision KV cache versus plans.
 
     for case in measure(model, {"exact": None, "plan": plan}, options): ...
 
-A measurement fills a new KV cache up to the context: it reads a prompt of random tokens in one call (prefill), then
-generates the last `decode` tokens greedily, one call each. Rounds are interleaved: every cache is measured once before
-any is measured again, so that what slows the machine down for a while slows all of them. Medians are reported.
+A measurement fills a new KV cache up to the context: it prefills a prompt of random tokens in one call, then generates
+the last `decode` tokens greedily, one call each. Rounds are interleaved: every cache is measured once before any is
+measured again, so that temporary slowdowns of the machine affect all of them. Medians are reported.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from fhopt.hf.apply import prepare
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
 
-WARM_STEPS = 2  # decode steps of the untimed call in which kernels are compiled
+WARM_STEPS = 2  # decode steps of the untimed warm-up, in which kernels are compiled
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """The medians of one context, batch and KV cache. Rates count the tokens of all sequences of the batch.
+    """Medians for one context, batch and KV cache; rates count the tokens of all sequences of the batch.
 
     prefill_rate, decode_rate: tokens per second. first_token_seconds: of the prefill. cache_bytes: of the full KV
-    cache. exact_cache_bytes: of exact keys and values in the model's dtype. parts: of a decode step in the round
-    whose decode time is the median, or just below; None: not known. layers_counted: whose parts these are, in a step.
+    cache. exact_cache_bytes: of full-precision keys and values in the model's dtype. parts: of a decode step in the
+    round with the median decode time (the lower median); None: unknown. layers_counted: number of layers per step that
+    `parts` covers.
     """
 
     context: int
@@ -55,14 +56,14 @@ class Throughput:
 def measure(
     model: Any, caches: Mapping[str, LatentPlan | None], options: ThroughputOptions, progress: Progress = silent
 ) -> Iterator[list[Throughput]]:
-    """Measure each context and batch in turn; yields a result for each of `caches` (name: plan; None: exact).
+    """Measure each context and batch; yields a result for each of `caches` (name: plan; None: full precision).
 
-    Leaves the plan that is applied to the model as it was. Raises FhoptError when a plan is not for this model, or the
-    memory of the device is too small.
+    Restores the model's plan afterwards. Raises FhoptError if a plan is not for this model, or the device has too
+    little memory.
     """
     contexts = options.contexts or CONTEXTS
     cases = [(context, batch) for batch in options.batches for context in contexts]
-    steps = 2 * options.decode  # prefill counts as much as all decode steps
+    steps = 2 * options.decode  # progress counts prefill as much as all decode steps
     total, done = len(cases) * options.rounds * len(caches) * steps, 0
 
     def report(step: int) -> None:
@@ -96,7 +97,7 @@ class _Round:
 
 @contextmanager
 def _enough_memory(context: int, batch: int) -> Iterator[None]:
-    """Raise FhoptError in place of torch's error where the memory of a GPU is too small."""
+    """Raise FhoptError instead of torch's error if the GPU runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -107,7 +108,7 @@ def _enough_memory(context: int, batch: int) -> Iterator[None]:
 
 
 def _warm_up(model: Any, caches: Mapping[str, LatentPlan | None], longest: int) -> None:
-    """Run each cache once, on enough tokens that some are quantized, so that no measurement compiles kernels."""
+    """Run each cache once, on enough tokens to quantize some, so that no measurement compiles kernels."""
     for plan in caches.values():
         needed = 64 if plan is None else plan.window.first_length + plan.block
         ids = _random_tokens(model, 1, max(1, min(needed, longest - WARM_STEPS)), 0)
@@ -127,7 +128,7 @@ def _random_tokens(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
 def _measure_once(
     model: Any, plan: LatentPlan | None, ids: Tensor, decode: int, report: Callable[[int], None]
 ) -> _Round:
-    """Read token ids [B, T] and generate `decode` tokens behind them."""
+    """Prefill token ids [B, T] and generate `decode` tokens after them."""
     cache = new_cache(model, plan, each_query=False)
     options = decode_options(model, cache)
     token, prefill = _timed_call(model, ids, options)
@@ -142,10 +143,10 @@ def _measure_once(
 
 
 def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Read token ids [B, S]; returns (the next tokens [B, 1], the seconds until they are known)."""
+    """Run the model on token ids [B, S]; returns (next tokens [B, 1], seconds until they are on the CPU)."""
     start = time.perf_counter()
     token = model(ids, **options).logits[:, -1:].argmax(-1)
-    token.cpu()  # as sampling does: it waits for the device
+    token.cpu()  # waits for the device, as sampling does
     return token, time.perf_counter() - start
 
 

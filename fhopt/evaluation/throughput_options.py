@@ -1,4 +1,4 @@
-"""What `fhopt bench` measures: contexts, batches, tokens and rounds."""
+"""Options of `fhopt bench`: contexts, batches, tokens and rounds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 
 from fhopt.errors import FhoptError
 
-CONTEXTS = (512, 2048, 8192)  # where none are given, as far as the model goes
+CONTEXTS = (512, 2048, 8192)  # the default, limited by the model's positions
 
 
 @dataclass(frozen=True)
 class ThroughputOptions:
-    """What is measured.
+    """Options of a throughput measurement.
 
-    contexts: tokens of a sequence in the end, of which the last `decode` are generated; None: CONTEXTS. batches:
-    numbers of sequences. rounds: of which medians are taken. seed: of the random tokens.
+    contexts: final tokens per sequence, of which the last `decode` are generated; None: CONTEXTS. batches: batch sizes.
+    rounds: the medians of these are reported. seed: of the random tokens.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -24,7 +24,7 @@ class ThroughputOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise FhoptError for numbers that are not possible."""
+        """Raise FhoptError for invalid values."""
         for what, number in (("tokens to generate", self.decode), ("rounds", self.rounds)):
             if number < 1:
                 raise FhoptError(f"{number} {what} are not possible; expected 1 or more.")
@@ -34,9 +34,9 @@ class ThroughputOptions:
             self._check_room(min(self.contexts))
 
     def within(self, positions: int | None) -> ThroughputOptions:
-        """Return these options with the contexts that a model of so many positions has; None: it does not say.
+        """Return these options with contexts that fit into `positions`; None: unknown.
 
-        Default contexts are cut to that. Raises FhoptError where a context that was asked for is longer.
+        Truncates default contexts. Raises FhoptError if a requested context is longer.
         """
         if self.contexts is not None and positions is not None and max(self.contexts) > positions:
             raise FhoptError(

@@ -1,25 +1,24 @@
-"""A decode step with the KV cache as explicit state, to be exported.
+"""Exportable decode step with the KV cache as explicit state.
 
     step(ids [B,S], counts [2], state...)  ->  logits [B,S,V], new keys and values [B,G,S,D] of each site
     seal(keys [B,G,n,D], values [B,G,n,D] of each site)  ->  packed latents of each site
 
-The state is read and never written: the caller appends new tokens to the residual window and, when it is full, the
-packed latents of its oldest block to those of the quantized tokens (`State` does so). counts says how many places of
-the window (with the sinks) and how many of quantized tokens are in use, so that buffers may be larger than their
-content.
+The programs never write the state. The caller appends new tokens to the recent window and, when it is full, the packed
+latents of its oldest block to those of the quantized tokens (`State` does so). counts holds how many slots of the
+window (with the sinks) and of quantized tokens are in use, so that buffers may be larger than their content.
 
 Per site the state is
 
-    open_key [B,G,N,D], open_value [B,G,N,E]    sinks, then the residual window; N = sinks + recent + block, in the
+    open_key [B,G,N,D], open_value [B,G,N,E]    sinks, then the recent window; N = sinks + recent + block, in the
                                                 model's dtype
     key_rows, value_rows [B,J,T,bytes]          packed latents (uint8), or unquantized latents [B,J,T,R]
-    key_scale, value_scale [B,J,T]              float16, where latents are quantized
+    key_scale, value_scale [B,J,T]              float16, if latents are quantized
 
-T is the only size that grows. Attention reads packed latents directly: queries are absorbed, each bit group is one
-product, and keys and values are never reconstructed (`fhopt verify` proves it for an exported step). With
-`kernels=True` attention on quantized tokens is the C++ op of codegen/cpu/graph_kernels.py in place of torch operations.
+T is the only dynamic size. Attention runs on packed latents directly: queries are absorbed, each bit group is one
+matmul, and keys and values are never reconstructed (`fhopt verify` proves it for an exported step). With `kernels=True`
+attention on quantized tokens is the C++ op of codegen/cpu/graph_kernels.py instead of torch operations.
 
-Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N places of sinks and window, T places of
+Dimensions: B batch, H query heads, G kv heads, J latent heads, S new tokens, N slots of sinks and window, T slots of
 quantized tokens, D and E head sizes, R latent width, V vocabulary.
 """
 
@@ -48,7 +47,7 @@ IMPLEMENTATION = "fhopt_step"
 
 
 class Step(nn.Module):
-    """A decode step as in the module docstring, of a model that calls transformers' attention interface."""
+    """Decode step of a model that calls transformers' attention interface; see the module docstring."""
 
     def __init__(self, model: nn.Module, plan: LatentPlan, kernels: bool = False) -> None:
         super().__init__()
@@ -79,7 +78,7 @@ class Step(nn.Module):
 
 
 class Seal(nn.Module):
-    """The quantization of a block of tokens as in the module docstring; a program named `seal` in exports."""
+    """Quantization of a block of tokens; see the module docstring. Exported as the program `seal`."""
 
     def __init__(self, step: Step) -> None:
         super().__init__()
@@ -92,7 +91,7 @@ class Seal(nn.Module):
 
 
 def _check(model: Any, plan: LatentPlan) -> None:
-    """Raise FhoptError for models and plans of which no decode step can be exported."""
+    """Raise FhoptError for models and plans whose decode step cannot be exported."""
     if (
         not hasattr(model, "set_attn_implementation")
         or "position_ids" not in inspect.signature(model.forward).parameters
@@ -120,7 +119,7 @@ def _check(model: Any, plan: LatentPlan) -> None:
 
 
 def _serve(site: SitePlan) -> str:
-    """Build the kernel of a site and return its name. Raises FhoptError where there is no compiler."""
+    """Build the kernel of a site and return its name. Raises FhoptError without a compiler."""
     from fhopt.codegen.cpu import graph_kernels
 
     spec = KernelSpec.of(site, "float32")
@@ -137,11 +136,11 @@ def _split(state: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[T
 
 
 def _new_tokens(count: int, layers: Sequence[int]) -> Any:
-    """Make a cache whose `update` returns its arguments and records them."""
+    """Create a cache whose `update` returns its arguments and records them."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class NewTokens(Cache):  # type: ignore[misc]
-        """A cache of new tokens only. `taken`: their keys and values by layer. Not in fhopt/hf: only exports use it."""
+        """Cache of new tokens only. `taken`: their keys and values by layer. Not in fhopt/hf: only exports use it."""
 
         def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             self.taken[layer_idx] = key, value
@@ -154,7 +153,7 @@ def _new_tokens(count: int, layers: Sequence[int]) -> Any:
 
 @contextmanager
 def attending(model: Any, parts: dict[int, Any], counts: Tensor) -> Iterator[None]:
-    """Within the context, let the model's attention read the state of each layer, `parts`."""
+    """Inside the context, run each layer's attention on its state in `parts`."""
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         site, state = parts[module.layer_idx]
@@ -166,5 +165,5 @@ def attending(model: Any, parts: dict[int, Any], counts: Tensor) -> Iterator[Non
 
 
 def unrounded(plan: LatentPlan) -> LatentPlan:
-    """Return the plan with an unrounded residual window, as the state holds it."""
+    """Return the plan with an unrounded recent window, as in the state."""
     return replace(plan, window_bits=16)

@@ -1,10 +1,10 @@
-"""One library with an op and its kernels, for processes without fhopt.
+"""A single library with an op and its kernels, for processes without fhopt.
 
     torch.ops.load_library("fhopt_kernels.so")      fhopt::latent_kernel(kernel, query, key, ...) and its kernels
 
 In a process with fhopt the op is defined in Python, and kernels are registered with it when a graph needs them
-(codegen/cpu/graph_kernels.py). Here both happen when the library is loaded. Its name cannot be mistaken for a module:
-a file `kernels.so` in a working directory would be imported in place of the package `kernels`.
+(codegen/cpu/graph_kernels.py). Here both happen when the library is loaded. Its name avoids shadowing a module: a file
+`kernels.so` in the working directory would be imported instead of the package `kernels`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fhopt.plan.kernel_spec import KernelSpec
 def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
     """Render the C++ files of the library by name: one for the op, one for attention with the tables of all specs.
 
-    The same specs give the same texts.
+    Deterministic for the same specs.
     """
     unique = list({spec.name: spec for spec in specs}.values())
     return {"op.cpp": _op(unique), "attention.cpp": attention.library() + "".join(map(attention.table, unique))}
 
 
 def _op(specs: Sequence[KernelSpec]) -> str:
-    """Render the one op of graph_kernels.py that exported programs call, its schema, and the table of its kernels."""
+    """Render the one op of graph_kernels.py that exported programs call, its schema, and its kernel table."""
     head = graph_kernels.render().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
     return head + _TAIL.substitute(
         schema=str(torch.ops.fhopt.latent_kernel.default._schema).removeprefix("fhopt::"),
@@ -49,9 +49,9 @@ def _serve(spec: KernelSpec) -> str:
 
 
 def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
-    """Compile the library of `specs` to `path`, its texts to a folder beside it. Raises FhoptError.
+    """Compile the library of `specs` to `path`, and write its sources to a folder next to it. Raises FhoptError.
 
-    The error says whether there is no compiler, or what it refused.
+    The error says whether there is no compiler, or what it rejected.
     """
     folder = path.with_suffix("")
     folder.mkdir()

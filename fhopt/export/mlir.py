@@ -2,13 +2,13 @@
 
     step.mlir, seal.mlir            the two functions of fhopt/export/decode_step.py, in linalg on tensors or in the
                                     torch dialect
-    step.vmfb, seal.vmfb            both functions compiled by IREE, where the target is one of its devices
+    step.vmfb, seal.vmfb            both functions compiled by IREE, if the target is one of its devices
     weights.safetensors             weights of the model and bases of the plan
     step.json                       names of the weights in the order of arguments, and the state
     plan/                           the plan
 
 `step` takes the weights, ids, counts and state; `seal` takes the bases and a block of tokens. Weights are arguments, so
-that the functions are small, and the same for all weights of one model and plan.
+the functions are small, and the same for all weights of one model and plan.
 
 torch-mlir imports the exported program, IREE compiles it: `pip install 'fhopt[mlir]'`.
 """
@@ -69,11 +69,11 @@ class Lowered:
 
 
 class _Functional(nn.Module):
-    """A module whose parameters and buffers are its first argument."""
+    """A module that takes its parameters and buffers as its first argument."""
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.hidden, self.names = (module,), list(names)  # in a tuple, so that its parameters are not this module's
+        self.hidden, self.names = (module,), list(names)  # in a tuple, so that its parameters are not registered here
 
     def forward(self, weights: list[Tensor], inputs: list[Tensor]) -> Any:
         """Call the module with these weights on `inputs`."""
@@ -108,7 +108,7 @@ def _imported(
             warnings.simplefilter("ignore")
             exported = torch.export.export(module, (weights, inputs), dynamic_shapes=sizes, strict=False)
             return fx.export_and_import(exported, output_type=DIALECTS[dialect], func_name=name)
-    except Exception as error:  # torch-mlir raises many kinds
+    except Exception as error:  # torch-mlir raises many types
         first = (str(error).strip() or "no message").splitlines()[0][:200]
         raise FhoptError(
             f"the {name} cannot be lowered to {dialect}: {first}. Expected operations of torch."
@@ -129,7 +129,7 @@ def _package(name: str) -> Any:
 
 
 def export(loaded: LoadedModel, plan: LatentPlan, target: Target, out: Path) -> Path:
-    """Write the module docstring's files to the folder `out`, whole or not at all. Returns it. Raises FhoptError."""
+    """Write the files of the module docstring to the folder `out`, atomically, and return it. Raises FhoptError."""
     from safetensors.torch import save_file
 
     target.check()
@@ -163,7 +163,7 @@ def compile_module(text: str, target: Target) -> bytes:
     extra += _cpu_options(arch) if target.name == "iree-cpu" else []
     try:
         made: bytes = compiler.compile_str(text, target_backends=[backend], input_type="auto", extra_args=extra)
-    except Exception as error:  # the compiler is another program
+    except Exception as error:  # errors of an external program
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise FhoptError(
             f"IREE could not compile for {backend} {arch}: {(lines or [str(error)])[0][:300]}. Give `--arch` as IREE "
@@ -173,7 +173,7 @@ def compile_module(text: str, target: Target) -> bytes:
 
 
 def _cpu_options(arch: str) -> list[str]:
-    """Make the options for `host`, or for an architecture with a CPU after a colon: aarch64:cortex-a76."""
+    """Return the options for `host`, or for an architecture with an optional CPU after a colon: aarch64:cortex-a76."""
     if arch == "host":
         return ["--iree-llvmcpu-target-cpu=host"]
     name, _, cpu = arch.partition(":")
@@ -234,7 +234,7 @@ class _Function:
 
 
 def _signed_bytes(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """View unsigned bytes as signed ones: MLIR's i8 has no sign, and IREE takes it for a signed type."""
+    """View unsigned bytes as signed: MLIR's i8 has no sign, and IREE treats it as signed."""
     return x.view(np.int8) if x.dtype == np.uint8 else x
 
 

@@ -1,16 +1,16 @@
-"""`fhopt verify`: proof, from the code of an exported decode step, that it reads latents, and what that costs.
+"""`fhopt verify`: proof, from the code of an exported decode step, that attention runs on latents, and at what cost.
 
-The functions are walked in linalg, where every operation states its loops and every tensor its sizes; the only size
-that grows is T, the number of quantized tokens. What must hold:
+The functions are analyzed in linalg, where every operation states its loops and every tensor its sizes. The only
+dynamic size is T, the number of quantized tokens. Requirements:
 
-    no contraction yields more than H x S numbers per token     the only products with a token are scores;
+    no contraction yields more than H x S elements per token    the only dot products with a token are scores;
                                                                 D_K z or D_V z would be a key or a value
-    no float tensor has more numbers per token than scores,     nothing of the size of keys or values is ever written
+    no float tensor has more elements per token than scores,    nothing of the size of keys or values is ever written
     or than one bit group of one side has
     bytes that a token adds to the arguments                    = those of the plan
     multiplications that grow with T                            = H (R_K + R_V) S over all sites, nothing else
 
-Counts are polynomials in T (sympy). Nothing is run, and no part of fhopt is used but the plan.
+Counts are polynomials in T (sympy). Nothing is executed, and no part of fhopt is used except the plan.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fhopt.files import read_file
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
-PROGRAM_BYTES = 1 << 30  # of a step that is read
+PROGRAM_BYTES = 1 << 30  # max size of a step
 T = sympy.Symbol("T", positive=True, integer=True)
 _BITS = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
 _NAMED = {  # (loops of both sides, of the left, summed, of the right) as positions in the operands' shapes
@@ -46,7 +46,7 @@ _NAMED = {  # (loops of both sides, of the left, summed, of the right) as positi
 
 @dataclass(frozen=True)
 class CountedOperation:
-    """One operation: its name, the line of the Python code that it comes from, and a count (numbers, or MACs)."""
+    """An operation: its name, the Python source line that it comes from, and a count (of elements or MACs)."""
 
     operation: str
     source: str
@@ -58,7 +58,7 @@ class CountedOperation:
 
 @dataclass
 class Walk:
-    """Counts of the operations of a function, polynomials in T.
+    """Operation counts of a function, polynomials in T.
 
     macs: multiply-adds of contractions. results: results of contractions that grow with T. tensors: float results of
     any operation that grow with T. argument_bytes: of all arguments.
@@ -72,12 +72,12 @@ class Walk:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a check: `faults` is empty where everything holds. Numbers per quantized token; macs as text."""
+    """Result of a check: `faults` is empty if all requirements hold. Counts per quantized token; macs as text."""
 
     macs: str
     macs_per_token: int
     bytes_per_token: int
-    largest_per_token: int  # numbers of the largest float tensor
+    largest_per_token: int  # elements of the largest float tensor
     scores_per_token: int  # H x S of the site with most heads
     exact_bytes_per_token: int
     faults: tuple[str, ...]
@@ -108,19 +108,19 @@ def verify_folder(folder: Path) -> Verdict:
 def verify_text(text: str | bytes, plan: LatentPlan, itemsize: int = 4) -> Verdict:
     """Check a step in linalg (text or bytecode as MLIR prints it) against a plan.
 
-    itemsize: bytes of a number of unquantized latents. Raises FhoptError for anything but linalg.
+    itemsize: bytes per element of unquantized latents. Raises FhoptError for anything but linalg.
     """
     return verdict(walk(text), plan, itemsize)
 
 
 def walk(text: str | bytes) -> Walk:
-    """Count the operations of a module's functions. Raises FhoptError where it cannot be read or counted."""
+    """Count the operations of a module's functions. Raises FhoptError if it cannot be parsed or counted."""
     ir = _bindings()
     context = ir.Context()
     importlib.import_module("torch_mlir.dialects.torch").register_dialect(context)
     try:
         module = ir.Module.parse(text, context)
-    except Exception as error:  # the parser's own, which is no public class
+    except Exception as error:  # the parser's own type is not public
         raise FhoptError(f"this is not MLIR ({str(error).splitlines()[0][:200]}). Export it again.") from error
     counts = Walk()
     for function in module.body.operations:
@@ -187,7 +187,7 @@ def _count(ir: Any, operation: Any, counts: Walk) -> None:
 
 
 def _multiplies(operation: Any) -> bool:
-    """Return True for a generic operation that sums products."""
+    """Return whether a generic operation sums products."""
     inside = {inner.name for inner in _operations(operation)}
     reduces = "reduction" in str(operation.attributes["iterator_types"])
     return reduces and "arith.mulf" in inside and "arith.addf" in inside
@@ -273,6 +273,6 @@ def verdict(counts: Walk, plan: LatentPlan, itemsize: int = 4) -> Verdict:
 
 
 def _widest_group(site: SitePlan) -> int:
-    """Count the numbers per token of the widest bit group."""
+    """Count the elements per token of the widest bit group."""
     sides: Sequence[Any] = (site.key, site.value)
     return max(side.groups * max((t.width for t in side.tiers), default=side.width) for side in sides)

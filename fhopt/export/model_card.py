@@ -1,4 +1,4 @@
-"""The model card of a rewritten folder: how to open it, its loss, its bytes, its provenance."""
+"""Model card of a rewritten folder: how to open it, its loss, its bytes, its provenance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fhopt.plan.quality_card import card as card_of
 from fhopt.version import __version__
 
 COUNTED_AT = (1024, 8192, 32768)  # tokens
-LICENSES = ("LICENSE", "LICENCE", "NOTICE")  # beginnings of the names of licence files
+LICENSES = ("LICENSE", "LICENCE", "NOTICE")  # prefixes of the names of license files
 _OPENING = """
 # {name}, latent cache {ratio:.2f}x
 
@@ -41,7 +41,7 @@ Without fhopt, vLLM refuses it and names the unknown method `fhopt`.
 
 
 def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison], source: Path | None) -> str:
-    """Write the text of README.md."""
+    """Return the text of README.md."""
     network: Any = loaded.module
     auto = "AutoModelForSeq2SeqLM" if network.config.is_encoder_decoder else "AutoModelForCausalLM"
     layers = measured_layers(network)
@@ -56,7 +56,7 @@ def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison]
 
 
 def _metadata(loaded: LoadedModel, source: Path | None) -> str:
-    """Write the YAML that hubs read; licence and languages are the original card's, where there is one."""
+    """Return the YAML metadata for hubs, with license and languages of the original card if there is one."""
     from huggingface_hub import ModelCard, ModelCardData
 
     licence: dict[str, Any] = {}

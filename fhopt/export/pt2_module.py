@@ -1,19 +1,20 @@
-"""`fhopt rewrite --format pt2` of any other module: its forward pass with the plan in it, as a program of torch only.
+"""`fhopt rewrite --format pt2` for a module that is not a language model: its forward with the plan, in torch only.
 
     program.pt2                     an exported program of torch operations: torch.export.load(...).module()
-    start.pt2                       an exported program that returns the first state, where there is one
+    start.pt2                       an exported program that returns the initial state, if there is a state
     program-aot.pt2                 the program compiled by AOTInductor, attention on quantized latents as a C++ op
-    fhopt_kernels.so                that op and its kernels, where there are any (see fhopt/export/pt2_step.py)
+    fhopt_kernels.so                that op and its kernels, if there are any (see fhopt/export/pt2_step.py)
     program.json                    inputs and state in order: names, shapes, dtypes
     plan/                           the plan
 
     program(inputs..., state...)  ->  outputs..., state after the call
     start()                       ->  state before the first call
 
-A module that keeps nothing between calls has no state. Where it writes keys and values to buffers of its own, their
-latents are state (fhopt/cache/module_buffers.py), empty at the start; any other buffer that it writes is state, too.
-Inputs are the tensors of the module's example arguments, and have their shapes: a decode step is the program of an
-example of one token. Arguments are not changed. Outputs are the tensors of the module's result, in order.
+A module that stores nothing between calls has no state. If it writes keys and values to buffers of its own, their
+latents are state (fhopt/cache/module_buffers.py), empty at the start; so is any other buffer that it writes.
+
+Inputs are the tensors of the module's example arguments, with their shapes: for a decode step, use an example with one
+token. Arguments are not modified. Outputs are the tensors of the module's result, in order.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.attend_latents.default: attention_attend.attend_latents_reference,
     torch.ops.fhopt.encode_rows.default: encode_rows.encode_rows_reference,
     torch.ops.fhopt.rebuilt_attention.default: prefill_attention.rebuilt_attention_reference,
-}  # in operations of torch, which a process without fhopt has
+}  # in torch operations, available in a process without fhopt
 _README = """# {name}: a program with latents
 
 ```python
@@ -100,8 +101,8 @@ class ExportedModule:
 def export_module(loaded: LoadedModel, plan: LatentPlan, kernels: bool = False) -> ExportedModule:
     """Export the programs of a module with a plan, for inputs of the shapes of its example arguments.
 
-    kernels: attention on quantized latents is the op of C++ kernels. Raises FhoptError where the module cannot be
-    exported or the plan names sites that it does not have.
+    kernels: attention on quantized latents is the op of C++ kernels. Raises FhoptError if the module cannot be
+    exported, or the plan names sites that it does not have.
     """
     check_model(plan, loaded.weights(), loaded.name)
     plan.check_no_means("an exported module")
@@ -131,7 +132,7 @@ def _exported(
     with torch.no_grad():
         try:
             return torch.export.export(module, args, dict(kwargs or {}), strict=False)
-        except Exception as error:  # the module's own code may do what export cannot follow
+        except Exception as error:  # the module's code may do what export does not support
             raise FhoptError(
                 f"{name} cannot be exported: {type(error).__name__}: {short(error)}. Expected a module that "
                 "torch.export takes."
@@ -147,9 +148,9 @@ def _check_targets(program: torch.export.ExportedProgram, kernels: bool) -> None
 
 
 def _kernel_call(specs: list[KernelSpec]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Make the decomposition of `fhopt::latent_attention` to the C++ op, which adds the kernels it calls to `specs`.
+    """Build the decomposition of `fhopt::latent_attention` to the C++ op, which adds the kernels it calls to `specs`.
 
-    Attention on unquantized latents becomes operations of torch.
+    Attention on unquantized latents becomes torch operations.
     """
 
     def attend(
@@ -223,7 +224,7 @@ class _Rewritten(nn.Module):
 
 
 class _Start(nn.Module):
-    """The state before the first call, as a module without inputs."""
+    """The initial state, as a module without inputs."""
 
     def __init__(self, state: Sequence[Tensor]) -> None:
         super().__init__()
@@ -236,7 +237,7 @@ class _Start(nn.Module):
 
 
 def _rewritten(loaded: LoadedModel, plan: LatentPlan) -> _Rewritten:
-    """Run all passes over the module's graph. Raises FhoptError where a site of the plan is not compressed."""
+    """Run all passes over the module's graph. Raises FhoptError if a site of the plan is not compressed."""
     exported = loaded.program or _exported(loaded.name, cast(nn.Module, loaded.module), *loaded.inputs)
     captured = from_exported(exported)
     program = captured.program
@@ -253,14 +254,14 @@ def _rewritten(loaded: LoadedModel, plan: LatentPlan) -> _Rewritten:
 
 
 class _ProgramKeeper(module_buffers.BufferKeeper):
-    """A keeper of latents for exported programs, which never writes the module's own buffers."""
+    """Buffer keeper for exported programs, which never writes the module's own buffers."""
 
     unfit = staticmethod(lambda buffer: "")
     parts = staticmethod(module_buffers.blank)
 
 
 def _mark_buffers(program: Program) -> None:
-    """Set the source of buffers as Dynamo does in its graphs: the passes only rewrite buffers of a module."""
+    """Set the source of buffers as in Dynamo's graphs: the passes only rewrite buffers of a module."""
     for node in program.graph.nodes:
         if node.name in program.buffers:
             *path, name = program.buffers[node.name].split(".")
@@ -304,9 +305,9 @@ def _part_name(program: Program, parts: Sequence[str], name: str) -> str:
 
 
 def write_module(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: bool = True) -> Path:
-    """Write the module docstring's files to the folder `out`, whole or not at all. Returns it.
+    """Write the files of the module docstring to the folder `out`, atomically, and return it.
 
-    compiled: also write the program compiled by AOTInductor, which takes minutes. An older export is replaced. Raises
+    compiled: also write the program compiled by AOTInductor, which takes minutes. Replaces an older export. Raises
     FhoptError.
     """
     check_out(out, DESCRIPTION)

@@ -7,9 +7,9 @@
     plan/                           the plan
 
 fhopt/export/decode_step.py and the folder's README.md describe arguments and results of the two programs, and what the
-caller does between them. `seal` runs once for each block of tokens and is not compiled. The library and the compiled
-program are machine code for this kind of CPU: unlike a rewritten folder, load them only from sources that you trust. A
-process that has imported fhopt has the op already.
+caller does between calls. `seal` runs once per block of tokens and is not compiled. The library and the compiled
+program are native code for this kind of CPU: unlike a rewritten folder, load them only from trusted sources. A process
+that has imported fhopt already has the op.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fhopt.version import __version__
 
 DESCRIPTION = "step.json"
 VERSION = 1
-EXAMPLE_BLOCKS = 2  # of quantized tokens in example inputs: a size of 0 or 1 would become part of the graph
+EXAMPLE_BLOCKS = 2  # of quantized tokens in example inputs: a size of 0 or 1 would be specialized
 _README = """# {name}: a decode step with latents as state
 
 `step.pt2` and `seal.pt2` need only torch:
@@ -81,7 +81,7 @@ class Exported:
 def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Exported:
     """Export the programs `step` and `seal` of a causal language model for one sequence, a token at a time.
 
-    kernels: attention on quantized tokens is the op of C++ kernels. Raises FhoptError where no step can be exported.
+    kernels: attention on quantized tokens is the op of C++ kernels. Raises FhoptError if no step can be exported.
     """
     step = Step(model, unrounded(plan), kernels).eval()
     ids, counts, state = example_inputs(step)
@@ -92,7 +92,7 @@ def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Ex
             exported = torch.export.export(
                 step, (ids, counts, *state), dynamic_shapes=(None, None, sizes), strict=False
             )
-        except Exception as error:  # the model's own code may do what export cannot follow
+        except Exception as error:  # the model's code may do what export does not support
             raise FhoptError(
                 f"{type(model).__name__} cannot be exported: {type(error).__name__}: {short(error)}. Expected a model "
                 "that torch.export takes."
@@ -102,7 +102,7 @@ def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Ex
 
 
 def example_inputs(step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Make the inputs (ids, counts, state) that a step is exported with."""
+    """Create the inputs (ids, counts, state) that a step is exported with."""
     rows = EXAMPLE_BLOCKS * step.plan.block
     return (
         torch.zeros(1, 1, dtype=torch.int64),
@@ -123,9 +123,9 @@ def short(error: BaseException) -> str:
 
 
 def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: bool = True) -> Path:
-    """Write the module docstring's files to the folder `out`, whole or not at all. Returns it.
+    """Write the files of the module docstring to the folder `out`, atomically, and return it.
 
-    compiled: also write the program compiled by AOTInductor, which takes minutes. An older export is replaced. Raises
+    compiled: also write the program compiled by AOTInductor, which takes minutes. Replaces an older export. Raises
     FhoptError.
     """
     check_out(out, DESCRIPTION)
@@ -142,7 +142,7 @@ def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: b
 
 
 def check_out(out: Path, *descriptions: str) -> None:
-    """Raise FhoptError when `out` holds anything but an older export, which has one of the files `descriptions`."""
+    """Raise FhoptError if `out` contains anything but an older export, which has one of the files `descriptions`."""
     is_older = any((out / name).is_file() for name in descriptions)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_older)):
         raise FhoptError(f"{out} exists and holds other things; expected a new folder or an older export.")
@@ -157,7 +157,7 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Compile a program by AOTInductor to a package. Raises FhoptError."""
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    except Exception as error:  # inductor and the compiler raise many kinds
+    except Exception as error:  # inductor and the compiler raise many types
         raise FhoptError(f"AOTInductor could not compile it: {short(error)}. Leave it out: --no-aot.") from error
 
 
@@ -196,7 +196,7 @@ def _describe(
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read `step.json`. Raises FhoptError when it is absent, damaged or of another version."""
+    """Load `step.json`. Raises FhoptError if it is missing, damaged or of another version."""
     from fhopt.models.rewritten_folder import read_json
 
     if not (folder / DESCRIPTION).is_file():

@@ -1,9 +1,9 @@
 """`fhopt rewrite`: a model and its plan as one folder that transformers opens.
 
-The folder opens in three ways: by `fhopt.load(FOLDER)`; by `AutoModelForCausalLM.from_pretrained(FOLDER)` after `import
-fhopt`, with a cache of latents; and by `from_pretrained` without fhopt, as the exact original. The last is why no basis
-is folded into a projection: the weights must give the original's keys, which attention sinks and residual window also
-keep exactly. Quantizing a token takes two small products, once; folding them into projections would save nothing.
+The folder opens in three ways: with `fhopt.load(FOLDER)`; with `AutoModelForCausalLM.from_pretrained(FOLDER)` after
+`import fhopt`, with a latent cache; and with `from_pretrained` without fhopt, as the exact original. Because of the
+last, no basis is folded into a projection: the weights must give the original keys, which attention sinks and recent
+window also store. Folding would save nothing, since quantizing a token takes two small matmuls, once.
 
 Weights of a Hugging Face folder are copied byte for byte. Any other model is saved in shards of safetensors.
 """
@@ -48,7 +48,7 @@ class Rewritten:
     weight_bytes: int
     plan_bytes: int
     total_bytes: int
-    copied: bool  # the files of weights are those of the original
+    copied: bool  # whether the weight files are copies of the original's
     losses: Mapping[str, Comparison] = field(default_factory=dict)
 
 
@@ -56,11 +56,11 @@ def rewrite(
     loaded: LoadedModel, plan: LatentPlan, out: Path | str, source: Path | None = None, shard_size: str = SHARD_SIZE,
     losses: Mapping[str, Comparison] | None = None,
 ) -> Rewritten:  # fmt: skip
-    """Write `loaded` and its plan to the folder `out`, whole or not at all.
+    """Write `loaded` and its plan to the folder `out`, atomically.
 
     source: the Hugging Face folder of `loaded`, whose files are copied. losses: measured losses by text, for the model
-    card. An older rewritten folder at `out` is replaced. Raises FhoptError when the plan does not fit the model, the
-    model cannot be written, or `out` holds anything else.
+    card. Replaces an older rewritten folder at `out`. Raises FhoptError if the plan does not fit the model, the model
+    cannot be written, or `out` contains anything else.
     """
     out = Path(out)
     model = check(loaded, plan, out, source)
@@ -83,7 +83,7 @@ def rewrite(
 def stored_dtype(source: Path) -> torch.dtype | None:
     """Return the dtype in which transformers opens a Hugging Face folder: of its configuration, else of its weights.
 
-    None where it has no safetensors files. Raises FhoptError where the first of them cannot be read.
+    None if it has no safetensors files. Raises FhoptError if the first of them cannot be loaded.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -135,9 +135,9 @@ def losses(
     loaded: LoadedModel, plan: LatentPlan, texts: Sequence[str], sequences: int, context: int,
     progress: Progress = silent,
 ) -> dict[str, Comparison]:  # fmt: skip
-    """Measure the loss of the plan on the held-out half of each text; no loss for a model without a tokenizer.
+    """Measure the loss of the plan on the held-out half of each text; {} for a model without a tokenizer.
 
-    Raises FhoptError when a text is too short or the context too long.
+    Raises FhoptError if a text is too short or the context too long.
     """
     if loaded.tokenizer is None or not texts:
         return {}
@@ -156,7 +156,7 @@ def losses(
 
 
 def _copy_settings(source: Path, staging: Path) -> None:
-    """Copy tokenizer, generation settings and licences: files of text, not of code."""
+    """Copy tokenizer, generation settings and licenses: text files, no code."""
     for file in source.iterdir():
         is_settings = file.suffix in _COPIED and file.name not in _NOT_COPIED and not file.name.endswith(".index.json")
         if file.is_file() and (is_settings or file.name.upper().startswith(LICENSES)):
@@ -164,7 +164,7 @@ def _copy_settings(source: Path, staging: Path) -> None:
 
 
 def _copy_weights(source: Path, staging: Path) -> None:
-    """Copy the files of weights that transformers reads: one, or those that an index names."""
+    """Copy the weight files that transformers loads: one, or those that an index names."""
     names = {rewritten_folder.ONE_FILE}
     if not (source / rewritten_folder.ONE_FILE).is_file():
         listed = rewritten_folder.read_json(source, INDEX).get("weight_map")
@@ -185,7 +185,7 @@ def _save_weights(model: Any, staging: Path, shard_size: str) -> None:
 
 
 def _write_config(model: Any, source: Path | None, staging: Path) -> None:
-    """Write the original's configuration with the method that opens it."""
+    """Write the original's configuration with the quantization method that opens it."""
     config = rewritten_folder.read_json(source or staging, CONFIG)
     config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
     config.setdefault("architectures", [type(model).__name__])

@@ -1,7 +1,7 @@
 """Attention of an exported decode step at one site, in operations that torch.export and MLIR support.
 
-Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N places of sinks and residual window, T
-places of quantized tokens, D and E head sizes, R latent width.
+Dimensions: B batch, H query heads, G kv heads, J latent heads, S new tokens, N slots of sinks and recent window, T
+slots of quantized tokens, D and E head sizes, R latent width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fhopt.ops import algebra, packing
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
-_MASKED = -1e30  # a logit whose weight is 0; unlike -inf it never makes NaN
+_MASKED = -1e30  # a logit whose weight is 0; unlike -inf it never gives NaN
 _HALF_EXPONENTS = [2.0 ** (e - 25) for e in range(32)]
 
 
@@ -31,12 +31,12 @@ class StateTensor:
     dtype: torch.dtype
 
     def empty(self, rows: int) -> Tensor:
-        """Allocate zeros with room for `rows` quantized tokens."""
+        """Allocate zeros with capacity for `rows` quantized tokens."""
         return torch.zeros([rows if n is None else n for n in self.shape], dtype=self.dtype)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one quantized token; 0 for a tensor that does not grow."""
+        """Bytes per quantized token; 0 for a tensor of fixed size."""
         if None not in self.shape:
             return 0
         return math.prod(n for n in self.shape if n is not None) * self.dtype.itemsize
@@ -60,7 +60,7 @@ def state_tensors(plan: LatentPlan, dtype: torch.dtype) -> list[StateTensor]:
 
 
 def _row_sides(site: SitePlan) -> list[tuple[str, SidePlan]]:
-    """List the sides that have packed latents of their own: one where keys and values share them."""
+    """List the sides with packed latents of their own: one if keys and values share them."""
     return [("key", site.key)] if site.is_shared else [("key", site.key), ("value", site.value)]
 
 
@@ -118,7 +118,7 @@ class SiteAttention(nn.Module):
         return key, _Rows(self.site.value, *pairs[-1], decoders[1])
 
     def _window_logits(self, query: Tensor, keys: Tensor, count: Tensor, places: int) -> Tensor:
-        """Compute logits [B,H,S,N+S], masked where a place holds no token or one that follows its query."""
+        """Compute logits [B,H,S,N+S], masked for empty slots and for tokens after their query."""
         logits = _capped(_grouped(query, keys.transpose(-1, -2)), self.site.site.softcap)
         place = torch.arange(keys.shape[2], device=keys.device)
         row = torch.arange(query.shape[2], device=keys.device).unsqueeze(1)
@@ -126,7 +126,7 @@ class SiteAttention(nn.Module):
         return torch.where(is_seen, logits, _MASKED)
 
     def _latent_logits(self, query: Tensor, rows: _Rows, count: Tensor) -> Tensor:
-        """Compute logits [B,H,S,T] of quantized tokens: one product for each bit group."""
+        """Compute logits [B,H,S,T] of quantized tokens: one matmul per bit group."""
         absorbed = algebra.absorb(query, rows.decode)
         parts: list[Tensor] = []
         scaled: list[Tensor] = []
@@ -150,7 +150,7 @@ class SiteAttention(nn.Module):
     def _attend_by_kernel(
         self, query: Tensor, near_logits: Tensor, values: Tensor, count: Tensor, keys: _Rows, mixed: _Rows
     ) -> Tensor:
-        """Attend to quantized tokens by the C++ kernel, and merge the result with attention to the window."""
+        """Attend to quantized tokens with the C++ kernel, and merge the result with attention to the window."""
         absorbed = algebra.absorb(query, keys.decode)
         latent, lse = torch.ops.fhopt.latent_kernel(
             self.kernel, absorbed, keys.rows, keys.scale, mixed.rows, mixed.scale, None, count, None, 0, 1.0,
@@ -189,7 +189,7 @@ def _per_head(scale: Tensor, heads: int) -> Tensor:
 
 
 def _grouped(rows: Tensor, latents: Tensor) -> Tensor:
-    """Multiply [B,H,S,m] x [B,J,m,n] -> [B,H,S,n] by one bmm: matmul would copy `latents` for every head if n grows."""
+    """Multiply [B,H,S,m] x [B,J,m,n] -> [B,H,S,n] by one bmm: for a dynamic n, matmul copies `latents` per head."""
     b, h, s, m = rows.shape
     j, n = latents.shape[1], latents.shape[3]
     return torch.bmm(rows.reshape(b * j, h // j * s, m), latents.flatten(0, 1)).view(b, h, s, n)
@@ -198,7 +198,7 @@ def _grouped(rows: Tensor, latents: Tensor) -> Tensor:
 def _bit_groups(rows: _Rows) -> Iterator[tuple[slice, Tensor, bool]]:
     """Yield (channels, dequantized values [B,J,T,width] before the token's scale, whether they have one) of each group.
 
-    Quantized values stay bytes until the last operation, which compilers fuse with the product that reads them.
+    Quantized values stay bytes until the last operation, which compilers fuse with the matmul that uses them.
     """
     if not rows.plan.tiers:
         yield slice(0, rows.plan.width), rows.rows.float(), False
@@ -219,7 +219,7 @@ def _quantized_values(piece: Tensor, bits: int) -> Tensor:
     """Unpack bit planes [..., W*bits/8] to int32 [..., W], by operations that every compiler supports."""
     values: Tensor | None = None
     start, widths = 0, packing.planes(bits)
-    count = piece.shape[-1] // bits  # bytes of a plane of one bit
+    count = piece.shape[-1] // bits  # bytes of a 1-bit plane
     for width in widths:
         plane = _lanes(piece[..., start : start + count * width].int(), width)
         values = plane if values is None else (values << width) | plane

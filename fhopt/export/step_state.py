@@ -1,4 +1,4 @@
-"""The state of an exported decode step, which the caller passes from step to step."""
+"""State of an exported decode step, which the caller passes from step to step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 class State:
-    """The caller's side of an exported step: the buffers, and how the results of a step are written to them.
+    """Caller's side of an exported step: the buffers, and how the results of a step are written to them.
 
-    run_step and run_seal compute what `Step` and `Seal` do, on torch tensors. tokens: tokens in the state; quantized:
-    how many of them are packed latents.
+    run_step, run_seal: functions that compute `Step` and `Seal` on torch tensors. tokens: number of tokens in the
+    state; quantized: number of those that are packed latents.
     """
 
     def __init__(self, plan: LatentPlan, tensors: Sequence[StateTensor], run_step: Any, run_seal: Any) -> None:
@@ -51,7 +51,7 @@ class State:
         grown = [i for i in range(len(self.buffers)) if i not in windows]
         for i, new in zip(grown, rows, strict=True):
             buffer = self.buffers[i]
-            if buffer.shape[2] < self.quantized + block:  # doubled, so that few copies are made in all
+            if buffer.shape[2] < self.quantized + block:  # doubled, to amortize copies
                 buffer = torch.cat([buffer, torch.zeros_like(buffer)], 2)
             buffer[:, :, self.quantized : self.quantized + block] = new
             self.buffers[i] = buffer

@@ -1,4 +1,4 @@
-"""Targets of `fhopt export`: MLIR and devices of IREE. They are checked before torch is imported."""
+"""Targets of `fhopt export`, MLIR and IREE devices, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fhopt.errors import FhoptError
 
-# Back end of IREE, its default architecture, and its options, by target. `{arch}` is the value of --arch.
+# IREE backend, its default architecture, and its options, by target. `{arch}` is the value of --arch.
 TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "iree-cpu": ("llvm-cpu", "host", ()),
     "iree-vulkan": ("vulkan-spirv", "", ("--iree-vulkan-target={arch}",)),
@@ -19,7 +19,7 @@ TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """The target of an export: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the default."""
+    """Target of an export: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the default."""
 
     name: str
     arch: str = ""

@@ -1,1 +1,1 @@
-"""The mathematics of fitting: statistics, bases, allocation of bits, plans. No model, no data."""
+"""Mathematics of fitting: statistics, bases, bit allocation, plans. No model and no data."""

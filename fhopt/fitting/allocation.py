@@ -23,21 +23,21 @@ from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
 
-# Of a unit Gaussian under its best uniform quantiser (Max 1960): distortion, and the step in standard deviations.
+# Of a unit Gaussian under the best uniform quantizer (Max 1960): distortion, and step in standard deviations.
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.00009, 16: 0.0}
 STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 
-# Tokens are not Gaussian, and what is clipped costs more than what is rounded: measured on SmolLM2 by the effect on
-# the likelihood, per number of bits. At 8 bits the Gaussian's range makes clipping 20 times as dear as rounding.
+# Latents have heavier tails than a Gaussian, and clipping costs more likelihood than rounding (measured on SmolLM2 per
+# bit width). At 8 bits the Gaussian-optimal range makes clipping 20 times as costly as rounding.
 WIDER = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.2, 5: 1.3, 6: 1.4, 8: 2.0}
 STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
 
-# 1 / E[r x] of a unit Gaussian x that is quantized to r: with r scaled by it, the error has nothing of x any more. What
-# errs least, a token at a time, shrinks what it encodes, and values that a query reads together shrink alike: that part
-# of their errors does not average out. On Qwen2.5-Coder-0.5B at 8x, KL on law 0.0130 -> 0.0075, chat 0.0058 -> 0.0044,
-# elsewhere the same. What keys lose alike cancels in the softmax: they get no gain.
+# 1 / E[r x] of a unit Gaussian x quantized to r: with r scaled by it, the error is uncorrelated with x. A minimum-MSE
+# quantizer shrinks each token, and values that a query attends to together shrink by the same factor, so this error
+# does not average out. On Qwen2.5-Coder-0.5B at 8x, KL on law 0.0130 -> 0.0075, chat 0.0058 -> 0.0044, elsewhere the
+# same. A common factor of keys cancels in the softmax: keys get no gain.
 UNBIASED = {1: 1.5706, 2: 1.1109, 3: 1.0121}
-ROUNDS = 4  # of choosing layouts at the price that the last choice led to
+ROUNDS = 4  # of choosing layouts at the price from the previous round
 
 
 # --------------------------------------------------------------------------------------------------- plans
@@ -45,39 +45,39 @@ ROUNDS = 4  # of choosing layouts at the price that the last choice led to
 
 @dataclass(frozen=True)
 class Budget:
-    """Size of a KV cache: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted.
+    """Size of a KV cache: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, everything included.
 
-    sliding: tokens of the sliding window of a site's layer by the site's name, 0 or none where it keeps all tokens.
+    sliding: sliding-window tokens of each site's layer by site name; 0 or missing for full attention.
     """
 
     ratio: float
     window: ResidualWindow
     tokens: int = 8192
-    has_means: bool = False  # of each sequence, see `LatentPlan.mean_tokens`
+    has_means: bool = False  # whether means of each sequence are stored, see `LatentPlan.mean_tokens`
     sliding: Mapping[str, int] = field(default_factory=dict)
 
     def _split(self, site: AttentionSite) -> tuple[int, int, int]:
-        """Return how many tokens of a site are attention sinks, in its residual window, and quantized."""
+        """Return how many tokens of a site are attention sinks, in its recent window, and quantized."""
         sliding = self.sliding.get(site.name, 0)
         return self.window.within(sliding).split(self.tokens, sliding)
 
     def weights(self, sites: Iterable[AttentionSite]) -> dict[str, float]:
-        """Return the quantized tokens of each site by its name, as a share of those of the site with the most."""
+        """Return the quantized tokens of each site by name, relative to the site with the most."""
         quantized = {s.name: self._split(s)[2] if s.kind == "self" else self.tokens for s in sites}
         own = [quantized[s.name] for s in sites if s.kind == "self"]
         most = max(own) if own and len(own) == len(quantized) else self.tokens
         return {name: min(1.0, count / max(1, most)) for name, count in quantized.items()}
 
     def exact_bytes(self, sites: Iterable[AttentionSite]) -> int:
-        """Return the bytes of 16-bit keys and values of some sites at `tokens` tokens."""
+        """Return the bytes of 16-bit keys and values of the sites at `tokens` tokens."""
         windows = ((site, self.sliding.get(site.name, 0) or self.tokens) for site in sites)
         return 2 * sum(min(self.tokens, window) * site.exact_numbers_per_token for site, window in windows)
 
     def quantized_token_bits(self, sites: Iterable[AttentionSite]) -> int:
-        """Return the bits of a quantized token: values and scales. Raises FhoptError when every token is exact.
+        """Return the bits of a quantized token: values and scales. Raises FhoptError if every token is exact.
 
-        Where there is cross attention, all of whose tokens are quantized, the tokens of other attention count as
-        quantized to the same length. The bits of a site with fewer quantized tokens count by its `weights`.
+        Cross attention quantizes all of its tokens; if there is any, tokens of self-attention count as quantized to the
+        same length. Bits of a site with fewer quantized tokens are weighted by `weights`.
         """
         plans = [_blank(site) for site in sites]
         own = [p for p in plans if p.site.kind == "self"]
@@ -103,7 +103,7 @@ def _blank(site: AttentionSite) -> SitePlan:
 
 
 def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int], device: str | None = None) -> None:
-    """Raise FhoptError when the budget is below the least that each side of each site must get."""
+    """Raise FhoptError if the budget is below the minimum that all sides of all sites need."""
     asked, sides = budget.quantized_token_bits(sites), 2 * sum(budget.weights(sites).values())
     _check_reached(sides * (grain_of(bits, device).least + 8 * SCALE_BYTES), asked)
 
@@ -121,9 +121,9 @@ def _check_reached(least: float, asked: int) -> None:
 
 @dataclass
 class Allocation:
-    """Bits per chunk of TIER_QUANTUM channels of each (site, side), the nats left, and what a bit was worth last.
+    """Bits per chunk of TIER_QUANTUM channels of each (site, side), the resulting nats, and the final price of a bit.
 
-    seconds: of arithmetic for a quantized token, where parts have them.
+    seconds: arithmetic time per quantized token, if parts have a time.
     """
 
     bits: dict[tuple[str, int], list[int]]
@@ -133,9 +133,9 @@ class Allocation:
 
 
 class _Part(Protocol):
-    """Channels that get bits together: amounts of bits over J latent heads, rising from 0, and the loss with each.
+    """Channels that get bits together: possible totals of bits over J latent heads, ascending from 0, with nats.
 
-    seconds: that they take to be read, if they have any bits.
+    seconds: decode time of these channels if they have any bits.
     """
 
     bits: list[float]
@@ -143,11 +143,11 @@ class _Part(Protocol):
     seconds: float
 
     def chunks(self, n: int) -> list[int]:
-        """Return the bits of each chunk with `bits[n]` in all."""
+        """Return the bits of each chunk at a total of `bits[n]`."""
 
 
 class _Chunk:
-    """One chunk with any of the numbers of bits. unit: bits that one bit per channel takes, weighted."""
+    """One chunk, with any supported bit width. unit: weighted bits for one bit per channel."""
 
     def __init__(self, costs: Mapping[int, float], unit: float, seconds: float) -> None:
         self.levels, self.seconds = list(costs), seconds
@@ -155,24 +155,27 @@ class _Chunk:
         self.nats = list(costs.values())
 
     def chunks(self, n: int) -> list[int]:
-        """Return the bits of the chunk with `bits[n]` in all."""
+        """Return the bits of the chunk at a total of `bits[n]`."""
         return [self.levels[n]]
 
 
 class _Planes:
-    """A side whose bit groups are whole planes: the least loss for every number of planes that are filled.
+    """A side whose bit groups are whole planes, with the minimum nats for each number of filled planes.
 
-    Chunks go into bit groups in order of what dropping them costs. With the levels b that were gone through, the
-    highest first, least[p, u] is the loss of the first p chunks in u planes:
-    least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p), c chunks to a plane.
+    Chunks go into bit groups in descending order of what dropping them costs. Dynamic programming over the levels b,
+    the highest first; least[p, u] is the minimum nats of the first p chunks in u planes:
+
+      least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p)
+
+    where a plane of b bits has c chunks.
     """
 
-    seconds = 0.0  # a GPU waits for memory
+    seconds = 0.0  # GPU attention is memory-bound
 
     def __init__(self, costs: Mapping[int, Sequence[float]], groups: float, plane: int) -> None:
         self.levels = sorted(set(costs) - {0}, reverse=True)
         self.steps = [8 * plane // (TIER_QUANTUM * b) for b in self.levels]
-        count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last group may reach past the last chunk
+        count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last group may extend past the last chunk
         self.order = sorted(range(count), key=lambda i: -costs[0][i] if i < len(costs[0]) else 0.0)
         sums = {b: self._sums(c, count) for b, c in costs.items()}
         planes = count // self.steps[0]
@@ -190,12 +193,12 @@ class _Planes:
         self.nats = nats.tolist()
 
     def _sums(self, costs: Sequence[float], count: int) -> Tensor:
-        """Sum the costs of the first p chunks in order, p from 0."""
+        """Return cumulative costs of the first p chunks in order, from p = 0."""
         ordered = [costs[i] if i < len(costs) else 0.0 for i in self.order]
         return torch.tensor([0.0, *ordered], dtype=torch.float64).cumsum(0)
 
     def chunks(self, n: int) -> list[int]:
-        """Return the bits of each chunk with `bits[n]` in all."""
+        """Return the bits of each chunk at a total of `bits[n]`."""
         bits, p, u = [0] * len(self.order), int(self.ends[n]), n
         for at in reversed(range(len(self.levels))):
             while self.least[at + 1][p, u] < self.least[at][p, u]:
@@ -207,7 +210,7 @@ class _Planes:
 
 @dataclass
 class PartedSide:
-    """Costs of a side in the parts that get bits, and the bits of its scales per token; bits are weighted."""
+    """Costs of a side by the parts that get bits; fixed: bits of its scales per token. Bits are weighted."""
 
     parts: Sequence[_Part]
     fixed: float
@@ -223,10 +226,10 @@ def candidate_sides(
     weights: Mapping[str, float],
     seconds: Mapping[tuple[str, str], float] = MappingProxyType({}),
 ) -> Sides:
-    """Divide the sides of every candidate layout into parts of `grain`; where `costs` has none, costs are Gaussian.
+    """Divide the sides of every candidate layout into parts of `grain`; sides missing in `costs` get Gaussian costs.
 
-    weights: of the bits of each site (`Budget.weights`). seconds: that a channel takes in a layout of a site, by their
-    names; none: time does not count.
+    weights: of the bits of each site (`Budget.weights`). seconds: time per channel by (site, layout); missing: time
+    does not count.
     """
     return {
         (name, which, i): side_of(
@@ -248,9 +251,9 @@ def choose_layouts(
 ) -> tuple[dict[str, str], Allocation]:  # fmt: skip
     """Choose (layout of each site, bits) for a budget of bits per token.
 
-    Bits are allocated, layouts compete at the price of the last bit, and both are repeated while it helps. The layouts
-    of `start`, the first of each site if None, must fit the budget; others are taken only where the whole plan costs
-    less. rate: nats that a second counts for.
+    Allocates bits, lets layouts compete at the price of the last bit, and repeats while that helps. The layouts of
+    `start` (default: the first of each site) must fit the budget; others are chosen only if the whole plan costs less.
+    rate: nats per second of decode time.
     """
 
     def allocate(layouts: Mapping[str, str]) -> Allocation:
@@ -272,7 +275,7 @@ def choose_layouts(
             break
         try:
             other = allocate(others)
-        except FhoptError:  # layouts with more latent heads need more bytes at the least
+        except FhoptError:  # layouts with more latent heads have a larger minimum size
             break
         if other.nats + rate * other.seconds >= allocation.nats + rate * allocation.seconds:
             break
@@ -281,25 +284,25 @@ def choose_layouts(
 
 
 def _least(side: PartedSide, price: float, rate: float) -> float:
-    """Return the least sum of nats and worth of bits, at `price` nats a bit and `rate` a second, of one side."""
+    """Return the minimum of nats plus the price of bits and time for one side: `price` nats/bit, `rate` nats/second."""
     best = (min(_cost(p, n, rate) + price * b for n, b in enumerate(p.bits)) for p in side.parts)
     return sum(best) + price * side.fixed
 
 
 def _cost(part: _Part, n: int, rate: float) -> float:
-    """Return the nats of a part with its n-th amount of bits, and what its time counts for."""
+    """Return the nats of a part at its n-th total of bits, plus the price of its time."""
     return part.nats[n] + (rate * part.seconds if n else 0.0)
 
 
 def channel_nats(basis: Basis, costs: SideCosts | None, bits: int) -> Tensor:
-    """Return what each channel costs with `bits` bits, [J, R] nats per token: as measured, or of a Gaussian."""
+    """Return the cost of each channel at `bits` bits, [J, R] nats/token: measured if available, else Gaussian."""
     if costs is not None and bits in costs.sums and int(costs.tokens):
         return 0.5 * (costs.sums[bits] / int(costs.tokens))
     return 0.5 * (basis.variance * DISTORTION[bits])
 
 
 def chunk_nats(basis: Basis, costs: SideCosts | None, grain: Grain) -> dict[int, list[float]]:
-    """Return nats per token of each chunk with 0 bits and with each of the grain's levels, in its code."""
+    """Return nats/token of each chunk at 0 bits and at each of the grain's levels, with the grain's code."""
     share = functools.partial(codes.share, grain.code)
     return {bits: _per_chunk(share(bits) * channel_nats(basis, costs, bits)) for bits in (0, *grain.levels)}
 
@@ -309,7 +312,7 @@ def side_of(
 ) -> PartedSide:
     """Divide a side of J = `groups` latent heads into parts of `grain`, from nats by bits and chunk.
 
-    seconds: that a channel takes to be read.
+    seconds: decode time per channel.
     """
     weighted = groups if weight == 1 else groups * weight
     fixed, unit = 8 * SCALE_BYTES * weighted, TIER_QUANTUM * weighted
@@ -332,13 +335,13 @@ _At = tuple[tuple[str, int], int]  # (site, side), part
 def allocate_sides(
     sides: Mapping[tuple[str, int], PartedSide], budget: int, fill: bool, rate: float = 0.0
 ) -> Allocation:
-    """Allocate bits to chunks, always where the loss falls most per bit; sides are by name and number.
+    """Allocate bits to chunks greedily by the largest reduction of nats per bit; sides are keyed by (name, index).
 
-    fill: use up the rest of the budget then. rate: nats that a second counts for. Raises FhoptError when the budget is
-    below the least that each side must get.
+    fill: spend the rest of the budget afterwards. rate: nats per second of decode time. Raises FhoptError if the budget
+    is below the minimum that all sides need.
     """
     parts: dict[_At, _Part] = {(key, i): part for key, side in sides.items() for i, part in enumerate(side.parts)}
-    now = {at: int(at[1] == 0) for at in parts}  # every side keeps the least: a latent of no channels is no latent
+    now = {at: int(at[1] == 0) for at in parts}  # every side gets at least the minimum: a latent needs a channel
     used = sum(side.fixed for side in sides.values()) + sum(parts[at].bits[n] for at, n in now.items())
     _check_reached(used, budget)
     heap: list[tuple[float, _At, int]] = []
@@ -370,7 +373,7 @@ def allocate_sides(
 
 
 def _gains(part: _Part, now: int, rate: float, room: float = math.inf) -> list[tuple[float, int]]:
-    """Return (fall of cost per bit, which) of all larger amounts of bits that fit into `room`."""
+    """Return (reduction of cost per bit, index) for all larger totals of bits that fit into `room`."""
     cost, bits = _cost(part, now, rate), part.bits[now]
     return [
         ((cost - _cost(part, n, rate)) / (part.bits[n] - bits), n)
@@ -380,7 +383,7 @@ def _gains(part: _Part, now: int, rate: float, room: float = math.inf) -> list[t
 
 
 def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: float, rate: float) -> None:
-    """Allocate the rest of the budget, too little for the next best amount of any part, to where it helps most."""
+    """Spend the rest of the budget, too small for the best next step of any part, on the best steps that still fit."""
     while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], rate, room))]:
         gain, n, at = max(gains)
         if gain <= 0:

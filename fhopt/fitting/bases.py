@@ -1,27 +1,27 @@
-"""From second moments to bases, by optimal transform coding in the metric of the loss.
+"""Bases from second moments: optimal transform coding in the metric of the KL.
 
 Per block of channels that may mix, with C the moment and F the metric per token:
 
     encode = U^T F^{1/2}, decode = F^{-1/2} U,  where  F^{1/2} C F^{1/2} = U diag(lambda) U^T
 
-In these coordinates an error costs the same in every direction, and lambda_c / 2 is what dropping channel c costs, in
-nats per token, if errors of tokens are independent. What may mix is the layout (J latent heads over G kv heads):
+In these coordinates an error costs the same in every direction. lambda_c / 2 is the cost of dropping channel c, in
+nats/token, if errors of tokens are independent. The layout decides which channels may mix (J latent heads over G kv
+heads):
 
 | layout | J | mixes |
 |---|---|---|
 | `band` | as few as fit | all channels of the heads of a latent head |
-| `freq` | as few as fit | each rotary frequency across heads, by complex numbers; all else (2-D rotations too) freely |
+| `freq` | as few as fit | each rotary frequency across heads, as complex numbers; all else (2-D rotations too) freely |
 | `head` | G | all channels of one head |
 | `identity` | G | nothing: channels are scaled and ordered |
 | `input` | 1 | keys and values of all heads together, in the subspace that they span |
 
-Finished keys are encoded, so every basis is exact at full width, rotated or not. The rotation matters for what is
-*efficient*: a basis of `band` is fitted to keys as they stand at any position up to the length of context that the plan
-is made for. The average over positions t of R(t) C R(t)^T is known in closed form: it leaves products of channels that
-turn at the same speed, and takes away the others as far as they drift apart within the context. Fast frequencies thus
-become blocks of complex numbers of their own (TransMLA's RoRoPE, 2502.07864), and slow ones mix freely, without a
-threshold between the two. Where keys are relative to segments (fhopt/plan/segment_rotation.py), they have only the
-positions of a segment, and are as calibration sees them.
+Keys are encoded after RoPE, so every basis is exact at full width, rotated or not. RoPE affects only which basis is
+*efficient*: a `band` basis is fitted to keys at any position up to the plan's context length. The average of R(t) C
+R(t)^T over positions t has a closed form. It preserves products of channels with the same frequency, and attenuates the
+others the more their phases drift apart within the context. Fast frequencies thus become separate complex blocks
+(TransMLA's RoRoPE, 2502.07864) and slow ones mix freely, without a threshold. Keys relative to segments
+(fhopt/plan/segment_rotation.py) have only the positions within a segment, as calibration sees them.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from fhopt.fitting.statistics import SiteStatistics
 from fhopt.plan.site import AttentionSite, Rope
 
 SHRINKAGE = 0.01
-# Of the mean variance: channels below it keep less than unit variance, for a few thousand tokens say too little of
-# them, and one that is far louder on other text would spoil the scale of the whole token.
+# Of the mean variance. Channels below it get less than unit variance: a few thousand tokens do not estimate them well,
+# and a channel that is much larger on other text would spoil the scale of the whole token.
 FAINT = 1e-4
-RANK_CUT = 1e-12  # of the largest eigenvalue of the joint moment: float32 keys and values are exact to 1e-7
+RANK_CUT = 1e-12  # of the largest eigenvalue of the joint moment; float32 keys and values are exact to 1e-7
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """A basis before bits are chosen: channels in order of falling cost, all latent heads alike in length.
+    """Encoder and decoder matrices before bits are chosen, channels in descending order of cost.
 
-    encode [J, R, n*D], decode [J, n*D, R], float64; channels have unit variance, faint ones less.
-    variance [J, R]: twice the nats per token that dropping a channel costs, if errors of tokens were independent.
+    encode [J, R, n*D], decode [J, n*D, R], float64, with the same R for all latent heads. Channels have unit variance,
+    faint ones less. variance [J, R]: twice the nats/token that dropping a channel costs if errors of tokens are
+    independent.
     """
 
     encode: Tensor
@@ -60,15 +61,15 @@ class Basis:
         return int(self.encode.shape[0])
 
 
-# site -> layout -> bases of keys and of values; the layout `input` has one for both
+# site -> layout -> bases of keys and of values; a single basis for the layout `input`
 CandidateBases = Mapping[str, Mapping[str, tuple[Basis, ...]]]
-Candidates = CandidateBases  # its name in `fhopt.fitting`
+Candidates = CandidateBases  # public alias
 
 
 def fit_basis(statistics: SiteStatistics, side: str, layout: str, tokens: int, context: int) -> Basis:
     """Fit the basis of one side ("key" or "value") in a layout other than `input`.
 
-    tokens: length of context that the plan is made for; context: that of the calibration.
+    tokens: target context length of the plan. context: tokens of a calibration sequence.
     """
     site = statistics.site
     which, dim = (statistics.key, site.key_dim) if side == "key" else (statistics.value, site.value_dim)
@@ -87,10 +88,10 @@ def fit_basis(statistics: SiteStatistics, side: str, layout: str, tokens: int, c
 
 
 def fit_joint(statistics: SiteStatistics) -> Basis | None:
-    """Fit the basis of the layout `input`; None where `joint_basis` gives none.
+    """Fit the basis of the layout `input`; None if `joint_basis` finds none.
 
-    Its matrices are [1, R, G*(D+E)] and [1, G*(D+E), R]. Keys and values that are maps of one input of half their width
-    hold each of its numbers twice: quantized together they get twice the bits.
+    Its matrices are [1, R, G*(D+E)] and [1, G*(D+E), R]. If keys and values are linear maps of an input of half their
+    joint width, each input element is cached twice; the joint latent gives it twice the bits.
     """
     rows = joint_basis(statistics)
     if rows is None or statistics.cross is None or statistics.cross_metric is None:
@@ -104,16 +105,16 @@ def fit_joint(statistics: SiteStatistics) -> Basis | None:
 
 
 def _joined(key: Tensor, cross: Tensor, value: Tensor, order: Tensor) -> Tensor:
-    """Return one matrix over keys and values, heads side by side."""
+    """Return one matrix over the keys and values of all heads."""
     joint = torch.cat([torch.cat([key, cross], 1), torch.cat([cross.T, value], 1)])
     return joint[order][:, order]
 
 
 def joint_basis(statistics: SiteStatistics) -> Tensor | None:
-    """Return orthonormal rows [R, G*(D+E)] that hold every key and value of the site: the layout `input`.
+    """Return orthonormal rows [R, G*(D+E)] that span all keys and values of the site: the layout `input`.
 
-    Heads side by side, the key of a head before its value. None where the statistics do not allow it, or where keys
-    and values have more than half of their numbers as rank.
+    Columns are ordered by head, the key of each head before its value. None if the statistics have no cross moments or
+    too few tokens, or if the rank exceeds half the width.
     """
     if statistics.cross is None or not int(statistics.key.count):
         return None
@@ -136,7 +137,7 @@ def _head_order(site: AttentionSite) -> Tensor:
 
 
 def _per_head(matrix: Tensor, dim: int) -> Tensor:
-    """Cut each head out of the blocks: [J, n*D, n*D] -> [G, D, D]."""
+    """Extract the diagonal block of each head: [J, n*D, n*D] -> [G, D, D]."""
     groups, width, _ = matrix.shape
     heads = width // dim
     blocks = matrix.view(groups, heads, dim, heads, dim)
@@ -144,10 +145,10 @@ def _per_head(matrix: Tensor, dim: int) -> Tensor:
 
 
 class _Average:
-    """The map M -> mean over t in [0, span] of R(t) M R(t)^T, for keys of `heads` heads of `dim` channels side by side.
+    """The map M -> mean over t in [0, span] of R(t) M R(t)^T, for concatenated keys of `heads` heads of `dim` channels.
 
-    R(t) turns the pair (a, b) of a frequency by its angle times t: x_a' = x_a cos - x_b sin, x_b' = x_b cos + x_a sin.
-    Channels that do not turn have the angle 0. With an infinite span only products of equal speed are left.
+    R(t) rotates the pair (a, b) of a frequency by its angle times t: x_a' = x_a cos - x_b sin, x_b' = x_b cos + x_a
+    sin. Channels without RoPE have angle 0. With an infinite span only products of equal frequency remain.
     """
 
     def __init__(self, rope: Rope, heads: int, dim: int, span: float) -> None:
@@ -193,7 +194,7 @@ def _transform(moment: Tensor, metric: Tensor) -> Basis:
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """Return signs [J, 1, R] that make the largest entry of every column positive: the same basis on every machine."""
+    """Return signs [J, 1, R] that make the largest entry of every column positive, so that all machines agree."""
     largest = vectors.abs().argmax(1, keepdim=True)
     return torch.sign(vectors.gather(1, largest))
 
@@ -205,7 +206,7 @@ def _scaled(moment: Tensor, metric: Tensor) -> Basis:
 
 
 def _sorted(encode: Tensor, decode: Tensor, variance: Tensor) -> Basis:
-    """Sort channels by falling variance within each latent head, and scale them to unit variance."""
+    """Sort channels by descending variance within each latent head, and scale them to unit variance."""
     order = torch.argsort(variance, dim=1, descending=True, stable=True)  # [J, R]
     variance = variance.gather(1, order)
     deviation = torch.maximum(variance, FAINT * variance.mean(1, keepdim=True) + 1e-300).sqrt()
@@ -215,7 +216,7 @@ def _sorted(encode: Tensor, decode: Tensor, variance: Tensor) -> Basis:
 
 
 def _shrunk(matrix: Tensor) -> Tensor:
-    """Return (1 - s) A + s tr(A)/c I per block, and a floor far below the largest block: never singular."""
+    """Return (1 - s) A + s tr(A)/c I per block, plus a floor far below the largest block: never singular."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)  # [J]
     floor = mean.max() * 1e-9 + 1e-300
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

@@ -1,9 +1,8 @@
-"""Candidate bases: those of every layout that a site may get in a plan.
+"""Candidate bases: one per layout that a site may get in a plan.
 
-Layouts compete by loss, and for a device not at any price in time: a latent that is shared by all heads is multiplied
-by the queries of each of them, so with 8 kv heads it takes a CPU three to five times as long as a latent for each. A
-GPU does not feel it. For a GPU what would be slow is left out here; for a CPU loss is weighed against time in
-fhopt/fitting/fast_choice.py.
+Layouts compete by KL, and for a device also by time. All query heads multiply a latent that they share, so with 8 kv
+heads a shared latent takes a CPU three to five times as long as per-head latents; a GPU is not slower. For a GPU, slow
+layouts are excluded here. For a CPU, fhopt/fitting/fast_choice.py trades KL for time.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from fhopt.hardware import this_cpu
 from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.site import AttentionSite
 
-COMPETING = ("band", "identity")  # what "auto" chooses from
-SLOWER = 1.5  # layouts that take a GPU more than so many times the fastest one's time do not compete
-SLOW = 1.7  # from so many times on a user is told
-USED = 0.6  # share of the channels of a basis that get bits, at 4x to 8x
+COMPETING = ("band", "identity")  # choices of "auto"
+SLOWER = 1.5  # on a GPU, exclude layouts slower than the fastest by more than this factor
+SLOW = 1.7  # warn the user from this factor on
+USED = 0.6  # share of a basis's channels that get bits at 4x to 8x
 
 
 def fit_bases(
@@ -32,10 +31,9 @@ def fit_bases(
 ) -> CandidateBases:  # fmt: skip
     """Fit the bases of every site in the layouts that may be chosen.
 
-    context: tokens of a calibration sequence. tokens: length of context that the plan is made for. device: what the
-    plan will run on (`hardware.devices.DEVICES`): "auto" has latents per head to choose from then, too, and leaves out
-    what would be slow on a GPU. Raises FhoptError when the layout `input` is asked for and a site has none, or the
-    device is unknown.
+    context: tokens of a calibration sequence. tokens: target context length of the plan. device: what the plan will run
+    on (`hardware.devices.DEVICES`); with one, "auto" also considers latents per head, and excludes layouts that are
+    slow on a GPU. Raises FhoptError if `input` is requested and a site does not support it, or the device is unknown.
     """
     bases = fit_layouts(statistics, _competing(layout, device), context=context, tokens=tokens)
     return select_bases(bases, {name: s.site for name, s in statistics.items()}, layout, tokens=tokens, device=device)
@@ -44,7 +42,7 @@ def fit_bases(
 def fit_layouts(
     statistics: Mapping[str, SiteStatistics], layouts: Iterable[str], *, context: int, tokens: int
 ) -> CandidateBases:
-    """Fit the bases of every site in each of `layouts`; of `input`, where a site has it. Else as `fit_bases`."""
+    """Fit the bases of every site in each of `layouts`; `input` only for sites that support it. Else as `fit_bases`."""
     asked = tuple(dict.fromkeys(layouts))
     bases: dict[str, dict[str, tuple[Basis, ...]]] = {}
     for name, s in statistics.items():
@@ -60,9 +58,9 @@ def select_bases(
     bases: CandidateBases, sites: Mapping[str, AttentionSite], layout: str = AUTO, *, tokens: int = 8192,
     device: str | None = None,
 ) -> CandidateBases:  # fmt: skip
-    """Return of `bases` those that may be chosen from, as `fit_bases` does; sites by name.
+    """Select the bases that may be chosen, by the rules of `fit_bases`; sites by name.
 
-    Raises FhoptError when a layout is asked for that was not fitted, or that a site does not have.
+    Raises FhoptError if a requested layout was not fitted, or a site does not support it.
     """
     chosen: dict[str, dict[str, tuple[Basis, ...]]] = {}
     fitted = {which for layouts in bases.values() for which in layouts}
@@ -82,9 +80,10 @@ def _competing(layout: str, device: str | None) -> tuple[str, ...]:
 
 
 def is_slow(site: AttentionSite, tokens: int) -> bool:
-    """Return whether a latent that all heads share takes this CPU more than `SLOW` times as long as one for each.
+    """Return whether a latent shared by all heads takes this CPU more than `SLOW` times as long as per-head latents.
 
-    Only its vector unit counts, by which the table of devices has one that is like it. False where torch has a GPU.
+    Depends only on the CPU's vector unit: uses the entry of the device table with the same one. False if torch has a
+    GPU.
     """
     if torch.cuda.is_available():
         return False
@@ -106,7 +105,7 @@ def _not_fitted(layout: str, fitted: Iterable[str]) -> FhoptError:
 def _fast_enough(
     layouts: Mapping[str, tuple[Basis, ...]], site: AttentionSite, device: Device, tokens: int
 ) -> dict[str, tuple[Basis, ...]]:
-    """Return the layouts of a site that are not much slower than the fastest; `identity` always stays."""
+    """Return the layouts of a site that are not much slower than the fastest; always includes `identity`."""
 
     def seconds(layout: str) -> float:
         share = 1.0 if layout == "identity" else USED
@@ -121,14 +120,14 @@ def _fast_enough(
 def _seconds(device: Device, site: AttentionSite, groups: int, widths: Sequence[int], tokens: int) -> float:
     """Estimate the time of attention at a quarter of the bytes of 16-bit keys and values.
 
-    groups: latent heads. widths: channels of each, of keys and of values, or of rows that serve both.
+    groups: latent heads. widths: channels of each, of keys and of values, or of a latent that serves both.
     """
     size = site.exact_numbers_per_token / 2 / groups
     return layout_time(device, site.heads, groups, widths[0], widths[-1], size, tokens, shared=len(widths) == 1)
 
 
 def no_joint_basis(site: AttentionSite) -> FhoptError:
-    """Return the error of a site that cannot have the layout `input`."""
+    """Build the error for a site that does not support the layout `input`."""
     why = "its keys rotate" if site.rope is not None else "they are as wide as their input, or it is too wide"
     return FhoptError(
         f"{site.name}: keys and values are not maps of one input half as wide ({why}); the layout `input` needs that. "

@@ -1,6 +1,6 @@
-"""What a plan may be chosen of: ratios, layouts, numbers of bits, and those that suit a device.
+"""Valid ratios, layouts and bit widths of a plan, and those that suit a device.
 
-These are checked before anything slow starts: nothing here needs torch.
+Checked before anything slow starts, without importing torch.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from fhopt.hardware.devices import find_device
 from fhopt.plan.site_plan import LAYOUTS, TIER_QUANTUM
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
-GPU_BITS = (2, 4, 8)  # of one plane: nothing is read twice
-PLANE = 16  # bytes: for a GPU every bit group of packed latents is a multiple of it, what a thread reads at once
+GPU_BITS = (2, 4, 8)  # powers of 2: one plane each, so no byte is loaded twice
+PLANE = 16  # bytes a GPU thread loads at once; for GPUs every bit group of packed latents is a multiple
 AUTO = "auto"
 
 
 def check_options(
     ratio: float, layout: str, bits: Sequence[int], device: str | None = None, code: str = UNIFORM
 ) -> None:
-    """Raise FhoptError when a plan cannot have this ratio, layout, bits and code, on a device if one is named."""
+    """Raise FhoptError if a plan cannot have this ratio, layout, bits and code, on `device` if given."""
     if not 1 <= ratio < 1000:
         raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
     if layout != AUTO:
@@ -41,7 +41,7 @@ def check_options(
 
 
 def check_layouts(layouts: Iterable[str]) -> None:
-    """Raise FhoptError when one of these is no layout."""
+    """Raise FhoptError for an unknown layout."""
     for layout in layouts:
         if layout not in LAYOUTS:
             raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
@@ -49,7 +49,7 @@ def check_layouts(layouts: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Grain:
-    """Units in which bits are allocated: numbers of bits in rising order; bytes of a plane, 0 where none are fixed.
+    """Granularity of bit allocation: bit widths in ascending order, and bytes per plane (0: no planes).
 
     code: how bit groups are quantized (`fhopt.fitting.codes`).
     """
@@ -60,12 +60,12 @@ class Grain:
 
     @property
     def least(self) -> int:
-        """Bits of one latent head of a side that has the fewest possible."""
+        """Minimum bits of one latent head of a side."""
         return 8 * self.plane or TIER_QUANTUM * min(self.levels)
 
 
 def grain_of(bits: Sequence[int], device: str | None, code: str = UNIFORM) -> Grain:
-    """Return chunks of any bits, or for a GPU whole planes of those that its kernels read well."""
+    """Return chunks of any bit width, or for a GPU whole planes of the widths that its kernels load efficiently."""
     if device is None or find_device(device).kind != "gpu":
         return Grain(tuple(sorted(set(bits))), 0, code)
     return Grain(tuple(b for b in GPU_BITS if b in bits), PLANE)

@@ -1,4 +1,4 @@
-"""What the channels of candidate bases cost at each number of bits, as a measuring pass over text gives it."""
+"""Measured cost of the channels of candidate bases at each bit width."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fhopt.fitting.bases import CandidateBases
 
-SideKey = tuple[str, str, int]  # site, layout, and which of the layout's bases
+SideKey = tuple[str, str, int]  # site, layout, and index of the layout's basis
 
 
 @dataclass(frozen=True, eq=False)
 class SideCosts:
-    """Costs of the channels of one basis: measuring adds to the tensors.
+    """Costs of the channels of one basis; measuring adds to the tensors in place.
 
-    sums: bits -> [J, R] float64, twice the nats that were measured, over `tokens` tokens (int64, no dimensions).
+    sums: bits -> [J, R] float64, twice the measured nats, summed over `tokens` tokens (int64 scalar).
     """
 
     sums: Mapping[int, Tensor]
@@ -28,7 +28,7 @@ Costs = Mapping[SideKey, SideCosts]
 
 
 def empty_costs(bases: CandidateBases, levels: Iterable[int]) -> Costs:
-    """Return costs of every candidate basis at each number of bits in `levels`, with nothing measured yet."""
+    """Return zero costs for every candidate basis at each bit width in `levels`."""
     kept = tuple(levels)
     return {
         (site, layout, side): SideCosts({bits: torch.zeros_like(basis.variance) for bits in kept})

@@ -1,11 +1,11 @@
-"""Layouts and bits for a CPU: what is read in the least time, at a loss that is little more than the least.
+"""Layouts and bits for a CPU: the fastest attention whose KL stays within a bound of the minimum.
 
-A CPU multiplies a latent that all heads share by the queries of each of them, and takes every channel out of its bits,
-however few these are. So two plans of one size and of nearly the same loss may differ three times in the time of
-attention. With a rate of exchange, r nats for a second of arithmetic, bits and layouts are chosen by loss + r * time
-(Lagrange's method, as rates of bits are: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of
-quantizers"): channels that do little are dropped, and latents for each head take the place of shared ones where these
-gain least. The rate is raised as long as the loss stays within its bound.
+On a CPU, every query head multiplies a latent that all heads share, and every channel must be unpacked, however few
+bits it has. Two plans of one size and nearly the same KL may therefore differ threefold in the time of attention. With
+an exchange rate of r nats per second of arithmetic, bits and layouts minimize KL + r * time (Lagrange multipliers, as
+for bit rates: Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). Channels of little
+effect are dropped, and per-head latents replace shared ones where these gain least. The rate is raised as long as the
+KL stays within its bound.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fhopt.fitting.choices import Grain
 from fhopt.hardware.devices import channel_seconds, find_device
 from fhopt.plan.site import AttentionSite
 
-DEARER = 1.5  # times the least loss, and no more, may be given for time
-MOST = 3.0  # times, as long as the loss is little: then so many
-LITTLE = 5e-4  # nats per token: rounding of bfloat16 costs as much (Qwen2.5-Coder-1.5B)
-FIRST, DOUBLINGS, HALVINGS = 0.25, 12, 3  # first rate: of the least loss to its time; rates that are tried
-TIME = "time"  # of the provenance: device, share of the time, expected loss of the plan that has the rest
+DEARER = 1.5  # max KL relative to the minimum
+MOST = 3.0  # the same while the KL stays below LITTLE
+LITTLE = 5e-4  # nats/token; about the KL of rounding to bfloat16 (Qwen2.5-Coder-1.5B)
+FIRST, DOUBLINGS, HALVINGS = 0.25, 12, 3  # first rate, relative to (minimum KL / its time); and search steps
+TIME = "time"  # provenance key: device, relative time, expected KL of the plan that ignores time
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Layouts of sites by name, their bits, and what led to them.
+    """Layouts of sites by name, their bits, and how they were chosen.
 
-    rate: nats that a second counts for. without: the choice that does not count time, where this one does.
+    rate: nats per second of decode time. without: the allocation that ignores time, if this one does not.
     """
 
     layouts: Mapping[str, str]
@@ -44,9 +44,9 @@ class Choice:
 def channel_times(
     bases: CandidateBases, sites: Mapping[str, AttentionSite], device: str | None
 ) -> dict[tuple[str, str], float]:
-    """Estimate the seconds that a channel of each layout of each site takes, by their names.
+    """Estimate seconds per channel by (site, layout).
 
-    device: None, or a GPU: none, time does not decide there.
+    device: for None or a GPU the result is empty, since time does not decide there.
     """
     if device is None or (found := find_device(device)).kind != "cpu":
         return {}
@@ -58,9 +58,9 @@ def channel_times(
 
 
 def provenance(choice: Choice, allocation: Allocation, budget: int, device: str | None) -> dict[str, Any]:
-    """Return what a plan says of loss that was given for time: `TIME` and JSON values, or nothing.
+    """Return provenance for KL traded for time: JSON values under `TIME`, or nothing.
 
-    allocation: of the plan, which may be another one than that of the choice.
+    allocation: of the plan, which may differ from that of the choice.
     """
     without = choice.without
     if without is None or device is None:
@@ -71,21 +71,21 @@ def provenance(choice: Choice, allocation: Allocation, budget: int, device: str 
 
 
 def _memory_seconds(budget: int, device: str) -> float:
-    """Estimate the seconds in which so many bits are read: arithmetic that takes less is not waited for."""
+    """Estimate the seconds to load `budget` bits; faster arithmetic does not shorten decode."""
     seconds, _ = find_device(device).roofline(budget / 8, 0, 0, 2)
     return float(seconds)
 
 
 def bound_of(least: float) -> float:
-    """Return the nats that may be lost where `least` is what a plan loses for which time does not count."""
+    """Return the max nats for a plan when `least` is the KL of the plan that ignores time."""
     return max(DEARER * least, min(MOST * least, LITTLE))
 
 
 def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, device: str | None) -> Choice:
-    """Choose layouts and bits for a budget of bits per token, where sides take time the fastest found in the bound.
+    """Choose layouts and bits for a budget of bits per token: the fastest found within the bound if sides have a time.
 
-    At each rate layouts compete from those of the best choice so far on, and from the fastest ones. Raises FhoptError
-    when the budget is below the least that each side must get.
+    At each rate layouts compete starting from the best choice so far, and from the fastest layouts. Raises FhoptError
+    if the budget is below the minimum that all sides need.
     """
     layouts, least = choose_layouts(bases, sides, budget, grain)
     best = Choice(layouts, least)
@@ -101,7 +101,7 @@ def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, devic
         for start in (best.layouts, fastest):
             try:
                 tried.append(Choice(*choose_layouts(bases, sides, budget, grain, rate, start), rate, least))
-            except FhoptError:  # more latent heads than there are bytes for
+            except FhoptError:  # too few bytes for that many latent heads
                 continue
         for choice in tried:
             if choice.allocation.nats <= bound and choice.allocation.seconds < best.allocation.seconds:
@@ -122,7 +122,7 @@ def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, devic
 
 
 def _fastest(name: str, layouts: Mapping[str, Sequence[Basis]], sides: Sides) -> str:
-    """Return the layout of a site that takes the least time with all of its channels."""
+    """Return the layout of a site that is fastest with all of its channels."""
 
     def seconds(which: str) -> float:
         return sum(part.seconds for i in range(len(layouts[which])) for part in sides[name, which, i].parts)
@@ -131,9 +131,9 @@ def _fastest(name: str, layouts: Mapping[str, Sequence[Basis]], sides: Sides) ->
 
 
 def nats_of_another(choice: Choice, bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> float:
-    """Estimate the loss of a choice for another budget, at a rate that is as large for its loss as that of `choice`.
+    """Estimate the KL of a choice at another budget, with the rate scaled in proportion to KL over time.
 
-    Raises FhoptError as `choose`.
+    Raises FhoptError like `choose`.
     """
     layouts, least = choose_layouts(bases, sides, budget, grain)
     if choice.without is None or not least.seconds or not least.nats:

@@ -1,15 +1,15 @@
-"""From bases and what their channels cost to a plan: one byte budget over all channels of all layers.
+"""Plans from bases and channel costs: one byte budget over all channels of all layers.
 
-Every chunk of channels gets the bits that lower the loss most per byte, until the budget is spent (reverse
-water-filling, Cover & Thomas, 10.3.3, on measured rate-distortion points). All costs are in nats, so layer
-sensitivities need no weights. Layouts compete: each site takes the one with the least loss at the price of a bit that
-the whole model pays, plain rounding (`identity`) among them, so no site is worse off than with plain rounding.
+Every chunk of channels gets the bits that reduce the KL most per byte, until the budget is spent (reverse
+water-filling, Cover & Thomas, 10.3.3, on measured rate-distortion points). All costs are in nats, so layers need no
+sensitivity weights. Layouts compete: each site takes the one with the least KL at the price of a bit that is common to
+the model. Plain rounding (`identity`) is one of them, so no site is worse off than with plain rounding.
 
-Each chunk of channels gets its bits independently of its neighbours, but for a GPU: its kernels are slow, or do not
-fit, where bit groups are many and narrow. There a side as a whole gets another 16 bytes of a plane (`PLANE`): of all
-ways to fill so many bytes with groups of 8, 4 and 2 bits the one with the least loss. There too, where widths are
-constants of a kernel, sites share a few kernel shapes (fhopt/fitting/kernel_shapes.py). For a CPU, loss is given for
-time within a bound (fhopt/fitting/fast_choice.py).
+For a CPU, each chunk of channels gets its bits independently, and KL is traded for time within a bound
+(fhopt/fitting/fast_choice.py). GPU kernels are slow, or do not fit, with many narrow bit groups. For a GPU, a side
+therefore grows by planes of 16 bytes (`PLANE`): each number of planes is filled with the groups of 8, 4 and 2 bits that
+have the least KL. GPU kernels also have constant widths, so sites share a few kernel shapes
+(fhopt/fitting/kernel_shapes.py).
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def fit(
 ) -> LatentPlan:
     """Fit a plan whose whole KV cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
-    ratio 1 gives latents of full width that are not quantized; so does the layout `input` up to a ratio of 2, as small
-    as the rank of keys and values allows (about 2). bases: of these statistics (`fit_bases`); None: they are fitted
-    here. costs: of these bases, as measured; where there are none, those of a Gaussian. device: what the plan will run
-    on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
-    bytes; for a CPU the plan is the fastest within a bound of the loss (`fast_choice.choose`). mean_tokens: of the
-    plan, and of the statistics. kernel_shapes: how many different kernels the sites need, at most; None: `GPU_SHAPES`
-    for a GPU, else any. sliding: tokens of the sliding window of a site's layer by the site's name, where it has one.
-    code: of bit groups (`fhopt.fitting.codes`). Raises FhoptError when the ratio cannot be reached, when options are
-    not possible, or when the layout `input` is asked for where it does not exist.
+    Ratio 1 gives unquantized latents of full width. So does the layout `input` up to a ratio of 2, as small as the rank
+    of keys and values allows (about 2x). bases: fitted to these statistics (`fit_bases`); None: fit them here. costs:
+    measured costs of these bases; missing ones are Gaussian. device: what the plan will run on
+    (`hardware.devices.DEVICES`). For a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
+    bytes. For a CPU, the plan is the fastest within a bound of the KL (`fast_choice.choose`). mean_tokens: of the plan
+    and of the statistics. kernel_shapes: max number of different kernels for the sites; None: `GPU_SHAPES` for a GPU,
+    else unlimited. sliding: sliding-window tokens of each site's layer by site name, for layers that have a window.
+    code: of bit groups (`fhopt.fitting.codes`). Raises FhoptError if the ratio cannot be reached, an option is invalid,
+    or a site does not support the layout `input` when it is requested.
     """
     check_options(ratio, layout, bits, device, code)
     sites = {name: s.site for name, s in statistics.items()}
@@ -131,7 +131,7 @@ def _chunks(
     site: AttentionSite, name: str, which: str, bases: CandidateBases, costs: Costs, grain: Grain, weight: float,
     seconds: float,
 ) -> SiteChunks:  # fmt: skip
-    """Collect what the chunks of a site cost in its chosen layout. weight, seconds: as of `SiteChunks`."""
+    """Collect the chunk costs of a site in its chosen layout. weight, seconds: as in `SiteChunks`."""
     pair = bases[name][which]
     nats = [chunk_nats(basis, costs.get((name, which, i)), grain) for i, basis in enumerate(pair)]
     return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), bool(site.softcap), weight, seconds)
@@ -143,7 +143,7 @@ def _evidence_of_sites(
     chosen: Mapping[str, str],
     allocation: Allocation,
 ) -> dict[str, tuple[SideEvidence, ...]]:
-    """Collect what is worth showing of each site, in its chosen layout."""
+    """Collect the evidence of each site, in its chosen layout."""
     evidence = {}
     for name, which in chosen.items():
         pair = bases[name][which]
@@ -162,7 +162,7 @@ def _curve(
     grain: Grain,
     choice: fast_choice.Choice,
 ) -> tuple[Size, ...]:
-    """Return the expected losses of plans of other sizes than that of the choice, as far as they can be reached."""
+    """Return the expected KL of plans of other sizes, up to the largest ratio that can be reached."""
     exact, sizes = budget.exact_bytes(sites) / budget.tokens, []
     for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
         try:
@@ -170,7 +170,7 @@ def _curve(
             nats = choice.allocation.nats
             if ratio != budget.ratio:
                 nats = fast_choice.nats_of_another(choice, bases, sides, asked, grain)
-        except FhoptError:  # smaller than the least that each side must get
+        except FhoptError:  # below the minimum that all sides need
             break
         sizes.append(Size(ratio, short(exact / ratio), short(nats)))
     return tuple(sizes)
@@ -181,7 +181,7 @@ def _provenance(layout: str, ratio: float, nats: float) -> dict[str, Any]:
 
 
 def _full_width(sites: Mapping[str, AttentionSite], bases: CandidateBases) -> tuple[SitePlan, ...]:
-    """Return plans of all channels, without bits, of the first layout of each site that keeps them."""
+    """Return unquantized full-width plans in the first layout of each site other than `input`."""
     plans = []
     for name, layouts in bases.items():
         which = next((w for w in layouts if w != "input"), None)
@@ -197,7 +197,7 @@ def _full_width(sites: Mapping[str, AttentionSite], bases: CandidateBases) -> tu
 def _lossless(
     statistics: Mapping[str, SiteStatistics], ratio: float, layout: str, mean_tokens: int
 ) -> tuple[SitePlan, ...] | None:
-    """Return exact plans of the layout `input`, where it is asked for and halves the cache; None otherwise."""
+    """Return exact plans in the layout `input` if requested at a ratio up to 2; otherwise None."""
     if ratio > 2 or layout != "input":
         return None
     if mean_tokens:
@@ -216,7 +216,7 @@ def _lossless(
 
 
 def _site_plan(site: AttentionSite, layout: str, sides: Sequence[tuple[Tensor, Tensor, tuple[Tier, ...]]]) -> SitePlan:
-    """Make the plan of a site from (encode, decode [J, n*D, R], tiers) of each side, or of the one that serves both."""
+    """Build the plan of a site from (encode, decode [J, n*D, R], tiers) of each side, or of one side for both."""
     if layout == "input":
         return _shared(site, *sides[0])
     key, value = (SidePlan(_plain(encode), _by_head(decode, site.kv_heads), tiers) for encode, decode, tiers in sides)
@@ -224,7 +224,7 @@ def _site_plan(site: AttentionSite, layout: str, sides: Sequence[tuple[Tensor, T
 
 
 def _shared(site: AttentionSite, encode: Tensor, decode: Tensor, tiers: tuple[Tier, ...]) -> SitePlan:
-    """Make the plan of the layout `input` from encode [1, R, G*(D+E)] and decode [1, G*(D+E), R]."""
+    """Build a plan in the layout `input` from encode [1, R, G*(D+E)] and decode [1, G*(D+E), R]."""
     key, value = _by_head(decode, site.kv_heads).split([site.key_dim, site.value_dim], 1)
     nothing = torch.zeros(1, encode.shape[1], 0)
     sides = SidePlan(_plain(encode), _plain(key), tiers), SidePlan(nothing, _plain(value), tiers)
@@ -236,9 +236,9 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def exact_plan(sites: Iterable[AttentionSite], *, sinks: int = 4, recent: int = 64, block: int = 64) -> LatentPlan:
-    """Make a plan of exact `identity` latents for every site.
+    """Build a plan of exact `identity` latents for every site.
 
-    It needs no calibration and changes nothing but where tokens are kept. sinks, recent, block: sizes in tokens.
+    It needs no calibration and changes only where tokens are stored. sinks, recent, block: sizes in tokens.
     """
     plans = []
     for site in sites:
@@ -251,13 +251,13 @@ def exact_plan(sites: Iterable[AttentionSite], *, sinks: int = 4, recent: int = 
 
 
 def _coded(basis: Basis, bits: Sequence[int], unbiased: bool, code: str) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
-    """Return (encode, decode, tiers) of the channels that got bits, in bit groups of falling bits.
+    """Return (encode, decode, tiers) of the channels that got bits, in bit groups of descending bits.
 
-    unbiased: decoders have the gains with which errors have nothing of what is encoded.
+    unbiased: scale decoders by the gains that make errors uncorrelated with the input.
     """
-    order = sorted((i for i, b in enumerate(bits) if b), key=lambda i: (-bits[i], i))  # chunks
+    order = sorted((i for i, b in enumerate(bits) if b), key=lambda i: (-bits[i], i))  # chunk indices
     channels = [c for i in order for c in range(i * TIER_QUANTUM, (i + 1) * TIER_QUANTUM)]
-    spare = TIER_QUANTUM * len(bits) - basis.encode.shape[1]  # the last chunks may reach past the last channel
+    spare = TIER_QUANTUM * len(bits) - basis.encode.shape[1]  # the last chunk may extend past the last channel
     encode = torch.nn.functional.pad(basis.encode, (0, 0, 0, spare))[:, channels]
     decode = torch.nn.functional.pad(basis.decode, (0, spare))[:, :, channels]
     widths = {b: TIER_QUANTUM * list(bits).count(b) for b in sorted(set(bits) - {0}, reverse=True)}

@@ -1,13 +1,12 @@
-"""Evidence of a fit, kept with the plan so that it can be shown: spectra, bits, expected losses, other sizes.
+"""Evidence of a fit, stored with the plan for display: spectra, bits, expected KL, other sizes.
 
-It stands in the plan's provenance under "evidence", as JSON values, and changes no number of the plan:
+JSON values in the plan's provenance under "evidence"; they do not affect the plan:
 
     {"sites": {NAME: {"nats": float, "sides": [{"side", "spectrum", "bits", "nats", "sensitivity_nats"}, ...]}},
      "curve": [{"ratio", "bytes_per_token", "nats"}, ...]}
 
-All losses are in nats per token, as the fit expects them. A site that keeps keys and values in one latent has one side.
-
-Letters: J latent heads, R channels of one.
+All values are expected KL in nats/token. A site with keys and values in one latent has one side. Dimensions: J latent
+heads of R channels.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from fhopt.plan.latent_plan import LatentPlan
 
 KEY = "evidence"
-DIGITS = 4  # of the numbers that are kept, of which there are many
+DIGITS = 4  # significant digits; there are many values
 CURVE_RATIOS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 SIDES = ("keys", "values")
 SHARED = "keys and values"
@@ -29,11 +28,11 @@ SHARED = "keys and values"
 
 @dataclass(frozen=True)
 class SideEvidence:
-    """One side of one site.
+    """Evidence of one side of one site.
 
-    spectrum: R values, nats that dropping a channel costs, all latent heads together, dearest first. bits: of each
-    chunk of TIER_QUANTUM of these channels. nats: what is lost with those bits. sensitivity_nats: what would be lost
-    with 2 bits in every channel, or with the fewest bits that were measured.
+    spectrum: R values, the nats that dropping a channel costs, summed over latent heads, in descending order. bits: of
+    each chunk of TIER_QUANTUM of these channels. nats: expected KL with those bits. sensitivity_nats: expected KL with
+    2 bits in every channel, or with the fewest bits that were measured.
     """
 
     side: str
@@ -45,7 +44,7 @@ class SideEvidence:
 
 @dataclass(frozen=True)
 class Size:
-    """A plan of another size from one calibration: its ratio, its bytes per token all counted, its expected loss."""
+    """A plan of another size from the same calibration: ratio, bytes per token including everything, expected KL."""
 
     ratio: float
     bytes_per_token: float
@@ -54,17 +53,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that is kept: sides by the name of their site, and other sizes in order of their ratio."""
+    """All evidence of a fit: sides by site name, and other sizes in ascending order of ratio."""
 
     sites: Mapping[str, tuple[SideEvidence, ...]]
     curve: tuple[Size, ...]
 
     def nats(self, site: str) -> float:
-        """Return the expected loss of a site, nats per token."""
+        """Return the expected KL of a site in nats/token."""
         return sum(side.nats for side in self.sites[site])
 
     def as_json(self) -> dict[str, Any]:
-        """Return the JSON values that stand in a plan's provenance."""
+        """Return the JSON values for a plan's provenance."""
         return {
             "sites": {name: [_side_json(side) for side in sides] for name, sides in self.sites.items()},
             "curve": [vars(size) for size in self.curve],
@@ -76,7 +75,7 @@ def _side_json(side: SideEvidence) -> dict[str, Any]:
 
 
 def short(number: float) -> float:
-    """Round a number to DIGITS significant digits."""
+    """Round to DIGITS significant digits."""
     return float(f"{number:.{DIGITS}g}")
 
 
@@ -85,8 +84,8 @@ def side_evidence(
 ) -> SideEvidence:
     """Summarize one side.
 
-    variance [J, R]: of its basis. costs: bits -> nats of each chunk. bits: of each chunk of the plan. Bits of chunks
-    past the last channel are left out.
+    variance [J, R]: of its basis. costs: bits -> nats of each chunk. bits: of each chunk of the plan; chunks past the
+    last channel are left out.
     """
     chunks = len(costs[0])
     least = 2 if 2 in costs else min(b for b in costs if b)
@@ -97,7 +96,7 @@ def side_evidence(
 
 
 def evidence_of(plan: LatentPlan) -> Evidence | None:
-    """Read the evidence from a plan's provenance; None for plans that were not fitted, or fitted before it was kept."""
+    """Return the evidence in a plan's provenance; None for plans that were not fitted or predate it."""
     held = plan.provenance.get(KEY)
     if held is None:
         return None

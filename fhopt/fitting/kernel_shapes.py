@@ -1,15 +1,15 @@
-"""Few kernel shapes for the sites of a plan: sites that share one have the same bit groups, and so the same kernel.
+"""Shared kernel shapes: sites with the same bit groups use the same kernel.
 
-A kernel is compiled for its bit groups. Where every site has its own, as the allocation gives them, a plan asks for as
-many kernels as the model has layers. Sites are clustered by what they would lose in each other's shapes:
+A kernel is compiled for its bit groups. The free allocation gives every site its own, so a plan needs as many kernels
+as the model has layers. Sites are therefore clustered by the KL that they would have in each other's shapes:
 
-    shape of a cluster     of its k-th best chunk of channels, the bits that its sites together are best off with
-    cluster of a site      the one in whose shape it loses least
+    shape of a cluster     for its k-th best chunk of channels, the bits that minimize the total cost of its sites
+    cluster of a site      the one whose shape gives it the least cost
 
-at the price that the free allocation put on a bit, in turn until nothing changes (Lloyd 1982, "Least squares
-quantization in PCM", with the rate-distortion measure of entropy-constrained quantizers: Chou, Lookabaugh and Gray
-1989). Then the budget is allocated anew, to clusters in place of sites. Both sides of a site share a kernel, so both
-are clustered at once. Chunks of a site are ordered by what dropping them costs.
+Both steps use the price per bit from the free allocation and alternate until nothing changes (Lloyd 1982, "Least
+squares quantization in PCM", with the rate-distortion measure of entropy-constrained quantizers: Chou, Lookabaugh and
+Gray 1989). Then the budget is allocated again, to clusters instead of sites. Both sides of a site share a kernel, so
+they are clustered together. Chunks of a site are ordered by what dropping them costs.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fhopt.fitting.allocation import Allocation, PartedSide, allocate_sides, sid
 from fhopt.fitting.choices import Grain
 from fhopt.plan.site_plan import TIER_QUANTUM
 
-GPU_SHAPES = 4  # of a plan for a GPU, whose kernels are compiled and tuned for each
-ROUNDS = 20  # of clustering; it settles long before
-ChunkNats = Mapping[int, Sequence[float]]  # by bits: nats per token of each chunk of a side
+GPU_SHAPES = 4  # max shapes of a plan for a GPU, where each is compiled and tuned
+ROUNDS = 20  # max rounds of clustering; it converges much earlier
+ChunkNats = Mapping[int, Sequence[float]]  # bits -> nats/token of each chunk of a side
 
 
 @dataclass(frozen=True)
 class SiteChunks:
-    """What the chunks of one site cost, side by side.
+    """Costs of the chunks of one site, by side.
 
-    nats: of each side (one where keys and values share a latent). groups: latent heads J of each side. alike: sites
-    can share a kernel only where this is equal. weight: of its bits, see `Budget.weights`. seconds: that a channel
-    takes to be read, where time counts.
+    nats: of each side (one if keys and values share a latent). groups: latent heads J of each side. alike: sites can
+    share a kernel only if this is equal. weight: of its bits, see `Budget.weights`. seconds: decode time per channel,
+    if time counts.
     """
 
     nats: tuple[ChunkNats, ...]
@@ -46,21 +46,21 @@ class SiteChunks:
 
     @property
     def kind(self) -> Hashable:
-        """What sites that share a shape have in common: chunks of each side, weight, and `alike`."""
+        """What sites with a common shape must share: number of chunks of each side, weight, and `alike`."""
         return (self.alike, self.weight, *(len(side[0]) for side in self.nats))
 
     def orders(self) -> list[list[int]]:
-        """Return the chunks of each side, the dearest first."""
+        """Return the chunks of each side in descending order of what dropping them costs."""
         return [sorted(range(len(side[0])), key=lambda i: -side[0][i]) for side in self.nats]
 
 
 def share(
     sites: Mapping[str, SiteChunks], free: Allocation, budget: int, grain: Grain, most: int, rate: float = 0.0
 ) -> Allocation:
-    """Allocate `budget` bits per token so that the sites have at most `most` shapes, or one for each kind if more.
+    """Allocate `budget` bits per token with at most `most` shapes, or one for each kind of site if more.
 
-    free: the allocation without this limit; returned where it has no more shapes. rate: nats that a second counts for.
-    Raises FhoptError when the budget is below the least that each side must get.
+    free: the allocation without this limit; returned if it has no more shapes. rate: nats per second of decode time.
+    Raises FhoptError if the budget is below the minimum that all sides need.
     """
     names = list(sites)
     if len({(*_shape(free, name, len(sites[name].nats)), sites[name].kind) for name in names}) <= most:
@@ -93,7 +93,7 @@ def _shape(allocation: Allocation, name: str, sides: int) -> tuple[Hashable, ...
 
 
 def _placed(order: Sequence[int], ranked: Sequence[int]) -> list[int]:
-    """Return bits by chunk from bits by rank; ranks behind the last chunk are chunks that reach past it."""
+    """Return bits by chunk from bits by rank; ranks past the last chunk are padding and stay in place."""
     bits = list(ranked)
     for rank, chunk in enumerate(order):
         bits[chunk] = ranked[rank]
@@ -101,7 +101,7 @@ def _placed(order: Sequence[int], ranked: Sequence[int]) -> list[int]:
 
 
 def _joined_side(sites: Sequence[SiteChunks], side: int, grain: Grain) -> PartedSide:
-    """Make one side of the chunks of equal rank of several sites."""
+    """Merge the chunks of equal rank of several sites into one side."""
     ranked = [_ranked(site, side) for site in sites]
     costs = {bits: [sum(part) for part in zip(*(r[bits] for r in ranked), strict=True)] for bits in ranked[0]}
     groups = sum(site.groups[side] for site in sites)
@@ -119,7 +119,7 @@ def _ranked(site: SiteChunks, side: int) -> dict[int, list[float]]:
 def _clusters(
     names: Sequence[str], sites: Mapping[str, SiteChunks], price: float, grain: Grain, most: int, rate: float
 ) -> list[list[str]]:
-    """Divide sites of one kind into at most `most` clusters; none is empty. price, rate: of a bit, of a second."""
+    """Divide sites of one kind into at most `most` nonempty clusters. price, rate: nats per bit and per second."""
     levels = sorted({0, *grain.levels})
     worth = torch.stack([_worth(sites[name], levels, price, rate) for name in names])  # [sites, levels, chunks]
     shapes = _first_shapes(worth, most)
@@ -138,7 +138,7 @@ def _clusters(
 
 
 def _worth(site: SiteChunks, levels: Sequence[int], price: float, rate: float) -> Tensor:
-    """Return nats and the worth of bits and of time of each level and ranked chunk of both sides, [levels, chunks]."""
+    """Return nats plus the price of bits and time for each level and ranked chunk of both sides, [levels, chunks]."""
     sides, time = [], rate * TIER_QUANTUM * site.weight * site.seconds
     for i, groups in enumerate(site.groups):
         ranked = _ranked(site, i)
@@ -149,7 +149,7 @@ def _worth(site: SiteChunks, levels: Sequence[int], price: float, rate: float) -
 
 
 def _first_shapes(worth: Tensor, most: int) -> list[Tensor]:
-    """Choose shapes [1, chunks] of sites, each next one that of the site that loses most in those before."""
+    """Choose initial shapes [1, chunks] farthest-first: the next is the shape of the site with the largest excess."""
     own = worth.argmin(1, keepdim=True)  # [sites, 1, chunks], each site's best shape
     best = worth.min(1).values.sum(1)
     losses = torch.full((len(worth),), torch.inf, dtype=torch.float64)

@@ -1,13 +1,13 @@
-"""From losses that were measured on held-out text to the interval of what a plan is expected to lose.
+"""Prediction interval of a plan's KL, from the KL measured on held-out text.
 
-The sum of the costs by which bits are chosen is a lower estimate: it is of second order, of each channel by itself, on
-the text that chose the bits, and has neither the rounding of the residual window nor that of the model's own arithmetic
-in 16 bits. So plans of two sizes are measured on a held-out sequence of each calibration text, and between the two
+Bits are chosen by a sum of costs that underestimates the KL: it is a second-order estimate of each channel separately,
+on the text that chose the bits, without the rounding of the recent window or of the model's own 16-bit arithmetic.
+Plans of two sizes are therefore measured on a held-out sequence of each calibration text, and between the two
 
-    loss = a + b * sum of costs          a: of rounding, the same for every size; b: of all that the sum leaves out
+    KL = a + b * sum of costs          a: rounding, the same for every size; b: all that the sum leaves out
 
-The lines of the texts give the expected loss, their geometric mean. The interval is for a text of any kind, and kinds
-differ by more than those that calibrate a plan: see KIND_SPREAD.
+The expected KL is the geometric mean over the texts. The interval is for a text of any domain, and domains differ by
+more than the calibration texts do: see KIND_SPREAD.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHECKS = "loss_checks"  # of the provenance of a calibration and of its plans
-KIND_SPREAD = 0.56  # standard deviation of log(loss on a text of another kind / mean of kinds that calibrated), of 105
-# measurements: three models, plans of 4x to 12x, 9 to 15 texts. 100 of them lie within the interval, the others (long
-# columns of numbers) below it. benchmarks/results/quality-*.json
-DEVIATIONS = 1.96  # 95 % of a normal distribution
-LEAST = 1e-12  # nats: any less is rounding
+CHECKS = "loss_checks"  # provenance key of a calibration and of its plans
+# Standard deviation of log(KL on a held-out domain / mean of the calibration domains), 105 measurements: three models,
+# 4x to 12x plans, 9 to 15 texts. 100 of them lie within the interval, the others (long columns of numbers) below it.
+# Source: benchmarks/results/quality-*.json.
+KIND_SPREAD = 0.56
+DEVIATIONS = 1.96  # 95% of a normal distribution
+LEAST = 1e-12  # nats; less is rounding error
 
 
 @dataclass(frozen=True)
 class LossCheck:
-    """What plans of rising sizes lose on a held-out text. predicted: sums of costs; measured: KL. Nats per token."""
+    """Measured KL of plans on one held-out text, and the sums of costs that predict it, in nats/token."""
 
     text: str
     predicted: tuple[float, ...]
     measured: tuple[float, ...]
 
     def at(self, predicted: float) -> float:
-        """Return the loss, nats per token, of a plan whose costs sum to `predicted`."""
+        """Return the KL in nats/token of a plan whose costs sum to `predicted`."""
         points = sorted(zip(self.predicted, self.measured, strict=True))
         (x, y), rest = points[0], points[1:]
         if not rest:
@@ -51,14 +52,14 @@ class LossCheck:
 
     @staticmethod
     def from_json(values: Any) -> LossCheck:
-        """Return the check of `as_json`."""
+        """Rebuild the check from the values of `as_json`."""
         return LossCheck(values["text"], tuple(values["predicted_nats"]), tuple(values["nats"]))
 
 
 def loss_interval(checks: Sequence[LossCheck], predicted: float) -> tuple[float, float, float]:
-    """Return (expected loss, least, most), nats per token, of a plan whose costs sum to `predicted`.
+    """Return (expected KL, least, most) in nats/token for a plan whose costs sum to `predicted`.
 
-    The interval holds 95 % of texts of other kinds than calibrated.
+    The interval holds 95% of texts from other domains than those calibrated on.
     """
     logs = [math.log(max(check.at(predicted), LEAST)) for check in checks]
     center = statistics.fmean(logs)
@@ -68,5 +69,5 @@ def loss_interval(checks: Sequence[LossCheck], predicted: float) -> tuple[float,
 
 
 def checks_of(values: Iterable[Any]) -> tuple[LossCheck, ...]:
-    """Return the checks that a calibration kept in its provenance."""
+    """Return the checks in a calibration's provenance."""
     return tuple(map(LossCheck.from_json, values))

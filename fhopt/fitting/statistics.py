@@ -1,4 +1,4 @@
-"""Statistics that calibration collects: second moments of keys and values, metrics of their errors."""
+"""Statistics from calibration: second moments of keys and values, and metrics of their errors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site import AttentionSite
 
-MIX_LIMIT = 1024  # widest real space (heads x channels) that one basis mixes
-PLAIN_LIMIT = 2048  # for keys that do not rotate, where the layout `input` may halve the cache without loss
+MIX_LIMIT = 1024  # max width (heads x channels) that one basis mixes
+PLAIN_LIMIT = 2048  # for keys without RoPE, where the layout `input` may halve the cache without loss
 
 
 def latent_groups(site: AttentionSite) -> int:
-    """Return J: as few latent heads as keep the mixed space within the limit."""
+    """Return J: the fewest latent heads that keep the mixed width within the limit."""
     dim, limit = max(site.key_dim, site.value_dim), PLAIN_LIMIT if site.rope is None else MIX_LIMIT
     return next(
         j
@@ -26,7 +26,7 @@ def latent_groups(site: AttentionSite) -> int:
 
 
 def joined(x: Tensor, groups: int) -> Tensor:
-    """Join the n = G/J heads of a latent head side by side, as `ops.encode` reads them: [B,G,T,D] -> [J, B, T, n*D]."""
+    """Concatenate the n = G/J heads of a latent head, as `ops.encode` expects: [B,G,T,D] -> [J, B, T, n*D]."""
     b, g, t, d = x.shape
     return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)
 
@@ -34,11 +34,10 @@ def joined(x: Tensor, groups: int) -> Tensor:
 def differences(
     site: AttentionSite, k: Tensor, v: Tensor, sinks: int, mean_tokens: int, later: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values [B,G,T,D] less their means, as a cache with `mean_tokens` encodes them.
+    """Subtract the means from keys and values [B,G,T,D], as a cache with `mean_tokens` encodes them.
 
-    The means are of the first `mean_tokens` tokens behind `sinks`, one for each sequence; keys whose logits are capped,
-    and what is read of an encoder, have none. later: as of `turned`, by how many positions the tokens stand later than
-    those of the means.
+    Each sequence has its own means, over the first `mean_tokens` tokens after `sinks`. Keys with a softcap and cross
+    attention have none. later: as in `turned`, by how many positions the tokens come later than those of the means.
     """
     seen = k if later is None else turned(site, k, later)
     if not mean_tokens or site.kind != "self":
@@ -49,18 +48,18 @@ def differences(
 
 
 def segment_of(site: AttentionSite, segment: int, sliding: Mapping[str, int]) -> int:
-    """Return the tokens of a segment at a site, 0 where keys are encoded as they are.
+    """Return the segment length at a site; 0 if keys are encoded at their own positions.
 
-    segment: that of a plan. sliding: tokens of the sliding window of a site's layer by the site's name, where it has
-    one: its tokens are dropped, and never far apart.
+    segment: that of a plan. sliding: sliding-window tokens of each site's layer by site name. A sliding window gets no
+    segments, because its tokens are never far apart.
     """
     return 0 if not site.rotates or site.slides or sliding.get(site.name) else segment
 
 
 def relative_to_segments(segment: int, tokens: int, sinks: int = 0) -> Tensor | None:
-    """Return by how many positions later keys count that are relative to segments: float64 [1,T], 0 or less.
+    """Return the position offsets, float64 [1,T], 0 or less, that make keys relative to segments.
 
-    sinks: so many tokens stand before the first segment. None: no token has another position.
+    sinks: number of tokens before the first segment. None if no token moves.
     """
     if not segment or tokens - sinks <= segment:
         return None
@@ -68,11 +67,11 @@ def relative_to_segments(segment: int, tokens: int, sinks: int = 0) -> Tensor | 
 
 
 def placed(segment: int, span: int, tokens: int, first: int | None = None, batch: int = 1) -> Tensor | None:
-    """Return by how many positions later keys count than they stand: float64 [1,T] or [B,1]; None: as they are.
+    """Return the position offsets under which keys are counted: float64 [1,T] or [B,1]; None: at their own positions.
 
-    segment: they are relative to segments of so many tokens, and stand earlier; of a longer one than there are tokens
-    they count as anywhere in it. Otherwise they count as up to `span` positions later: each as another number
-    (`spread`), or all of a sequence alike, as numbers from `first` on for the sequences of a batch.
+    segment: keys are relative to segments of this many tokens, with offsets of 0 or less; a segment longer than the
+    sequence counts as a span. span: offsets are below this. Without `first` each token has its own offset (`spread`);
+    with it all tokens of a sequence share one, the `first`-th and later offsets for the sequences of a batch.
     """
     if segment and tokens >= segment:
         return relative_to_segments(segment, tokens)
@@ -83,10 +82,10 @@ def placed(segment: int, span: int, tokens: int, first: int | None = None, batch
 
 
 def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
-    """Return keys, or their gradients, [B,G,T,D] as they would be `later` positions on: [B,1] or [1,T], float64.
+    """Rotate keys or their gradients [B,G,T,D] to `later` positions on, by RoPE; later: float64 [B,1] or [1,T].
 
-    The same where keys do not turn. Attention depends on differences of positions alone: turned like this, keys and
-    gradients are those of the same tokens further on in a sequence.
+    Unchanged for keys without RoPE. Attention depends only on position differences, so rotated keys and gradients are
+    those of the same tokens later in a sequence.
     """
     if not site.rotates or site.rope is None:
         return x
@@ -94,11 +93,10 @@ def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
 
 
 def spread(count: int, first: int, span: int) -> Tensor:
-    """Return `count` positions of [0, span), float64, from the `first`-th of all on, well spread whatever their count.
+    """Return offsets `first` to `first + count` of a low-discrepancy sequence in [0, span), float64.
 
-    Cubes of evenly spread numbers: half of them lie in the first eighth, since a plan serves short contexts as well,
-    and every context has a beginning. Source of the numbers: the additive recurrence of the golden ratio (Niederreiter
-    1992).
+    They are cubes of uniform points: half of them lie in the first eighth, because plans also serve short contexts, and
+    every context has a beginning. The points are the additive recurrence of the golden ratio (Niederreiter 1992).
     """
     golden = (5**0.5 - 1) / 2
     return span * ((torch.arange(first, first + count, dtype=torch.float64) + 1) * golden).frac() ** 3
@@ -110,7 +108,7 @@ def spread(count: int, first: int, span: int) -> Tensor:
 def empty_statistics(
     sites: Iterable[AttentionSite], segment: int = 0, sliding: Mapping[str, int] | None = None
 ) -> dict[str, SiteStatistics]:
-    """Return statistics with nothing collected yet, by site name. segment, sliding: as of `segment_of`."""
+    """Return zero statistics by site name. segment, sliding: as in `segment_of`."""
     out = {}
     for site in sites:
         groups = latent_groups(site)
@@ -131,11 +129,11 @@ def empty_statistics(
 
 @dataclass
 class SideStatistics:
-    """Streamed second moments of one side (keys or values) of one site, float64, summed over tokens.
+    """Second moments of one side (keys or values) of one site, float64, summed over tokens.
 
-    `moment` [J, c, c], c = n*D: x x^T of the n = G/J kv heads of a latent head, side by side, as a cache would hold
-    them (keys with norm and rotation). `metric` [J, c, c]: g g^T, where g is the gradient of a sampled label's
-    log-likelihood with respect to x, so `metric / count` is the Fisher information: what a unit of error costs.
+    `moment` [J, c, c], c = n*D: x x^T of the n = G/J concatenated kv heads of a latent head, as a cache would store
+    them (keys after norm and RoPE). `metric` [J, c, c]: g g^T, where g is the gradient of a random score with respect
+    to x, so `metric / count` is the Fisher information: the cost of a unit of error.
     """
 
     groups: int  # J
@@ -148,9 +146,9 @@ class SideStatistics:
 class SiteStatistics:
     """Second moments of the keys and values of one site.
 
-    `cross` and `cross_metric` [G*D, G*E] are the sums of k v^T and of their gradients' product, kept where keys and
-    values may be maps of one narrower input (no rotation), else None. segment: keys are relative to segments of so many
-    tokens (fhopt/plan/segment_rotation.py); 0: as they are.
+    `cross` and `cross_metric` [G*D, G*E] are the sums of k v^T and of the product of their gradients, collected if keys
+    and values may be maps of one narrower input (no RoPE), else None. segment: keys are relative to segments of this
+    many tokens (fhopt/plan/segment_rotation.py); 0: at their own positions.
     """
 
     site: AttentionSite

@@ -1,23 +1,24 @@
-"""Cost of a decode step with exact keys and values and with latents: bytes and operations as formulas.
+"""Cost model of a decode step, full precision versus latents: formulas for bytes and operations.
 
     exact    bytes B T G (Dk + Dv) itemsize        operations 2 B H S T (Dk + Dv)
-    latents  bytes B T_quantized (rows + scales)   operations 2 B H S T_quantized (R_K + R_V), and one a value unpacked
-    window   the exact formulas, for the T - T_quantized tokens of sinks and residual window; with a window of 8 bits,
-             all but the sinks count the bytes of their quantized values and scales, and one operation a value
+    latents  bytes B T_quantized (rows + scales)   operations 2 B H S T_quantized (R_K + R_V), one per unpacked value
+    window   the exact formulas, for the T - T_quantized tokens of sinks and recent window; in an 8-bit window, all but
+             the sinks count the bytes of their quantized values and scales, and one operation per value
     bases    bytes encode and decode, once a step  operations absorb, expand, and encode of the new tokens
     weights  bytes parameters itemsize, once       operations 2 B S parameters
 
-T_quantized is the number of quantized tokens. Time is the roofline's: each line takes max(bytes / bandwidth,
-operations / throughput), one after the other. Peak figures of devices make the results bounds: kernels reach a part of
-the peaks, and softmax, launches and matrix tiles that few queries fill in part are not counted. Every parameter counts
-as read once a step, those of idle experts too. For cross attention T is the length of the encoder's output.
+T_quantized is the number of quantized tokens. Time follows the roofline model: each line takes max(bytes / bandwidth,
+operations / throughput), one after the other. The results are bounds, because devices are described by peak rates:
+kernels reach a part of these, and softmax, launches and partly filled matrix tiles are not counted. Every parameter
+counts as loaded once per step, including those of idle experts. For cross attention T is the length of the encoder's
+output.
 
-Latents that keys and values share count once in bytes and unpacked values, and twice in products.
+Latents shared by keys and values count once in bytes and unpacked values, and twice in matmuls.
 
-The residual window holds `recent` to `recent + block` tokens; formulas use the middle, T_quantized = max(0, T - sinks
-- recent - block // 2), where `LatentPlan.cache_bytes` counts whole blocks: they differ by at most half a block.
+The recent window holds `recent` to `recent + block` tokens. Formulas use the middle, T_quantized = max(0, T - sinks -
+recent - block // 2); `LatentPlan.cache_bytes` counts whole blocks. They differ by at most half a block.
 
-Roofline: Williams, Waterman, Patterson 2009. Letters: B batch, H query heads, G kv heads, S new queries, T cached
+Roofline: Williams, Waterman, Patterson 2009. Dimensions: B batch, H query heads, G kv heads, S new queries, T cached
 tokens, D head size, J latent heads, R width.
 """
 
@@ -60,21 +61,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Figures:
-    """A decode step in numbers. `bound`: what takes most of the attention's time, "memory" or "arithmetic"."""
+    """Evaluated cost of a decode step. bound: what limits most of the attention's time, "memory" or "arithmetic"."""
 
     bytes: float
     operations: float
     attention_seconds: float
     step_seconds: float
     bound: str
-    fits: bool  # weights and KV cache fit into the device's memory
+    fits: bool  # whether weights and KV cache fit into the device's memory
 
 
 @dataclass(frozen=True)
 class Cost:
     """Formulas of one site or of a model: `works` of attention, and the model's `weights`.
 
-    open_tokens: tokens in attention sinks and residual window; 0 for an exact cache.
+    open_tokens: tokens in attention sinks and recent window; 0 for a full-precision cache.
     """
 
     works: tuple[Work, ...]
@@ -84,16 +85,16 @@ class Cost:
 
     @property
     def bytes(self) -> Any:
-        """Bytes that attention reads in a step."""
+        """Bytes that attention loads per step."""
         return sympy.Add(*(w.bytes for w in self.works))
 
     @property
     def operations(self) -> Any:
-        """Operations of attention in a step, with conversions of quantized values."""
+        """Operations of attention per step, including conversions of quantized values."""
         return sympy.Add(*(w.operations + w.conversions for w in self.works))
 
     def time(self, device: Device) -> Any:
-        """Write the seconds of attention in a step as an expression."""
+        """Return the seconds of attention per step as an expression."""
         terms = []
         for work, count in Counter(self.works).items():
             seconds = device.roofline(work.bytes, work.operations, work.conversions, self.itemsize)
@@ -124,13 +125,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """Sizes of a site's latents: numbers of one token over all latent heads, and of the bases."""
+    """Sizes of a site's latents, per token over all latent heads, and of its bases."""
 
     key_width: int  # R_K
     value_width: int  # R_V
     token_bytes: int
     quantized: int  # values to unpack
-    encode: int  # numbers of the encoder matrices
+    encode: int  # elements of the encoder matrices
     decode: int
 
     @staticmethod
@@ -157,7 +158,7 @@ def site_cost(
 ) -> Cost:  # fmt: skip
     """Compute the cost of one site: exact without `latents`; a very short sliding window is always exact.
 
-    itemsize: bytes of one exact number and of one number of the bases. window_bits: of a plan's residual window; the
+    itemsize: bytes per full-precision element and per element of the bases. window_bits: of a plan's recent window; the
     first `sinks` tokens are exact.
     """
     if latents is None or (site.slides and not site.sliding):
@@ -184,14 +185,14 @@ def site_cost(
 
 
 def _within(work: Work, sliding: int) -> Work:
-    """Return what is left of a work where a window slides."""
+    """Limit a work to the tokens of a sliding window."""
     least = {TOKENS: sympy.Min(TOKENS, sliding), QUANTIZED: sympy.Min(QUANTIZED, sliding - sliding // RECENT_PART)}
     parts = [sympy.sympify(part).subs(least) for part in (work.bytes, work.operations, work.conversions)]
     return Work(work.name, *parts)
 
 
 def _rounded_window(plan: SitePlan, window_bits: int, sinks: int, itemsize: int) -> tuple[Work, ...]:
-    """Compute the work of sinks and of a residual window that is rounded to `window_bits`."""
+    """Compute the work of sinks and of a recent window that is rounded to `window_bits`."""
     first = sympy.Min(TOKENS - QUANTIZED, sinks)
     rounded = BATCH * (TOKENS - QUANTIZED - first)
     products = _exact(plan.site, TOKENS - QUANTIZED - first, itemsize).operations
@@ -209,7 +210,7 @@ def model_cost(
 ) -> Cost:
     """Compute the cost of all sites, those of `plan` on latents, and of `parameters` weights of `itemsize` bytes.
 
-    Raises FhoptError when the plan has a site that is not among `sites`.
+    Raises FhoptError if the plan has a site that is not among `sites`.
     """
     planned = {p.site.name: p for p in plan.sites} if plan else {}
     all_sites = list(sites)
@@ -244,7 +245,7 @@ def _sum(costs: Sequence[Cost], open_tokens: int, parameters: int, itemsize: int
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The context from which latents are faster than exact keys and values.
+    """Break-even context: the length from which latents are faster than exact keys and values.
 
     verdict: "from" (`tokens`, and `formula` in B), "always" (latents are never slower) or "never".
     """
@@ -255,13 +256,13 @@ class BreakEven:
 
 
 def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1) -> BreakEven:
-    """Compute the context at which attention takes equally long with both, by roofline.
+    """Compute the context at which attention takes equally long with both, by the roofline model.
 
-    Beyond the residual window both times are linear in T_quantized, and differ at its end by the time of the bases:
+    Past the recent window both times are linear in T_quantized; at its end they differ by the time of the bases:
 
         T = open tokens + time of the bases / (time of an exact token - time of a quantized token)
 
-    Where a window of 8 bits has already saved more than that, they cross within it, by a similar formula.
+    If an 8-bit window has already saved more than that, they cross within it, by a similar formula.
     """
     gap, window = (latent.time(device) - exact.time(device)).subs(QUERIES, 1), latent.open_tokens
     start = gap.subs({TOKENS: window, QUANTIZED: 0})
@@ -275,15 +276,15 @@ def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1) -> Bre
     formula = latent.open_tokens - start / slope
     tokens = float(formula.subs(BATCH, batch))
     later = {TOKENS: math.ceil(tokens) + 1, QUANTIZED: max(0, math.ceil(tokens) + 1 - window), BATCH: batch}
-    if gap.subs(later) > 0:  # a window that slides ends before
+    if gap.subs(later) > 0:  # a sliding window ends before that
         return BreakEven("never")
     return BreakEven("from", tokens, formula)
 
 
 def upper_bound(weights: float, cache: float, ratio: float = math.inf) -> float:
-    """Compute the largest speedup of a step whose cache alone is `ratio` times smaller: (W + KV) / (W + KV/c).
+    """Compute the max speedup of a step whose cache is `ratio` times smaller: (W + KV) / (W + KV/c).
 
-    weights, cache: bytes read in a step, or seconds. Infinite for no weights and an infinite ratio.
+    weights, cache: bytes loaded in a step, or seconds. Infinite for no weights and an infinite ratio.
     """
     rest = weights + cache / ratio
     return (weights + cache) / rest if rest else math.inf
@@ -291,7 +292,7 @@ def upper_bound(weights: float, cache: float, ratio: float = math.inf) -> float:
 
 @dataclass(frozen=True)
 class CostRow:
-    """A cache on a device after a number of tokens, compared with the exact cache there."""
+    """A cache on a device at a context, compared with the full-precision cache there."""
 
     device: str
     tokens: int
@@ -299,13 +300,13 @@ class CostRow:
     figures: Figures
     attention_speedup: float
     step_speedup: float
-    pays: str  # `BreakEven.verdict`; "" for the exact cache
+    pays: str  # `BreakEven.verdict`; "" for the full-precision cache
     pays_from: float | None
 
 
 @dataclass(frozen=True)
 class SpeedupBound:
-    """The `upper_bound` of a cache by bytes; None where it is infinite. "none" is a cache of no bytes."""
+    """The `upper_bound` of a cache by bytes; None if infinite. "none" is a cache of no bytes."""
 
     tokens: int
     cache: str
@@ -314,7 +315,7 @@ class SpeedupBound:
 
 @dataclass(frozen=True)
 class CostComparison:
-    """The numbers that `fhopt cost` shows."""
+    """Results that `fhopt cost` shows."""
 
     rows: tuple[CostRow, ...]
     bounds: tuple[SpeedupBound, ...]
@@ -323,7 +324,7 @@ class CostComparison:
 def compare(
     costs: Mapping[str, Cost], devices: Iterable[Device], tokens: Sequence[int], batch: int = 1
 ) -> CostComparison:
-    """Compare costs by name, one of them "exact", on each device and after each number of tokens."""
+    """Compare costs by name, one of them "exact", on each device and at each context."""
     rows, bounds, exact = [], [], costs["exact"]
     for device in devices:
         pays = {n: break_even(exact, c, device, batch) for n, c in costs.items() if c is not exact}
@@ -344,6 +345,6 @@ def compare(
 
 
 def pretty(expression: Any) -> str:
-    """Print an expression on one line."""
+    """Format an expression on one line."""
     text: str = sympy.pretty(expression, wrap_line=False, use_unicode=True)
     return text

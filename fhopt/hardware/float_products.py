@@ -1,24 +1,23 @@
-"""Products of matrices on CPUs on which torch has a way that is several times as fast as the one that it takes.
+"""Matmuls on CPUs for which torch has a several times faster implementation than its default.
 
-    numbers     where                             torch takes                            here
+    dtype       CPUs                              torch's default                        here
     float32     AMD with AVX-512                  MKL, which uses half the vectors       oneDNN
     bfloat16    no instructions for it (AVX2)     loops: 11 to 16 GFLOP/s                a kernel: 140 to 170
     float16     no instructions for it (most)     loops                                  a kernel; AVX-512: float32
 
-(2 threads, torch 2.15: float32 on Zen 5, 218 GFLOP/s by MKL, 487 by oneDNN; bfloat16 on Zen 3, 1,024 rows.) Products
-of 16-bit numbers are exact in float32, in which sums are either way; only the result is rounded. They are computed by
-fhopt/codegen/cpu/wide_linear.py; where that is not built, and for gradients, a weight is converted some rows at a time,
-so that what it takes stays in the caches.
+(2 threads, torch 2.15: float32 on Zen 5, 218 GFLOP/s with MKL, 487 with oneDNN; bfloat16 on Zen 3, 1,024 rows.)
+Products of 16-bit elements are exact in float32, and sums are in float32 either way, so only the result is rounded.
+fhopt/codegen/cpu/wide_linear.py computes them. If that is not built, and for gradients, the weight is converted some
+rows at a time, so that the converted part stays in the CPU caches.
 
-    linear             a linear layer without gradients: safe in any thread
-    by_parts           the same of a 16-bit weight and numbers of float32
-    fast_products      lets all products inside go there: of float32 in the whole process, of 16 bits in linear layers
+    linear             a linear layer without gradients: thread-safe
+    by_parts           the same for a 16-bit weight and float32 inputs
+    fast_products      redirects matmuls in the context: float32 in the whole process, 16-bit in linear layers
 
-For products of float32 torch has a switch that allows to round operands to bfloat16 (`torch.backends.mkldnn.matmul`),
-but oneDNN does so by AMX alone, which these CPUs do not have. That no operand is rounded is checked by a product before
-it is relied on, once in a process.
+For float32 matmuls torch has a switch that allows rounding operands to bfloat16 (`torch.backends.mkldnn.matmul`), but
+oneDNN does so only with AMX, which these CPUs lack. A test matmul, once per process, checks that no operand is rounded.
 
-Letters: M rows, K width of the input, N width of the output.
+Dimensions: M rows, K width of the input, N width of the output.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ from fhopt.system import multiplies_by_loops
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 HALVES = (torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
-ROWS = 256  # to a multiple of which rows are filled up: oneDNN keeps 100 KB of machine code for each number of them
-ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a product of SIDE terms, relative to its norm
+_PLAIN = (Tensor, torch.nn.Parameter)  # dense tensor types without special semantics
+ROWS = 256  # rows are padded to a multiple: oneDNN caches 100 KB of native code per row count
+ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a matmul with SIDE terms, relative to its norm
 SIDE = 128
-MOST_FEW_ROWS = 16  # no more than these are worth a loop over the weight as it is
-CONVERTED = 1 << 20  # numbers of a weight that are float32 at once
+MOST_FEW_ROWS = 16  # up to this many rows, converting the weight does not pay
+CONVERTED = 1 << 20  # elements of a weight that are in float32 at once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x [..., K] w^T [K, N] + bias [N] -> [..., N], without gradients, in the fastest way of this CPU."""
+    """Compute x [..., K] w^T [K, N] + bias [N] -> [..., N], without gradients, by the fastest method on this CPU."""
     return _way(x, weight, bias)(x, weight, bias)
 
 
 def _way(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Return what computes a linear layer fastest."""
+    """Return the fastest implementation of a linear layer."""
     plain = type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and _takes(x, weight, bias, torch.float32, ROWS) and is_onednn_faster():
         return _by_onednn
@@ -72,7 +71,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a linear layer of 16-bit numbers by products of float32."""
+    """Compute a 16-bit linear layer by float32 matmuls."""
     found = codegen.linear(x, weight, bias)
     if found is not None:
         return found
@@ -82,8 +81,8 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def by_parts(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: int | None = None) -> Tensor:
     """Compute a linear layer of x [..., K] and w [N, K] in float32, some rows of the weight at a time.
 
-    The result has the dtype of x; of the weight, which may be of 16 bits, never more than `numbers` are there in
-    float32, CONVERTED where nothing else is said.
+    The result has the dtype of x. At most `numbers` elements of the weight, which may be 16-bit, are in float32 at once
+    (default: CONVERTED).
     """
     rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
     given, output = x.reshape(rows, width).float(), x.new_empty(*x.shape[:-1], columns)
@@ -91,17 +90,17 @@ def by_parts(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: int | None
     for part in _parts(columns, width, numbers):
         added = None if bias is None else bias[part].float()
         flat[:, part] = linear(given, weight[part].float(), added)
-    return output  # no view: the output of an autograd function that is one may not be written to
+    return output  # not a view: a view returned by an autograd function may not be written to
 
 
 def _parts(columns: int, width: int, numbers: int | None = None) -> list[slice]:
-    """Divide the rows of a weight [N,K] into parts of so many numbers; None: CONVERTED."""
+    """Divide the rows of a weight [N,K] into parts of `numbers` elements; None: CONVERTED."""
     step = max(1, (numbers or CONVERTED) // width)
     return [slice(first, first + step) for first in range(0, columns, step)]
 
 
 class _InFloat32(torch.autograd.Function):
-    """`_in_float32` with the gradient of its input, of weights that need none; nothing but the weight is kept."""
+    """`_in_float32` with the gradient of its input, for weights without gradients; saves only the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,7 +119,7 @@ class _InFloat32(torch.autograd.Function):
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> bool:
-    """Return whether these are dense and of one type on the CPU, with rows enough, as linear layers have them."""
+    """Return whether the operands of a linear layer are dense, of one dtype, on the CPU, and have enough rows."""
     operands = (x, weight) if bias is None else (x, weight, bias)
     if not all(t.dtype == dtype and t.is_cpu and t.layout is torch.strided for t in operands):
         return False
@@ -131,10 +130,10 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, r
 
 
 class _Linears(TorchFunctionMode):
-    """Computes linear layers of 16-bit numbers in float32, with gradients of inputs.
+    """Torch function mode that computes 16-bit linear layers in float32, with gradients of inputs.
 
-    Not inside a backward pass, of which torch takes all modes away: who runs layers again there enters it again.
-    Graphs that are compiled or traced, and functions that torch.func transforms, keep torch's products.
+    Inactive inside a backward pass, in which torch disables all modes: recomputation there must enter it again.
+    Compiled or traced graphs, and functions under torch.func, use torch's matmuls.
     """
 
     def __torch_function__(
@@ -148,7 +147,7 @@ class _Linears(TorchFunctionMode):
     def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _way(input, weight, bias) is not _in_float32:
             return torch.nn.functional.linear(input, weight, bias)
-        codegen.prepare_linear()  # all products are then made in one way, from the first on
+        codegen.prepare_linear()  # build first, so that all matmuls use one implementation
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (input, weight, bias) if t is not None):
             return _in_float32(input, weight, bias)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -161,18 +160,18 @@ LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 
 
 def _is_transformed() -> bool:
-    """Return whether tensors stand for others: under torch.func, or where a mode sees every operation."""
+    """Return whether tensors are wrapped: under torch.func, or if a dispatch mode is active."""
     functorch: Any = torch._C._functorch
     return functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
 
 
 @contextmanager
 def fast_products(weights: Iterable[Tensor] | None = None) -> Iterator[None]:
-    """Let matrices be multiplied in the fastest way of this CPU that is as exact; elsewhere nothing changes.
+    """Run matmuls by the fastest equally exact method on this CPU inside the context; no effect on other CPUs.
 
-    Products of float32 of the whole process, until the last thread that is inside leaves, and linear layers of 16-bit
-    numbers of this thread. weights: those of the layers inside, where they are known: every operation of torch takes
-    some microseconds longer where linear layers are watched.
+    Affects float32 matmuls of the whole process until the last thread leaves, and 16-bit linear layers of this thread.
+    weights: of the layers inside, if known. Without a 16-bit weight that needs it, the mode is not entered; it adds
+    some microseconds to every torch operation.
     """
     with ExitStack() as entered:
         if is_onednn_faster():
@@ -183,7 +182,7 @@ def fast_products(weights: Iterable[Tensor] | None = None) -> Iterator[None]:
 
 
 def _has_loops(weights: Iterable[Tensor] | None) -> bool:
-    """Return whether torch has only loops for some weights, of which those on meta come to it; None: of any type."""
+    """Return whether torch has only loops for some weights on the CPU or on meta; None: for any 16-bit dtype."""
     if weights is None:
         return any(map(multiplies_by_loops, HALVES))
     there = {weight.dtype for weight in weights if weight.device.type in ("cpu", "meta")}
@@ -204,7 +203,7 @@ def with_fast_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @functools.cache
 def is_onednn_faster() -> bool:
-    """Return whether this CPU is one of those, and a product by oneDNN has the accuracy of float32."""
+    """Return whether oneDNN is faster for float32 on this CPU, and a test matmul has float32 accuracy."""
     flags = reported("flags").split()
     if reported("vendor_id") != "AuthenticAMD" or "avx512_bf16" not in flags or "amx_bf16" in flags:
         return False
@@ -214,7 +213,7 @@ def is_onednn_faster() -> bool:
 
 
 def _error() -> float:
-    """Return the relative error of a product by oneDNN."""
+    """Return the relative error of a oneDNN matmul."""
     x, y = torch.randn(2, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with _allowed, torch.no_grad():
         product = x @ y
@@ -223,7 +222,7 @@ def _error() -> float:
 
 
 class _Switch:
-    """A context in which torch asks oneDNN, until the last thread that is inside leaves."""
+    """Context in which torch uses oneDNN for float32, until the last thread leaves."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, ""

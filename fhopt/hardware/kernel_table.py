@@ -1,13 +1,13 @@
-"""`fhopt kernels`: the generated kernels of a plan's attention on latents, and their resources on a device.
+"""`fhopt kernels`: the generated kernels for a plan's attention on latents, and their resources on a device.
 
-    kernel = (KernelSpec, H, J)     one file for each spec; one row of the table for each kernel
+    kernel = (KernelSpec, H, J)     one file per spec; one row of the table per kernel
 
 Bytes, operations and the roofline are those of the work "latents" in cost_model.py: quantized tokens only, without
-residual window, bases and weights. Registers, shared memory and instructions are read from compiled machine code, which
-needs no GPU. For a CPU there are C++ files, without resources.
+recent window, bases and weights. Registers, shared memory and instructions are extracted from compiled native code,
+which needs no GPU. For a CPU there are C++ files, without resources.
 
-Letters: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a latent
-head).
+Dimensions: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a
+latent head).
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
 TABLE_FILES = ("kernels.md", "kernels.json")
-MOST_NAMES = 3  # of sites in a cell
+MOST_NAMES = 3  # site names per cell
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of `fhopt kernels`.
 
-    candidates: configurations to compile of a kernel whose default does not fit; 0: all, of every kernel.
+    candidates: configurations to compile for a kernel whose default does not fit; 0: all configurations of every
+    kernel.
     """
 
     device: str
@@ -56,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A configuration that does not fit the device, and why."""
+    """A configuration that does not fit the device, and the reason."""
 
     config: Config
     reason: str
@@ -81,8 +82,8 @@ class Compiled:
 class KernelRow:
     """A kernel: its file, the sites that run it, their cost, and its resources.
 
-    bytes_per_token, operations_per_token: of one cached token at one site, for all its heads and `queries` queries.
-    roofline_seconds: of one step at one site after `tokens` cached tokens. compiled: None on a CPU, and where no
+    bytes_per_token, operations_per_token: per cached token at one site, for all its heads and `queries` queries.
+    roofline_seconds: of one step at one site after `tokens` cached tokens. compiled: None on a CPU, and if no
     configuration fits.
     """
 
@@ -101,7 +102,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The table of a plan on a device, and the files by name."""
+    """The kernel table of a plan on a device, and the files by name."""
 
     options: Options
     triton: str  # version; empty on a CPU
@@ -123,10 +124,10 @@ Kernel = tuple[KernelSpec, int, int, int]  # the spec, H, J of keys and of value
 def write_kernels(
     plan: LatentPlan, out: Path, options: Options, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Kernels:
-    """Write the kernels of `plan` and their table into the folder `out`, whole or not at all. Raises FhoptError."""
+    """Write the kernels of `plan` and their table into the folder `out`, atomically. Raises FhoptError."""
     device = find_device(options.device)
     if device.kind == "gpu":
-        triton_version()  # raises early where Triton is not installed
+        triton_version()  # raises early if Triton is not installed
     kernels = kernels_of(plan, options.dtype)
     files = {_file(kernel[0], device): kernel[0] for kernel in kernels}
     check_folder(out, (*files, *TABLE_FILES))
@@ -142,7 +143,7 @@ def write_kernels(
 
 
 def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
-    """Group sites by the kernel that they run. Raises FhoptError where no site has latents."""
+    """Group sites by the kernel that they run. Raises FhoptError if no site has latents."""
     sites: dict[Kernel, list[SitePlan]] = {}
     for site in plan.sites:
         if _latents(site, dtype) is None:
@@ -158,7 +159,7 @@ def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
 
 
 def _latents(site: SitePlan, dtype: str) -> Work | None:
-    """Return the work of a site's quantized tokens; None where it has none, as with a sliding window."""
+    """Return the work of a site's quantized tokens; None if it has none, as with a short sliding window."""
     works = site_cost(site.site, site, itemsize=ITEMSIZES[dtype]).works
     return next((work for work in works if work.name == "latents"), None)
 
@@ -227,7 +228,7 @@ def _compiled(choice: Choice) -> Compiled | None:
 
 
 def cells(kernels: Kernels) -> tuple[list[str], list[list[str]]]:
-    """Write the head and the cells of the table."""
+    """Return the header and the cells of the table."""
     head = [
         "file",
         "sites",
@@ -293,7 +294,7 @@ def _about(kernels: Kernels) -> str:
 
 
 def table(kernels: Kernels) -> Table:
-    """Make the table for a terminal, one line for each cell: a kernel has more of them than fit side by side."""
+    """Build the table for a terminal, one line per cell: a row has more cells than fit side by side."""
     head, rows = cells(kernels)
     shown = Table(title=f"Attention on latents: {_about(kernels)}", title_justify="left", show_header=False)
     shown.add_column(no_wrap=True)
@@ -306,7 +307,7 @@ def table(kernels: Kernels) -> Table:
 
 
 def rejected_table(kernels: Kernels) -> Table:
-    """Make the table of configurations that do not fit the device."""
+    """Build the table of configurations that do not fit the device."""
     shown = Table(title="Rejected", title_justify="left")
     for name in ("file", "configuration", "reason"):
         shown.add_column(name, overflow="fold")
@@ -316,7 +317,7 @@ def rejected_table(kernels: Kernels) -> Table:
 
 
 def markdown(kernels: Kernels) -> str:
-    """Write the text of `kernels.md`."""
+    """Return the text of `kernels.md`."""
     lines = [
         f"# Attention on latents: {_about(kernels)}",
         "",

@@ -1,12 +1,12 @@
-"""Rates of this machine's CPU, measured once: the device called "here" in every command.
+"""Measured rates of this machine's CPU: the device called "here" in every command.
 
-    read      sum of a vector that no cache holds         bytes read / seconds
+    read      sum of a vector larger than all caches      bytes read / seconds
     copy      one such vector to another                  bytes read and written / seconds
-    float32   product of two square matrices by torch     operations / seconds
-    bfloat16  product of two square matrices by torch     operations / seconds
+    float32   matmul of two square matrices by torch      operations / seconds
+    bfloat16  matmul of two square matrices by torch      operations / seconds
 
-Each is the fastest of repeated runs: other load slows a run down, nothing speeds it up. Figures are kept in the cache
-folder of kernels (FHOPT_CACHE_DIR), one file for each CPU, version of torch and number of threads.
+Each is the fastest of repeated runs, because other load only slows runs down. Results are cached in the cache folder
+(FHOPT_CACHE_DIR), one file per CPU, torch version and number of threads.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing, read_file
 from fhopt.system import cache_folder, cores, make_private, memory_bytes, multiplies_by_loops
 
-VECTOR = 1 << 26  # float32 numbers: 256 MB, more than caches hold
-SIDE = 1536  # of square matrices: they stay in the second-level cache, and take some milliseconds
-SECONDS = 0.6  # of each measurement
+VECTOR = 1 << 26  # float32 elements: 256 MB, more than caches hold
+SIDE = 1536  # of square matrices: they fit into the L2 cache, and take some milliseconds
+SECONDS = 0.6  # per measurement
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class CpuRates:
 
 @functools.cache
 def measured(threads: int) -> CpuRates:
-    """Return the rates of this CPU from the cache folder; measured, in some 3 seconds, when they are not there."""
+    """Return the rates of this CPU from the cache folder; measures them, in about 3 seconds, if they are missing."""
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
         return CpuRates(**json.loads(read_file(path)))
-    except (OSError, ValueError, TypeError, RecursionError, FhoptError):  # not there, damaged, or of another version
+    except (OSError, ValueError, TypeError, RecursionError, FhoptError):  # missing, damaged, or of another version
         return measure(threads)
 
 
 def measure(threads: int) -> CpuRates:
-    """Measure the rates of this CPU, and keep them where the cache folder can be written."""
+    """Measure the rates of this CPU, and cache them if the cache folder is writable."""
     rates = CpuRates(
         cpu=cpu_name(),
         threads=threads,
@@ -81,19 +81,19 @@ def measure(threads: int) -> CpuRates:
 
 
 def measure_read(threads: int) -> float:
-    """Measure the GB/s of reading memory once."""
+    """Measure memory read bandwidth in GB/s."""
     x = torch.ones(VECTOR)
     return _size(x) / _shortest(threads, lambda: x.sum()) / 1e9
 
 
 def measure_copy(threads: int) -> float:
-    """Measure the GB/s of copying memory: bytes read and bytes written."""
+    """Measure memory copy bandwidth in GB/s: bytes read plus bytes written."""
     x, y = torch.ones(VECTOR), torch.zeros(VECTOR)
     return 2 * _size(x) / _shortest(threads, lambda: y.copy_(x)) / 1e9
 
 
 def measure_products(threads: int, dtype: torch.dtype) -> float:
-    """Measure the TFLOP/s of a product of matrices."""
+    """Measure matmul throughput in TFLOP/s."""
     x, y = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
     return 2 * SIDE**3 / _shortest(threads, lambda: torch.mm(x, y)) / 1e12
 
@@ -103,7 +103,7 @@ def _size(x: torch.Tensor) -> int:
 
 
 def _shortest(threads: int, call: Callable[[], object]) -> float:
-    """Measure the seconds of the fastest of the calls that fit into SECONDS, at least five."""
+    """Return the seconds of the fastest call out of those that fit into SECONDS, at least five."""
     times: list[float] = []
     with torch_threads(threads):
         call()
@@ -117,7 +117,7 @@ def _shortest(threads: int, call: Callable[[], object]) -> float:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch have so many threads until the end of a `with` statement."""
+    """Set torch's number of threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -135,13 +135,13 @@ def cpu_name() -> str:
 
 
 def vector_units() -> tuple[str, ...]:
-    """Return the vector units of the CPU that kernels can use, as the system reports them; none where it does not."""
+    """Return the CPU's vector units that kernels can use, as the system reports them; empty if it does not."""
     known = set((reported("flags") or reported("Features")).split())
     return tuple(words for flag, words in _UNITS.items() if flag in known)
 
 
 def most_alike() -> str:
-    """Return the name of the CPU of the table of devices whose kernels multiply quantized values as this one's do."""
+    """Return the CPU in the device table whose kernels use the same instructions on quantized values as this one's."""
     return "cpu" if {"AVX-512 VNNI", "AVX-512 VBMI"} <= set(vector_units()) else "cpu-avx2"
 
 
@@ -154,7 +154,7 @@ _UNITS = {  # flags of /proc/cpuinfo
 
 
 def reported(field: str) -> str:
-    """Return a field of the first CPU in /proc/cpuinfo; empty where there is none."""
+    """Return a field of the first CPU in /proc/cpuinfo; "" if missing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -164,9 +164,9 @@ def reported(field: str) -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether torch multiplies matrices of bfloat16 by instructions of this CPU for that: x86-64, by its flags.
+    """Return whether torch runs bfloat16 matmuls with native instructions of this CPU: x86-64, by its flags.
 
-    Then it takes half the time of float32 (Zen 5, oneDNN), elsewhere more. Other CPUs were not measured.
+    They then take half the time of float32 (Zen 5, oneDNN), otherwise more. Other architectures were not measured.
     """
     has_them = bool({"avx512_bf16", "amx_bf16"} & set(reported("flags").split()))
     return has_them and not multiplies_by_loops(torch.bfloat16)

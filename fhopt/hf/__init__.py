@@ -1,1 +1,1 @@
-"""The interfaces of transformers: apply, load, the quantizer, saved prompt caches."""
+"""Integration with transformers: `apply`, `load`, the quantizer and prompt caches on disk."""

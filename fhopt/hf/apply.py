@@ -1,8 +1,8 @@
-"""`apply` makes a transformers model cache latents; `unapply` restores it.
+"""`apply` switches a transformers model to a latent KV cache; `unapply` undoes it.
 
-Only transformers' own interfaces are used: the attention implementation registry, the cache class, and a forward hook
-that puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched:
-a model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention/offered_latents.py).
+Only public interfaces of transformers are used: the attention registry, the cache class, and a forward pre-hook that
+passes a `LatentCache` when the model (or `generate`) would create an ordinary one. No model source is patched: a model
+with its own attention code uses the latents through `LatentTensor` (fhopt/attention/offered_latents.py).
 """
 
 from __future__ import annotations
@@ -42,45 +42,45 @@ IMPLEMENTATION = "fhopt"
 @dataclass
 class _Applied:
     whole_plan: LatentPlan
-    plan: LatentPlan  # this process's part of it, where the model is spread over several
+    plan: LatentPlan  # this process's shard of it under tensor parallelism
     hooks: tuple[Any, ...]
-    before: dict[str, str]  # attention implementation of each part of the configuration
-    layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
-    cache: str  # name of the cache among the arguments of the model's forward
+    before: dict[str, str]  # attention implementation by sub-configuration
+    layers: dict[str, int]  # cache layer index of each cached site
+    cache: str  # name of the cache argument of the model's forward
     parameters: tuple[str, ...]  # of the model's forward
     is_set: bool  # IMPLEMENTATION was set
-    interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
-    reader: Any  # of the caches of this model
-    config: Any  # of the model
-    fast: tuple[bool, bool]  # skinny products, layer programs
-    warned: set[str] = field(default_factory=set)  # subjects of which the user was warned
+    interface: bool  # attention goes through the registry, and the code before it does not need full-length keys
+    reader: Any  # shared by the caches of this model
+    config: Any  # the model's
+    fast: tuple[bool, bool]  # skinny_products, layer_programs
+    warned: set[str] = field(default_factory=set)  # messages already issued
 
 
 def apply(
     model: torch.nn.Module, plan: PlanOrPath, skinny_products: bool = True, layer_programs: bool = True
 ) -> torch.nn.Module:
-    """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
+    """Switch `model` to a latent KV cache as described by `plan`. Returns the model.
 
-    plan: a plan, or the path of a saved one. model: may be the wrapper that `torch.compile` returned.
+    model: a transformers model with a decoder, or the wrapper that `torch.compile` returned. plan: a plan or its path.
 
-    `model.generate()` and `model(..., use_cache=True)` need no change. A DynamicCache or StaticCache that is empty gets
-    latent layers; a cache of another class, which `cache_implementation="quantized"` makes, is used without the plan,
-    with a warning. `model.set_attn_implementation` changes how latents are attended to, not the plan, and warns.
-    `model.save_pretrained` writes the model without the plan: `plan.save` or `fhopt rewrite` write it.
+    `model.generate()` and `model(..., use_cache=True)` need no change. An empty DynamicCache or StaticCache gets latent
+    layers. A cache of another class, such as that of `cache_implementation="quantized"`, is used without the plan, with
+    a warning. `model.set_attn_implementation` changes the attention over latents, not the plan, and warns.
+    `model.save_pretrained` writes the model without the plan; use `plan.save` or `fhopt rewrite` for it.
 
-    Applying another plan replaces the first. Sites of an encoder are not compressed: they have no KV cache. If the
-    model's heads are spread over processes (fhopt/parallel/tensor_parallel.py), all of them must call this with the
-    same plan. Raises FhoptError when the model is of another kind, not the one that the plan was fitted for, or spread
-    in a way that the plan does not allow.
+    Applying another plan replaces the first. Encoder sites are not compressed: they have no KV cache. Under tensor
+    parallelism (fhopt/parallel/tensor_parallel.py), every process must call this with the same plan. Raises FhoptError
+    if the model is not a decoder with a transformers cache, if the plan was fitted for another model, or if the plan
+    does not allow the model's sharding.
 
-    skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once, and
-    those of more rows to one where torch has only loops (fhopt/hf/skinny_products.py), also where the plan leaves all
-    attention exact; False leaves them to torch.
+    skinny_products: on CPU, use fhopt's GEMV/skinny-GEMM kernel for up to 16 rows, and its GEMM kernel for more rows in
+    16-bit dtypes without native support (fhopt/hf/skinny_products.py), even if the plan compresses no site; False keeps
+    torch's matmuls.
 
-    layer_programs: on a CPU, decode steps of consecutive decoder layers are one call of machine code
-    (fhopt/hf/layer_programs.py), once a layer has been seen at work; False leaves them to torch's operations.
+    layer_programs: on CPU, run the decode step of consecutive decoder layers as one native call
+    (fhopt/hf/layer_programs.py) once a layer has been traced; False keeps torch's operations.
 
-    Kernels that no process has built yet are built beside the first calls; `prepare` waits for them.
+    Kernels that are not built yet compile in the background during the first calls; `prepare` waits for them.
     """
     import fhopt.codegen
     from fhopt.attention.offered_latents import Reader
@@ -93,7 +93,7 @@ def apply(
         )
     compiled, model, plan = model, _uncompiled(model), as_plan(plan)
     _check_cache(model)
-    network: Any = model  # a transformers model; torch types its attributes as tensors or modules
+    network: Any = model  # torch types a module's attributes as tensors or modules
     whole_plan, weights = plan, Weights(model)
     if weights.absent:
         raise FhoptError(
@@ -102,7 +102,7 @@ def apply(
         )
     check_model(plan, weights, type(model).__name__)
     check_segments(network.config, plan.segment, type(model).__name__)
-    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):  # meta: offloaded to a disk
+    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):  # meta: offloaded to disk
         plan.check_uniform("a GPU")
     plan = local_plan(model, plan)
     encoder = encoder_path(model)
@@ -140,15 +140,15 @@ def apply(
 
 
 def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model in the wrapper that `torch.compile` returned; any other module itself."""
+    """Return the module wrapped by `torch.compile`; any other module unchanged."""
     inner: torch.nn.Module = getattr(model, "_orig_mod", model)
     return inner
 
 
 def _check_loaded(model: torch.nn.Module, _: Any) -> None:
-    """Warn when weights were loaded that the applied plan was not fitted for.
+    """Warn if `load_state_dict` loaded weights that the applied plan was not fitted for.
 
-    A hook of `load_state_dict`, which has loaded them already.
+    Runs as a post-hook: the weights are loaded already.
     """
     try:
         check_model(_applied(model).whole_plan, Weights(model), type(model).__name__)
@@ -157,12 +157,12 @@ def _check_loaded(model: torch.nn.Module, _: Any) -> None:
 
 
 def _check_cache(model: torch.nn.Module) -> None:
-    """Raise FhoptError for a model that generates without a cache of transformers: no plan would reach its tokens."""
+    """Raise FhoptError if the model does not generate with a transformers cache: a plan would have no effect."""
     if not hasattr(model, "generate"):
         return
     network: Any = model
-    wrapped = network.get_base_model() if hasattr(network, "get_base_model") else network  # of PEFT
-    taken = inspect.signature(type(wrapped).forward).parameters  # whatever may stand before the class's own forward
+    wrapped = network.get_base_model() if hasattr(network, "get_base_model") else network  # PEFT
+    taken = inspect.signature(type(wrapped).forward).parameters  # ignores a replaced `forward` of the instance
     takes_one = not {"cache", "past_key_values"}.isdisjoint(taken)
     own = keeps_own_cache(model)
     if own or not takes_one:
@@ -175,18 +175,18 @@ def _check_cache(model: torch.nn.Module) -> None:
 
 
 def _layer_index(module: torch.nn.Module, index: int) -> int:
-    """Return the index of a module's layer in the cache: its own, else `index`; a shared module says -1 (Zamba2)."""
+    """Return a module's layer index in the cache: `layer_idx`, else `index`; a shared module has -1 (Zamba2)."""
     own = getattr(module, "layer_idx", None)
     return own if isinstance(own, int) and own >= 0 else index
 
 
 def prepare(model: torch.nn.Module) -> torch.nn.Module:
-    """Wait until kernels for the plan that is applied to `model` are built; returns the model.
+    """Wait until the kernels for the plan applied to `model` are built. Returns the model.
 
-    Kernels serve every plan and are kept for later processes: they are built once on a machine, which takes some ten
-    seconds. Without this they are built beside the first calls, which run on plain torch operations until then: the
-    first token comes at once, the next ones are slower, and all are the same within rounding. A model without a plan is
-    left alone.
+    Kernels serve every plan and are cached on disk: a machine builds them once, in about 10 seconds. Without this call
+    they compile in the background during the first calls, which run on torch operations until then: the first token
+    comes immediately, the next ones are slower, and results agree within rounding. Does nothing for a model without a
+    plan.
     """
     import fhopt.codegen
 
@@ -197,7 +197,7 @@ def prepare(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Wait inside the context for the kernels that calls need: what reads many tokens is faster so."""
+    """Wait inside the context for kernels that calls need, which speeds up work on many tokens."""
     import fhopt.codegen
 
     with fhopt.codegen.waiting():
@@ -205,7 +205,7 @@ def waiting() -> Iterator[None]:
 
 
 def _compressed(model: torch.nn.Module) -> list[SitePlan]:
-    """Return the sites whose layers are latent ones in a cache of a model with a plan; others stay exact."""
+    """Return the sites that have latent layers in a cache of the model; the others stay in full precision."""
     from fhopt.cache.layer_map import LATENT_LAYERS
 
     cache = latent_cache(model)
@@ -215,7 +215,7 @@ def _compressed(model: torch.nn.Module) -> list[SitePlan]:
 
 
 def _reads_latents(model: torch.nn.Module) -> bool:
-    """Return whether a model with a plan reads latents on a CPU: not where all sites are exact."""
+    """Return whether the model attends to latents on CPU; False if every site is in full precision."""
     weight = next(model.parameters(), None)
     if weight is None or weight.device.type != "cpu":
         return False
@@ -223,7 +223,7 @@ def _reads_latents(model: torch.nn.Module) -> bool:
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `apply`; a model without a plan is left as it is. Returns the model."""
+    """Undo `apply`; no effect on a model without a plan. Returns the model."""
     applied = _record(model)
     if applied is not None:
         network: Any = _uncompiled(model)
@@ -240,7 +240,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def attended_by(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """Let the model attend by `attention` inside, under `name` in transformers; no mask is made, no plan applied."""
+    """Run the model with `attention`, registered as `name`, inside the context, without a plan and without masks."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -269,21 +269,20 @@ def _uses_latents(config: Any) -> bool:
 
 
 def register() -> None:
-    """Make `latent_attention_forward` known to transformers as IMPLEMENTATION."""
+    """Register `latent_attention_forward` with transformers as IMPLEMENTATION."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     from fhopt.hf.attention_interface import latent_attention_forward
 
     AttentionInterface.register(IMPLEMENTATION, latent_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)  # without it padding would be ignored
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)  # without it transformers would drop padding masks
 
 
 def _mask(*args: Any, **options: Any) -> Any:
-    """Make transformers' mask; None where it says no more than that tokens see those before them.
+    """Make transformers' mask; None if it is only causal.
 
-    `latent_attention_forward` knows that by itself, also with a cache, where `sdpa_mask` makes one for torch's
-    attention.
+    `latent_attention_forward` applies causality itself, also with a cache; `sdpa_mask` would make a mask for it.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -296,12 +295,12 @@ def _mask(*args: Any, **options: Any) -> Any:
 
 @functools.cache
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the parameters of a function with their defaults. To find them takes as long as half a layer."""
+    """Return a function's parameters and their defaults. Cached: inspection takes as long as half a layer."""
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
 def _is_causal(of: dict[str, Any]) -> bool:
-    """Return whether `sdpa_mask` would say no more with its arguments: new tokens at the end, none of them padding."""
+    """Return whether `sdpa_mask` would be only causal with these arguments: new tokens last, no padding."""
     from transformers.masking_utils import causal_mask_function
 
     padding = of.get("attention_mask")
@@ -318,7 +317,7 @@ def _is_causal(of: dict[str, Any]) -> bool:
 
 
 def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pass a latent cache to a forward without one, and give latent layers to an ordinary cache that is empty.
+    """Pass a latent cache to a forward without a cache, and give latent layers to an empty ordinary cache.
 
     A forward pre-hook. Raises FhoptError for a latent cache of another model.
     """
@@ -343,9 +342,9 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _check_attention(cache: Any, applied: _Applied) -> None:
-    """Warn when another attention than fhopt's was set after the plan, whose latents it attends to.
+    """Warn if another attention implementation was set after the plan was applied; it attends to latents.
 
-    Raises FhoptError for attention that cannot.
+    Raises FhoptError for an implementation that cannot.
     """
     if not applied.is_set or _uses_latents(applied.config) or not _has_latents(cache):
         return
@@ -364,7 +363,7 @@ def _check_attention(cache: Any, applied: _Applied) -> None:
 
 
 def _has_latents(cache: Any) -> bool:
-    """Return whether some layers of a cache are latent ones."""
+    """Return whether a cache has latent layers."""
     from fhopt.cache.layer_map import LATENT_LAYERS
 
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
@@ -372,17 +371,17 @@ def _has_latents(cache: Any) -> bool:
 
 
 def _warn(applied: _Applied, message: str) -> None:
-    """Warn once for each applied plan; a graph that is being compiled cannot."""
+    """Warn once per applied plan and message; never while compiling."""
     if not torch.compiler.is_compiling() and message not in applied.warned:
         applied.warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
-    """Tell an empty cache what padding the sequences of this call begin with, so that it is no attention sink.
+    """Report left padding of this call's sequences to an empty cache, so that it does not count as attention sinks.
 
-    named: arguments of the model's forward. A graph that is being compiled cannot look at the numbers of a mask; it can
-    compute with those of positions.
+    named: arguments of the model's forward. A graph under compilation cannot inspect mask values, but it can compute
+    with position ids.
     """
     prefix = "decoder_" if applied.config.is_encoder_decoder else ""
     ids = next((named[n] for n in (f"{prefix}input_ids", f"{prefix}inputs_embeds") if named.get(n) is not None), None)
@@ -391,7 +390,7 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     from fhopt.cache.left_padding import note_padding, note_positions
 
     mask = named.get(f"{prefix}attention_mask")
-    if isinstance(mask, dict):  # by kinds of layers
+    if isinstance(mask, dict):  # by layer type
         mask = mask.get("full_attention")
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     positions = named.get(f"{prefix}position_ids")
@@ -404,20 +403,20 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
 
 
 def site_layers(model: torch.nn.Module) -> dict[str, int]:
-    """Return the index of the layer of each site in a cache of `model`. Raises FhoptError when no plan is applied."""
+    """Return the cache layer index of each site of `model`. Raises FhoptError if no plan is applied."""
     return dict(_applied(model).layers)
 
 
 def held_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
-    """Return the part of `plan` that a cache of `model` keeps in this process: all of it for a model in one process."""
+    """Return the part of `plan` that this process caches: all of it unless the model is sharded."""
     applied = _record(model)
     return applied.plan if applied is not None and applied.whole_plan is plan else local_plan(model, plan)
 
 
 def applied_plan(model: torch.nn.Module) -> LatentPlan:
-    """Return the plan that is applied to `model`; for a model that is spread over processes, the local part of it.
+    """Return the plan applied to `model`; for a sharded model, this process's part.
 
-    Raises FhoptError when none is.
+    Raises FhoptError if no plan is applied.
     """
     return _applied(model).plan
 
@@ -435,9 +434,9 @@ def _applied(model: torch.nn.Module) -> _Applied:
 
 
 def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
-    """Make an empty cache for a model with a plan applied; options as of `LatentCache`.
+    """Make an empty cache for a model with a plan; options as of `LatentCache`.
 
-    Raises FhoptError without a plan.
+    Raises FhoptError if no plan is applied.
     """
     from fhopt.cache.latent_cache import LatentCache, encoder_decoder_cache
 
@@ -449,7 +448,7 @@ def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
 
 
 def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
-    """Put latent layers into an ordinary cache that is still empty; the caller keeps its object."""
+    """Put latent layers into an ordinary, empty cache, in place: the caller owns the object."""
     from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
     from fhopt.cache.latent_cache import LatentCache
@@ -461,7 +460,7 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
     if isinstance(cache, LatentCache):
         _check_plan(cache.plan, applied.plan)
     elif not _has_latents(cache):
-        if type(cache) is Cache:  # its maker chose the layers: a full-precision cache for a model with a plan
+        if type(cache) is Cache:  # the caller chose the layers: a full-precision cache
             return None
         if type(cache) not in (DynamicCache, StaticCache):
             return _warn(applied, _unused(cache))
@@ -485,7 +484,7 @@ def _unused(cache: Any) -> str:
 
 
 def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
-    """Raise FhoptError when a cache was made by a plan for another model; another plan for this one is fine."""
+    """Raise FhoptError if a plan for another model made the cache; another plan for this model is fine."""
     prints = {plan.provenance.get("fingerprint") for plan in (held, applied)} - {None}
     names, known = ({p.site.name for p in plan.sites} for plan in (held, applied))
     if held is not applied and (len(prints) > 1 or not names & known):

@@ -1,4 +1,4 @@
-"""The attention "fhopt" of transformers' `AttentionInterface`, which `fhopt.apply` sets: it reads latents.
+"""The attention implementation "fhopt" for transformers' `AttentionInterface`, set by `fhopt.apply`.
 
 Letters: B batch, H query heads, G kv heads, S queries, T all tokens, D head size.
 """
@@ -17,8 +17,8 @@ from fhopt.attention.offered_latents import read_offered
 from fhopt.errors import FhoptError
 from fhopt.ops import algebra, attention, masks, prefill_attention
 
-WATCH = "fhopt_watch"  # of a module: the function that computes its attention without latents
-rehearsed = threading.local()  # .attention: stands in for `latent_attention_forward` in this thread, while it is set
+WATCH = "fhopt_watch"  # attribute of a module: a function that replaces its full-precision attention
+rehearsed = threading.local()  # .attention replaces `latent_attention_forward` in this thread during tracing
 
 
 def latent_attention_forward(
@@ -26,11 +26,11 @@ def latent_attention_forward(
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     position_bias: Tensor | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute the attention of a model of transformers, on a latent cache or without one.
+    """Compute attention of a transformers model, with or without a latent cache.
 
-    query [B,H,S,D], key and value [B,G,T,D] as the cache returned them, mask [B,1,S,T] or None, position_bias
-    broadcastable to [B,H,S,T], s_aux [H] (attention sinks). Returns [B,S,H,D], and None in place of weights. Raises
-    FhoptError for options that it does not support.
+    query [B,H,S,D]; key and value [B,G,T,D] as returned by the cache; attention_mask [B,1,S,T] or None; position_bias
+    broadcastable to [B,H,S,T]; s_aux [H], sink logits. Returns [B,S,H,D], and None for the attention weights. Raises
+    FhoptError for unsupported options.
     """
     stand_in = None if torch.compiler.is_compiling() else getattr(rehearsed, "attention", None)
     if stand_in is not None:
@@ -73,9 +73,9 @@ def _attend_exactly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None, is_causal: bool = False,
     dropout: float = 0.0, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Attend to all tokens: on a CPU many queries by their kernel, others by torch.
+    """Attend to full-precision keys and values: a CPU kernel for prefill if one applies, else torch.
 
-    is_causal: the last of at most T queries sees all tokens, the one before all but the last, and so on.
+    is_causal: aligned to the last key, for at most T queries; the last query sees all tokens.
     """
     queries, tokens = query.shape[2], key.shape[2]
     if not dropout and queries <= tokens and all(type(x) is Tensor for x in (query, key, value)):

@@ -1,11 +1,10 @@
-"""Weights that stay in the blocks of a GGUF file, as tensors that linear layers and embeddings take.
+"""Weights that stay quantized in GGUF blocks, as tensors for linear layers and embeddings.
 
-A `BlockWeight` looks like the dequantized weight, [N, K] of a floating type, and holds the blocks of the file. Products
-of few rows read these (fhopt/codegen/cpu/gguf_blocks.py); for those of many rows, as prompts have, some rows of the
-weight are dequantized at a time; an embedding dequantizes the rows that are asked for. Every other operation sees the
-dequantized weight, which lives as long as the operation.
+A `BlockWeight` has the shape [N, K] and dtype of the dequantized weight and holds the blocks of the file. Skinny GEMMs
+run on the blocks (fhopt/codegen/cpu/gguf_blocks.py). Larger GEMMs, as in prefill, dequantize a slice of rows at a time,
+and an embedding only the rows it looks up. Any other operation gets a dequantized copy, freed after the operation.
 
-Letters: N rows of the weight, K numbers in each.
+Letters: N rows of the weight, K elements per row.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from fhopt.codegen.cpu import gguf_blocks, skinny_linear
 from fhopt.codegen.cpu.skinny_linear import Blocks
 from fhopt.hf.skinny_products import product
 
-PART = 1 << 21  # numbers of a weight that are dequantized at once
+PART = 1 << 21  # elements of a weight dequantized at once
 _NOT_WRITTEN = "{} would write to a weight in blocks of a GGUF file; load the file dequantized."
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
 
 
 class _Memory(threading.local):
-    """What parts of weights are dequantized to in a thread, as long as it lives: PART floats.
+    """Per-thread buffer for dequantized rows: PART elements, 4 bytes each.
 
-    Pages of new memory take longer than dequantizing.
+    Reused because page faults of new memory take longer than dequantization.
     """
 
     bytes: Tensor | None = None
 
     def of(self, dtype: torch.dtype) -> Tensor | None:
-        """Return memory for PART numbers of a dtype that kernels know, [PART]; None for others."""
+        """Return a buffer [PART] of `dtype`; None for dtypes that kernels do not support."""
         if dtype not in skinny_linear.DTYPES:
             return None
         if self.bytes is None or self.bytes.numel() != 4 * PART:
             made = torch.empty(4 * PART, dtype=torch.uint8, device="cpu")
-            if type(made) is not Tensor:  # of a mode, such as that of fake tensors
+            if type(made) is not Tensor:  # under a mode, such as fake tensors
                 return None
             self.bytes = made
         return self.bytes.view(dtype)[:PART]
@@ -53,17 +52,17 @@ _memory = _Memory()
 
 
 class BlockWeight(Tensor):
-    """A weight [N, K] in blocks. Of `dtype` is what it is dequantized to.
+    """A weight [N, K] in GGUF blocks; `dtype` is the dtype it dequantizes to.
 
-    gguf_blocks: the blocks, as `gguf_blocks.arranged` makes them of those of a file. Raises ValueError for bytes that
-    are not those of such a weight. It cannot be written to: what would do so raises RuntimeError.
+    gguf_blocks: the blocks, rearranged by `gguf_blocks.arranged`. Raises ValueError for bytes of another layout.
+    Read-only: an operation that would write to it raises RuntimeError.
     """
 
     gguf_blocks: Blocks
 
     @staticmethod
     def __new__(cls, blocks: Blocks, dtype: torch.dtype) -> BlockWeight:
-        """Make a weight of blocks."""
+        """Wrap blocks as a weight."""
         values, numbers = blocks.values, gguf_blocks.FORMATS.get(blocks.format, (0, 0))[0]
         if not numbers or blocks.width % numbers or not values.is_cpu:
             raise ValueError(
@@ -86,16 +85,16 @@ class BlockWeight(Tensor):
         return f"BlockWeight({tuple(self.shape)}, dtype={self.dtype}, format={self.gguf_blocks.format})"
 
     def dequantize(self) -> Tensor:
-        """Return the weight as a plain tensor of its dtype."""
+        """Dequantize the weight to a plain tensor."""
         return rows_of(self.gguf_blocks, self.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return how to make it again: of its blocks."""
+        """Pickle the weight as the blocks of the file."""
         in_file = torch.from_numpy(gguf_blocks.as_in_file(self.gguf_blocks))
         return _made_of_file, (in_file, *_about(self), _is_parameter(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockWeight:
-        """Return a weight with blocks of its own."""
+        """Return a weight with a copy of the blocks."""
         found: BlockWeight | None = memo.get(id(self))
         if found is None:
             about = _about(self)
@@ -106,11 +105,11 @@ class BlockWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute linear layers and embeddings on blocks; take other blocks where `data` is set to them."""
+        """Compute linear layers and embeddings on the blocks; setting `data` replaces the blocks."""
         own = _OWN.get(func)
         if own is not None:
             return own(*args, **(kwargs or {}))
-        if func == _SET_DATA:  # an object of its own each time
+        if func == _SET_DATA:  # `__set__` is a new object on each access
             if not isinstance(args[1], BlockWeight):
                 raise RuntimeError(_NOT_WRITTEN.format("setting data"))
             args[0].gguf_blocks = args[1].gguf_blocks
@@ -121,7 +120,7 @@ class BlockWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run any other operation on the dequantized weight; aliases, and casts to floating types, stay in blocks."""
+        """Run any other operation on the dequantized weight; aliases and casts to floating dtypes keep the blocks."""
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
             return cls(args[0].gguf_blocks, args[0].dtype)
@@ -154,7 +153,7 @@ def _is_parameter(weight: BlockWeight) -> bool:
 
 
 def _is_cast(kwargs: dict[str, Any]) -> bool:
-    """Return whether a copy is of another floating type, on the CPU."""
+    """Return whether a copy stays on CPU and in a floating dtype."""
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     on_cpu = device is None or torch.device(device).type == "cpu"
     return on_cpu and (dtype is None or dtype.is_floating_point)
@@ -164,13 +163,13 @@ def rows_of(
     blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return rows [first, end) of a weight, or those of a list. Raises IndexError where there is no such row.
+    """Dequantize rows [first, end) of a weight, or the rows `which`. Raises IndexError for a row out of range.
 
-    memory: as of `gguf_blocks.unpack`, of the dtype; rows that were put there last until the next are.
+    memory: a buffer of the dtype, as of `gguf_blocks.unpack`; the next call overwrites the rows.
     """
     unpacked = dtype if dtype in skinny_linear.DTYPES else torch.float32
     found = gguf_blocks.unpack(blocks, unpacked, first, end, which, memory)
-    if found is None:  # there is no compiler
+    if found is None:  # no compiler
         import gguf
 
         rows = gguf_blocks.as_in_file(blocks)
@@ -181,7 +180,7 @@ def rows_of(
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x [..., K] w^T + bias [N] -> [..., N] with a `BlockWeight`; gradients go to x alone."""
+    """Compute x [..., K] w^T + bias [N] -> [..., N] with a `BlockWeight`; only x gets a gradient."""
     blocks, needed = getattr(weight, "gguf_blocks", None), (input, bias)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)
     others = any(isinstance(t, BlockWeight) for t in needed)
@@ -205,7 +204,7 @@ def embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return the rows of a `BlockWeight` at the numbers in `input`, [..., K]."""
+    """Dequantize the rows of a `BlockWeight` at the indices `input` -> [..., K]."""
     blocks: Blocks | None = getattr(weight, "gguf_blocks", None)
     if blocks is None or max_norm is not None:
         raise RuntimeError("an embedding with a weight in blocks has plain numbers of rows, and no largest norm.")

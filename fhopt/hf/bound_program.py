@@ -1,6 +1,6 @@
-"""The program of a decoder layer with the weights of one layer: whether it fits a call, and how it runs.
+"""A layer program bound to one layer's weights: its guard checks and its execution.
 
-Letters: B sequences, H query heads, S new tokens, D head size, E size of values.
+Letters: B sequences, H query heads, S new tokens, D head size, E value head size.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fhopt.hf.attention_interface import latent_attention_forward
 from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
 from fhopt.hf.layer_trace import Recording, Weight, leaf, leaves
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest absolute value
 
-_CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # kinds of arguments
+_CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # argument kinds
 
 
 @dataclass(eq=False, slots=True)
 class ReadyStep:
-    """A step whose addresses are set. read: tensors that the program reads; result: what the layer returns then."""
+    """A step with all addresses set. read: tensors that the program loads; result: the layer's return value."""
 
     bound: BoundProgram
     step: CacheStep
@@ -37,10 +37,10 @@ class ReadyStep:
 
 
 class Conditions:
-    """What layers must still be, so that their programs stand for them.
+    """Guards of layer programs: the program may run only if the layers are unchanged since tracing.
 
-    held: dictionaries, names in them, and what stands there; hooks: dictionaries that are empty; weights: plain ones,
-    whose addresses stay, and quantized ones.
+    held: dictionaries with the names and objects in them; hooks: dictionaries that must be empty; weights: plain ones,
+    checked by address, and quantized ones.
     """
 
     def __init__(self, held: Iterable[Entry], hooks: Iterable[dict[Any, Any]], weights: Iterable[Weight]) -> None:
@@ -50,14 +50,14 @@ class Conditions:
         self._plain, self._addresses = [w.tensor for w in plain], [w.address for w in plain]
 
     def hold(self) -> bool:
-        """Return whether everything is what it was, and nothing hooks in."""
+        """Return whether all guards pass."""
         if not self.objects.are_held() or list(map(Tensor.data_ptr, self._plain)) != self._addresses:
             return False
         return all(weight.is_current() for weight in self._quantized)
 
 
 class BoundProgram:
-    """A program with the weights of one layer, for calls like a recorded one."""
+    """A layer program with the weights of one layer, for calls like the recorded one."""
 
     def __init__(
         self, layer: torch.nn.Module, program: LayerProgram, recording: Recording, args: tuple[Any, ...],
@@ -87,10 +87,10 @@ class BoundProgram:
         self.tensors = tensors = result_tensors(program, self.result_of_attention)
         stored = self.query.external, self.keys.external, self.values.external
         places = (x.data_ptr() for x in (tensors.query, tensors.keys, tensors.values, tensors.attended))
-        self.fixed = list(zip((*stored, self.attended), places, strict=True))  # of externals, and their addresses
-        self.are_fixed = False  # these addresses are set
+        self.fixed = list(zip((*stored, self.attended), places, strict=True))  # externals and their addresses
+        self.are_fixed = False  # whether these addresses are set
         self.stride = args[0].stride() if args and isinstance(args[0], Tensor) else None
-        self.recent: tuple[Any, Any] = (None, None)  # of `steps`: weak references to a layer and its step
+        self.recent: tuple[Any, Any] = (None, None)  # cache of `steps`: weak references to a cache layer and its step
         scaling = self.attention.options.get("scaling")
         self.options = {
             "scale": self.query.shape[3] ** -0.5 if scaling is None else scaling,
@@ -101,7 +101,7 @@ class BoundProgram:
         self.is_single = self.query.shape[2] == 1 and bool(is_causal) and sinks is None
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is like the recorded one, and the layer still what it was."""
+        """Return whether a call matches the recorded one and the layer's guards pass."""
         if len(args) != self.count or tuple(kwargs) != self.names or torch.is_autocast_enabled("cpu"):
             return False
         for path, kind, expected in self.arguments:
@@ -119,21 +119,21 @@ class BoundProgram:
         return self.is_current()
 
     def fits_as(self, other: BoundProgram) -> bool:
-        """Return whether the program fits a call, where that of another layer fits one with the same arguments."""
+        """Return whether the program fits a call that `other`, bound to another layer, fits with the same arguments."""
         return self.arguments is other.arguments and self.is_current()
 
     def takes(self, x: Tensor) -> bool:
-        """Return whether the first argument may be `x`, as far as it lies in memory."""
+        """Return whether `x` has the strides of the recorded first argument."""
         return x.stride() == self.stride
 
     def is_current(self) -> bool:
-        """Return whether the layer has the weights and the parts that it had, and nothing hooks into these."""
+        """Return whether the layer's weights, submodules and hooks are unchanged."""
         return self.conditions.hold()
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ReadyStep | None:
-        """Return the step that this call is, with every address set; None where it is no single step of a cache.
+        """Return this call's decode step with every address set; None if it is not a single-token step on a cache.
 
-        It must be run, or thrown away, before another one of this program is made ready.
+        Run or discard the step before another one of this program is made ready.
         """
         mask = self.attention.mask
         if not self.is_single or (mask is not None and leaf(args, kwargs, mask) is not None):
@@ -144,12 +144,12 @@ class BoundProgram:
         return self.made_ready(step, self._read(args, kwargs))
 
     def made_ready(self, step: CacheStep, read: list[Tensor]) -> ReadyStep:
-        """Return the step with a new output. read: what the program reads, whose addresses are set."""
+        """Return the step with a new output. read: tensors that the program loads; their addresses are set."""
         output = self._new(self.output)
         return ReadyStep(self, step, read, output, self._result(output))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the program, and attention as an ordinary call."""
+        """Run the program with an ordinary attention call."""
         threads = torch.get_num_threads()
         self.are_fixed = False
         self._read(args, kwargs)
@@ -162,16 +162,16 @@ class BoundProgram:
         return self._result(self._finish(attended, threads))
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Let the program read the arguments of a call, and return those that it reads."""
+        """Set the addresses of a call's arguments, and return the tensors that the program loads."""
         read = [leaf(args, kwargs, path) for _, path in self.reads]
         for (number, _), tensor in zip(self.reads, read, strict=True):
             self.externals[number] = tensor.data_ptr()
         return read
 
     def _step(self, cache: Any, threads: int) -> CacheStep | None:
-        """Return the step of a layer of the cache, prepared for this call; None where this is an ordinary one."""
+        """Return the prepared step of a cache layer; None if the call needs an ordinary attention call."""
         layer = cache.layers[self.attention.layer]
-        if getattr(cache, "warns", False):  # steps before this one may have quantized the first tokens
+        if getattr(cache, "warns", False):  # earlier steps may have quantized the first tokens
             cache.tell_unlike_text()
         step = self.prepared(layer, threads)
         if step is None:
@@ -190,13 +190,13 @@ class BoundProgram:
         return step
 
     def prepared(self, layer: Any, threads: int) -> CacheStep | None:
-        """Return the step that was prepared for a layer of a cache, where it may be run again."""
+        """Return the step prepared for a cache layer if it may run again."""
         known, of_it = self.recent
         step: CacheStep | None = of_it() if known is not None and known() is layer else self.steps.get(layer)
         return step if step is not None and (step.is_current(layer, threads) or step.move(layer, threads)) else None
 
     def _result(self, output: Tensor) -> Any:
-        """Return what the layer returns with this output."""
+        """Return the layer's return value for this output."""
         return output if self.extra < 0 else (output, *(None,) * self.extra)
 
     def _finish(self, attended: Tensor, threads: int) -> Tensor:
@@ -211,7 +211,7 @@ class BoundProgram:
         return tensor
 
     def agrees(self, recording: Recording) -> bool:
-        """Return whether the program gives what a recorded call gave, from what went into it."""
+        """Return whether the program reproduces the results of a recorded call."""
         threads = torch.get_num_threads()
         self.are_fixed = False
         for number, _ in self.reads:
@@ -225,7 +225,7 @@ class BoundProgram:
 
 
 def _expected(x: Any, is_read: bool) -> tuple[int, Any]:
-    """Return the kind of an argument, and what a call must have there."""
+    """Return the kind of an argument, and what a call must pass for it."""
     if isinstance(x, Tensor):
         return (_READ, (x.shape, x.dtype, x.stride())) if is_read else (_TENSOR, None)
     if x is None or isinstance(x, (bool, int, float, str)):

@@ -1,8 +1,8 @@
-"""A decoder layer's decode step with attention on a cache in one call of machine code, where nothing else must be done.
+"""A decoder layer's decode step, attention on the cache included, as one native call.
 
-A step of a cache that grows writes one row into spare places of a window in 8 bits and reads the rest as it is. Then
-everything has an address that stays: the step is prepared once (`DecodeStep`) and run until the spare places are taken,
-a block of the window is full, which is quantized behind the step, or somebody else has changed the cache.
+A step on a dynamic cache appends one row to spare slots of an 8-bit window and loads everything else unchanged. All
+addresses are then constant: the step is prepared once (`DecodeStep`) and runs until the spare slots are used up, until
+a block of the window is full (the block is quantized after the step), or until other code changes the cache.
 
 Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 """
@@ -31,12 +31,12 @@ from fhopt.codegen.layers.decode_step import Spent as Spent
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
 
-Room = tuple[Tensor, Tensor]  # places of a window in 8 bits: values and scales
+Room = tuple[Tensor, Tensor]  # slots of an 8-bit window: values and scales
 
 
 @dataclass(frozen=True, eq=False)
 class StepTensors:
-    """Where a program leaves query [B,H,1,D], keys and values [B,G,1,D], and reads attention's result [B,1,H,E]."""
+    """Query [B,H,1,D], keys and values [B,G,1,D] that a program writes; attention result [B,1,H,E] that it loads."""
 
     query: Tensor
     keys: Tensor
@@ -45,23 +45,23 @@ class StepTensors:
 
 
 class CacheStep:
-    """A prepared step of one layer of a cache; `left`: how many times it may be run."""
+    """A prepared step of one cache layer. `left`: how many times it may run."""
 
     def __init__(
         self, layer: LatentLayer, step: DecodeStep, rooms: tuple[Room, Room], left: int, threads: int,
         latents: Callable[[SideRows, SideRows], bytes] | None,
     ) -> None:  # fmt: skip
-        """latents: returns the arguments of the kernel that reads packed latents; None: there are none."""
+        """latents: returns the arguments of the packed-latents kernel; None if there are no latents."""
         self._step, self._rooms, self.left, self._threads = step, rooms, left, threads
-        self._latents, self._has_more = latents, False  # more latents than the step reads: those of a block
+        self._latents, self._has_more = latents, False  # quantized since the step was prepared
         self._windows: tuple[Any, Any] = layer.window_keys, layer.window_values
-        self._count = self._windows[0].rounded  # tokens of the window
+        self._count = self._windows[0].rounded  # tokens in the window
         self.quantized, self._stays = layer.quantized, _staying(layer)
-        self._layer, self._is_open = ref(layer), False  # open: it was run, and the cache does not hold its token yet
-        self._behind: tuple[list[CacheStep], DecodeSteps] | None = None  # steps that were run with it, in one call
+        self._layer, self._is_open = ref(layer), False  # open: run, but its token is not committed to the cache
+        self._behind: tuple[list[CacheStep], DecodeSteps] | None = None  # steps that ran in the same call
 
     def is_current(self, layer: LatentLayer, threads: int) -> bool:
-        """Return whether the step may be run: the layer of the cache is what this step left."""
+        """Return whether the step may run: the cache layer is as this step left it."""
         return self.left > 0 and self._is_what_it_left(layer, threads)
 
     def _is_what_it_left(self, layer: LatentLayer, threads: int) -> bool:
@@ -78,9 +78,9 @@ class CacheStep:
         return all(map(is_, _staying(layer), self._stays))
 
     def move(self, layer: LatentLayer, threads: int) -> bool:
-        """Give the window other places, and read a block that was quantized, where the rest is as this step left it.
+        """Move the window to new slots and pick up a newly quantized block, if the rest is as this step left it.
 
-        Returns whether there are more steps.
+        Returns False if the step must be prepared again.
         """
         if not self._is_what_it_left(layer, threads):
             return False
@@ -99,16 +99,16 @@ class CacheStep:
 
     @property
     def layer(self) -> LatentLayer | None:
-        """The layer of the cache; None where it is gone."""
+        """The cache layer; None if it was freed."""
         return self._layer()
 
     def is_unchanged(self) -> bool:
-        """Return whether the layer of the cache still is what it was when the step was run."""
+        """Return whether the cache layer is unchanged since the step ran."""
         layer = self.layer
         return layer is not None and not layer.observer and self._is_where_it_was(layer)
 
     def finish(self) -> None:
-        """Let the cache hold the token of the step, which was run."""
+        """Commit the step's token to the cache, after the step has run."""
         self._is_open = False
         self.left -= 1
         self._count += 1
@@ -129,10 +129,10 @@ class CacheStep:
 
 
 def run_steps(first: CacheStep, behind: list[CacheStep]) -> None:
-    """Run the step of a layer and those of layers behind it. Each is to be finished, or it cannot be run again.
+    """Run the steps of a layer and of the layers after it. Each step must be finished before it can run again.
 
-    The first one remembers the others, since they are the same in most calls: until it is run with other ones, it keeps
-    the tensors of their caches.
+    The first step remembers the others, which are the same in most calls. It holds the tensors of their caches until it
+    runs with different ones.
     """
     first._is_open = True
     for step in behind:
@@ -146,7 +146,7 @@ def run_steps(first: CacheStep, behind: list[CacheStep]) -> None:
 
 
 class _Timed(threading.local):
-    spent: Spent | None = None  # of the innermost `timed_steps` of a thread
+    spent: Spent | None = None  # of the thread's innermost `timed_steps`
 
 
 _timed = _Timed()
@@ -154,7 +154,7 @@ _timed = _Timed()
 
 @contextmanager
 def timed_steps() -> Iterator[Spent]:
-    """Count the seconds of steps that this thread runs until the end of the block; a block within has its own."""
+    """Measure the seconds of this thread's steps inside the context; a nested context counts separately."""
     outer, spent = _timed.spent, Spent()
     _timed.spent = spent
     try:
@@ -164,7 +164,7 @@ def timed_steps() -> Iterator[Spent]:
 
 
 def _staying(layer: LatentLayer) -> tuple[Any, ...]:
-    """Return what a step leaves as it is: packed latents, of which there are more after a block alone, and means."""
+    """Return what a step does not change: packed latents, which only a quantized block extends, and means."""
     means = layer.means
     return layer.packed_keys.parts, layer.packed_values.parts, None if means is None else means.parts
 
@@ -172,9 +172,9 @@ def _staying(layer: LatentLayer) -> tuple[Any, ...]:
 def prepare_step(
     layer: Any, program: LayerProgram, address: int, tensors: StepTensors, options: dict[str, Any], threads: int
 ) -> CacheStep | None:
-    """Prepare steps of a layer of a cache; None where they are ordinary calls.
+    """Prepare steps of a cache layer; None if they need ordinary calls.
 
-    address: of the program's externals, among which are the `tensors`. options: `scale` and `softcap`.
+    address: of the program's externals, which include `tensors`. options: `scale` and `softcap`.
     """
     if type(layer) is not LatentLayer or not _is_plain(layer, tensors):
         return None
@@ -209,8 +209,8 @@ def _rooms(windows: tuple[Any, Any]) -> tuple[Room, Room]:
 
 
 def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
-    """Return whether a step does no more than to append to a window in 8 bits, behind all attention sinks."""
-    if not layer.packed_keys.parts or not layer.packed_values.parts:  # an ordinary call makes them, of no tokens
+    """Return whether a step only appends to an 8-bit window, after all attention sinks."""
+    if not layer.packed_keys.parts or not layer.packed_values.parts:  # an ordinary call creates these, empty
         return False
     if not layer.is_initialized or not layer.absorb or layer.sketches is not None or layer.observer is not None:
         return False
@@ -223,7 +223,7 @@ def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
 
 
 def _left(layer: LatentLayer, rooms: tuple[Room, Room]) -> int:
-    """Return how many tokens can be written until places are taken or a block is full."""
+    """Return how many tokens can be appended until the slots are used up or a block is full."""
     held, window = layer.window_keys.count, layer.window
     windows: tuple[Any, Any] = layer.window_keys, layer.window_values
     spare = min(room[0].shape[2] - window.rounded for room, window in zip(rooms, windows, strict=True))
@@ -231,7 +231,7 @@ def _left(layer: LatentLayer, rooms: tuple[Room, Room]) -> int:
 
 
 def _opened(sinks: Tensor) -> Tensor:
-    """Return exact tokens [B,G,N,D] with a place behind them, dense."""
+    """Return exact tokens [B,G,N,D] with one free slot at the end, contiguous."""
     room = sinks.new_empty((*sinks.shape[:2], sinks.shape[2] + 1, sinks.shape[3]))
     room[:, :, :-1].copy_(sinks)
     return room
@@ -241,7 +241,7 @@ def _calls(
     kernels: tuple[LibraryKernel | None, ...], query: Tensor, key: SideRows, value: SideRows,
     room: tuple[Room, Room], opened: list[Tensor], options: dict[str, Any],
 ) -> list[tuple[LibraryKernel, bytes] | None]:  # fmt: skip
-    """Return kernel and arguments of latents, window and open tokens; None for a part without tokens."""
+    """Return kernel and arguments for latents, window and full-precision tokens; None for a part without tokens."""
     latents, window, exact = kernels
     assert latents is not None and window is not None and exact is not None
     scale, softcap = options["scale"], options["softcap"]
@@ -258,7 +258,7 @@ def _calls(
 def _latents_call(
     kernel: LibraryKernel, query: Tensor, options: dict[str, Any], key: SideRows, value: SideRows
 ) -> bytes:
-    """Return the arguments of the kernel that reads packed latents. query: of the layer, not absorbed."""
+    """Return the arguments of the packed-latents kernel. query: the layer's, before absorption."""
     absorbed = query.new_empty((*query.shape[:3], key.decode.shape[2]))
     call = kernel.prepared(
         absorbed, key.rows, key.scale, value.rows, value.scale, None, None, None, 0, options["scale"],
@@ -268,6 +268,6 @@ def _latents_call(
 
 
 def result_tensors(program: LayerProgram, result: tuple[torch.Size, torch.dtype]) -> StepTensors:
-    """Return tensors for what a program writes before attention, and for attention's result."""
+    """Allocate tensors for the program's results before attention and for attention's result."""
     query, keys, values = (torch.empty(s.shape, dtype=s.dtype) for s in program.segments[0].stored)
     return StepTensors(query, keys, values, torch.empty(result[0], dtype=result[1]))

@@ -1,11 +1,11 @@
-"""A conversation on one KV cache: each turn reads its new tokens alone.
+"""A conversation on one KV cache: each turn prefills only its new tokens.
 
-    turn 1   [ system, question 1 ]                        read;  answer 1 generated
-    turn 2   [ system, question 1, answer 1 | question 2 ]  read behind the bar;  answer 2 generated
+    turn 1   [ system, question 1 ]                        prefill;  answer 1 generated
+    turn 2   [ system, question 1, answer 1 | question 2 ]  prefill after the bar;  answer 2 generated
 
-The chat template writes the whole conversation in each turn. Where that begins with the tokens in the KV cache, they
-stay; where the template rewrites the past (it drops an earlier answer's reasoning, say), the KV cache is cropped to
-what they have in common.
+The chat template renders the whole conversation in each turn. If the result starts with the cached tokens, they are
+reused. If the template changes the past (for example, drops an earlier answer's reasoning), the KV cache is cropped to
+the common prefix.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Message = Mapping[str, str]
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[Message], name: str) -> list[int]:
-    """Return the token ids of a conversation by the tokenizer's chat template, up to where the answer begins.
+    """Return the token ids of a conversation rendered by the chat template, up to the start of the answer.
 
-    Raises FhoptError where it has none, or refuses the conversation.
+    Raises FhoptError if the tokenizer has no template, or the template rejects the conversation.
     """
     check_template(tokenizer, name)
     try:
         made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise arbitrary exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FhoptError(
             f"the chat template of {name} refuses this conversation ({reason}). Leave --system out, or use fhopt "
@@ -40,7 +40,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Message], name: str) -> list[
 
 
 def check_template(tokenizer: Any, name: str) -> None:
-    """Raise FhoptError where a tokenizer has no chat template."""
+    """Raise FhoptError if a tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise no_chat_template(name)
 
@@ -48,7 +48,7 @@ def check_template(tokenizer: Any, name: str) -> None:
 class Chat:
     """A conversation of one user with a model.
 
-    messages: those that were said. held: the tokens that the KV cache holds. last: the last answer, None before it.
+    messages: the history. held: the cached tokens. last: the last answer; None before the first.
     """
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, name: str, system: str = "") -> None:
@@ -65,10 +65,10 @@ class Chat:
         self._forget_cache()
 
     def ask(self, text: str, write: Callable[[str], None]) -> Generated:
-        """Answer `text`, passing the answer to `write` as it comes.
+        """Answer `text`, streaming the answer to `write`.
 
-        A turn that was interrupted before its first token leaves no trace. Raises FhoptError, and changes nothing, when
-        the conversation does not fit the model's template or its positions.
+        A turn that is interrupted before its first token leaves no trace. Raises FhoptError, with no change of state,
+        if the conversation does not fit the template or the model's positions.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = chat_tokens(self.tokenizer, messages, self.name)
@@ -82,7 +82,7 @@ class Chat:
         return done
 
     def _crop(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens of the KV cache; none where it cannot be cropped."""
+        """Crop the KV cache to the first `tokens` tokens; drop it if it cannot be cropped."""
         dropped = len(self.held) - tokens
         if self.cache is None or not dropped:
             return
@@ -95,7 +95,7 @@ class Chat:
             self._forget_cache()
 
     def _hold(self, done: Generated, ids: list[int]) -> None:
-        """Note what the KV cache holds after an answer: all but the last token, which was not read."""
+        """Record which tokens the KV cache holds after an answer: all but the last, which was not prefilled."""
         if done.cache is None:
             return self._forget_cache()
         self.cache = done.cache
@@ -107,5 +107,5 @@ class Chat:
 
 
 def _common(held: Sequence[int], ids: Sequence[int]) -> int:
-    """Return the number of tokens that two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))

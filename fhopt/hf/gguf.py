@@ -1,11 +1,10 @@
-"""GGUF files opened with their weights left in blocks, for decoding on a CPU.
+"""Loading of GGUF files with weights left in quantized blocks, for decoding on CPU.
 
-transformers reads the configuration and knows the names of weights; it dequantizes all of them. Here matrices keep the
-blocks of the file, as `BlockWeight`s of ordinary linear layers and embeddings. What transformers does to a matrix
-(rows of queries and keys of some families stand in another order) is done to its blocks, where it moves whole rows; a
-matrix of which it does anything else is dequantized.
+transformers parses the configuration and maps weight names, but dequantizes every weight. Here matrices stay in the
+blocks of the file, as `BlockWeight`s of ordinary linear layers and embeddings. If transformers permutes whole rows of a
+matrix (queries and keys of some families), the blocks are permuted; a matrix with any other change is dequantized.
 
-Letters: N rows of a weight, K numbers in each.
+Letters: N rows of a weight, K elements per row.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from fhopt.models.gguf_files import check_packages, forget, frugal, not_read
 from fhopt.models.transformers_import import QuietProgress, transformers
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
-Process = Callable[[Any, str], Any]  # what transformers does to a tensor of a name: numbers -> numbers
+Process = Callable[[Any, str], Any]  # transformers' conversion of a named tensor: values -> values
 
 
 def load_gguf(file: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """Load the model of a GGUF file, its matrices left in their blocks, and its tokenizer.
+    """Load the model of a GGUF file with its matrices in quantized blocks, and its tokenizer.
 
-    dtype: of everything else, and of the KV cache. Matrices in formats without a kernel (IQ1 to IQ3, Q5_0, Q5_1) are
-    dequantized. The model takes plans that were fitted to the dequantized one (`fhopt fit FILE`), and runs on CPUs.
-    Raises FhoptError for a file that cannot be read so.
+    dtype: of all other weights and of the KV cache. Matrices in formats without a kernel (IQ1 to IQ3, Q5_0, Q5_1) are
+    dequantized. The model accepts plans fitted to the dequantized model (`fhopt fit FILE`) and runs only on CPU. Raises
+    FhoptError if the file cannot be loaded this way.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -60,7 +59,7 @@ def load_gguf(file: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16)
 
 
 def _model_of(hf: Any, config: Any, dtype: torch.dtype) -> Any:
-    """Make a model whose weights take no memory yet; its buffers are there."""
+    """Build a model with weights on the meta device and real buffers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -68,9 +67,9 @@ def _model_of(hf: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _fill(model: Any, path: Path, dtype: torch.dtype) -> None:
-    """Give a model the weights of a file. Raises FhoptError, and what gguf and transformers raise."""
+    """Load a file's weights into a model. Raises FhoptError, and what gguf and transformers raise."""
     gguf: Any = importlib.import_module("gguf")
-    reader = gguf.GGUFReader(os.path.join(path.parent, path.name))  # as transformers names it, which made one
+    reader = gguf.GGUFReader(os.path.join(path.parent, path.name))  # the path that transformers used
     names, process = _names_and_process(model, path, reader)
     for tensor in reader.tensors:
         name = names.get(tensor.name)
@@ -89,7 +88,7 @@ def _fill(model: Any, path: Path, dtype: torch.dtype) -> None:
 
 
 def _names_and_process(model: Any, path: Path, reader: Any) -> tuple[Mapping[str, str], Process]:
-    """Return the names that transformers gives to the file's tensors, and what it does to these. Raises FhoptError."""
+    """Return transformers' names and conversion for the file's tensors. Raises FhoptError."""
     try:
         of: Any = importlib.import_module(_READER)
         family = str(reader.fields["general.architecture"].contents())
@@ -113,7 +112,7 @@ def _names_and_process(model: Any, path: Path, reader: Any) -> tuple[Mapping[str
 
 
 def _kept(tensor: Any, process: Process, dtype: torch.dtype) -> Tensor | None:
-    """Return a matrix in its blocks; None for another tensor, or where whole rows are not all that is moved."""
+    """Return a matrix in its blocks; None for other tensors, or if the conversion does more than permute rows."""
     format, data = int(tensor.tensor_type), tensor.data
     if format not in FORMATS or data.ndim != 2:
         return None
@@ -134,7 +133,7 @@ def _kept(tensor: Any, process: Process, dtype: torch.dtype) -> Tensor | None:
 
 
 def _set(model: Any, name: str, weight: Tensor) -> None:
-    """Put a weight into its place. Raises FhoptError where it is of another shape."""
+    """Assign a weight to its module. Raises FhoptError on a shape mismatch."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     expected = getattr(module, key)

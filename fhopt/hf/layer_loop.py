@@ -1,16 +1,16 @@
-"""A model's loop over its layers, where each turn is the call of a layer and nothing else.
+"""A model's loop over its decoder layers, if each iteration only calls the layer.
 
     for layer in self.layers[: self.config.num_hidden_layers]:
         hidden_states = layer(hidden_states, attention_mask=causal_mask, ...)
 
-Where decode steps were run ahead (fhopt/hf/steps_ahead.py), nothing happens between two such calls. So the layers
-behind the first need not be called as modules, nor looked at once more: that is most of the Python of a step. The
-model's own `forward` runs as it is written, on an object that stands for the model, and has in place of the list of
-layers one of callables. These return what is there where a call is the expected one, and call the layer where it is
-not. Where all calls have the same arguments, the first returns what the last layer does, and the loop leaves out the
-turns between. That a loop is such a one is read from its source.
+If decode steps ran ahead (fhopt/hf/steps_ahead.py), nothing happens between two such calls. The layers after the first
+then need no module call and no second guard check, which are most of a step's Python time. The model's own `forward`
+runs unmodified on a proxy of the model whose layer list holds callables. A callable returns the precomputed result if
+its call is the expected one, and otherwise calls the layer. If all calls have the same arguments, the first returns the
+result of the last layer, and the loop skips the iterations between. Analysis of the source of `forward` decides whether
+a loop qualifies.
 
-A shallow copy of such a module (`copy.copy`) runs the module that it was made of, as that of a layer with a program
+A shallow copy of such a module (`copy.copy`) runs the original module, as a shallow copy of a layer with a program
 does.
 """
 
@@ -32,8 +32,8 @@ import torch
 
 from fhopt.hf.steps_ahead import Walk
 
-LOOP = "_fhopt_layer_loop"  # of a module that holds a list of layers
-TRUSTED = ("torch", "transformers")  # whose decorators call what they wrap
+LOOP = "_fhopt_layer_loop"  # attribute of a module with a layer list
+TRUSTED = ("torch", "transformers")  # packages whose decorators call the wrapped function
 LOOKS_UP = (
     ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant, ast.Tuple, ast.Compare, ast.BoolOp, ast.IfExp,
     ast.UnaryOp, ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop,
@@ -41,7 +41,7 @@ LOOKS_UP = (
 
 
 class SharedState(Protocol):
-    """What a loop needs of what a model's layers share (fhopt/hf/layer_programs.py)."""
+    """The part of a model's shared state that a loop needs (fhopt/hf/layer_programs.py)."""
 
     walk: Walk
 
@@ -50,13 +50,13 @@ class SharedState(Protocol):
 
 
 class _Turn:
-    """Stands for a layer in one turn of a loop."""
+    """Proxy of a layer in one iteration of a loop."""
 
     def __init__(self, layer: torch.nn.Module, state: Any, turns: Turns, walk: Walk) -> None:
         self._fhopt_layer, self._fhopt_state, self._fhopt_turns, self._fhopt_walk = layer, state, turns, walk
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer returns."""
+        """Return the layer's result."""
         walk = self._fhopt_walk
         done = walk.due_result(self._fhopt_state, args, kwargs)
         if done is not None:
@@ -72,10 +72,10 @@ class _Turn:
 
 
 class Turns:
-    """Stands for a list of layers: walks over it, and slices of it, give turns in place of layers."""
+    """Proxy of a layer list: iterating over it, or over a slice, yields `_Turn` objects."""
 
     def __init__(self, layers: torch.nn.ModuleList, shared: SharedState, alike: bool) -> None:
-        """alike: every turn has the same arguments, but for the first."""
+        """alike: every iteration has the same arguments except the first argument."""
         self._layers, self.elements = layers, tuple(layers)
         found = [(layer, shared.state_of(layer)) for layer in self.elements]
         self.states = [state for _, state in found if state is not None]
@@ -83,7 +83,7 @@ class Turns:
         self._walk, self._alike = shared.walk, alike
 
     def stand_for(self, layers: Any) -> bool:
-        """Return whether this is the list of layers, and has the elements that it had."""
+        """Return whether `layers` is the proxied list, with unchanged elements."""
         if layers is not self._layers or len(layers) != len(self.elements):
             return False
         return all(map(is_, layers._modules.values(), self.elements))
@@ -105,7 +105,7 @@ class Turns:
 
 
 def _walked(turns: tuple[Any, ...], walk: Walk) -> Iterator[Any]:
-    """Yield turns that follow each other in a list, but for those that were done by the one before."""
+    """Yield consecutive turns, except those that the previous turn already ran."""
     at = 0
     while at < len(turns):
         walk.may_skip, walk.skipped = (vars(turns[at]).get("_fhopt_state"), len(turns) - at - 1), 0
@@ -114,7 +114,7 @@ def _walked(turns: tuple[Any, ...], walk: Walk) -> Iterator[Any]:
 
 
 class _WithTurns:
-    """Stands for a module while its forward runs: it has the module's attributes, and turns in place of its layers."""
+    """Proxy of a module during its forward: the module's attributes, with turns instead of layers."""
 
     __slots__ = ("_fhopt_given",)
 
@@ -138,19 +138,19 @@ class _WithTurns:
 
 
 class LayerLoop:
-    """The `forward` of a module, in whose list of layers, by its name, are programs of one model."""
+    """The `forward` of a module that holds a list of layers with programs. name: of the list."""
 
     def __init__(self, module: torch.nn.Module, name: str, shared: SharedState) -> None:
         self._module, self._name, self._shared = module, name, shared
         self._turns: Turns | None = None
-        self._known: tuple[Any, CallLoop | None] = (None, None)  # a forward, and its loop
+        self._known: tuple[Any, CallLoop | None] = (None, None)  # a forward and its loop
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoop:
-        """Return the loop of a copy of the module."""
+        """Return the loop for a copy of the module."""
         return LayerLoop(copy.deepcopy(self._module, memo), self._name, self._shared)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to make the loop anew."""
+        """Pickle the arguments of the constructor."""
         return LayerLoop, (self._module, self._name, self._shared)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ class LayerLoop:
             walk.due, walk.may_skip, walk.skipped = due, may_skip, 0
 
     def _current_turns(self, forward: Callable[..., Any]) -> Turns | None:
-        """Return what stands for the layers; None where they are to be called as modules."""
+        """Return the proxy of the layers; None if the loop must call them as modules."""
         layers = self._module._modules.get(self._name)
         if self._known[0] is not forward:
             self._known, self._turns = (forward, call_loop(forward, self._name)), None
@@ -184,17 +184,17 @@ class LayerLoop:
 
 @dataclass(frozen=True)
 class CallLoop:
-    """A loop of which each turn is one call. alike: with the same arguments, but for what the last one returned."""
+    """A loop whose iterations are one call each. alike: the arguments are constant, except the previous result."""
 
     alike: bool
 
 
 def call_loop(forward: Callable[..., Any], name: str) -> CallLoop | None:
-    """Return the loop of a method over its object's attribute `name`, where every turn calls what it meets there.
+    """Return the loop of a method over the attribute `name` of its object, if each iteration only calls the element.
 
-    Such a call takes what the last one returned. Nothing else is called between the first and the last, but for what
-    looks up attributes and elements, and compares them. None where there are several loops, where turns do more, and
-    where the method uses its object for more than its attributes.
+    The call takes the result of the previous one. The only other expressions in the loop look up attributes and
+    elements, and compare them. Returns None if there are several loops, if iterations do more, or if the method uses
+    its object for anything but attribute access.
     """
     function = _definition(forward)
     if function is None or not function.args.args:
@@ -202,7 +202,7 @@ def call_loop(forward: Callable[..., Any], name: str) -> CallLoop | None:
     holder = function.args.args[0].arg
     names, attributes = _names(function), [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
     of_holder = sum(isinstance(node.value, ast.Name) and node.value.id == holder for node in attributes)
-    if names["super"] or names[holder] != of_holder:  # it is handed on, and its list may be walked over elsewhere
+    if names["super"] or names[holder] != of_holder:  # passed on: other code may iterate over its list
         return None
     mentions = [node for node in ast.walk(function) if _is_attribute(node, holder, name)]
     loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.AsyncFor))]
@@ -218,19 +218,19 @@ def call_loop(forward: Callable[..., Any], name: str) -> CallLoop | None:
 
 
 def _is_alike(loop: ast.For, call: ast.Call, function: ast.FunctionDef) -> bool:
-    """Return whether what a turn is called with, but for the first, and what comes behind do not depend on the turn."""
+    """Return whether the arguments, except the first, and the code after the loop are independent of the iteration."""
     of_turn = _names(loop.target) & (_names(function) - _names(loop))
     changing = {*_names(loop.target), *_names(call.args[0])}
     return not of_turn and not any(changing & set(_names(part)) for part in _rest(call))
 
 
 def _names(tree: ast.AST) -> Counter[str]:
-    """Return how often each variable is named."""
+    """Count the occurrences of each variable."""
     return Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
 
 def _definition(forward: Callable[..., Any]) -> ast.FunctionDef | None:
-    """Return the source of a function, below decorators that are known to call it; None where it is not to be had."""
+    """Return the AST of a function below trusted decorators; None if the source is unavailable."""
     while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__"):
         if str(forward.__globals__.get("__name__")).partition(".")[0] not in TRUSTED:
             return None
@@ -251,7 +251,7 @@ def _is_attribute(node: ast.AST, holder: str, name: str) -> bool:
 
 
 def _layer_of(loop: ast.For, holder: str, name: str) -> str | None:
-    """Return the variable of a loop over the attribute or a slice of it, with numbers or without; None for others."""
+    """Return the loop variable over the attribute or its slice, with or without `enumerate`; None for other loops."""
     target, walked = loop.target, loop.iter
     if isinstance(walked, ast.Call):
         is_enumerate = isinstance(walked.func, ast.Name) and walked.func.id == "enumerate" and len(walked.args) == 1
@@ -264,7 +264,7 @@ def _layer_of(loop: ast.For, holder: str, name: str) -> str | None:
 
 
 def _call_of(loop: ast.For, layer: str) -> ast.Call | None:
-    """Return the call, where `x = layer(x, ...)` is all of a loop's body, or `x = layer(x, ...)[0]`."""
+    """Return the call if a loop's body is only `x = layer(x, ...)` or `x = layer(x, ...)[0]`."""
     if len(loop.body) != 1 or loop.orelse or not isinstance(loop.body[0], ast.Assign):
         return None
     (target, *others), value = loop.body[0].targets, loop.body[0].value
@@ -282,12 +282,12 @@ def _call_of(loop: ast.For, layer: str) -> ast.Call | None:
 
 
 def _rest(call: ast.Call) -> list[ast.expr]:
-    """Return the arguments of a call but for the first."""
+    """Return a call's arguments except the first."""
     return [*call.args[1:], *(keyword.value for keyword in call.keywords)]
 
 
 def _does_more(tree: ast.AST) -> bool:
-    """Return whether an expression does more than to look up and to compare."""
+    """Return whether an expression does more than look up and compare."""
     return not all(isinstance(node, LOOKS_UP) for node in ast.walk(tree))
 
 
@@ -302,7 +302,7 @@ def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def use_loop(module: torch.nn.Module, name: str, shared: SharedState) -> None:
-    """Let a module call the layers of a list as turns, unless something else stands in for its forward."""
+    """Replace a module's forward by a `LayerLoop` over a list, unless its forward is already replaced."""
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return
     forward = functools.partial(_forward, module)
@@ -313,7 +313,7 @@ def use_loop(module: torch.nn.Module, name: str, shared: SharedState) -> None:
 
 
 def _signature(method: Callable[..., Any]) -> inspect.Signature | None:
-    """Return a method's parameters without types, and plain defaults, which any pickle holds; None where unknown."""
+    """Return a method's signature with only picklable parts: no types, plain defaults; None if unknown."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):

@@ -1,15 +1,15 @@
-"""Decode steps of a model with a plan, layer by layer as programs, in eager mode on a CPU.
+"""Decode steps of a model with a plan as one program per layer, in eager mode on CPU.
 
-    before   layer(x, ...)    sixty operations of torch, of which seven are products
+    before   layer(x, ...)    60 torch operations, 7 of them matmuls
     after    layer(x, ...)    run(program up to attention); attention on the cache; run(the rest)
 
-Before its first decode step a layer is rehearsed twice (fhopt/hf/layer_trace.py), and lowered
-(fhopt/codegen/layers/lowering.py) where both give the same trace; layers with equal traces share a program. Those that
-are built like one that has a program (fhopt/hf/layer_structure.py) are called beside the cache once, and no operation
-is recorded. Before a program is used, it is run on the numbers of such a call and must give what the layer gave. Steps
-of layers that follow each other are one call (fhopt/hf/steps_ahead.py), and where a loop does no more than to call
-them, the others are not called at all (fhopt/hf/layer_loop.py). A call runs as before wherever something is different:
-an option, a hook, a weight or an attention that was replaced, gradients, a graph that is being compiled.
+Before its first decode step a layer is traced twice (fhopt/hf/layer_trace.py). It is lowered
+(fhopt/codegen/layers/lowering.py) if both traces agree; layers with equal traces share a program. A layer with the
+structure of one that has a program (fhopt/hf/layer_structure.py) is only called once with a mock cache, without
+tracing. A program is used only if it reproduces the results of such a call. Steps of consecutive layers are one call
+(fhopt/hf/steps_ahead.py), and if a loop only calls the layers, the others are not called at all
+(fhopt/hf/layer_loop.py). A layer runs operation by operation if anything differs: an option, a hook, a replaced weight
+or attention, gradients, or a graph under compilation.
 
 Letters: B sequences, S new tokens, D width.
 """
@@ -42,17 +42,17 @@ from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse
 from fhopt.hf.steps_ahead import Follower, Walk
 from fhopt.plan.latent_plan import LatentPlan
 
-STATE = "_fhopt_layer_programs"  # of a layer
-IMPLEMENTATION = "_attn_implementation_internal"  # of a configuration: what its property returns, in microseconds
+STATE = "_fhopt_layer_programs"  # attribute of a layer
+IMPLEMENTATION = "_attn_implementation_internal"  # attribute of a configuration; its property takes microseconds
 CALL = torch.nn.Module.__call__
-MOST_TRIED = 4  # calls of one shape: what never looks alike twice is left alone
-REHEARSALS = (0, 1000)  # tokens by which a cache shall seem longer
+MOST_TRIED = 4  # per input shape; give up if no two traces agree
+REHEARSALS = (0, 1000)  # trace at two cache lengths to catch length-dependent code
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Candidate:
-    """A trace that was met: its program, or None and the reason; `later`: in which rehearsals."""
+    """A trace with its program, or None and the reason. `later`: the cache offsets that gave this trace."""
 
     program: LayerProgram | None
     reason: str
@@ -61,9 +61,9 @@ class _Candidate:
 
 @dataclass(frozen=True, eq=False)
 class _Pattern:
-    """A program that was bound to a layer, for layers that are built alike.
+    """A program bound to one layer, for layers of the same structure.
 
-    recording: without tensors, modules and weights of the layer, which may come to an end before others do.
+    recording: without the layer's tensors, modules and weights, which may be freed earlier.
     """
 
     program: LayerProgram
@@ -75,7 +75,7 @@ class _Pattern:
         layer: torch.nn.Module, program: LayerProgram, recording: Recording, args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> _Pattern | None:  # fmt: skip
-        """Return the pattern of a recorded call; None where the layer does something with its number."""
+        """Return the pattern of a recorded call; None if the layer's result depends on its layer index."""
         try:
             seen, again = [
                 observe(MethodType(type(layer).forward, twin_of(layer, is_renumbered)), args, kwargs, recording)
@@ -93,7 +93,7 @@ class _Pattern:
     def recorded(
         self, layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Recording:
-        """Return what a rehearsal of another layer would have recorded. Raises UnsupportedError."""
+        """Return the recording that tracing another layer would give. Raises UnsupportedError."""
         known = self.recording
         seen = observe(forward, args, kwargs, known)
         attention = known.trace.attention
@@ -105,27 +105,27 @@ class _Pattern:
 
 
 class LayerPrograms:
-    """What a model's layers share: programs by their traces, and by how layers are built."""
+    """State shared by a model's layers: programs by trace, and patterns by structure."""
 
     def __init__(self) -> None:
         self.candidates: dict[LayerTrace, _Candidate] = {}
         self.patterns: dict[Hashable, _Pattern | None] = {}
-        self.arguments: dict[Hashable, Any] = {}  # of programs: layers that are called alike have the same object
+        self.arguments: dict[Hashable, Any] = {}  # of programs: layers with equal arguments share one object
         self.walk = Walk()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to make one that knows nothing yet: programs are bound to weights by their addresses."""
+        """Pickle as an empty state: programs are bound to weight addresses."""
         return LayerPrograms, ()
 
     @staticmethod
     def state_of(layer: torch.nn.Module) -> LayerState | None:
-        """Return the state of a layer; None where it has none."""
+        """Return the state of a layer; None if it has none."""
         return vars(layer).get(STATE)
 
     def rehearse(
         self, layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[LayerProgram, Recording]:
-        """Return the program of a layer for calls like this one, and a recording. Raises UnsupportedError."""
+        """Return a layer's program for calls like this one, and a recording. Raises UnsupportedError."""
         for later in REHEARSALS:
             recording = rehearse(layer, forward, args, kwargs, later)
             candidate = self.candidates.get(recording.trace)
@@ -147,10 +147,10 @@ def _lowered(trace: LayerTrace) -> _Candidate:
 
 
 class _Known(threading.local):
-    """What a thread knows of a layer: addresses that programs are bound to are written and read by one thread.
+    """Per-thread state of a layer: only one thread may use the addresses that programs are bound to.
 
-    bound: for each shape of its input, programs that are bound to its weights. tried: calls of a shape. unlike: shapes
-    for which the program of a layer that is built alike gives other numbers.
+    bound: programs bound to the layer's weights, by input shape. tried: calls per shape. unlike: shapes for which the
+    program of a layer of the same structure gives other results.
     """
 
     def __init__(self) -> None:
@@ -160,26 +160,26 @@ class _Known(threading.local):
 
 
 class LayerState:
-    """A layer, and what is known of it."""
+    """A layer, and its programs."""
 
     def __init__(
         self, layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None, attention: str | None
     ) -> None:
         self.layer, self.shared = layer, shared
-        self.inner = inner  # its attention, which may run as a program where the whole layer cannot
-        self.attention = attention  # the implementation that programs are for
+        self.inner = inner  # its attention, which may run as a program if the whole layer cannot
+        self.attention = attention  # the attention implementation of the programs
         self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
         self.known = _Known()
         self.follower = Follower()
-        self.reason = ""  # why there is no program
+        self.reason = ""  # reason for having no program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
-        """Return a state that knows nothing yet: programs are bound to the weights of one layer."""
+        """Return an empty state: programs are bound to one layer's weights."""
         layer, inner = copy.deepcopy(self.layer, memo), copy.deepcopy(self.inner, memo)
         return LayerState(layer, self.shared, inner, self.attention)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to make a state that knows nothing yet."""
+        """Pickle as an empty state."""
         return LayerState, (self.layer, self.shared, self.inner, self.attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,17 +206,17 @@ class LayerState:
         return self.shared.walk.run(self, ready, args, kwargs, partial(_following, bound))
 
     def calls(self) -> list[Entry]:
-        """Return what makes a call of the layer run this state, hooks aside. Raises UnsupportedError."""
+        """Return the entries that make a call of the layer run this state, except hooks. Raises UnsupportedError."""
         layer = self.layer
         forward, call = vars(layer).get("forward"), type(layer).__call__
-        # Older versions of transformers have a call of their own, which differs in training alone.
+        # Older versions of transformers override `__call__`, which differs only in training.
         name = getattr(call, "__qualname__", "")
         if not _is_run(layer) or not (call is CALL or name == "GradientCheckpointingLayer.__call__"):
             raise UnsupportedError("something else is called in its place")
         return [(vars(layer), "forward", forward), (vars(layer), "_compiled_call_impl", None)]
 
     def held(self) -> list[Entry]:
-        """Return what `_is_as_it_was` looks at: dictionaries, names in them, and what stands there now."""
+        """Return the guards that `_is_as_it_was` checks: dictionaries, names in them, and their current values."""
         module = self.layer if self.inner is None else self.inner
         found: list[Entry] = [(vars(self.layer), "training", self.layer.training)]
         config = vars(module).get("config")
@@ -230,15 +230,15 @@ class LayerState:
         return attention == self.attention and not self.layer.training
 
     def _fitting(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundProgram | None:
-        """Return the program that was bound for calls like this one."""
+        """Return the program bound for calls like this one."""
         return next((bound for bound in self.known.bound.get(key, ()) if bound.fits(args, kwargs)), None)
 
     def _bind(
         self, key: tuple[Any, ...], several: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BoundProgram | None:
-        """Return a program for calls like this one; None where there is none, or none yet.
+        """Return a program for calls like this one; None if there is none (yet).
 
-        several: tokens of a sequence, as short prompts have them too, which come once.
+        several: more than one token per sequence, as in short prompts, which may not recur.
         """
         if torch.is_autocast_enabled("cpu") or not layer_programs_are_built() or not _is_open(self.layer):
             return None
@@ -267,7 +267,7 @@ class LayerState:
     def _bound_as_others(
         self, key: tuple[Any, ...], structure: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BoundProgram | None:
-        """Bind the program of a layer that is built alike; return None where there is none that gives the same."""
+        """Bind the program of a layer of the same structure; None if there is none that gives the same results."""
         pattern = self.shared.patterns.get(structure)
         if pattern is None or key in self.known.unlike:
             return None
@@ -283,7 +283,7 @@ class LayerState:
         self, key: tuple[Any, ...], program: LayerProgram, recording: Recording, args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> BoundProgram:  # fmt: skip
-        """Bind a program to the layer. Raises UnsupportedError where it does not give what was recorded."""
+        """Bind a program to the layer. Raises UnsupportedError if it does not reproduce the recording."""
         bound = BoundProgram(self.layer, program, recording, args, kwargs)
         if not bound.agrees(recording):
             raise UnsupportedError("its program gives other numbers")
@@ -295,9 +295,9 @@ class LayerState:
 def _following(
     first: BoundProgram, state: LayerState, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ReadyStep | None:
-    """Return the step of a layer in a call that is expected; None where it is not prepared, or no single step.
+    """Return the step of a layer in an expected call; None if it is not prepared, or not a single step.
 
-    first: the program of a layer that is called with the same arguments, but for its input, and with such an input.
+    first: the program of a layer called with the same arguments, except the input, which only looks the same.
     """
     x = args[0]
     if not state._is_as_it_was() or state.layer._forward_pre_hooks:  # which may write weights
@@ -310,27 +310,27 @@ def _following(
 
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a decoder layer."""
-    state = vars(self).get(STATE)  # None where a wrapper calls what was there before `drop_programs`
+    state = vars(self).get(STATE)  # None if a wrapper still calls this after `drop_programs`
     if state is None or torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)
     return state(*args, **kwargs)
 
 
 def _is_run(layer: torch.nn.Module) -> bool:
-    """Return whether a call of a layer's own `forward` is one of `_forward`, with nothing around it."""
+    """Return whether `_forward` is a layer's own `forward`, unwrapped."""
     forward = vars(layer).get("forward")
     return isinstance(forward, partial) and forward.func is _forward and forward.args == (layer,)
 
 
 def _implementation(module: torch.nn.Module) -> str | None:
-    """Return the attention implementation that a module of transformers is to use; None where it has none."""
+    """Return the configured attention implementation of a module; None if it has no configuration."""
     config = vars(module).get("config")
     name: str | None = None if config is None else vars(config).get(IMPLEMENTATION)
     return name
 
 
 def _is_open(layer: torch.nn.Module) -> bool:
-    """Return whether nothing hooks into a layer's parts or stands in for them, which a program would pass by."""
+    """Return whether no hook or replacement in a layer's submodules would be bypassed by a program."""
     from fhopt.hf.skinny_products import is_replaced
 
     home = type(layer).__module__.partition(".")[0]
@@ -342,7 +342,7 @@ def _is_open(layer: torch.nn.Module) -> bool:
             if stands_in or module._forward_hooks or module._forward_pre_hooks:
                 return False
         if type(module).__module__.partition(".")[0] not in ("torch", "transformers", home):
-            return False  # such as an adapter, which may be switched on and off
+            return False  # such as an adapter that can be switched on and off
     return True
 
 
@@ -350,9 +350,9 @@ def _is_open(layer: torch.nn.Module) -> bool:
 
 
 def use_programs(model: torch.nn.Module, plan: LatentPlan) -> None:
-    """Let the decoder layers of `model` that hold sites of `plan` run decode steps as programs.
+    """Run the decode steps of layers of `model` with sites of `plan` as programs.
 
-    A decoder layer is an element of a list of modules; of one that does more than programs can, its attention may.
+    A decoder layer is an element of a module list. If a program cannot run the whole layer, it may run its attention.
     """
     shared = LayerPrograms()
     for site in (site.site.name.partition("#")[0] for site in plan.sites):
@@ -364,28 +364,28 @@ def use_programs(model: torch.nn.Module, plan: LatentPlan) -> None:
 
 
 def _use(layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
-    """Let a module run as a program, unless something else stands in for it."""
+    """Run a module as a program, unless its forward is already replaced."""
     if "forward" not in vars(layer):
         vars(layer)[STATE] = LayerState(layer, shared, inner, _implementation(layer if inner is None else inner))
-        vars(layer)["forward"] = partial(_forward, layer)  # a method would be pickled as the attribute `_forward`
+        vars(layer)["forward"] = partial(_forward, layer)  # pickle looks a method up as attribute `_forward`
 
 
 def drop_programs(model: torch.nn.Module) -> None:
     """Undo `use_programs`."""
     for module in model.modules():
         drop_loop(module)
-        if vars(module).pop(STATE, None) is not None and _is_run(module):  # what stands around it now stays
+        if vars(module).pop(STATE, None) is not None and _is_run(module):  # a wrapper around it stays
             del vars(module)["forward"]
 
 
 def program_reasons(model: torch.nn.Module) -> dict[str, str]:
-    """Return for every decoder layer that may run as a program why it does not; "" where it does, or may yet."""
+    """Return why each decoder layer does not run as a program, by name; "" if it does, or still may."""
     states = ((name, vars(module).get(STATE)) for name, module in model.named_modules())
     return {name: "" if state.known.bound else state.reason for name, state in states if state is not None}
 
 
 def _layer_name(model: torch.nn.Module, site: str) -> str | None:
-    """Return the name of the innermost element of a list of modules that a site is part of."""
+    """Return the name of the innermost module-list element that contains a site."""
     parts = site.split(".")
     for end in range(len(parts), 1, -1):
         if isinstance(model.get_submodule(".".join(parts[: end - 1])), torch.nn.ModuleList):

@@ -1,9 +1,9 @@
-"""Decoder layers that are built alike: what was recorded of one holds for the others, with their own weights.
+"""Decoder layers of the same structure, which can share a recording with their own weights.
 
-A model has dozens of layers of one class with the same options, which differ in weights and in their number. Two layers
-are alike where their modules have the same names, classes and attributes (numbers, names and flags by value, anything
-else as the same object), their weights the same shapes, and their calls the same arguments. That leaves what a layer
-does with its number: it is asked for by giving a twin of it another one (`twin_of`).
+A model has dozens of layers of one class and configuration that differ in weights and layer index. Two layers have the
+same structure if their modules have the same names, classes and attributes (scalars and strings by value, other objects
+by identity), their weights the same shapes, and their calls the same arguments. Code that depends on the layer index is
+detected by running a clone with another index (`twin_of`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.layer_trace import SCALARS, Weight, leaves
 
-_NUMBERS = {"layer_idx", "layer_index", "layer_id", "layer_number"}  # of a layer in its model
+_NUMBERS = {"layer_idx", "layer_index", "layer_id", "layer_number"}  # layer index attributes
 _PARTS = ("_parameters", "_buffers")
-# `forward`: of products that fhopt replaces; `extra_repr`: torchao sets it for every module whose weight it quantizes.
+# `forward`: set on linear layers that fhopt replaces; `extra_repr`: set by torchao on modules with quantized weights.
 _OF_ALL = {*vars(torch.nn.Module()), "forward", "extra_repr"} - {"training"}
 
 
 def structure_of(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """Return what is equal for layers that are built alike and called alike."""
+    """Return a structural hash key, equal for layers with the same structure and call arguments."""
     modules = [(name, type(module), _attributes(module), _shapes(module)) for name, module in _modules(layer).items()]
     return tuple(modules), tuple([(path, _kind(x)) for path, x in leaves(args, kwargs)])
 
 
 def twin_of(layer: torch.nn.Module, is_renumbered: bool) -> torch.nn.Module:
-    """Return a layer with the same weights, and if so with another number in its model.
+    """Return a clone of a layer with the same weights, optionally with another layer index.
 
-    Its modules are others, so that nobody who calls `layer` meanwhile sees that. What stands in for the `forward` of a
-    module is left out.
+    The clone has module objects of its own, so that concurrent calls of `layer` are unaffected. A replaced
+    `forward` is not copied.
     """
     twin: torch.nn.Module = object.__new__(type(layer))
     attributes = {name: x for name, x in vars(layer).items() if name != "forward"}
@@ -70,9 +70,9 @@ def _kind(x: Any) -> Hashable:
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a weight stands in a layer: the name of the module, which of its dicts, the name in it.
+    """The location of a weight in a layer: module name, dictionary of the module, name in it.
 
-    place: of a weight that is kept quantized, which of its parts is meant; looks: what it is kept as (`_looks`).
+    place: which component of a quantized weight; looks: its quantized format (`_looks`).
     """
 
     module: str
@@ -82,9 +82,9 @@ class WeightPlace:
     looks: Hashable = None
 
     def of(self, modules: Mapping[str, torch.nn.Module]) -> Weight:
-        """Return the weight at this place of a layer, whose modules are given by their names.
+        """Return the weight at this location of a layer, given its modules by name.
 
-        Raises UnsupportedError for a weight that programs cannot read.
+        Raises UnsupportedError for a weight that programs cannot load.
         """
         holder = vars(modules[self.module])[self.part]
         tensor = holder[self.name]
@@ -98,13 +98,13 @@ class WeightPlace:
 
 
 def weight_places(layer: torch.nn.Module, weights: Mapping[int, Weight]) -> dict[int, WeightPlace]:
-    """Return where the weights of a recording stand in the layer, by the numbers of their values."""
+    """Return the locations of a recording's weights, by value number."""
     holders = {id(vars(module)[part]): (name, part) for name, module in _modules(layer).items() for part in _PARTS}
     return {number: WeightPlace(*holders[id(w.holder)], w.name, *_place(w)) for number, w in weights.items()}
 
 
 def _place(weight: Weight) -> tuple[int, Hashable]:
-    """Return which part of a quantized weight is at its address, and what that looks like."""
+    """Return the index of the component at a quantized weight's address, and the format."""
     if weight.kept is None:
         return 0, None
     place = [part.data_ptr() for part in weight.kept.parts].index(weight.address)
@@ -116,18 +116,18 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _kept(x: Tensor) -> SignedBytes | Blocks | None:
-    """Return what a weight is kept as that is no plain tensor; None of any other that kernels do not read."""
+    """Return the quantized storage of a weight; None if it is a plain tensor or has no kernel."""
     return None if _is_plain(x) else kept_quantized(x)
 
 
 def _looks(kept: SignedBytes | Blocks | None) -> Hashable:
-    """Return what is equal for weights that a program may read alike: format, and bytes of rows."""
+    """Return a key that is equal for weights that one program can load: format, dtypes, shapes and strides."""
     if kept is None:
         return None
     return getattr(kept, "format", None), tuple([(part.dtype, part.shape, part.stride()) for part in kept.parts])
 
 
 def weights_at(layer: torch.nn.Module, places: Mapping[int, WeightPlace]) -> dict[int, Weight]:
-    """Return the weights of a layer at these places. Raises UnsupportedError."""
+    """Return the weights of a layer at these locations. Raises UnsupportedError."""
     modules = _modules(layer)
     return {number: place.of(modules) for number, place in places.items()}

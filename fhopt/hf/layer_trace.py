@@ -1,9 +1,8 @@
-"""Record what a decoder layer does in a decode step: operations on tensors, its weights, its attention on the cache.
+"""Tracing of a decoder layer's decode step: tensor operations, weights, and attention on the cache.
 
-A layer is rehearsed: called beside the cache, under a dispatch mode of torch that sees every operation. What reads the
-cache is one operation of the trace, from the keys and values that the layer hands to `Cache.update` to what attention
-returns, so that the rest has the same shapes in every step. Values are numbered as they are met: layers that do the
-same give equal traces.
+The layer is called with a mock cache under a torch dispatch mode that records every operation. Everything from the keys
+and values passed to `Cache.update` to the attention result is one operation of the trace, so that all other shapes are
+the same in every step. Values are numbered in order of first use: layers with the same operations give equal traces.
 
 Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 """
@@ -23,16 +22,16 @@ from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 from fhopt.hf.attention_interface import rehearsed
 
-Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
+Path = tuple[int | str, ...]  # of a layer argument: position or name, then index in a tuple
 SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # of attention, which `replay` hands on
+_OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # attention options stored in a recording
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter or buffer: the dict of its module that holds it, its name there, the tensor, its address.
+    """A parameter or buffer: the dictionary that holds it, its name there, the tensor, its address.
 
-    kept: of a weight that is kept quantized: as what, one of whose parts is at `address`.
+    kept: the storage of a quantized weight; one of its components is at `address`.
     """
 
     holder: dict[str, Any]
@@ -52,10 +51,10 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """How a layer's attention on the cache is called: where cache and mask stand among the layer's arguments."""
+    """A layer's attention call. cache, mask: their paths among the layer's arguments."""
 
     module: torch.nn.Module
-    layer: int  # of the cache
+    layer: int  # index in the cache
     cache: Path
     mask: Path | None
     options: Mapping[str, Any]
@@ -63,11 +62,10 @@ class AttentionCall:
 
 @dataclass(eq=False)
 class Recording:
-    """A trace, and what belongs to this layer and call.
+    """A trace with the layer's and the call's own data.
 
-    inputs: values of the trace that are arguments. weights: values that are weights. tensors: every value that stands
-    at a border of a segment (query, keys, values; attention's result; the layer's output), as the call computed it;
-    arguments: those that are arguments.
+    inputs: values that are arguments. weights: values that are weights. tensors: the values at segment borders (query,
+    keys, values; attention result; layer output), as the call computed them. arguments: the argument tensors.
     """
 
     trace: LayerTrace
@@ -76,11 +74,11 @@ class Recording:
     attention: AttentionCall
     tensors: dict[int, Tensor]
     arguments: dict[int, Tensor]
-    extra: int  # elements of the result behind the first, which are None; -1 where it is a tensor
+    extra: int  # elements of the result after the first, all None; -1 if the result is a tensor
 
 
 class _Recorder(TorchDispatchMode):
-    """The state of recording one call."""
+    """Recording state of one call."""
 
     def __init__(self, layer: torch.nn.Module, arguments: dict[Path, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -91,7 +89,7 @@ class _Recorder(TorchDispatchMode):
         self.quantized = [w for w in weights if type(w[2]) not in (Tensor, torch.nn.Parameter)]
         self.layers = set(map(id, layer.modules()))
         self.numbers: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # so that no two have the same id
+        self.alive: list[Tensor] = []  # keeps ids unique
         self.values: list[TracedValue] = []
         self.ops: list[TracedOp] = []
         self.inputs: dict[int, Path] = {}
@@ -104,7 +102,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and record it."""
-        if torch.is_inference_mode_enabled():  # which hands on operations that are made of others as they are
+        if torch.is_inference_mode_enabled():  # inference mode passes composite operations undecomposed
             with self:
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -125,7 +123,7 @@ class _Recorder(TorchDispatchMode):
         self.ops.append(TracedOp(str(func._schema.name) + _overload(func), traced, named, refs))
 
     def _reference(self, x: Any) -> Any:
-        """Return an argument as traces have it: tensors by their numbers."""
+        """Return an argument in trace form: tensors by value number."""
         if isinstance(x, Tensor):
             return Ref(self._number(x))
         if isinstance(x, (list, tuple)):
@@ -135,7 +133,7 @@ class _Recorder(TorchDispatchMode):
         return x
 
     def _number(self, x: Tensor) -> int:
-        """Return the number of a value that was met, of an argument or of a weight."""
+        """Return the number of a recorded value, an argument or a weight."""
         known = self.numbers.get(id(x))
         if known is not None:
             return known
@@ -152,7 +150,7 @@ class _Recorder(TorchDispatchMode):
         return number
 
     def _weight(self, x: Tensor) -> Weight | None:
-        """Return the weight that a tensor is, or is a part of."""
+        """Return the weight that a tensor is, or is a component of."""
         known = self.named.get(id(x))
         if known is not None and type(x) in (Tensor, torch.nn.Parameter):
             return Weight(*known, x.data_ptr())
@@ -163,7 +161,7 @@ class _Recorder(TorchDispatchMode):
         return None
 
     def _made(self, x: Tensor) -> Ref:
-        number = self.numbers.get(id(x))  # of an operation in place
+        number = self.numbers.get(id(x))  # of an in-place operation
         return Ref(self._add(x, "result") if number is None else number)
 
     def _add(self, x: Tensor, source: str) -> int:
@@ -176,7 +174,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Record nothing inside."""
+        """Record nothing inside the context."""
         self.paused = True
         try:
             yield
@@ -184,7 +182,7 @@ class _Recorder(TorchDispatchMode):
             self.paused = False
 
     def updated(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take note of what a cache is given."""
+        """Record the keys and values written to the cache."""
         if self.pending is not None or self.attention is not None:
             self.failure = self.failure or UnsupportedError("two writes to the cache")
         self.pending = (keys, values, layer)
@@ -236,10 +234,10 @@ class _Recorder(TorchDispatchMode):
 def rehearse(
     layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], later: int
 ) -> Recording:
-    """Run `forward` of a layer once beside the cache, which stays as it is, and return the recording.
+    """Run `forward` of a layer once with a mock cache and return the recording; the cache is unchanged.
 
-    later: tokens by which the cache shall seem longer; what a layer does with that number is seen by comparing two
-    rehearsals. Raises UnsupportedError where a layer does what programs cannot.
+    later: offset added to the cache length; two traces with different offsets reveal length-dependent code. Raises
+    UnsupportedError if the layer does what programs cannot.
     """
     recorder = _Recorder(layer, dict(leaves(args, kwargs)))
     with _attention_stand_in(recorder), recorder:
@@ -250,23 +248,22 @@ def rehearse(
 def _beside_the_cache(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], updated: Callable[..., Any], later: int
 ) -> Any:
-    """Call `forward` with stand-ins for caches. Raises UnsupportedError where it fails."""
+    """Call `forward` with mock caches. Raises UnsupportedError if it fails."""
 
     def replaced(x: Any) -> Any:
         return _CacheStandIn(x, updated, later) if _is_cache(x) else x
 
     try:
         return forward(*map(replaced, args), **{name: replaced(x) for name, x in kwargs.items()})
-    except Exception as error:  # whatever the layer expects of a cache that the stand-in does not give
+    except Exception as error:  # the layer uses the cache in a way that the mock does not support
         raise UnsupportedError(f"it fails beside the cache ({type(error).__name__}: {error})") from error
 
 
 @dataclass(eq=False)
 class Observation:
-    """What a call of a layer gave its cache and its attention, and what it returned.
+    """Inputs of a layer call's cache update and attention, and the call's results.
 
-    borders: query, keys, values and attention's result. output: the first element of the result; extra: as of
-    `Recording`.
+    borders: query, keys, values and attention result. output: first element of the result. extra: as of `Recording`.
     """
 
     borders: tuple[Tensor, ...]
@@ -276,10 +273,10 @@ class Observation:
 
 
 def observe(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], like: Recording) -> Observation:
-    """Run `forward` of a layer once beside the cache, which stays as it is, and return what went in and out.
+    """Run `forward` of a layer once with a mock cache and return its inputs and results; the cache is unchanged.
 
-    like: of a layer that is built alike; operations are not recorded. Raises UnsupportedError where cache, mask or
-    result are not what they were there.
+    like: the recording of a layer of the same structure; operations are not recorded. Raises UnsupportedError if cache,
+    mask or result differ from it.
     """
     seen = _Seen(None if like.attention.mask is None else leaf(args, kwargs, like.attention.mask), like.attention)
     with _attention_stand_in(seen):
@@ -293,7 +290,7 @@ def observe(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 class _Seen:
-    """The state of observing one call."""
+    """Observation state of one call."""
 
     def __init__(self, mask: Any, like: AttentionCall) -> None:
         self.mask, self.like = mask, like
@@ -319,7 +316,7 @@ class _Seen:
 
 
 def _parted(result: Any) -> tuple[Any, int]:
-    """Return the first element of what a layer returned, and how many are behind it; -1 where it is no tuple."""
+    """Return the first element of a layer's result, and the number of elements after it; -1 if it is not a tuple."""
     return (result[0], len(result) - 1) if isinstance(result, tuple) and result else (result, -1)
 
 
@@ -332,20 +329,20 @@ def _is_cache(x: Any) -> bool:
 
 
 class _CacheStandIn:
-    """What a rehearsed layer gets in place of a cache: it returns the new keys and values alone, and changes nothing.
+    """Mock of a cache for tracing: returns only the new keys and values, and stores nothing.
 
-    later: tokens by which it seems longer than the cache is.
+    later: offset added to the cache length.
     """
 
     def __init__(self, cache: Any, updated: Callable[..., Any], later: int) -> None:
         self._cache, self._later, self.update = cache, later, updated
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # for who asks whether this is a cache
+    def __class__(self) -> type:  # passes isinstance checks
         return type(self._cache)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the number of tokens, as a cache does."""
+        """Return the number of tokens."""
         return self._cache.get_seq_length(*args, **kwargs) + self._later
 
     def __getattr__(self, name: str) -> Any:
@@ -354,7 +351,7 @@ class _CacheStandIn:
 
 @contextmanager
 def _attention_stand_in(recorder: _Recorder | _Seen) -> Iterator[None]:
-    """Let attention of this thread be recorded, inside, and return the new values: their numbers mean nothing."""
+    """Record this thread's attention inside the context; its result is the new values, a placeholder."""
 
     def attend(module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Tensor:
         with recorder.pausing():
@@ -370,7 +367,7 @@ def _attention_stand_in(recorder: _Recorder | _Seen) -> Iterator[None]:
 
 
 def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Yield the arguments of a call with their paths; those within tuples on their own."""
+    """Yield the arguments of a call with their paths, flattening tuples."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, x in named:
         if isinstance(x, (tuple, list)):
@@ -380,7 +377,7 @@ def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path
 
 
 def leaf(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
-    """Return the argument of a call at a path of `leaves`."""
+    """Return the argument of a call at a path from `leaves`."""
     key = path[0]
     x = args[key] if isinstance(key, int) else kwargs[key]
     return x if len(path) == 1 else x[path[1]]

@@ -1,4 +1,4 @@
-"""`fhopt.load`: open a rewritten folder with its plan applied."""
+"""`fhopt.load`: load a rewritten folder with its plan applied."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fhopt.models.rewritten_model import load_exact
 
 
 def load(folder: str | os.PathLike[str], **options: Any) -> torch.nn.Module:
-    """Load the model of a folder that `fhopt rewrite` wrote, with its plan applied.
+    """Load the model of a folder written by `fhopt rewrite`, with its plan applied.
 
-    options: as of transformers' `from_pretrained` (dtype, device_map, ...). All bytes are checked first; nothing in the
-    folder is run. Raises FhoptError when the folder is damaged, was altered, or does not fit its plan.
+    options: as of transformers' `from_pretrained` (dtype, device_map, ...). All bytes are verified first; no code in
+    the folder is executed. Raises FhoptError if the folder is damaged or modified, or does not match its plan.
     """
     rewritten = rewritten_folder.read_folder(Path(folder))
     return apply(load_exact(rewritten, **options), rewritten.plan)

@@ -1,12 +1,12 @@
-"""Prompt caches on disk: one safetensors file with what a KV cache holds and what it belongs to.
+"""Prompt caches on disk: one safetensors file with a KV cache's contents, plan and model.
 
     save_cache(model, cache, "system-prompt.safetensors")
     cache = load_cache(model, "system-prompt.safetensors")
     model.generate(ids_that_begin_with_the_prompt, past_key_values=cache)
 
-Latent layers are saved as they are: quantized values, scales, attention sinks and residual window, without spare
-capacity. Layers that stayed exact are saved too, whatever transformers keeps in them. A file names the plan and the
-weights that it was made with; it is loaded only for these, and only where a digest shows that nothing in it is damaged.
+Latent layers are saved as stored: quantized values, scales, attention sinks and residual window, without spare
+capacity. Full-precision layers are saved too. A file names its plan and weights, and loads only with these, and only if
+its digest shows no damage.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fhopt.hf.apply import applied_plan, latent_cache, site_layers
 from fhopt.parallel.offloaded_weights import execution_device, named_weights
 from fhopt.plan.latent_plan import LatentPlan
 
-VERSIONS = (3, 4)  # 4: of sequences that begin with padding, which earlier code would read in the wrong order
-KEY = "fhopt_cache"  # of the description in the file's metadata
+VERSIONS = (3, 4)  # 4: left-padded sequences, which earlier code would load in the wrong order
+KEY = "fhopt_cache"  # metadata key of the description
 
 
 def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str]) -> Path:
-    """Write `cache`, which `model` (with a plan applied) has filled, to the file `path`, whole or not at all.
+    """Write `cache`, filled by `model` with a plan applied, to `path`, atomically.
 
-    Raises FhoptError when the cache has no latents or is empty, holds what cannot be written, or the file cannot be.
+    Raises FhoptError if the cache is empty or has no latents, holds unsupported data, or cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -64,10 +64,10 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
 def load_cache(
     model: torch.nn.Module, path: str | os.PathLike[str], device: torch.device | str | None = None, **options: Any
 ) -> Any:
-    """Read the cache in the file `path`, for `model` with the same plan applied; options as of `LatentCache`.
+    """Load the cache in `path` for `model` with the same plan applied; options as of `LatentCache`.
 
-    device: where its tensors go; None: where the model is, of each layer for itself. Raises FhoptError when the file is
-    not a cache, is damaged, or belongs to another plan, model or version.
+    device: of its tensors; None: each layer's own device in the model. Raises FhoptError if the file is not a cache, is
+    damaged, or belongs to another plan, model or version.
     """
     file = Path(path)
     devices = _devices(model)
@@ -95,7 +95,7 @@ def load_cache(
 
 
 def _is_padded(layer: Any) -> bool:
-    """Return whether sequences of a latent layer begin with padding."""
+    """Return whether sequences of a latent layer are left-padded."""
     padding = getattr(layer, PADDING, None)
     return padding is not None and bool(padding.parts)
 
@@ -104,15 +104,15 @@ def _is_padded(layer: Any) -> bool:
 
 
 def _identity(model: torch.nn.Module, plan: LatentPlan) -> dict[str, Any]:
-    """Return what the file must have in common with the model that reads it."""
+    """Return the properties that a file and the model that loads it must share."""
     return {"plan": plan.digest(), "model": _weights(model), "dtype": str(next(model.parameters()).dtype)}
 
 
 def _weights(model: torch.nn.Module) -> str:
-    """Return a hash of the names and shapes of all parameters, and of up to 64 numbers of each, spread over it."""
+    """Return a hash of the names and shapes of all parameters, and of up to 64 evenly spaced elements of each."""
     h = hashlib.sha256()
     for name, weight in named_weights(model):
-        own: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor: a file a process
+        own: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # DTensor: one file per process
         flat = own.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
         h.update(f"{name}{tuple(weight.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
@@ -133,7 +133,7 @@ def _check(file: Path, about: Mapping[str, Any], expected: Mapping[str, Any]) ->
 
 
 def _devices(model: torch.nn.Module) -> dict[str, torch.device]:
-    """Return the device on which each latent layer of a cache is read, by its name in the file."""
+    """Return the device of each latent layer, by its name in the file."""
     devices = {}
     for site in applied_plan(model).sites:
         index = site_layers(model).get(site.site.name)
@@ -178,7 +178,7 @@ def _layers(cache: Any) -> dict[str, Any]:
 
 
 def _describe(name: str, layer: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Describe a layer in values of JSON; its tensors go to `tensors`."""
+    """Describe a layer as JSON values; its tensors are added to `tensors`."""
     state = layer.state() if isinstance(layer, LATENT_LAYERS) else vars(layer)
     return {"class": type(layer).__name__, "state": {k: _pack(f"{name}.{k}", v, tensors) for k, v in state.items()}}
 
@@ -196,7 +196,7 @@ def _restore(file: Path, name: str, layer: Any, item: Mapping[str, Any], tensors
 
 
 def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Describe a value in JSON: ["tensor", name], ["dict", [[key, value], ...]], ["list", [...]], ["plain", x]..."""
+    """Encode a value for JSON: ["tensor", name], ["dict", [[key, value], ...]], ["list", [...]], ["plain", x]..."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return ["tensor", name]

@@ -1,8 +1,8 @@
-"""A quantizer for transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)` opens a rewritten folder.
+"""A transformers quantizer that lets `AutoModelForCausalLM.from_pretrained(FOLDER)` load a rewritten folder.
 
-transformers looks up the method that a configuration names in its registry of quantizers. This one leaves weights as
-they are: it checks the folder before they are read, and applies the plan afterwards. Without fhopt the method is
-unknown, of which transformers warns, and the model opens as the exact original.
+transformers looks up a configuration's quantization method in its registry. This quantizer does not change weights: it
+verifies the folder before they are loaded, and applies the plan afterwards. Without fhopt the method is unknown:
+transformers warns and loads the original model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fhopt.models import rewritten_folder
 
 
 class FhoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of config.json: the method and the version of the folder.
+    """The `quantization_config` of config.json: method and version of the folder.
 
-    `dequantize` marks weights as ordinary ones: the model can be moved, cast and trained.
+    `dequantize` marks weights as unquantized: the model can be moved, cast and trained.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class FhoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class FhoptQuantizer(HfQuantizer):  # type: ignore[misc]
-    """A quantizer that checks a rewritten folder, and applies its plan."""
+    """A quantizer that verifies a rewritten folder and applies its plan."""
 
     requires_calibration = True
     is_trainable = True
@@ -59,15 +59,15 @@ class FhoptQuantizer(HfQuantizer):  # type: ignore[misc]
         return apply(model, self.folder.plan)
 
     def is_serializable(self) -> bool:
-        """Return False; a model drops its quantizer once it is loaded, and saves as the exact original."""
+        """Return False; a loaded model drops its quantizer, and saves as the original."""
         return False
 
 
 def register() -> None:
-    """Enter configuration and quantizer into transformers' registry, once."""
+    """Register configuration and quantizer with transformers, once."""
     if rewritten_folder.METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(rewritten_folder.METHOD)(FhoptConfig)
         register_quantizer(rewritten_folder.METHOD)(FhoptQuantizer)
 
 
-register()  # what this module is imported for
+register()  # the purpose of importing this module

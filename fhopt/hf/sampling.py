@@ -1,4 +1,4 @@
-"""How the next token is drawn, and how many are: the options of `fhopt generate` and `fhopt chat`."""
+"""Sampling options of `fhopt generate` and `fhopt chat`: token choice and output length."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from fhopt.errors import FhoptError
 
-MAX_NEW_TOKENS = 256  # where no number is given and the model has room
+MAX_NEW_TOKENS = 256  # default, if the model has room
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at temperature 0; otherwise from the smallest set of tokens that has `top_p` of the probability.
+    """Greedy at temperature 0; otherwise nucleus sampling with `top_p`.
 
-    max_new_tokens: None for MAX_NEW_TOKENS, or as many as the model has room for.
+    max_new_tokens: None for MAX_NEW_TOKENS, capped by the model's remaining positions.
     """
 
     max_new_tokens: int | None = None
@@ -23,7 +23,7 @@ class Sampling:
     seed: int = 0
 
     def check(self, positions: int | None = None) -> None:
-        """Raise FhoptError for numbers that are not possible. positions: of the model, where they are known."""
+        """Raise FhoptError for invalid values. positions: of the model, if known."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise FhoptError(f"{self.max_new_tokens} new tokens are not possible; expected 1 or more.")
         if not 0 <= self.temperature < float("inf"):
@@ -39,7 +39,7 @@ class Sampling:
             )
 
     def room(self, prompt: int, positions: int | None) -> int:
-        """Return how many tokens to generate behind `prompt` tokens. Raises FhoptError for none, or without room."""
+        """Return how many tokens to generate after `prompt` tokens. Raises FhoptError if empty or too long."""
         if not prompt:
             raise FhoptError("the prompt has no tokens; expected some text.")
         least = 1 if self.max_new_tokens is None else self.max_new_tokens
@@ -53,7 +53,7 @@ class Sampling:
         return MAX_NEW_TOKENS if positions is None else min(MAX_NEW_TOKENS, positions - prompt)
 
     def configuration(self, model: Any, tokenizer: Any, new_tokens: int) -> Any:
-        """Return the `GenerationConfig` for one call; what is not said here stays as the model's own says it."""
+        """Return the `GenerationConfig` of one call; the model's own applies to all other options."""
         from transformers import GenerationConfig
 
         ends = _end_tokens(model, tokenizer)
@@ -61,13 +61,13 @@ class Sampling:
         if self.temperature > 0:
             how |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         else:
-            how |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults, which greedy ignores
+            how |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults; greedy ignores them
         ending = {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0}
         return GenerationConfig(max_new_tokens=new_tokens, **how, **ending)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a text, those of the model and of the tokenizer."""
+    """Return the end-of-sequence tokens of the model and the tokenizer."""
     own = model.generation_config.eos_token_id
     both = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id]
     return list(dict.fromkeys(int(end) for end in both if end is not None))

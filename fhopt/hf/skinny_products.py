@@ -1,12 +1,12 @@
-"""Linear layers of a model with a plan by kernels, in eager mode on a CPU.
+"""Linear layers of a model with a plan on fhopt's GEMM kernels, in eager mode on CPU.
 
-    before   y = F.linear(x, w, b)                torch brings w into an order of its own, in each call
-    after    y = fhopt.codegen.linear(x, w, b)    of up to 16 rows: w is read once (fhopt/codegen/cpu/skinny_linear.py)
+    before   y = F.linear(x, w, b)                torch repacks w in each call
+    after    y = fhopt.codegen.linear(x, w, b)    up to 16 rows: one pass over w (fhopt/codegen/cpu/skinny_linear.py)
 
-Decoding is bound by reading weights and cache. More rows go to a kernel where torch has only loops for their type
-(fhopt/codegen/cpu/wide_linear.py), else the fastest way that torch has on this CPU (fhopt/hardware/float_products.py).
-Calls that no kernel serves are torch's as before: gradients, autocast, weights that are neither plain dense tensors nor
-kept in a way that a kernel reads, graphs that are being compiled (which have ways of their own,
+Decoding is bound by the memory traffic of weights and cache. For more rows a kernel is used if torch has no native GEMM
+for the dtype (fhopt/codegen/cpu/wide_linear.py), otherwise torch's fastest way on this CPU
+(fhopt/hardware/float_products.py). torch computes calls without a kernel as before: gradients, autocast, weights that
+are neither plain contiguous tensors nor in a supported quantized format, graphs under compilation (which use
 fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernels are built.
 
 Letters: M rows, K width of the input, N width of the output.
@@ -25,10 +25,10 @@ from fhopt.hardware import float_products
 
 
 def replace_products(model: torch.nn.Module) -> None:
-    """Let linear layers of `model` multiply by kernels where these are faster; none whose `forward` is not torch's."""
+    """Use kernels for linear layers of `model` when they are faster; skips modules with a replaced `forward`."""
     for module in model.modules():
         if type(module) is torch.nn.Linear and "forward" not in vars(module):
-            vars(module)["forward"] = partial(_forward, module)  # a method would be pickled as the attribute `_forward`
+            vars(module)["forward"] = partial(_forward, module)  # pickle looks a method up as attribute `_forward`
 
 
 def restore_products(model: torch.nn.Module) -> None:
@@ -39,7 +39,7 @@ def restore_products(model: torch.nn.Module) -> None:
 
 
 def is_replaced(module: torch.nn.Module) -> bool:
-    """Return whether the products of a module are those of `replace_products`."""
+    """Return whether `replace_products` replaced the forward of a module."""
     return getattr(vars(module).get("forward"), "func", None) is _forward
 
 
@@ -52,6 +52,6 @@ def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
 
 
 def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a linear layer without gradients by a kernel where one serves, else in torch's fastest way."""
+    """Compute a linear layer without gradients by a kernel if one applies, else in torch's fastest way."""
     output = codegen.linear(input, weight, bias)
     return float_products.linear(input, weight, bias) if output is None else output

@@ -1,9 +1,9 @@
-"""Decode steps of layers that followed one another before, made ready together.
+"""Batched guard checks for the decode steps of consecutive decoder layers.
 
-A step is made ready once the layer was found to be what it was when its program was made: the same weights at the same
-addresses, the same parts, no hooks, the same attention, and a cache that is what the last step left. Layer by layer
-that takes as long as machine code takes for half of them, since each has objects of its own, which weights drive out of
-the caches. Here what is looked at stands in a few flat lists, of all layers behind the first.
+A layer program may run only if the layer is unchanged since tracing: same weight addresses, submodules, hooks and
+attention, and a cache as the last step left it. Checking layer by layer takes about half as long as the native code of
+the layers, because streaming the weights evicts each layer's Python objects from the CPU caches. This module stores the
+guards of all layers after the first in a few flat lists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fhopt.hf.layer_trace import leaf
 
 GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 FIRST = (0,)  # the path of the first argument
-Behind = list[tuple[Any, Tensor, ReadyStep]]  # states of layers, what they are called with, and their steps
+Behind = list[tuple[Any, Tensor, ReadyStep]]  # layer states, their inputs, and their steps
 
 
 class CalledLayers(Protocol):
@@ -32,10 +32,10 @@ class CalledLayers(Protocol):
 
 
 class StepChain:
-    """Layers that are called one behind the other, with the same arguments but for the first.
+    """Layers called one after the other with the same arguments except the first.
 
-    first, states: of layers (`LayerState`); the last ones are those behind the first, with the programs `bounds`. It
-    serves every cache, and holds none.
+    first, states: layers (`LayerState`); `states` are the layers after the first, and `bounds` their programs. A chain
+    serves every cache and holds none.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class StepChain:
         weights = [weight for conditions in all_of_them for weight in conditions.weights]
         self._conditions = Conditions(single.values(), hooks, weights)
         self._all = first, *states
-        self._turns: tuple[Any, Conditions | None] = (None, None)  # those that were asked for, and what must hold there
-        self._calls: list[tuple[torch.nn.Module, Any]] = []  # layers, and what their class is called by
+        self._turns: tuple[Any, Conditions | None] = (None, None)  # the last turns checked, and their guards
+        self._calls: list[tuple[torch.nn.Module, Any]] = []  # layers, and the `__call__` of their classes
         self._between = [torch.empty(program.output.shape, dtype=program.output.dtype) for _ in range(2)]
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
@@ -64,7 +64,7 @@ class StepChain:
 
     @staticmethod
     def of(first: Any, ready: ReadyStep, behind: Behind) -> StepChain | None:
-        """Return the chain of a layer and those that were made ready behind it; None where these are called unlike."""
+        """Return the chain of a layer and the steps made ready after it; None if their calls differ."""
         program, bounds = ready.bound, [step.bound for _, _, step in behind]
         paths = {path for _, path in program.reads}
         for bound in bounds:
@@ -77,11 +77,11 @@ class StepChain:
         return StepChain(first, program, [who for who, _, _ in behind], bounds)
 
     def __len__(self) -> int:
-        """Return the number of layers behind the first."""
+        """Return the number of layers after the first."""
         return len(self._bounds)
 
     def steps_behind(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CacheStep] | None:
-        """Return the prepared steps behind that of the first layer in a call; None where they are not to be run."""
+        """Return the prepared steps after that of the first layer in a call; None if they may not run."""
         if ready.bound is not self._program:
             return None
         cache = leaf(args, kwargs, self._program.attention.cache)
@@ -89,7 +89,7 @@ class StepChain:
         return steps if steps is not None and self._conditions.hold() else None
 
     def ready(self, ready: ReadyStep, steps: Sequence[CacheStep]) -> Behind:
-        """Make steps ready, as `steps_behind` returned them. ready: that of the first layer."""
+        """Make the steps from `steps_behind` ready. ready: the first layer's step."""
         behind: Behind = []
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
         read = list(ready.read)
@@ -104,11 +104,10 @@ class StepChain:
         return behind
 
     def run_through(self, ready: ReadyStep, steps: list[CacheStep]) -> tuple[Any, ReadyStep]:
-        """Run and finish the step of the first layer and those behind it, whose results nobody sees but the last.
+        """Run and finish the steps of all layers; only the last result is returned.
 
-        Returns the state of the last layer, and its step. What one layer hands to the next stands in tensors of the
-        chain: making new ones, and all that goes with them, takes as long as machine code takes for a layer. ready,
-        steps: as of `ready`.
+        Returns the last layer's state and step. Intermediate results are in tensors of the chain: allocating new ones
+        takes as long as the native code of a layer. ready, steps: as of `ready`.
         """
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
         for number, (bound, reads) in enumerate(zip(self._bounds, self._reads, strict=True)):
@@ -126,9 +125,9 @@ class StepChain:
         return self._states[-1], last
 
     def is_called_in(self, turns: CalledLayers) -> bool:
-        """Return whether turns of a loop are these layers one behind the other, whose calls are their programs alone.
+        """Return whether a loop calls exactly these layers in order, and each call runs only its program.
 
-        Nothing hooks into the calls then, and nothing stands in for the layers or is called around them.
+        No hook runs then, and no layer is replaced or wrapped.
         """
         if self._turns[0] is not turns:
             self._turns = turns, self._calls_of(turns)
@@ -138,7 +137,7 @@ class StepChain:
         return all(type(layer).__call__ is call for layer, call in self._calls)
 
     def _calls_of(self, turns: CalledLayers) -> Conditions | None:
-        """Return what must hold while turns call the layers; None where they never do that alone."""
+        """Return the guards for turns that call the layers; None if the turns do not, or do more."""
         layers = tuple(state.layer for state in self._all)
         start = next((i for i, layer in enumerate(turns.elements) if layer is layers[0]), 0)
         if turns.elements[start : start + len(layers)] != layers:
@@ -153,7 +152,7 @@ class StepChain:
         return Conditions(entries, [vars(layer)[name] for layer, name in ends], ())
 
     def _current_steps(self, layers: Sequence[Any], threads: int) -> list[CacheStep] | None:
-        """Return the prepared steps of the layers of a cache; None where one of them is not to be run."""
+        """Return the prepared steps of a cache's layers; None if one of them may not run."""
         steps: list[CacheStep] = []
         for number, bound in zip(self._numbers, self._bounds, strict=True):
             step = bound.prepared(layers[number], threads)

@@ -1,14 +1,14 @@
-"""Decode steps of consecutive layers in one call of machine code, ahead of the model's calls of these layers.
+"""Decode steps of consecutive layers in one native call, ahead of the model's own calls of the layers.
 
-    before   layer 0, ..., layer 29: Python between each two, whose code and data the weights drive out of caches
-    after    layer 0 runs all thirty; the others return what is there, and their caches hold the token then
+    before   layer 0, ..., layer 29: Python between layers, whose code and data the weights evict from CPU caches
+    after    layer 0 runs all 30; the other calls return the stored results and commit the token to their caches
 
-A layer follows another where it was called with what that one returned, and with the same other arguments, and where no
-hook runs between the two, which might write their weights. What was run ahead counts only if the call comes and is the
-one that was expected: the same arguments, and what was read of them has the same bytes still. Otherwise it is thrown
-away, which leaves cache and model as they were, and the layer runs as it would have without it. A layer whose steps are
-thrown away several times in a row is not run ahead any more. Where a loop does nothing but to call one layer after the
-other (fhopt/hf/layer_loop.py), arguments are all that is compared, and where these are the same by its source, nothing.
+A layer follows another if its input is the other's result, all other arguments are the same, and no hook, which might
+write weights, runs between them. A result computed ahead counts only if the expected call arrives: the same arguments,
+with the same bytes in every tensor that was loaded. Otherwise it is discarded, cache and model are unchanged, and the
+layer runs normally. A layer whose steps are discarded MOST_WASTED times in a row no longer runs ahead. If a loop only
+calls one layer after the other (fhopt/hf/layer_loop.py), only arguments are compared; if its source shows that these
+are constant, nothing is.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fhopt.hf.bound_program import ReadyStep
 from fhopt.hf.cache_steps import run_steps
 from fhopt.hf.step_chain import CalledLayers, StepChain
 
-MOST_WASTED = 3  # steps of a layer that were run ahead for nothing
+MOST_WASTED = 3  # consecutive discarded steps after which a layer no longer runs ahead
 
 
 class Follower:
-    """A layer's place among others: which one comes next, and how often running it ahead was in vain."""
+    """The layer that follows a layer, and how often running this layer ahead was wasted."""
 
     def __init__(self) -> None:
         self.next: Any = None  # the state of a layer
@@ -40,14 +40,14 @@ class Follower:
 
 
 class _Others:
-    """The arguments of a call but for the first. Caches are held weakly: a pass that ends early must not keep them."""
+    """A call's arguments except the first. Weak references, so that an aborted forward does not keep caches alive."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.count, self.names = len(args), tuple(kwargs)
         self.held = [_reference(x) for x in (*args[1:], *kwargs.values())]
 
     def are(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call has the same ones."""
+        """Return whether a call has the same arguments."""
         if len(args) != self.count or tuple(kwargs) != self.names:
             return False
         return all(map(is_, (*args[1:], *kwargs.values()), [get() for get in self.held]))
@@ -56,13 +56,13 @@ class _Others:
 def _reference(x: Any) -> Callable[[], Any]:
     try:
         return weakref.ref(x)
-    except TypeError:  # numbers, names, tuples
+    except TypeError:  # numbers, strings, tuples
         return lambda: x
 
 
 @dataclass(eq=False, slots=True)
 class _AsRead:
-    """A tensor, and what it was when steps read it: its shape, where it stood, its numbers in order."""
+    """A tensor as it was when steps loaded it: shape, address and bytes."""
 
     tensor: Tensor
     shape: torch.Size
@@ -71,11 +71,11 @@ class _AsRead:
 
     @staticmethod
     def of(tensor: Tensor) -> _AsRead:
-        """Return a tensor as it is now."""
+        """Snapshot a tensor."""
         return _AsRead(tensor, tensor.shape, tensor.data_ptr(), _numbers(tensor))
 
     def is_unchanged(self) -> bool:
-        """Return whether it has the shape and the numbers that it had."""
+        """Return whether shape and bytes are unchanged."""
         tensor = self.tensor
         if tensor.shape != self.shape:
             return False
@@ -91,7 +91,7 @@ def _numbers(tensor: Tensor) -> bytes:
 
 @dataclass(eq=False, slots=True)
 class _Ahead:
-    """A step that was run ahead: the call that it was run for, and what it read."""
+    """A step that ran ahead, the call that it expects, and the tensors that it loaded."""
 
     ready: ReadyStep
     x: Tensor
@@ -99,7 +99,7 @@ class _Ahead:
     inputs: list[_AsRead]
 
     def is_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is the expected one, and the layer of the cache is what it was."""
+        """Return whether a call is the expected one and the cache layer is unchanged."""
         if not args or args[0] is not self.x or not self.others.are(args, kwargs):
             return False
         if torch.is_autocast_enabled("cpu"):
@@ -108,24 +108,24 @@ class _Ahead:
 
 
 class DueSteps:
-    """Steps that were run ahead for the turns of a loop, in which nothing happens but calls of layers."""
+    """Steps that ran ahead for a loop that only calls layers."""
 
     def __init__(self, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> None:
-        """behind: as `StepChain.ready` returns it; others: arguments of the call of the layer before."""
+        """behind: as `StepChain.ready` returns it; others: arguments of the previous layer's call."""
         self.left, self.others = behind[::-1], others
 
     def pop(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ReadyStep | None:
-        """Return the step of a layer in a call; None where it was made for another one."""
+        """Return a layer's step for a call; None if the step expects another call."""
         expected, x, ready = self.left.pop()
         is_it = expected is state and bool(args) and args[0] is x and self.others.are(args, kwargs)
         return ready if is_it else None
 
 
 class Walk(threading.local):
-    """The calls of a model's layers in a thread, one after the other.
+    """Per-thread sequence of a model's layer calls.
 
-    turns: of the loop that calls a layer now; due: what was run ahead for turns that come. may_skip: a layer, and how
-    many turns are left behind its own, in a loop that may leave them out; skipped: how many of them were done.
+    turns: of the loop that is calling a layer; due: steps that ran ahead for its next turns. may_skip: a layer, and how
+    many later turns a loop may skip; skipped: how many of them already ran.
     """
 
     def __init__(self) -> None:
@@ -133,18 +133,18 @@ class Walk(threading.local):
         self.due: DueSteps | None = None
         self.may_skip: tuple[Any, int] = (None, 0)
         self.skipped = 0
-        self._ahead: dict[Any, _Ahead] = {}  # by the states of layers
-        self._last: tuple[Any, Tensor, _Others] | None = None  # a layer, what it returned, what it was called with
-        self._chains: dict[Any, StepChain | None] = {}  # layers that are run ahead, by the states of those before them
+        self._ahead: dict[Any, _Ahead] = {}  # by layer state
+        self._last: tuple[Any, Tensor, _Others] | None = None  # the last layer, its result and its arguments
+        self._chains: dict[Any, StepChain | None] = {}  # layers that run ahead, by the state of the layer before
 
     def result_of(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a layer returns that was run ahead, whose cache holds the token then; None where it was not."""
+        """Return the result of a layer that ran ahead, and commit its token to the cache; else None."""
         ahead = self._ahead.pop(state, None) if self._ahead else None
         if ahead is None:
             return None
         if not ahead.is_for(args, kwargs):
             self._waste(state)
-            self._ahead.clear()  # they were computed from what this call would have returned
+            self._ahead.clear()  # they depend on the result of this call
             return None
         ahead.ready.step.finish()
         state.follower.wasted = 0
@@ -152,15 +152,15 @@ class Walk(threading.local):
         return ahead.ready.result
 
     def has_chains(self) -> bool:
-        """Return whether any layers are run ahead together."""
+        """Return whether any layers run ahead together."""
         return bool(self._chains)
 
     def has_chain(self, states: Sequence[Any]) -> bool:
-        """Return whether any of these layers is run ahead together with others."""
+        """Return whether any of these layers runs ahead together with others."""
         return any(chain is not None and first in states for first, chain in self._chains.items())
 
     def due_result(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a layer returns in a turn of a loop, as `result_of` does."""
+        """Return a layer's result in a turn of a loop, as `result_of` does."""
         due = self.due
         if due is None or not due.left:
             return None
@@ -179,13 +179,13 @@ class Walk(threading.local):
         self, state: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any],
         follow: Callable[[Any, tuple[Any, ...], dict[str, Any]], ReadyStep | None],
     ) -> Any:  # fmt: skip
-        """Run the step of a layer, and of those that follow it, and return its result.
+        """Run the steps of a layer and of the layers that follow it, and return the first layer's result.
 
-        follow: returns the step of another layer in a call, None where it is not to be run ahead.
+        follow: returns another layer's step for a call; None if it may not run ahead.
         """
         self._link(state, args, kwargs)
         missed = next(iter(self._ahead), None)
-        if missed is not None:  # the first call that never came
+        if missed is not None:  # the first call that did not arrive
             self._waste(missed)
         self._ahead.clear()
         self.due, others = None, _Others(args, kwargs)
@@ -211,8 +211,8 @@ class Walk(threading.local):
         return ready.result
 
     def _expect(self, behind: list[tuple[Any, Tensor, ReadyStep]], others: _Others) -> None:
-        """Keep steps that were run ahead until their layers are called."""
-        as_read: dict[int, _AsRead] = {}  # most tensors are read by every layer
+        """Store steps that ran ahead until their layers are called."""
+        as_read: dict[int, _AsRead] = {}  # shared: most tensors are loaded by every layer
         for who, x, step in behind:
             for tensor in step.read:
                 if id(tensor) not in as_read:
@@ -222,8 +222,8 @@ class Walk(threading.local):
     def _behind(
         self, state: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any], follow: Callable[..., Any]
     ) -> Iterator[tuple[Any, Tensor, ReadyStep]]:
-        """Yield the states of layers that follow, what they are called with, and their steps."""
-        met = {id(state), id(ready.step.layer)}  # no layer twice, and none of the cache
+        """Yield the layers that follow, with their inputs and steps."""
+        met = {id(state), id(ready.step.layer)}  # no layer of the model or the cache twice
         while args and not state.layer._forward_hooks:
             state = state.follower.next
             if state is None or state.follower.wasted >= MOST_WASTED or id(state) in met:
@@ -236,12 +236,12 @@ class Walk(threading.local):
             yield state, args[0], ready
 
     def _waste(self, state: Any) -> None:
-        """Take note that a layer was run ahead in vain."""
+        """Count a wasted run of a layer."""
         state.follower.wasted += 1
         self._chains.clear()
 
     def _link(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note that a layer was called with what the last one returned."""
+        """Record which layer followed the last one, if it was called with its result."""
         if self._last is None:
             return
         last, output, others = self._last

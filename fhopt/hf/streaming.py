@@ -1,8 +1,8 @@
-"""Generation that streams its text, times itself, and stops at Ctrl-C with what it has.
+"""Text generation that streams, measures latency, and stops at Ctrl-C with a partial result.
 
     done = generate_text(model, tokenizer, ids, Sampling(), write=print)
 
-It is transformers' own `generate`, on a KV cache that the caller gets back: of latents where a plan is applied.
+Uses transformers' `generate` on a KV cache that the caller gets back; latent if a plan is applied.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fhopt.models.model_facts import cache_argument, keeps_own_cache, positions_
 
 @dataclass(frozen=True)
 class Generated:
-    """What one call has generated, and how fast.
+    """Result and timing of one generation.
 
-    prompt_tokens: all of the prompt; prefill_tokens: those that were not in the KV cache before. times: seconds from
-    the call to each token. cache: what the KV cache is afterwards; None where it was left incomplete.
+    prompt_tokens: the whole prompt; prefill_tokens: those not in the KV cache before. times: seconds from the call to
+    each token. cache: the KV cache afterwards; None if it was left incomplete.
     """
 
     ids: tuple[int, ...]
@@ -44,7 +44,7 @@ class Generated:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """Seconds until the first token; None where there was none."""
+        """Time to first token in seconds; None if there was no token."""
         return self.times[0] if self.times else None
 
     @property
@@ -54,11 +54,11 @@ class Generated:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens per second after the first one; None for fewer than two."""
+        """Tokens per second after the first; None for fewer than two."""
         return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
-        """Return text, counts, rates and bytes as JSON values; rates and bytes that are not known are null."""
+        """Return text, counts, rates and bytes as JSON values; unknown rates and bytes are null."""
         held = None if self.cache is None else cache_bytes(self.cache)
         exact = None if self.cache is None else exact_cache_bytes(self.cache)
         return {
@@ -78,7 +78,7 @@ class Generated:
 
 
 def new_cache(model: Any) -> Any:
-    """Return an empty KV cache: of latents where a plan is applied; None for a model that makes a kind of its own."""
+    """Make an empty KV cache: latent if a plan is applied; None for a model that makes its own."""
     if hasattr(model, "_fhopt_applied"):
         return latent_cache(model)
     if keeps_own_cache(model):
@@ -91,11 +91,11 @@ def generate_text(
     model: Any, tokenizer: Any, ids: Sequence[int], sampling: Sampling, *, write: Callable[[str], None],
     cache: Any = None,
 ) -> Generated:  # fmt: skip
-    """Generate behind token ids, passing text to `write` as it comes.
+    """Generate after token ids, streaming text to `write`.
 
-    cache: a KV cache that holds the first of `ids`; None: a new one. The first Ctrl-C after the first token ends
-    generation with the next token; one in prefill, or the second one, ends it at once and leaves no whole KV cache.
-    Raises FhoptError when the prompt is empty or longer than the model allows.
+    cache: a KV cache that holds a prefix of `ids`; None: a new one. The first Ctrl-C after the first token ends
+    generation at the next token. One during prefill, or a second one, ends it immediately and leaves the KV cache
+    incomplete. Raises FhoptError if the prompt is empty or too long for the model.
     """
     configuration = sampling.configuration(model, tokenizer, sampling.room(len(ids), positions_of(model)))
     cache = new_cache(model) if cache is None else cache
@@ -115,7 +115,7 @@ def generate_text(
 
 
 class _Stream(TextStreamer):  # type: ignore[misc]
-    """A streamer that passes text on and notes each token with its time."""
+    """A streamer that forwards text and records the time of each token."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -123,20 +123,20 @@ class _Stream(TextStreamer):  # type: ignore[misc]
         self.start = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then one token at a time."""
+        """Receive the prompt, then one token at a time."""
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
             self.ids.append(int(value.reshape(-1)[-1]))
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass text on."""
+        """Forward text."""
         if text:
             self.write(text)
 
 
 class _Interruptions:
-    """A stopping criterion that is met after Ctrl-C."""
+    """A stopping criterion met after Ctrl-C."""
 
     def __init__(self) -> None:
         self.count, self.broke_off = 0, False
@@ -146,14 +146,14 @@ class _Interruptions:
 
     @contextmanager
     def noted(self, stream: _Stream) -> Iterator[None]:
-        """Note Ctrl-C inside the context; one in prefill, or the second one, ends what is inside at once."""
+        """Count Ctrl-C inside the context; one during prefill, or a second one, ends it immediately."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self.count += 1
             if self.count > 1 or not stream.times:
                 raise KeyboardInterrupt
 
-        is_main = threading.current_thread() is threading.main_thread()  # others may not handle signals
+        is_main = threading.current_thread() is threading.main_thread()  # other threads cannot handle signals
         before = signal.getsignal(signal.SIGINT)
         is_handled = is_main and before is not signal.SIG_IGN
         try:

@@ -1,10 +1,10 @@
-"""Inspection of models and plans: attention sites, what a plan does to them, what each pass changes, running fits.
+"""Inspection of models and plans: attention sites, the effect of a plan, changes by each pass, running fits.
 
 | module | contents |
 |---|---|
-| `facts` | facts of each site and of the whole model; everything that is shown is in their JSON |
+| `facts` | facts of each site and of the whole model; their JSON contains everything that is shown |
 | `tables`, `doctor_tables` | tables that commands print |
-| `prospects` | what a model gains by a plan on this machine, before one is fitted |
+| `prospects` | what a model would gain from a plan on this machine |
 | `snapshots` | the graph after each pass, and what changed |
 | `graphs`, `graph_files` | graphs as files: dot, svg, graphml, json |
 | `drawing` | one site before and after, laid out by Graphviz |

@@ -1,7 +1,7 @@
-"""The charts of a report as Vega-Lite specifications.
+"""Charts of a report as Vega-Lite specifications.
 
-Each names the data that it draws (`{"name": ROWS}`); the page fills them in from the report's own JSON, so a chart
-shows no number that the JSON lacks. The page gives colours, fonts and width.
+Each names its data (`{"name": ROWS}`), which the page fills in from the report's own JSON, so a chart shows no value
+that is not in the JSON. The page sets colors, fonts and width.
 
 Vega-Lite: Satyanarayan et al. 2017, A Grammar of Interactive Graphics.
 """
@@ -35,7 +35,7 @@ def _side_colour() -> Spec:
 
 
 def _ticks(form: str) -> Spec:
-    """Return the ticks of a logarithmic axis, which has too many for a grid."""
+    """Return the ticks of a logarithmic axis, without a grid, which would be too dense."""
     return {"format": form, "grid": False, "tickCount": 5}
 
 
@@ -58,7 +58,7 @@ def size() -> Spec:
 
 
 def sensitivity() -> Spec:
-    """Chart the loss with 2 bits in every channel, and that of the plan. Rows: site, index, side, kind, nats."""
+    """Chart the expected KL with 2 bits in every channel, and with the plan. Rows: site, index, side, kind, nats."""
     return _spec(
         "sensitivity",
         mark={"type": "point", "filled": True, "size": 45},
@@ -73,7 +73,7 @@ def sensitivity() -> Spec:
 
 
 def curve() -> Spec:
-    """Chart the expected loss against size, with the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
+    """Chart expected KL against size, with the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
     encoding = {
         "x": _quantity("bytes_per_token", "bytes per token, everything included", scale=_log(), axis=_ticks("~s")),
         "y": _quantity("nats", "expected loss, nats per token", scale=_log(), axis=_ticks(".0e")),
@@ -117,7 +117,7 @@ def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
 
 
 def spectrum() -> Spec:
-    """Chart one side of one site: the loss of dropping a channel, coloured by its bits. Rows: channel, nats, bits."""
+    """Chart one side of one site: the cost of dropping a channel, colored by its bits. Rows: channel, nats, bits."""
     return _spec(
         "spectrum",
         mark={"type": "bar", "tooltip": True},

@@ -1,4 +1,4 @@
-"""Tables of `fhopt doctor`: the machine, what is fast on it and what is not, and what a model gains there by a plan."""
+"""Tables of `fhopt doctor`: the machine, what is fast and slow on it, and what a model gains there from a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEGEND = (
 
 
 def machine_report(machine: Machine, found: Sequence[Finding]) -> Group:
-    """Tabulate a machine, and below it the findings, a line each with its cure."""
+    """Tabulate a machine, and below it the findings, one line each with its fix."""
     return Group(_machine_table(machine), "", _findings_table(found))
 
 
@@ -59,7 +59,7 @@ def _findings_table(found: Sequence[Finding]) -> Table:
 
 
 def prospects_report(prospects: Prospects) -> Group:
-    """Tabulate a model on this machine: sites, what stays exact, and a column for each KV cache."""
+    """Tabulate a model on this machine: sites, what stays exact, and a column per KV cache."""
     table = _facts()
     table.add_row("model", Text(f"{prospects.model}, {prospects.parameters:,} parameters"))
     size = quantity(prospects.weight_bytes, "B")
@@ -75,7 +75,7 @@ def prospects_report(prospects: Prospects) -> Group:
 
 
 def _caches_table(prospects: Prospects) -> Table:
-    """Tabulate the KV caches, a column each."""
+    """Tabulate the KV caches, one column each."""
     caches = prospects.caches
     table = light_table()
     table.add_column("KV cache, whole model", no_wrap=True)
@@ -93,7 +93,7 @@ def _caches_table(prospects: Prospects) -> Table:
 
 
 def _gains(caches: Sequence[Prospect], factors: Sequence[float]) -> list[str]:
-    """Return the cells of a row of factors over the exact KV cache, which has none."""
+    """Return the cells of a row of factors over the full-precision KV cache; its own cell is empty."""
     return [times(factor) if one.pays else "" for one, factor in zip(caches, factors, strict=True)]
 
 

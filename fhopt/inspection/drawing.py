@@ -4,9 +4,9 @@
     with a plan  x -> projections -> rotation -> encode -> cache of latents -> latent attention -> decode -> output
                                   query -> absorb ->
 
-Every arrow has a shape as its label. Graphviz lays the drawing out; the package pygraphviz contains it.
+Every arrow has a shape as its label. Graphviz lays out the drawing; the package pygraphviz contains it.
 
-Letters: B batch, H query heads, G kv heads, S new queries, T cached tokens, D head size, J latent heads, R width.
+Dimensions: B batch, H query heads, G kv heads, S new queries, T cached tokens, D head size, J latent heads, R width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
 
-# Roles of nodes: fill and line of each, where no style sheet says otherwise (the report has one for dark pages, too).
+# Fill and line color by role of a node, unless a style sheet overrides them (the report's does for dark pages).
 COLOURS = {
     "io": ("#f4f4f5", "#71717a"),
     "weight": ("#e0e7ff", "#4f46e5"),
@@ -47,7 +47,7 @@ _EDGE = dict(fontname=FONT, fontsize="10", arrowsize="0.6", color="#71717a", fon
 
 @dataclass(frozen=True)
 class Diagram:
-    """A diagram to be drawn: nodes (id -> role, lines of text) and arrows (from, to, label)."""
+    """A diagram: nodes (id -> role, lines of text) and arrows (from, to, label)."""
 
     nodes: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     edges: list[tuple[str, str, str]] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Diagram:
 
     @property
     def svg(self) -> str:
-        """The diagram as SVG. Raises FhoptError where pygraphviz is not installed."""
+        """The diagram as SVG. Raises FhoptError if pygraphviz is not installed."""
         return laid_out(self._agraph())
 
     def _agraph(self) -> Any:
@@ -80,7 +80,7 @@ class Diagram:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A site as SVG: `before`, and `after` where there is a plan for it."""
+    """A site as SVG: `before`, and `after` if there is a plan for it."""
 
     name: str
     before: str
@@ -110,7 +110,7 @@ class Drawing:
 
 
 def draw(site: AttentionSite | SitePlan, plan: PlanOrPath | None = None) -> Drawing:
-    """Draw a site, or the plan of one. Raises FhoptError if `plan` (a plan or the path of one) has no such site."""
+    """Draw a site, or the plan of one. Raises FhoptError if `plan` (a plan or its path) has no such site."""
     plan = None if plan is None else as_plan(plan)
     if isinstance(site, AttentionSite) and plan is not None:
         site = plan.site(site.name)
@@ -119,7 +119,7 @@ def draw(site: AttentionSite | SitePlan, plan: PlanOrPath | None = None) -> Draw
     return Drawing(site.name, before(site).svg)
 
 
-# --------------------------------------------------------------------------------------------------- what is drawn
+# --------------------------------------------------------------------------------------------------- diagrams of a site
 
 
 def before(site: AttentionSite) -> Diagram:
@@ -136,7 +136,7 @@ def before(site: AttentionSite) -> Diagram:
 
 
 def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
-    """Draw the site as its plan changes it."""
+    """Draw the site with its plan."""
     site, drawn = site_plan.site, _projected(site_plan.site)
     drawn.node("ek", "latent", "encode keys", _matrix(site_plan.key.encode))
     drawn.edge(_last(drawn, "k"), "ek", f"k [B, {site.kv_heads}, S, {site.key_dim}]")
@@ -164,7 +164,7 @@ def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
 
 
 def _projected(site: AttentionSite) -> Diagram:
-    """Draw input, projections, and what lies between projections and core attention."""
+    """Draw input, projections, and everything between projections and core attention."""
     drawn = Diagram()
     is_cross = site.kind == "cross"
     drawn.node("x", "io", "hidden states")
@@ -196,7 +196,7 @@ def _output(drawn: Diagram, site: AttentionSite, source: str) -> None:
 
 
 def _projection(site: AttentionSite, role: str) -> str:
-    """Return the last part of the path of the module that projects."""
+    """Return the last component of the path of the projection module."""
     names = site.projections.get(role, ())
     modules = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] or name for name in names)
     return " + ".join(modules) or role
@@ -241,21 +241,21 @@ def _dims(key: int, value: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Escape a text for Graphviz, which reads entities and backslashes in labels, and HTML between < and >."""
+    """Escape a text for Graphviz, which interprets entities and backslashes in labels, and HTML between < and >."""
     return html.escape(text, quote=False).replace("\\", "\\\\")
 
 
 def laid_out(agraph: Any) -> str:
-    """Lay out a graph of pygraphviz with Graphviz, and return it as SVG."""
+    """Lay out a pygraphviz graph with Graphviz, and return it as SVG."""
     with without_font_warnings():
         return clean_svg(agraph.draw(format="svg", prog="dot").decode())
 
 
 @contextmanager
 def without_font_warnings() -> Iterator[None]:
-    """Leave out what Fontconfig writes to standard error: pygraphviz brings one that is older than the system's files.
+    """Suppress Fontconfig's warnings on standard error: pygraphviz bundles a version older than the system's files.
 
-    It writes from C, so the file descriptor is turned aside; all else that is written meanwhile follows at the end.
+    They are written from C, so the file descriptor is redirected; other output is written afterwards.
     """
     with _aside, tempfile.TemporaryFile() as written:
         kept = os.dup(2)
@@ -271,11 +271,11 @@ def without_font_warnings() -> Iterator[None]:
                     os.write(2, line)
 
 
-_aside = threading.Lock()  # of one thread at a time
+_aside = threading.Lock()  # one thread at a time
 
 
 def clean_svg(svg: str) -> str:
-    """Return the SVG element alone, sized by its box, without ids, which would collide on a page of many drawings."""
+    """Return only the SVG element, sized by its box, without ids, which would collide on a page of many drawings."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<title>[^<]*</title>\n?", "", svg)  # ids of nodes, which browsers would show as tooltips

@@ -1,10 +1,10 @@
 """Facts of a model's attention, as one object with a JSON form, from which tables and pages are made.
 
-    inspect(loaded, outcome, plan)  ->  Inspection      what `fhopt inspect` shows, its --json, the numbers of a report
+    inspect(loaded, outcome, plan)  ->  Inspection      for `fhopt inspect`, its --json, and reports
 
-What is shown as text is made from these values, so that a page, a table and the JSON cannot differ.
+All displayed text is made from these values, so pages, tables and JSON agree.
 
-Letters: B batch, S new queries (here 1), T cached tokens.
+Dimensions: B batch, S new queries (here 1), T cached tokens.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel
 
 
-TOKENS = COUNTED_AT  # cached tokens for which sizes and times are shown
-DTYPE = "bfloat16"  # of exact numbers
+TOKENS = COUNTED_AT  # cached tokens for displayed sizes and times
+DTYPE = "bfloat16"  # of full-precision keys and values
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Formulas:
 
 @dataclass(frozen=True)
 class PaysFrom:
-    """The number of cached tokens from which on a plan is faster than exact attention on a device, by roofline.
+    """Break-even context: cached tokens from which a plan is faster than exact attention, by the roofline model.
 
-    verdict: "from", "always" or "never"; tokens: where it is "from".
+    verdict: "from", "always" or "never"; tokens: set for "from".
     """
 
     device: str
@@ -85,9 +85,9 @@ class PlannedSide:
 class PlannedSite:
     """A site under a plan.
 
-    bytes: of a quantized token. expected_nats: expected loss per token, None where it was not measured. page_read:
-    share of the pages that a decode step reads on average, measured in calibration; page_share: at most; 1: all.
-    Formulas and break-even contexts count all pages.
+    bytes: per quantized token. expected_nats: expected KL in nats/token, None if not measured. page_read: average share
+    of pages that a decode step loads, measured in calibration; page_share: at most; 1: all. Formulas and break-even
+    contexts count all pages.
     """
 
     layout: str
@@ -103,10 +103,10 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class InspectedSite:
-    """A site as text and numbers.
+    """A site as text and values.
 
-    exact_bytes: of keys and values of a token, in 16 bits; 0 where those of another layer are read. plan: None where
-    the cache keeps its layer exact.
+    exact_bytes: of a token's keys and values, in 16 bits; 0 if the site uses those of another layer. plan: None if the
+    cache leaves its layer in full precision.
     """
 
     site: AttentionSite
@@ -117,7 +117,7 @@ class InspectedSite:
     plan: PlannedSite | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the site's own fields, with what follows from them and from the plan."""
+        """Return the fields of the site, and what follows from them and from the plan."""
         words = {"rope_words": self.rope, "mask_words": self.mask, "exact_bytes": self.exact_bytes}
         planned = asdict(self.plan) if self.plan else None
         return asdict(self.site) | words | {"formulas": asdict(self.formulas), "plan": planned}
@@ -125,14 +125,12 @@ class InspectedSite:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """The plan as a whole. expected_nats, expected_interval: see `ExpectedLoss`, whose words `expected_words` are.
+    """The plan as a whole. expected_nats, expected_interval, expected_words: from `ExpectedLoss`.
 
-    warning: where it was fitted to few tokens. mean_tokens: of each sequence, whose mean is taken off what is
-    quantized; 0: none. segment: tokens to whose first position quantized keys are relative; 0: as they stand.
-    has_trellis: some bit groups have trellis codes.
-
-    ratio, bytes_per_token: of the layers that the plan compresses, everything included, at `tokens` cached tokens.
-    whole_ratio, cache: of the whole model, with the layers that stay exact.
+    warning: set if the plan was fitted to few tokens. mean_tokens: tokens whose mean is subtracted before quantization;
+    0: none. segment: tokens per segment to which quantized keys are relative; 0: none. has_trellis: whether some bit
+    groups have trellis codes. ratio, bytes_per_token: of the layers that the plan compresses, everything included, at
+    `tokens` cached tokens. whole_ratio, cache: of the whole model, including full-precision layers.
     """
 
     ratio: float
@@ -160,7 +158,7 @@ class PlanFacts:
 
 @dataclass(frozen=True)
 class Missed:
-    """A candidate that was not rewritten. code: the line of the user's code, "" where tracing did not keep it."""
+    """A candidate that was not rewritten. code: the line of the user's code, "" if tracing did not record it."""
 
     stage: str
     node: str
@@ -172,7 +170,7 @@ class Missed:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device's peak figures, and attention on it with each KV cache, with `tokens` cached tokens."""
+    """A device's peak rates, and attention on it with each KV cache, with `tokens` cached tokens."""
 
     device: str
     bandwidth_gb_s: float
@@ -196,10 +194,10 @@ class RooflinePoint:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts that `inspect` collects.
+    """Facts that `inspect` collects.
 
-    exact_bytes: of an ordinary cache of the whole model, in 16 bits, divided by the tokens of `cache`, which it holds.
-    proofs: certificates of the rewrites, as text.
+    exact_bytes: per token of a 16-bit cache of the whole model, at `cache.tokens` tokens. proofs: certificates of the
+    rewrites, as text.
     """
 
     model: str
@@ -215,7 +213,7 @@ class Inspection:
     proofs: str = ""
 
     def site(self, name: str) -> InspectedSite:
-        """Return the site called `name`, in full or as tables shorten it. Raises FhoptError when there is none."""
+        """Return the site called `name`, in full or as tables shorten it. Raises FhoptError if there is none."""
         names = tuple(site.site.name for site in self.sites)
         form = common_form(names)
         for wanted in (names, tuple(short_name(full, form) for full in names)):
@@ -248,7 +246,7 @@ def inspect(
     loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = SHOWN,
     tokens: int = TOKENS,
 ) -> Inspection:  # fmt: skip
-    """Collect the facts of the sites of `outcome`, and of `plan` where there is one.
+    """Collect the facts of the sites of `outcome`, and of `plan` if given.
 
     devices: for break-even contexts and rooflines. tokens: cached tokens of the rooflines. Raises FhoptError for an
     unknown device and for a plan of another model.
@@ -271,8 +269,8 @@ def inspect_sites(
 ) -> Inspection:  # fmt: skip
     """Collect the facts of sites without a graph.
 
-    layers: of the model's cache, as measured; without any, one for each site.
-    cached: names of the sites that a cache holds keys and values of, and a decode step attends with; None: all.
+    layers: of the model's cache, as measured; if empty, one per site. cached: names of the sites whose keys and values
+    are cached and that a decode step runs; None: all.
     """
     decoding = [site for site in sites if cached is None or site.name in cached]
     targets = [find_device(name) for name in devices]
@@ -296,7 +294,7 @@ def inspect_sites(
 
 
 class _Inspector:
-    """Facts of site after site; what sites of equal shapes share is computed once."""
+    """Collector of facts, site by site, which caches results for sites of equal shapes."""
 
     def __init__(
         self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device],
@@ -401,7 +399,7 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> 
 
 
 def _checked_curve(curve: Sequence[Size], checks: Sequence[LossCheck]) -> tuple[Size, ...]:
-    """Return plans of other sizes with the losses that follow from what was measured, where something was."""
+    """Return plans of other sizes, with the KL that follows from measurements if there are any."""
     if not checks:
         return tuple(curve)
     return tuple(replace(size, nats=loss_interval(checks, size.nats)[0]) for size in curve)
@@ -435,7 +433,7 @@ def _code(node: Any, missed: Explanation) -> str:
 
 @functools.cache
 def common_form(names: tuple[str, ...]) -> tuple[str, str]:
-    """Return the (start, end) that all names share, cut at dots; ("", "") for one name."""
+    """Return the common (prefix, suffix) of all names, cut at dots; ("", "") for one name."""
     if len(names) < 2:
         return "", ""
     split = [name.split(".") for name in names]
@@ -446,7 +444,7 @@ def common_form(names: tuple[str, ...]) -> tuple[str, str]:
 
 
 def short_name(name: str, form: tuple[str, str]) -> str:
-    """Return the part of a name between the start and the end of `common_form`."""
+    """Return a name without the prefix and suffix of `common_form`."""
     start, end = form
     cut = name[len(start) + 1 :] if start else name
     return cut[: len(cut) - len(end) - 1] if end else cut

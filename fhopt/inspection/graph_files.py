@@ -1,4 +1,4 @@
-"""Files of graphs: dot, svg, graphml, json, and .fhopt for Model Explorer."""
+"""Writing of graph files: dot, svg, graphml, json, and .fhopt for Model Explorer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fhopt.inspection.snapshots import ALL, Snapshots
 def write_graphs(
     seen: Snapshots, path: Path, inspection: Inspection, stage: str, site: str | None = None
 ) -> list[Path]:
-    """Write the graph after a pass to `path`, or with the stage "all" one file for each: `path` with its name in it.
+    """Write the graph after a pass to `path`; for the stage "all", one file per pass, with the pass in its name.
 
-    A file for Model Explorer holds all stages. site: cut this one out. Raises FhoptError.
+    A file for Model Explorer contains all stages. site: write only this site. Raises FhoptError.
     """
     if path.suffix.lower() == EXPLORER_GRAPH:
         return write_explorer([seen.after(name, site) for name in seen.stages], path, inspection)

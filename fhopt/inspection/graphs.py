@@ -23,7 +23,7 @@ from fhopt.inspection.optional import need
 from fhopt.passes.graph.nodes import fake, op_name, source_line
 from fhopt.passes.graph.program import Program, module_path
 
-MOST_DRAWN = 4000  # nodes: beyond it laying out takes minutes
+MOST_DRAWN = 4000  # nodes; layout of more takes minutes
 _OURS = {"attention": "attention", "latent_attention": "attention", "attend_latents": "attention"}
 _PROJECTIONS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "conv1d", "baddbmm"})
 
@@ -65,7 +65,7 @@ def _role(node: fx.Node, program: Program) -> str:
 
 
 def with_sites(graph: nx.DiGraph, names: Iterable[str]) -> nx.DiGraph:
-    """Copy a graph with an attribute `site` on each node: the name of the site that it belongs to, or ""."""
+    """Copy a graph with an attribute `site` on each node: the name of its site, or ""."""
     graph = graph.copy()
     nx.set_node_attributes(graph, "", "site")
     for name in names:
@@ -75,7 +75,7 @@ def with_sites(graph: nx.DiGraph, names: Iterable[str]) -> nx.DiGraph:
 
 
 def site_nodes(graph: nx.DiGraph, name: str) -> set[str]:
-    """Return the nodes of one site: those traced in its module, and those that passes put between them."""
+    """Return the nodes of one site: those traced in its module, and those that passes inserted between them."""
     path = name.partition("#")[0]
     seeds = {n for n, module in graph.nodes(data="module") if module == path or module.startswith(f"{path}.")}
     if not seeds:
@@ -89,7 +89,7 @@ def site_nodes(graph: nx.DiGraph, name: str) -> set[str]:
 
 
 def site_graph(graph: nx.DiGraph, name: str) -> nx.DiGraph:
-    """Return one site with its inputs and outputs. Raises FhoptError where no node of it is in the graph."""
+    """Return one site with its inputs and outputs. Raises FhoptError if the graph contains no node of it."""
     inside = site_nodes(graph, name)
     if not inside:
         raise FhoptError(
@@ -100,7 +100,7 @@ def site_graph(graph: nx.DiGraph, name: str) -> nx.DiGraph:
 
 
 def write_graph(graph: nx.DiGraph, path: Path, title: str) -> Path:
-    """Write a graph in the form that the ending of `path` names. Raises FhoptError."""
+    """Write a graph in the format given by the suffix of `path`. Raises FhoptError."""
     check_graph(path)
     kind = path.suffix.lower()
     try:

@@ -1,4 +1,4 @@
-"""The report of a model and its plan: one HTML file that loads nothing else, and opens without a network.
+"""Report of a model and its plan: one self-contained HTML file that opens without a network.
 
     build(loaded, outcome, plan, ...)  ->  Report        facts, drawings, kernels, changes by passes
     write(report, path)                                   the page
@@ -46,10 +46,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 @dataclass(frozen=True)
 class Report:
-    """The contents of a report.
+    """Contents of a report.
 
-    drawings: SVG, each once. drawn: (before, after) of each site as places in `drawings`, -1 where there is none.
-    measured: measured figures, such as those of `fhopt demo`; empty without a measurement.
+    drawings: SVG, without duplicates. drawn: (before, after) of each site as indices into `drawings`, -1 for none.
+    measured: measurements such as those of `fhopt demo`; may be empty.
     """
 
     inspection: Inspection
@@ -60,7 +60,7 @@ class Report:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Return every number that the page shows, without the texts of drawings, kernels and changes."""
+        """Return every value that the page shows, without the texts of drawings, kernels and changes."""
         stages = [asdict(stage) | {"changes": [change.times for change in stage.changes]} for stage in self.stages]
         kernels = [
             {"file": k.file, "language": k.language, "lines": k.lines, "sites": k.sites} for k in self.listings.files
@@ -72,7 +72,7 @@ class Report:
 def build(loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = SHOWN) -> Report:
     """Collect the report of a model and its plan.
 
-    Raises FhoptError when there is no attention or the plan is for another model.
+    Raises FhoptError if there is no attention or the plan is for another model.
     """
     snapshots = Snapshots()
     with snapshots.taking():
@@ -84,9 +84,9 @@ def build(loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Seque
 
 
 def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChanges, ...] = ()) -> Report:
-    """Make a report from facts, with drawings and kernels.
+    """Build a report from facts, with drawings and kernels.
 
-    Raises FhoptError where the extra `report` is not installed.
+    Raises FhoptError if the extra `report` is not installed.
     """
     drawings, drawn = _drawings([site.site for site in facts.sites], plan)
     listings = list_kernels(plan) if plan is not None else Listings()
@@ -96,7 +96,7 @@ def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChan
 def _drawings(
     sites: Sequence[AttentionSite], plan: LatentPlan | None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Return the drawings and their places; equal drawings are shared."""
+    """Return the drawings and their indices; equal drawings are shared."""
     planned = {p.site.name: p for p in plan.sites} if plan else {}
     places: dict[str, int] = {}
     known: dict[str, int] = {}
@@ -118,14 +118,14 @@ def _drawings(
 
 
 def check_installed() -> None:
-    """Raise FhoptError where something that a report needs is not installed, before anything slow starts."""
+    """Raise FhoptError if a package that a report needs is not installed, before anything slow starts."""
     for module in ("jinja2", "pygraphviz", "vl_convert"):
         need(module, "a report")
 
 
 def page(report: Report) -> str:
-    """Render the HTML page. Raises FhoptError where the extra `report` is not installed."""
-    facts = json.loads(json.dumps(report.as_json()))  # as a reader of the JSON has it
+    """Render the HTML page. Raises FhoptError if the extra `report` is not installed."""
+    facts = json.loads(json.dumps(report.as_json()))  # as parsed from the JSON
     form = common_form(tuple(site["name"] for site in facts["sites"]))
     shorts = [short_name(site["name"], form) for site in facts["sites"]]
     text: str = template("report.html").render(
@@ -139,7 +139,7 @@ def page(report: Report) -> str:
 
 
 def template(name: str) -> Any:
-    """Load a template of this package, which escapes its values. Raises FhoptError where jinja2 is not installed."""
+    """Load a template of this package, with autoescaping. Raises FhoptError if jinja2 is not installed."""
     jinja2 = need("jinja2", "a page")
     loader = jinja2.PackageLoader("fhopt.inspection")
     undefined = jinja2.StrictUndefined
@@ -149,7 +149,7 @@ def template(name: str) -> Any:
 
 
 def write(report: Report, path: Path) -> Path:
-    """Write the page, whole or not at all. Raises FhoptError when the place cannot be written."""
+    """Write the page, atomically. Raises FhoptError if the path is not writable."""
     text = page(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def write(report: Report, path: Path) -> Path:
 
 
 def _compressed_parts(report: Report) -> dict[str, Any]:
-    """Return what the page decompresses when a reader opens it."""
+    """Return the parts that the page decompresses on demand."""
     return {
         "drawings": report.drawings,
         "pieces": report.listings.pieces,
@@ -171,20 +171,20 @@ def _compressed_parts(report: Report) -> dict[str, Any]:
 
 
 def for_script(value: Any) -> str:
-    """Write JSON for a script element, with characters of HTML escaped."""
+    """Serialize JSON for a script element, with HTML characters escaped."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def fold(value: Any) -> str:
-    """Write JSON, deflated, in base64; `unfold` of report.js reads it."""
+    """Serialize JSON, deflated, in base64; `unfold` of report.js parses it."""
     squeezed = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = squeezed.compress(json.dumps(value, separators=(",", ":")).encode()) + squeezed.flush()
     return base64.b64encode(data).decode()
 
 
 def vega() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script, made once by vl-convert and stored in the kernel folder."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, bundled by vl-convert and cached in the kernel folder."""
     converter = need("vl_convert", "a report")
     versions = (
         f"{converter.get_vega_version()} {converter.get_vegalite_versions()} {converter.get_vega_embed_version()}"

@@ -1,6 +1,6 @@
-"""The generated kernels of a plan as highlighted text, by Pygments.
+"""Listing of a plan's generated kernels as highlighted text, by Pygments.
 
-Kernels of one model differ in a few lines. Texts are cut outside of comments and strings, equal pieces are
+Kernels of one model differ in a few lines. Texts are split outside of comments and strings, equal pieces are
 highlighted once, and a listing is a list of pieces.
 """
 
@@ -51,11 +51,11 @@ class Listings:
 
 
 def list_kernels(plan: LatentPlan) -> Listings:
-    """List the kernels of a plan for CPUs and GPUs, in bfloat16; none where the plan keeps no latents."""
+    """List the kernels of a plan for CPUs and GPUs, in bfloat16; none if the plan stores no latents."""
     result, known = Listings(), dict[tuple[str, str], int]()
     try:
         kernels = kernels_of(plan, "bfloat16")
-    except FhoptError:  # nothing but short sliding windows
+    except FhoptError:  # only short sliding windows
         return result
     by_spec: dict[str, tuple[KernelSpec, list[str]]] = {}
     for (spec, *_), sites in kernels.items():
@@ -63,7 +63,7 @@ def list_kernels(plan: LatentPlan) -> Listings:
     for target in ("cpp", "triton"):
         lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
         for name, (spec, names) in by_spec.items():
-            if target != "cpp" and has_trellis(spec):  # which kernels for CPUs alone read
+            if target != "cpp" and has_trellis(spec):  # trellis codes: only CPU kernels support them
                 continue
             text = render(spec, target)
             pieces = tuple(_piece(result, known, target, lexer, piece) for piece in _pieces(text, target))
@@ -81,7 +81,7 @@ def _piece(listings: Listings, known: dict[tuple[str, str], int], target: str, l
 
 
 def _pieces(text: str, target: str) -> Iterator[str]:
-    """Yield the text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
+    """Yield the text split at empty lines, except within a triple-quoted string or a C comment."""
     opened, closed = ("/*", "*/") if target == "cpp" else ('"""', "")
     piece = ""
     for part in re.split(r"\n\n", text):
@@ -95,5 +95,5 @@ def _pieces(text: str, target: str) -> Iterator[str]:
 
 
 def style_sheet(selector: str, style: str) -> str:
-    """Return Pygments' colours as CSS below a selector."""
+    """Return Pygments' colors as CSS below a selector."""
     return str(HtmlFormatter(style=style).get_style_defs(selector))

@@ -1,10 +1,10 @@
-"""Files for Google's Model Explorer: the graphs of all passes, with sites as groups, and figures of each site.
+"""Files for Google's Model Explorer: the graphs of all passes, with sites as groups, and values per site.
 
     fhopt inspect MODEL --plan PLAN --graph model.fhopt
     model-explorer model.fhopt --extensions=fhopt.inspection.model_explorer_extension --node_data_paths=model.bytes.json
 
-The file has one graph for each pass, to be shown side by side. Data of nodes are written beside it, which colour the
-sites: bytes per token, mean bits of a channel, and expected loss. Only reading needs the extra `explorer`.
+The file has one graph per pass, to be shown side by side. Node data in files next to it color the sites: bytes per
+token, mean bits per channel, and expected KL. Only loading needs the extra `explorer`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 FORM = 1  # version of the file
-GRAPH_BYTES = 1 << 30  # of a file that is read
+GRAPH_BYTES = 1 << 30  # max size of a file to load
 _GRADIENT = [{"stop": 0, "bgColor": "#ccfbf1"}, {"stop": 1, "bgColor": "#f43f5e"}]
 
 
 def write_explorer(graphs: Iterable[Snapshot], path: Path, inspection: Inspection) -> list[Path]:
-    """Write the file, and beside it bytes, bits and expected losses of sites. Raises FhoptError."""
+    """Write the file, and next to it bytes, bits and expected KL of sites. Raises FhoptError."""
     names = [site.site.name for site in inspection.sites]
     boxed = {f"{i:02d} {g.stage}": with_sites(g.network, names) for i, g in enumerate(graphs)}
     about = {site.site.name: _about(site) for site in inspection.sites}
@@ -54,7 +54,7 @@ def _forms(graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
 
 
 def _about(inspected: InspectedSite) -> dict[str, str]:
-    """Return the facts shown beside a group that is selected."""
+    """Return the facts shown for a selected group."""
     site = inspected.site
     facts = {
         "kind": site.kind,
@@ -70,7 +70,7 @@ def _about(inspected: InspectedSite) -> dict[str, str]:
 
 
 def _values(inspection: Inspection) -> dict[str, dict[str, float]]:
-    """Return the figures of each site, by kind."""
+    """Return the values of each site, by kind."""
     planned = {site.site.name: site.plan for site in inspection.sites if site.plan is not None}
     losses = {name: plan.expected_nats for name, plan in planned.items() if plan.expected_nats is not None}
     sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in inspection.sites}
@@ -78,13 +78,13 @@ def _values(inspection: Inspection) -> dict[str, dict[str, float]]:
 
 
 def _mean_bits(sides: Iterable[Any]) -> float:
-    """Return the mean number of bits of a channel; channels without bit groups have 16."""
+    """Return the mean bits per channel; channels without bit groups have 16."""
     tiers = [pair for side in sides for pair in (side.tiers or ((16, side.width),))]
     return sum(bits * width for bits, width in tiers) / sum(width for _, width in tiers)
 
 
 def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
-    """Return data of nodes: a site's figure is at the last of its nodes that attends."""
+    """Return node data: a site's value is attached to its last attention node."""
     collected = {}
     for graph_id, graph in graphs.items():
         attending = {about["site"]: node for node, about in graph.nodes(data=True) if about["role"] == "attention"}
@@ -97,7 +97,7 @@ def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGrap
 
 
 def convert(path: Path) -> dict[str, Any]:
-    """Convert a file to Model Explorer's graphs. Raises FhoptError where fhopt did not write it."""
+    """Convert a file to Model Explorer's graphs. Raises FhoptError if fhopt did not write it."""
     from model_explorer import graph_builder as build
 
     try:
@@ -132,5 +132,5 @@ def _node(build: Any, graph: nx.DiGraph, name: str, about: Mapping[str, Any]) ->
 
 
 def namespace(module: str) -> str:
-    """Return a module's path as Model Explorer nests groups."""
+    """Return a module's path in Model Explorer's group notation."""
     return module.partition("#")[0].replace("/", "_").replace(".", "/")

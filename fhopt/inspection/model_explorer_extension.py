@@ -1,4 +1,4 @@
-"""The adapter for .fhopt files: `model-explorer --extensions=fhopt.inspection.model_explorer_extension` imports it.
+"""Adapter for .fhopt files: `model-explorer --extensions=fhopt.inspection.model_explorer_extension` imports it.
 
 Importing it needs the extra `explorer`: Model Explorer registers every class that derives from its Adapter.
 """
@@ -15,7 +15,7 @@ from fhopt.inspection.model_explorer import convert
 
 
 class FhoptAdapter(Adapter):  # type: ignore[misc]
-    """The adapter that opens .fhopt files in Model Explorer."""
+    """Adapter that opens .fhopt files in Model Explorer."""
 
     metadata = AdapterMetadata(
         id="fhopt", name="fhopt", description="Graphs of fhopt after each pass", fileExts=[EXPLORER_GRAPH.lstrip(".")]

@@ -1,4 +1,4 @@
-"""Imports of optional packages, with the way to install a missing one in the error."""
+"""Imports of optional packages; the error says how to install a missing one."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all. Raises FhoptError."""
+    """Write a figure, atomically. Raises FhoptError."""
     try:
         with appearing(path) as staging:
             figure.savefig(staging, dpi=120)
@@ -57,7 +57,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def _grid(rows: list[list[float]]) -> Matrix:
-    """Return rows of different length as one matrix, with gaps."""
+    """Stack rows of different length into one matrix, padded with NaN."""
     width = max(map(len, rows))
     return np.array([row + [np.nan] * (width - len(row)) for row in rows])
 
@@ -89,7 +89,7 @@ def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
 
 
 def _sensitivity(axes: Axes, calibration: Calibration, plan: LatentPlan) -> None:
-    """Plot for each site what keys and values lose with 2 bits in every channel, measured on calibration tokens."""
+    """Plot for each site the expected KL of keys and values with 2 bits in every channel, measured in calibration."""
     position = np.arange(len(plan.sites))
     for column, side in enumerate(SIDES):
         heights = []

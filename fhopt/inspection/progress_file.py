@@ -1,10 +1,10 @@
-"""Progress of a long run, in a file that another process can read: `fhopt view` shows a running `fhopt fit` from it.
+"""Progress file of a long run, readable by other processes: `fhopt view` shows a running `fhopt fit` from it.
 
     with ProgressFile(beside(plan)).kept() as report:
         report("moments", 3, 12)
 
-The file is beside the plan that is being made, `.NAME.progress.json`. It is written whole or not at all, is removed
-when the run is done, and stays, with the reason, where the run failed. Under torchrun the first process writes it.
+The file is next to the plan that is being fitted, `.NAME.progress.json`. It is written atomically, removed when the run
+ends, and left in place, with the reason, if the run fails. Under torchrun the first process writes it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Stage:
 
 @dataclass
 class Progress:
-    """The content of a progress file. state: RUNNING, FAILED, or STOPPED where the process has ended."""
+    """Content of a progress file. state: RUNNING, FAILED, or STOPPED if the process has ended."""
 
     state: str
     process: int
@@ -60,12 +60,12 @@ class Progress:
 
 
 def beside(plan: Path) -> Path:
-    """Return the progress file of making `plan`."""
+    """Return the path of the progress file for `plan`."""
     return plan.with_name(f".{plan.name}.progress.json")
 
 
 class ProgressFile:
-    """The writer of a progress file. A failure to write it is ignored, so that it does not end the run."""
+    """Writer of a progress file, which ignores write errors, so that they do not end the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class ProgressFile:
 
     @contextmanager
     def kept(self, also: Report | None = None) -> Iterator[Report]:
-        """Yield a function that records progress and passes it to `also`. What fails at once leaves no file."""
+        """Yield a function that records progress and passes it to `also`. A run that fails at once leaves no file."""
 
         def report(stage: str, done: int, total: int) -> None:
             self.record(stage, done, total)
@@ -113,7 +113,7 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """Read a progress file; None where there is none, or none that can be read."""
+    """Load a progress file; None if there is none, or if it is unreadable."""
     try:
         content = json.loads(read_file(path))
         stages = [Stage(**stage) for stage in content.pop("stages")]

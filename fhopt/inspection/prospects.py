@@ -1,9 +1,9 @@
-"""What a model gains by a plan on this machine, before one is fitted: bytes, contexts that fit, and speed.
+"""Expected gains of a model from a plan on this machine, before fitting: bytes, contexts that fit, and speed.
 
-    prospects(loaded, outcome, places)  ->  Prospects      what `fhopt doctor MODEL` shows, and its --json
+    prospects(loaded, outcome, places)  ->  Prospects      for `fhopt doctor MODEL` and its --json
 
-The plans are hypothetical: layers that may be compressed have a quarter or an eighth of their bytes. Sizes are those of
-fhopt/plan/cache_size.py, times those of fhopt/hardware/cost_model.py.
+The plans are hypothetical: compressible layers have a quarter or an eighth of their bytes. Sizes come from
+fhopt/plan/cache_size.py, times from fhopt/hardware/cost_model.py.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fhopt.plan.window import COUNTED_AT
 if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel
 
-RATIOS = (1, 4, 8)  # 1: the exact KV cache
-CONTEXTS = (2048, COUNTED_AT, 32_768)  # for which speed-ups are given, as far as the model goes
+RATIOS = (1, 4, 8)  # 1: the full-precision KV cache
+CONTEXTS = (2048, COUNTED_AT, 32_768)  # for speedups, up to the model's positions
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model may run: a device of the cost model, and the bytes of its memory that are free."""
+    """A place to run a model: a device of the cost model, and the bytes of its memory that are free."""
 
     device: Device
     free_bytes: int
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class KeptExact:
-    """Layers whose keys and values a plan leaves as they are, and why."""
+    """Layers whose keys and values a plan leaves in full precision, and the reason."""
 
     layers: int
     reason: str
@@ -48,7 +48,7 @@ class KeptExact:
 
 @dataclass(frozen=True)
 class FitsAt:
-    """The longest context whose KV cache fits beside the weights into the free memory of a device; 0 for none."""
+    """The longest context whose KV cache fits with the weights into the free memory of a device; 0 for none."""
 
     device: str
     free_bytes: int
@@ -57,10 +57,10 @@ class FitsAt:
 
 @dataclass(frozen=True)
 class Prospect:
-    """A KV cache of the whole model: the exact one, or that of a plan.
+    """A KV cache of the whole model: full precision, or that of a plan.
 
-    bytes_per_token, ratio: at `COUNTED_AT` tokens, everything included. speedups: of a decode step, at most, by the
-    bytes that it reads, for each of the contexts. pays: from which context on attention is faster, by roofline.
+    bytes_per_token, ratio: at `COUNTED_AT` tokens, everything included. speedups: upper bounds for a decode step at
+    each of the contexts, by the bytes that it loads. pays: break-even context of attention, by the roofline model.
     """
 
     cache: str
@@ -88,7 +88,7 @@ class Prospects:
 
 
 def prospects(loaded: LoadedModel, outcome: Outcome, places: Sequence[Place], itemsize: int = 2) -> Prospects:
-    """Compute the prospects of a loaded model. itemsize: bytes of a weight, and of an exact number in the KV cache."""
+    """Compute the prospects of a loaded model. itemsize: bytes per weight and per full-precision KV-cache element."""
     weights = loaded.weights()
     parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
     has_config = hasattr(getattr(loaded.module, "config", None), "get_text_config")
@@ -108,7 +108,7 @@ def site_prospects(
     model: str, sites: Sequence[AttentionSite], places: Sequence[Place], parameters: int = 0,
     layers: Sequence[CacheLayer] = (), positions: int | None = None, missed: int = 0, itemsize: int = 2,
 ) -> Prospects:  # fmt: skip
-    """Compute the prospects of sites. layers: of the model's KV cache, as measured; without any, one for each site."""
+    """Compute the prospects of sites. layers: of the model's KV cache, as measured; if empty, one per site."""
     contexts = tuple(t for t in CONTEXTS if positions is None or t <= positions) or (positions or COUNTED_AT,)
     made = _Caches(sites, layers, parameters, itemsize, places, contexts)
     return Prospects(
@@ -132,7 +132,7 @@ def kept_exact(sites: Sequence[AttentionSite], layers: Sequence[CacheLayer] = ()
 
 
 def _reason(layer: CacheLayer, sites: Sequence[AttentionSite]) -> str:
-    """Return why a layer stays exact; empty where a plan may compress it."""
+    """Return why a layer stays exact; "" if a plan may compress it."""
     if layer.window and not layer.sliding:
         return f"only the newest {layer.window:,} tokens are kept ({layer.mask or 'sliding'} window)"
     if not layer.is_full and not layer.numbers:
@@ -145,7 +145,7 @@ def _reason(layer: CacheLayer, sites: Sequence[AttentionSite]) -> str:
 
 
 class _Caches:
-    """KV caches of one model by ratio: sizes, and what they gain over the exact one."""
+    """KV caches of one model by ratio: sizes, and gains over the full-precision cache."""
 
     def __init__(
         self, sites: Sequence[AttentionSite], layers: Sequence[CacheLayer], parameters: int, itemsize: int,
@@ -170,7 +170,7 @@ class _Caches:
         return hypothetical_size(ratio, self.sites, tokens, self.layers, itemsize=self.itemsize)
 
     def _speedup(self, ratio: int, tokens: int) -> float:
-        """Return the largest speed-up of a decode step that reads weights and KV cache once."""
+        """Return the max speedup of a decode step that loads weights and KV cache once."""
         size = self._size(ratio, tokens)
         return cost_model.upper_bound(self.weights, size.exact_bytes, size.ratio)
 

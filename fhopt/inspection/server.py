@@ -1,10 +1,10 @@
 """`fhopt view`: the report and the progress of a running fit in a browser, on this machine only.
 
-It listens on 127.0.0.1 only. Other sites cannot read it: requests with another Host are refused (which stops DNS
+It listens on 127.0.0.1 only. Other sites cannot access it: requests with another Host are refused (which stops DNS
 rebinding), and no answer allows another origin.
 
     /             the report; while there is none, the progress
-    /progress     the progress of the fit that makes the plan
+    /progress     the progress of the fit that creates the plan
     /progress.json
 """
 
@@ -25,7 +25,7 @@ from fhopt.inspection.progress_file import RUNNING, beside, read_progress
 from fhopt.plan.plan_files import PLAN_FILES
 
 HOST = "127.0.0.1"
-REASON = 300  # characters of the reason on the page
+REASON = 300  # max characters of the reason on the page
 HEADERS = {
     "Content-Security-Policy": html_report.POLICY + "; connect-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -38,17 +38,17 @@ Make = Callable[[bool], str]  # (is there a plan?) -> the page
 
 @dataclass
 class Viewer:
-    """The state of the server. make: builds the page, slowly. plan: its folder, which may be written meanwhile."""
+    """State of the server. make: builds the page, slowly. plan: its folder, which may be written meanwhile."""
 
     make: Make
     plan: Path | None = None
     page: str = ""
     failure: str = ""
-    made_for: float = -1.0  # when the plan that the page shows was written
+    made_for: float = -1.0  # modification time of the plan that the page shows
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def refresh(self) -> None:
-        """Build the page again if the plan has changed; not while a fit is running, nor twice at once."""
+        """Rebuild the page if the plan has changed; not while a fit is running, nor twice at once."""
         if not self.lock.acquire(blocking=False):
             return
         try:
@@ -70,12 +70,12 @@ class Viewer:
             self.lock.release()
 
     def is_fitting(self) -> bool:
-        """Return whether a fit writes its progress beside the plan."""
+        """Return whether a running fit writes its progress for the plan."""
         result = read_progress(beside(self.plan)) if self.plan is not None else None
         return result is not None and result.state == RUNNING
 
     def written(self) -> float:
-        """Return when the plan was written, seconds since 1970; 0 where there is none."""
+        """Return when the plan was written, seconds since 1970; 0 if there is none."""
         if self.plan is None:
             return 0.0
         with contextlib.suppress(OSError):
@@ -97,13 +97,13 @@ class Viewer:
 
 
 def check_installed() -> None:
-    """Raise FhoptError where something that `fhopt view` needs is not installed."""
+    """Raise FhoptError if a package that `fhopt view` needs is not installed."""
     for module in ("starlette", "uvicorn"):
         need(module, "fhopt view", "view")
 
 
 def application(viewer: Viewer) -> Any:
-    """Make the ASGI application. Raises FhoptError where starlette is not installed."""
+    """Build the ASGI application. Raises FhoptError if starlette is not installed."""
     need("starlette", "fhopt view", "view")
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
@@ -135,12 +135,12 @@ def application(viewer: Viewer) -> Any:
 
 
 def listen(port: int = 0) -> socket.socket:
-    """Open a socket on 127.0.0.1; port 0 takes any free port. Raises FhoptError where the port is taken."""
+    """Open a socket on 127.0.0.1; port 0 means any free port. Raises FhoptError if the port is taken."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
-        listening.listen()  # from now on connections wait for the first answer
+        listening.listen()  # from now on, connections queue until served
     except OSError as error:
         listening.close()
         raise FhoptError(f"port {port} cannot be used: {error.strerror}. Give another --port, or none.") from error

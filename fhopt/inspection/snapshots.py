@@ -1,10 +1,10 @@
-"""The graph of a model after each pass, and what each pass changed.
+"""Snapshots of a model's graph after each pass, and the changes by each pass.
 
 seen = Snapshots()
 with seen.taking():
     outcome = passes.find(program)
-seen.taken          the graphs, one for each pass
-seen.changes()      what each pass removed and added; equal changes of many layers once
+seen.taken          the graphs, one per pass
+seen.changes()      lines that each pass removed and added; equal changes of many layers are merged
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAME, _NUMBER = re.compile(r"%\w+"), re.compile(r"_?\d+")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One graph after one pass; "input" is the captured graph. graph: its number among the model's graphs, from 0."""
+    """One graph after one pass; "input" is the captured graph. graph: its index among the model's graphs."""
 
     graph: int
     stage: str
@@ -41,7 +41,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Change:
-    """Lines of a unified diff, and how often the same change occurs, apart from numbers in names."""
+    """Lines of a unified diff, and how often the same change occurs, ignoring numbers in names."""
 
     lines: tuple[str, ...]
     times: int
@@ -49,7 +49,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StageChanges:
-    """The changes of one pass to one graph. nodes: their number before and after."""
+    """Changes of one pass to one graph. nodes: their number before and after."""
 
     graph: int
     stage: str
@@ -62,14 +62,14 @@ class StageChanges:
 
 @dataclass
 class Snapshots:
-    """Graphs in the order in which passes made them. keep_networks: keep the graph of nodes, too."""
+    """Graphs in the order in which passes produced them. keep_networks: also store the graph of nodes."""
 
     keep_networks: bool = False
     taken: list[Snapshot] = field(default_factory=list)
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Take a snapshot after every pass within."""
+        """Take a snapshot after every pass inside the context."""
         with passes_stages.watched(self._take):
             yield
 
@@ -86,7 +86,7 @@ class Snapshots:
         return tuple(dict.fromkeys(snapshot.stage for snapshot in self.taken))
 
     def after(self, stage: str, site: str | None = None) -> Snapshot:
-        """Return the graph after a pass; of several graphs that with the site, or the largest. Raises FhoptError."""
+        """Return the graph after a pass; of several, one with the site, or the largest. Raises FhoptError."""
         results = [snapshot for snapshot in self.taken if snapshot.stage == stage]
         if not results:
             raise FhoptError(f"no pass called {stage!r} ran; expected all or one of {', '.join(self.stages)}.")
@@ -95,7 +95,7 @@ class Snapshots:
         return max(results, key=lambda snapshot: len(snapshot.network))
 
     def changes(self) -> list[StageChanges]:
-        """Return what each pass changed, in order."""
+        """Return the changes by each pass, in order."""
         pairs = zip(self.taken, self.taken[1:], strict=False)
         return [_changes(before, after) for before, after in pairs if before.graph == after.graph]
 
@@ -119,12 +119,12 @@ def _changes(before: Snapshot, after: Snapshot) -> StageChanges:
 
 
 def _unnumbered(name: re.Match[str]) -> str:
-    """Return a node's name without its number, as in other layers; shapes and constants keep their numbers."""
+    """Return a node's name without its number, which differs by layer; shapes and constants keep their numbers."""
     return _NUMBER.sub("", name[0])
 
 
 def _hunks(old: list[str], new: list[str]) -> Iterator[tuple[str, ...]]:
-    """Yield the hunks of a unified diff without their heads; every line begins with a space, "-" or "+"."""
+    """Yield the hunks of a unified diff without headers; every line begins with a space, "-" or "+"."""
     hunk: list[str] = []
     for line in difflib.unified_diff(old, new, lineterm="", n=CONTEXT):
         if line.startswith(("---", "+++")):

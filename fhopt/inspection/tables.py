@@ -25,7 +25,7 @@ from fhopt.plan.site import AttentionSite
 
 
 def light_table(title: str | Text | None = None) -> Table:
-    """Make a table without upright lines: ten columns fit into 80 characters."""
+    """Build a table without vertical lines: ten columns fit into 80 characters."""
     return Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
 
 
@@ -45,7 +45,7 @@ def describe(plan: LatentPlan) -> list[dict[str, Any]]:
 
 
 def sites_table(sites: Iterable[AttentionSite]) -> Table:
-    """Tabulate sites, a row each: shapes, rotation, mask, norm, and bytes per token of an exact 16-bit KV cache."""
+    """Tabulate sites, a row each: shapes, rotation, mask, norm, and bytes per token of a 16-bit KV cache."""
     table = Table(title="Attention sites", title_justify="left")
     for name, justify in (
         ("site", "left"), ("kind", "left"), ("H", "right"), ("G", "right"), ("D", "right"), ("rope", "left"),
@@ -61,7 +61,7 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
 
 
 def inspection_tables(inspection: Inspection, site: str | None = None) -> Group:
-    """Show `fhopt inspect`: all sites, totals and what was not rewritten; or all facts of one site."""
+    """Show `fhopt inspect`: all sites, totals and attention that was not rewritten; or all facts of one site."""
     if site is not None:
         return Group(_one_site(inspection.site(site)))
     parts: list[Any] = [_sites_in_rows(inspection), _totals(inspection)]
@@ -129,7 +129,7 @@ def _plan_cells(plan: PlannedSite | None, devices: int) -> list[str]:
 
 
 def mean_bits(width: int, tiers: Iterable[tuple[int, int]]) -> str:
-    """Write the channels of a latent head and their mean bits: `192x5.4`. tiers: (bits, channels) of each group."""
+    """Format the channels of a latent head and their mean bits: `192x5.4`. tiers: (bits, channels) of each group."""
     bits = sum(b * channels for b, channels in tiers)
     return f"{width}x{bits / width:.1f}" if bits else f"{width} not quantized"
 
@@ -143,7 +143,7 @@ def _totals(inspection: Inspection) -> Table:
     table.add_row("sites", str(len(inspection.sites)))
     table.add_row("exact KV cache", f"{inspection.exact_bytes:,} bytes per token in 16 bits")
     exact = inspection.cache
-    if exact.exact_bytes != exact.tokens * sum(site.exact_bytes for site in inspection.sites):  # some layers keep less
+    if exact.exact_bytes != exact.tokens * sum(site.exact_bytes for site in inspection.sites):  # some store less
         table.add_row("", f"at {exact.tokens:,} tokens: {exact.exact_bytes / 1e6:,.1f} MB, all layers")
     table.add_row("exact decode step, bytes", Text(_grouped(inspection.formulas.bytes)))
     table.add_row("exact decode step, operations", Text(_grouped(inspection.formulas.operations)))
@@ -170,7 +170,7 @@ def _totals(inspection: Inspection) -> Table:
 
 
 def _quality(card: QualityCard) -> Group:
-    """Tabulate a quality card: what a plan was calibrated on, and what it was measured to lose where."""
+    """Tabulate a quality card: what a plan was calibrated on, and its measured quality."""
     calibrated = f"Calibrated on {card.tokens:,} tokens: {', '.join(card.calibrated_on) or 'unknown'}."
     if not card.texts and not card.tasks:
         return Group(calibrated, "Its loss was not measured; fhopt eval MODEL --plan PLAN --record does.")
@@ -265,7 +265,7 @@ def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
-    """Tabulate the demo's figures, exact and with the plan."""
+    """Tabulate the demo's measurements, exact and with the plan."""
     table = Table(title=f"{result['model']}: exact KV cache and latents", title_justify="left")
     table.add_column("")
     for name in ("exact", "plan", "change"):
@@ -349,19 +349,19 @@ def _between(interval: tuple[float, float] | None, digits: str) -> str:
 
 
 def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: str) -> Group:
-    """Tabulate the formulas of a decode step, its figures on devices, and the largest possible gain of a whole step."""
+    """Tabulate the formulas of a decode step, its cost on devices, and the max speedup of a whole step."""
     bound = "Largest possible speedup of a whole decode step that is bound by memory: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
 def throughput_heading(result: Mapping[str, Any]) -> str:
-    """Return what `fhopt bench` measured, in one line."""
+    """Return a one-line description of a `fhopt bench` run."""
     weights = ", weights in blocks" if result["weights_in_blocks"] else ""
     return f"{result['model']}: {result['dtype']}{weights} on {result['device']}, medians of {result['rounds']} rounds"
 
 
 def throughput_table(result: Mapping[str, Any]) -> Table:
-    """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
+    """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are over the full-precision cache."""
     columns = ("prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes")
     return _by_case(throughput_heading(result), columns, result["rows"], _throughput_cells)
 
@@ -370,7 +370,7 @@ PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayer
 
 
 def parts_table(result: Mapping[str, Any]) -> Table:
-    """Tabulate what the time of a decode step goes to in `fhopt bench`, a row per context, batch and KV cache."""
+    """Tabulate the time breakdown of a decode step in `fhopt bench`, a row per context, batch and KV cache."""
     title = "Milliseconds of a decode step; -: no layer is one call of machine code with its cache"
     return _by_case(title, ("step", *PARTS.values(), "around", "layers\ncounted"), result["rows"], _parts_cells)
 
@@ -379,7 +379,7 @@ def _by_case(
     title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]],
     cells: Callable[[Mapping[str, Any]], list[str]],
 ) -> Table:  # fmt: skip
-    """Tabulate rows of `fhopt bench` by context, batch where there are several, and KV cache."""
+    """Tabulate rows of `fhopt bench` by context, batch if there are several, and KV cache."""
     batches, table = {row["batch"] for row in rows}, light_table(Text(title))
     for name in ("context", *(["batch"] if len(batches) > 1 else []), "KV cache", *columns):
         is_name = name == "KV cache"
@@ -409,7 +409,7 @@ def _throughput_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def machine_table(results: Sequence[CpuRates]) -> Table:
-    """Tabulate what was measured of this machine's CPU, a row per number of threads."""
+    """Tabulate measured rates of this machine's CPU, a row per number of threads."""
     table = Table(title=f"{results[0].cpu}, {results[0].memory_gb:.0f} GB", title_justify="left")
     columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
     for name in columns:

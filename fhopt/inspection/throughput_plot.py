@@ -1,4 +1,4 @@
-"""The plot of `fhopt bench`, drawn by matplotlib: speed and bytes over the context, a line per KV cache."""
+"""Plot of `fhopt bench`, drawn by matplotlib: speed and bytes over the context, a line per KV cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> Path:
 
 
 def _panel(axes: Axes, rows: list[Mapping[str, Any]], field: str, unit: float) -> None:
-    """Draw a line for each KV cache and batch: a colour per cache, a dash per batch."""
+    """Draw a line for each KV cache and batch: a color per cache, a dash per batch."""
     caches = list(dict.fromkeys(row["cache"] for row in rows))
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     lines = sorted(rows, key=lambda r: (caches.index(r["cache"]), r["batch"], r["context"]))

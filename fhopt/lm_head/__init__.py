@@ -1,4 +1,4 @@
-"""The retrieval head: a language-model head that reads quantized values of all rows, and exactly only few rows.
+"""Retrieval LM head: scores all rows with quantized values, and computes exact logits of few rows only.
 
     loaded = load_model("demo")
     head = fit(loaded, HeadOptions())               find the head, collect hidden states, quantize its rows
@@ -7,17 +7,17 @@
     report(loaded.module)                           hidden states with a certificate, those of the dense head, bytes
     unapply(loaded.module)
 
-The dense head reads every row of the weight for every token. The retrieval head reads quantized values of all rows,
-some 4 bits each, which give an upper bound of every logit, and then the exact rows whose bounds reach the largest exact
-logit (Cauchy-Schwarz; codegen/cpu/lm_head.py has the equations, fhopt/lm_head/quantize.py the basis that makes the
-bounds tight). The largest logits are certain for any hidden state; hidden states whose bounds exclude too few rows go
-to the dense head, and are counted. With `probes`, only quantized values of the highest-ranked clusters are read: fewer
-bytes and no certificate.
+The dense head loads every row of the weight for every token. The retrieval head loads quantized values of all rows,
+about 4 bits each, which give an upper bound of every logit. Then it loads the exact rows whose bounds reach the largest
+exact logit (Cauchy-Schwarz; codegen/cpu/lm_head.py has the equations, fhopt/lm_head/quantize.py the basis that makes
+the bounds tight). The largest logits are certain for any hidden state. Hidden states whose bounds exclude too few rows
+fall back to the dense head, and are counted. With `probes`, only quantized values of the highest-ranked clusters are
+loaded: fewer bytes and no certificate.
 
-Vocabularies as inner-product indices: maximum inner-product search with bounds (Ram & Gray 2012, arXiv 1202.6101);
-retrieval heads: FlashHead (arXiv 2603.14591).
+Maximum inner-product search with bounds: Ram & Gray 2012, arXiv 1202.6101. Retrieval heads: FlashHead (arXiv
+2603.14591).
 
-Letters: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
+Dimensions: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The functions of `fhopt.lm_head`, each of which imports its module when it is called."""
+"""Public functions of `fhopt.lm_head`; each imports its module when called."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def fit(loaded: Any, options: HeadOptions | None = None, progress: Any = None) -
 
 
 def apply(model: torch.nn.Module, head: Head, **options: Any) -> torch.nn.Module:
-    """Make `model` compute its logits by `head`; see `fhopt.lm_head.install.apply`."""
+    """Make `model` compute its logits with `head`; see `fhopt.lm_head.install.apply`."""
     from fhopt.lm_head import install
 
     return install.apply(model, head, **options)
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `apply`, also where it was not called. Returns the model."""
+    """Undo `apply`, if it was called. Returns the model."""
     from fhopt.lm_head import install
 
     return install.unapply(model)
 
 
 def report(model: torch.nn.Module) -> HeadReport:
-    """Return counts and bytes of the applied head so far. Raises FhoptError where none is applied."""
+    """Return counts and bytes of the applied head so far. Raises FhoptError if none is applied."""
     from fhopt.lm_head import install
 
     return install.report(model)

@@ -1,13 +1,13 @@
 """Balanced k-means: clusters of at most equal size.
 
-    assign   every row to the nearest of its 32 nearest centroids that has room, the nearest rows first
+    assign   every row to the nearest of its 32 nearest centroids with free capacity, the nearest rows first
     move     every centroid to the mean of its rows
 
-With equal sizes every probe reads the same number of bytes, and the rows of a cluster are contiguous in memory. The
-exact assignment is a minimum-cost flow (Bradley, Bennett & Demiriz 2000), which takes hours for the 49,152 rows of a
+With equal sizes every probe loads the same number of bytes, and the rows of a cluster are contiguous in memory. The
+optimal assignment is a minimum-cost flow (Bradley, Bennett & Demiriz 2000), which takes hours for the 49,152 rows of a
 small vocabulary; the greedy one takes seconds, and `Clusters.spread` measures its cost in distance.
 
-Letters: N rows, W their width, K clusters.
+Dimensions: N rows, W their width, K clusters.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-NEAREST = 32  # centroids tried for a row before any with room
+NEAREST = 32  # centroids tried per row before any with free capacity
 CHUNK = 4096  # rows whose distances are computed at once
-SAMPLE = 96  # rows for each cluster that centroids are computed from
+SAMPLE = 96  # rows per cluster from which centroids are computed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Clusters:
     """A clustering of rows.
 
     labels: int64 [N]. centroids: float32 [K, W], means of the rows. spread: mean squared distance of a row to its
-    centroid, divided by that to the mean of all rows (1: clusters explain nothing).
+    centroid, relative to that to the mean of all rows (1: clusters explain nothing).
     """
 
     labels: Tensor
@@ -49,8 +49,8 @@ def balanced_kmeans(
 ) -> Clusters:
     """Cluster rows [N, W] (float32) into `count` clusters of at most `capacity` rows.
 
-    Centroids are computed from a sample of 96 rows for each; all rows are assigned to them at the end. progress is
-    called with (steps done, steps in all). Raises FhoptError when the clusters cannot hold the rows.
+    Centroids are computed from a sample of 96 rows per cluster; all rows are assigned to them at the end. progress is
+    called with (steps done, total steps). Raises FhoptError if the clusters cannot hold the rows.
     """
     total = rows.shape[0]
     if not 1 <= count <= total or count * capacity < total:
@@ -94,7 +94,7 @@ def _assign(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
 
 
 def _accept(rows: Tensor, nearest: Tensor, values: Tensor, labels: Tensor, room: Tensor) -> None:
-    """Assign to every cluster the closest of the rows that it is nearest to, as many as it has room for."""
+    """Assign to every cluster the closest of the rows that it is nearest to, up to its capacity."""
     order = values.argsort(descending=True)
     order = order[nearest[order].argsort(stable=True)]
     clusters = nearest[order]
@@ -105,7 +105,7 @@ def _accept(rows: Tensor, nearest: Tensor, values: Tensor, labels: Tensor, room:
 
 
 def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the nearest centroids of each row: (x.m - |m|^2/2, which grows as distance falls, index), both [N, 32]."""
+    """Find the nearest centroids of each row: (x.m - |m|^2/2, larger if closer; index), both [N, 32]."""
     norms = centroids.square().sum(1) / 2
     count = min(NEAREST, centroids.shape[0])
     parts = [(part @ centroids.T - norms).topk(count, dim=1) for part in rows.split(CHUNK)]

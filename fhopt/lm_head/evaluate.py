@@ -1,6 +1,6 @@
-"""Measurement of a retrieval head on held-out text: certificates, agreement, bytes and time beside the dense head.
+"""Evaluation of a retrieval head on held-out text: certificates, agreement, bytes and time versus the dense head.
 
-Letters: M hidden states, C their width.
+Dimensions: M hidden states, C their width.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fhopt.lm_head.module import RetrievalHead, dense
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.texts import tokens
 
-TIMED = 30  # timed calls with one hidden state each, in turns with the dense head
-SWEPT = 1 << 24  # float32 numbers read before each call, so that no weight is in a CPU cache
+TIMED = 30  # timed calls with one hidden state each, interleaved with the dense head
+SWEPT = 1 << 24  # float32 elements summed before each call, to evict weights from the CPU caches
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class HeadMetrics:
     """Metrics of a retrieval head.
 
     positions: hidden states. agreement_percent: with the arg-max of torch's dense head. certified_percent: hidden
-    states with a certificate; the dense head decides the others. probed_agreement_percent: agreement where only the
-    fitted number of clusters is read. exact_rows: rows of the weight read exactly, mean over positions. bytes_per_row,
-    time_ms and those of the dense head: for one hidden state at a time.
+    states with a certificate; the dense head computes the others. probed_agreement_percent: agreement when only the
+    fitted number of clusters is loaded. exact_rows: rows of the weight loaded exactly, mean over positions.
+    bytes_per_row, time_ms and those of the dense head: for one hidden state at a time.
     """
 
     positions: int
@@ -57,9 +57,9 @@ def measure(
     context: int,
     progress: Progress | None = None,
 ) -> HeadMetrics:
-    """Measure the head on hidden states of `loaded` over the second halves of the texts, at least `positions` of them.
+    """Measure the head on at least `positions` hidden states of `loaded` over the second halves of the texts.
 
-    Raises FhoptError when the texts are too short, and where no kernel can be compiled.
+    Raises FhoptError if the texts are too short, or no kernel can be compiled.
     """
     if cpu_lm_head.library() is None:
         raise FhoptError("No C++ compiler was found: the head would stay dense. Install g++ (or clang++) first.")
@@ -87,7 +87,7 @@ def _ids(hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _times(hidden: Tensor, *functions: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
-    """Measure the milliseconds of each function on one hidden state, medians of calls in turns."""
+    """Measure the milliseconds of each function on one hidden state, medians of interleaved calls."""
     swept, seconds = torch.zeros(SWEPT), [list[float]() for _ in functions]
     for turn in range(TIMED + 2):
         x = hidden[turn % len(hidden)].unsqueeze(0)

@@ -2,11 +2,11 @@
 
     hidden states of calibration text -> their second moments, and a sample
     moments of hidden states and rows -> the basis                                    fhopt/lm_head/quantize.py
-    sample, rows                      -> how many coordinates have 8 bits, so that the fewest bytes are read
+    sample, rows                      -> how many coordinates get 8 bits, for the fewest loaded bytes
     rows in the basis                 -> clusters of equal size                       fhopt/lm_head/clustering.py
-    sample                            -> how many clusters to probe where no certificate is required
+    sample                            -> how many clusters to probe if no certificate is required
 
-Letters: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
+Dimensions: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from fhopt.passes.recognize.node_roles import Roles
 from fhopt.texts import tokens
 
 CHUNK = 4096  # rows of the weight whose moments are summed at once
-SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the coordinates in 8 bits that `auto` tries
-SPREADS = (0.0, 0.05, 0.1, 0.15)  # share of a cluster's radius that counts for its rank
-TRIED_ROWS, TRIED_STATES = 4096, 64  # rows and hidden states that bits are chosen with
-STRAY = 32.0  # cost of a byte of an exact row in bytes of quantized values: on other texts bounds exclude fewer rows
-RECALL = 0.999  # share of the sample whose best row is in a probed cluster
-ROOM = 1.5  # factor of the number of clusters for that recall: hidden states of other texts are spread wider
+SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # shares of 8-bit coordinates that `auto` tries
+SPREADS = (0.0, 0.05, 0.1, 0.15)  # share of a cluster's radius that is added to its score
+TRIED_ROWS, TRIED_STATES = 4096, 64  # rows and hidden states for choosing bits
+STRAY = 32.0  # cost of a byte of an exact row relative to a quantized one: on other texts bounds exclude fewer rows
+RECALL = 0.999  # share of the sample whose best row must be in a probed cluster
+ROOM = 1.5  # factor on the clusters for that recall: hidden states of other texts spread wider
 Progress = Callable[[str, int, int], None]
 
 
 def find(captured: Captured) -> HeadSite:
-    """Find the head of a captured graph's main output. Raises FhoptError with the reason where there is none."""
+    """Find the head of a captured graph's main output. Raises FhoptError with the reason if there is none."""
     program, stage = captured.program, FindHead()
     if captured.result < 0:
         raise FhoptError(
@@ -69,7 +69,7 @@ def find(captured: Captured) -> HeadSite:
 def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = None) -> Head:
     """Fit the retrieval head of a causal language model to its hidden states on text.
 
-    Raises FhoptError when no head is recognized, or the texts are too short.
+    Raises FhoptError if no head is recognized, or the texts are too short.
     """
     options.check()
     module = loaded.language_model()
@@ -103,7 +103,7 @@ def hidden_states(captured: Captured, site: HeadSite, ids: Tensor, progress: Pro
 
 
 class _Recorder(fx.Interpreter):
-    """An interpreter that keeps the value of one node."""
+    """Interpreter that records the value of one node."""
 
     def __init__(self, module: fx.GraphModule, name: str) -> None:
         super().__init__(module)
@@ -111,7 +111,7 @@ class _Recorder(fx.Interpreter):
         self.value: Tensor
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run the node, and keep its value where it is the recorded one."""
+        """Run the node, and record its value if it is the requested one."""
         value = super().run_node(n)
         if n.name == self.name:
             self.value = value.detach().clone()
@@ -164,7 +164,7 @@ def fit_weight(
 
 
 def site_for(weight: Tensor, bias: str = "") -> HeadSite:
-    """Make a site for a weight [V, C] without a graph."""
+    """Build a site for a weight [V, C] without a graph."""
     vocabulary, width = weight.shape
     return HeadSite("weight", bias, "", vocabulary, width, False, 1.0, 0.0, "", "", "", "")
 
@@ -192,8 +192,8 @@ def _row_moment(weight: Tensor, centre: Tensor) -> Tensor:
 
 
 def _sample(hidden: Tensor | None, width: int, seed: int) -> Tensor:
-    """Sample hidden states [64, C] to choose bits with: some of the collected ones, or random directions."""
-    generator = torch.Generator().manual_seed(seed + 0x48454144)  # not the numbers that a random weight was made of
+    """Sample hidden states [64, C] for choosing bits: from the collected ones, or random directions."""
+    generator = torch.Generator().manual_seed(seed + 0x48454144)  # differs from that of a random weight
     if hidden is None:
         return torch.randn(TRIED_STATES, width, generator=generator)
     return hidden[torch.randperm(len(hidden), generator=generator)[:TRIED_STATES]].float()
@@ -205,7 +205,7 @@ def _sample(hidden: Tensor | None, width: int, seed: int) -> Tensor:
 def _choose_lead(
     balanced: Balance, weight: Tensor, bias: Tensor | None, centre: Tensor, sample: Tensor, options: HeadOptions
 ) -> tuple[int, float]:
-    """Choose how many coordinates have 8 bits, to read the fewest bytes; also return the expected exact rows."""
+    """Choose how many coordinates get 8 bits, for the fewest loaded bytes; also return the expected exact rows."""
     width = weight.shape[1]
     rank = math.ceil(width / QUANTUM) * QUANTUM
     shares = {"4": (0,), "8": (1,), "auto": SHARES}[options.bits]
@@ -232,7 +232,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
-    """Compute upper bounds [M, n] of h.w for centred rows [n, C], without the rounding of h."""
+    """Compute upper bounds [M, n] of h.w for centered rows [n, C], without the rounding error of h."""
     coordinates, hidden = basis.rows(rows), basis.hidden(sample)
     out = hidden @ coordinates.float().T
     for part, bits in ((slice(basis.lead), 8), (slice(basis.lead, None), 4)):
@@ -248,7 +248,7 @@ def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
 def _choose_probes(
     weight: Tensor, bias: Tensor | None, basis: Basis, clusters: Clusters, radii: Tensor, hidden: Tensor | None
 ) -> tuple[int, float, float]:
-    """Choose (probes, spread, recall) for which probed clusters hold the best row of RECALL of the hidden states."""
+    """Choose (probes, spread, recall) such that probed clusters contain the best row of RECALL of the hidden states."""
     count = len(radii)
     if hidden is None:
         return count, 0.0, 1.0

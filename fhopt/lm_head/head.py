@@ -1,9 +1,9 @@
-"""A fitted retrieval head as data, and its folder on disk.
+"""Fitted retrieval head as data, and its folder on disk.
 
     head.json            version, site, sizes, dtype, fingerprint of the weight, how it was fitted, digest
     head.safetensors     quantized values and bounds of all rows, basis, centre, centroids and radii of clusters
 
-Letters: C width of the hidden states, R width of the basis, V vocabulary, K clusters.
+Dimensions: C width of the hidden states, R width of the basis, V vocabulary, K clusters.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head with quantized rows.
+    """An LM head with quantized rows.
 
     site: where the head is in its model. codes: the quantized rows with their bounds. dtype, fingerprint: of the weight
-    and bias that were quantized. probes, spread: how many clusters are read where no certificate is required, and how
+    and bias that were quantized. probes, spread: how many clusters are loaded if no certificate is required, and how
     they are ranked. about: texts and measurements of the fit.
     """
 
@@ -55,7 +55,7 @@ class Head:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read for one hidden state, or up to 8 at once: quantized rows and basis, without exact rows."""
+        """Bytes loaded for one hidden state, or up to 8 at once: quantized rows and basis, without exact rows."""
         basis = self.codes.transform.numel() * 2 if self.codes.transform is not None else 0
         return self.codes.codes.numel() + basis
 
@@ -65,12 +65,12 @@ class Head:
         return self.site.vocabulary * self.site.width * getattr(torch, self.dtype).itemsize
 
     def search(self, **options: Any) -> Search:
-        """Make the options of a search in this head; `probes=-1`: the fitted number of clusters."""
+        """Build the options of a search in this head; `probes=-1`: the fitted number of clusters."""
         search = Search(spread=self.spread, softcap=self.site.softcap / self.site.scale, **options)
         return replace(search, probes=self.probes) if search.probes < 0 else search
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the folder `path`, whole or not at all. Raises FhoptError."""
+        """Write the folder `path`, atomically. Raises FhoptError."""
         from safetensors.torch import save
 
         tensors = {name: getattr(self.codes, name) for name in TENSORS if getattr(self.codes, name) is not None}
@@ -91,7 +91,7 @@ class Head:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Head:
-        """Load a folder that `save` wrote. Raises FhoptError when it is not a head, damaged, or of another version."""
+        """Load a folder that `save` wrote. Raises FhoptError if it is not a head, damaged, or of another version."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -127,7 +127,7 @@ def _from_content(content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
 
 
 def _checked(head: Head) -> Head:
-    """Return the head. Raises ValueError unless all sizes and numbers fit, which kernels do not check."""
+    """Return the head. Raises ValueError for inconsistent sizes or invalid values, which kernels do not check."""
     codes, site = head.codes, head.site
     count, blocks = codes.centroids.shape[0], codes.codes.shape[0]
     shapes = {
@@ -152,12 +152,12 @@ def _checked(head: Head) -> Head:
     tensors = (numbers, codes.centre, codes.centroids, codes.radii, codes.transform)
     finite = all(bool(x.isfinite().all()) for x in tensors if x is not None)
     if not finite or not all(math.isfinite(x) and x >= 0 for x in (codes.transform_norm, codes.largest, head.spread)):
-        raise ValueError("numbers that are not finite")  # a bound that is NaN would exclude rows wrongly
+        raise ValueError("numbers that are not finite")  # a NaN bound would wrongly exclude rows
     return head
 
 
 def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
-    """Hash every number of weight and bias: bounds hold for the quantized weight and for no other."""
+    """Hash all elements of weight and bias, since bounds hold only for the quantized weight."""
     h = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}{bias is not None}".encode())
     for part in (*weight.detach().split(4096), *([] if bias is None else [bias.detach()])):
         h.update(part.cpu().contiguous().view(torch.uint8).numpy())

@@ -34,13 +34,13 @@ class _Replaced:
 
 
 def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
-    """Make `model` compute its logits by a `RetrievalHead`, whose options these are. Returns the model.
+    """Make `model` compute its logits with a `RetrievalHead`, created with these options. Returns the model.
 
-    The retrieval head replaces the linear layer; where a module computes logits in its own forward, products with the
+    The retrieval head replaces the linear layer; if a module computes logits in its own forward, matmuls with the
     weight are intercepted there. Greedy decoding gives the tokens of the dense head, and so does sampling with a
-    `top_k` of at most `keep`. Beam search and sampling without top-k also need `estimates`, and differ by those.
-    Weights stay where they are. Applying another head replaces the first. Raises FhoptError when the head was made for
-    another weight, or the bias is added outside of the linear layer.
+    `top_k` of at most `keep`. Beam search and sampling without top-k also need `estimates`, and their results differ by
+    these. Weights are not copied. Applying another head replaces the first. Raises FhoptError if the head was fitted
+    for another weight, or the bias is added outside of the linear layer.
     """
     unapply(model)
     site = head.site
@@ -65,7 +65,7 @@ def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
 
 
 def _install(model: nn.Module, owner: nn.Module, site: HeadSite, head: RetrievalHead) -> _Replaced | HeadHooks:
-    """Install the head where `owner` computes the logits: in its place, or in its forward."""
+    """Install the head where `owner` computes the logits: as a replacement, or as hooks on its forward."""
     head.train(owner.training)
     if isinstance(owner, nn.Linear) and owner.weight is head.weight:
         parent, _, name = site.module.rpartition(".")
@@ -73,13 +73,13 @@ def _install(model: nn.Module, owner: nn.Module, site: HeadSite, head: Retrieval
         setattr(replaced.parent, name, head)
         return replaced
     own = {id(weight): name for name, weight in owner.named_parameters(remove_duplicate=False)}
-    if id(head.weight) not in own:  # the weight belongs to another module: intercept products in the whole model
+    if id(head.weight) not in own:  # the weight belongs to another module: intercept matmuls in the whole model
         return _install(model, model, replace(site, module=""), head)
     return HeadHooks(owner, own[id(head.weight)], head)
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
-    """Return the module that computes the product in its forward. Raises FhoptError."""
+    """Return the module that computes the matmul in its forward. Raises FhoptError."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
@@ -90,7 +90,7 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
 
 
 def unapply(model: nn.Module) -> nn.Module:
-    """Undo `apply`, also where it was not called. Returns the model."""
+    """Undo `apply`, if it was called. Returns the model."""
     applied: _Replaced | HeadHooks | None = getattr(model, KEPT, None)
     if applied is not None:
         applied.remove()

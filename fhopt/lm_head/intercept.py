@@ -1,4 +1,4 @@
-"""Interception of products with the head's weight in a module's forward pass."""
+"""Interception of matmuls with the head's weight in a module's forward pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class ProductMode(TorchFunctionMode):
-    """A mode that computes products of hidden states with the weight of a head by the retrieval head.
+    """Torch function mode that computes matmuls of hidden states with a head's weight by the retrieval head.
 
-    It recognizes linear(x, W, b), x @ W.T, mm, matmul, addmm(b, x, W.T) and einsum. `seen`: a product was recognized.
+    It recognizes linear(x, W, b), x @ W.T, mm, matmul, addmm(b, x, W.T) and einsum. `seen`: whether it recognized one.
     """
 
     def __init__(self, head: RetrievalHead) -> None:
@@ -30,7 +30,7 @@ class ProductMode(TorchFunctionMode):
         self.head, self.seen = head, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Search in place of a product with the weight; call any other function as it is."""
+        """Run the search instead of a matmul with the weight; call any other function unchanged."""
         kwargs = kwargs or {}
         hidden_of = _SPELLINGS.get(func)
         hidden = None if hidden_of is None else hidden_of(self, *args, **kwargs)
@@ -38,12 +38,12 @@ class ProductMode(TorchFunctionMode):
             return func(*args, **kwargs)
         self.seen = True
         with torch._C.DisableTorchFunction():
-            if self.head.codes.device != hidden.device:  # the model was moved, of which the head is not a part
+            if self.head.codes.device != hidden.device:  # the model was moved; the head is not a submodule
                 self.head.to(hidden.device)
             return self.head(hidden)
 
     def is_weight(self, x: Any, transposed: bool = False) -> bool:
-        """Return True for the weight, or for a transposed view of it."""
+        """Return whether x is the weight, or a transposed view of it."""
         weight = self.head.weight
         if x is weight:
             return not transposed
@@ -97,7 +97,7 @@ class HeadHooks:
         )
 
     def enter(self, owner: nn.Module, args: Any) -> None:
-        """Enter the mode, unless `owner` is part of a copy of the model, which has weights of its own."""
+        """Enter the mode, unless `owner` belongs to a copy of the model with other weights."""
         if torch.compiler.is_compiling():
             return
         stack = self.entered.__dict__.setdefault("stack", [])
@@ -106,7 +106,7 @@ class HeadHooks:
             stack[-1].__enter__()
 
     def leave(self, owner: nn.Module, args: Any, output: Any) -> None:
-        """Leave the mode, after an error too."""
+        """Leave the mode, also after an error."""
         if torch.compiler.is_compiling():
             return
         mode = self.entered.stack.pop()
@@ -130,7 +130,7 @@ class HeadHooks:
 
 @functools.cache
 def _warn_unrecognized(name: str) -> None:
-    """Warn, once for each class, that its product with the weight was not recognized."""
+    """Warn, once per class, that its matmul with the weight was not recognized."""
     log.warning(
         "A forward of %s computed its logits by an unknown operation: that head is dense. Call "
         "fhopt.lm_head.RetrievalHead there, or write linear(hidden, weight).", name,

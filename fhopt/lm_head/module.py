@@ -1,14 +1,14 @@
-"""A retrieval head in a model: the kernel of `fhopt::head_logits`, and the module that replaces the dense head.
+"""Retrieval head in a model: the kernel of `fhopt::head_logits`, and the module that replaces the dense head.
 
     before                                      after `apply`
     logits = lm_head(x)      [B,S,V]            logits = fhopt::head_logits(x, weight, codes...)     [B,S,V]
     logits = x @ embedding.weight.T             logits = fhopt::head_logits(x, weight, codes...), by interception
 
-Logits that are not computed are -inf (or estimates): they are certainly smaller than the `keep` largest. Up to 16
-hidden states are searched at once; more of them (all logits of a prompt, training), gradients, and weights that have
-changed go to the dense head, and so does everything where no compiler is found. On GPUs the search runs in Triton.
+Logits that are not computed are -inf (or estimates): they are certainly smaller than the `keep` largest. A search takes
+up to 16 hidden states. The dense head handles more of them (all logits of a prompt, training), gradients, weights that
+have changed, and everything if no compiler is found. On GPUs the search runs in Triton.
 
-Letters: M hidden states, C their width, V vocabulary.
+Dimensions: M hidden states, C their width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def search_logits(
     centroids: Tensor, radii: Tensor, counts: Tensor, sizes: list[int], norms: list[float], wanted: list[int],
     limits: list[float], stamp: list[int],
 ) -> Tensor:  # fmt: skip
-    """Compute `fhopt.ops.head_logits.head_logits` by search, and densely what cannot be searched."""
+    """Compute `fhopt.ops.head_logits.head_logits` by search, with the dense head as fallback."""
     (rank, lead), (transform_norm, largest) = sizes, norms
     quantized = Codes(codes, transform, centre, centroids, radii, rank, lead, weight.shape[0], transform_norm, largest)
     keep, probes, budget, estimates = wanted
@@ -53,7 +53,7 @@ def search_logits(
     result = candidates(hidden, weight, bias, quantized, options)
     logits = result.logits
     assert logits is not None
-    if result.estimates is not None:  # they are below the certain logits, as their bounds are
+    if result.estimates is not None:  # estimates are below the certain logits, as their bounds are
         logits = torch.where(logits > -math.inf, logits, result.estimates.to(logits.dtype))
     left = (result.counts < 0).nonzero().flatten()
     counts[1] += len(left)
@@ -68,7 +68,7 @@ for _device in ("cpu", "cuda"):
 
 
 def stamp_of(weight: Tensor) -> list[int]:
-    """Return [version, address] of a weight, which change with its numbers."""
+    """Return [version, address] of a weight, which change with its values."""
     return [-1 if weight.is_inference() else weight._version, weight.data_ptr()]
 
 
@@ -81,12 +81,12 @@ def _is_fresh(weight: Tensor, stamp: list[int]) -> bool:
 
 @functools.cache
 def _warn_of_change() -> None:
-    """Warn, once in a process, that a head does not fit its weight any more."""
+    """Warn, once per process, that a head no longer matches its weight."""
     log.warning("The weight of a head has changed since it was fitted: it is read densely. Fit it again: fhopt head.")
 
 
 def can_search(hidden: Tensor, weight: Tensor) -> bool:
-    """Return True for hidden states that a kernel accepts: few, on the device and of the dtype of the weight."""
+    """Return whether a kernel accepts these hidden states: few, on the device and of the dtype of the weight."""
     typed = hidden.device == weight.device and hidden.dtype == weight.dtype and weight.dtype in cpu_lm_head.TYPES
     if not typed or not 1 <= len(hidden) <= MOST_ROWS or weight.stride(1) != 1:
         return False
@@ -96,16 +96,16 @@ def can_search(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
-    """Search by the kernel for the device of the hidden states; `can_search` must hold."""
+    """Search with the kernel for the device of the hidden states; `can_search` must hold."""
     if hidden.is_cpu:
         return cpu_lm_head.search(hidden, weight, bias, codes, options)
-    from fhopt.codegen.gpu import lm_head as gpu_lm_head  # late: importing Triton takes a second, and only GPUs need it
+    from fhopt.codegen.gpu import lm_head as gpu_lm_head  # late: importing Triton takes a second
 
     return gpu_lm_head.search(hidden, weight, bias, codes, options)
 
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute all logits, [M, C] -> [M, V], by the kernel for few hidden states where it can."""
+    """Compute all logits, [M, C] -> [M, V], with the skinny-GEMM kernel if it supports them."""
     few = hidden.is_cpu and 1 <= len(hidden) <= MOST_ROWS and hidden.dtype == weight.dtype
     if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_linear():
         return torch.ops.fhopt.linear_kernel(hidden, weight, bias)
@@ -119,9 +119,9 @@ def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class HeadReport:
     """Counts and bytes of a head.
 
-    rows: hidden states. dense_rows: those that the dense head decided (many at once, too few rows excluded, not
-    finite). exact_rows: rows of the weight that the search read exactly, in all. certified: share of hidden states with
-    a certificate. bytes_per_row: read for one hidden state at a time, on average; dense_bytes_per_row: by the dense
+    rows: hidden states. dense_rows: those that the dense head computed (many at once, too few rows excluded, not
+    finite). exact_rows: total rows of the weight that the search loaded exactly. certified: share of hidden states with
+    a certificate. bytes_per_row: loaded for one hidden state at a time, on average; dense_bytes_per_row: by the dense
     head.
     """
 
@@ -134,13 +134,13 @@ class HeadReport:
 
 
 class RetrievalHead(nn.Module):
-    """A module in place of a linear layer, with the same weight and bias, that computes the largest logits by search.
+    """Replacement of a linear layer, with the same weight and bias, that computes the largest logits by search.
 
-    keep: number of the largest logits that are certain. margin: logits at most this far below the least of them are
-    certain, too. probes: 0 for certainty; else the number of clusters that are read, -1: the fitted number. budget:
-    largest number of rows of the weight that are read for a hidden state; one that needs more goes to the dense head.
-    estimates: the other logits are estimates from quantized values, not -inf: for beam search, whose scores are
-    normalized, and for sampling without top-k.
+    keep: number of the largest logits that are certain. margin: logits at most this far below the smallest of them are
+    certain, too. probes: 0 for certainty; else the number of clusters to load, -1: the fitted number. budget: max rows
+    of the weight loaded per hidden state; one that needs more falls back to the dense head. estimates: fill the other
+    logits with estimates from quantized values instead of -inf: for beam search, whose scores are normalized, and for
+    sampling without top-k.
     """
 
     def __init__(
@@ -161,16 +161,16 @@ class RetrievalHead(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Width of hidden states, C, as of a linear layer."""
+        """Width of hidden states, C, as in a linear layer."""
         return self.head.site.width
 
     @property
     def out_features(self) -> int:
-        """Size of the vocabulary, V, as of a linear layer."""
+        """Size of the vocabulary, V, as in a linear layer."""
         return self.head.site.vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., V] of hidden [..., C], before scale and softcap, -inf where none was computed."""
+        """Compute logits [..., V] of hidden [..., C], before scale and softcap; -inf for those not computed."""
         rows = math.prod(hidden.shape[:-1])
         if rows > MOST_ROWS or rows < 1 or torch.is_grad_enabled() or hidden.dtype != self.weight.dtype:
             return F.linear(hidden, self.weight, self.bias)
@@ -184,7 +184,7 @@ class RetrievalHead(nn.Module):
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> RetrievalHead:
-        """Move the module; quantized values keep their dtypes. A weight whose dtype changes is read densely."""
+        """Move the module; quantized values keep their dtypes. If the weight's dtype changes, it becomes dense."""
         dtype = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in TENSORS:

@@ -15,8 +15,8 @@ BITS = ("auto", "4", "8")
 class HeadOptions:
     """Options of `fit`.
 
-    texts, sequences, context: where hidden states are collected from. clusters: None: one for each 64 rows. bits: 4, 8,
-    or auto for the mix that reads the fewest bytes. iterations: of k-means.
+    texts, sequences, context: source of the hidden states. clusters: None: one per 64 rows. bits: 4, 8, or auto for the
+    mix that loads the fewest bytes. iterations: of k-means.
     """
 
     texts: Sequence[str] = ("topics",)

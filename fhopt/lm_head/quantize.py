@@ -1,19 +1,19 @@
-"""Quantization of a language-model head with bounds of its logits: the basis, the bit groups, the blocks.
+"""Quantization of an LM head with bounds on its logits: the basis, the bit groups, the blocks.
 
     w - m = A^T w'      h.(w - m) = (A h).w' = h'.w'                m: mean of the rows, A: basis, both unquantized
     w' = w^ + e         |h'.e| <= |h'_1| |e_1| + |h'_2| |e_2|       w^: dequantized, 8 bits in the first bit group, 4 in
                                                                     the second
 
-Any invertible A gives the same logits and a valid bound, and the bound is as small as |h'| |w'| is. Among all bases the
-product of the expected squares is least where both have the same covariance: with M = E h h^T and S = E (w-m)(w-m)^T,
+Any invertible A gives the same logits and a valid bound, which is proportional to |h'| |w'|. The product of the
+expected squares is least if both have the same covariance: with M = E h h^T and S = E (w-m)(w-m)^T,
 
     A = S' M^(-1/2),   S' = L^(1/4) U^T,   M^(1/2) S M^(1/2) = U L U^T         |h'|^2 |w'|^2 -> (tr L^(1/2))^2
 
-(the nuclear norm of M^(1/2) S^(1/2), in place of tr M tr S). On SmolLM2 that is 2.3 times less than in the basis of the
-model, and 4 bits exclude all but some tens of 49,152 rows in place of all but thousands. It is balanced realization of
+(the nuclear norm of M^(1/2) S^(1/2), instead of tr M tr S). On SmolLM2 that is 2.3 times less than in the model's
+basis, and 4 bits exclude all but tens of 49,152 rows, instead of all but thousands. This is balanced realization from
 control theory (Moore 1981). Within a bit group a random rotation equalizes the coordinates for uniform quantization.
 
-Letters: V vocabulary, C width of the hidden states, R width of the basis, K clusters.
+Dimensions: V vocabulary, C width of the hidden states, R width of the basis, K clusters.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from torch import Tensor
 from fhopt.codegen.cpu.lm_head import BLOCK, Codes, block_bytes
 from fhopt.lm_head.clustering import Clusters
 
-CHUNK = 4096  # rows that are quantized at once
-QUANTUM = 8  # the coordinates of a bit group are a multiple of it
+CHUNK = 4096  # rows quantized at once
+QUANTUM = 8  # coordinates of a bit group are a multiple of this
 SHRINKAGE = 0.01  # of the moments of hidden states, towards their mean diagonal
-WORTH_A_BASIS = 0.9  # |h'| |w'| in the basis, as a share of that without one, above which none is used
-CLIPS = {8: (1.0, 0.9), 4: (1.0, 0.9, 0.8, 0.7)}  # ends of the quantized range, as shares of the largest magnitude
+WORTH_A_BASIS = 0.9  # use no basis if |h'| |w'| in it exceeds this share of that without one
+CLIPS = {8: (1.0, 0.9), 4: (1.0, 0.9, 0.8, 0.7)}  # ends of the quantized range, relative to the largest magnitude
 
 
 @dataclass(frozen=True)
 class Basis:
-    """The basis of a head.
+    """Basis of a head.
 
     transform: bfloat16 [R, C] or None; inverse: float64 [R, C], w' = inverse (w - m), of the rounded transform; lead:
     number of coordinates with 8 bits.
@@ -52,7 +52,7 @@ class Basis:
         return _padded(x.float(), self.rank) if self.transform is None else x.float() @ self.transform.float().T
 
     def rows(self, x: Tensor) -> Tensor:
-        """Transform rows [..., C], their mean subtracted, to w' [..., R], float64."""
+        """Transform mean-subtracted rows [..., C] to w' [..., R], float64."""
         return _padded(x.double(), self.rank) if self.inverse is None else x.double() @ self.inverse.T
 
 
@@ -67,8 +67,8 @@ def _padded(x: Tensor, rank: int) -> Tensor:
 class Balance:
     """A balanced basis.
 
-    forward, backward: float64 [C, C], h' = forward h, w' = backward w, the coordinates of the largest products first;
-    None where the model's own basis is nearly as good. gain: |h'| |w'| as a share of that without the basis.
+    forward, backward: float64 [C, C], h' = forward h, w' = backward w, in descending order of the coordinates' energy;
+    None if the model's own basis is almost as good. gain: |h'| |w'| relative to that without the basis.
     """
 
     forward: Tensor | None
@@ -77,7 +77,7 @@ class Balance:
 
 
 def balance(hidden: Tensor | None, rows: Tensor) -> Balance:
-    """Compute the balanced basis of moments [C, C] (float64) of hidden states (None: unknown) and centred rows."""
+    """Compute the balanced basis from moments [C, C] (float64) of hidden states (None: unknown) and centered rows."""
     width = rows.shape[0]
     eye = torch.eye(width, dtype=torch.float64)
     rows = rows + 1e-6 * _scale(rows) * eye
@@ -99,7 +99,7 @@ def _scale(moment: Tensor) -> float:
 
 
 def with_bit_groups(balanced: Balance, width: int, lead: int, seed: int = 0) -> Basis:
-    """Make the basis with its first `lead` coordinates (a multiple of 8; the rank: all of them) in 8 bits."""
+    """Build the basis with its first `lead` coordinates (a multiple of 8; the rank: all of them) in 8 bits."""
     rank = math.ceil(width / QUANTUM) * QUANTUM
     lead = min(lead, rank)
     if balanced.forward is None:
@@ -131,7 +131,7 @@ class QuantizedGroup:
 
 
 def quantize_rows(x: Tensor, bits: int) -> QuantizedGroup:
-    """Quantize x [n, W] (float64) to u, x ~ scale (u - (2^b - 1)/2), for each row by the clip of the smallest error."""
+    """Quantize x [n, W] (float64) to u, x ~ scale (u - (2^b - 1)/2), with the clip of least error for each row."""
     top = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
     levels, best = 2**bits, None
     for clip in CLIPS[bits]:
@@ -146,7 +146,7 @@ def quantize_rows(x: Tensor, bits: int) -> QuantizedGroup:
 
 
 def _better(a: QuantizedGroup, b: QuantizedGroup) -> QuantizedGroup:
-    """Select, row by row, the one of the smaller error."""
+    """Select for each row the group with the smaller error."""
     first = a.error <= b.error
     values = torch.where(first.unsqueeze(1), a.values, b.values)
     return QuantizedGroup(
@@ -155,13 +155,13 @@ def _better(a: QuantizedGroup, b: QuantizedGroup) -> QuantizedGroup:
 
 
 def rounded_up(x: Tensor) -> Tensor:
-    """Round norms up to bfloat16, with a margin for the arithmetic of the kernel."""
+    """Round norms up to bfloat16, with a margin for the rounding errors of the kernel."""
     bits = (x * (1 + 1e-6)).float().nextafter(torch.tensor(math.inf)).view(torch.int32)
     return ((bits + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def quantize_weight(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clusters) -> Codes:
-    """Quantize weight [V, C], `centre` (float32 [C]) subtracted from its rows, in the order of the clusters."""
+    """Quantize weight [V, C] minus `centre` (float32 [C]), with rows in the order of the clusters."""
     count = clusters.centroids.shape[0]
     blocks = math.ceil(int(torch.bincount(clusters.labels, minlength=count).max()) / BLOCK)
     order = slots(clusters.labels, count, blocks * BLOCK)
@@ -177,7 +177,7 @@ def quantize_weight(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clus
         cluster = torch.arange(begin, begin + len(part)) // (blocks * BLOCK)
         distance = torch.where(part >= 0, (rows - centroids[cluster].double()).norm(dim=1), 0)
         radii.scatter_reduce_(0, cluster, distance, "amax")
-    radii = (radii + 1e-5 * centroids.double().norm(dim=1)) * (1 + 1e-5)  # sums in float32 are within it
+    radii = (radii + 1e-5 * centroids.double().norm(dim=1)) * (1 + 1e-5)  # covers the rounding errors of float32 sums
     norms = [float(part.double().norm(dim=1).max()) for part in weight.split(CHUNK)]
     transform_norm = float(basis.transform.double().norm()) if basis.transform is not None else math.sqrt(basis.rank)
     return Codes(
@@ -187,7 +187,7 @@ def quantize_weight(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clus
 
 
 def slots(labels: Tensor, count: int, size: int) -> Tensor:
-    """Order rows by cluster, int64 [count * size]: `size` places for each cluster, -1 where a place is empty."""
+    """Order rows by cluster, int64 [count * size]: `size` slots per cluster, -1 for an empty slot."""
     order = labels.argsort(stable=True)
     sorted_labels = labels[order]
     begins = torch.searchsorted(sorted_labels, torch.arange(count))
@@ -197,7 +197,7 @@ def slots(labels: Tensor, count: int, size: int) -> Tensor:
 
 
 def _blocks(first: QuantizedGroup, second: QuantizedGroup, rows: Tensor) -> Tensor:
-    """Pack blocks of 16 rows as the kernel reads them (codegen/cpu/lm_head.py), uint8 [n / 16, bytes]."""
+    """Pack blocks of 16 rows in the layout of the kernel (codegen/cpu/lm_head.py), uint8 [n / 16, bytes]."""
     count = len(rows) // BLOCK
     lead = _in_lanes(first.values, count)
     low, high = second.values.unflatten(1, (-1, 2, 4)).unbind(2)  # [n, groups, 4]
@@ -208,7 +208,7 @@ def _blocks(first: QuantizedGroup, second: QuantizedGroup, rows: Tensor) -> Tens
 
 
 def _in_lanes(values: Tensor, count: int) -> Tensor:
-    """Permute [16 count, W] to [count, W/4, 16, 4], flat: four coordinates of each of 16 rows after the other."""
+    """Permute [16 count, W] to [count, W/4, 16, 4], flat: four coordinates of each of 16 rows in sequence."""
     return values.view(count, BLOCK, -1, 4).transpose(1, 2).reshape(count, values.shape[1] * BLOCK)
 
 
@@ -217,7 +217,7 @@ def _bytes(x: Tensor, count: int) -> Tensor:
 
 
 def dequantize(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """Dequantize all rows: (rows int64 [n], values float64 [n, R], numbers float64 [n, 6] as in the blocks)."""
+    """Dequantize all rows: (rows int64 [n], values float64 [n, R], scales and norms float64 [n, 6] of the blocks)."""
     rank, lead = codes.rank, codes.lead
     sizes = [BLOCK * lead, BLOCK * (rank - lead) // 2, BLOCK * 12, BLOCK * 4]
     first, rest, numbers, rows = codes.codes.split(sizes, 1)

@@ -1,1 +1,1 @@
-"""Loading of models, capture of their graphs, search for their attention sites."""
+"""Loading of models, capture of their graphs, and detection of their attention sites."""

@@ -1,9 +1,9 @@
-"""What transformers' KV cache keeps of each layer of a model: all tokens, a sliding window, a chunk, a state, nothing.
+"""Contents of transformers' KV cache per layer of a model: all tokens, a sliding window, a chunk, a state, nothing.
 
-    cache_layers(model)       from the configuration alone: the layers that transformers' own cache would have
-    measured_layers(model)    with their sizes, which a cache of two tokens shows
+    cache_layers(model)       from the configuration only: the layers of transformers' own cache
+    measured_layers(model)    with sizes, measured on a cache of two tokens
 
-Modules without a configuration of transformers have none: there the mask in the graph is all that is known.
+Modules without a transformers configuration have none; for them only the mask in the graph is known.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SLIDING, CHUNKED = "sliding", "chunked"
 
 
 def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
-    """Return the layers of transformers' cache for a decoder, without sizes; none for any other module.
+    """Return the layers of transformers' cache for a decoder, without sizes; empty for other modules.
 
-    Models with an encoder have none either: all tokens of all their layers are kept.
+    Also empty for encoder-decoder models, whose layers all cache every token.
     """
     plain = _plain_layers(model)
     if not plain:
@@ -35,9 +35,9 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
 
 
 def measured_layers(model: Any) -> tuple[CacheLayer, ...]:
-    """Return the layers of transformers' cache for a decoder with their sizes; none where no cache can be filled.
+    """Return the layers of transformers' cache for a decoder, with sizes; empty if no cache can be filled.
 
-    The model reads two tokens, one after the other.
+    Runs the model on two tokens, one after the other.
     """
     layers = cache_layers(model)
     weight = next(model.parameters(), None) if layers else None
@@ -48,7 +48,7 @@ def measured_layers(model: Any) -> tuple[CacheLayer, ...]:
     try:
         with torch.no_grad():
             sizes = [_after(model, held, ids), _after(model, held, ids)]
-    except Exception:  # the model itself may refuse to run like this: its sites are what is known
+    except Exception:  # the model may not support this call; only its sites are known
         return ()
     return tuple(_sized(*item) for item in zip(layers, *sizes, strict=True))
 
@@ -62,7 +62,7 @@ def _plain_layers(model: Any) -> list[Any]:
         return []
     try:
         return list(_plain_cache(model).layers)
-    except Exception:  # a configuration of a model without a cache
+    except Exception:  # the configuration of a model without a cache
         return []
 
 
@@ -70,7 +70,7 @@ def _plain_cache(model: Any) -> Any:
     from transformers.cache_utils import DynamicCache
 
     class OrdinaryCache(DynamicCache):  # type: ignore[misc]
-        """A type that no plan applied to the model replaces. Not in fhopt/hf, which is above this package."""
+        """A class that an applied plan does not replace. Not in fhopt/hf, which imports this package."""
 
     return OrdinaryCache(config=model.config.get_text_config(decoder=True))
 
@@ -90,7 +90,7 @@ def _layer(name: str, layer: Any, layer_type: str) -> CacheLayer:
 
 
 def _layer_paths(model: torch.nn.Module) -> dict[int, str]:
-    """Return the common path of all modules of a layer, by the index that they have in a cache."""
+    """Return the common path of each layer's modules, by cache index."""
     inside = _decoder_path(model)
     paths: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -101,13 +101,13 @@ def _layer_paths(model: torch.nn.Module) -> dict[int, str]:
 
 
 def _until(index: str, path: str) -> str:
-    """Return a path up to the number of its layer, of which other modules may be parts that do not know it."""
+    """Truncate a path after its layer number: other modules of the layer may not know the index."""
     parts = path.split(".")
     return ".".join(parts[: len(parts) - parts[::-1].index(index)]) if index in parts else path
 
 
 def _decoder_path(model: Any) -> str:
-    """Return the path of the decoder with a dot behind it, "" where it is the model."""
+    """Return the decoder's path with a trailing dot; "" if the decoder is the model."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     path = next((name for name, module in model.named_modules() if module is decoder), "")
     return f"{path}." if path else ""
@@ -126,7 +126,7 @@ def _common(names: Sequence[str]) -> str:
 
 
 def _after(model: Any, cache: Any, ids: Tensor) -> list[list[Tensor]]:
-    """Read token ids [1, 1] behind a cache; returns the tensors of each of its layers."""
+    """Run the model on token ids [1, 1] with a cache; return the tensors of each cache layer."""
     model(ids, **{cache_argument(model): cache}, use_cache=True)
     return [[t for t in _tensors(layer) if t.dim()] for layer in cache.layers]
 
@@ -138,7 +138,7 @@ def _tensors(layer: Any) -> Iterator[Tensor]:
 
 
 def _sized(layer: CacheLayer, first: Sequence[Tensor], second: Sequence[Tensor]) -> CacheLayer:
-    """Return a layer with its sizes. first, second: its tensors after one token and after two."""
+    """Return a layer with sizes. first, second: its tensors after one and after two tokens."""
     grown = sum(t.numel() for t in second) - sum(t.numel() for t in first)
     fixed = sum(t.nbytes for t in first) - (sum(t.nbytes for t in second) - sum(t.nbytes for t in first))
     return replace(layer, numbers=grown, state_bytes=max(0, fixed))

@@ -1,9 +1,9 @@
-"""Capture of a module and its inputs as a `Program`: Dynamo's graph, or one that `torch.export` made.
+"""Capture of a module's graph as a `Program`, by Dynamo or from `torch.export`.
 
-    capture(model, (), {"input_ids": ids})            -> Captured: the graph, its real inputs, which output is which
+    capture(model, (), {"input_ids": ids})            -> Captured: the graph, its input values, its main output
     from_exported(torch.export.load("model.pt2"))     -> Captured
 
-Dynamo's graphs have a placeholder for every parameter, and so have lifted export graphs: the passes see one form.
+Dynamo graphs have a placeholder for every parameter, as lifted export graphs do: passes see one form.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SKIPPED = "it skips functions of torch and of the standard library, and those un
 class Captured:
     """A captured forward pass.
 
-    inputs: placeholder name -> name of its argument. result: index of the main output (logits, or the first tensor)
-    among the graph's outputs. is_logits: the model returns that output as its logits. runs: how often the forward pass
-    ran the graph; layers of one class may share it.
+    inputs: placeholder name -> argument name. result: index of the main output (logits, or the first tensor) among the
+    graph's outputs. is_logits: the model returns that output as logits. runs: how often the forward pass ran the graph;
+    layers of one class may share it.
     """
 
     program: Program
@@ -43,9 +43,9 @@ class Captured:
 def capture(
     model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, reset: bool = True
 ) -> Captured:
-    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph.
+    """Run `model(*args, **kwargs)` once under Dynamo and return its graph. Raises FhoptError unless it is one graph.
 
-    reset: discard what Dynamo has compiled in this process; False where that is in use.
+    reset: clear Dynamo's compiled code of this process; False if it is in use.
     """
     captured = capture_graphs(model, args, kwargs, reset)
     if len(captured) != 1:
@@ -62,10 +62,10 @@ def capture(
 def capture_graphs(
     model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, reset: bool = True
 ) -> list[Captured]:
-    """Run `model(*args, **kwargs)` once under Dynamo and keep every graph that it falls into, in the order of running.
+    """Run `model(*args, **kwargs)` once under Dynamo and return all its graphs, in execution order.
 
-    reset: discard what Dynamo has compiled in this process; False where that is in use. `result` is -1 for a graph that
-    does not compute the model's main output. Raises FhoptError when the model cannot be run or traced.
+    reset: clear Dynamo's compiled code of this process; False if it is in use. `result` is -1 for a graph that does not
+    compute the model's main output. Raises FhoptError if the model cannot be run or traced.
     """
     keywords = dict(kwargs or {})
     seen: list[tuple[Program, list[Any]]] = []
@@ -74,7 +74,7 @@ def capture_graphs(
     def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         outputs: list[Any] = []
         number = len(seen)
-        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears the inputs of a backend
+        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears a backend's inputs
 
         def run(*inputs: Any) -> Any:
             outputs[:] = module(*inputs)
@@ -94,7 +94,7 @@ def capture_graphs(
             f"{type(model).__name__} could not be captured ({_cause(error)}). Rewrite what is named "
             "there, or capture a part of the model."
         ) from error
-    except Exception as error:  # the model itself refused these inputs
+    except Exception as error:  # the model rejected these inputs
         raise FhoptError(
             f"{type(model).__name__} could not be run ({type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}). Call it with the same arguments in plain PyTorch first."
@@ -125,17 +125,17 @@ def capture_graphs(
     ]
     for _, outputs in seen:
         outputs.clear()
-    seen.clear()  # without a reset, Dynamo keeps what was compiled, and this with it
+    seen.clear()  # without a reset, Dynamo caches the backend and everything it references
     return captured
 
 
 def _graph_breaks() -> list[str]:
-    """Return why Dynamo has ended graphs in this process, in order."""
+    """Return the reasons of Dynamo's graph breaks in this process, in order."""
     return [str(reason) for reason in torch._dynamo.utils.counters["graph_break"]]
 
 
 def _cause(error: object) -> str:
-    """Return what Dynamo names as the cause, in one line, and the user's line that it names last."""
+    """Return Dynamo's cause in one line, with the last user frame."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     first = lines[1] if lines[0].endswith("raised:") and len(lines) > 1 else lines[0]
@@ -148,12 +148,12 @@ def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[
     if reset:
         torch._dynamo.reset()
         return torch.compile(model, backend=keep, dynamic=False)(*args, **kwargs)
-    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):  # one graph more
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):  # for one more graph
         return torch.compile(model.forward, backend=keep, dynamic=False)(*args, **kwargs)
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> Captured:
-    """Return the lifted graph of an exported program with its example inputs. Raises FhoptError when it has none."""
+    """Return an exported program's lifted graph with its example inputs. Raises FhoptError without inputs."""
     if exported.example_inputs is None:
         raise FhoptError("the .pt2 program holds no example inputs; expected one saved by torch.export.save.")
     signature = exported.graph_signature
@@ -174,7 +174,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> Captured:
 
 
 def _name_parameters(program: Program, model: torch.nn.Module) -> None:
-    """Set the names of parameters by the identity of tensors, which is more reliable than source text."""
+    """Set parameter names by tensor identity, which is more reliable than source names."""
     known = {id(p): name for name, p in model.named_parameters()}
     for name, value in program.values.items():
         if id(value) in known:
@@ -182,14 +182,14 @@ def _name_parameters(program: Program, model: torch.nn.Module) -> None:
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Map placeholders to arguments: their keywords, or their positions as text."""
+    """Map placeholders to arguments: keywords, or positions as strings."""
     arguments = [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]
     names = {id(value): name for name, value in arguments if isinstance(value, Tensor)}
     return {name: names[id(value)] for name, value in program.values.items() if id(value) in names}
 
 
 def _main_output(result: Any, outputs: list[Any]) -> int:
-    """Find the graph output that is the model's result, its logits or else its first tensor; -1: none is."""
+    """Find the graph output that is the model's logits, or else its first tensor; -1 if none is."""
     main = getattr(result, "logits", None)
     if main is None:
         leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]

@@ -1,9 +1,9 @@
-"""The store of models that were converted from GGUF files, so that the next command loads them in seconds.
+"""Disk cache of models converted from GGUF files, so that later commands load them in seconds.
 
-    <cache folder>/models/<name>-<dtype>-<digest>/     a Hugging Face folder, as `save_pretrained` writes it
+    <cache folder>/models/<name>-<dtype>-<digest>/     a Hugging Face folder, written by `save_pretrained`
 
-A model appears whole or not at all. It belongs to one file as it is (place, size, time, both ends), to one dtype, and
-to the versions of transformers and gguf that read it. The models that were used longest ago make room for new ones.
+Writes are atomic. An entry belongs to one file (path, size, time, both ends), one dtype, and one pair of versions of
+transformers and gguf. The least recently used models are evicted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fhopt.system import cache_folder, make_private, warn_once
 
 LIMIT_VARIABLE = "FHOPT_MODELS_GB"
 DEFAULT_LIMIT = 20.0  # GB of 10^9 bytes
-_ENDS = 1 << 20  # bytes at each end of a file that its digest is of
-_LEFT_BEHIND = 24 * 3600.0  # seconds after which a folder of an interrupted conversion may be removed
+_ENDS = 1 << 20  # bytes at each end of a file that its digest covers
+_LEFT_BEHIND = 24 * 3600.0  # seconds after which the folder of an interrupted conversion may be removed
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One converted model. nbytes: of its folder. used: when it was loaded last, seconds since 1970."""
+    """A converted model. nbytes: of its folder. used: time of its last load, seconds since 1970."""
 
     name: str
     path: Path
@@ -42,12 +42,12 @@ class Converted:
 
 
 def models_folder() -> Path:
-    """Return the folder of converted models, below the cache folder."""
+    """Return the folder of converted models, in the cache folder."""
     return cache_folder() / "models"
 
 
 def limit_bytes() -> int:
-    """Return how many bytes of converted models are kept: FHOPT_MODELS_GB, else 20 GB. Raises FhoptError."""
+    """Return the size limit of the cache in bytes: FHOPT_MODELS_GB, else 20 GB. Raises FhoptError."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     try:
         limit = float(text) if text else DEFAULT_LIMIT
@@ -59,7 +59,7 @@ def limit_bytes() -> int:
 
 
 def entries() -> list[Converted]:
-    """List the converted models, the one that was used last first."""
+    """List the converted models, most recently used first."""
     folder = models_folder()
     paths = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
     known = [Converted(p.name, p, _size(p), p.stat().st_mtime) for p in paths]
@@ -67,23 +67,23 @@ def entries() -> list[Converted]:
 
 
 def find(file: Path, dtype: torch.dtype) -> Path | None:
-    """Return the folder of a file's conversion to `dtype`; None where there is none."""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+    """Return the folder of a file's conversion to `dtype`; None if there is none."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         path = models_folder() / _name(file, dtype)
         if path.is_dir():
-            make_private(path)  # others could have put other weights there
+            make_private(path)  # other users could have put weights there
             os.utime(path)
             return path
     return None
 
 
 def keep(file: Path, dtype: torch.dtype, model: Any, tokenizer: Any) -> None:
-    """Keep the conversion of a file, where the limit and the disk have room for it; else warn, once.
+    """Store the conversion of a file if limit and disk space allow; else warn, once.
 
-    Raises FhoptError for a limit that is no number.
+    Raises FhoptError for an invalid limit.
     """
     limit = limit_bytes()
-    needed = sum(t.numel() * t.element_size() for t in model.parameters())  # tied ones are named once
+    needed = sum(t.numel() * t.element_size() for t in model.parameters())  # counts tied weights once
     if limit == 0:
         return
     try:
@@ -113,7 +113,7 @@ def remove(path: Path) -> None:
 
 
 def prune(limit: int | None = None) -> list[Converted]:
-    """Remove what goes beyond `limit` bytes, used longest ago first, and what was left behind; return the removed."""
+    """Evict models beyond `limit` bytes, least recently used first, and interrupted conversions; return the evicted."""
     removed = _make_room(limit_bytes() if limit is None else limit)
     folder = models_folder()
     for path in folder.glob(".*") if folder.is_dir() else ():
@@ -133,7 +133,7 @@ def _make_room(limit: int) -> list[Converted]:
 
 
 def _name(file: Path, dtype: torch.dtype) -> str:
-    """Name a conversion. Raises OSError for a file that cannot be read."""
+    """Return the name of a conversion. Raises OSError for an unreadable file."""
     about = file.stat()
     with file.open("rb") as content:
         head = content.read(_ENDS)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-TOKENS = 16  # of a text
+TOKENS = 16  # per text
 
 
 def example_arguments(model: Any) -> dict[str, Tensor]:
-    """Make arguments for one forward pass of a transformers model that is not a causal language model.
+    """Make arguments for one forward pass of a transformers model other than a causal language model.
 
-    Text, images and sound have the sizes of its configuration. Raises FhoptError when the model takes something else.
+    Text, images and audio have the sizes of its configuration. Raises FhoptError for other inputs.
     """
     config, accepted = model.config, inspect.signature(model.forward).parameters
     text, vision = config.get_text_config(), getattr(config, "vision_config", config)
@@ -45,4 +45,4 @@ def example_arguments(model: Any) -> dict[str, Tensor]:
     return arguments
 
 
-_PAIRED = frozenset({"pixel_values", "input_ids"})  # models of text and images take both
+_PAIRED = frozenset({"pixel_values", "input_ids"})  # vision-language models take both

@@ -1,8 +1,8 @@
-"""Reading a GGUF file: its weights dequantized to one dtype, its configuration, its tokenizer.
+"""Loading of GGUF files: weights dequantized to one dtype, configuration, tokenizer.
 
-transformers does the reading. What is added here: metadata is parsed once, not three times, and its long lists without
-a call of many functions for each word; a tensor is dequantized a few rows at a time, since gguf holds several copies of
-a whole one; and the model does not keep what it was made from.
+transformers does the loading. This module makes it parse metadata once instead of three times, with fast parsing of
+long lists; dequantize tensors a few rows at a time, since gguf makes several copies of a whole tensor; and drop the
+source data from the model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _ROWS_BYTES = 1 << 24  # of quantized blocks that are dequantized at once
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Read the model, its weights in `dtype`, and the tokenizer of a GGUF file. Raises FhoptError."""
+    """Load a GGUF file's model, with weights in `dtype`, and its tokenizer. Raises FhoptError."""
     hf = transformers()
     check_packages()
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
-    if hasattr(hf, "GgufConfig"):  # else newer versions leave weights in their blocks where they have kernels
+    if hasattr(hf, "GgufConfig"):  # otherwise newer versions leave weights quantized if they have kernels
         options["quantization_config"] = hf.GgufConfig(dequantize=True)
     with not_read(path), QuietProgress(), frugal():
         tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -39,7 +39,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def check_packages() -> None:
-    """Raise FhoptError where packages are missing that read GGUF files."""
+    """Raise FhoptError if packages for GGUF files are missing."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FhoptError(
@@ -49,7 +49,7 @@ def check_packages() -> None:
 
 @contextmanager
 def not_read(path: Path) -> Iterator[None]:
-    """Raise FhoptError for what readers raise inside about a file."""
+    """Convert loading errors for a file inside the context to FhoptError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -61,7 +61,7 @@ def not_read(path: Path) -> Iterator[None]:
 
 
 def _plain(model: Any) -> Any:
-    """Make a dequantized model one like any other: its weights are plain tensors, and may be moved and saved."""
+    """Remove the traces of quantization from a dequantized model, so that it can be moved and saved."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -72,7 +72,7 @@ def _plain(model: Any) -> Any:
 
 @contextmanager
 def frugal() -> Iterator[None]:
-    """Cache gguf's readers and name maps, which transformers makes again each time, and dequantize row by row."""
+    """Cache gguf's readers and name maps, which transformers creates repeatedly, and dequantize row by row."""
     gguf: Any = importlib.import_module("gguf")
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map", "dequantize")}
     gguf.GGUFReader = functools.cache(_plain_reader(before["GGUFReader"], gguf.GGUFValueType))
@@ -88,7 +88,7 @@ def frugal() -> Iterator[None]:
 
 @contextmanager
 def _quick_strings() -> Iterator[None]:
-    """Let transformers decode strings of a list at once, where it has the function that makes a list of their bytes."""
+    """Make transformers decode lists of strings in one call, if it has the function for single values."""
     try:
         of: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
         parse = of._gguf_parse_value
@@ -97,7 +97,7 @@ def _quick_strings() -> Iterator[None]:
         return
 
     def parsed(value: Any, kinds: Any) -> Any:
-        return value.tobytes().decode() if kinds == [9, 8] else parse(value, kinds)  # a list, of strings
+        return value.tobytes().decode() if kinds == [9, 8] else parse(value, kinds)  # a list of strings
 
     of._gguf_parse_value = parsed
     try:
@@ -107,7 +107,7 @@ def _quick_strings() -> Iterator[None]:
 
 
 def _plain_reader(reader: Any, kinds: Any) -> Any:
-    """Make a reader of gguf that is quick with lists, as vocabularies are. kinds: gguf's numbers of types."""
+    """Make a gguf reader class with fast list parsing, for vocabularies. kinds: gguf's type numbers."""
 
     def field_parts(self: Any, at: int, kind: int) -> Any:
         known = getattr(self, "byte_order", "") == "I" and kind == kinds.ARRAY
@@ -118,9 +118,9 @@ def _plain_reader(reader: Any, kinds: Any) -> Any:
 
 
 def _list_at(data: Any, at: int, kinds: Any, scalars: Any) -> tuple[int, list[Any], list[int], list[Any]] | None:
-    """Read a list as gguf does: its size, its parts, which of them are values, its types. None for what gguf refuses.
+    """Parse a list as gguf does: its size, parts, indices of values, types. None for lists that gguf rejects.
 
-    A part of a number is that number; a string has two, its length and its bytes.
+    A number is one part; a string is two, its length and its bytes.
     """
     if at + 12 > len(data):
         return None
@@ -155,12 +155,12 @@ def _bytes(reader: Any) -> Any:
 
 
 def _keep(reader: Any, mapped: Any) -> None:
-    """Keep a mapped file as a plain array: gguf makes slices of it by the million, and those of maps are slow."""
+    """Store a mapped file as a plain array: gguf slices it millions of times, and slices of memory maps are slow."""
     vars(reader)["data"] = mapped.view(np.ndarray)
 
 
 def _dequantize_rows(dequantize: Callable[[Any, Any], Any], data: Any, kind: Any) -> Any:
-    """Dequantize blocks [..., rows, bytes] to float32 [..., rows, columns], some rows at a time."""
+    """Dequantize blocks [..., rows, bytes] to float32 [..., rows, columns], a few rows at a time."""
     rows = max(1, _ROWS_BYTES // max(1, data[0].nbytes)) if data.ndim > 1 and len(data) else len(data)
     if rows >= len(data):
         return dequantize(data, kind)
@@ -174,7 +174,7 @@ def _dequantize_rows(dequantize: Callable[[Any, Any], Any], data: Any, kind: Any
 
 
 def forget(data: Any) -> None:
-    """Tell the system that the pages of a mapped file that were read are not needed again."""
+    """Release a mapped file's pages from memory, which are not needed again."""
     while isinstance(data, np.ndarray):
         data = data.base
     if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):

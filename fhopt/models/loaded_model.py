@@ -12,15 +12,15 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured, capture, capture_graphs, from_exported
 
-TOKENS = 16  # of an example
+TOKENS = 16  # of an example input
 
 
 @dataclass
 class LoadedModel:
-    """A model ready to be captured.
+    """A loaded model, ready for capture.
 
-    module is None for an exported program; tokenizer is None for models without one. `inputs` are example arguments
-    (args, kwargs) of models that are not called with token ids.
+    module: None for an exported program. tokenizer: None for models without one. inputs: example arguments (args,
+    kwargs) of models that do not take token ids.
     """
 
     name: str
@@ -30,9 +30,9 @@ class LoadedModel:
     program: torch.export.ExportedProgram | None = None
 
     def capture(self, tokens: int = TOKENS) -> Captured:
-        """Capture the graph of one forward pass. Raises FhoptError when it is not one graph.
+        """Capture the graph of one forward pass. Raises FhoptError unless it is one graph.
 
-        Language models read `tokens` token ids, any other model its example inputs.
+        Language models run on `tokens` token ids, other models on their example inputs.
         """
         if self.program is not None:
             return from_exported(self.program)
@@ -40,7 +40,7 @@ class LoadedModel:
         return capture(self.module, *self._call(tokens))
 
     def captures(self) -> list[Captured]:
-        """Capture every graph that one forward pass falls into: on TOKENS token ids, or on the example inputs."""
+        """Capture all graphs of one forward pass, on TOKENS token ids or on the example inputs."""
         if self.program is not None:
             return [from_exported(self.program)]
         assert self.module is not None

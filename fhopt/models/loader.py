@@ -1,6 +1,6 @@
-"""Loading MODEL of a command: `demo`, a Hugging Face folder, a GGUF file, a `.pt2` program, `module:function`.
+"""Loading of a command's MODEL: `demo`, a Hugging Face folder, a GGUF file, a `.pt2` program, `module:function`.
 
-Nothing is downloaded: every form names something that is already on this machine.
+Nothing is downloaded: every form refers to local files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fhopt.models.rewritten_folder import is_rewritten
 from fhopt.models.transformers_import import QuietProgress, transformers
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
-# A folder that brings code of its own is refused at once, where transformers would ask, and wait for an answer.
+# Reject folders with custom code immediately; transformers would prompt and wait.
 _NOTHING_RUNS = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -36,9 +36,9 @@ _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, placement: Mapping[str, Any] | None = None
 ) -> LoadedModel:
-    """Load MODEL. Raises FhoptError when it does not exist, is damaged or has no known form.
+    """Load MODEL. Raises FhoptError if it does not exist, is damaged or has no known form.
 
-    placement: options of `from_pretrained` that say where weights go (fhopt/parallel/device_map.py), for Hugging Face
+    placement: `from_pretrained` options for the placement of weights (fhopt/parallel/device_map.py), for Hugging Face
     folders.
     """
     check_model(name)
@@ -57,18 +57,18 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a Hugging Face folder alone; None for any other form of MODEL. Raises FhoptError."""
+    """Load only the tokenizer of a Hugging Face folder; None for other forms of MODEL. Raises FhoptError."""
     path = folder_of(name)
     if path is None:
         return None
     try:
         return transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a damaged folder makes loaders raise many kinds
+    except Exception as error:  # loaders raise many types for a damaged folder
         raise _not_loaded(path, error) from error
 
 
 def gguf_file(name: str) -> Path | None:
-    """Return the GGUF file that MODEL is; None for any other. Raises FhoptError when it does not exist."""
+    """Return MODEL's GGUF file; None for other forms. Raises FhoptError if it does not exist."""
     check_model(name)
     path = Path(name).expanduser()
     if name == "demo":
@@ -89,7 +89,7 @@ def _load_demo(dtype: torch.dtype) -> LoadedModel:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """Load a GGUF file, dequantized: from its conversion, where one was kept, else converted and kept."""
+    """Load a GGUF file, dequantized: from the cache of converted models, else converted and cached."""
     kept = converted_models.find(path, dtype)
     read = _load_converted(kept, dtype) if kept else None
     if read is None:
@@ -101,13 +101,13 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 
 
 def _load_converted(folder: Path, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """Load a model that was converted before, and its tokenizer; None where it is damaged, and is removed."""
+    """Load a converted model and its tokenizer; None if it is damaged, in which case it is removed."""
     hf = transformers()
     try:
         with QuietProgress():
             model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_NOTHING_RUNS)
             return model, hf.AutoTokenizer.from_pretrained(folder, **_NOTHING_RUNS)
-    except Exception:  # a damaged folder makes loaders raise many kinds; the file itself is read again
+    except Exception:  # loaders raise many types for a damaged folder; the caller converts the file again
         converted_models.remove(folder)
         return None
 
@@ -135,14 +135,14 @@ def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = 
             model = kind.from_pretrained(path, dtype=dtype, **_NOTHING_RUNS, **placement)
             is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
             tokenizer = hf.AutoTokenizer.from_pretrained(path, **_NOTHING_RUNS) if causal and is_text else None
-    except Exception as error:  # a damaged folder makes loaders raise many kinds
+    except Exception as error:  # loaders raise many types for a damaged folder
         raise _not_loaded(path, error) from error
     model = model.eval().requires_grad_(False)
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
 def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
-    """Load the exact model of a folder that `fhopt rewrite` wrote: commands take its plan by --plan FOLDER/plan."""
+    """Load the original model of a folder written by `fhopt rewrite`; commands load its plan by --plan FOLDER/plan."""
     from fhopt.models.rewritten_folder import read_folder
     from fhopt.models.rewritten_model import load_exact
 
@@ -151,18 +151,18 @@ def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]
     is_text = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(path, **_NOTHING_RUNS) if is_text else None
-    except Exception as error:  # a damaged folder makes loaders raise many kinds
+    except Exception as error:  # loaders raise many types for a damaged folder
         raise _not_loaded(path, error) from error
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
 def _load_exported(path: Path) -> LoadedModel:
-    log = logging.getLogger("torch.export")  # it repeats the error that is raised below
+    log = logging.getLogger("torch.export")  # it would repeat the error raised below
     before, log.disabled = log.disabled, True
     try:
         with _tensors_only():
             program = torch.export.load(path)
-    except Exception as error:  # the loader raises many kinds for a damaged archive
+    except Exception as error:  # the loader raises many types for a damaged archive
         raise FhoptError(
             f"{path} could not be read as an exported program ({_one_line(error)}). Save it again with "
             "torch.export.save, by this version of torch."
@@ -174,7 +174,7 @@ def _load_exported(path: Path) -> LoadedModel:
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Make torch.load read tensors only: torch.export.load would unpickle example inputs, which can run code."""
+    """Make torch.load load only tensors: torch.export.load would unpickle example inputs, which can run code."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -185,9 +185,9 @@ def _tensors_only() -> Iterator[None]:
 
 
 def _load_function(name: str) -> LoadedModel:
-    """Call the function of `package.module:function`, which returns (module, args) or (module, args, kwargs)."""
+    """Call the function in `package.module:function`, which returns (module, args) or (module, args, kwargs)."""
     module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:  # a script's own folder is there in its place
+    if os.getcwd() not in sys.path:  # a script has its own folder there instead
         sys.path.insert(0, os.getcwd())
     try:
         function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
@@ -199,7 +199,7 @@ def _load_function(name: str) -> LoadedModel:
         raise FhoptError(f"{name} is a {type(function).__name__}; expected a function that returns (module, args).")
     try:
         result = function()
-    except Exception as error:  # the user's own code may raise anything
+    except Exception as error:  # user code may raise anything
         raise FhoptError(
             f"{name}() failed ({type(error).__name__}: {_one_line(error)}). Call it in Python to see where."
         ) from error

@@ -1,4 +1,4 @@
-"""Facts about a transformers model: positions, cache argument, attention implementations, encoder."""
+"""Properties of a transformers model: positions, cache argument, attention implementations, encoder."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fhopt.plan.site import AttentionSite
 
 
 def text_key(config: Any) -> str:
-    """Return the name of the decoder's part of a configuration, "" where that is the whole configuration."""
+    """Return the name of the decoder's sub-configuration; "" if it is the whole configuration."""
     text = config.get_text_config(decoder=True)
     return next((key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), "")
 
 
 def implementations(config: Any) -> dict[str, str]:
-    """Return the attention implementation of a configuration ("") and of each of its parts."""
+    """Return the attention implementations of a configuration ("") and its sub-configurations."""
     parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", {})}
     implementation = {key: part._attn_implementation for key, part in parts.items() if part is not None}
     return implementation | {"": config._attn_implementation}
 
 
 def uses_interface(module: torch.nn.Module) -> bool:
-    """Return True where attention goes through transformers' interface, False where a model's own code computes it.
+    """Return True if attention goes through transformers' interface, False if the model computes it itself.
 
-    The code of the module's own classes says so, not that of their file: GIT's decoder computes attention by hand, in
-    one file with an image encoder that uses the interface.
+    Inspects the code of the module's classes, not of their file: GIT's decoder computes attention itself, in one file
+    with an image encoder that uses the interface.
     """
     classes: set[Any] = {type(part) for part in module.modules()}
     return any(map(_calls_interface, classes))
@@ -45,23 +45,23 @@ def _calls_interface(cls: Any) -> bool:
 
 
 def cache_argument(model: torch.nn.Module | type[torch.nn.Module]) -> str:
-    """Return the name of the cache argument, which depends on the version of transformers."""
+    """Return the name of the cache argument, which depends on the transformers version."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def keeps_own_cache(model: Any) -> bool:
-    """Return whether `generate` makes a cache of the model's own kind, not one of transformers."""
+    """Return whether `generate` makes a cache class of the model's own."""
     return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
 
 
 def positions_of(model: Any) -> int | None:
-    """Return how many positions the model has; None where its configuration does not say."""
+    """Return the model's maximum number of positions; None if its configuration has none."""
     positions: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return positions
 
 
 def check_length(model: Any, tokens: int) -> None:
-    """Raise FhoptError when `tokens` is larger than the number of the model's positions."""
+    """Raise FhoptError if `tokens` exceeds the model's positions."""
     positions = positions_of(model)
     if positions is not None and tokens > positions:
         raise FhoptError(
@@ -71,7 +71,7 @@ def check_length(model: Any, tokens: int) -> None:
 
 
 def encoder_path(model: torch.nn.Module | None) -> str | None:
-    """Return the module path of the encoder of a transformers encoder-decoder, None for any other module."""
+    """Return the encoder's module path in a transformers encoder-decoder; None for other models."""
     if model is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder = model.get_encoder()  # type: ignore[operator]
@@ -79,23 +79,23 @@ def encoder_path(model: torch.nn.Module | None) -> str | None:
 
 
 def decoder_sites(sites: Iterable[AttentionSite], encoder: str | None) -> list[AttentionSite]:
-    """Return the sites whose keys and values a cache holds: all but those in the module `encoder`, see `encoder_path`.
+    """Return the sites with cached keys and values: all but those in the module `encoder`, see `encoder_path`.
 
-    All of a model that is nothing else.
+    All sites if the model has no others.
     """
     found = list(sites)
     return [site for site in found if not is_inside(site.name, encoder)] or found
 
 
 def is_inside(name: str, path: str | None) -> bool:
-    """Return True when the module `name` is `path` or lies below it."""
+    """Return True if the module `name` is `path` or inside it."""
     return path is not None and f"{name}.".startswith(f"{path}.")
 
 
 def counts_in_images(config: Any) -> bool:
-    """Return whether positions of tokens are those in images, so that many tokens may share one.
+    """Return whether positions are image coordinates, so that many tokens may share one.
 
-    M-RoPE (Qwen2-VL, 2409.12191): keys of a text behind images are at positions far below their numbers.
+    With M-RoPE (Qwen2-VL, 2409.12191), text after images has positions far below its token indices.
     """
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -104,7 +104,7 @@ def counts_in_images(config: Any) -> bool:
 
 
 def check_segments(config: Any, segment: int, name: str) -> None:
-    """Raise FhoptError where keys cannot be relative to segments of so many tokens, because of their positions."""
+    """Raise FhoptError if the model's positions do not allow keys relative to segments."""
     if segment and counts_in_images(config):
         raise FhoptError(
             f"{name}: positions are those in images (mrope_section), and segments of {segment} tokens need one for "

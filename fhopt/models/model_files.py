@@ -1,8 +1,8 @@
-"""Checks of MODEL that need neither torch nor transformers: what it names exists, and may be read.
+"""Checks of MODEL without torch or transformers: it exists and is readable.
 
-Of a Hugging Face folder every file is a regular one, config.json is JSON, and weights are whole by their headers.
-Weights in pickles are read by torch with `weights_only`, which runs nothing; a pickle that asks for more is refused by
-a sentence of its own, without unpickling it.
+In a Hugging Face folder every file must be regular, config.json must be JSON, and weights must be complete according to
+their headers. torch loads pickled weights with `weights_only`, which executes nothing; a pickle that needs more is
+rejected with a specific error, without unpickling it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ CONFIG, MANIFEST, PLAN = "config.json", "fhopt.json", "plan"  # of a rewritten f
 COPY = "Copy the model again."
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "tekken", "sentencepiece", "bpe")
-_TENSOR_MODULES = ("torch", "collections", "numpy", "_codecs")  # of what a file of weights rebuilds tensors with
+_TENSOR_MODULES = ("torch", "collections", "numpy", "_codecs")  # modules that pickled weights need
 
 
 def is_part_of_model(path: Path) -> bool:
-    """Return whether the plan at `path` is that of a rewritten folder."""
+    """Return whether the plan at `path` belongs to a rewritten folder."""
     return path.name == PLAN and (path.parent / MANIFEST).is_file()
 
 
 def check_plan_place(path: Path) -> None:
-    """Raise FhoptError where no plan may be written: beside other files, or over the plan of a rewritten folder."""
+    """Raise FhoptError if a plan may not be written: among other files, or over a rewritten folder's plan."""
     check_folder(path, PLAN_FILES)
     if is_part_of_model(path):
         raise FhoptError(
@@ -45,7 +45,7 @@ def check_plan_place(path: Path) -> None:
 
 
 def check_model(name: str) -> None:
-    """Raise FhoptError where MODEL does not exist, or is of no form that can be loaded."""
+    """Raise FhoptError if MODEL does not exist, or has no loadable form."""
     path = Path(name).expanduser()
     if name == "demo":
         _check_demo()
@@ -68,7 +68,7 @@ def _check_demo() -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Check that a GGUF file or a program is there, and begins as one."""
+    """Check that a GGUF file or a program exists and has the right magic bytes."""
     kind = "a GGUF file" if path.suffix == ".gguf" else "a program saved by torch.export.save"
     start = b"GGUF" if path.suffix == ".gguf" else b"PK"
     try:
@@ -83,7 +83,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_function(name: str) -> None:
-    """Check that the package of `package.module:function` is on the path; it is not imported."""
+    """Check that the package of `package.module:function` can be found, without importing it."""
     package = name.partition(":")[0].partition(".")[0]
     if not package.isidentifier():
         raise FhoptError(f"{name!r} cannot be imported: {package!r} is no name. Expected python.module:function.")
@@ -121,7 +121,7 @@ def _check_folder(path: Path) -> None:
         _check_readable(file)
     config = _read_config(path / CONFIG)
     _check_tokenizer(path, config, names)
-    if MANIFEST not in names:  # a rewritten folder has digests of all its files, which are checked when it is read
+    if MANIFEST not in names:  # a rewritten folder has digests of all files, checked on load
         _check_weights(path)
 
 
@@ -145,7 +145,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_tokenizer(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Check that a language model has files of a tokenizer, without which transformers fails after it is loaded."""
+    """Check that a language model has tokenizer files; transformers would fail only after loading the model."""
     made = config.get("architectures")
     is_causal = isinstance(made, list) and any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in made)
     has_tokenizer = any(n.startswith(_TOKENIZERS) or n.endswith((".model", ".tiktoken")) for n in names)
@@ -171,11 +171,11 @@ def _check_weights(path: Path) -> None:
 
 
 def check_pickled_tensors(file: Path) -> None:
-    """Raise FhoptError where a pickle of weights names anything but what tensors are made of; it is not unpickled."""
+    """Raise FhoptError if pickled weights import anything but tensor constructors, without unpickling them."""
     try:
         with opened(file, cure=COPY) as content:
             named = sorted(name for name in _globals(content) if name.split(".")[0] not in _TENSOR_MODULES)
-    except Exception as error:  # what is no pickle raises many kinds
+    except Exception as error:  # other files raise many types
         raise FhoptError(
             f"{file} is not a file of weights ({type(error).__name__}). Expected *.safetensors. {COPY}"
         ) from error
@@ -187,7 +187,7 @@ def check_pickled_tensors(file: Path) -> None:
 
 
 def _globals(content: BinaryIO) -> Iterator[str]:
-    """Yield what the first pickle of a file would import, as module.name: read from its opcodes."""
+    """Yield the imports of a file's first pickle as module.name, parsed from its opcodes."""
     start = content.read(4)
     content.seek(0)
     if start == b"PK\x03\x04":

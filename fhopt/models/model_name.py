@@ -1,6 +1,6 @@
-"""MODEL of a command by its name: which form it has, and what its files say before anything is loaded.
+"""A command's MODEL by name: its form, and its properties according to its files, before loading.
 
-Nothing here imports torch or transformers, so that a command refuses a wrong name at once.
+Nothing here imports torch or transformers, so that a command rejects an invalid name immediately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DTYPES = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class StoredFacts:
-    """What the files of a model say. Each None where they do not say it; dtype: such as bfloat16."""
+    """Properties stored in a model's files; None if unknown. dtype: such as bfloat16."""
 
     positions: int | None = None
     has_chat_template: bool | None = None
@@ -29,7 +29,7 @@ class StoredFacts:
 
 
 def folder_of(name: str) -> Path | None:
-    """Return the folder that MODEL names; None for any other form. `demo` is the demo model, not a folder."""
+    """Return the folder that MODEL names; None for other forms, including `demo`."""
     path = Path(name).expanduser()
     return path if name != "demo" and path.is_dir() else None
 
@@ -43,9 +43,9 @@ def no_chat_template(name: str) -> FhoptError:
 
 
 def check_text_model(name: str) -> None:
-    """Raise FhoptError where MODEL is, by its name and files, not a causal language model with a tokenizer.
+    """Raise FhoptError if MODEL is, by name and files, not a causal language model with a tokenizer.
 
-    `fhopt.models.model_files.check_model` says what else may be wrong with it, and is called first.
+    First runs the other checks of `fhopt.models.model_files.check_model`.
     """
     check_model(name)
     folder = folder_of(name)
@@ -66,7 +66,7 @@ def _check_causal(folder: Path) -> None:
 
 
 def stored_facts(name: str) -> StoredFacts:
-    """Read what the files of MODEL say about it; nothing of forms other than a folder."""
+    """Return the properties stored in MODEL's files; none for forms other than a folder."""
     folder = folder_of(name)
     if folder is None:
         return StoredFacts()
@@ -80,12 +80,12 @@ def stored_facts(name: str) -> StoredFacts:
 
 
 def is_of_few_bits(name: str) -> bool:
-    """Return whether MODEL is stored in bfloat16, or in a GGUF file, whose weights mostly have fewer bits."""
+    """Return whether MODEL is stored in bfloat16, or in a GGUF file, which mostly has fewer bits."""
     return name == "demo" or Path(name).suffix == ".gguf" or stored_facts(name).dtype == "bfloat16"
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """Read a JSON object; an empty one where it cannot be read, which the loader reports."""
+    """Load a JSON object; an empty one if it is unreadable, which the loader reports."""
     try:
         value = json.loads(read_file(file))
     except (OSError, ValueError, RecursionError, FhoptError):

@@ -1,12 +1,12 @@
-"""Rewritten folders: their content, and the checks that refuse a damaged or hostile one before anything of it is used.
+"""Rewritten folders: their contents, and checks that reject a damaged or malicious one before it is used.
 
-    config.json                 of the model; "quantization_config" says {"quant_method": "fhopt", "version": 1}
+    config.json                 of the model, with "quantization_config": {"quant_method": "fhopt", "version": 1}
     model*.safetensors          its weights, unchanged
-    plan/                       the plan, as `LatentPlan.save` writes it
-    fhopt.json                  bytes and SHA-256 of all files that affect numbers, digest of the plan, hash of weights
+    plan/                       the plan, written by `LatentPlan.save`
+    fhopt.json                  bytes and SHA-256 of all files that affect results, plan digest, hash of weights
     tokenizer files, generation_config.json, README.md
 
-Everything is JSON, safetensors or text. Nothing in the folder is code, and nothing of it is run.
+Everything is JSON, safetensors or text. The folder has no code, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.plan_files import PLAN_FILES
 
 VERSION = 1
-METHOD = "fhopt"  # of "quantization_config"
+METHOD = "fhopt"  # in "quantization_config"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-FORBIDDEN = ("adapter_config.json",)  # with it transformers would load another model, from elsewhere
+FORBIDDEN = ("adapter_config.json",)  # would make transformers load another model from elsewhere
 MAX_COUNT = 1 << 20  # of layers, heads, labels, experts in a configuration
 REASON = 500  # characters of the reason in a message
 _CHUNK = 1 << 22
@@ -45,7 +45,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class RewrittenFolder:
-    """A checked folder: `config` is its configuration as JSON, `tensors` are the names of its weights."""
+    """A verified folder. config: its configuration as JSON. tensors: names of its weights."""
 
     path: Path
     plan: LatentPlan
@@ -55,17 +55,17 @@ class RewrittenFolder:
 
     @property
     def weight_files(self) -> frozenset[str]:
-        """Names of the files that hold weights."""
+        """Names of the weight files."""
         return _weight_files(self.manifest["files"])
 
 
 def is_rewritten(path: Path) -> bool:
-    """Return True for a folder that has the manifest of a rewritten one, whatever its state."""
+    """Return True if a folder has the manifest of a rewritten one, valid or not."""
     return (path / MANIFEST).is_file()
 
 
 def read_folder(path: Path) -> RewrittenFolder:
-    """Check all bytes of the folder `path` and read its plan. Raises FhoptError for anything that is not as written."""
+    """Verify all bytes of the folder `path` and load its plan. Raises FhoptError for any difference."""
     manifest = _read_manifest(path)
     config = _read_config(path)
     files = manifest["files"]
@@ -78,9 +78,9 @@ def read_folder(path: Path) -> RewrittenFolder:
 
 
 def save_again(plan: LatentPlan, place: Path) -> None:
-    """Save a plan where it was read, with another provenance; of a rewritten folder, its manifest is written anew.
+    """Save a plan in place with a new provenance; in a rewritten folder, update the manifest too.
 
-    Raises FhoptError for such a folder that is not as written, or has another plan.
+    Raises FhoptError for a rewritten folder that is damaged or has another plan.
     """
     itself = place.resolve()
     if not is_part_of_model(itself):
@@ -98,7 +98,7 @@ def save_again(plan: LatentPlan, place: Path) -> None:
 
 
 def damaged(path: Path, why: str) -> FhoptError:
-    """Make the error for a folder that cannot be used."""
+    """Make the error for an unusable folder."""
     return FhoptError(
         f"{path} is damaged or was altered: {one_line(why, REASON)}. Expected what `fhopt rewrite` wrote; write or "
         "copy it again."
@@ -109,7 +109,7 @@ def damaged(path: Path, why: str) -> FhoptError:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """Read the JSON object in the file `name` of the folder. Raises FhoptError."""
+    """Load the JSON object in the folder's file `name`. Raises FhoptError."""
     try:
         value = json.loads(read_file(path / name))
     except FhoptError as error:
@@ -171,7 +171,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of layers, labels and so on in a configuration: transformers makes lists of such lengths."""
+    """Yield the counts (layers, labels, ...) in a configuration: transformers makes lists of these lengths."""
     inner: list[Any] = [config]
     while inner:
         value = inner.pop()
@@ -187,7 +187,7 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def describe_files(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Compute bytes and SHA-256 of files of a folder, for the manifest."""
+    """Compute size and SHA-256 of a folder's files, for the manifest."""
     ordered = sorted(names)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda name: _sha256(path / name), ordered))
@@ -204,9 +204,9 @@ def _sha256(path: Path) -> str:
 
 
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise FhoptError for a file that is outside the folder, absent, truncated or altered; sizes are compared first.
+    """Raise FhoptError for a file outside the folder, missing, truncated or modified; compares sizes first.
 
-    Symbolic links are followed, since the cache of the hub is made of them.
+    Follows symbolic links, which the Hub cache consists of.
     """
     for name, about in files.items():
         if not _is_plain(name):
@@ -227,14 +227,14 @@ def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _is_plain(name: str) -> bool:
-    """Return True for the name of a file in the folder itself or in its folder `plan`."""
+    """Return True for the name of a file in the folder itself or in its subfolder `plan`."""
     parts = PurePosixPath(name).parts
     is_simple = not any(c in name for c in "\\:\0") and ".." not in parts and "/".join(parts) == name
     return is_simple and (len(parts) == 1 or (len(parts) == 2 and parts[0] == PLAN))
 
 
 def _check_weights(path: Path, names: frozenset[str]) -> frozenset[str]:
-    """Return the names of all tensors. Raises FhoptError for broken headers and an index that does not match them."""
+    """Return the names of all tensors. Raises FhoptError for invalid headers or a mismatched index."""
     from safetensors import SafetensorError, safe_open
 
     held: dict[str, str] = {}
@@ -272,12 +272,12 @@ def _check_index(path: Path, held: Mapping[str, str], names: frozenset[str]) -> 
 
 
 def _read_plan(path: Path) -> LatentPlan:
-    """Read the plan, which `LatentPlan.load` checks, and the dtype of its bases, which only a forged plan has."""
+    """Load the plan with the checks of `LatentPlan.load`, and check its bases' dtype, which can be forged."""
     try:
         plan = LatentPlan.load(path / PLAN)
     except FhoptError as error:
         raise damaged(path, str(error).rstrip(".")) from error
-    except Exception as error:  # a forged plan makes Python and torch raise many kinds
+    except Exception as error:  # a forged plan makes Python and torch raise many types
         raise damaged(path, f"its plan cannot be read ({type(error).__name__})") from error
     for site_plan in plan.sites:
         bases = (site_plan.key.encode, site_plan.key.decode, site_plan.value.encode, site_plan.value.decode)
@@ -290,7 +290,7 @@ def _read_plan(path: Path) -> LatentPlan:
 
 
 def weights_print(model: torch.nn.Module) -> str:
-    """Hash all parameters of a model: names, shapes and sampled signs, which a change of dtype does not alter."""
+    """Hash all parameters of a model: names, shapes and sampled signs, which a dtype change preserves."""
     digest = hashlib.sha256()
     for name, weight in named_weights(model):
         digest.update(name.encode() + shape_and_signs(weight))
@@ -298,10 +298,10 @@ def weights_print(model: torch.nn.Module) -> str:
 
 
 def check_weights(folder: RewrittenFolder, model: torch.nn.Module) -> None:
-    """Raise FhoptError unless the model holds the weights that the folder was written with, all of them finite.
+    """Raise FhoptError unless the model has the weights that the folder was written with, all finite.
 
-    In float16 the smallest numbers of another dtype lose their sign: weights that were written in another dtype and
-    loaded in float16 are only checked for finite numbers.
+    In float16 the smallest values of another dtype lose their sign: weights written in another dtype and loaded in
+    float16 are only checked to be finite.
     """
     for name, weight in named_weights(model):
         if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):

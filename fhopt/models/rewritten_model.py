@@ -1,4 +1,4 @@
-"""The exact model of a rewritten folder."""
+"""Loading of the original model of a rewritten folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fhopt.models.transformers_import import QuietProgress, transformers
 
 
 def load_exact(folder: RewrittenFolder, **options: Any) -> torch.nn.Module:
-    """Load the original model of a checked folder. Raises FhoptError."""
+    """Load the original model of a verified folder. Raises FhoptError."""
     kind = _model_class(folder)
     try:
         with QuietProgress():
@@ -26,7 +26,7 @@ def load_exact(folder: RewrittenFolder, **options: Any) -> torch.nn.Module:
             )  # fmt: skip
     except FhoptError:
         raise
-    except Exception as error:  # a forged configuration makes transformers raise many kinds
+    except Exception as error:  # a forged configuration makes transformers raise many types
         raise rewritten_folder.damaged(folder.path, f"{type(error).__name__}: {_short(error)}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := loading.get(what):
@@ -54,7 +54,7 @@ def _model_class(folder: RewrittenFolder) -> Any:
 
 
 def _check_size(folder: RewrittenFolder, config: Any) -> None:
-    """Raise FhoptError for more layers than there are tensors, which would take for ever to build."""
+    """Raise FhoptError for more layers than tensors: building them could take forever."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > len(folder.tensors):
         raise rewritten_folder.damaged(folder.path, f"{str(layers)[:20]} layers have {len(folder.tensors)} tensors")

@@ -1,4 +1,4 @@
-"""Search for the attention sites of a loaded model, over all graphs of its forward pass."""
+"""Detection of a loaded model's attention sites, over all graphs of its forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fhopt.passes import pipeline
 
 
 def find_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
-    """Capture the model and find its attention. Raises FhoptError when there is none."""
+    """Capture the model and find its attention sites. Raises FhoptError if there are none."""
     outcome = explain_sites(loaded)
     if not outcome.sites:
         raise_nothing_found(loaded.name, outcome)
@@ -17,13 +17,13 @@ def find_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
 
 
 def raise_nothing_found(name: str, outcome: passes_outcome.Outcome) -> None:
-    """Raise the FhoptError that says that no attention was found, and why."""
+    """Raise the FhoptError for a model without attention sites, with the reasons."""
     reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "there is no softmax between two contractions"
     raise FhoptError(f"no attention was found in {name}: {reasons}. See fhopt explain.")
 
 
 def explain_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
-    """Capture the model and find its attention, which may be none, over all graphs of its forward pass."""
+    """Capture the model and find its attention sites, possibly none, over all graphs of its forward pass."""
     captured = loaded.captures()
     if not captured:
         raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")

@@ -1,4 +1,4 @@
-"""Weights of a folder, one at a time from its safetensors files: whether a plan belongs to a model not yet loaded."""
+"""Check of a plan against weights in a folder's safetensors files, without loading the model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 def check_stored(plan: LatentPlan, folder: Path) -> None:
-    """Raise FhoptError where the weights in `folder` show that the plan was fitted to another model.
+    """Raise FhoptError if the weights in `folder` show that the plan was fitted to another model.
 
-    Only the weights that the plan names are read. Nothing is said of folders with quantized weights or with other names
-    than those of the loaded model: `check_model` decides when that is loaded.
+    Loads only the weights that the plan names. Inconclusive for quantized weights, or if names differ from those of the
+    loaded model: `check_model` decides once it is loaded.
     """
     names = {n for site in plan.sites for role in site.site.projections.values() for n in role}
     if not names or _is_quantized(folder):
         return
-    with contextlib.suppress(OSError, SafetensorError):  # the loader reports what cannot be read
+    with contextlib.suppress(OSError, SafetensorError):  # the loader reports unreadable files
         found = _weights(folder, names)
         if found.keys() == names:
             check_model(plan, found, folder.name)
@@ -36,7 +36,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _weights(folder: Path, names: set[str]) -> Mapping[str, Tensor]:
-    """Read the weights of these names, as far as they are in the folder."""
+    """Load the weights of these names that are in the folder."""
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:

@@ -1,4 +1,4 @@
-"""Import of transformers, without its progress bars, or an error that says what to install."""
+"""Import of transformers without its progress bars, or with an error that says what to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fhopt.errors import FhoptError
 
 
 def transformers() -> Any:
-    """Import transformers without its warnings and progress bars. Raises FhoptError where it is not installed."""
+    """Import transformers without its warnings and progress bars. Raises FhoptError if it is not installed."""
     try:
         module = importlib.import_module("transformers")
     except ImportError as error:
@@ -22,7 +22,7 @@ def transformers() -> Any:
 
 
 class QuietProgress:
-    """A context without the progress bars of transformers' loaders: the command line has its own."""
+    """Context manager that hides the progress bars of transformers' loaders; the CLI has its own."""
 
     def __enter__(self) -> None:
         import tqdm

@@ -1,18 +1,18 @@
-"""Operations `torch.ops.fhopt.*` and their eager references. Importing this package registers all of them.
+"""Operators `torch.ops.fhopt.*` and their eager references. Importing this package registers all of them.
 
 attention          fhopt::attention: grouped-query attention, the canonical node of graphs
 latent_attention   fhopt::latent_attention: attention on latents, packed or not
-prefill_attention  fhopt::rebuilt_attention, fhopt::open_attention: many queries on a GPU
+prefill_attention  fhopt::rebuilt_attention, fhopt::open_attention: prefill
 packing            fhopt::pack, fhopt::unpack: latents to packed latents and back
-trellis            codes whose bits serve more than one channel
-encode_rows        fhopt::encode_rows: keys or values to packed latents at once
-page_selection     which pages a query reads, in torch operations
-paged_attention    fhopt::page_weights, fhopt::attend_pages: one query on the pages that it selects
+trellis            trellis-coded quantization
+encode_rows        fhopt::encode_rows: keys or values to packed latents in one kernel
+page_selection     page selection, in torch operations
+paged_attention    fhopt::page_weights, fhopt::attend_pages: single-query attention on selected pages
 cache_attention    fhopt::attend_latents: a decode step on all parts of a KV cache
 head_logits        fhopt::head_logits: the largest logits of a language-model head
-algebra            encode, decode, absorb, expand, merge; bit groups as arguments of ops
+algebra            encode, decode, absorb, expand, merge; bit groups as op arguments
 masks              masks: additive, causal, by length, by page list
-registry           kernels that run the operations on this machine
+registry           kernels that implement the ops on this machine
 """
 
 from fhopt.ops import (

@@ -1,4 +1,4 @@
-"""The algebra of latents: encode, decode, absorb, expand, merge by log-sum-exp; bit groups as arguments of ops.
+"""The algebra of latents: encode, decode, absorb, expand, merge by log-sum-exp; bit groups as op arguments.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, J latent heads, R latent width.
 """
@@ -19,7 +19,7 @@ from fhopt.system import multiplies_by_loops
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type in which to multiply matrices of `dtype`: float32 for 16 bits that a CPU has only loops for."""
+    """Return the dtype for matmuls of `dtype`: float32 for 16-bit dtypes without a native GEMM on this CPU."""
     by_loops = device.type == "cpu" and not torch.compiler.is_compiling() and multiplies_by_loops(dtype)
     return torch.float32 if by_loops else dtype
 
@@ -27,7 +27,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def encode(x: Tensor, basis: Tensor) -> Tensor:
     """Encode keys or values x [B,G,T,D] to latents z [B,J,T,R].
 
-    basis [J,R,n*D]: the n = G/J heads of a latent head, side by side.
+    basis [J,R,n*D]: the n = G/J heads of a latent head, concatenated.
     """
     b, g, t, d = x.shape
     j = basis.shape[0]
@@ -36,7 +36,7 @@ def encode(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def decode(z: Tensor, basis: Tensor) -> Tensor:
-    """Decode latents z [B,J,T,R] to keys or values x [B,G,T,D], with basis [G,D,R]: what the encoder kept of them."""
+    """Decode latents z [B,J,T,R] to approximate keys or values x [B,G,T,D], with basis [G,D,R]."""
     groups = basis.shape[0] // z.shape[1]
     return torch.matmul(z.repeat_interleave(groups, 1), basis.to(z.dtype).transpose(-1, -2))
 
@@ -60,19 +60,19 @@ def expand(output: Tensor, basis: Tensor) -> Tensor:
 
 
 def mean_logits(query: Tensor, mean: Tensor) -> Tensor:
-    """Return what a mean of keys [B,G,1,D] adds to the logits of all that are held as differences: q . m, [B,H,S]."""
+    """Compute the logit contribution of a mean of keys [B,G,1,D]: q . m, [B,H,S]."""
     b, h, s, d = query.shape
     grouped = query.reshape(b, mean.shape[1], h // mean.shape[1] * s, d).to(mean.dtype)
     return torch.matmul(grouped, mean.mT).reshape(b, h, s)
 
 
 def counted_from_mean(lse: Tensor, query: Tensor, mean: Tensor | None, scale: float) -> Tensor:
-    """Return a log of weights [B,H,S] as it compares with logits of differences from a mean of keys [B,G,1,D]."""
+    """Convert a log weight [B,H,S] to the reference of logits that exclude the mean of keys [B,G,1,D]."""
     return lse if mean is None else lse - scale * mean_logits(query, mean).to(lse.dtype)
 
 
 def mean_outputs(mean: Tensor, heads: int) -> Tensor:
-    """Return what a mean of values [B,G,1,E] adds to the outputs of H = `heads` query heads: [B,H,1,E]."""
+    """Compute the output contribution of a mean of values [B,G,1,E] for H = `heads` query heads: [B,H,1,E]."""
     return mean.repeat_interleave(heads // mean.shape[1], 1)
 
 
@@ -84,17 +84,17 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def first(pair: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the first of two results, as a node of a graph."""
+    """Return the first of two results, as a graph node."""
     return pair[0]
 
 
 def second(pair: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the second of two results, as a node of a graph."""
+    """Return the second of two results, as a graph node."""
     return pair[1]
 
 
 def pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two results as one node of a graph."""
+    """Return two results as one graph node."""
     return left, right
 
 
@@ -102,9 +102,9 @@ def pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BitGroups(NamedTuple):
-    """The bit groups of one side as the ops take them, an entry for each group; three empty lists: uncoded latents.
+    """Bit groups of one side as op arguments, one entry per group; empty lists: unquantized latents.
 
-    bits: of a quantized value; widths: channels of the group; steps: quantization steps, as shares of a token's scale.
+    bits: per quantized value; widths: channels of the group; steps: quantization steps as shares of a token's scale.
     """
 
     bits: list[int]
@@ -113,21 +113,21 @@ class BitGroups(NamedTuple):
 
     @staticmethod
     def of(tiers: Sequence[Tier]) -> BitGroups:
-        """Return the bit groups of a plan as arguments of ops."""
+        """Convert a plan's bit groups to op arguments."""
         return BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
 
 
 def bit_groups(side: SidePlan | None) -> BitGroups:
-    """Return the bit groups of a side of a plan; None: of exact keys or values, which have none."""
+    """Return the bit groups of a side of a plan; None: unquantized keys or values, without groups."""
     return BitGroups.of(side.tiers if side is not None else ())
 
 
 def group_options(key: BitGroups, value: BitGroups) -> dict[str, Any]:
-    """Return the keyword arguments of `fhopt::latent_attention` and its relatives for the bit groups of both sides."""
+    """Return the bit-group keyword arguments of `fhopt::latent_attention` and similar ops, for both sides."""
     (kb, kw, ks), (vb, vw, vs) = key, value
     return dict(key_bits=kb, key_widths=kw, key_steps=ks, value_bits=vb, value_widths=vw, value_steps=vs)
 
 
 def uncoded_options() -> dict[str, Any]:
-    """Return the keyword arguments of `fhopt::latent_attention` for keys and values without bit groups."""
+    """Return the bit-group keyword arguments of `fhopt::latent_attention` for unquantized keys and values."""
     return group_options(bit_groups(None), bit_groups(None))

@@ -23,9 +23,9 @@ _LIB.define(
 def blank_scores(
     left: Tensor, right: Tensor, left_axes: Sequence[str], right_axes: Sequence[str], axes: Sequence[str]
 ) -> Tensor:
-    """Return zeros of the shape of a contraction of `left` and `right`, without memory of that size.
+    """Return zeros of the shape of a contraction of `left` and `right`, as an expanded scalar.
 
-    left_axes, right_axes, axes: a label for each axis of the operands and of the result, "" for one of size 1.
+    left_axes, right_axes, axes: a label per axis of the operands and the result, "" for an axis of size 1.
     """
     sizes = dict((*zip(left_axes, left.shape, strict=True), *zip(right_axes, right.shape, strict=True)))
     dtype = torch.promote_types(left.dtype, right.dtype)
@@ -51,9 +51,9 @@ def attention_reference(
     """Compute softmax(cap(scale q k^T) + mask) v with grouped kv heads; differentiable. Shapes: module docstring.
 
     `is_causal` aligns the first query with the first key, as `F.scaled_dot_product_attention` does. `sinks`,
-    broadcastable to [B,H,S,n], are n further logits that take weight and give nothing (attention sinks, softmax plus
-    one). softcap: 0 for none, else logits become softcap tanh(logits / softcap). fused: False, never by
-    `F.scaled_dot_product_attention` (see `passes.rewrite.lower`). Raises ValueError when H is not a multiple of G.
+    broadcastable to [B,H,S,n]: n sink logits, which take weight but have no value (softmax plus one). softcap: 0 for
+    none, else logits become softcap tanh(logits / softcap). fused: False to avoid `F.scaled_dot_product_attention` (see
+    `passes.rewrite.lower`). Raises ValueError if H is not a multiple of G.
     """
     heads, groups = query.shape[1], key.shape[1]
     if heads % groups:
@@ -79,7 +79,7 @@ def attention_reference(
 
 
 def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
-    """Compute scores q [B,H,S,D] . k [B,G,T,D] -> [B,H,S,T]; the H/G query heads of a kv head are extra queries."""
+    """Compute scores q [B,H,S,D] . k [B,G,T,D] -> [B,H,S,T]; the H/G query heads of a kv head become extra queries."""
     b, h, s, d = query.shape
     g, t = key.shape[1], key.shape[2]
     grouped = query.reshape(b, g, h // g * s, d)
@@ -96,7 +96,7 @@ def grouped_mix(weights: Tensor, value: Tensor) -> Tensor:
 def safe_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Compute softmax and log-sum-exp over the last axis: (weights [..., T], lse [...]).
 
-    A row of -inf gives weights of zero and an lse of -inf, and no NaN in the backward pass.
+    A row of -inf gives zero weights, an lse of -inf, and no NaN in the backward pass.
     """
     if not logits.shape[-1]:
         return logits, logits.new_full(logits.shape[:-1], -math.inf)

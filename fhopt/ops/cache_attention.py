@@ -1,10 +1,10 @@
 """fhopt::attend_latents: one decode step of attention on all parts of a KV cache.
 
-    query [B,H,1,D], exact tokens, window in 8 bits, packed latents, masks, means, rotation  ->  output [B,H,1,E]
+    query [B,H,1,D], exact tokens, 8-bit window, packed latents, masks, means, rotation  ->  output [B,H,1,E]
 
-Compiled graphs have one such node for each attention site, which one call of native code replaces
-(fhopt/codegen/cpu/graph_kernels.py). Without that call fhopt/attention/attend.py runs it, on torch operations: it is
-above this package, and registers its `attend_latents_reference` as the implementation.
+Compiled graphs have one such node per attention site, which fhopt/codegen/cpu/graph_kernels.py replaces by one native
+call. Otherwise fhopt/attention/attend.py runs it on torch operations. That module imports this package and registers
+its `attend_latents_reference` as the implementation.
 
 Letters: B batch, H query heads, D and E head size of keys and values.
 """

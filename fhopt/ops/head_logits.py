@@ -1,9 +1,9 @@
-"""fhopt::head_logits: logits of a language-model head, of which a search computes only the largest.
+"""fhopt::head_logits: logits of a language-model head, of which a search kernel computes only the largest.
 
-A kernel that searches (fhopt/lm_head/module.py) computes the `keep` largest logits and returns -inf or estimates for
-the others. The reference computes all of them.
+A search kernel (fhopt/lm_head/module.py) computes the `keep` largest logits and returns -inf or estimates for the
+others. The reference computes all logits.
 
-Letters: M hidden states, C their width, V vocabulary.
+Letters: M hidden states, C their width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def head_logits(
     """Compute logits [M, V] of hidden [M, C], weight [V, C] and bias [V]: the largest exactly, -inf for the others.
 
     codes to radii, sizes (rank, lead) and norms (transform_norm, largest): of `codegen.cpu.lm_head.Codes`. wanted
-    (keep, probes, budget, estimates: 1 to have them for -inf) and limits (margin, spread, softcap): of its `Search`.
-    counts: int64 [3], to which are added the hidden states, those that went to the dense head, and the rows of the
-    weight that the others read. stamp: the stamp that the weight must have (`fhopt.lm_head.module.stamp_of`).
+    (keep, probes, budget, estimates: 1 to return estimates instead of -inf) and limits (margin, spread, softcap): of
+    its `Search`. counts: int64 [3], incremented by the number of hidden states, of those sent to the dense head, and of
+    weight rows loaded for the others. stamp: the expected stamp of the weight (`fhopt.lm_head.module.stamp_of`).
     """
     kernel = registry.kernel_of("head_logits", hidden.device.type) or head_logits_reference
     logits: Tensor = kernel(
@@ -41,7 +41,7 @@ def head_logits_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, transform: Tensor | None, centre: Tensor,
     centroids: Tensor, radii: Tensor, counts: Tensor, *options: Any,
 ) -> Tensor:  # fmt: skip
-    """Compute all logits, whatever is wanted."""
+    """Compute all logits, ignoring the options."""
     counts[:2] += len(hidden)
     return F.linear(hidden, weight, bias)
 

@@ -1,10 +1,10 @@
-"""`fhopt::latent_attention`, the canonical operation on latents, with its eager reference.
+"""`fhopt::latent_attention`, the canonical op on latents, and its eager reference.
 
     q~ [B,H,S,R_K]   z_K [B,J,T,..]   z_V [B,J',T,..]   ->   o~ [B,H,S,R_V], lse [B,H,S]
 
-Latent attention *is* grouped-query attention over J latent heads, so the exact part of a KV cache (attention sinks,
-residual window, new tokens) runs through the same op, its keys and values taken as uncoded latents; parts are merged by
-log-sum-exp (`fhopt.ops.algebra.merge`).
+Latent attention *is* grouped-query attention over J latent heads, so exact tokens of a KV cache (attention sinks,
+residual window, new tokens) run through the same op as unquantized latents; parts are merged by log-sum-exp
+(`fhopt.ops.algebra.merge`).
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, J latent heads, R latent width.
 """
@@ -56,14 +56,14 @@ def latent_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on latents, without reconstructing keys and values.
 
-    query [B,H,S,R_K] is absorbed. key: quantized values uint8 [B,J,T,bytes] with key_scale [B,J,T], or uncoded latents
-    [B,J,T,R_K] without bit groups and scale; value: in the same two forms, with a J of its own. mask: bool or additive,
-    broadcastable to [B,H,S,T]. lengths int64, [B] or one number: only so many first tokens may be attended to. pages
-    int32 [B,U,N], U a divisor of both J: only tokens of listed pages may be, page p being the `page_tokens` tokens from
-    p * page_tokens on. Query head h reads list h*U//H; numbers ascend, each once, and -1 at the end of a list is no
-    page.
-    Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, for which all
-    is computed in float64): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
+    query [B,H,S,R_K] is absorbed. key: quantized values uint8 [B,J,T,bytes] with key_scale [B,J,T], or unquantized
+    latents [B,J,T,R_K] without bit groups and scale. value: in the same two forms, with its own J. mask: bool or
+    additive, broadcastable to [B,H,S,T]. lengths int64, [B] or scalar: only this number of leading tokens is attended.
+    pages int32 [B,U,N], U a divisor of both J: only tokens of listed pages are attended; page p is the `page_tokens`
+    tokens from p * page_tokens on. Query head h uses list h*U//H; page numbers are ascending and unique, with trailing
+    -1 for no page. Returns o~ [B,H,S,R_V] in the dtype of query, and lse [B,H,S], the log of the sum of exponentials:
+    float32 (float64 for float64 queries, which compute everything in float64); -inf (and o~ = 0) for a query without
+    attended tokens.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     mask = within(lengths, key.shape[2], listed(pages, page_tokens, query.shape[1], key.shape[2], mask))
@@ -87,10 +87,10 @@ def _operand(
     rows: Tensor, scale: Tensor | None, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return latents [B,J,T,R] to multiply with, and a factor for each token [B,J,T] to multiply the product with.
+    """Return latents [B,J,T,R] for the matmul, and a factor per token [B,J,T] for its result.
 
-    The factor is None where the latents have it already. Quantized values are unpacked without their scale where they
-    can be, since the scale of a token costs less on the product.
+    The factor is None if the latents include it. Quantized values are unpacked without their scale if possible, since
+    scaling the result is cheaper.
     """
     if not bits:
         return rows, None
@@ -102,7 +102,7 @@ def _operand(
 
 
 def _per_head(factor: Tensor, heads: int) -> Tensor:
-    """Repeat a factor of each latent head for its query heads: [B,J,T] -> [B,H,1,T]."""
+    """Repeat a latent head's factor for its query heads: [B,J,T] -> [B,H,1,T]."""
     return factor.repeat_interleave(heads // factor.shape[1], 1).unsqueeze(2)
 
 
@@ -132,9 +132,9 @@ def _latent_attention(
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return True where a gradient is asked for.
+    """Return True if a gradient is required.
 
-    Ops have no gradient in compiled graphs; their references are called instead.
+    The ops have no gradient in compiled graphs; callers use the references instead.
     """
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -143,7 +143,7 @@ def latent_attention(
     query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
     mask: Tensor | None, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run `fhopt::latent_attention`, or its reference where a gradient is asked for."""
+    """Run `fhopt::latent_attention`, or its reference if a gradient is required."""
     run: Any = (
         latent_attention_reference if needs_gradient(query, key, value, mask) else torch.ops.fhopt.latent_attention
     )

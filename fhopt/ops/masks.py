@@ -12,20 +12,20 @@ from torch import Tensor
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Convert a mask to numbers of `dtype` that are added to logits: bool (True = may attend) becomes 0 and -inf."""
+    """Convert a mask to an additive one of `dtype`: bool (True = may attend) becomes 0 and -inf."""
     if mask is None or mask.dtype != torch.bool:
         return mask if mask is None else mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Build a causal mask, bool [S,T]: query i sees key j where j <= i + T - S (the last query sees everything)."""
+    """Build a causal mask, bool [S,T]: query i sees key j if j <= i + T - S (the last query sees all keys)."""
     ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones.tril(keys - queries)
 
 
 def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor | None:
-    """Restrict `mask` [B,H,S,T] to the first `lengths` (int64, [B] or one number) of T = `tokens` tokens."""
+    """Restrict `mask` [B,H,S,T] to the first `lengths` (int64, [B] or scalar) of T = `tokens` tokens."""
     if lengths is None:
         return mask
     seen = torch.arange(tokens, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
@@ -35,8 +35,8 @@ def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor |
 def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask: Tensor | None) -> Tensor | None:
     """Restrict `mask` [B,H,S,T] to the tokens of listed pages.
 
-    pages, integers [B,U,N]: page p is the tokens from p * page_tokens on, -1 is none; query head h reads list h*U//H.
-    Raises ValueError for pages without tokens, and where U does not divide H.
+    pages, integers [B,U,N]: page p is the tokens from p * page_tokens on, -1 is no page; query head h uses list h*U//H.
+    Raises ValueError for empty pages, or if U does not divide H.
     """
     if pages is None:
         return mask
@@ -46,7 +46,7 @@ def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask
             "divisor of the heads, and pages of at least one token."
         )
     count = -(-tokens // page_tokens)
-    places = torch.where(pages < 0, count, pages).long()  # the last one takes -1
+    places = torch.where(pages < 0, count, pages).long()  # the last entry takes -1
     selected = torch.zeros((*pages.shape[:2], count + 1), dtype=torch.bool, device=pages.device).scatter_(
         2, places, True
     )
@@ -56,7 +56,7 @@ def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask
 
 
 def total_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Combine a mask and the flag `is_causal` to one mask for q [B,H,S,D] on k [B,G,T,D]; None: all is seen.
+    """Combine a mask and the flag `is_causal` into one mask for q [B,H,S,D] on k [B,G,T,D]; None: no mask.
 
     Causal means j <= i, as in `F.scaled_dot_product_attention`.
     """
@@ -69,9 +69,9 @@ def total_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool)
 def split_mask(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, sinks: int, recent: int
 ) -> tuple[Tensor, Tensor]:
-    """Split a mask in two: for keys that stay exact, and for keys that are seen through latents.
+    """Split a mask in two: for exact keys, and for keys attended through latents.
 
-    Query i stands at key position p = i + T - S. Exact: the first `sinks` keys and those with |p - j| < recent.
+    Query i is at key position p = i + T - S. Exact: the first `sinks` keys and those with |p - j| < recent.
     """
     queries, keys = query.shape[2], key.shape[2]
     position = torch.arange(queries, device=query.device).unsqueeze(1) + (keys - queries)
@@ -87,20 +87,20 @@ def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
 
 
 def open_rows(mask: Tensor) -> Tensor:
-    """Return which queries may attend to at least one key, bool [...,S,1], for a bool or additive mask [...,S,T]."""
+    """Return which queries have at least one key, bool [...,S,1], for a bool or additive mask [...,S,T]."""
     allowed = mask if mask.dtype == torch.bool else mask > -math.inf
     return allowed.any(-1, keepdim=True)
 
 
 def nan_without_keys(result: Tensor, mask: Tensor) -> Tensor:
-    """Multiply rows [B,H,S,E] of queries that may attend to nothing by NaN, as a softmax of -inf gives."""
+    """Multiply rows [B,H,S,E] of queries without keys by NaN, as a softmax of -inf gives."""
     return result * torch.where(open_rows(mask), 1.0, math.nan).to(result.dtype)
 
 
 def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
-    """Set rows [B,H,S,E] of queries that may attend to nothing to NaN, whose gradient reaches values [B,G,T,E] alone.
+    """Set rows [B,H,S,E] of queries without keys to NaN, with a gradient only to values [B,G,T,E].
 
-    So it is where scores are overwritten: no gradient flows into queries and keys of such a row.
+    This matches models that overwrite scores: no gradient flows into queries and keys of such a row.
     """
     seen = open_rows(mask)
     poison = torch.where(seen, 0.0, math.nan).to(result.dtype)
@@ -109,14 +109,14 @@ def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 
 def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Restrict a bias to `allowed` (bool), but for rows without allowed keys, which keep it, less its maximum.
+    """Restrict a bias to `allowed` (bool), except in rows without allowed keys, which retain it less its maximum.
 
-    There scores are overwritten by finite values, and the weights follow from these alone.
+    In such rows finite values overwrite the scores and determine the weights.
     """
-    levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would drown the logarithm of a sum
+    levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would swamp the logarithm of a sum
     return torch.where(open_rows(allowed), restricted(bias, allowed), levels)
 
 
 def seeing(query: Tensor, allowed: Tensor) -> Tensor:
-    """Set queries [B,H,S,D] without allowed keys (bool [...,S,T]) to zero, so that their scores are the bias."""
+    """Zero queries [B,H,S,D] without allowed keys (bool [...,S,T]), so that their scores are the bias."""
     return query * open_rows(allowed).to(query.dtype)

@@ -1,18 +1,18 @@
-"""`fhopt::pack` and `fhopt::unpack`: latents to packed latents and back, with their eager references.
+"""`fhopt::pack` and `fhopt::unpack`: quantize latents to packed latents and back, with their eager references.
 
     fhopt::pack      z [...,R] float            -> codes [...,bytes] uint8, scale [...] float16
     fhopt::unpack    codes, scale               -> z [...,R] float32
 
-A code is a quantized value as an unsigned integer. The row of a token holds its bit groups one after the other, each
-group as bit planes. Their widths are the powers of two that sum to the group's bits, widest first, and the widest holds
-the high-order bits: 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2 bits are two planes; 1, 2, 4 and 8 bits are one. A plane holds
-its part of all codes of the group, low-order codes first within a byte, and starts on a whole byte: kernels only meet
-lanes of 1, 2, 4 and 8 bits. The codes 5, 3, 0, 0, 0, 0, 0, 4 of 3 bits are 10|1, 01|1, 00|0, ..., 10|0, hence
+A code is a quantized value as an unsigned integer. A token's row is its bit groups in sequence, each group as bit
+planes. The plane widths are the powers of two that sum to the group's bits, widest first; the widest holds the
+high-order bits: 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2 bits are two planes; 1, 2, 4 and 8 bits are one. A plane holds its
+part of all codes of the group, low-order codes first within a byte, and starts on a byte boundary: kernels only handle
+lanes of 1, 2, 4 and 8 bits. The 3-bit codes 5, 3, 0, 0, 0, 0, 0, 4 are 10|1, 01|1, 00|0, ..., 10|0, hence
 
-    plane of 2 bits  00000110 10000000      plane of 1 bit  00000011
+    2-bit plane  00000110 10000000      1-bit plane  00000011
 
-Arguments of both ops, for each bit group: bits, widths (channels), steps (quantization steps, as shares of the scale;
-negative: a trellis code of fhopt/ops/trellis.py, in steps of this magnitude).
+Arguments of both ops, per bit group: bits, widths (channels), steps (quantization steps as shares of the scale;
+negative: a trellis code of fhopt/ops/trellis.py with steps of this magnitude).
 
 Letters: B batch, G kv heads, T tokens, D head size, R latent width, W channels of a bit group.
 """
@@ -39,8 +39,8 @@ def pack_reference(
 ) -> tuple[Tensor, Tensor]:
     """Quantize and pack latents [..., R] -> codes uint8 [..., sum(bits*widths)/8], scale float16 [...].
 
-    The scale of a token is the root mean square of its channels with fewer than 16 bits. Codes are stored as bit planes
-    (module docstring), channels of 16 bits as float16 bytes.
+    A token's scale is the root mean square of its channels with fewer than 16 bits. Codes are stored as bit planes
+    (module docstring), 16-bit channels as float16 bytes.
     """
     x = latent.to(torch.float32)
     coded = [i for i, b in enumerate(bits) if b < 16]
@@ -59,7 +59,7 @@ def pack_reference(
 
 
 def rounded(x: Tensor, bits: int, step: float) -> Tensor:
-    """Round numbers, already divided by their scale, to the values of a mid-rise quantizer of `bits` bits."""
+    """Round values, already divided by their scale, to the levels of a mid-rise quantizer of `bits` bits."""
     half = 2 ** (bits - 1)
     return (torch.floor(x / step).clamp(-half, half - 1) + 0.5) * step
 
@@ -69,14 +69,14 @@ def _half_bytes(x: Tensor) -> Tensor:
 
 
 def planes(bits: int) -> tuple[int, ...]:
-    """Return the widths of the bit planes of a group of `bits` < 16 bits, high-order bits first: 6 -> (4, 2)."""
+    """Return the bit-plane widths of a group of `bits` < 16 bits, high-order bits first: 6 -> (4, 2)."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
-    """Quantize by a uniform mid-rise quantizer, then split into bit planes: x [..., W] -> uint8 [..., W*bits/8].
+    """Quantize with a uniform mid-rise quantizer and split into bit planes: x [..., W] -> uint8 [..., W*bits/8].
 
-    With a negative step: by a trellis code, to a ring of bits.
+    With a negative step: a trellis code, as a ring of bits.
     """
     if step < 0:
         return trellis.encode(x / -step, bits)
@@ -88,7 +88,7 @@ def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
 
 
 def _plane_bytes(codes: Tensor, width: int) -> Tensor:
-    """Pack the low `width` bits of each code, 8/width codes to a byte: uint8 [..., W] -> uint8 [..., W*width/8]."""
+    """Pack the low `width` bits of each code, 8/width codes per byte: uint8 [..., W] -> uint8 [..., W*width/8]."""
     if width == 8:
         return codes
     lanes = (codes & (2**width - 1)).unflatten(-1, (-1, 8 // width))
@@ -111,10 +111,10 @@ def unpack_reference(
 
 
 def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
-    """Unpack codes uint8 [..., bytes] without their scale: float32 [..., R].
+    """Unpack codes uint8 [..., bytes] without applying their scale: float32 [..., R].
 
-    A code u of fewer than 16 bits is (u - (2^bits - 1)/2) * step, that of a trellis (u - 127.5) * -step; channels of 16
-    bits are their float16 value.
+    A code u of fewer than 16 bits is (u - (2^bits - 1)/2) * step, that of a trellis (u - 127.5) * -step; a 16-bit
+    channel is its float16 value.
     """
     rows = codes.split([w * b // 8 for w, b in zip(widths, bits, strict=True)], -1)
     parts = [_values(row, b, step) for row, b, step in zip(rows, bits, steps, strict=True)]
@@ -122,7 +122,7 @@ def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: S
 
 
 def _values(row: Tensor, bits: int, step: float) -> Tensor:
-    if bits == 16:  # copied: a view must start at an even byte, and a row that 3 bits or so come before may not
+    if bits == 16:  # copied: a view must start at an even byte, which preceding groups, such as 3-bit ones, may prevent
         return row.clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
     if step < 0:
         return trellis.decode(row, bits) * -step
@@ -150,7 +150,7 @@ def _lanes(plane: Tensor, width: int) -> Tensor:
 def empty_packed(
     latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Allocate what `fhopt::pack` returns for latents [..., R]: uint8 [..., bytes] and the scale, float16 [...]."""
+    """Allocate the results of `fhopt::pack` for latents [..., R]: uint8 [..., bytes] and the scale, float16 [...]."""
     size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
     shape = latent.shape[:-1]
     return latent.new_empty((*shape, size), dtype=torch.uint8), latent.new_empty(shape, dtype=torch.float16)
@@ -177,7 +177,7 @@ _LIB.impl("unpack", _unpack, "CompositeExplicitAutograd")
 
 
 for _name in ("pack", "unpack"):
-    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through quantized values
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient flows through quantized values
 
 
 torch.library.register_fake("fhopt::pack", empty_packed, lib=_LIB)
@@ -185,10 +185,11 @@ torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize to one bit group of 8 bits and step 1: x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
+    """Quantize to one 8-bit group of step 1: x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
 
-    A row's scale is its largest magnitude / 127.5, at least the smallest float16, so that a row of zeros has one too.
-    No number changes by more than half a scale. Attention reads such rows as they are. No gradient goes through them.
+    A row's scale is its largest magnitude / 127.5, at least the smallest float16, so that a row of zeros has a valid
+    one. No value changes by more than half a scale. Attention kernels load such rows directly. No gradient flows
+    through them.
     """
     x = x.detach().to(torch.float32)
     scale = (x.abs().amax(-1) / 127.5).clamp(2.0**-24, 65504.0).to(torch.float16)
@@ -199,7 +200,8 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def round_rows_into_reference(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:
     """Write `round_rows` of x [B,G,S,D], less `mean` [B,G,1,D], into rows `at` to at + S of codes and scale.
 
-    codes uint8 [B,G,N,D], scale float16 [B,G,N]. Returns True; a kernel that does not serve returns False.
+    codes uint8 [B,G,N,D], scale float16 [B,G,N]. Returns True; a kernel returns False if it does not support the
+    arguments.
     """
     rounded, its_scale = round_rows(x if mean is None else x - mean)
     codes[:, :, at : at + x.shape[2]] = rounded
@@ -208,7 +210,7 @@ def round_rows_into_reference(x: Tensor, mean: Tensor | None, codes: Tensor, sca
 
 
 def unround_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dequantize what `round_rows` returned: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
+    """Dequantize the result of `round_rows`: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
     return ((codes.to(torch.float32) - 127.5) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
 
 

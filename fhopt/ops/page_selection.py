@@ -1,8 +1,8 @@
-"""Page selection in torch operations: weights of pages from sketches, the pages to read, value-mean fill.
+"""Page selection in torch operations: page weights from sketches, selection of pages, value-mean fill.
 
-    sketches  ->  logits of tokens       sketch_logits
-    logits    ->  log weights of pages   page_logits
-    weights   ->  the pages to read      select_pages, by a `SelectionRule`
+    sketches  ->  token logits           sketch_logits
+    logits    ->  log page weights       page_logits
+    weights   ->  selected pages         select_pages, by a `SelectionRule`
     pages     ->  lists for an op        page_lists
     output    ->  with value-mean fill   fill_with_mean
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from fhopt.ops import packing
 
 TILE = 4096  # tokens whose sketches are unpacked at a time
-FEWEST = 4  # pages that are listed where no page has enough weight
+FEWEST = 4  # pages listed if no page has enough weight
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -33,7 +33,7 @@ def sketch_logits(
     weights: Tensor, constant: Tensor, codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float],
 ) -> Tensor:  # fmt: skip
-    """Compute logits of tokens from their sketches: constant + scale (weights . quantized values).
+    """Compute token logits from sketches: constant + scale (weights . quantized values).
 
     weights [B,J,M,r], constant [B,J,M] as from `factors`; codes uint8 [B,J,T,bytes] in bit groups of `bits`, `widths`
     and `steps`; scale [B,J,T] -> [B,J,M,T].
@@ -46,10 +46,10 @@ def sketch_logits(
 
 
 def factors(query: Tensor, mean: Tensor, deviation: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the factors by which a query turns sketches into logits: of each channel, and a constant.
+    """Compute the factors of a query that map sketches to logits: one per channel, and a constant.
 
-    query [B,H,S,R] is absorbed; mean and deviation [J,R] and channels [J,r], those that are kept, are of a `SketchPlan`
-    -> [B,J,H/J*S,r], [B,J,H/J*S], float32 or more exact.
+    query [B,H,S,R] is absorbed; mean and deviation [J,R] and the sketched channels [J,r] are of a `SketchPlan` ->
+    [B,J,H/J*S,r], [B,J,H/J*S], float32 or float64.
     """
     rows = grouped(query, mean.shape[0])
     weighted = rows * deviation.unsqueeze(1)
@@ -58,23 +58,23 @@ def factors(query: Tensor, mean: Tensor, deviation: Tensor, channels: Tensor) ->
 
 
 def grouped(query: Tensor, heads: int) -> Tensor:
-    """Group queries by latent head: [B,H,S,R] -> [B,J,H/J*S,R], J = `heads`, float32 or more exact."""
+    """Group queries by latent head: [B,H,S,R] -> [B,J,H/J*S,R], J = `heads`, float32 or float64."""
     b, h, s, width = query.shape
     return query.to(torch.promote_types(query.dtype, torch.float32)).reshape(b, heads, h // heads * s, width)
 
 
 def page_logits(logits: Tensor, tokens: int) -> Tensor:
-    """Compute the log of the weight of each page of `tokens` tokens: [B,H,S,T] -> [B,H,S,P]; the last may be short."""
+    """Compute the log weight of each page of `tokens` tokens: [B,H,S,T] -> [B,H,S,P]; the last may be partial."""
     short = -logits.shape[-1] % tokens
     padded = torch.nn.functional.pad(logits, (0, short), value=-math.inf) if short else logits
     return padded.unflatten(-1, (-1, tokens)).logsumexp(-1)
 
 
 def expected_weights(estimates: Tensor, units: int, near: Tensor | None = None) -> Tensor:
-    """Compute the share of all weight that each unit expects each page to have: [B,H,S,P] -> [B,U,S,P].
+    """Compute the fraction of the weight that each unit expects on each page: [B,H,S,P] -> [B,U,S,P].
 
-    estimates: logs of the weights of pages; near [B,H,S]: log of the weight of what is read in any case; None: nothing
-    is. Zeros where nothing has weight.
+    estimates: log page weights. near [B,H,S]: log weight of the tokens that are always attended; None: there are none.
+    Zeros if nothing has weight.
     """
     all_pages = estimates.logsumexp(-1)
     total = all_pages if near is None else torch.logaddexp(all_pages, near.to(estimates.dtype))
@@ -94,7 +94,7 @@ def pages_read(count: Tensor, share: float, least: int) -> Tensor: ...
 
 
 def pages_read(count: Tensor | int, share: float, least: int) -> Tensor | int:
-    """Return how many of `count` pages are read at most: a share of them, but at least `least`."""
+    """Return the maximum number of selected pages of `count`: a share of them, but at least `least`."""
     if isinstance(count, Tensor):
         return torch.minimum(count, (count.double() * share).long().clamp(min=least))
     return min(count, max(least, int(count * share)))
@@ -102,11 +102,11 @@ def pages_read(count: Tensor | int, share: float, least: int) -> Tensor | int:
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """What decides which pages a query reads.
+    """Parameters of page selection.
 
-    units: U, groups of query heads that read the same pages; most: N, pages that a list has room for; share, least: as
-    in `pages_read`. mass: pages are read until those left out have at most 1 - `mass` of the weight. lift: a page is
-    read if its weight is at least `lift` times the mean, or it is among the FEWEST largest.
+    units: U, groups of query heads that share a page list. most: N, capacity of a page list. share, least: as in
+    `pages_read`. mass: pages are selected until the others have at most 1 - `mass` of the weight. lift: a page is
+    selected if its weight is at least `lift` times the mean, or it is among the FEWEST largest.
     """
 
     units: int
@@ -120,24 +120,24 @@ class SelectionRule:
 def select_pages(
     estimates: Tensor, rule: SelectionRule, available: Tensor | int, near: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Select the pages that each unit reads: (bool [B,U,S,P], the `list_counts` int64 [4]).
+    """Select pages for each unit: (bool [B,U,S,P], the `list_counts` int64 [4]).
 
-    estimates [B,H,S,P] and near [B,H,S]: as in `expected_weights`. available: how many pages there are to select from,
-    a number, or integers broadcastable to [B,U,S,1].
+    estimates [B,H,S,P] and near [B,H,S]: as in `expected_weights`. available: number of pages to select from, an int or
+    integers broadcastable to [B,U,S,1].
     """
     selected = top_pages(expected_weights(estimates, rule.units, near), rule, available)
     return selected, list_counts(selected, available)
 
 
 def top_pages(weights: Tensor, rule: SelectionRule, available: Tensor | int) -> Tensor:
-    """Select the pages of largest weight that `rule` allows: weights [B,U,S,P] -> bool [B,U,S,P].
+    """Select the pages with the largest weight that `rule` allows: weights [B,U,S,P] -> bool [B,U,S,P].
 
-    weights: shares of all weight; available: as in `select_pages`. Pages without any weight are never selected.
+    weights: fractions of the total; available: as in `select_pages`. Pages without weight are never selected.
     """
     best, order = weights.topk(rule.most, -1)
     place = torch.arange(rule.most, device=weights.device)
     kept = (place < pages_read(available, rule.share, rule.least)) & (best > 0)
-    if rule.mass < 1:  # what comes before does not suffice
+    if rule.mass < 1:  # larger pages do not reach the mass
         kept &= weights.sum(-1, keepdim=True) - (best.cumsum(-1) - best) > 1 - rule.mass
     if rule.lift > 0:
         kept &= (best * available >= rule.lift) | (place < FEWEST)
@@ -145,7 +145,7 @@ def top_pages(weights: Tensor, rule: SelectionRule, available: Tensor | int) -> 
 
 
 def page_lists(selected: Tensor, length: int) -> Tensor:
-    """List selected pages in ascending order, -1 behind them: bool [B,U,P] -> int32 [B,U,N], N = `length`."""
+    """List selected pages in ascending order, padded with -1: bool [B,U,P] -> int32 [B,U,N], N = `length`."""
     count = selected.shape[-1]
     numbers = torch.where(selected, torch.arange(count, device=selected.device), count)
     lists = numbers.topk(length, -1, largest=False, sorted=True).values if length < count else numbers.sort(-1).values
@@ -153,9 +153,9 @@ def page_lists(selected: Tensor, length: int) -> Tensor:
 
 
 def list_counts(selected: Tensor, available: Tensor | int) -> Tensor:
-    """Count what was selected, for the counters of a `PageIndex`: lists, 0, pages in lists, pages to select from.
+    """Count a selection for the counters of a `PageIndex`: lists, 0, pages in lists, pages available.
 
-    selected bool [B,U,S,P]; available: a number of pages, or one for each sequence -> int64 [4].
+    selected bool [B,U,S,P]; available: number of pages, scalar or one per sequence -> int64 [4].
     """
     lists = selected.shape[0] * selected.shape[1] * selected.shape[2]
     there = torch.as_tensor(available, device=selected.device).expand(selected.shape[0], 1, 1, 1).sum()
@@ -167,9 +167,9 @@ def list_counts(selected: Tensor, available: Tensor | int) -> Tensor:
 
 
 def odds_left_out(estimates: Tensor, selected: Tensor) -> Tensor:
-    """Compute the log of the weight of pages left out over that of the selected ones, -inf where there are none.
+    """Compute the log ratio of the weight of unselected to selected pages; -inf if none are selected.
 
-    estimates [B,H,S,P]: logs of the weights of pages; selected bool [B,U,S,P] -> [B,H,S].
+    estimates [B,H,S,P]: log page weights; selected bool [B,U,S,P] -> [B,H,S].
     """
     taken = selected.repeat_interleave(estimates.shape[1] // selected.shape[1], 1)
     left, read = (estimates.masked_fill(mask, -math.inf).logsumexp(-1) for mask in (taken, ~taken))
@@ -179,11 +179,11 @@ def odds_left_out(estimates: Tensor, selected: Tensor) -> Tensor:
 def fill_with_mean(
     output: Tensor, lse: Tensor, mean: Tensor | None, odds: Tensor, fill: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Add a mean of values to what was read, (output [B,H,S,R], lse [B,H,S]), in place of what was not.
+    """Add a mean of values to attention on selected pages, (output [B,H,S,R], lse [B,H,S]), for the other pages.
 
-    mean [B,n,S or 1,R], n a divisor of H; without a mean or a fill nothing changes. odds [B,H,S]: as from
-    `odds_left_out`. Estimates alone may be wrong by a common factor, where keys of a text have another mean than those
-    of the calibration; the odds are free of it. fill [H]: log of the part of the weight that the mean takes.
+    mean [B,n,S or 1,R], n a divisor of H; without a mean or a fill nothing changes. odds [B,H,S]: from `odds_left_out`.
+    Estimates may have a common error factor, if a text's keys have another mean than the calibration set; odds cancel
+    it. fill [H]: log of the factor of the weight that goes to the mean.
     """
     if mean is None or fill is None:
         return output, lse

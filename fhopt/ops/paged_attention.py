@@ -1,10 +1,10 @@
-"""Attention of one query to the pages that it selects, as operations: weights of pages, and selection with reading.
+"""Ops for single-query attention on selected pages: page weights, and selection with attention.
 
     fhopt::page_weights(weights, constant, codes, scales, groups..., page_tokens, far, lengths)   log weights [B,J,M,P]
     fhopt::attend_pages(the fields of a `PageStep`)    output [B,H,1,R_V], lse [B,H,1], and `list_counts` int64 [4]
 
-`fhopt.ops.page_selection` says how pages are selected, `fhopt.attention.sketches` what sketches are. Calls that
-`fhopt::attend_pages` does not take, of several queries for one, are those of `fhopt.attention.paged`.
+`fhopt.ops.page_selection` defines the selection, `fhopt.attention.sketches` the sketches. `fhopt.attention.paged`
+handles calls that `fhopt::attend_pages` does not support, such as several queries.
 
 Letters: B batch, H query heads, J latent heads, M query rows of a latent head, U units, S queries, T quantized tokens,
 P pages, N pages of a list, R latent width, r channels of a sketch.
@@ -24,13 +24,13 @@ from fhopt.ops import latent_attention, masks, page_selection, registry
 
 
 class PageStep(NamedTuple):
-    """One decode step on selected pages: the operands of `fhopt::attend_pages`, in the order of its schema.
+    """One decode step on selected pages: the operands of `fhopt::attend_pages`, in schema order.
 
     query [B,H,1,R] is absorbed. key, value, their scales and bit groups, far and lengths: as in
     `fhopt::latent_attention`, but far as in `page_weights_reference`. codes, scales and their bit groups: sketches.
     channels [J,r], mean and deviation [J,R]: of a `SketchPlan`. near [B,H,1]: as in `expected_weights`. units, most,
-    share, least, mass, lift: of a `SelectionRule`. fill: as in `PageIndex`; values [B,n,1,R_V], n a divisor of H: the
-    mean that takes the place of pages left out.
+    share, least, mass, lift: of a `SelectionRule`. fill: as in `PageIndex`. values [B,n,1,R_V], n a divisor of H: the
+    mean for unselected pages.
     """
 
     query: Tensor
@@ -73,17 +73,17 @@ class PageStep(NamedTuple):
 
     @property
     def bit_groups(self) -> dict[str, Any]:
-        """Bit groups of both sides, as `group_options` gives them."""
+        """Bit groups of both sides, in the format of `group_options`."""
         names = (f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
         return {name: getattr(self, name) for name in names}
 
     @property
     def rule(self) -> page_selection.SelectionRule:
-        """What decides which pages are read."""
+        """The rule that decides which pages are selected."""
         return page_selection.SelectionRule(self.units, self.most, self.share, self.least, self.mass, self.lift)
 
     def available(self) -> Tensor | int:
-        """Return how many pages there are: a number, or one integer, [1,1,1,1], where there are lengths."""
+        """Return the number of pages: an int, or with lengths an integer tensor [1,1,1,1]."""
         if self.lengths is None:
             return -(-self.codes.shape[2] // self.page_tokens)
         return -(-self.lengths.reshape(1, 1, 1, 1) // self.page_tokens)
@@ -93,10 +93,10 @@ def page_weights_reference(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Compute the log of the weight of each page, the sum of exp(logit) over its tokens, [B,J,M,P].
+    """Compute the log weight of each page, the log of the sum of exp(logit) over its tokens, [B,J,M,P].
 
     Logits are those of `sketch_logits`: weights [B,J,M,r], constant [B,J,M], codes uint8 [B,J,T,bytes], scales float16
-    [B,J,T]. far, bool [1 or B,1,1,T]: tokens that count; lengths, one integer: so many first ones do.
+    [B,J,T]. far, bool [1 or B,1,1,T]: tokens to use. lengths, an integer: number of leading tokens to use.
     """
     logits = page_selection.sketch_logits(weights, constant, codes, scales, bits, widths, steps)
     bias = masks.additive(masks.within(lengths, codes.shape[2], far), logits.dtype)
@@ -104,7 +104,7 @@ def page_weights_reference(
 
 
 def page_weights(weights: Tensor, *operands: Any) -> Tensor:
-    """Run `fhopt::page_weights`, or its reference where a gradient is asked for."""
+    """Run `fhopt::page_weights`, or its reference if a gradient is required."""
     run: Any = page_weights_reference if latent_attention.needs_gradient(weights) else torch.ops.fhopt.page_weights
     result: Tensor = run(weights, *operands)
     return result
@@ -129,10 +129,10 @@ def _page_weights_fake(
 
 
 def attend_pages_reference(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend to the pages that one query of each sequence selects.
+    """Attend to the pages that one query per sequence selects.
 
-    Returns output [B,H,1,R_V] in the dtype of query and lse [B,H,1], with the mean of values in place of what is not
-    read where there is a fill; and the `list_counts` int64 [4].
+    Returns output [B,H,1,R_V] in the dtype of query, and lse [B,H,1], including the value-mean fill if any; and the
+    `list_counts` int64 [4].
     """
     lists, odds, counts = list_selected_pages(step)
     output, lse = latent_attention.latent_attention(
@@ -143,7 +143,7 @@ def attend_pages_reference(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def list_selected_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
-    """List the pages that `select_pages` selects for one query of each sequence.
+    """List the pages that `select_pages` selects for one query per sequence.
 
     Returns the lists int32 [B,U,N], N = `step.most`, as from `page_lists`; the `odds_left_out` [B,H,1]; and the
     `list_counts` int64 [4].
@@ -160,7 +160,7 @@ def list_selected_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `fhopt::attend_pages`, or its reference where a gradient is asked for."""
+    """Run `fhopt::attend_pages`, or its reference if a gradient is required."""
     if latent_attention.needs_gradient(step.query, step.key, step.value):
         return attend_pages_reference(step)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)

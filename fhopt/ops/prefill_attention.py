@@ -1,23 +1,23 @@
-"""Attention of many queries, as a prompt asks for it: to exact tokens, and to latents whose K/V are reconstructed.
+"""Prefill attention: to exact tokens, and to latents with reconstructed K/V.
 
     fhopt::rebuilt_attention  q [B,H,S,D]  rows [B,J,T,..] and decoders of keys and values   -> o [B,H,S,E], lse [B,H,S]
     fhopt::open_attention     q [B,H,S,D]  k [B,G,N,D]  v [B,G,N,E]                          -> o [B,H,S,E], lse [B,H,S]
 
-On a GPU, a decode step absorbs the decoder into its query and reads latents as they are. A prefill has M = S H/G rows
-of every kv head for the same tokens. For one token, in operations of tensor cores, CONVERSION for a quantized value
-unpacked:
+On a GPU, a decode step absorbs the decoder into its query and attends to latents directly. A prefill has M = S H/G rows
+per kv head for the same tokens. The cost of one token, in tensor-core FLOPs, with c = CONVERSION per unpacked quantized
+value:
 
     absorbed        2 M (R_K + R_V) + c (R_K + R_V) tiles    tiles of STEP_ROWS rows, each of which unpacks all values
     reconstructed   2 M (D + E) + 2 (R_K D + R_V E) + c (R_K + R_V)
 
-so that reconstructing pays from some number of rows on, whatever T is: where latents are wider than heads because
-products are shorter, else because values are unpacked once. It never pays where neither holds, as with few latents of
-16 bits. Both read the same bytes; keys and values are reconstructed 32 MB at a time (codegen/gpu/prefill.py), never all
-of them.
+Reconstruction therefore pays off from some number of rows on, for any T: if latents are wider than heads because
+matmuls are shorter, otherwise because values are unpacked only once. It never pays off if neither holds, as with narrow
+16-bit latents. Both load the same bytes; keys and values are reconstructed 32 MB at a time (codegen/gpu/prefill.py),
+never all of them.
 
-On a CPU the products of such queries run twice to five times as fast on keys and values as they are
-(codegen/cpu/prefill.py) than on anything else, so from CPU_QUERIES of a head on both kinds of tokens go there, in eager
-mode; in graphs they do not. Other GPUs than those of NVIDIA absorb. References define the results.
+On a CPU the matmuls of such queries run 2x to 5x faster on plain keys and values (codegen/cpu/prefill.py). From
+CPU_QUERIES queries per head on, both kinds of tokens therefore use that kernel in eager mode, but not in graphs.
+Non-NVIDIA GPUs always absorb. The references define the results.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T quantized tokens, N exact tokens, D and E head
 size of keys and values, R latent width, M rows of a kv head.
@@ -35,13 +35,13 @@ from torch import Tensor
 
 from fhopt.ops import algebra, latent_attention, packing, registry
 
-CONVERSION = 15  # operations of tensor cores while a value is unpacked: H100 989 / 67, A100 312 / 19.5 (data sheets)
-STEP_ROWS, STEP_STATE = 32, 12288  # of a program of a decode step: most rows, and most numbers that it keeps of them
-FEWEST_ROWS = 32  # of a kv head, from which exact tokens are read by kernels for many rows
-FLASH_SIZES = range(8, 257, 8)  # of heads that flash attention takes
+CONVERSION = 15  # tensor-core FLOPs while a value is unpacked: H100 989 / 67, A100 312 / 19.5 (data sheets)
+STEP_ROWS, STEP_STATE = 32, 12288  # of a decode-step program: maximum rows, and maximum elements of state
+FEWEST_ROWS = 32  # per kv head: minimum for the many-row kernels on exact tokens
+FLASH_SIZES = range(8, 257, 8)  # head sizes that flash attention supports
 HALVES = (torch.bfloat16, torch.float16)
-CPU_QUERIES = 16  # of a head: for fewer, to bring keys and values in order costs more than it gains
-CPU_ROWS = 192  # of a kv head: for fewer, to reconstruct keys and values costs more (Zen 5: as much at 192)
+CPU_QUERIES = 16  # per head: below this, rearranging keys and values costs more than it gains
+CPU_ROWS = 192  # per kv head: below this, reconstruction costs more (Zen 5: break-even at 192)
 _CPU_TYPES = (torch.float32, *HALVES)
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(
@@ -60,8 +60,8 @@ _LIB.define(
 
 
 def absorbed_operations(heads: int, queries: int, key: tuple[int, int], value: tuple[int, int], coded: bool) -> float:
-    """Count operations of absorbed attention on one token, for all H query heads. key, value: (J, R) of each side."""
-    shared = math.gcd(heads // key[0], heads // value[0])  # query heads of a program
+    """Count the FLOPs of absorbed attention on one token, for all H query heads. key, value: (J, R) of each side."""
+    shared = math.gcd(heads // key[0], heads // value[0])  # query heads per program
     width, rows = key[1] + value[1], STEP_ROWS
     while rows > 8 and rows * width > STEP_STATE:
         rows //= 2
@@ -72,7 +72,7 @@ def absorbed_operations(heads: int, queries: int, key: tuple[int, int], value: t
 def reconstructed_operations(
     heads: int, queries: int, key: tuple[int, int, int], value: tuple[int, int, int], coded: bool
 ) -> float:
-    """Count operations of attention on one token whose key and value are reconstructed, for all H query heads.
+    """Count the FLOPs of attention on one token with reconstructed key and value, for all H query heads.
 
     key, value: (G, D, R) of the decoder of each side.
     """
@@ -91,10 +91,10 @@ def should_reconstruct(
     mask: Tensor | None,
     coded: bool,
 ) -> bool:
-    """Return True where attention of `query` shall run through `fhopt::rebuilt_attention`: where that costs less.
+    """Return True if attention of `query` should run through `fhopt::rebuilt_attention`: if that is cheaper.
 
-    key, value: rows [B,J,T,..]; decoders [G,D,R]; coded: rows are quantized values. Only on GPUs of NVIDIA, for queries
-    of 16 bits, and where no gradient is asked for.
+    key, value: rows [B,J,T,..]; decoders [G,D,R]; coded: rows are quantized values. Only on NVIDIA GPUs, for 16-bit
+    queries, and if no gradient is required.
     """
     if not is_gpu_prefill(query, key, key_decode, value, value_decode, mask):
         return False
@@ -106,9 +106,9 @@ def should_reconstruct(
 
 
 def is_gpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
-    """Return True for queries [B,H,S,D] that the ops of this module are for: several, of 16 bits, on a GPU of NVIDIA.
+    """Return True if the GPU ops of this module support queries [B,H,S,D]: several, 16-bit, on an NVIDIA GPU.
 
-    others: the tensors that they attend to, none of which may ask for a gradient.
+    others: the tensors that they attend to; none may require a gradient.
     """
     return (
         _on_nvidia(query)
@@ -119,7 +119,7 @@ def is_gpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
 
 
 def is_cpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
-    """Return True for queries [B,H,S,D] that the kernels of a CPU for many queries are for: in eager mode, no gradient.
+    """Return True if CPU prefill kernels support queries [B,H,S,D]: in eager mode, without gradients.
 
     others: the tensors that they attend to.
     """
@@ -129,9 +129,9 @@ def is_cpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
 
 
 def attend_on_cpu(op: str, query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor] | None:
-    """Run the CPU's kernel of "open_attention" or "rebuilt_attention", with the arguments of the op.
+    """Run the CPU kernel of "open_attention" or "rebuilt_attention", with the arguments of the op.
 
-    None where there is none, it does not serve these tensors, or is not built yet.
+    Returns None if there is no kernel, it does not support these tensors, or it is not built yet.
     """
     if not is_cpu_prefill(query, *(x for x in args if isinstance(x, Tensor))):
         return None
@@ -142,7 +142,7 @@ def attend_on_cpu(op: str, query: Tensor, *args: Any, **options: Any) -> tuple[T
 
 
 def is_prefill(query: Tensor, *others: Tensor | None) -> bool:
-    """Return True for queries [B,H,S,D] that `fhopt::open_attention` is for, on any device."""
+    """Return True if `fhopt::open_attention` supports queries [B,H,S,D], on any device."""
     return is_gpu_prefill(query, *others) or is_cpu_prefill(query, *others)
 
 
@@ -173,14 +173,14 @@ def rebuilt_attention_reference(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention on keys and values that are reconstructed from latents.
+    """Compute attention on keys and values reconstructed from latents.
 
-    query [B,H,S,D] is not absorbed. key: quantized values uint8 [B,J,T,bytes] with key_scale [B,J,T], or uncoded
-    latents [B,J,T,R] without bit groups and scale; key_decode [G,D,R], None where the rows are keys [B,G,T,D]; value:
-    in the same forms, with a J of its own. mask: bool or additive, broadcastable to [B,H,S,T]; lengths: integers, [B]
-    or one: only so many first tokens count.
-    Returns o [B,H,S,E] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64): -inf, and o = 0,
-    where a query may attend to nothing. Raises ValueError where H is not a multiple of G.
+    query [B,H,S,D] is not absorbed. key: quantized values uint8 [B,J,T,bytes] with key_scale [B,J,T], or unquantized
+    latents [B,J,T,R] without bit groups and scale; key_decode [G,D,R], None if the rows are keys [B,G,T,D]. value: in
+    the same forms, with its own J. mask: bool or additive, broadcastable to [B,H,S,T]. lengths: integers, [B] or
+    scalar: number of leading tokens to attend to. Returns o [B,H,S,E] in the dtype of query, and lse [B,H,S] float32
+    (float64 for float64 queries): -inf, and o = 0, for a query without attended tokens. Raises ValueError if H is not a
+    multiple of G.
     """
     keys = _reconstructed(key, key_scale, key_decode, (key_bits, key_widths, key_steps), query.dtype)
     values = _reconstructed(value, value_scale, value_decode, (value_bits, value_widths, value_steps), query.dtype)
@@ -221,7 +221,7 @@ def _rebuilt_attention_fake(
 
 
 def _blank(query: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Allocate results without values: o [B,H,S,E], lse [B,H,S]."""
+    """Allocate uninitialized results: o [B,H,S,E], lse [B,H,S]."""
     exact = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty((*query.shape[:3], size)), query.new_empty(query.shape[:3], dtype=exact)
 
@@ -235,11 +235,10 @@ def open_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute attention of the newest S queries on exact keys and values [B,G,N,D].
 
-    mask: bool or additive, broadcastable to [B,H,S,N]. causal: the mask says that the last query sees everything, the
-    one before all but the last key, and so on, and nothing else. Returns o [B,H,S,E] in the dtype of query and lse
-    [B,H,S] float32, as `fhopt::latent_attention` does. Many queries run on the CPU's kernel for them; on a GPU by flash
-    attention where nothing else is masked, else by the kernel for many rows of a kv head; few rows by the kernel of a
-    decode step.
+    mask: bool or additive, broadcastable to [B,H,S,N]. causal: the mask is only causal, aligned to the last key.
+    Returns o [B,H,S,E] in the dtype of query and lse [B,H,S] float32, as `fhopt::latent_attention` does. On CPU many
+    queries use the prefill kernel. On a GPU they use flash attention if nothing else is masked, else the kernel for
+    many rows per kv head; few rows use the decode kernel.
     """
     result = attend_on_cpu("open_attention", query, key, value, mask, causal=causal, scale=scale, softcap=softcap)
     if result is not None:
@@ -253,7 +252,7 @@ def open_attention(
 
 
 def _flashes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return True where torch's flash attention takes these tensors. It masks only the newest keys."""
+    """Return True if torch's flash attention supports these tensors. Its causal mask covers only the newest keys."""
     rows, size = query.shape[2] * (query.shape[1] // key.shape[1]), query.shape[3]
     shaped = size == value.shape[3] and size in FLASH_SIZES and key.shape[2] >= query.shape[2]
     alike = query.dtype == key.dtype == value.dtype
@@ -262,14 +261,14 @@ def _flashes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 @functools.cache
 def _has_flash(device: torch.device) -> bool:
-    """Return True for GPUs from Ampere on."""
+    """Return True for Ampere and later GPUs."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend by flash attention: apart to the keys of the queries, causally, and to those before, which all see.
+    """Run flash attention separately on the queries' own keys, causally, and on earlier keys, without a mask.
 
-    So the causal part is square; where it is not, kernels differ in what "causal" means.
+    The causal part is then square; otherwise kernels disagree on the alignment of "causal".
     """
     if not causal:
         return _folded_flash(query, key, value, scale)
@@ -286,14 +285,14 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 
 
 def _folded_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend by flash attention without a mask, the H/G query heads of a kv head as further queries."""
+    """Run flash attention without a mask, with the H/G query heads of a kv head as extra queries."""
     (b, heads, s, d), groups = query.shape, key.shape[1]
     output, lse = _flash(query.reshape(b, groups, heads // groups * s, d), key, value, False, scale)
     return output.reshape(b, heads, s, -1), lse.reshape(b, heads, s)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Run torch's flash attention on as many kv heads as query heads: o [B,H,S,D], lse [B,H,S] float32."""
+    """Run torch's flash attention with equal numbers of kv and query heads: o [B,H,S,D], lse [B,H,S] float32."""
     if query.is_cuda:
         results = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
     else:

@@ -1,21 +1,21 @@
-"""Trellis codes of bit groups: quantized values that overlap, so that a bit serves more than one channel.
+"""Trellis-coded quantization of bit groups: each stored bit contributes to several channels.
 
-A bit group of `bits` b and width W is a ring of W b bits, b new ones for each channel. The value of a channel is that
-of a table at the `WINDOW` newest bits of the ring, its own b and those of the channels before it:
+A bit group of `bits` b and width W is a ring of W b bits, b new ones per channel. A channel's value is a table entry at
+the `WINDOW` newest bits of the ring, its own b and those of the channels before it:
 
     window[c] = bits (c + 1) b - WINDOW ... (c + 1) b - 1 of the ring, the newest the high-order ones
     z[c]      = (code(window[c]) - 127.5) * step * scale
     code(w)   = LEVELS[h ^ ORDER[l]] + OFFSETS[l]    w = 16 h + l, of 8 bits as is the sum
 
-Every value can be had on its own, from a shift and a look-up, as with a uniform quantizer; only who encodes has to
-search for the ring that errs least (`encode`: the Viterbi algorithm). Trellis-coded quantization: Marcellin and
-Fischer 1990; with windows of bits in place of a state machine, closed to a ring: Tseng et al. 2024 (QTIP, arXiv
-2406.11235). The tables are our own, found on Gaussian numbers at 1 to 4 bits at once by
-`benchmarks/quality/trellis_table.py`: three of 16 bytes each, which fit vector registers, lose little beside one of
-256.
+Every value can be decoded independently, with a shift and a table look-up, as with a uniform quantizer. Only the
+encoder has to search for the ring with the least error (`encode`: the Viterbi algorithm). Trellis-coded quantization:
+Marcellin and Fischer 1990; bit windows instead of a state machine, with tail biting: Tseng et al. 2024 (QTIP, arXiv
+2406.11235). The tables are our own, optimized on Gaussian samples jointly for 1 to 4 bits by
+`benchmarks/quality/trellis_table.py`: three tables of 16 bytes, which fit vector registers, are only slightly worse
+than one of 256 bytes.
 
-A ring is stored as it is, the bits of the first channel first within a byte. A bit group with a trellis code has a
-negative step, of which the magnitude counts.
+A ring is stored as bits in channel order, low-order bits first within a byte. A bit group with a trellis code has a
+negative step, whose magnitude is the step.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WINDOW = 8  # bits that a value depends on
-TOGETHER = 1024  # rows that are searched for at once: each takes memory for the costs of all states and channels
-FARTHEST = 1024.0  # numbers are searched for up to so many steps
-AROUND = 12  # channels on either side of the seam that the first search sees
-# By half of a window, see above.
+WINDOW = 8  # bits that determine a value
+TOGETHER = 1024  # rows searched at once: each needs memory for the costs of all states and channels
+FARTHEST = 1024.0  # values are clamped to this many steps
+AROUND = 12  # channels on either side of the seam in the first search
+# Indexed by half windows, see above.
 LEVELS = (74, 0, 122, 154, 143, 132, 90, 82, 106, 98, 55, 45, 34, 65, 186, 114)
 OFFSETS = (31, 27, 27, 47, 29, 49, 36, 33, 41, 23, 19, 41, 53, 69, 0, 15)
 ORDER = (9, 13, 5, 1, 3, 13, 15, 1, 9, 1, 13, 5, 6, 9, 1, 8)
@@ -38,18 +38,18 @@ ORDER = (9, 13, 5, 1, 3, 13, 15, 1, 9, 1, 13, 5, 6, 9, 1, 8)
 
 @functools.cache
 def table(device: torch.device) -> Tensor:
-    """Return the value of each window in steps, float32 [256]."""
+    """Return the value of each window, in steps, float32 [256]."""
     return values_of(LEVELS, OFFSETS, ORDER).to(device)
 
 
 def values_of(levels: Sequence[int], offsets: Sequence[int], order: Sequence[int]) -> Tensor:
-    """Return the value of each window in steps with other tables [16], float32 [256]."""
+    """Return the value of each window, in steps, for other tables [16]: float32 [256]."""
     codes = [levels[w // 16 ^ order[w % 16]] + offsets[w % 16] for w in range(1 << WINDOW)]
     return torch.tensor(codes, dtype=torch.float32) - 127.5
 
 
 def windows(ring: Tensor, bits: int) -> Tensor:
-    """Return the windows of rings uint8 [..., W*bits/8] as uint8 [..., W]."""
+    """Return the windows of rings: uint8 [..., W*bits/8] -> uint8 [..., W]."""
     count = 8 * ring.shape[-1] // bits
     first = (torch.arange(count, device=ring.device) + 1) * bits - WINDOW  # bit, cyclic
     byte, shift = (first // 8) % ring.shape[-1], first % 8
@@ -59,24 +59,24 @@ def windows(ring: Tensor, bits: int) -> Tensor:
 
 
 def decode(ring: Tensor, bits: int) -> Tensor:
-    """Return the values of rings uint8 [..., W*bits/8] in steps: float32 [..., W]."""
+    """Decode rings: uint8 [..., W*bits/8] -> float32 [..., W], in steps."""
     return table(ring.device)[windows(ring, bits).long()]
 
 
 def encode(x: Tensor, bits: int) -> Tensor:
-    """Return rings uint8 [..., W*bits/8] whose values are near x [..., W], which is in steps."""
+    """Encode x [..., W], in steps, to rings uint8 [..., W*bits/8] of approximately these values."""
     rows = x.to(torch.float32).flatten(0, -2) if x.dim() > 1 else x.to(torch.float32)[None]
-    rows = torch.where(rows > -FARTHEST, rows, -FARTHEST).clamp(max=FARTHEST)  # NaN is the least
+    rows = torch.where(rows > -FARTHEST, rows, -FARTHEST).clamp(max=FARTHEST)  # NaN becomes the minimum
     values, parts = table(rows.device), rows.split(TOGETHER)
     ring = torch.cat([_ring(closed(part, bits, values), bits) for part in parts])
     return ring.view(*x.shape[:-1], x.shape[-1] * bits // 8)
 
 
 def closed(x: Tensor, bits: int, values: Tensor) -> Tensor:
-    """Return the windows [n, W] of rings near x [n, W], where windows have `values` [256].
+    """Return the windows [n, W] of rings that approximate x [n, W], where windows have `values` [256].
 
-    A search over the channels around the seam, from any state, says in which state the ring is closed; a second one
-    over all channels, from that state to the same, is exact.
+    A first search over the channels around the seam, from any state, finds the state at which to close the ring; a
+    second one over all channels, from that state back to it, is exact.
     """
     width, around = x.shape[-1], min(AROUND, x.shape[-1] // 2)
     seam = torch.cat([x[:, width - around :], x[:, :around]], -1)
@@ -85,14 +85,14 @@ def closed(x: Tensor, bits: int, values: Tensor) -> Tensor:
 
 
 def search(x: Tensor, bits: int, values: Tensor, seam: Tensor | None = None) -> Tensor:
-    """Return the windows [n, W] of least error for x [n, W], where windows have `values` [256]: the Viterbi algorithm.
+    """Return the windows [n, W] of least error for x [n, W], given their `values` [256], by the Viterbi algorithm.
 
-    seam [n]: the state before the first and after the last; None: any.
-    A state is the WINDOW - bits newest bits. Costs are squares of errors in float32, in this order of operations, which
+    seam [n]: the state before the first and after the last channel; None: any.
+    A state is the WINDOW - bits newest bits. Costs are squared errors in float32, in this order of operations, which
     the C++ of codegen/cpu/sources/trellis_search.h shares.
     """
     branches, states = 1 << bits, 1 << (WINDOW - bits)
-    at = torch.arange(1 << WINDOW, device=x.device)  # windows: old state in the low-order bits, new bits above them
+    at = torch.arange(1 << WINDOW, device=x.device)  # windows: old state in the low-order bits, new bits above
     cost = x.new_zeros(len(x), states)
     if seam is not None:
         cost = x.new_full((len(x), states), 1e30).scatter_(1, seam[:, None].long(), 0.0)
@@ -100,7 +100,7 @@ def search(x: Tensor, bits: int, values: Tensor, seam: Tensor | None = None) -> 
     for column in x.unbind(-1):
         costs.append(cost)
         error = column[:, None] - values
-        # A window is (new bits, old state); the state behind it drops the low-order bits.
+        # A window is (new bits, old state); the next state drops the low-order bits.
         total = cost[:, at & (states - 1)] + error * error
         cost = total.view(-1, states, branches).amin(-1)
     state = cost.argmin(-1) if seam is None else seam.long()
@@ -116,7 +116,7 @@ def search(x: Tensor, bits: int, values: Tensor, seam: Tensor | None = None) -> 
 
 
 def _ring(windows: Tensor, bits: int) -> Tensor:
-    """Pack the newest bits of windows [n, W] to rings uint8 [n, W*bits/8]."""
+    """Pack the newest bits of windows [n, W] into rings uint8 [n, W*bits/8]."""
     newest = windows >> (WINDOW - bits)
     single = newest[..., None] >> torch.arange(bits, device=windows.device) & 1  # [n, W, bits], low-order first
     octets = single.flatten(-2).unflatten(-1, (-1, 8))

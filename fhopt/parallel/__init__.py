@@ -1,1 +1,1 @@
-"""Models on several devices and in several processes: collectives, tensor parallelism, device maps, offloading."""
+"""Models on several devices and processes: collectives, tensor parallelism, device maps, offloading."""

@@ -1,11 +1,11 @@
-"""Sums over calibration batches that several processes share, and errors that end all of them.
+"""Sums over calibration batches sharded across processes, and errors that stop all processes.
 
-A sum is a tensor that is added to in place. Under `torchrun` each process takes every world-size-th batch, and `share`
-adds up the sums of all: with one process or many, they are the same up to the order of addition. `by_process` splits
-rows between processes in the same way.
+A sum is a tensor accumulated in place. Under `torchrun` each process handles every world-size-th batch, and `share`
+all-reduces the sums: the result does not depend on the number of processes, except for the order of addition.
+`by_process` splits rows across processes in the same way.
 
-When a process fails, all end with its error: before they send each other numbers they exchange whether they can
-(`agree`), and one that cannot sends its error there (`together`).
+If a process fails, all stop with its error: before each collective they exchange their status (`agree`), and a failed
+process sends its error there (`together`).
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-MESSAGE_BYTES = 2048  # of an error that is sent to other processes
+MESSAGE_BYTES = 2048  # of an error sent to other processes
 Sums = dict[str, Tensor]
 Row = TypeVar("Row")
-_has_left = False  # the group that torchrun describes, which cannot be joined twice
+_has_left = False  # left torchrun's group, which cannot be joined twice
 
 
 def processes() -> tuple[int, int]:
-    """Return (rank, how many), and join the group that torchrun describes where none is; (0, 1) without a group."""
+    """Return (rank, world size), joining torchrun's group if there is none yet; (0, 1) without a group."""
     is_described = "TORCHELASTIC_RUN_ID" in os.environ and not _has_left
     if not dist.is_available() or not (dist.is_initialized() or is_described):
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("gloo")  # sums are on the CPU; a group of the caller's may be another
+        dist.init_process_group("gloo")  # sums are on the CPU; the caller's own group may use another backend
     return dist.get_rank(), dist.get_world_size()
 
 
 def leave() -> int:
-    """Leave the group, all processes at once; returns the own rank. Raises OtherFailed."""
+    """Leave the group, in all processes at once; return the own rank. Raises OtherFailed."""
     global _has_left
     rank, _ = processes()
     agree()
@@ -49,7 +49,7 @@ def leave() -> int:
 
 
 def share(sums: Sums) -> None:
-    """Add up over all processes, in place; each then has the same. Raises OtherFailed."""
+    """All-reduce the sums, in place. Raises OtherFailed."""
     if processes()[1] == 1:
         return
     agree()
@@ -63,9 +63,9 @@ def share(sums: Sums) -> None:
 
 
 def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Tensor]:
-    """Return `measure` of each row, in order, each measured by one process and sent to all, all of one shape.
+    """Return `measure` of each row, in order; rows are split across processes and results, all of one shape, shared.
 
-    Raises OtherFailed in all processes when one raises.
+    Raises OtherFailed in all processes if one raises.
     """
     rank, count = processes()
     if count == 1:
@@ -73,7 +73,7 @@ def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Te
     with together():
         own = [measure(row) for row in rows[rank::count]]
         shape = torch.zeros(16, dtype=torch.int64)
-        if rank == 0 and own:  # it has a row where any process has
+        if rank == 0 and own:  # rank 0 has a row if any process has
             shape[: own[0].dim() + 1] = torch.tensor([own[0].dim(), *own[0].shape])
         share({"shape": shape})
         every = torch.zeros(len(rows), *shape[1 : 1 + int(shape[0])].tolist(), dtype=torch.float64)
@@ -87,18 +87,18 @@ def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Te
 
 
 class OtherFailed(FhoptError):
-    """The error of all processes when one of them has failed: its error, and which it was."""
+    """Raised in all processes if one has failed, with its error and rank."""
 
 
 class Lost(OtherFailed):
-    """Another process has ended without an error that it could send."""
+    """Raised if another process ended without sending an error."""
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Fail in all processes where one fails inside: they wait for each other in `agree` and nowhere else.
+    """Fail in all processes if one fails inside the context; they synchronize only in `agree`.
 
-    The process that failed raises its own error unless that is a FhoptError, so that its traceback is not lost.
+    The failed process raises its own error unless it is a FhoptError, so that its traceback is preserved.
     """
     try:
         yield
@@ -119,7 +119,7 @@ def together() -> Iterator[None]:
 
 
 def agree(failure: str = "") -> None:
-    """Wait for all processes. Raises OtherFailed in all of them when one passes a failure."""
+    """Wait for all processes. Raises OtherFailed in all of them if one passes a failure."""
     count = processes()[1]
     if count == 1:
         return
@@ -149,5 +149,5 @@ def _lost(error: RuntimeError) -> Lost:
 
 
 def _device() -> torch.device:
-    """Return the device from which tensors are sent."""
+    """Return the device for collectives."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

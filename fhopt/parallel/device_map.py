@@ -1,10 +1,10 @@
-"""Placement of a model that is larger than one device: `--device-map` of the command line.
+"""Placement of models larger than one device: `--device-map` of the command line.
 
     auto, balanced, sequential    over this process's devices by accelerate: GPUs first, then CPU memory, then disk
-    cpu, cuda, cuda:1, ...        whole on one device; cuda alone is the GPU of the process's number
+    cpu, cuda, cuda:1, ...        all on one device; cuda without a number is the GPU of the local rank
     FILE.json                     {"module": device number, "cpu" or "disk", ...}, as transformers' `device_map`
 
-Several processes of one machine (torchrun) share its GPUs out evenly, and its free CPU memory.
+Several processes on one machine (torchrun) share its GPUs and its free CPU memory evenly.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Memory = Mapping[int | str, int]  # bytes by device, as accelerate reports them
 
 
 def placement(text: str | None) -> dict[str, Any]:
-    """Return options of `from_pretrained` for the value of `--device-map`; none for None. Raises FhoptError."""
+    """Return `from_pretrained` options for the value of `--device-map`; empty for None. Raises FhoptError."""
     if text is None:
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise FhoptError("--device-map needs accelerate. Install it with: pip install 'fhopt[hf]'")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it logs weights that are where they were placed
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns about weights that are placed already
     if text.endswith(".json"):
         return {"device_map": _read(Path(text))}
     rank, count = _local()
@@ -44,7 +44,7 @@ def placement(text: str | None) -> dict[str, Any]:
 
 
 def share_memory(memory: Memory, rank: int, count: int) -> dict[int | str, int]:
-    """Return the memory of a machine that process `rank` of `count` may use. Raises FhoptError for too few GPUs."""
+    """Return the memory that process `rank` of `count` on a machine may use. Raises FhoptError for too few GPUs."""
     numbers = sorted(d for d in memory if isinstance(d, int))
     if numbers and len(numbers) < count:
         raise FhoptError(
@@ -57,7 +57,7 @@ def share_memory(memory: Memory, rank: int, count: int) -> dict[int | str, int]:
 
 
 def _local() -> tuple[int, int]:
-    """Return (number of this process on its machine, how many there are)."""
+    """Return (local rank, local world size)."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

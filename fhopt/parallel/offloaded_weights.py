@@ -1,4 +1,4 @@
-"""Weights that accelerate has offloaded to CPU memory or disk until their layer runs."""
+"""Access to weights that accelerate has offloaded to CPU memory or disk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Weights(Mapping[str, Tensor]):
-    """Every parameter of a model by name, in the order of names.
+    """All parameters of a model by name, sorted.
 
-    What accelerate has offloaded is read when it is accessed, and not kept.
+    Offloaded weights are loaded on access and not cached.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -31,17 +31,17 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def absent(self) -> list[str]:
-        """Names of weights without numbers: on the meta device, without a hook that has them."""
+        """Names of weights without data: on the meta device, and not offloaded."""
         return [name for name, weight in self._held.items() if weight.is_meta and name not in self._hooks]
 
 
 def named_weights(model: torch.nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Return every parameter by name, in the order of names, each read when its turn comes."""
+    """Return every parameter by name, sorted; offloaded ones are loaded during iteration."""
     return Weights(model).items()
 
 
 def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every buffer by name; what accelerate has offloaded is read from there."""
+    """Yield every buffer by name; offloaded ones are loaded."""
     for path, module in model.named_modules():
         maps = [hook.weights_map for hook in hooks(module) if getattr(hook, "weights_map", None) is not None]
         for key, buffer in module.named_buffers(recurse=False):
@@ -49,14 +49,14 @@ def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _away(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, hook of accelerate) of each parameter of a module that is not in memory."""
+    """Yield (name, accelerate hook) of each offloaded parameter of a module."""
     for hook in hooks(module):
         if getattr(hook, "weights_map", None) is not None:
             yield from ((key, hook) for key, p in module.named_parameters(recurse=False) if p.is_meta)
 
 
 def execution_device(module: torch.nn.Module) -> torch.device:
-    """Return the device that a module runs on, wherever its weights are in between. Expects a module with weights."""
+    """Return the device that a module runs on, even if its weights are offloaded. Expects a module with weights."""
     for part in module.modules():
         for hook in hooks(part):
             if getattr(hook, "execution_device", None) is not None:
@@ -65,6 +65,6 @@ def execution_device(module: torch.nn.Module) -> torch.device:
 
 
 def hooks(module: torch.nn.Module) -> list[Any]:
-    """Return the hooks of accelerate on a module."""
+    """Return accelerate's hooks on a module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

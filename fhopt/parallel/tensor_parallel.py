@@ -1,21 +1,20 @@
-"""Plans for models whose heads are spread over processes: each keeps and reads the latents of its own heads.
+"""Plans for tensor-parallel models: each process caches and attends to the latents of its own heads.
 
     keys and values of a process   [B, G/W, T, D]     kv heads [r G/W, (r+1) G/W) of G, for process r of W
-    W divides J                    E[J/W own heads]   D[G/W own heads]    nothing is sent
-    J divides W                    E[1 own head]      D[G/W own heads]    encoder matrices read heads of all processes:
+    W divides J                    E[J/W own heads]   D[G/W own heads]    no communication
+    J divides W                    E[1 own head]      D[G/W own heads]    encoder inputs span heads of all processes:
                                                                           their keys and values are gathered first
 
-Which of both applies follows from J, for keys and for values separately. Where keys and values are gathered, the G/J
-heads of a latent head lie in W/J processes, and each of these keeps the same latent, made of the same numbers: the
-cache of a process is smaller by J only, and not by W. What is gathered is what an encoder matrix reads: a block when it
-is quantized, or, by static caches, each token. Attention itself, attention sinks and residual window, and everything
-else of a plan are local in both.
+J decides between the two, for keys and for values separately. If keys and values are gathered, the G/J heads of a
+latent head are in W/J processes, and each of these stores the same latent, computed from the same values: a process's
+cache is only J times smaller, not W times. Gathered are the encoder inputs: a block when it is quantized, or, in static
+caches, each token. In both cases attention itself, attention sinks, residual window, and everything else are local.
 
-How a model is spread is read from the placements of its weights (`DTensor`, by transformers' `tp_plan` or
-`parallelize_module`), and from the width of the outputs of its projections. The result is an ordinary plan for a model
-with G/W kv heads; caches and kernels are the same as in one process.
+The sharding of a model is derived from its weights' placements (`DTensor`, by transformers' `tp_plan` or
+`parallelize_module`) and from the output width of its projections. The result is an ordinary plan for a model with G/W
+kv heads; caches and kernels are the same as in one process.
 
-Letters: B batch, H query heads, G kv heads, T tokens, D head size, J latent heads, W processes. Splitting attention by
+Letters: B batch, H query heads, G kv heads, T tokens, D head size, J latent heads, W processes. Tensor parallelism by
 heads: Megatron-LM (1909.08053), section 3.
 """
 
@@ -38,28 +37,28 @@ from fhopt.plan.site_plan import PagePlan, SidePlan, SitePlan, SketchPlan
 
 @dataclass(frozen=True)
 class Share:
-    """Process `rank` of `count` that the heads of a site are spread over; `group` joins them."""
+    """Process `rank` of the `count` processes in `group` that share a site's heads."""
 
     rank: int
     count: int
     group: Any = None
 
     def part(self, number: int) -> slice:
-        """Return the part of this process in `number` things, which `count` divides."""
+        """Return this process's slice of `number` items; `count` must divide it."""
         size = number // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 @dataclass(frozen=True, eq=False)
 class GatheredHeads:
-    """A `HeadGather` over the processes of a share: the heads that this process's encoder matrices read, of all G."""
+    """A `HeadGather` over a share's processes. key_heads, value_heads: encoder inputs of this process, of all G."""
 
     share: Share
     key_heads: slice
     value_heads: slice
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather own k, v [B,G/W,T,D] to those of `key_heads` and `value_heads`. All processes must call it."""
+        """Gather `key_heads` and `value_heads` from all processes' k, v [B,G/W,T,D]. All processes must call it."""
         if not keys.shape[2]:
             return _blank(keys, self.key_heads), _blank(values, self.value_heads)
         own = torch.cat([keys, values], -1)
@@ -77,9 +76,9 @@ def _blank(x: Tensor, heads: slice) -> Tensor:
 
 
 def local_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
-    """Return the part of `plan` that this process needs of a spread `model`; `plan` itself where no head is elsewhere.
+    """Return the part of `plan` that this process needs of a sharded `model`; `plan` itself if heads are not sharded.
 
-    All processes must call it. Raises FhoptError where heads cannot be divided so.
+    All processes must call it. Raises FhoptError if heads cannot be divided this way.
     """
     shares = [find_share(model, site.site) for site in plan.sites]
     if not any(shares):
@@ -89,7 +88,7 @@ def local_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
 
 
 def _local_pages(pages: PagePlan | None, shares: Sequence[Share | None]) -> PagePlan | None:
-    """Return `pages` with the numbers of this process's query heads alone."""
+    """Return `pages` with only the values of this process's query heads."""
     if pages is None or not pages.fill:
         return pages
     parts = [h if share is None else h[share.part(len(h))] for h, share in zip(pages.fill, shares, strict=True)]
@@ -97,7 +96,7 @@ def _local_pages(pages: PagePlan | None, shares: Sequence[Share | None]) -> Page
 
 
 def shard_site(plan: SitePlan, share: Share) -> SitePlan:
-    """Return the part of a site's plan that process `share.rank` needs. Raises FhoptError where heads do not divide."""
+    """Return process `share.rank`'s part of a site's plan. Raises FhoptError if heads do not divide evenly."""
     site, count = plan.site, share.count
     if site.kv_heads % count or site.heads % count:
         raise FhoptError(
@@ -114,7 +113,7 @@ def shard_site(plan: SitePlan, share: Share) -> SitePlan:
 
 
 def _shard_side(side: SidePlan, share: Share, site: AttentionSite) -> tuple[SidePlan, slice]:
-    """Return (bases of this process's heads, the kv heads that its encoder matrix reads)."""
+    """Return (bases of this process's heads, kv heads of its encoder input)."""
     groups, count, n = side.groups, share.count, site.kv_heads // side.groups
     if groups % count and count % groups:
         raise FhoptError(
@@ -127,7 +126,7 @@ def _shard_side(side: SidePlan, share: Share, site: AttentionSite) -> tuple[Side
 
 
 def _latent_heads(groups: int, share: Share) -> slice:
-    """Return the latent heads, of `groups`, that this process's kv heads are decoded from."""
+    """Return the latent heads, of `groups`, from which this process's kv heads are decoded."""
     first = share.rank * groups // share.count
     return slice(first, first + max(1, groups // share.count))
 
@@ -140,12 +139,12 @@ def _shard_sketch(sketch: SketchPlan, latent: slice) -> SketchPlan:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether some weights of the model are in other processes."""
+    """Return whether some weights of the model are sharded."""
     return any(isinstance(p, DTensor) and any(map(_splits, p.placements)) for p in model.parameters())
 
 
 def check_whole(model: torch.nn.Module) -> None:
-    """Raise FhoptError for a model of which this process has only a part."""
+    """Raise FhoptError for a sharded model."""
     if is_sharded(model):
         raise FhoptError(
             f"{type(model).__name__} is spread over several processes; calibration expects a whole model in each. Load "
@@ -158,10 +157,10 @@ def _splits(placement: Any) -> bool:
 
 
 def find_share(model: torch.nn.Module, site: AttentionSite) -> Share | None:
-    """Find which part of a site's heads the projections of `model` compute in this process; None: all.
+    """Find which part of a site's heads this process's projections compute; None: all.
 
-    Projections whose weights are spread are run on zeros: some gather their outputs. Raises FhoptError where queries
-    and keys are spread in different ways, or in a way that is not by heads.
+    Runs sharded projections on zeros, since some gather their outputs. Raises FhoptError if queries and keys are
+    sharded differently, or not by heads.
     """
     shares = {role: _share_of(model, site, role) for role in ("k", "v", "q")}
     if len({None if share is None else (share.rank, share.count) for share in shares.values()}) > 1:
@@ -190,25 +189,25 @@ def _share_of(model: torch.nn.Module, site: AttentionSite, role: str) -> Share |
 
 
 def _is_spread(model: torch.nn.Module, name: str) -> bool:
-    """Return whether other processes have parts of a weight; False also where the model has none of that name."""
+    """Return whether a weight is sharded; False also if the model has no such weight."""
     try:
         weight = model.get_parameter(name)
-    except AttributeError:  # the plan is for a part of this model, or for another one: others check that
+    except AttributeError:  # the plan is for a part of this model or for another one; checked elsewhere
         return False
     return isinstance(weight, DTensor) and any(map(_splits, weight.placements))
 
 
 def _sizes(module: torch.nn.Module, weight: DTensor) -> tuple[int, int]:
-    """Return (inputs, outputs) of the whole projection.
+    """Return (inputs, outputs) of the unsharded projection.
 
-    `nn.Linear` keeps outputs first, transformers' `Conv1D` last.
+    `nn.Linear` has outputs first, transformers' `Conv1D` last.
     """
     sizes: Sequence[int] = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
     return int(sizes[1]), int(sizes[0])
 
 
 def _share_by(weight: DTensor, outputs: int, width: int, site: AttentionSite, name: str) -> Share:
-    """Return the share by that dimension of the mesh over which `width` of `outputs` features are in this process."""
+    """Return the share for the mesh dimension that splits `outputs` features into `width` per process."""
     mesh, placements = weight.device_mesh, weight.placements
     dims = [d for d, p in enumerate(placements) if _splits(p) and mesh.size(d) * width == outputs]
     if len(dims) != 1 or site.kv_heads % mesh.size(dims[0]):

@@ -1,6 +1,6 @@
-"""What a plan is, as data and on disk: sites, sides, bases, bit groups, kernel specs, files.
+"""Plans as data and on disk: sites, sides, bases, bit groups, kernel specifications, files.
 
-Names are loaded when they are first used: the checks of plan files need no torch.
+Names are imported lazily: the checks of plan files need no torch.
 """
 
 from __future__ import annotations

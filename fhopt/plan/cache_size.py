@@ -1,9 +1,9 @@
-"""Bytes of a KV cache at a stated context, all layers of a model: an ordinary cache, and one with a plan.
+"""Bytes of a model's KV cache at a given context length: full precision, and with a plan.
 
-Every size and ratio that is printed is computed here. What an ordinary cache keeps of a layer is a `CacheLayer`
-(fhopt/models/cache_layers.py reads them off a model); a plan compresses layers that keep all tokens or those of a
-sliding window or chunk, and others stay as they are: very short windows, states of linear attention, layers that read
-the keys and values of another.
+Every printed size and ratio is computed here. A `CacheLayer` describes one layer of a full-precision cache
+(fhopt/models/cache_layers.py derives it from a model). A plan compresses layers that cache all tokens, or those of a
+sliding window or chunk. Others are unchanged: very short windows, states of linear attention, layers that share another
+layer's keys and values.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from fhopt.plan.site import AttentionSite
     from fhopt.plan.site_plan import SitePlan
 
-KEY = "cache_layers"  # of the layers of a whole model in a plan's provenance
+KEY = "cache_layers"  # provenance key of the whole model's layers
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What transformers' KV cache keeps of one layer, for one sequence.
+    """Contents of one layer of transformers' KV cache, for one sequence.
 
-    name: path of the layer, or of its attention. mask: "sliding" or "chunked" where it keeps the newest `window` tokens
-    only, else "". is_full: keys and values of all these tokens are kept, and nothing else. numbers: of each token that
-    is kept. state_bytes: of what no token adds to.
+    name: path of the layer, or of its attention. mask: "sliding" or "chunked" if it caches only the newest `window`
+    tokens, else "". is_full: it caches keys and values of all these tokens, and nothing else. numbers: elements per
+    cached token. state_bytes: bytes independent of the token count.
     """
 
     name: str
@@ -39,32 +39,33 @@ class CacheLayer:
     state_bytes: int = 0
 
     def bytes(self, tokens: int, itemsize: int = 2) -> int:
-        """Return the bytes after `tokens` tokens, `itemsize` of each number."""
+        """Return the bytes after `tokens` tokens, with `itemsize` bytes per element."""
         kept = min(tokens, self.window) if self.window else tokens
         return kept * self.numbers * itemsize + self.state_bytes
 
     @property
     def sliding(self) -> int:
-        """Tokens of a sliding window or chunk that a plan may compress; 0 for any other layer."""
+        """Tokens of a sliding window or chunk that a plan may compress; 0 for other layers."""
         return self.window if self.is_full and self.window >= MIN_SLIDING else 0
 
     @property
     def is_compressible(self) -> bool:
-        """Return whether a plan may compress the layer."""
+        """Whether a plan may compress the layer."""
         return self.is_full and (not self.window or self.sliding > 0)
 
     def has(self, site: str) -> bool:
-        """Return whether the attention site of this name is of this layer."""
+        """Return whether the named attention site belongs to this layer."""
         path = site.partition("#")[0]
         return bool(self.name) and f"{path}.".startswith(f"{self.name}.")
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of the KV cache of one sequence of `tokens` tokens.
+    """Bytes of the KV cache for one sequence of `tokens` tokens.
 
-    exact_bytes, plan_bytes: of the whole model, in an ordinary cache and with a plan. compressed_exact_bytes,
-    compressed_bytes: of the layers that the plan compresses, likewise. exact_layers: how many layers stay exact.
+    exact_bytes, plan_bytes: of the whole model, in full precision and with a plan. compressed_exact_bytes,
+    compressed_bytes: the same for the layers that the plan compresses. exact_layers: number of layers that stay in full
+    precision.
     """
 
     tokens: int
@@ -76,12 +77,12 @@ class CacheSize:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the whole cache is with the plan."""
+        """Compression ratio of the whole cache."""
         return self.exact_bytes / max(1, self.plan_bytes)
 
     @property
     def compressed_ratio(self) -> float:
-        """How many times smaller the layers are that the plan compresses; 1 where it compresses none."""
+        """Compression ratio of the layers that the plan compresses; 1 if there are none."""
         return self.compressed_exact_bytes / self.compressed_bytes if self.compressed_bytes else 1.0
 
     def as_json(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class CacheSize:
 
     @property
     def words(self) -> str:
-        """The whole model in a few words: `33.0 MB exact, 15.6 MB with the plan: 2.12x`."""
+        """Summary of the whole model: `33.0 MB exact, 15.6 MB with the plan: 2.12x`."""
         sizes = f"{self.exact_bytes / 1e6:,.1f} MB exact, {self.plan_bytes / 1e6:,.1f} MB with the plan"
         return f"{sizes} at {self.tokens:,} tokens: {self.ratio:.2f}x"
 
@@ -99,10 +100,10 @@ def cache_size(
     plan: LatentPlan | None, tokens: int = COUNTED_AT, layers: Sequence[CacheLayer] = (), *,
     sites: Iterable[AttentionSite] = (), itemsize: int = 2, source: int | None = None,
 ) -> CacheSize:  # fmt: skip
-    """Count the bytes of a cache of one sequence of `tokens` tokens, without and with a plan.
+    """Count the bytes of a cache for one sequence of `tokens` tokens, without and with a plan.
 
-    layers: of the whole model; without any, those that the plan recorded, else one for each of `sites` or of the plan's
-    sites. itemsize: bytes of a number that is kept as it comes. source: tokens of an encoder, as of `latent_bytes`.
+    layers: of the whole model; if empty, those that the plan recorded, else one per site of `sites` or of the plan.
+    itemsize: bytes of an unquantized element. source: tokens of an encoder, as of `latent_bytes`.
     """
     recorded = layers or (recorded_layers(plan) if plan is not None else ())
     planned = plan.sites if plan is not None else ()
@@ -118,9 +119,9 @@ def hypothetical_size(
     ratio: float, sites: Iterable[AttentionSite], tokens: int = COUNTED_AT, layers: Sequence[CacheLayer] = (), *,
     itemsize: int = 2,
 ) -> CacheSize:  # fmt: skip
-    """Count the bytes of a cache of `tokens` tokens with a plan that makes all layers it may compress `ratio` smaller.
+    """Count the bytes of a cache of `tokens` tokens with a plan that compresses all eligible layers `ratio` times.
 
-    layers: of the whole model; without any, one for each of `sites`.
+    layers: of the whole model; if empty, one per site of `sites`.
     """
     found = list(sites)
     known = tuple(layers) or site_layers(found)
@@ -137,7 +138,7 @@ def _is_one_of(layer: CacheLayer, sites: Iterable[str]) -> bool:
 
 
 def tokens_within(room: int, size: Callable[[int], int], most: int = 1 << 40) -> int:
-    """Return the longest context, of at most `most` tokens, whose cache has `room` bytes; size(tokens): its bytes."""
+    """Return the longest context, at most `most` tokens, whose cache fits in `room` bytes. size(tokens): bytes."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -149,11 +150,11 @@ def latent_bytes(
     plan: LatentPlan, tokens: int, sites: Sequence[SitePlan], itemsize: int = 2, source: int | None = None,
     layers: Sequence[CacheLayer] = (),
 ) -> int:  # fmt: skip
-    """Return the bytes of the latents of some sites of a plan, for one sequence of `tokens` tokens.
+    """Return the bytes of the latents of a plan's `sites`, for one sequence of `tokens` tokens.
 
-    They are those of quantized values, scales, sketches, attention sinks, residual window and means. source: tokens of
-    the encoder, for a decoder that reads one; None: as many as `tokens`. layers: of the whole model, which say what a
-    sliding window keeps; without any, sites keep all tokens.
+    Includes quantized values, scales, sketches, attention sinks, residual window and means. source: encoder tokens, for
+    cross attention; None: `tokens`. layers: of the whole model, for the sizes of sliding windows; if empty, sites cache
+    all tokens.
     """
     own = [p for p in sites if p.site.kind == "self"]
     source = tokens if source is None else source
@@ -170,9 +171,9 @@ def latent_bytes(
 def window_bytes(
     window: ResidualWindow, tokens: int, sites: Sequence[SitePlan], itemsize: int = 2, sliding: int = 0
 ) -> int:
-    """Return the bytes of attention sinks and residual window of `tokens` tokens, over all `sites`.
+    """Return the bytes of attention sinks and residual window at `tokens` tokens, over all `sites`.
 
-    itemsize: bytes of a number that is kept as it came. sliding: as of `ResidualWindow.split`.
+    itemsize: bytes of an unquantized element. sliding: as of `ResidualWindow.split`.
     """
     first, newest, _ = window.split(tokens, sliding)
     exact = sum(site.window_bytes(16, itemsize) for site in sites)
@@ -182,7 +183,7 @@ def window_bytes(
 def exact_bytes(
     sites: Iterable[AttentionSite], tokens: int, layers: Sequence[CacheLayer] = (), itemsize: int = 2
 ) -> int:
-    """Return the bytes of ordinary keys and values of some sites, for one sequence of `tokens` tokens."""
+    """Return the bytes of full-precision keys and values of `sites`, for one sequence of `tokens` tokens."""
     found = list(sites)
     slides = sliding_windows(found, layers)
     kept = [min(tokens, slides[s.name] or tokens) for s in found]
@@ -190,38 +191,38 @@ def exact_bytes(
 
 
 def sliding_windows(sites: Iterable[AttentionSite], layers: Sequence[CacheLayer]) -> dict[str, int]:
-    """Return the tokens of the sliding window of each site's layer by the site's name; 0: the layer keeps all."""
+    """Return the sliding-window size of each site's layer, by site name; 0: the layer caches all tokens."""
     return {s.name: max((one.sliding for one in layers if one.has(s.name)), default=0) for s in sites}
 
 
 def compressed_sites(plan: LatentPlan, layers: Sequence[CacheLayer] = ()) -> tuple[SitePlan, ...]:
-    """Return the sites of a plan that a cache compresses; see `is_compressible`."""
+    """Return the sites of a plan that a cache compresses (`is_compressible`)."""
     return tuple(p for p in plan.sites if is_compressible(p.site, layers))
 
 
 def is_compressible(site: AttentionSite, layers: Sequence[CacheLayer]) -> bool:
-    """Return whether a cache may compress a site: unless one of `layers` is the site's and it may not."""
+    """Return whether a cache may compress a site; False if the site's layer in `layers` is not compressible."""
     return all(layer.is_compressible for layer in layers if layer.has(site.name))
 
 
 def site_layers(sites: Iterable[AttentionSite]) -> tuple[CacheLayer, ...]:
-    """Return a layer for each attention site, for modules that transformers has no cache for."""
+    """Return a layer per attention site, for modules without a transformers cache."""
     return tuple(
         CacheLayer(s.name, s.mask if s.window else "", s.window, numbers=s.exact_numbers_per_token) for s in sites
     )
 
 
 def recorded_layers(plan: LatentPlan) -> tuple[CacheLayer, ...]:
-    """Return the layers of the whole model that a plan recorded; none for plans that were made before they were."""
+    """Return the whole model's layers that a plan recorded; empty for older plans."""
     return layers_of(plan.provenance)
 
 
 def layers_of(provenance: Mapping[str, Any]) -> tuple[CacheLayer, ...]:
-    """Return the layers that `record_of` put into a provenance."""
+    """Return the layers that `record_of` stored in a provenance."""
     return tuple(CacheLayer(**item) for item in provenance.get(KEY, ()))
 
 
 def record_of(layers: Iterable[CacheLayer]) -> dict[str, Any]:
-    """Return layers as an entry of a plan's provenance; without layers, none."""
+    """Return layers as an entry of a plan's provenance; an empty one without layers."""
     described = [asdict(layer) for layer in layers]
     return {KEY: described} if described else {}

@@ -1,19 +1,19 @@
-"""What plan.json may hold: the kind of every field, and the digests that cover them.
+"""Schema of plan.json: the kind of every field, and the digests that cover them.
 
     version                             3: neither pages nor means. 4: pages. 5: means. 6: any, every byte covered
     sinks, recent, block, window_bits   the residual window
-    mean_tokens, pages                  where the plan has them
-    sites                               of each: the attention, its layout, the bit groups of keys, values and sketches,
-                                        and the tokens of a segment, where keys are relative to segments
-    provenance                          where the plan comes from, and what it was measured to lose
-    digest                              of all that changes numbers: description without provenance, and tensors
-    tensors_sha256, checksum            from version 6 on: of plan.safetensors, and of everything else in plan.json
+    mean_tokens, pages                  if the plan has them
+    sites                               for each: the attention, its layout, bit groups of keys, values and sketches,
+                                        and tokens per segment, if keys are relative to segments
+    provenance                          origin of the plan, and its measured quality
+    digest                              of everything that affects results: description without provenance, tensors
+    tensors_sha256, checksum            since version 6: of plan.safetensors, and of everything else in plan.json
 
-The digest is the identity of a plan, which prompt caches and rewritten folders name: a plan that is measured again
-keeps it. It does not cover provenance, of which pages and fingerprints are read. Files of version 6 have a checksum of
-every field; those of earlier versions are read with every field checked, and their digest.
+The digest is the identity of a plan; prompt caches and rewritten folders name it. It excludes provenance (whose pages
+and fingerprints are used), so re-measuring a plan does not change it. Files of version 6 also have a checksum of every
+field; in earlier versions every field and the digest are checked.
 
-Nothing here needs torch, so that a wrong file is refused before it is imported.
+Nothing here needs torch, so that an invalid file is rejected before torch is imported.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from fhopt.plan.site_plan import (
 from fhopt.plan.window import MAX_WINDOW
 
 PLAIN, PAGED, WITH_MEANS, CHECKED = 3, 4, 5, 6
-PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # that can be read; plans are written in the last
+PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # readable versions; plans are written in the last
 CHECKSUM, TENSORS = "checksum", "tensors_sha256"
 
 
 def _tiers(*bits: int, is_signed: bool) -> Kind:
-    """Return the kind of bit groups [[bits, width, step], ...]. is_signed: trellis codes, of negative steps, too."""
+    """Return the kind of bit groups [[bits, width, step], ...]. is_signed: allow trellis codes (negative steps)."""
     fields = row(one_of(*bits), SIZE, number(-MAX_STEP if is_signed else 0, MAX_STEP))
 
     def check(value: Any, where: str) -> None:
@@ -95,7 +95,7 @@ _OPTIONAL: dict[str, Kind] = {"pages": _PAGES, "mean_tokens": whole(1)}
 
 
 def parse_description(content: bytes) -> dict[str, Any]:
-    """Read the JSON object of plan.json. Raises ValueError, RecursionError."""
+    """Parse the JSON object of plan.json. Raises ValueError, RecursionError."""
     description = json.loads(content, object_pairs_hook=_once)
     if not isinstance(description, dict):
         raise ValueError(f"plan.json holds a {type(description).__name__}, expected an object")
@@ -110,13 +110,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_description(description: Mapping[str, Any]) -> None:
-    """Raise WrongField for a field that is missing, unknown, of another type or out of range."""
+    """Raise WrongField for a field that is missing, unknown, of the wrong type or out of range."""
     covered: dict[str, Kind] = {CHECKSUM: text, TENSORS: text} if description.get("version") == CHECKED else {}
     record(_NEEDED | covered, _OPTIONAL)(description, "")
 
 
 def content_version(description: Mapping[str, Any]) -> int:
-    """Return the first version that can hold what a plan has: it is part of the plan's digest."""
+    """Return the earliest version that can represent a plan; it is part of the plan's digest."""
     if "mean_tokens" in description:
         return WITH_MEANS
     has_pages = "pages" in description or any("sketch" in one for one in description["sites"])
@@ -133,22 +133,21 @@ def numbers_of(description: Mapping[str, Any]) -> bytes:
 
 
 def covered(description: Mapping[str, Any], tensors: bytes) -> dict[str, Any]:
-    """Return the description of a file of version 6: with the hash of the tensors' file, and the checksum of both."""
+    """Return the description of a version 6 file: with the hash of the tensor file, and the checksum."""
     whole_file = dict(description) | {"version": CHECKED, TENSORS: hashlib.sha256(tensors).hexdigest()}
     return whole_file | {CHECKSUM: checksum(whole_file)}
 
 
 def checksum(description: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of everything in a description but the checksum itself."""
-    kept = json.loads(json.dumps({k: v for k, v in description.items() if k != CHECKSUM}))  # tuples are lists then
+    """Return the SHA-256 of a description without the checksum itself."""
+    kept = json.loads(json.dumps({k: v for k, v in description.items() if k != CHECKSUM}))  # converts tuples to lists
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of(description: Mapping[str, Any], tensors: bytes) -> str:
-    """Return the digest of a plan by its files. Raises ValueError, LookupError and TypeError for a damaged header.
+    """Compute the digest of a plan from its files. Raises ValueError, LookupError and TypeError for a damaged header.
 
-    It is that of `plan_digest` (fhopt/plan/serialization.py): names and bytes of the tensors lie in the file as torch
-    has them in memory.
+    Equals `plan_digest` (fhopt/plan/serialization.py): the file has the tensors' names and their bytes as in memory.
     """
     header = tensor_header(tensors)
     start = 8 + int.from_bytes(tensors[:8], "little")
@@ -161,7 +160,7 @@ def digest_of(description: Mapping[str, Any], tensors: bytes) -> str:
 
 
 def tensor_header(tensors: bytes) -> dict[str, Any]:
-    """Return dtype, shape and place of each tensor in a safetensors file, by name. Raises ValueError."""
+    """Return dtype, shape and offsets of each tensor in a safetensors file, by name. Raises ValueError."""
     length = int.from_bytes(tensors[:8], "little")
     if not 2 <= length <= len(tensors) - 8:
         raise ValueError(f"plan.safetensors has {len(tensors):,} bytes, and its header should have {length:,}")
@@ -173,7 +172,7 @@ def tensor_header(tensors: bytes) -> dict[str, Any]:
 
 
 def is_intact(description: Mapping[str, Any], tensors: bytes) -> bool:
-    """Return True where digest, checksum and hash are right; of a version without the latter, digest and version."""
+    """Return True if digest, checksum and hash are correct; before version 6, digest and version."""
     if digest_of(description, tensors) != description["digest"]:
         return False
     if description["version"] != CHECKED:

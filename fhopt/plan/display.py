@@ -1,6 +1,6 @@
-"""Sites, plans and journals in a notebook: small HTML tables that need nothing but a browser.
+"""HTML tables of sites, plans and journals for notebooks, without scripts or style sheets.
 
-The classes call these from their `_repr_html_`. Names and reasons are the user's: all of them are escaped.
+Classes call these from `_repr_html_`. Names and reasons are user input: all are escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tiers(side: SidePlan) -> str:
 
 
 def rope_words(site: AttentionSite) -> str:
-    """Describe the rotation in a few words: `half 64`."""
+    """Describe the rotary embedding: `half 64`."""
     if site.rope is None:
         return "none"
     grid = ", grid" if site.rope.positions == "grid" else ""
@@ -33,14 +33,14 @@ def rope_words(site: AttentionSite) -> str:
 
 
 def mask_words(site: AttentionSite) -> str:
-    """Describe the mask in a few words: `sliding 512, cap 50, sinks`."""
+    """Describe the mask: `sliding 512, cap 50, sinks`."""
     parts = [f"{site.mask} {site.window}" if site.window else site.mask]
     parts += [f"cap {site.softcap:g}"] if site.softcap else []
     return ", ".join([*parts, "sinks"] if site.sinks else parts)
 
 
 def site_html(site: AttentionSite) -> str:
-    """Tabulate the facts of a site; `fhopt.draw(site)` draws it."""
+    """Tabulate the properties of a site; `fhopt.draw(site)` draws it."""
     facts = [
         ("kind", site.kind),
         ("heads H / G / D", f"{site.heads} / {site.kv_heads} / {_dims(site.key_dim, site.value_dim)}"),
@@ -54,12 +54,12 @@ def site_html(site: AttentionSite) -> str:
 
 
 def site_plan_html(plan: SitePlan) -> str:
-    """Tabulate what a plan does to one site."""
+    """Tabulate the plan of one site."""
     return html_titled(plan.site.name, html_table(_HEAD, [_planned(plan)]))
 
 
 def plan_html(plan: LatentPlan) -> str:
-    """Tabulate a plan: its size, and one row a site."""
+    """Tabulate a plan: its size, and one row per site."""
     title = f"{plan.ratio():.2f}x plan of {plan.provenance.get('model', 'a model')}: {len(plan.sites)} sites"
     return html_titled(title, html_table(_HEAD, [_planned(p) for p in plan.sites]))
 
@@ -78,19 +78,19 @@ def _dims(key: int, value: int) -> str:
 
 
 def html_titled(title: str, body: str) -> str:
-    """Put a title above a piece of HTML. title: text, escaped here."""
+    """Put a title above HTML. title: text, escaped here."""
     return f"<p><b>{html.escape(title)}</b></p>{body}"
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out cells of text, escaped here, as an HTML table."""
+    """Format cells of text, escaped here, as an HTML table."""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 
 def quantity(value: float, unit: str) -> str:
-    """Format a number with three digits and a prefix: 1.28 ms, 653 MB."""
+    """Format a number with three digits and an SI prefix: 1.28 ms, 653 MB."""
     power = min(4, max(-3, math.floor(math.log10(value) / 3))) if value > 0 else 0
     scaled = value / 1000**power
     digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0
@@ -99,7 +99,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def rate(value: float) -> str:
-    """Format tokens per second with three digits, all of them from 100 on."""
+    """Format tokens per second with three digits; all digits from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

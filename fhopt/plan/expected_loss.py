@@ -1,8 +1,8 @@
-"""What a plan is expected to lose, from its provenance, and warnings where that rests on little.
+"""The expected quality loss of a plan, from its provenance, and warnings if the evidence is weak.
 
-`expected_loss` of the provenance has what plans were measured to lose on held-out text, carried over to this one, with
-an interval for texts of other kinds (fhopt/fitting/loss_interval.py). A plan without it, of an older version or of a
-module that was calibrated on batches, has `predicted_nats` alone: the sum of the costs by which bits were chosen.
+`expected_loss` of the provenance is the loss measured for plans on held-out text, transferred to this plan, with an
+interval for other domains (fhopt/fitting/loss_interval.py). Older plans, and plans of modules calibrated on batches,
+only have `predicted_nats`: the sum of the costs by which bits were allocated.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 from fhopt.plan.latent_plan import LatentPlan
 
-EXPECTED = "expected_loss"  # of the provenance
-# For each number of a token's keys, of all heads that one latent mixes. With 13, plans of 8x lost 30 % more than with
-# 64, those of 4x 6 % (SmolLM2-135M-Instruct, benchmarks/results/calibration_curve.json).
+EXPECTED = "expected_loss"  # provenance key
+# Per element of the keys that one latent mixes. With 13, the loss of 8x plans is 30 % higher than with 64, that of 4x
+# plans 6 % (SmolLM2-135M-Instruct, benchmarks/results/calibration_curve.json).
 MIN_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class ExpectedLoss:
-    """Loss, nats per token, with the interval of texts of other kinds than calibrated; None: it was not checked."""
+    """Loss in nats per token, with the interval for domains not used for calibration; None: not checked."""
 
     nats: float
     interval: tuple[float, float] | None = None
 
     @property
     def words(self) -> str:
-        """Return the loss as text."""
+        """The loss as text."""
         if self.interval is None:
             return f"{self.nats:.3g} nats per token (not checked on held-out text)"
         low, high = self.interval
@@ -35,7 +35,7 @@ class ExpectedLoss:
 
 
 def expected_loss(plan: LatentPlan) -> ExpectedLoss | None:
-    """Return what the plan is expected to lose, None where nothing is known."""
+    """Return the expected loss of a plan; None if unknown."""
     known, predicted = plan.provenance.get(EXPECTED), plan.provenance.get("predicted_nats")
     if isinstance(known, Mapping):
         return ExpectedLoss(known["nats"], (known["least"], known["most"]))
@@ -43,7 +43,7 @@ def expected_loss(plan: LatentPlan) -> ExpectedLoss | None:
 
 
 def calibration_warning(plan: LatentPlan) -> str | None:
-    """Return a sentence where a plan was fitted to few tokens for its model, None otherwise."""
+    """Return a warning if a plan was fitted to too few tokens for its model, else None."""
     sequences, context = plan.provenance.get("sequences"), plan.provenance.get("context")
     if not sequences or not context or all(site.is_exact for site in plan.sites):
         return None

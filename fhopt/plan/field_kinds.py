@@ -1,7 +1,7 @@
-"""Kinds of what plans and files of statistics both describe: attention sites, provenance, layers of a KV cache.
+"""Kinds of the fields that plans and statistics files share: attention sites, provenance, KV cache layers.
 
-Bounds are far beyond what any model or fit has, and within what arithmetic in float32 takes: a file whose digest was
-made right again is refused where it would give numbers that are not finite, or take memory without end.
+Bounds are far above the values of any model or fit and within float32 range: a file with a forged digest is rejected if
+it would give non-finite results or unbounded memory use.
 
 Nothing here needs torch.
 """
@@ -68,7 +68,7 @@ _SITE = record(
 
 
 def site_kind(value: Any, where: str) -> None:
-    """Check an attention site, as `dataclasses.asdict` describes it."""
+    """Check an attention site, in the form of `dataclasses.asdict`."""
     _SITE(value, where)
     if value["heads"] % value["kv_heads"]:
         raise WrongField(f"{where}.heads is {value['heads']}; expected a multiple of kv_heads, {value['kv_heads']}")
@@ -99,7 +99,7 @@ _CACHE_LAYERS = several(
         },
     )
 )
-_MEASURED = number(is_finite=False)  # a perplexity can be infinite
+_MEASURED = number(is_finite=False)  # perplexity can be infinite
 _NATS = number(-1e30, 1e30)
 _INTERVAL = maybe(row(_MEASURED, _MEASURED))
 _LOSS: dict[str, Kind] = {
@@ -127,14 +127,14 @@ _TASK = record({"items": whole(), "exact": _MEASURED, "plan": _MEASURED})
 
 
 def _gate(value: Any, where: str) -> None:
-    """Check what a loss target measured; one that names its texts is shown, and needs all figures."""
+    """Check the measurements of a loss target; if it names its texts it is displayed, and all fields are required."""
     is_whole = isinstance(value, dict) and "texts" in value
     needed = _LOSS | {"texts": several(text)} if is_whole else {}
     record(needed, _LOSS | {"max_loss": number()}, plain)(value, where)
 
 
 def _loss_check(value: Any, where: str) -> None:
-    """Check the losses of plans of rising sizes on a held-out text."""
+    """Check the losses of plans of increasing size on a held-out text."""
     record({"text": text, "predicted_nats": several(_NATS), "nats": several(_NATS)})(value, where)
     if not 0 < len(value["nats"]) == len(value["predicted_nats"]):
         raise WrongField(f"{where}.nats has {len(value['nats'])} numbers; expected one for each of predicted_nats")

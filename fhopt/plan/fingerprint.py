@@ -1,4 +1,4 @@
-"""Fingerprints of weights, which show whether a plan belongs to a model."""
+"""Fingerprints of weights, which tell whether a plan belongs to a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fhopt.plan.site import AttentionSite
 
 
 def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[AttentionSite]) -> str:
-    """Return the identity of a model for a plan: names, shapes and sampled signs of the projections of its sites.
+    """Return a model's fingerprint for a plan: names, shapes and sampled signs of the projections of its sites.
 
-    Signs survive a change of dtype, so a plan fitted in float32 serves the same model in bfloat16.
+    Signs survive a change of dtype, so a plan fitted in float32 also fits the model in bfloat16.
     """
     h = hashlib.sha256()
     names = {n for site in plan_sites for role in site.projections.values() for n in role}
@@ -30,13 +30,13 @@ def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[Attention
 
 
 def weight_prints(parameters: Mapping[str, Tensor], sites: Iterable[AttentionSite]) -> dict[str, str]:
-    """Return `weight_print` of what projects keys and values, for each site whose weights are all known."""
+    """Return the `weight_print` of the key and value projections of each site whose weights are all known."""
     known = {s.name: [parameters.get(n) for n in s.cached_weights] for s in sites}
     return {n: weight_print([w for w in ws if w is not None]) for n, ws in known.items() if ws and None not in ws}
 
 
 def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) -> None:
-    """Raise FhoptError when the plan carries a fingerprint and the model's is another."""
+    """Raise FhoptError if the plan has a fingerprint that differs from the model's."""
     expected = plan.provenance.get("fingerprint")
     if expected is not None and fingerprint(parameters, [s.site for s in plan.sites]) != expected:
         raise FhoptError(
@@ -46,7 +46,7 @@ def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) 
 
 
 def weight_print(weights: Iterable[Tensor]) -> str:
-    """Return the identity of weights: shapes and sampled signs, which survive a change of dtype and small updates."""
+    """Hash weights by shapes and sampled signs, which survive a change of dtype and small updates."""
     h = hashlib.sha256()
     for weight in weights:
         h.update(shape_and_signs(weight))
@@ -54,12 +54,12 @@ def weight_print(weights: Iterable[Tensor]) -> str:
 
 
 def shape_and_signs(weight: Tensor) -> bytes:
-    """Return the shape of a weight and the signs of up to 256 of its numbers, evenly spread.
+    """Return the shape of a weight and the signs of up to 256 evenly spaced elements.
 
-    Of a weight that is spread over processes, these are of the whole weight; all processes must call it. Of one that a
-    library keeps quantized (a subclass of Tensor), they are of what it stands for.
+    A sharded weight is gathered, so all processes must call this. A weight that a library stores quantized (a subclass
+    of Tensor) is dequantized.
     """
-    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a DTensor
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # DTensor
     if type(whole) not in (Tensor, torch.nn.Parameter) and hasattr(type(whole), "dequantize"):
         whole = whole.dequantize()
     flat = whole.detach().reshape(-1)

@@ -1,10 +1,10 @@
-"""Kinds of JSON values: what a description read from a file must be, checked before anything is made of it.
+"""Kinds of JSON values: validation of a description from a file before it is used.
 
     record({"bits": whole(1, 16), "step": number(0)})(value, "sites.0.key.0")
 
-A kind is called with a value and the place where it stands, and raises WrongField with one sentence that names both.
-Only numbers of the right type pass: no truth value, no 8.0 for 8, no NaN and no infinity. Strings can be printed: half
-of a surrogate pair, which JSON can spell, is refused.
+A kind is called with a value and its location, and raises WrongField with one sentence that names both. Numbers must
+have the right type: no booleans, no 8.0 for 8, no NaN and no infinity. Strings must be encodable: unpaired surrogates,
+which JSON can encode, are rejected.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 
 Kind = Callable[[Any, str], None]
 LONGEST_TEXT = 1 << 16  # characters of one string
-LARGEST = 1 << 31  # no size, count or seed reaches it
-DEEPEST = 16  # lists and objects within each other
+LARGEST = 1 << 31  # above every size, count and seed
+DEEPEST = 16  # nesting of lists and objects
 SHOWN = 40  # characters of a wrong value in a message
-LONGEST_LINE = 500  # characters of a name, which messages repeat
+LONGEST_LINE = 500  # characters of a name, which messages quote
 
 
 class WrongField(ValueError):
-    """A field of a file has a wrong value: `<field> <problem>; expected <X>`."""
+    """Error for a wrong value of a file's field: `<field> <problem>; expected <X>`."""
 
 
 def whole(least: int = 0, most: int = LARGEST - 1) -> Kind:
-    """Return the kind of integers between two numbers, both included."""
+    """Return the kind of integers in an inclusive range."""
 
     def check(value: Any, where: str) -> None:
         if type(value) is not int or not least <= value <= most:
@@ -36,7 +36,7 @@ def whole(least: int = 0, most: int = LARGEST - 1) -> Kind:
 
 
 def number(least: float = -math.inf, most: float = math.inf, is_finite: bool = True) -> Kind:
-    """Return the kind of numbers between two others; without `is_finite` NaN and infinities pass, too."""
+    """Return the kind of numbers in an inclusive range; without `is_finite`, NaN and infinities pass, too."""
 
     def check(value: Any, where: str) -> None:
         if type(value) not in (int, float) or not _is_double(value):
@@ -50,13 +50,13 @@ def number(least: float = -math.inf, most: float = math.inf, is_finite: bool = T
 def _is_double(value: float) -> bool:
     try:
         float(value)
-    except OverflowError:  # an integer of 400 digits
+    except OverflowError:  # an integer of hundreds of digits
         return False
     return True
 
 
 def zero_or(kind: Kind) -> Kind:
-    """Return the kind of numbers of a kind, and of 0."""
+    """Return the kind of numbers of `kind` or 0."""
 
     def check(value: Any, where: str) -> None:
         if type(value) not in (int, float) or value != 0:
@@ -66,30 +66,30 @@ def zero_or(kind: Kind) -> Kind:
 
 
 def text(value: Any, where: str) -> None:
-    """Check a string of Unicode characters."""
+    """Check a string without unpaired surrogates."""
     if not isinstance(value, str) or len(value) > LONGEST_TEXT or _is_halved(value):
         raise _wrong(value, where, f"a string of at most {LONGEST_TEXT} characters")
 
 
 def _is_halved(value: str) -> bool:
-    """Return whether a string has half of a surrogate pair, which no file or terminal takes."""
+    """Return whether a string has an unpaired surrogate, which no file or terminal accepts."""
     return any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def line(value: Any, where: str) -> None:
-    """Check a name: a short string without control characters, so that a message can repeat it."""
+    """Check a name: a short printable string, so that a message can quote it."""
     if not isinstance(value, str) or len(value) > LONGEST_LINE or not value.isprintable():
         raise _wrong(value, where, f"at most {LONGEST_LINE} printable characters")
 
 
 def truth(value: Any, where: str) -> None:
-    """Check a truth value."""
+    """Check a boolean."""
     if not isinstance(value, bool):
         raise _wrong(value, where, "true or false")
 
 
 def one_of(*values: Any) -> Kind:
-    """Return the kind of a few values."""
+    """Return the kind of the listed values."""
 
     def check(value: Any, where: str) -> None:
         if not any(type(value) is type(one) and value == one for one in values):
@@ -99,7 +99,7 @@ def one_of(*values: Any) -> Kind:
 
 
 def maybe(kind: Kind) -> Kind:
-    """Return a kind of which null may stand in place."""
+    """Return the kind of values of `kind` or null."""
 
     def check(value: Any, where: str) -> None:
         if value is not None:
@@ -121,7 +121,7 @@ def several(kind: Kind) -> Kind:
 
 
 def row(*kinds: Kind) -> Kind:
-    """Return the kind of lists of a fixed length, an item of each kind."""
+    """Return the kind of lists of fixed length, with one kind per item."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list) or len(value) != len(kinds):
@@ -133,7 +133,7 @@ def row(*kinds: Kind) -> Kind:
 
 
 def mapping(kind: Kind) -> Kind:
-    """Return the kind of objects with any names, and values of one kind."""
+    """Return the kind of objects with arbitrary names and values of one kind."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -146,7 +146,7 @@ def mapping(kind: Kind) -> Kind:
 
 
 def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None, rest: Kind | None = None) -> Kind:
-    """Return the kind of objects with these names. rest: what others may stand beside them; None: none."""
+    """Return the kind of objects with these names. rest: the kind of other entries; None: none are allowed."""
     optional = optional or {}
 
     def check(value: Any, where: str) -> None:
@@ -166,7 +166,7 @@ def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = Non
 
 
 def plain(value: Any, where: str, depth: int = 0) -> None:
-    """Check a JSON value of any kind that is not too deep; numbers need not be finite."""
+    """Check any JSON value of limited depth; numbers need not be finite."""
     if depth > DEEPEST:
         raise WrongField(f"{where[:SHOWN]}... has more than {DEEPEST} values within each other; expected fewer")
     if isinstance(value, (dict, list)):
@@ -180,7 +180,7 @@ def plain(value: Any, where: str, depth: int = 0) -> None:
 
 
 def _at(where: str, name: str) -> str:
-    shown = repr(name[:SHOWN])[1:-1]  # control characters are escaped
+    shown = repr(name[:SHOWN])[1:-1]  # escapes control characters
     return f"{where}.{shown}" if where else shown
 
 

@@ -1,4 +1,4 @@
-"""Everything that the text of a generated kernel depends on."""
+"""Kernel specification: the parameters that determine the source of a generated kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fhopt.plan.site_plan import SidePlan, SitePlan
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """All and only what the text of a latent attention kernel depends on.
+    """Exactly the parameters that determine the source of a latent attention kernel.
 
-    Tiers are bit groups (bits, width, quantization step) per side; dtype is that of queries and of latents without bit
-    groups ("float32", ...).
+    Tiers are bit groups (bits, width, quantization step) per side; dtype is that of queries and of unquantized latents
+    ("float32", ...).
     """
 
     key_tiers: tuple[tuple[int, int, float], ...]
@@ -26,7 +26,7 @@ class KernelSpec:
 
     @staticmethod
     def of(site: SitePlan, dtype: str) -> KernelSpec:
-        """Return the specification of the kernel that reads the latents of a site, for queries of `dtype`."""
+        """Return the kernel specification for a site's latents and queries of `dtype`."""
 
         def tiers(side: SidePlan) -> tuple[tuple[int, int, float], ...]:
             return tuple((t.bits, t.width, t.step) for t in side.tiers)

@@ -1,7 +1,7 @@
-"""`LatentPlan`: what to do at every attention site of a model, as data.
+"""`LatentPlan`: how to cache every attention site of a model, as data.
 
-Modules that compute on a plan import this one: sizes (fhopt/plan/cache_size.py), files and digest (serialization.py),
-tables (display.py). The methods that users call for these import them late.
+Modules that compute on plans import this one: sizes (fhopt/plan/cache_size.py), files and digest (serialization.py),
+tables (display.py). The public methods for these import them lazily.
 
 Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R width,
 F rotary frequencies, L layers.
@@ -24,13 +24,13 @@ from fhopt.plan.window import COUNTED_AT, ResidualWindow
 
 @dataclass(frozen=True, eq=False)
 class LatentPlan:
-    """What to do at every site of one model, and where that came from.
+    """The plan of every site of a model, with its provenance.
 
-    sinks, recent, block, window_bits: see `ResidualWindow`, which `window` has of them.
-    mean_tokens: quantized tokens of self-attention are encoded as differences from a mean of their own sequence, that
-    of at most so many tokens behind the sinks (fhopt/cache/sequence_means.py); 0: as they are.
-    provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
-    pages: what decoding reads of the quantized tokens; None: all of them.
+    sinks, recent, block, window_bits: see `ResidualWindow`; `window` combines them. mean_tokens: quantized tokens of
+    self-attention are encoded as differences from their sequence's mean over at most this number of tokens after the
+    sinks (fhopt/cache/sequence_means.py); 0: no means. provenance: model fingerprint, calibration text hash, versions,
+    options, measured quality (JSON values only). pages: page selection for decoding; None: attention uses all quantized
+    tokens.
     """
 
     sites: tuple[SitePlan, ...]
@@ -59,7 +59,7 @@ class LatentPlan:
         return ResidualWindow(self.sinks, self.recent, self.block, self.window_bits)
 
     def check_no_means(self, what: str) -> None:
-        """Raise FhoptError where latents are differences from means, which `what` cannot add back."""
+        """Raise FhoptError if latents exclude means or keys are relative to segments, which `what` does not support."""
         if self.mean_tokens:
             raise FhoptError(
                 f"{what} has no means of a sequence, and the latents of this plan are differences from them (of "
@@ -73,21 +73,21 @@ class LatentPlan:
 
     @property
     def has_trellis(self) -> bool:
-        """Whether bit groups of some sites have trellis codes."""
+        """Whether any bit group has a trellis code."""
         return any(tier.is_trellis for site in self.sites for side in (site.key, site.value) for tier in side.tiers)
 
     def check_uniform(self, what: str) -> None:
-        """Raise FhoptError where latents have trellis codes, which `what` cannot read."""
+        """Raise FhoptError if latents have trellis codes, which `what` does not support."""
         if self.has_trellis:
             raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
 
     @property
     def segment(self) -> int:
-        """Tokens of a segment, where keys of some sites are encoded relative to segments; 0: nowhere."""
+        """Tokens per segment, if keys of any site are encoded relative to segments; else 0."""
         return max((s.segment for s in self.sites), default=0)
 
     def site(self, name: str) -> SitePlan:
-        """Return the plan of the site called `name`. Raises FhoptError when the plan has none."""
+        """Return the plan of the site called `name`. Raises FhoptError if the plan has none."""
         for plan in self.sites:
             if plan.site.name == name:
                 return plan
@@ -97,53 +97,53 @@ class LatentPlan:
         )
 
     def page_share(self, site: SitePlan) -> float:
-        """Return the largest share of its pages that a site of this plan reads; 1 where it reads all."""
+        """Return the maximum fraction of its pages that a site selects; 1 if it uses all."""
         return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
 
     def page_read(self, site: SitePlan) -> float:
-        """Return the share of its pages that a site of this plan read on average where its pages were calibrated.
+        """Return the average fraction of its pages that a site selected in page calibration.
 
-        Where that is not known: the largest share that it reads.
+        If unknown, returns the maximum fraction.
         """
         calibrated = self.provenance.get("pages") or {}
         return float(calibrated.get("read", {}).get(site.site.name, self.page_share(site)))
 
     def page_fill(self, site: SitePlan) -> tuple[float, ...]:
-        """Return `PagePlan.fill` of the query heads of a site of this plan; empty where nothing is filled in."""
+        """Return `PagePlan.fill` of a site's query heads; empty without value-mean fill."""
         return self.pages.fill[self.sites.index(site)] if self.pages is not None and self.pages.fill else ()
 
     def page_mass(self, site: SitePlan) -> float:
-        """Return the share of the attention weight with which a site of this plan has read enough; 1: never."""
+        """Return the fraction of the attention weight at which a site stops selecting pages; 1: never."""
         return 1.0 if self.pages is None else self.pages.masses[self.sites.index(site)]
 
     def page_lift(self, site: SitePlan) -> float:
-        """Return `PagePlan.lifts` of a site of this plan; 0 where pages need no weight."""
+        """Return `PagePlan.lifts` of a site; 0 without a threshold."""
         return self.pages.lifts[self.sites.index(site)] if self.pages is not None and self.pages.lifts else 0.0
 
     def sketch_bytes(self, sites: Sequence[SitePlan] | None = None) -> int:
-        """Return the bytes of the sketches of one quantized token, over `sites` of this plan (None: all) with pages."""
+        """Return the bytes of one quantized token's sketches, over those `sites` (None: all) with page selection."""
         if self.pages is None:
             return 0
         wanted = self.sites if sites is None else sites
         return sum(self.pages.sketch_bytes(site) for site in wanted if self.page_share(site) < 1)
 
     def exact_token_bytes(self, itemsize: int = 2) -> int:
-        """Return the bytes per token of an ordinary KV cache over all sites, `itemsize` bytes a number."""
+        """Return the bytes per token of a full-precision KV cache over all sites, with `itemsize` bytes per element."""
         return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
 
     def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
-        """Return the bytes of the latents of all sites for one sequence of `tokens` tokens (`cache_size.latent_bytes`).
+        """Return the bytes of all sites' latents for one sequence of `tokens` tokens (`cache_size.latent_bytes`).
 
-        source: tokens of the encoder, for a decoder that reads one; None: as many as `tokens`.
+        source: encoder tokens, for cross attention; None: `tokens`.
         """
         from fhopt.plan.cache_size import latent_bytes, recorded_layers
 
         return latent_bytes(self, tokens, self.sites, itemsize, source, recorded_layers(self))
 
     def ratio(self, tokens: int = COUNTED_AT) -> float:
-        """Return how many times smaller than 16-bit keys and values the latents of all sites are at `tokens` tokens.
+        """Return the compression ratio of all sites versus 16-bit keys and values, at `tokens` tokens.
 
-        The ratio of the whole cache, with layers that stay exact: `cache_size`.
+        For the whole cache, including full-precision layers, see `cache_size`.
         """
         from fhopt.plan.cache_size import exact_bytes, recorded_layers
 
@@ -151,12 +151,12 @@ class LatentPlan:
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """`weight_print` of what projects the keys and values of each site; empty where it was not recorded."""
+        """`weight_print` of the key and value projections of each site; empty if not recorded."""
         prints: Mapping[str, str] = self.provenance.get("weights", {})
         return prints
 
     def digest(self) -> str:
-        """Return a hash of everything that changes numbers (not of the provenance)."""
+        """Return a hash of everything that affects results (not of the provenance)."""
         from fhopt.plan.serialization import plan_digest
 
         return plan_digest(self)
@@ -166,14 +166,14 @@ class LatentPlan:
         return replace(self, provenance={**self.provenance, **items})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `plan.json` and `plan.safetensors` to `folder`, whole or not at all. Raises FhoptError."""
+        """Write `plan.json` and `plan.safetensors` to `folder`, atomically. Raises FhoptError."""
         from fhopt.plan.serialization import save_plan
 
         return save_plan(self, folder)
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> LatentPlan:
-        """Read a plan written by `save`. Raises FhoptError when it is absent, cut short, altered or too new."""
+        """Load a plan written by `save`. Raises FhoptError if it is absent, truncated, modified or too new."""
         from fhopt.plan.serialization import load_plan
 
         return load_plan(folder)
@@ -183,9 +183,9 @@ PlanOrPath: TypeAlias = LatentPlan | str | os.PathLike[str]
 
 
 def as_plan(plan: PlanOrPath, name: str = "plan") -> LatentPlan:
-    """Return a plan unchanged, or load the one saved at a path.
+    """Return a plan unchanged, or load it from a path.
 
-    name: of the argument, for the message. Raises FhoptError for other types, and for a path without a plan.
+    name: of the argument, for messages. Raises FhoptError for other types, and for a path without a plan.
     """
     if isinstance(plan, LatentPlan):
         return plan

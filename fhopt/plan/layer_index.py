@@ -1,4 +1,4 @@
-"""Indices of cache layers from the names of attention sites."""
+"""Cache layer indices from the names of attention sites."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fhopt.plan.site_plan import SitePlan
 
 
 def cached_sites(plan: LatentPlan, kind: str = "self", layers: Mapping[str, int] | None = None) -> dict[int, SitePlan]:
-    """Return the plan's sites of a decoder by the index of their layer.
+    """Return the plan's decoder sites by layer index.
 
-    kind: "self" or "cross". layers: index of the layer of each site that is cached, by its name; None: read from the
-    names, without sites of an encoder. Raises FhoptError when two sites belong to the same layer.
+    kind: "self" or "cross". layers: layer index of each cached site, by name; None: parsed from the names, without
+    encoder sites. Raises FhoptError if two sites belong to the same layer.
     """
     sites = [p for p in plan.sites if p.site.kind == kind]
     if layers is None:
@@ -34,7 +34,7 @@ def cached_sites(plan: LatentPlan, kind: str = "self", layers: Mapping[str, int]
 
 
 def layer_indices(sites: Iterable[AttentionSite]) -> dict[str, int]:
-    """Return the index of the layer of each site: the number in its module path in which the sites differ.
+    """Return the layer index of each site: the number in the module path that distinguishes the sites.
 
     Raises FhoptError for a name without a number.
     """

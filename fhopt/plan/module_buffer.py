@@ -1,4 +1,4 @@
-"""Where a module's K/V buffer keeps tokens, and how its axes are arranged."""
+"""Layout of a module's K/V buffer: slots in the latent cache, and order of axes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from fhopt.plan.window import ResidualWindow
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a buffer of `tokens` slots stand in a latent cache."""
+    """Location of the tokens of a buffer of `tokens` slots in a latent cache."""
 
     tokens: int
     window: ResidualWindow
 
     @property
     def packed(self) -> int:
-        """Slots that have a packed latent."""
+        """Number of slots with a packed latent."""
         return self.tokens - self.window.sinks
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """What `of` makes these places of: an argument of a graph's node, in the order that saved graphs have."""
+        """Arguments of `of`, in the order that saved graphs use for their nodes."""
         window = self.window
         return self.tokens, window.sinks, window.recent, window.block, window.bits
 
     @staticmethod
     def of(numbers: Sequence[int]) -> Places:
-        """Return the places that have these `numbers`."""
+        """Inverse of `numbers`."""
         return Places(numbers[0], ResidualWindow(*numbers[1:]))
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What a pair of buffers is held by: the plan, the places, and which axes of the buffers are B, G, T and D."""
+    """How a pair of buffers is stored: the site's plan, the places, and which buffer axes are B, G, T and D."""
 
     site: SitePlan
     places: Places
@@ -49,6 +49,6 @@ class Held:
         return keys.permute(self.key_axes), values.permute(self.value_axes)
 
     def in_place(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tensors [B,G,T,D] with the axes of the buffers, the inverse of `in_order`."""
+        """Return tensors [B,G,T,D] in the axis order of the buffers, the inverse of `in_order`."""
         back = [sorted(range(4), key=axes.__getitem__) for axes in (self.key_axes, self.value_axes)]
         return keys.permute(back[0]), values.permute(back[1])

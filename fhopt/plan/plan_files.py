@@ -1,6 +1,6 @@
-"""Read and check the two files of a plan, plan.json and plan.safetensors, never pickle.
+"""Loading and checks of a plan's files, plan.json and plan.safetensors; never pickle.
 
-Nothing here needs torch, so that `check_plan_files` refuses a wrong or damaged file before it is imported.
+Nothing here needs torch, so that `check_plan_files` rejects an invalid or damaged file before torch is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PLAN_FILES = ("plan.json", "plan.safetensors")
 
 @contextlib.contextmanager
 def damage_named(folder: Path) -> Iterator[None]:
-    """Turn what damaged files raise within into a FhoptError that names the folder."""
+    """Convert exceptions caused by damaged files to a FhoptError that names the folder."""
     from safetensors import SafetensorError
 
     try:
@@ -38,13 +38,13 @@ def _damaged(folder: Path, error: Exception) -> FhoptError:
 
 
 def check_plan_files(folder: Path) -> None:
-    """Raise FhoptError where `folder` has no plan, or a damaged one, as far as that shows without torch."""
+    """Raise FhoptError if `folder` has no plan or a damaged one, as far as this can be checked without torch."""
     with damage_named(folder):
         read_files(folder)
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
-    """Read the checked description of a plan, and the file of its tensors. Raises FhoptError, ValueError."""
+    """Load the checked description of a plan, and its tensor file. Raises FhoptError, ValueError."""
     text, blob = _read(folder)
     description = parse_description(text)
     if description.get("version") not in PLAN_VERSIONS:
@@ -59,7 +59,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def altered(folder: Path) -> FhoptError:
-    """Make the error for a plan whose digest or checksum is another."""
+    """Make the error for a plan with a wrong digest or checksum."""
     return FhoptError(f"{folder} was altered after it was written (digest mismatch). Fit the plan again.")
 
 

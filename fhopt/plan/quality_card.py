@@ -1,8 +1,8 @@
-"""The quality card of a plan: what it was calibrated on, and what it was measured to lose where.
+"""The quality card of a plan: its calibration set, and its measured quality.
 
-`fhopt eval --record` writes what it measured into the plan's provenance, under `quality`; `fhopt inspect`, the report
-and the model card show it. A text or task that is measured again replaces what stood there. The digest of a plan is of
-what changes numbers, so that a card does not change it.
+`fhopt eval --record` writes measurements to the plan's provenance, under `quality`; `fhopt inspect`, the report and the
+model card show them. A repeated measurement of a text or task replaces the earlier one. A card does not change the
+plan's digest, which covers only what affects results.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from fhopt.plan.latent_plan import LatentPlan
 
-QUALITY = "quality"  # of the provenance
+QUALITY = "quality"  # provenance key
 
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """What perplexity a text had with the exact cache and with the plan's. KL in nats per token; `_ci`: 95 %."""
+    """Perplexity of a text with the full-precision cache and with the plan's. KL in nats per token; `_ci`: 95 %."""
 
     name: str
     tokens: int
@@ -31,7 +31,7 @@ class MeasuredText:
 
 @dataclass(frozen=True)
 class MeasuredTask:
-    """Shares of right answers, in percent, with the exact cache and with the plan's."""
+    """Accuracy in percent, with the full-precision cache and with the plan's."""
 
     name: str
     items: int
@@ -41,7 +41,7 @@ class MeasuredTask:
 
 @dataclass(frozen=True)
 class QualityCard:
-    """All that is known of a plan's loss. calibrated_on: texts, and how many tokens of them."""
+    """All quality measurements of a plan. calibrated_on: calibration texts; tokens: their number of tokens."""
 
     calibrated_on: tuple[str, ...]
     tokens: int
@@ -57,7 +57,7 @@ class QualityCard:
 def with_measured(
     plan: LatentPlan, perplexity: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
 ) -> LatentPlan:
-    """Return the plan with what `fhopt eval` measured on its card: figures by text and by task, JSON values."""
+    """Return the plan with measurements of `fhopt eval` added to its card, by text and by task, as JSON values."""
     known = plan.provenance.get(QUALITY) or {}
     texts = {
         name: {k: row[k] for k in ("tokens", "exact", "plan", "increase_percent", "increase_percent_ci", "kl")}
@@ -74,7 +74,7 @@ def with_measured(
 
 
 def card(plan: LatentPlan) -> QualityCard:
-    """Return the card of a plan, empty where nothing was recorded."""
+    """Return the card of a plan; empty if nothing was recorded."""
     known = plan.provenance.get(QUALITY)
     known = known if isinstance(known, Mapping) else {}
     return QualityCard(

@@ -1,6 +1,6 @@
-"""Save a plan in a folder, load it, and hash it.
+"""Saving, loading and hashing of plans.
 
-A plan is one safetensors file (tensors) and one JSON file (everything else), fhopt/plan/description.py.
+A plan is one safetensors file (tensors) and one JSON file (everything else); see fhopt/plan/description.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fhopt.plan.site_plan import PagePlan, SidePlan, SitePlan, SketchPlan, Tier
 
 
 def save_plan(plan: LatentPlan, folder: str | os.PathLike[str]) -> Path:
-    """Write a plan to a folder, whole or not at all; `LatentPlan.save`. Raises FhoptError."""
+    """Write a plan to a folder, atomically; `LatentPlan.save`. Raises FhoptError."""
     path = Path(folder)
     tensors = save(plan_tensors(plan))
     about = {"provenance": dict(plan.provenance), "digest": plan_digest(plan)}
@@ -41,7 +41,7 @@ def save_plan(plan: LatentPlan, folder: str | os.PathLike[str]) -> Path:
 
 
 def load_plan(folder: str | os.PathLike[str]) -> LatentPlan:
-    """Read a plan from a folder; `LatentPlan.load`. Raises FhoptError."""
+    """Load a plan from a folder; `LatentPlan.load`. Raises FhoptError."""
     path = Path(folder)
     with damage_named(path):
         fields, digest = read_plan(path)
@@ -57,7 +57,7 @@ def load_plan(folder: str | os.PathLike[str]) -> LatentPlan:
 
 
 def plan_digest(plan: LatentPlan) -> str:
-    """Hash everything of a plan that changes numbers (not the provenance); `LatentPlan.digest`."""
+    """Hash everything in a plan that affects results (not the provenance); `LatentPlan.digest`."""
     h = hashlib.sha256(numbers_of(describe_plan(plan)))
     for name, tensor in sorted(plan_tensors(plan).items()):
         h.update(name.encode())
@@ -69,7 +69,7 @@ def plan_digest(plan: LatentPlan) -> str:
 
 
 def plan_tensors(plan: LatentPlan) -> dict[str, Tensor]:
-    """Return every basis by name, each in memory of its own: safetensors refuses tensors that share some."""
+    """Return every basis by name, each with its own storage: safetensors rejects shared storage."""
     out: dict[str, Tensor] = {}
     held: set[int] = set()
     for site in plan.sites:
@@ -88,7 +88,7 @@ _BASES, _SKETCH = ("encode", "decode"), ("channels", "mean", "deviation")
 
 
 def describe_plan(plan: LatentPlan) -> dict[str, Any]:
-    """Collect everything of a plan that changes numbers and is not a tensor, as JSON values."""
+    """Describe everything in a plan that affects results and is not a tensor, as JSON values."""
     paged: dict[str, Any] = {} if plan.pages is None else {"pages": asdict(plan.pages)}
     for name in ("fill", "lifts"):
         if plan.pages is not None and not getattr(plan.pages, name):
@@ -122,7 +122,7 @@ def describe_plan(plan: LatentPlan) -> dict[str, Any]:
 
 
 def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
-    """Read the fields of a `LatentPlan` and its saved digest. Raises FhoptError; what damage raises is not caught."""
+    """Load the fields of a `LatentPlan` and its saved digest. Raises FhoptError; other exceptions indicate damage."""
     description, blob = read_files(folder)
     tensors = _Tensors(load(blob))
     fields = {name: description[name] for name in ("sinks", "recent", "block", "provenance", "window_bits")}
@@ -134,7 +134,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 class _Tensors:
-    """The tensors of a file by name. left: those that were not taken."""
+    """The tensors of a file by name. left: those not taken yet."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.left = tensors
@@ -146,7 +146,7 @@ class _Tensors:
 
 
 def _site_plan(item: dict[str, Any], tensors: _Tensors) -> SitePlan:
-    """Make the plan of a site, and take its tensors out of `tensors`."""
+    """Build the plan of a site, taking its tensors from `tensors`."""
     site = site_from(item["site"])
 
     def side(which: str) -> SidePlan:

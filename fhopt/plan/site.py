@@ -8,7 +8,7 @@ from typing import Any
 
 from fhopt.plan.window import MIN_SLIDING, RECENT_PART
 
-# What a mask is (fhopt/passes/recognize/masks.py), and how keys and values reach a cache
+# Mask types (fhopt/passes/recognize/masks.py), and how keys and values get into a cache
 MASKS = (
     "none", "causal", "sliding", "chunked", "block", "causal block", "padding", "alibi", "relative", "additive", "bool",
 )  # fmt: skip
@@ -22,9 +22,9 @@ class Rope:
     """A rotary embedding, measured by running the graph from the projection to the core.
 
     `pairing` is "half" (i and i + n/2 of a block of n channels form one complex number) or "interleaved" (2i, 2i + 1).
-    `rotary_dim` channels from `offset` on rotate, cut into `blocks` blocks of n (axial rotation: one block an axis).
-    `angles` holds the measured angle per position step of each frequency, in radians, F values; where `positions` is
-    "grid" (2-D rotation), the first step that turns it.
+    `rotary_dim` channels from `offset` on rotate, in `blocks` blocks of n (axial rotation: one block per axis).
+    `angles` holds the measured angle per position of each frequency, in radians, F values; if `positions` is "grid"
+    (2-D rotation), the angle of the first step that rotates it.
     """
 
     pairing: str
@@ -48,8 +48,8 @@ class Rope:
 class AttentionSite:
     """One attention of a model: projections, shapes, rotation, mask.
 
-    `name` is the longest common module path of the projections, so that the graphs of prefill and decode agree on it.
-    `projections` maps "q", "k", "v", "o" to the qualified parameter names that were found (possibly several: LoRA).
+    `name` is the longest common module path of the projections, which is the same in the graphs of prefill and decode.
+    `projections` maps "q", "k", "v", "o" to qualified parameter names (several with LoRA).
     """
 
     name: str
@@ -66,7 +66,7 @@ class AttentionSite:
     softcap: float  # 0.0: none
     cache: str  # one of CACHE_KINDS
     source: str  # file:line of the core
-    window: int = 0  # keys that a query sees with a "sliding" mask
+    window: int = 0  # keys that a query sees under a "sliding" mask
     sinks: bool = False  # sink logits: learned columns of the softmax without a value
 
     def _repr_html_(self) -> str:
@@ -75,9 +75,9 @@ class AttentionSite:
         return site_html(self)
 
     def exact_tokens(self, sinks: int, recent: int) -> tuple[int, int]:
-        """Return how many (first, newest) tokens stay exact: none of those that a decoder reads of its encoder.
+        """Return how many (first, newest) tokens stay exact: none in cross attention.
 
-        Where a window slides, no more than a residual window has there.
+        With a sliding window, the newest are limited to its maximum residual window.
         """
         if self.kind != "self":
             return 0, 0
@@ -85,32 +85,32 @@ class AttentionSite:
 
     @property
     def rotates(self) -> bool:
-        """Return whether keys rotate with the position of their token, in a way that is known."""
+        """Whether keys are rotated by position, in a known way."""
         return self.kind == "self" and self.rope is not None and self.rope.positions == "sequence"
 
     @property
     def slides(self) -> bool:
-        """Return whether a query sees the newest `window` tokens only."""
+        """Whether a query sees only the newest `window` tokens."""
         return self.mask in ("sliding", "chunked") and self.window > 0
 
     @property
     def sliding(self) -> int:
-        """Tokens of a sliding window that a plan may compress; 0 where there is none, or a shorter one."""
+        """Tokens of a sliding window that a plan may compress; 0 without one, or if it is too short."""
         return self.window if self.slides and self.window >= MIN_SLIDING else 0
 
     @property
     def cached_weights(self) -> tuple[str, ...]:
-        """Parameters that keys and values are projected by: what the bases of a plan belong to."""
+        """Parameters of the key and value projections, which a plan's bases belong to."""
         return tuple(dict.fromkeys([*self.projections.get("k", ()), *self.projections.get("v", ())]))
 
     @property
     def exact_numbers_per_token(self) -> int:
-        """Numbers that an ordinary cache keeps per token at this site: keys and values of all kv heads."""
+        """Elements per token in a full-precision cache of this site: keys and values of all kv heads."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 def site_from(item: Mapping[str, Any]) -> AttentionSite:
-    """Return the site that `dataclasses.asdict` described, as read back from JSON. Raises TypeError, LookupError."""
+    """Rebuild a site from its `dataclasses.asdict`, loaded from JSON. Raises TypeError, LookupError."""
     rope = item["rope"] and Rope(**{**item["rope"], "angles": tuple(item["rope"]["angles"])})
     projections = {role: tuple(names) for role, names in item["projections"].items()}
     return AttentionSite(**{**item, "rope": rope or None, "projections": projections})

@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
-TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its bit planes starts on a whole byte
-MIN_SEGMENT, MAX_SEGMENT = 64, 1 << 16  # tokens of a segment; kernels read as many as the least in one go
-TRELLIS_BITS = (1, 2, 3, 4)  # that a trellis code may have
-TRELLIS_TABLES = 2  # which tables of fhopt/ops/trellis.py: with others, what is stored stands for other numbers
-# Of a quantization step, as a share of a token's scale, its root mean square: fits use 0.06 to 1.7, and 0.019 to 0.028
-# for trellis codes, whose values are up to 127 steps away.
+TIER_QUANTUM = 8  # bit-group widths are multiples of this: each bit plane starts on a byte boundary
+MIN_SEGMENT, MAX_SEGMENT = 64, 1 << 16  # tokens per segment; kernels process at least the minimum at once
+TRELLIS_BITS = (1, 2, 3, 4)  # supported by trellis codes
+TRELLIS_TABLES = 2  # version of the tables in fhopt/ops/trellis.py, which determine decoded values
+# Of a quantization step, as a share of a token's scale (root mean square): fits use 0.06 to 1.7, and 0.019 to 0.028 for
+# trellis codes, whose values are up to 127 steps away.
 MIN_STEP, MAX_STEP, MAX_TRELLIS_STEP = 1e-4, 1e4, 0.25
 SCALE_BYTES = 2  # one float16 per token and side
-MEAN_BYTES = 4  # of a number in the mean of a sequence's keys or values
-SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
-LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
+MEAN_BYTES = 4  # per element of the mean of a sequence's keys or values
+SKETCH_BITS = (2, 4)  # per channel of a token's sketch
+LAYOUTS = ("band", "freq", "head", "identity", "input")  # docs/reference/glossary.md
 
 
 def is_trellis(bits: int, step: float) -> bool:
-    """Return whether a bit group has a trellis code (fhopt/ops/trellis.py): its step is negative."""
+    """Return whether a bit group has a trellis code (fhopt/ops/trellis.py), marked by a negative step."""
     return bits < 16 and step < 0
 
 
 def is_step(bits: int, step: float) -> bool:
-    """Return whether a bit group of `bits` bits can have this quantization step."""
+    """Return whether a quantization step is valid for a bit group of `bits` bits."""
     if bits < 16 and step < 0:
         return bits in TRELLIS_BITS and MIN_STEP <= -step <= MAX_TRELLIS_STEP
     return (0 if bits == 16 else MIN_STEP) <= step <= MAX_STEP
@@ -39,11 +39,11 @@ def is_step(bits: int, step: float) -> bool:
 
 @dataclass(frozen=True)
 class Tier:
-    """A bit group: a run of latent channels stored with the same number of bits.
+    """A bit group: consecutive latent channels stored with the same number of bits.
 
     Quantized values are unsigned integers u of `bits` bits; the value is (u - (2^bits - 1)/2) * step * scale[token].
-    With 16 bits the value is float16 and `step` is ignored. With a negative step it is a trellis code
-    (fhopt/ops/trellis.py), in steps of this magnitude.
+    With 16 bits the value is float16 and `step` is ignored. A negative step marks a trellis code (fhopt/ops/trellis.py)
+    with steps of this magnitude.
     """
 
     bits: int
@@ -52,17 +52,17 @@ class Tier:
 
     @property
     def is_trellis(self) -> bool:
-        """Whether values are those of a trellis code."""
+        """Whether the bit group has a trellis code."""
         return is_trellis(self.bits, self.step)
 
 
 @dataclass(frozen=True, eq=False)
 class SidePlan:
-    """How one side (keys or values) becomes a latent.
+    """Encoding of one side (keys or values) as a latent.
 
     encode [J, R, n*D] and decode [G, D, R], float32: z = encode x, x ~ decode z, q . x ~ (decode^T q) . z.
-    `tiers`: bit groups in channel order, their widths sum to R. None: latents are not quantized, and kept in the dtype
-    of the model.
+    `tiers`: bit groups in channel order, with widths that sum to R. Empty: latents are not quantized, and stored in the
+    model's dtype.
     """
 
     encode: Tensor
@@ -70,7 +70,7 @@ class SidePlan:
     tiers: tuple[Tier, ...]
 
     def __deepcopy__(self, memo: Any) -> SidePlan:
-        return self  # what is frozen needs no copies: those of a model's cache share its plan
+        return self  # immutable; copies of a model's cache share its plan
 
     @property
     def groups(self) -> int:
@@ -83,7 +83,7 @@ class SidePlan:
         return int(self.encode.shape[1])
 
     def row_bytes(self, itemsize: int = 2) -> int:
-        """Return the bytes of one token's packed latent in one latent head, `itemsize` a channel without bit groups."""
+        """Return the bytes of one token's packed latent per latent head; `itemsize` per channel without bit groups."""
         if not self.tiers:
             return self.width * itemsize
         return sum(t.bits * t.width for t in self.tiers) // 8
@@ -96,11 +96,10 @@ class SidePlan:
 
 @dataclass(frozen=True, eq=False)
 class SketchPlan:
-    """How a token's key latent is sketched, for page selection (fhopt/attention/paged.py).
+    """Sketch format of a token's key latent, for page selection (fhopt/attention/paged.py).
 
-    channels, int64 [J, r]: the r channels that are kept, in the order of the bit groups `tiers`. mean, deviation,
-    float32 [J, R]: of all channels, over tokens; a channel is quantized in deviations from its mean, times a scale of
-    the token.
+    channels, int64 [J, r]: the r sketched channels, in the order of the bit groups `tiers`. mean, deviation, float32
+    [J, R]: of all channels, over tokens; a channel is quantized in deviations from its mean, times a scale per token.
     """
 
     channels: Tensor
@@ -118,34 +117,34 @@ class SketchPlan:
 
     @property
     def width(self) -> int:
-        """How many channels are kept, r."""
+        """r, the number of sketched channels."""
         return sum(tier.width for tier in self.tiers)
 
 
 class HeadGather(Protocol):
-    """Brings kv heads of several processes together, where a latent head reads more of them than one process has."""
+    """Gathers kv heads of several processes, if a latent head spans more of them than one process has."""
 
     @property
     def key_heads(self) -> slice:
-        """Which of all kv heads the encoder of keys reads."""
+        """The kv heads that the encoder of keys takes as input."""
 
     @property
     def value_heads(self) -> slice:
-        """Which of all kv heads the encoder of values reads."""
+        """The kv heads that the encoder of values takes as input."""
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather k, v [B,G,T,D] of this process and others to those of these heads. All processes must call it."""
+        """Gather these heads' k, v [B,G,T,D] from all processes. All processes must call it."""
 
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
     """The plan of one site. `layout` is one of LAYOUTS.
 
-    In the layout "input" keys and values are read from one latent (J = 1): `key.encode` [1, R, G*(D+E)] takes each
-    head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
-    sketch: what pages are selected by; None: all of them are read. gather: of one process's part of a plan, where its
-    encoders read heads of others (fhopt/parallel/tensor_parallel.py). segment: keys are encoded relative to segments of
-    so many tokens (fhopt/plan/segment_rotation.py); 0: as they are.
+    In the layout "input" keys and values are decoded from one latent (J = 1): `key.encode` [1, R, G*(D+E)] takes each
+    head's key and value concatenated, `value.encode` [1, R, 0] is empty, the tiers are those of the key. sketch: for
+    page selection; None: attention uses all pages. gather: in one process's part of a plan, if its encoders need heads
+    of other processes (fhopt/parallel/tensor_parallel.py). segment: tokens per segment, if keys are encoded relative to
+    segments (fhopt/plan/segment_rotation.py); else 0.
     """
 
     site: AttentionSite
@@ -166,7 +165,7 @@ class SitePlan:
 
     @property
     def is_shared(self) -> bool:
-        """True when keys and values are decoded from the same packed latents."""
+        """Whether keys and values are decoded from the same packed latents."""
         return self.layout == "input"
 
     def token_bytes(self, itemsize: int = 2) -> int:
@@ -176,18 +175,18 @@ class SitePlan:
     def window_bytes(self, bits: int = 16, itemsize: int = 2) -> int:
         """Return the bytes of one token in the residual window.
 
-        These are numbers as they came (16 bits), or 8-bit values and a scale for each head and side.
+        Unquantized elements (16 bits), or 8-bit values with a scale per head and side.
         """
         numbers = self.site.exact_numbers_per_token
         return numbers * itemsize if bits == 16 else numbers + 2 * SCALE_BYTES * self.site.kv_heads
 
     def mean_bytes(self) -> int:
-        """Return the bytes of one sequence's means of keys and values, where a plan has them."""
+        """Return the bytes of one sequence's means of keys and values."""
         return self.site.exact_numbers_per_token * MEAN_BYTES
 
     @property
     def is_exact(self) -> bool:
-        """True when nothing is dropped or rounded beyond float rounding."""
+        """Whether encoding is lossless except for floating-point rounding."""
         unquantized = not self.key.tiers and not self.value.tiers
         if self.is_shared:
             return unquantized
@@ -196,7 +195,7 @@ class SitePlan:
 
 
 def no_pages() -> FhoptError:
-    """Make the error for page selection of keys that are relative to segments."""
+    """Make the error for page selection with keys relative to segments."""
     return FhoptError(
         "keys relative to segments have no page selection; expected a plan without. Fit, or calibrate, with "
         "--segment 0."
@@ -205,16 +204,15 @@ def no_pages() -> FhoptError:
 
 @dataclass(frozen=True)
 class PagePlan:
-    """Which part of the quantized tokens a decode step reads (fhopt/attention/paged.py).
+    """Page selection: which quantized tokens a decode step attends to (fhopt/attention/paged.py).
 
-    tokens: of a page, a divisor of the plan's block. shares: largest share of the pages that a query may read, for each
-    site in the order of the plan's sites; 1 reads all. masses: a site reads the fewest pages that leave the others, as
-    estimated, no more than the rest of the attention weight; 1: as many as the share allows. lifts: threshold below
-    which a page is not read, in multiples of the mean weight of a page, with the weight of attention sinks and residual
-    window counted in; empty or 0: no threshold. least: sequences of no more quantized tokens are read whole. limit:
-    largest weight of a query, by an upper bound, that may be left unread; above it all pages are read; 1: no limit.
-    fill: for each site and query head, the factor of the estimated weight of unread pages that goes to the mean of
-    values; empty: no value-mean fill.
+    tokens: per page, a divisor of the plan's block. shares: maximum fraction of pages per query, for each site in plan
+    order; 1 uses all. masses: a site selects the fewest pages that leave at most 1 - mass of the estimated attention
+    weight to the others; 1: as many as the share allows. lifts: threshold of a page's weight in multiples of the mean
+    page weight, with sinks and residual window included; empty or 0: no threshold. least: sequences of up to this many
+    quantized tokens use all pages. limit: maximum weight of unselected pages, by an upper bound; above it all pages are
+    used; 1: no limit. fill: for each site and query head, the factor of the estimated weight of unselected pages that
+    goes to the mean of values; empty: no value-mean fill.
     """
 
     tokens: int
@@ -228,7 +226,7 @@ class PagePlan:
     def sketch_bytes(self, site: SitePlan) -> int:
         """Return the bytes of one token's sketch at a site, over all latent heads.
 
-        These are quantized values and a scale, and with a limit how much they lost.
+        Includes quantized values and a scale, and with a limit the error.
         """
         if site.sketch is None:
             return 0

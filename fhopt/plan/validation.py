@@ -1,4 +1,4 @@
-"""Check the parts of a plan before it is made: shapes, bits, finiteness, names. Raises FhoptError."""
+"""Checks of a plan's parts: shapes, bits, finiteness, names. Raises FhoptError."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from fhopt.plan.site_plan import (
 from fhopt.plan.window import ResidualWindow
 
 BASIS_DTYPES = (torch.float32, torch.float64)
-MAX_BASIS = 1e12  # of a number in a basis; latents have about unit variance, and keys and values are far smaller
-MIN_DEVIATION = 1e-9  # of a latent channel, in sketches
+MAX_BASIS = 1e12  # of a basis element; latents have about unit variance, and keys and values are far smaller
+MIN_DEVIATION = 1e-9  # of a latent channel in sketches
 
 
 def check_parts(
     sites: Sequence[SitePlan], window: ResidualWindow, pages: PagePlan | None, mean_tokens: int
 ) -> None:  # fmt: skip
-    """Check what a plan is made of, the fields of `LatentPlan`. Raises FhoptError."""
+    """Check the fields of a `LatentPlan`. Raises FhoptError."""
     if not sites:
         raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
     if len({s.site.name for s in sites}) < len(sites):
@@ -62,7 +62,7 @@ def check_parts(
 
 
 def _check_segment(site: SitePlan, pages: PagePlan | None) -> None:
-    """Raise FhoptError where keys cannot be relative to segments."""
+    """Raise FhoptError if keys cannot be relative to segments."""
     if not site.site.rotates or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
     if not 0 < site.segment <= MAX_SEGMENT or site.segment % MIN_SEGMENT:
@@ -146,7 +146,7 @@ def _check_sides(plan: SitePlan) -> None:
 def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tuple[int, int]) -> None:
     """Check the bases and bit groups of one side.
 
-    encoded, decoded: (heads, numbers of each) that the encoder matrices read, and that the decoder matrices give.
+    encoded, decoded: (heads, head size) of encoder input and decoder output.
     """
     shapes = tuple(side.encode.shape), tuple(side.decode.shape)
     if side.encode.dim() != 3 or 0 in shapes[0][:2] or encoded[0] % shapes[0][0]:

@@ -1,8 +1,8 @@
-"""The residual window of a KV cache: which tokens of a sequence are quantized, and which are not.
+"""The residual window of a KV cache: which tokens of a sequence are quantized.
 
-A layer with a sliding window of W tokens holds W - 1: with the query's own, these are what the next query sees. As long
-as no token has left, it is a layer as any other. Then its attention sinks are quantized too, and blocks are dropped
-that no query sees any more; of what it still holds, attention reads the newest W - 1 tokens.
+A layer with a sliding window of W tokens holds W - 1: with the query's own token, these are what the next query sees.
+Until the first token leaves the window, it behaves like any other layer. Then its attention sinks are quantized too,
+blocks that no query can see are dropped, and attention uses the newest W - 1 of the tokens that it holds.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from fhopt.errors import FhoptError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MIN_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
-MAX_WINDOW = 1 << 20  # tokens: static caches reserve memory for as many
-RECENT_PART, BLOCK_PART = 4, 8  # a residual window takes at most 1/4 of a sliding one, a block 1/8
+MIN_SLIDING = 32  # tokens of the shortest sliding window that is compressed
+MAX_WINDOW = 1 << 20  # tokens: static caches allocate this much
+RECENT_PART, BLOCK_PART = 4, 8  # of a sliding window: residual window at most 1/4, block at most 1/8
 
 
 @dataclass(frozen=True)
 class ResidualWindow:
-    """Which tokens of a sequence a KV cache does not quantize: attention sinks and the residual window.
+    """The tokens of a sequence that a KV cache does not quantize: attention sinks and residual window.
 
-    sinks: first tokens, kept exact. recent: newest tokens that are never quantized. block: tokens that leave the window
-    and are quantized at once. bits: 16 keeps tokens of the window as they come, 8 rounds them, with a scale for each
-    token, head and side. Raises FhoptError for numbers that cannot be.
+    sinks: number of first tokens, stored exactly. recent: number of newest tokens that are never quantized. block:
+    tokens that leave the window and are quantized at once. bits: 16 stores the window unquantized, 8 rounds it, with a
+    scale per token, head and side. Raises FhoptError for invalid values.
     """
 
     sinks: int
@@ -50,7 +50,7 @@ class ResidualWindow:
 
     @property
     def first_length(self) -> int:
-        """Tokens of the shortest sequence of which a block is quantized."""
+        """Length of the shortest sequence with a quantized block."""
         return self.sinks + self.capacity
 
     @overload
@@ -60,35 +60,35 @@ class ResidualWindow:
     def quantized_tokens(self, tokens: Tensor) -> Tensor: ...
 
     def quantized_tokens(self, tokens: int | Tensor) -> int | Tensor:
-        """Return how many of `tokens` cached tokens are quantized; of a number on a device, as one on it."""
+        """Return how many of `tokens` cached tokens are quantized; a device tensor for a device tensor."""
         left = tokens - self.sinks - self.recent
         if isinstance(left, int):
             return max(0, left) // self.block * self.block
-        from torch import Tensor  # late: sizes are checked before torch is imported
+        from torch import Tensor  # deferred: sizes are checked before torch is imported
 
         left = left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)
         return left // self.block * self.block
 
     def within(self, sliding: int) -> ResidualWindow:
-        """Return the residual window of a layer with a sliding window of that many tokens, 0 for none."""
+        """Return the residual window of a layer with a sliding window of `sliding` tokens; 0: none."""
         if not sliding:
             return self
         recent, block = min(self.recent, sliding // RECENT_PART), min(self.block, sliding // BLOCK_PART)
         return replace(self, sinks=min(self.sinks, block), recent=recent, block=block)
 
     def without_sinks(self) -> ResidualWindow:
-        """Return the same residual window of a cache that has no attention sinks."""
+        """Return the residual window for a cache without attention sinks."""
         return replace(self, sinks=0)
 
     def dropped(self, tokens: int, sliding: int) -> int:
-        """Return how many of `tokens` tokens a layer with a sliding window, 0 for none, does not hold any more."""
-        unseen = tokens - (sliding - 1) - self.sinks if sliding else -1  # behind the attention sinks
+        """Return how many of `tokens` tokens a layer with a sliding window (0: none) no longer holds."""
+        unseen = tokens - (sliding - 1) - self.sinks if sliding else -1  # counted after the attention sinks
         return self.sinks + unseen // self.block * self.block if unseen >= 0 else 0
 
     def split(self, tokens: int, sliding: int = 0) -> tuple[int, int, int]:
-        """Return how many of `tokens` tokens are held as attention sinks, in the residual window, and quantized.
+        """Return how many of `tokens` tokens are in attention sinks, residual window, and quantized.
 
-        sliding: tokens of a sliding window, which this one is `within`; 0: none.
+        sliding: size of a sliding window that this window is `within`; 0: none.
         """
         first, quantized = min(tokens, self.sinks), self.quantized_tokens(tokens)
         newest = tokens - first - quantized
@@ -97,5 +97,5 @@ class ResidualWindow:
         return first, newest, quantized
 
 
-COUNTED_AT = 8192  # tokens of a sequence, if no other number is stated
-DEFAULT_WINDOW = ResidualWindow(sinks=16, recent=256, block=64, bits=8)  # of plans for 8,192 tokens
+COUNTED_AT = 8192  # default number of tokens for sizes
+DEFAULT_WINDOW = ResidualWindow(sinks=16, recent=256, block=64, bits=8)  # default of plans for 8,192 tokens

@@ -1,1 +1,1 @@
-"""The fitting pipeline, from calibration data to a plan, and the store of fitted plans."""
+"""Fitting pipeline, from calibration data to a plan, and the store of fitted plans."""

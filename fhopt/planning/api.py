@@ -1,4 +1,4 @@
-"""Fitting a plan from Python: `fhopt.fit`."""
+"""Python entry point for fitting a plan: `fhopt.fit`."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def fit(
 
     A causal language model with its tokenizer is calibrated on `text`: a file, a folder or a built-in name (see
     `fhopt.texts.tokens`), or several. Any other module is calibrated on `batches`: dicts of keyword arguments, all of
-    the same shapes; its output counts as logits where the model calls it so. statistics: file of `fhopt calibrate`, in
-    place of a calibration; the model is then needed for `max_loss` and `pages` only.
+    the same shapes; its output counts as logits if the model names it so. statistics: file of `fhopt calibrate` to use
+    instead of a calibration; the model is then needed only for `max_loss` and `pages`.
 
-    One of these chooses the size: ratio, how many times smaller than the 16-bit KV cache (default 4); bytes_per_token;
+    One of these sets the size: ratio, how many times smaller than the 16-bit KV cache (default 4); bytes_per_token;
     max_loss, the largest increase of perplexity, such as 0.01 or "1%", measured on the second half of `gate_text`
-    (default: of `text`). pages: page selection, the share of quantized tokens that a decode step reads on average,
-    such as "1/8". mass: read fewer pages as long as this share of attention weight is read. options: other fields of
-    `fhopt.calibration.options.FitOptions`, such as `device="here"` for a plan that is fast on this CPU.
+    (default: of `text`). pages: page selection, the share of quantized tokens that a decode step attends to on average,
+    such as "1/8". mass: select fewer pages as long as they hold this share of the attention weight. options: other
+    fields of `fhopt.calibration.options.FitOptions`, such as `device="here"` for a plan that is fast on this CPU.
 
-    Raises FhoptError for options that cannot work and models without attention. Warns if the bases were fitted to too
-    few tokens.
+    Raises FhoptError for invalid options and models without attention. Warns if the bases were fitted to too few
+    tokens.
     """
     texts = DEFAULT_TEXTS if text is None else (text,) if isinstance(text, str) else tuple(text)
     given = {*options, *(() if text is None else ("texts",))}
@@ -67,7 +67,7 @@ def fit(
 def _source(
     model: torch.nn.Module | None, tokenizer: Any, batches: Iterable[Mapping[str, Tensor]] | None, request: PlanRequest
 ) -> FitSource:
-    """Return what the plan is fitted to. Raises FhoptError."""
+    """Return the model and data that the plan is fitted to. Raises FhoptError."""
     if batches is not None:
         if model is None or request.calibration is not None:
             raise FhoptError("batches come with a model and without statistics; expected both. Pass one of the two.")

@@ -1,12 +1,12 @@
-"""The fitting pipeline: the one way from a model to a plan.
+"""Fitting pipeline: the only way from a model to a plan.
 
     data          of text, batches or recorded calls               fhopt/calibration/data.py
-    calibration   statistics, bases, costs, losses of two plans    fhopt/calibration/run.py
-    plan          of a ratio, bytes per token or a largest loss    fhopt/calibration/run.py, fhopt/refine/loss_target.py
+    calibration   statistics, bases, costs, KL of two plans        fhopt/calibration/run.py
+    plan          of a ratio, bytes per token or a loss target     fhopt/calibration/run.py, fhopt/refine/loss_target.py
     pages         page selection                                   fhopt/refine/page_budget.py
 
-Each step takes the results of the steps before it, and none changes them. `fhopt fit`, `fhopt calibrate`, `fhopt plans
-fit`, `fhopt demo`, `fhopt.fit` and the online fit of the backend run it.
+No step modifies the results of earlier ones. `fhopt fit`, `fhopt calibrate`, `fhopt plans fit`, `fhopt demo`,
+`fhopt.fit` and the backend's online fit run it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from fhopt.refine import loss_target, page_budget, page_options
 class FitSource:
     """A model and the data that a plan is fitted to.
 
-    calibration_data: reads them; not called when there is a calibration. loaded: the language model that loss targets
-    and page selection run; None for modules without token ids. held_out: token ids [N, T] for a loss target; None:
-    read from its texts.
+    calibration_data: loads the data; not called if there is a calibration. loaded: the language model that loss targets
+    and page selection run; None for modules without token ids. held_out: token ids [N, T] for a loss target; None: load
+    them from its texts.
     """
 
     calibration_data: Callable[[FitOptions], CalibrationData]
@@ -49,7 +49,7 @@ class FitSource:
 
 @dataclass(frozen=True)
 class FittedPlan:
-    """A plan, the calibration that it was made from, and the losses of plans that were tried, by their ratios."""
+    """A plan, the calibration that it was fitted to, and the quality of the plans that were tried, by ratio."""
 
     plan: LatentPlan
     calibration: Calibration
@@ -72,16 +72,16 @@ def batches_source(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor
 
 
 def calls_source(model: Any, ids: Tensor, held_out: Tensor) -> FitSource:
-    """Fit a causal language model to recorded token ids [N, T]; held_out: ids that a loss is measured on."""
+    """Fit a causal language model to recorded token ids [N, T]; held_out: ids for measuring quality."""
     name = type(model).__name__
-    loaded = LoadedModel(name, model, tokenizer=model)  # a stand-in that is never called: all tokens are ids
+    loaded = LoadedModel(name, model, tokenizer=model)  # placeholder tokenizer, never called: all text is token ids
     return FitSource(lambda _: calibration_data.of_sequences(model, ids), loaded, held_out)
 
 
 def calibrate_source(
     source: FitSource, options: FitOptions, progress: Progress = silent, layouts: Sequence[str] = (), **about: Any
 ) -> Calibration:
-    """Calibrate. about: further provenance. Raises FhoptError."""
+    """Calibrate a model. about: further provenance. Raises FhoptError."""
     data = source.calibration_data(options)
     return calibrate(replace(data, about={**data.about, **about}), options, progress, layouts)
 
@@ -94,16 +94,16 @@ def fit_plan(source: FitSource, request: PlanRequest, progress: Progress = silen
 
 
 def fit_to_text(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> FittedPlan:
-    """Run the pipeline for a causal language model, the texts of the options and their ratio. Raises FhoptError."""
+    """Run the pipeline for a causal language model with the texts and ratio of the options. Raises FhoptError."""
     return fit_plan(text_source(loaded), PlanRequest(options), progress)
 
 
 def fit_in_first_process(
     source: FitSource, request: PlanRequest, progress: Progress = silent, *, is_shared: bool = False, **about: Any
 ) -> FittedPlan | None:
-    """Run the pipeline; under torchrun, all but the first process leave after the calibration and get None.
+    """Run the pipeline; under torchrun, all but the first process leave after calibration and get None.
 
-    is_shared: all processes go on and get the same plan.
+    is_shared: all processes continue and get the same plan.
     """
     request = _for_source(request, source)
     held_out = _held_out(source, request)
@@ -135,7 +135,7 @@ def _for_source(request: PlanRequest, source: FitSource) -> PlanRequest:
 
 
 def _held_out(source: FitSource, request: PlanRequest) -> Tensor | None:
-    """Return the token ids [N, T] on which a loss target is measured; None without one. Raises FhoptError."""
+    """Return the token ids [N, T] for measuring a loss target; None without a target. Raises FhoptError."""
     if request.gate is None or source.loaded is None:
         return None
     if source.held_out is not None:
@@ -146,9 +146,8 @@ def _held_out(source: FitSource, request: PlanRequest) -> Tensor | None:
 def _sized(
     source: FitSource, calibration: Calibration, request: PlanRequest, held_out: Tensor | None, progress: Progress
 ) -> FittedPlan:
-    """Fit the plan of the size that was asked for. Raises FhoptError."""
+    """Fit the plan at the requested size. Raises FhoptError."""
     options = request.options
-    progress("plan", 0, 1)
     if request.bytes_per_token is not None:
         options = replace(options, ratio=_ratio_of(calibration, request.bytes_per_token, options.tokens))
         options.check()
@@ -159,7 +158,7 @@ def _sized(
 
 
 def _ratio_of(calibration: Calibration, bytes_per_token: float, tokens: int) -> float:
-    """Return how many times smaller a cache of `tokens` tokens is that takes so many bytes for each of them."""
+    """Return the compression ratio of a cache with `bytes_per_token`, at a context of `tokens` tokens."""
     sites = [s.site for s in calibration.statistics.values()]
     exact = exact_bytes(sites, tokens, layers_of(calibration.provenance)) / tokens
     if not 0 < bytes_per_token <= exact:

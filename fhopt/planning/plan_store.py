@@ -1,10 +1,10 @@
-"""The store of fitted plans on disk: adding, finding, verifying and pruning them.
+"""On-disk store of fitted plans: add, find, verify, prune.
 
     <cache folder>/plans/<model>-<ratio>x-<digest>/     one plan, as `LatentPlan.save` writes it
     <cache folder>/plans/.<request>.calibration...      checkpoints of an interrupted calibration
 
-A plan appears whole or not at all, and is never written to again. Its name says what it is; the first letters of a name
-or of a digest are enough to find it. `fit_ratios` fits several sizes from one calibration and goes on where it stopped.
+Plans are written atomically and their content never changes. The first letters of a name or of a digest identify a
+plan. `fit_ratios` fits several sizes from one calibration and resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fhopt.progress import Progress, silent
 from fhopt.system import cache_folder
 from fhopt.version import __version__
 
-if TYPE_CHECKING:  # names of plans are looked up before torch is imported
+if TYPE_CHECKING:  # plan names must resolve without importing torch
     from fhopt.calibration.run import Calibration
     from fhopt.models.loaded_model import LoadedModel
     from fhopt.plan.latent_plan import LatentPlan
@@ -38,15 +38,15 @@ LEFT_BEHIND = 24 * 3600.0  # seconds after which files of an interrupted command
 
 
 def plans_folder() -> Path:
-    """Return the folder of plans, below the cache folder."""
+    """Return the folder of plans, inside the cache folder."""
     return cache_folder() / "plans"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One plan, as described in its plan.json. fault: why it cannot be used, "" where no reason is known.
+    """One plan, as described in its plan.json. fault: why it cannot be used, "" if no reason is known.
 
-    request: of `_request`, one or more with spaces between. ratio and bytes_per_token are the plan's own count at 8,192
+    request: one or more results of `_request`, separated by spaces. ratio and bytes_per_token: the plan's own, at 8,192
     tokens. modified: seconds since 1970.
     """
 
@@ -64,12 +64,12 @@ class Entry:
 
     @property
     def requests(self) -> list[str]:
-        """What the plan was asked for by, none where it was not fitted for the store."""
+        """Hashes of the requests that the plan was fitted for; empty if it was not fitted for the store."""
         return self.request.split()
 
 
 def entries() -> list[Entry]:
-    """List all plans of the store by model and size; damaged ones too, as far as their description can be read."""
+    """List all plans of the store by model and size, including damaged ones."""
     folder = plans_folder()
     paths = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
     return sorted(map(_entry, paths), key=lambda e: (e.model, e.ratio, e.name))
@@ -91,7 +91,7 @@ def _entry(path: Path) -> Entry:
 
 
 def find(name: str) -> Entry:
-    """Find the plan whose name or digest begins with `name`. Raises FhoptError unless there is exactly one."""
+    """Find the plan whose name or digest begins with `name`. Raises FhoptError unless exactly one matches."""
     known = entries()
     matches = [e for e in known if e.name == name] or [
         e for e in known if name and (e.name.startswith(name) or e.digest.startswith(name))
@@ -104,15 +104,15 @@ def find(name: str) -> Entry:
 
 
 def add(plan: LatentPlan) -> Entry:
-    """Add a plan to the store; one that is there stays as it is, but for the request, which is added to its own.
+    """Add a plan to the store; if it is there already, only add its request.
 
-    Raises FhoptError when it cannot be written.
+    Raises FhoptError if it cannot be written.
     """
     path = plans_folder() / _name(plan)
     known = _entry(path) if path.is_dir() else None
     request = str(plan.provenance.get("request", ""))
     if known is None or verify(known).fault:
-        plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may come to lie there, too
+        plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may be stored there, too
         plan.save(path)
     elif request and request not in known.requests:
         from fhopt.plan.latent_plan import LatentPlan
@@ -127,7 +127,7 @@ def _name(plan: LatentPlan) -> str:
 
 
 def table(plans: Iterable[Entry]) -> Table:
-    """Make a table with one row a plan."""
+    """Build a table with one row per plan."""
     rows = Table(title=f"Plans in {plans_folder()}", title_justify="left")
     for name, justify in (("name", "left"), ("model", "left"), ("sites", "right"), ("ratio", "right"), ("MB", "right")):
         rows.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -141,9 +141,9 @@ def table(plans: Iterable[Entry]) -> Table:
 
 
 def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
-    """Read all bytes of a plan and return its entry, with what is wrong in `fault`.
+    """Load all bytes of a plan and return its entry, with any problem in `fault`.
 
-    model: also report when the plan was fitted to another one.
+    model: also report a plan that was fitted to another model.
     """
     if entry.fault:
         return entry
@@ -157,23 +157,23 @@ def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
             check_model(plan, dict(model.module.named_parameters()), model.name)
     except FhoptError as error:
         return replace(entry, fault=str(error))
-    except Exception as error:  # what is damaged on a disk can be anything
+    except Exception as error:  # a damaged file can raise anything
         return replace(entry, fault=f"it cannot be read ({type(error).__name__})")
     return entry
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """Plans and files that `prune` removed, or would remove: names, and bytes."""
+    """Names and total bytes of the plans and files that `prune` removed, or would remove."""
 
     names: tuple[str, ...]
     nbytes: int
 
 
 def prune(keep: int | None = None, dry: bool = False) -> Pruned:
-    """Remove damaged plans, what interrupted commands left a day ago, and all but the `keep` newest of each model.
+    """Remove damaged plans, day-old files of interrupted commands, and all but the `keep` newest plans of each model.
 
-    A folder that holds anything but files of a plan is never removed. dry: remove nothing, only report.
+    Never removes a folder that holds anything but files of a plan. dry: only report.
     """
     checked = [verify(e) for e in entries()]
     doomed = [e.path for e in checked if e.fault and _is_ours(e.path)]
@@ -215,9 +215,9 @@ def _size(path: Path) -> int:
 def fit_ratios(
     loaded: LoadedModel, options: FitOptions, ratios: Iterable[float], progress: Progress = silent
 ) -> list[Entry]:
-    """Fit plans of several ratios to one calibration and keep them; those in the store are not fitted again.
+    """Fit plans of several ratios to one calibration and store them; skips those in the store.
 
-    A calibration that was interrupted goes on. Raises FhoptError for options that cannot work.
+    An interrupted calibration resumes. Raises FhoptError for invalid options.
     """
     from fhopt.models.rewritten_folder import weights_print
     from fhopt.planning.pipeline import fit_plan, text_source
@@ -232,7 +232,7 @@ def fit_ratios(
     known = {request: e for e in entries() if e.requests and not verify(e).fault for request in e.requests}
     missing = [ratio for ratio in wanted if requests[ratio] not in known]
     if missing:
-        name = _request(replace(options, ratio=1.0), weights)  # the same whatever the ratios
+        name = _request(replace(options, ratio=1.0), weights)  # independent of the ratios
         calibration = _calibrate(loaded, asked[max(missing)], name, progress)
         for ratio in missing:
             fitted = fit_plan(text_source(None), PlanRequest(asked[ratio], calibration=calibration))
@@ -241,7 +241,7 @@ def fit_ratios(
 
 
 def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> Calibration:
-    """Calibrate with checkpoints beside the plans."""
+    """Calibrate, with checkpoints in the folder of plans."""
     from fhopt.planning.pipeline import calibrate_source, text_source
 
     folder = plans_folder()
@@ -251,7 +251,7 @@ def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Pr
 
 
 def _request(options: FitOptions, weights: str) -> str:
-    """Return a hash of what a plan is fitted by: equal requests give equal plans."""
+    """Return a hash of everything that a fit depends on: equal requests give equal plans."""
     from fhopt.calibration.run import code_of
 
     about: dict[str, Any] = {k: v for k, v in asdict(options).items() if k != "checkpoint"}

@@ -1,6 +1,6 @@
-"""What a fit is asked for: the size of the plan, page selection and calibration options, checked before anything runs.
+"""Fit requests: size of the plan, page selection and calibration options, checked before anything runs.
 
-Torch is not imported here: a command refuses wrong options at once.
+Does not import torch, so that commands reject invalid options at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from fhopt.calibration.run import Calibration
 
 DEFAULT_RATIO = 4.0
-CALIBRATING = {"finding attention": 1.0, "moments": 4.0, "rates": 4.0, "losses": 3.0}  # stages, and shares of the time
+CALIBRATING = {"finding attention": 1.0, "moments": 4.0, "rates": 4.0, "losses": 3.0}  # stages, shares of the time
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is to have.
+    """Requirements on a plan.
 
-    options: of calibration and fitting; `options.ratio` is the size unless one of the next two is set.
-    bytes_per_token: size of the cache, everything included. gate: the largest loss; the plan is the smallest that has
-    it. pages: page selection. calibration: one that was made before, read from a file of statistics.
+    options: of calibration and fitting; `options.ratio` is the size unless `bytes_per_token` or `gate` is set.
+    bytes_per_token: size of the cache, everything included. gate: loss target; the smallest plan that meets it is
+    fitted. pages: page selection. calibration: an existing one, loaded from a statistics file.
     """
 
     options: FitOptions
@@ -41,7 +41,7 @@ class PlanRequest:
 
     @property
     def runs_model(self) -> bool:
-        """Whether the language model is run even if it is calibrated."""
+        """Whether the language model is run even if there is a calibration."""
         return self.gate is not None or self.pages is not None
 
     @property
@@ -56,11 +56,11 @@ def read_request(
     mass: float | str | None = None, statistics: str | Path | None = None, options: Mapping[str, Any],
     given: Collection[str], has_texts: bool = True,
 ) -> PlanRequest:  # fmt: skip
-    """Check the options of `fhopt fit` and `fhopt.fit`, and return what they ask for.
+    """Validate the options of `fhopt fit` and `fhopt.fit`, and return the request.
 
     max_loss: a share such as 0.01 or "1%". pages, mass: shares such as 0.125, "1/8" or "12.5%". statistics: file of
-    `fhopt calibrate`. options: other fields of FitOptions. given: the names among them that the user set. has_texts:
-    whether sequences are read from texts, so that their number can be checked. Raises FhoptError.
+    `fhopt calibrate`. options: other fields of FitOptions. given: names of the options that the user set. has_texts:
+    whether calibration uses texts, so that the number of sequences can be checked. Raises FhoptError.
     """
     ratios = [ratio] if isinstance(ratio, (int, float)) else list(ratio or ())
     gate = _read_size(ratios, bytes_per_token, max_loss, gate_texts, has_pages=pages is not None or mass is not None)
@@ -76,7 +76,7 @@ def read_request(
 
 
 def _options(values: Mapping[str, Any]) -> FitOptions:
-    """Make FitOptions. Raises FhoptError for names that are no option."""
+    """Build FitOptions. Raises FhoptError for unknown names."""
     unknown = sorted(set(values) - set(FitOptions.__dataclass_fields__))
     if unknown:
         raise FhoptError(
@@ -90,7 +90,7 @@ def _read_size(
     ratios: Sequence[float], bytes_per_token: float | None, max_loss: float | str | None, gate_texts: Sequence[str],
     *, has_pages: bool,
 ) -> Gate | None:  # fmt: skip
-    """Return the loss target, None where there is none. Raises FhoptError where a plan has not one size."""
+    """Return the loss target, or None. Raises FhoptError unless the options set exactly one size."""
     if len(ratios) > 1:
         raise FhoptError(
             f"--ratio was given {len(ratios)} times, and a plan has one size; expected it once. For plans of several "
@@ -114,7 +114,7 @@ def _read_size(
 
 
 def _read_statistics(file: Path, given: Collection[str]) -> tuple[Calibration, dict[str, Any]]:
-    """Load a file of statistics; returns the options that it has decided, too. Raises FhoptError."""
+    """Load a statistics file; also returns the options that it fixes. Raises FhoptError."""
     conflicts = [name for name in DECIDED_BY_STATISTICS if name in given]
     if conflicts:
         option = "data" if conflicts[0] == "texts" else conflicts[0].replace("_", "-")
@@ -134,7 +134,7 @@ def _read_statistics(file: Path, given: Collection[str]) -> tuple[Calibration, d
 def _with_pages(
     options: FitOptions, pages: float | str | None, mass: float | str | None
 ) -> tuple[FitOptions, PagingOptions | None]:
-    """Return options, without segments if pages are selected, and the options of pages. Raises FhoptError."""
+    """Return the options (without segments if pages are selected) and the page options. Raises FhoptError."""
     paged = page_options.read_options(pages, mass, options.texts)
     if paged is None:
         return options, None

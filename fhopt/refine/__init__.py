@@ -1,1 +1,1 @@
-"""What improves a fitted plan: healing, a bound on the loss, pages to select."""
+"""Refinement of fitted plans: healing, loss targets, page selection."""

@@ -1,4 +1,4 @@
-"""Normal equations of the decoders that lose least of what attention reads, by least squares."""
+"""Normal equations for the decoder matrices that minimize the error of attention, by least squares."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fhopt.passes.rewrite.compress import Compress
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
-QUERIES = 128  # rows of the attention matrix that exist at once
-_PARTS = (".error", ".moment")  # ends of names of sums in a checkpoint
+QUERIES = 128  # rows of the attention matrix computed at once
+_PARTS = (".error", ".moment")  # suffixes of the sums' names in a checkpoint
 
 
 # --------------------------------------------------------------------------------------------------- equations
@@ -30,10 +30,10 @@ _PARTS = (".error", ".moment")  # ends of names of sums in a checkpoint
 
 @dataclass
 class Equations:
-    """Normal equations, summed in float64 while text is read. Names: site.key and site.value.
+    """Normal equations, accumulated in float64. Names: `<site>.key` and `<site>.value`.
 
-    error [G,D,R]: sum of w (x - D z) z^T. moment [G,R,R]: sum of w z z^T. One for each kv head, since each is read
-    with an attention of its own.
+    error [G,D,R]: sum of w (x - D z) z^T. moment [G,R,R]: sum of w z z^T. Each kv head has its own, since its tokens
+    get other attention weights.
     """
 
     error: dict[str, Tensor] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Equations:
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Equations:
-        """Return the equations whose sums `tensors` holds by name."""
+        """Return the equations whose sums are in `tensors`, by name."""
         error, moment = ({n.removesuffix(p): x for n, x in tensors.items() if n.endswith(p)} for p in _PARTS)
         return Equations(error, moment)
 
@@ -51,16 +51,16 @@ class Equations:
         return {f"{name}{part}": total for part, sums in parts for name, total in sums.items()}
 
     def add(self, name: str, error: Tensor, latent: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows of error [G,N,D] and of latents [G,N,R], each counted `weight` [G,N] times, or once."""
+        """Add rows of error [G,N,D] and of latents [G,N,R], weighted by `weight` [G,N] if given."""
         counted = latent if weight is None else latent * weight.unsqueeze(-1)
         for sums, rows in ((self.error, error), (self.moment, latent)):
             total = (rows.double().mT @ counted.double()).cpu()
             sums[name] = sums[name] + total if name in sums else total
 
     def solution(self, name: str, decode: Tensor, ridge: float) -> Tensor:
-        """Solve for the decoder [G,D,R] of least error, drawn to `decode` by the ridge; a site never read keeps it."""
+        """Solve for the decoder [G,D,R] of least error, regularized towards `decode`; unchanged if unattended."""
         used = (decode != 0).double()  # [G, D, R]
-        mixed = ((used.mT @ used) > 0).double()  # channels that reach a number in common
+        mixed = ((used.mT @ used) > 0).double()  # channels that decode to a common element
         moment = self.moment[name] * mixed
         mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-300  # [G, 1, 1]
         error = self.error[name] * ((used @ mixed) > 0)
@@ -69,7 +69,7 @@ class Equations:
 
 
 def solved(plan: LatentPlan, equations: Equations, ridge: float) -> LatentPlan:
-    """Return the plan with the decoders that solve the equations; sites that have none stay as they are."""
+    """Return the plan with the decoders that solve the equations; sites without equations stay unchanged."""
 
     def side(site: SitePlan, name: str) -> SidePlan:
         old: SidePlan = getattr(site, name)
@@ -87,7 +87,7 @@ def solved(plan: LatentPlan, equations: Equations, ridge: float) -> LatentPlan:
 
 @dataclass(frozen=True)
 class Reader:
-    """A captured language model, and the plans of its attention nodes that are not exact in `plan`."""
+    """A captured language model, and the site plans of its attention nodes that `plan` does not make exact."""
 
     captured: Captured
     plan: LatentPlan
@@ -95,7 +95,7 @@ class Reader:
 
     @staticmethod
     def of(captured: Captured, plan: LatentPlan) -> Reader:
-        """Match the plan to the graph. Raises FhoptError when no site of the graph loses anything by the plan."""
+        """Match the plan to the graph. Raises FhoptError if the plan approximates no site of the graph."""
         outcome, compress = pipeline.find(captured.program, assume_finite=True), Compress(plan)
         nodes = {n.name: n for n in outcome.program.graph.nodes}
         sites, reasons = {}, set[str]()
@@ -114,19 +114,19 @@ class Reader:
 
     @torch.no_grad()
     def read(self, ids: Tensor, equations: Equations) -> None:
-        """Add what the exact model reads in token ids [B, T]. Raises FhoptError when that is not finite."""
+        """Add the exact model's attention on token ids [B, T]. Raises FhoptError if keys or values are not finite."""
         _Runner(self, equations).run(*graph_arguments(self.captured, {"input_ids": ids}))
 
 
 class _Runner(fx.Interpreter):
-    """Runs the graph as it is, and adds what its attention nodes read to the equations."""
+    """Interpreter that runs the graph unchanged and adds operands of attention nodes to the equations."""
 
     def __init__(self, reader: Reader, equations: Equations) -> None:
         super().__init__(reader.captured.program.module)
         self.reader, self.equations = reader, equations
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, of a site of the reader after adding its operands to the equations."""
+        """Run a node; for an attention node of a known site, first add its operands to the equations."""
         site = self.reader.sites.get(n.name)
         if site is not None:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -142,8 +142,8 @@ def add_attention(
 ) -> None:  # fmt: skip
     """Add the attention of q [B,H,S,D] to keys k [B,G,T,D] and values v [B,G,T,E] to the equations of a site.
 
-    exact: (attention sinks, recent tokens) that are not read through latents. mean_tokens: as of `LatentPlan`. The
-    other arguments are those of the op `fhopt::attention`.
+    exact: (attention sinks, recent tokens) that are not cached as latents. mean_tokens: as in `LatentPlan`. The other
+    arguments are those of the op `fhopt::attention`.
     """
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     near, far = (
@@ -164,7 +164,7 @@ def add_attention(
 
 
 def _coded(plan: SitePlan, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return of keys and of values (latents [B,G,T,R] as a KV cache keeps them, errors of decoding [B,G,T,D])."""
+    """Return for keys and for values (quantized latents [B,G,T,R], decoding errors [B,G,T,D])."""
     read = (torch.cat([k, v], -1), None) if plan.is_shared else (k, v)
     out, latent = [], k
     for x, source, side in zip((k, v), read, (plan.key, plan.value), strict=True):
@@ -180,13 +180,13 @@ def _rounded(latent: Tensor, side: SidePlan) -> Tensor:
 
 
 def _last(near: Tensor, far: Tensor) -> int:
-    """Count the keys up to the last that a row of the masks [.., n, T] sees; at least 1."""
+    """Count the keys up to the last that any row of the masks [.., n, T] sees; at least 1."""
     seen = (torch.maximum(near, far) > -math.inf).flatten(0, -2).any(0).nonzero()
     return int(seen.max()) + 1 if len(seen) else 1
 
 
 def _far_weights(q: Tensor, k: Tensor, near: Tensor, far: Tensor, softcap: float) -> Tensor:
-    """Return the exact model's attention [B,H,n,T] to tokens that are seen through latents, zero to others."""
+    """Return the exact model's attention [B,H,n,T] to tokens cached as latents, zero for other tokens."""
     logits = attention.grouped_scores(q, k)
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     return attention.safe_softmax(logits + torch.maximum(near, far))[0] * (far > -math.inf)

@@ -1,19 +1,18 @@
-"""Healing: recomputing the decoder matrices of a plan by least squares on what attention reads in a text.
+"""Healing: recompute a plan's decoder matrices by least squares on the attention of a text.
 
-    keys    least  sum over tokens   w |k - D z|^2                    w: all the attention that the token gets
-    values  least  sum over queries  |sum over tokens p (v - D z)|^2  p: the attention of this query to each token
+    keys    minimize  sum over tokens   w |k - D z|^2                    w: total attention weight of the token
+    values  minimize  sum over queries  |sum over tokens p (v - D z)|^2  p: attention weight of the token in this query
 
-Nothing but `decode` of each side of each site changes, so the healed plan has the size of the one it came from; z is
-the rounded latent as the KV cache keeps it. A plan is fitted as if errors of tokens were independent. They are not:
-rounding errors average out over the tokens that a query reads together, and what all of them lack does not. So the
-decoder of values is solved for the averages that attention makes. A key acts before the softmax, one token at a time:
-there it is enough to count a token as often as it is read.
+Only `decode` of each side of each site changes, so the size of the plan does not; z is the quantized latent as cached.
+A plan is fitted as if errors of tokens were independent, but they are not: rounding errors average out over the tokens
+that a query attends to, while a common error does not. The decoder of values is therefore fitted to attention-weighted
+averages. A key acts before the softmax, one token at a time, so it is enough to weight tokens by their attention.
 
-Both are linear least squares. Their normal equations are sums over what the exact model reads, once and forward only:
-no gradient, no learning rate, and the order of the text does not matter. A ridge draws the solution to the decoder that
-the plan had, because a text holds few averages that differ: solved for the values of 4 sequences with next to no ridge,
-SmolLM2 loses 40 % less on these and 15 % more on others. Only tokens that a cache would see compressed count. Channels
-that reach nothing in common stay apart, so a layout stays what it is.
+Both are linear least squares. The normal equations are sums over forward passes of the exact model: no gradient, no
+learning rate, and the order of the text does not matter. A ridge regularizes towards the plan's decoder, because a text
+has few distinct averages: solved for the values of 4 sequences with almost no ridge, SmolLM2's loss falls by 40% on
+these and rises by 15% on others. Only tokens that a cache would quantize count. Channels that decode to no common
+element stay separate, so the layout does not change.
 
 Least squares on the output of a layer, as for weights in AdaRound (2004.10568) and GPTQ (2210.17323).
 """
@@ -47,11 +46,11 @@ HEALING = Stage("heal", "healing", "heal", "model, plan, text or version", unit=
 def heal(
     loaded: LoadedModel, plan: LatentPlan, options: HealOptions | None = None, progress: Progress = silent
 ) -> LatentPlan:
-    """Return a plan of the same size with decoders that are solved for a text; its provenance says under `healing` how.
+    """Return the plan with decoders refitted on a text, at the same size; provenance under `healing`.
 
-    `loaded` is a causal language model with its tokenizer, and is not changed. The losses in the provenance are
-    measured through the real KV cache. Raises FhoptError for options that cannot work, for another model's plan or
-    checkpoint, and when the loss did not fall.
+    `loaded` is a causal language model with its tokenizer; it is not modified. The KL and perplexity in the provenance
+    are measured with the real KV cache. Raises FhoptError for invalid options, for another model's plan or checkpoint,
+    and if the KL did not fall.
     """
     options = options or HealOptions()
     options.check()
@@ -77,14 +76,14 @@ def heal(
 
 
 def _texts(loaded: LoadedModel, options: HealOptions) -> tuple[Tensor, Tensor]:
-    """Return token ids (to solve for [N, T], held out [M, T])."""
+    """Return token ids (for solving [N, T], held out [M, T])."""
     length = options.context
     ids = texts_tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=length)
     return ids, texts_tokens.held_out_ids(loaded.tokenizer, options.texts, count=options.held_out, length=length)
 
 
 def _measure(network: nn.Module, ids: Tensor, plan: LatentPlan, stage: str, progress: Progress) -> Comparison:
-    """Compare the plan with the exact model on ids [N, T], through the real KV cache."""
+    """Compare the plan with the exact model on ids [N, T], with the real KV cache."""
     done = 0
 
     def count(sequences: int) -> None:
@@ -102,7 +101,7 @@ def _record(
     before: Comparison,
     after: Comparison,
 ) -> dict[str, Any]:
-    """Return the entry of the provenance; JSON values only."""
+    """Return the provenance entry; JSON values only."""
     return {
         "texts": list(options.texts),
         "text_sha256": texts_tokens.digest(ids),
@@ -117,7 +116,7 @@ def _record(
 
 
 def _with_provenance(plan: LatentPlan, record: dict[str, Any]) -> LatentPlan:
-    """Add the record of the healing and drop what was measured with other decoders."""
+    """Add the record of the healing and drop measurements of the previous decoders."""
     kept = {name: value for name, value in plan.provenance.items() if name not in ("gate", QUALITY)}
     return replace(plan, provenance=kept | {"healing": record})
 
@@ -126,7 +125,7 @@ def _with_provenance(plan: LatentPlan, record: dict[str, Any]) -> LatentPlan:
 
 
 def read(reader: Reader, ids: Tensor, checkpoint: Checkpoint, progress: Progress = silent) -> Equations:
-    """Sum the equations of all rows of ids [N, T]. Raises FhoptError when numbers of the model are not finite."""
+    """Accumulate the equations over all rows of ids [N, T]. Raises FhoptError if keys or values are not finite."""
     tensors, done = checkpoint.load()
     equations = Equations.of(tensors)
     for row in range(done, len(ids)):
@@ -144,7 +143,7 @@ def read(reader: Reader, ids: Tensor, checkpoint: Checkpoint, progress: Progress
 
 
 def _key(loaded: LoadedModel, plan: LatentPlan, ids: Tensor) -> dict[str, Any]:
-    """Return what an interrupted healing must have in common with the one that goes on; JSON values only."""
+    """Return what must be equal when an interrupted healing resumes; JSON values only."""
     weights = dict(loaded.language_model().named_parameters())
     return {
         "model": loaded.name,

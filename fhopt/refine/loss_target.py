@@ -1,10 +1,10 @@
-"""Search for the smallest plan within a loss: `fit --max-loss 1%` measures sizes on held-out tokens.
+"""Search for the smallest plan within a loss target: `fit --max-loss 1%` measures sizes on held-out tokens.
 
-A plan passes when the upper end of the 95 % interval of its increase of perplexity is at most the limit, through the
-real KV cache, on tokens that did not calibrate it. Sizes form a geometric grid; loss grows with the ratio (but where a
-better code begins, fhopt/fitting/codes.py, and not evenly where loss is given for time, fhopt/fitting/fast_choice.py),
-so a bisection finds the largest ratio that passes, or one near it, in few measurements. What was measured goes into the
-plan's provenance.
+A plan passes if the upper end of the 95% interval of its perplexity increase is at most the limit, with the real KV
+cache, on tokens outside the calibration set. Sizes form a geometric grid. Loss grows with the ratio, except where
+trellis codes begin (fhopt/fitting/codes.py), and unevenly if KL is traded for time (fhopt/fitting/fast_choice.py). A
+bisection therefore finds the largest ratio that passes, or one near it, in few measurements. The measurements are
+stored in the plan's provenance.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def smallest_plan(
     ids: Tensor,
     progress: Progress = silent,
 ) -> tuple[LatentPlan, dict[float, Comparison]]:
-    """Find the plan of the largest ratio of the gate that passes on ids [N, T] of `held_out`.
+    """Find the plan with the largest ratio of the gate that passes on ids [N, T] from `held_out`.
 
-    Returns (plan, what was measured by ratio). Raises FhoptError when none passes.
+    Returns (plan, measurements by ratio). Raises FhoptError if none passes.
     """
     gate.check()
     network = loaded.language_model()
@@ -47,7 +47,7 @@ def smallest_plan(
     def passes(ratio: float) -> bool:
         try:
             plan = plan_from_calibration(calibration, replace(options, ratio=ratio))
-        except FhoptError:  # so small that sinks and window alone take more
+        except FhoptError:  # so small that sinks and window exceed it
             if not trials:
                 raise
             return False
@@ -74,9 +74,9 @@ def smallest_plan(
 
 
 def held_out(loaded: LoadedModel, options: FitOptions, gate: Gate) -> Tensor:
-    """Read token ids [N, T] from the second halves of the texts, in turn, no longer than the model reads at once.
+    """Load token ids [N, T] from the second halves of the texts, round-robin, at most as long as the model's positions.
 
-    Raises FhoptError when the texts are too short.
+    Raises FhoptError if the texts are too short.
     """
     config: Any = loaded.language_model().config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or gate.context
@@ -90,7 +90,7 @@ def _range(comparison: Comparison) -> str:
 
 
 def _largest(values: tuple[float, ...], passes: Callable[[float], bool]) -> float | None:
-    """Find the largest of the rising `values` that passes, by bisection; None when the smallest does not."""
+    """Find the largest of the ascending `values` that passes, by bisection; None if the smallest does not."""
     if not passes(values[0]):
         return None
     low, high = 0, len(values)

@@ -1,4 +1,4 @@
-"""Options of healing and of a loss target: checked before anything slow starts, without torch."""
+"""Options of healing and of a loss target, checked before anything slow starts, without torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fhopt.refine.shares import parse_share
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
 
-LEAST_SEQUENCES = 4  # fewer say nothing of other text
-RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12 %
+LEAST_SEQUENCES = 4  # with fewer, the result does not transfer to other text
+RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12%
 
 
 @dataclass(frozen=True)
 class HealOptions:
-    """Options of healing, beside a model and a plan.
+    """Options of healing, without the model and plan.
 
-    texts: read in turn, their first halves to solve, their second to measure. tokens: to solve for, in sequences of
-    `context` tokens, each read once. ridge: how strongly a decoder is drawn to the one it was, in mean squares of what
-    it reads. held_out: sequences of `context` tokens on which the loss is measured before and after. checkpoint: file
-    that lets an interrupted healing go on.
+    texts: interleaved; their first halves are solved for, their second halves measured. tokens: to solve for, in
+    sequences of `context` tokens, one forward pass each. ridge: regularization towards the plan's decoder, relative to
+    the mean square of its inputs. held_out: sequences of `context` tokens for measuring quality before and after.
+    checkpoint: file from which an interrupted healing resumes.
     """
 
     texts: tuple[str, ...] = ("topics",)
@@ -40,7 +40,7 @@ class HealOptions:
         return self.tokens // self.context
 
     def check(self) -> None:
-        """Raise FhoptError for values that cannot work, before anything slow starts."""
+        """Raise FhoptError for invalid values, before anything slow starts."""
         if self.context < 2 or self.held_out < 1:
             raise FhoptError(
                 f"context={self.context}, held_out={self.held_out}: expected sequences of at least 2 tokens, and one "
@@ -58,7 +58,7 @@ class HealOptions:
             )
 
     def check_plan(self, plan: LatentPlan) -> None:
-        """Raise FhoptError when a context of this length does not see the latents of the plan."""
+        """Raise FhoptError if no token of a context of this length would be cached as a latent."""
         first = plan.sinks + plan.recent
         if self.context <= first and all(p.site.kind == "self" for p in plan.sites):
             raise FhoptError(
@@ -69,10 +69,11 @@ class HealOptions:
 
 @dataclass(frozen=True)
 class Gate:
-    """The largest loss that a plan may have, and the held-out text on which it is measured.
+    """Loss target of a plan, and the held-out text for measuring it.
 
-    max_loss: increase of perplexity, as a share (0.01 = 1 %). texts: their second halves are read; none: those of the
-    calibration. sequences: of `context` tokens, over all texts. ratios: rising; the largest that passes is searched.
+    max_loss: increase of perplexity, as a share (0.01 = 1%). texts: their second halves are used; empty: the
+    calibration texts. sequences: of `context` tokens, over all texts. ratios: ascending; the search returns the largest
+    that passes.
     """
 
     max_loss: float
@@ -91,7 +92,7 @@ class Gate:
 
 
 def read_loss(loss: float | str) -> float:
-    """Read a loss such as 0.01, `1%` or `0.01` as a share. Raises FhoptError."""
+    """Parse a loss such as 0.01, `1%` or `0.01` as a share. Raises FhoptError."""
     try:
         return parse_share(loss) if isinstance(loss, str) else float(loss)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Allocation of a budget of pages among the layers of a plan."""
+"""Allocation of a page budget to the layers of a plan."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves, measure
 from fhopt.refine.page_sketches import with_sketches
 from fhopt.texts import tokens as texts_tokens
 
-ECHO_COSTS = "echo_costs"  # key of saved plans for costs with the repeated-token probe
+ECHO_COSTS = "echo_costs"  # provenance key for costs on the repeated-token probe; its value is part of saved plans
 
 # --------------------------------------------------------------------------------------------------- budgets
 
 
 def allocate_lifts(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, int]:
-    """Choose one of LIFTS, or ALL, for each site, so that `share` of the bytes of quantized tokens is read on average.
+    """Choose one of LIFTS, or ALL, for each site, such that on average `share` of quantized tokens' bytes is loaded.
 
-    From half the share on, the largest fall of cost per byte always comes next: fewer pages would say little about
-    longer contexts. Sites that were not measured read all their pages, and count. Returns indexes into LIFTS. Raises
-    FhoptError where the least that sites can read is more.
+    Starts from half the share and then takes the step with the largest reduction of cost per byte; with fewer pages
+    than half, the measurements say little about longer contexts. Sites that were not measured load all their pages,
+    which count. Returns indices into LIFTS. Raises FhoptError if the minimum of the sites exceeds the budget.
     """
     size = {site.site.name: site.token_bytes() for site in sites}
     now = {name: _first(c, share / 2) if c.count else ALL for name, c in curves.items()}
@@ -51,19 +51,19 @@ def _share(curves: Curves | None, at: int) -> float:
 
 
 def _first(curves: Curves, share: float) -> int:
-    """Return the least of LIFTS that reads at most that share; the largest, where each reads more."""
+    """Return the index of the lowest lift whose share of pages is at most `share`; the highest lift if none is."""
     return max([i for i in range(len(LIFTS)) if curves.share(i) <= share], default=0)
 
 
 def _gains(curves: Curves, now: int, size: int, room: float, name: str) -> list[tuple[float, str, int]]:
-    """Return (fall of cost per byte, name, which) of all lower LIFTS of a site, and ALL, that there is room for."""
+    """Return (reduction of cost per byte, name, index) for all lower LIFTS of a site, and ALL, that fit into `room`."""
     steps = [(n, size * (curves.share(n) - curves.share(now))) for n in range(now + 1, ALL + 1)]
     fits = [(n, more) for n, more in steps if 0 < more <= room * (1 + 1e-9)]
     return [((curves.loss(now) - curves.loss(n)) / more, name, n) for n, more in fits]
 
 
 def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOptions) -> LatentPlan:
-    """Return the plan with pages by what was measured; provenance says what they leave out. Raises FhoptError."""
+    """Return the plan with page selection from the curves, and the weight left out as provenance. Raises FhoptError."""
     slides = sliding_windows([s.site for s in plan.sites], recorded_layers(plan))
     lift_of = allocate_lifts(curves, [s for s in plan.sites if not slides[s.site.name]], options.share)
     lift_of |= {name: ALL for name, window in slides.items() if window}

@@ -11,21 +11,21 @@ from fhopt.refine.shares import parse_share
 if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel
 
-MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is set
-PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
-LAST = 256  # tokens of a sequence in which sites read less, one after the other
-WORD = 4  # bytes of a row of a sketch that are read at once
-LEAST_PAGES = 16  # with fewer, a probe says nothing
+MASS_SHARE = 0.5  # share of the pages if only a mass is set
+PIECE, QUERIES = 512, 16  # tokens per forward pass, and the last ones of them that are probe queries
+LAST = 256  # tokens of a sequence on which the cost of each site is measured
+WORD = 4  # bytes of a sketch row loaded at once
+LEAST_PAGES = 16  # with fewer, a probe is meaningless
 
 
 @dataclass(frozen=True)
 class PagingOptions:
-    """Options of calibrating page selection, beside a model and a plan.
+    """Options of calibrating page selection, without the model and plan.
 
-    share: of the bytes of quantized tokens that a decode step reads on average. mass: of attention's weight that is to
-    be kept, with at most that share; None: the share is used up. tokens: of a page. sketch: bytes of quantized values
-    of a token's sketch in each latent head. least, limit: see `PagePlan`. texts: calibration texts, of which
-    `sequences` sequences of `context` tokens are read.
+    share: average share of the bytes of quantized tokens that a decode step loads. mass: share of the attention weight
+    to cover, with at most `share`; None: use all of `share`. tokens: per page. sketch: bytes of quantized values per
+    token and latent head in a sketch. least, limit: see `PagePlan`. texts: calibration texts, of which `sequences`
+    sequences of `context` tokens are used.
     """
 
     share: float = 1 / 8
@@ -40,13 +40,13 @@ class PagingOptions:
 
     @property
     def room(self) -> float:
-        """Share of the pages that a query may read: more than the mean, less than all."""
+        """Max share of pages for one query: more than the mean, less than all."""
         return min(4 * self.share, (1 + self.share) / 2)
 
     def check(self, block: int, exact: int) -> None:
-        """Raise FhoptError for values that cannot work, before anything slow starts.
+        """Raise FhoptError for invalid values, before anything slow starts.
 
-        block: of the plan. exact: tokens that it keeps outside of latents, attention sinks and residual window.
+        block: of the plan. exact: its tokens that are not latents, attention sinks and recent window.
         """
         if not 0 < self.share <= 1 or not 0 < self.limit <= 1 or not 0 < (self.mass or 1.0) <= 1:
             raise FhoptError(
@@ -64,14 +64,14 @@ class PagingOptions:
             )
 
     def needed(self, exact: int, block: int) -> int:
-        """Return how many tokens a sequence needs to have pages to choose from, quantized in blocks."""
+        """Return the tokens that a sequence needs for LEAST_PAGES pages, quantized in blocks."""
         return exact + -(-LEAST_PAGES * self.tokens // block) * block + PIECE + LAST
 
 
 def read_options(pages: float | str | None, mass: float | str | None, texts: tuple[str, ...]) -> PagingOptions | None:
-    """Make options from shares, numbers or text as a user writes them; None without any.
+    """Build options from shares, as numbers or text; None if neither is set.
 
-    A mass alone may read half of the pages. Raises FhoptError.
+    With only a mass, up to half of the pages may be selected. Raises FhoptError.
     """
     if pages is None and mass is None:
         return None
@@ -82,8 +82,8 @@ def read_options(pages: float | str | None, mass: float | str | None, texts: tup
 def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: int) -> PagingOptions:
     """Limit the sequences of `options` to the positions of the model.
 
-    block: of the plan. exact: tokens that it keeps outside of latents, attention sinks and residual window. Raises
-    FhoptError, before anything slow starts, where positions or texts do not suffice.
+    block: of the plan. exact: its tokens that are not latents, attention sinks and recent window. Raises FhoptError,
+    before anything slow starts, if positions or texts do not suffice.
     """
     from fhopt.models.model_facts import positions_of
     from fhopt.texts import tokens as texts_tokens
@@ -101,7 +101,7 @@ def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: in
 
 
 def read_page_share(text: float | str) -> float:
-    """Read a share of pages or of weight: 0.125, "1/8", "0.125" or "12.5%". Raises FhoptError."""
+    """Parse a share of pages or of weight: 0.125, "1/8", "0.125" or "12.5%". Raises FhoptError."""
     try:
         share = parse_share(text) if isinstance(text, str) else float(text)
     except (TypeError, ValueError):

@@ -1,34 +1,40 @@
-"""Calibration of page selection: probe queries measure what each attention site loses by reading fewer pages.
+"""Calibration of page selection: probe queries measure the cost of selecting fewer pages at each attention site.
 
-    sketches    means and deviations of key latents, and the energy of queries in each channel, tell which channels to
-                keep (page_sketches.py)
-    curves      every PIECE tokens of a calibration sequence some queries compare, at each site and for each lift, the
-                expected weight of the selected pages with their true weight, and with the weight of all tokens
-    fill        for each head, the factor of value-mean fill that brings the probes' outputs closest to those of all
-                pages: where heads park weight on tokens of small values, the whole weight left out is too much
-    costs       each site alone reads the share that was asked for, with fill, in the last tokens of a sequence: the KL
-                of the model's predictions over the square of the weight left out; twice the share of SmolLM2's pages
-                leaves out 0.43 of the weight, and costs 0.17 of the KL
-    repeated    curves and costs again on the repeated-token probe: tokens of a text in random order, twice; in the
-                second half, only heads that look back can predict (Olsson et al. 2022, arXiv 2209.11895)
-    budgets     sites get lower lifts where the cost falls most for a byte, until the share is used up (page_budget.py)
-    mass        where the weight that is kept is set rather than the share: the smallest expected weight with which a
-                site really kept as much as was asked for
+    sketches    means and deviations of key latents, and the energy of queries in each channel, decide which channels
+                a sketch stores (page_sketches.py)
+    curves      every PIECE tokens of a calibration sequence, the last queries compare, at each site and for each lift,
+                the expected weight of the selected pages with their true weight, and with the weight of all tokens
+    fill        for each head, the factor of value-mean fill that minimizes the error of the probes' outputs; if a head
+                puts weight on tokens with small values, filling in the whole weight left out is too much
+    costs       one site at a time selects the requested share, with fill, for the last tokens of a sequence: the KL of
+                the model's predictions over the square of the weight left out; doubling the share on SmolLM2 leaves out
+                0.43 of the weight, and costs 0.17 of the KL
+    repeated    curves and costs again on the repeated-token probe: tokens of a text in random order, twice; only heads
+                that copy can predict the second half (Olsson et al. 2022, arXiv 2209.11895)
+    budgets     sites get lower lifts where the cost falls most per byte, until the share is used up (page_budget.py)
+    mass        if the mass is set instead of the share: the smallest expected weight with which a site covered the
+                requested weight
 
-The share is a mean. What queries read differs: by a lift, one that looks for a token reads little, and one that looks
-at everything reads as much as a list has room for. SmolLM2, 4x plan, source at 8,192 tokens, one page in eight; costs
-times squares of the weight left out, summed over sites: as many pages for every query 0.0130, at sites by budgets
-0.0073; ranked by shares in the weight of all tokens rather than of quantized ones 0.0067; pages above a lift 0.0038;
-sketches from 4,096 instead of 2,048 tokens of a sequence 0.0025. Knowing true weights, the last two would be 0.0015.
+The share is a mean over queries. With a lift, a query that looks for one token selects few pages, and a query that
+attends everywhere selects as many as the list can hold. Sum over sites of cost times squared weight left out (SmolLM2,
+4x plan, source at 8,192 tokens, one page in eight):
 
-Costs differ between sites by two orders of magnitude for the same weight left out: heads that copy from afar read one
-token, and if its page is missing, everything. A text has little that can only be copied; hence the repeated-token
-probe. One layer of SmolLM2 has a copying head that sketches serve badly: the page it needs is the 50th to 120th of 492
-pages of 16 tokens. That layer costs 7 times as much in this probe as in text, reads 0.40 of its pages in place of 0.27,
-and answers that are copied from 8,064 tokens lose 0.017 nats a token in place of 0.098 (12 questions). Costs of several
-sites are taken to add up.
+    same number of pages for every query                            0.0130
+    budgets per site                                                0.0073
+    ranked by shares of all weight, not of quantized tokens only    0.0067
+    pages above a lift                                              0.0038
+    sketches from 4,096 instead of 2,048 tokens of a sequence       0.0025
 
-Letters: B batch, H query heads, U units, S queries, P pages, T quantized tokens.
+With the true weights, the last two would be 0.0015.
+
+Costs of the same weight left out differ between sites by two orders of magnitude: a head that copies from afar attends
+to one token, and loses everything if its page is missing. A text has few tokens that can only be predicted by copying,
+hence the repeated-token probe. One layer of SmolLM2 has a copying head that sketches serve badly: the page it needs
+ranks 50th to 120th of 492 pages of 16 tokens. In this probe that layer costs 7 times as much as on text. It selects
+0.40 of its pages, up from 0.27, and the loss on answers copied from a distance of 8,064 tokens falls from 0.098 to
+0.017 nats/token (12 questions). Costs of several sites are assumed to add up.
+
+Dimensions: B batch, H query heads, U units, S queries, P pages, T quantized tokens.
 """
 
 from __future__ import annotations
@@ -56,11 +62,11 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan
 from fhopt.refine.page_options import LAST, LEAST_PAGES, PIECE, QUERIES, PagingOptions
 
-LIFTS = (*(2.0 ** (n / 2) for n in range(12, -13, -1)), 0.0)  # that sites may get
-ALL = len(LIFTS)  # the index behind these: a site reads all its pages
-MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # that sites may keep
-LEAST_KL, LEAST_LEFT = 1e-9, 1e-12  # nats, and the square of weight left out, of rounding
-FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # that heads may have, see `PagePlan.fill`
+LIFTS = (*(2.0 ** (n / 2) for n in range(12, -13, -1)), 0.0)  # candidates for a site
+ALL = len(LIFTS)  # index past these: a site selects all its pages
+MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # candidates for a site
+LEAST_KL, LEAST_LEFT = 1e-9, 1e-12  # rounding: nats, and squared weight left out
+FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # candidates for a head, see `PagePlan.fill`
 
 # --------------------------------------------------------------------------------------------------- probes
 
@@ -69,10 +75,10 @@ FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # that heads may have, see
 class Curves:
     """Weight that one site leaves out, as shares of all weight, summed over queries, sequences and units.
 
-    left [LIFTS]: weight left out with each lift; squares: its squares; read: share of pages that were read. by_mass,
-    used [MASSES]: weight left out and share of pages read with each mass. cost: nats per token and square of the weight
-    left out; 1 where it was not measured. errors [FILLS, H]: squared errors of the heads' outputs. repeated: curves of
-    the second half of a repeated-token probe.
+    left [LIFTS]: weight left out at each lift; squares: its squares; read: share of pages selected. by_mass, used
+    [MASSES]: weight left out and share of pages selected at each mass. cost: nats/token per squared weight left out; 1
+    if not measured. errors [FILLS, H]: squared errors of the heads' outputs. repeated: curves on the second half of a
+    repeated-token probe.
     """
 
     left: Tensor = field(default_factory=lambda: torch.zeros(len(LIFTS), dtype=torch.float64))
@@ -87,11 +93,11 @@ class Curves:
 
     @property
     def fill(self) -> tuple[float, ...]:
-        """The one of FILLS with the least error, of each head; empty where none was measured."""
+        """The one of FILLS with the least error for each head; empty if not measured."""
         return tuple(FILLS[i] for i in self.errors.argmin(0).tolist()) if isinstance(self.errors, Tensor) else ()
 
     def add(self, expected: Tensor, weights: Tensor, room: float) -> None:
-        """Add probes: expected and true weights [B,U,S,P] of pages, as shares of all weight. room: of pages at most."""
+        """Add probes: expected and true page weights [B,U,S,P], as shares of all weight. room: max share of pages."""
         count = expected.shape[-1]
         best, order = expected.double().sort(-1, descending=True)
         kept = torch.nn.functional.pad(weights.double().gather(-1, order).cumsum(-1), (1, 0))  # [..., P+1]
@@ -113,32 +119,32 @@ class Curves:
         self.count += expected.numel() // count
 
     def share(self, at: int) -> float:
-        """Return the mean share of pages that is read with one of LIFTS, or ALL."""
+        """Return the mean share of pages selected with one of LIFTS, or ALL."""
         return 1.0 if at == ALL else float(self.read[at]) / self.count
 
     def left_out(self, at: int) -> float:
-        """Return the mean weight that is left out with one of LIFTS, or ALL."""
+        """Return the mean weight left out with one of LIFTS, or ALL."""
         return 0.0 if at == ALL else float(self.left[at]) / self.count
 
     def loss(self, at: int) -> float:
-        """Return the cost of the weight left out, in nats per token: the mean over text and repeated-token probe."""
+        """Return the cost of the weight left out in nats/token: the mean over text and repeated-token probe."""
         if at == ALL:
             return 0.0
         own = self.cost * float(self.squares[at]) / self.count
         return own if self.repeated is None else (own + self.repeated.loss(at)) / 2
 
     def lift_for(self, share: float) -> int:
-        """Choose the one of LIFTS that reads the share of pages nearest to this one; returns its index."""
+        """Return the index of the one of LIFTS whose share of pages is closest to `share`."""
         return int((self.read / max(1, self.count) - share).abs().argmin())
 
     def mass_for(self, left_out: float) -> int:
-        """Choose the least of MASSES that leaves out at most so much, the last nothing; returns its index."""
+        """Return the index of the least of MASSES that leaves out at most `left_out`; the last leaves out nothing."""
         means = (self.by_mass / self.count).tolist()
         return next(i for i, mean in enumerate(means) if mean <= left_out or i == len(MASSES) - 1)
 
 
 def _needed_by_lift(best: Tensor, most: int) -> Iterator[Tensor]:
-    """Yield how many pages each query reads with each of LIFTS, [..., 1], of falling expected weights [..., P]."""
+    """Yield the number of pages per query for each of LIFTS, [..., 1], from descending expected weights [..., P]."""
     count = best.shape[-1]
     fewest = torch.arange(count) < page_selection.FEWEST
     for lift in LIFTS:
@@ -146,7 +152,7 @@ def _needed_by_lift(best: Tensor, most: int) -> Iterator[Tensor]:
 
 
 def _needed_by_mass(best: Tensor, mass: float) -> Tensor:
-    """Count the pages [..., 1] without which at most 1 - mass is left out, of falling expected weights [..., P]."""
+    """Count the pages [..., 1] that leave out at most 1 - mass, from descending expected weights [..., P]."""
     if mass == 1:
         return torch.full_like(best[..., :1], best.shape[-1], dtype=torch.int64)
     before = best.cumsum(-1) - best
@@ -155,10 +161,10 @@ def _needed_by_mass(best: Tensor, mass: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _FullAttention:
-    """Attention of probes to all tokens: to all quantized ones, and all in the residual window before the query.
+    """Attention of probes to all quantized tokens, attention sinks and the recent window up to the query.
 
     logits [B,H,S,T]: of the quantized tokens, without a mean of keys. near: (output [B,H,S,E], lse [B,H,S]) of
-    attention sinks and residual window, whose weight is counted from that mean.
+    attention sinks and recent window, with weights relative to that mean.
     """
 
     logits: Tensor
@@ -167,13 +173,13 @@ class _FullAttention:
     @staticmethod
     def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _FullAttention:
         """Attend with query [B,H,S,D] to exact keys and values and to latents; numbers: scale and softcap."""
-        centred = replace(latents, key=replace(latents.key, mean=None))  # as estimates are, from sketches of latents
+        centred = replace(latents, key=replace(latents.key, mean=None))  # as the estimates from sketches are
         far = latent_logits(query, centred, **numbers)
         output, lse = attend_open_tokens(query, key, value, latents, **numbers)
         return _FullAttention(far, (output, algebra.counted_from_mean(lse, query, latents.key.mean, numbers["scale"])))
 
     def page_weights(self, tokens: int) -> Tensor:
-        """Return the share of each page in all weight, [B,H,S,P]."""
+        """Return each page's share of all weight, [B,H,S,P]."""
         sums = page_selection.page_logits(self.logits, tokens)
         total = torch.logaddexp(sums.logsumexp(-1), self.near[1])
         return (sums - total.unsqueeze(-1)).exp()
@@ -182,9 +188,9 @@ class _FullAttention:
 def fill_errors(
     full: _FullAttention, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex
 ) -> Tensor:
-    """Sum squared errors of each head's output with each of FILLS, where it reads the pages that `index` selects.
+    """Return summed squared errors of each head's output with each of FILLS, for the pages that `index` selects.
 
-    absorbed [B,H,S,R]: queries; estimates [B,H,S,P]: logits of pages from sketches -> [FILLS, H].
+    absorbed [B,H,S,R]: queries; estimates [B,H,S,P]: page logits from sketches -> [FILLS, H].
     """
     logits, near, key, value = full.logits, full.near, latents.key, latents.value
     heads, values = absorbed.shape[1], value.reconstruct()
@@ -210,7 +216,7 @@ def fill_errors(
 
 
 class _Probe:
-    """Observes the attention of one site. fills: also measures value-mean fill for pages that are not read."""
+    """Observer of one site's attention. fills: also measure value-mean fill for pages that are not selected."""
 
     def __init__(self, curves: Curves, options: PagingOptions, fills: bool = True) -> None:
         self.curves, self.options, self.fills = curves, options, fills
@@ -241,10 +247,10 @@ class _Probe:
 def measure(
     model: Any, plan: LatentPlan, ids: Tensor, options: PagingOptions, progress: Callable[[int], None] = lambda n: None
 ) -> dict[str, Curves]:
-    """Measure what each site of `plan` that has sketches leaves out, and what that costs.
+    """Measure the weight that each site of `plan` with a sketch leaves out, and its cost.
 
-    ids [N, T]: sequences of token ids; the repeated-token probe is made of the first. progress counts sequences and, in
-    the first one and in the probe, sites. Raises FhoptError when the plan is not for this model.
+    ids [N, T]: sequences of token ids; the repeated-token probe is built from the first. progress counts sequences and,
+    for the first sequence and the probe, sites. Raises FhoptError if the plan is not for this model.
     """
     names = [site.site.name for site in plan.sites if site.sketch is not None]
     on_text, on_probe = {name: Curves() for name in names}, {name: Curves() for name in names}
@@ -259,7 +265,7 @@ def measure(
             probes = {x: _Probe(measured[x.site.site.name], options, fills=not repeats) for _, x in _selecting(cache)}
             for start in range(0, end, PIECE):
                 stop = min(end, start + PIECE)
-                looks = not repeats or stop - QUERIES >= len(row) // 2  # of the probe, at what only copying knows
+                looks = not repeats or stop - QUERIES >= len(row) // 2  # in the probe, only positions that need copying
                 for layer, probe in probes.items():
                     layer.observer = probe if looks else None
                 model(row[None, start:stop].to(model.device), **{name: cache}, use_cache=True)
@@ -270,9 +276,9 @@ def measure(
 
 
 def repeated_tokens(ids: Tensor) -> Tensor:
-    """Make a repeated-token probe [T] of token ids [T]: its second half repeats the first.
+    """Build a repeated-token probe [T] from token ids [T]: its second half repeats the first.
 
-    The tokens are some of `ids` in random order, behind the first of all, which models may need in front.
+    The tokens are drawn from `ids` in random order after the first one, which some models require at the start.
     """
     half = len(ids) // 2
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
@@ -281,7 +287,7 @@ def repeated_tokens(ids: Tensor) -> Tensor:
 
 
 def _selecting(cache: Any) -> list[tuple[int, LatentLayer]]:
-    """Return the layers of a cache that have sketches, with their indexes."""
+    """Return (index, layer) of a cache's layers that have sketches."""
     return [(i, x) for i, x in enumerate(cache.layers) if isinstance(x, LatentLayer) and x.sketches is not None]
 
 
@@ -289,9 +295,9 @@ def _measure_costs(
     model: Any, cache: Any, ids: Tensor, on_text: Mapping[str, Curves], measured: Mapping[str, Curves],
     options: PagingOptions, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Set the costs of `measured` to the KL on token ids [LAST] behind a cache, when one site alone reads its share.
+    """Set the costs of `measured` to the KL on token ids [LAST] after a cache, with one selecting site at a time.
 
-    on_text: curves of texts, by which sites select pages. measured: curves of the sequence, which get the costs.
+    on_text: curves of texts, which set the sites' lifts. measured: curves of the sequence, which get the costs.
     """
     selecting = _selecting(cache)
     for _, layer in selecting:
@@ -313,7 +319,7 @@ def _measure_costs(
 
 
 def _predictions(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Return log-probabilities [LAST, V] behind a cache, float64, read in steps of the plan's block."""
+    """Return log-probabilities [LAST, V] after a cache, float64, in forward passes of the plan's block."""
     name, step = cache_argument(model), cache.plan.block
     cuts = range(0, len(ids), step)
     parts = [model(ids[None, i : i + step].to(model.device), **{name: cache}, use_cache=True).logits[0] for i in cuts]

@@ -1,4 +1,4 @@
-"""Fitting of the sketches by which pages are selected."""
+"""Fitting of the sketches for page selection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fhopt.refine.page_options import PIECE
 
 
 class _Moments:
-    """Sums over squares of one site's absorbed queries, and over its key latents, by channel: [J, R] each."""
+    """Sums over one site's squared absorbed queries, and over its key latents, by channel: [J, R] each."""
 
     def __init__(self) -> None:
         self.energy: Tensor | None = None
@@ -47,7 +47,7 @@ class _Moments:
         self.sums, self.squares = self.sums + x.sum((0, 2)), self.squares + x.square().sum((0, 2))
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the latents that were added."""
+        """Return mean and standard deviation of the added latents."""
         mean = self.sums / self.count
         variance = (self.squares - self.count * mean.square()) / max(1, self.count - 1)
         return mean, variance.clamp(min=1e-12).sqrt()
@@ -55,10 +55,10 @@ class _Moments:
 
 @torch.inference_mode()
 def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> LatentPlan:
-    """Fit sketches of at most `size` bytes of quantized values to token ids [N, T]; returns the plan with them.
+    """Fit sketches of at most `size` bytes of quantized values per token to ids [N, T]; return the plan with them.
 
-    Sites of decoders that page selection can observe get one. Raises FhoptError when the plan is not for this model, or
-    its attention cannot select pages.
+    Decoder sites that page selection can observe get one. Raises FhoptError if the plan is not for this model, or its
+    attention cannot select pages.
     """
     plan, seen = replace(plan, pages=None), dict[str, _Moments]()
     with switched(model, plan):
@@ -81,7 +81,7 @@ def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> Laten
 
 
 def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
-    """Make the sketch of the channels in which an error would change logits most; None where there are too few."""
+    """Build the sketch from the channels whose errors change logits most; None if there are too few."""
     if moments.energy is None:
         return None
     mean, deviation = moments.mean_and_deviation()
@@ -94,10 +94,10 @@ def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
 
 
 def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
-    """Allocate bits to the channels of a sketch: bit groups with the least error in `size` bytes.
+    """Allocate bits to the channels of a sketch: the bit groups with the least error in `size` bytes.
 
-    wrong [R]: the square of a logit's error by each channel, falling. Every bit group is whole words of four bytes,
-    which is how sketches are read. Empty where no group fits.
+    wrong [R]: squared logit error per channel, descending. Every bit group is a multiple of four-byte words, the unit
+    of loads. Empty if no group fits.
     """
     steps = [TIER_QUANTUM if bits > 2 else 2 * TIER_QUANTUM for bits in SKETCH_BITS]
     ranges = [range(0, min(len(wrong), 8 * size // b) + 1, n) for b, n in zip(SKETCH_BITS, steps, strict=True)]

@@ -1,4 +1,4 @@
-"""Shares as a user writes them."""
+"""Parsing of shares such as "1/8" or "12.5%"."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fractions import Fraction
 
 
 def parse_share(text: str) -> float:
-    """Read a share from "1/8", "0.125" or "12.5%". Raises ValueError for anything else; limits are the caller's."""
+    """Parse a share from "1/8", "0.125" or "12.5%". Raises ValueError for anything else; callers check the range."""
     number = text.strip()
     try:
         return float(Fraction(number[:-1]) / 100 if number.endswith("%") else Fraction(number))

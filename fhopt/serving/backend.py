@@ -1,7 +1,7 @@
-"""vLLM's view of a layer with a plan: attention backend, metadata of a batch, and two further caches.
+"""vLLM's view of a layer with a plan: attention backend, batch metadata, and two additional caches.
 
-An `Attention` layer of vLLM keeps its own name for packed latents. Residual window and first tokens are layers of
-their own to vLLM, `<name>.window` and `<name>.first`, with blocks of their own.
+An `Attention` layer of vLLM stores packed latents under its own name. Residual window and first tokens are separate
+vLLM layers, `<name>.window` and `<name>.first`, with their own blocks.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from fhopt.serving.device_step import DeviceStep
 from fhopt.serving.layer_cache import LayerCache
 from fhopt.serving.layer_rows import Caches, Held
 
-WINDOW, FIRST = ".window", ".first"  # behind the name of a layer
+WINDOW, FIRST = ".window", ".first"  # suffixes of the layer name
 
 
 @dataclass
 class LatentMetadata(AttentionMetadata):  # type: ignore[misc]
-    """A batch's blocks in one cache of some layers."""
+    """A batch's blocks in one cache."""
 
     blocks: Blocks
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
-    """Makes the metadata of a batch; layers that share blocks share it."""
+    """Builds the metadata of a batch; layers that share blocks share it."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Return that decode steps can be recorded in CUDA graphs, where all layers have kernels for them."""
+        """Return single-token decode support if all layers have kernels that CUDA graphs can record."""
         layers = vllm_config.compilation_config.static_forward_context.values()
         caches = [
             impl.cache for impl in (getattr(x, "impl", None) for x in layers) if isinstance(impl, LatentAttention)
@@ -59,7 +59,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if recordable else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
-        """Make the metadata of a batch."""
+        """Build the metadata of a batch."""
         about, key = common_attn_metadata, f"_fhopt_{self.kv_cache_spec.block_size}"
         blocks = getattr(about, key, None)
         if blocks is None or blocks.table is not about.block_table_tensor:
@@ -73,7 +73,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
 
 class LatentBackend(AttentionBackend):  # type: ignore[misc]
-    """Attention on the caches of a plan."""
+    """Attention backend for the caches of a plan."""
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
@@ -81,27 +81,27 @@ class LatentBackend(AttentionBackend):  # type: ignore[misc]
 
     @staticmethod
     def get_name() -> str:
-        """Return the name of the backend in vLLM's lists, of which it has none."""
+        """Return the backend name in vLLM's registry, which does not list this backend."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[LatentAttention]:
-        """Return the class of a layer's attention."""
+        """Return the attention class of a layer."""
         return LatentAttention
 
     @staticmethod
     def get_builder_cls() -> type[LatentMetadataBuilder]:
-        """Return the class that makes metadata."""
+        """Return the metadata builder class."""
         return LatentMetadataBuilder
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """Return the one layout in which layers of different sizes share blocks."""
+        """Return the only layout in which layers with different row sizes share blocks."""
         return (KVCacheLayout.BLNHC,)
 
 
 class LatentAttention(AttentionImpl):  # type: ignore[misc]
-    """Attention of one layer."""
+    """vLLM attention implementation of one layer with a plan."""
 
     def __init__(self, layer: Any, cache: LayerCache, window: FurtherCache, first: FurtherCache) -> None:
         exact = layer.impl
@@ -110,7 +110,7 @@ class LatentAttention(AttentionImpl):  # type: ignore[misc]
         self.cache, self.window, self.first = cache, window, first
 
     def _caches(self, latents: Tensor, blocks: Blocks) -> Caches:
-        """Collect the caches of the layer, and the blocks of the batch that is computed."""
+        """Collect the layer's caches and the blocks of the current batch."""
         window, first = self.window, self.first
         metadata = get_forward_context().attn_metadata
         return Caches(
@@ -123,15 +123,15 @@ class LatentAttention(AttentionImpl):  # type: ignore[misc]
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
         output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Write keys [T,G,D] and values [T,G,E] of new tokens, attend with queries [T,H,D], into `output` [T,H,E]."""
-        if attn_metadata is None or not kv_cache.numel():  # memory is measured, or nothing is to be computed
+        """Write keys [T,G,D] and values [T,G,E] of new tokens; attend with queries [T,H,D] into `output` [T,H,E]."""
+        if attn_metadata is None or not kv_cache.numel():  # memory profiling, or nothing to compute
             return output.fill_(0)
         self.cache.write_and_attend(self._caches(kv_cache, attn_metadata.blocks), query, key, value, output)
         return output
 
 
 class FurtherCache(torch.nn.Module, AttentionLayerBase):  # type: ignore[misc]
-    """A further cache of a layer, which vLLM gives blocks like those of a layer."""
+    """An additional cache of a layer, for which vLLM allocates blocks as for a layer."""
 
     def __init__(self, name: str, spec: Any) -> None:
         super().__init__()
@@ -139,19 +139,19 @@ class FurtherCache(torch.nn.Module, AttentionLayerBase):  # type: ignore[misc]
         get_current_vllm_config().compilation_config.static_forward_context[name] = self
 
     def get_attn_backend(self) -> type[LatentBackend]:
-        """Return the backend."""
+        """Return the backend for the plan's caches."""
         return LatentBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        """Return what vLLM must know of the cache."""
+        """Return the cache's specification for vLLM."""
         return self.spec
 
     def forward(self) -> None:
-        """Do nothing: the layer's attention reads and writes the cache."""
+        """Do nothing: the layer's attention uses the cache."""
 
 
 def use_plan(layer: Any, cache: LayerCache, sizes: BlockSizes, row_bytes: int, window: ResidualWindow) -> None:
-    """Let an `Attention` layer of vLLM keep packed latents of `row_bytes` a token, window and first tokens."""
+    """Set up an `Attention` layer of vLLM for packed latents of `row_bytes` per token, window and first tokens."""
     name = layer.layer_name
     packed = dict(
         num_kv_heads=layer.num_kv_heads, head_size=layer.head_size, head_size_v=layer.head_size_v, dtype=torch.uint8,

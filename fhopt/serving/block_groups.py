@@ -1,8 +1,8 @@
-"""How vLLM counts, lends and frees the blocks of a residual window and of a sequence's first tokens.
+"""How vLLM counts, allocates and frees the blocks of the residual window and of a sequence's first tokens.
 
-Packed latents are ordinary blocks: all of them are kept. Of the window, blocks are freed when no later query reads
-them; blocks in the middle of a prompt that no later query will read are lent only while there is plenty of room, so
-that prefixes of it can be found, and are vLLM's null block otherwise. Of the first tokens there is one block.
+Packed latents use ordinary blocks, all of which are retained. Window blocks are freed when no later query uses them.
+Blocks in the middle of a prompt that no later query will use are allocated only while the pool is mostly free, to allow
+prefix caching, and are vLLM's null block otherwise. The first tokens have one block.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.block_sizes import window_blocks
 
-PLENTY = 2  # prompts keep all blocks of their window while more than 1/PLENTY of the pool stays free
+PLENTY = 2  # prompts retain all window blocks while more than 1/PLENTY of the pool stays free
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(SlidingWindowSpec):  # type: ignore[misc]
-    """The residual window of a layer: tokens that later queries read as they came. `sliding_window`: its capacity."""
+    """Cache of a layer's residual window: unquantized or 8-bit tokens. `sliding_window`: its capacity."""
 
     window: ResidualWindow
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Return how many blocks a request holds at most between two steps."""
+        """Return the maximum number of blocks that a request holds between two steps."""
         return min(window_blocks(self.window, self.block_size), -(-max_model_len // self.block_size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstSpec(SlidingWindowSpec):  # type: ignore[misc]
-    """The page of a layer's first tokens: one for a request, in a block that stands for its first tokens."""
+    """Cache of a layer's first tokens: one page per request, in the block of its first tokens."""
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Return 1."""
+        """Return 1, the page of first tokens."""
         return 1
 
 
 class _Manager(SlidingWindowManager):  # type: ignore[misc]
-    """What both managers share: hits of aligned length, and no block that is found but not kept."""
+    """Shared part of both managers: aligned hit lengths, and no matched blocks that are not retained."""
 
     @classmethod
     def reachable_block_mask(cls, *args: Any, **options: Any) -> None:
-        """Return None: every block that is lent may be found again."""
+        """Return None: every allocated block can be a prefix hit."""
         return
 
     @classmethod
@@ -58,7 +58,7 @@ class _Manager(SlidingWindowManager):  # type: ignore[misc]
         )  # fmt: skip
 
     def _hold(self, blocks: list[Any], unused: int, lent: list[Any], behind: int = 0) -> list[Any]:
-        """Append to a request's blocks null blocks, lent ones, null blocks; return what was appended."""
+        """Append null blocks, allocated ones, and null blocks to a request; return the appended blocks."""
         new = [self._null_block] * unused + lent + [self._null_block] * behind
         blocks.extend(new)
         if self._record_new_block_ids:
@@ -67,32 +67,32 @@ class _Manager(SlidingWindowManager):  # type: ignore[misc]
 
 
 def _skipped(window: ResidualWindow, tokens: int) -> int:
-    """Return how many first tokens no query from position `tokens` on reads from the window."""
+    """Return how many first tokens no query from position `tokens` on uses from the window."""
     quantized = window.quantized_tokens(tokens)
     return min(tokens, window.sinks + quantized) if quantized else 0
 
 
 class WindowManager(_Manager):
-    """Lends blocks of a residual window."""
+    """Manages blocks of a residual window."""
 
     def __init__(self, kv_cache_spec: WindowSpec, **options: Any) -> None:
         super().__init__(kv_cache_spec, **options)
         self.window = kv_cache_spec.window
-        self._cleared: dict[str, int] = {}  # blocks of each request, from the first on, that are freed
+        self._cleared: dict[str, int] = {}  # number of leading blocks of each request that are freed
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Return how many first tokens no query from `num_computed_tokens` on reads from the window."""
+        """Return how many first tokens no query from `num_computed_tokens` on uses from the window."""
         return _skipped(self.window, num_computed_tokens)
 
     def _first_kept(self, held: int, num_tokens: int) -> int:
-        """Return the first block that must be lent, of those behind the `held` first ones."""
+        """Return the first block to allocate after the `held` first ones."""
         return max(held, self.get_num_skipped_tokens(num_tokens) // self.block_size)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[Any], total_computed_tokens: int,
         *args: Any, **options: Any,
     ) -> int:  # fmt: skip
-        """Return how many blocks must be free so that a request can have `num_tokens` tokens."""
+        """Return how many free blocks a request needs to hold `num_tokens` tokens."""
         held, evictable = len(self.req_to_blocks.get(request_id, ())), 0
         if request_id not in self.num_cached_block:
             skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
@@ -101,7 +101,7 @@ class WindowManager(_Manager):
         return max(0, -(-num_tokens // self.block_size) - self._first_kept(held, num_tokens)) + evictable
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
-        """Lend blocks for `num_tokens` tokens: those that later queries read, and with plenty of room all."""
+        """Allocate blocks for `num_tokens` tokens: those that later queries use, or all if the pool is mostly free."""
         blocks = self.req_to_blocks[request_id]
         held, end = len(blocks), -(-num_tokens // self.block_size)
         if end <= held:
@@ -112,7 +112,7 @@ class WindowManager(_Manager):
         return self._hold(blocks, kept - held, self.block_pool.get_new_blocks(end - kept))
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
-        """Free blocks of a range. Unlike those of other windows, null blocks stand between them."""
+        """Free a range of blocks. Unlike in other sliding windows, null blocks may be interspersed."""
         blocks = self.req_to_blocks.get(request_id, [])
         first, last = max(first_block, self._cleared.get(request_id, 0)), min(last_block, len(blocks))
         freed = [i for i in range(last - 1, first - 1, -1) if not blocks[i].is_null]
@@ -122,7 +122,7 @@ class WindowManager(_Manager):
         self._cleared[request_id] = max(first, last)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        """Forget a request and return its blocks."""
+        """Drop a request and return its blocks."""
         self._cleared.pop(request_id, None)
         blocks: list[Any] = super().pop_blocks_for_free(request_id)
         return blocks
@@ -132,7 +132,7 @@ class WindowManager(_Manager):
         cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: Any, kv_cache_spec: Any,
         drop_eagle_block: bool, alignment_tokens: int, **_: Any,
     ) -> tuple[tuple[list[Any], ...], int]:  # fmt: skip
-        """Find the longest prefix behind which everything is there that a query reads of the window."""
+        """Find the longest prefix with all window blocks that later queries use."""
         size, window = kv_cache_spec.block_size, kv_cache_spec.window
         hashes = cls._hashes(block_hashes, block_pool, kv_cache_spec, alignment_tokens)
         for length in range(max_length // alignment_tokens * alignment_tokens, 0, -alignment_tokens):
@@ -145,22 +145,22 @@ class WindowManager(_Manager):
 
 
 class FirstManager(_Manager):
-    """Lends the one block of a sequence's first tokens."""
+    """Manages the one block of a sequence's first tokens."""
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Return 0: the block is read as long as the request lives."""
+        """Return 0: the block is used for the lifetime of the request."""
         return 0
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[Any], *args: Any, **options: Any
     ) -> int:
-        """Return 1 for a request without its block that finds none, or finds one that nobody holds."""
+        """Return 1 for a request without its block, unless a prefix hit provides one that is in use."""
         if self.req_to_blocks.get(request_id):
             return 0
         return self._get_num_evictable_blocks(new_computed_blocks[:1]) if new_computed_blocks else 1
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
-        """Lend the first block; all others are the null block."""
+        """Allocate the first block; all others are the null block."""
         blocks = self.req_to_blocks[request_id]
         lent = [] if blocks else self.block_pool.get_new_blocks(1)
         behind = max(0, -(-num_tokens // self.block_size) - len(blocks) - len(lent))
@@ -171,7 +171,7 @@ class FirstManager(_Manager):
         cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: Any, kv_cache_spec: Any,
         drop_eagle_block: bool, alignment_tokens: int, **_: Any,
     ) -> tuple[tuple[list[Any], ...], int]:  # fmt: skip
-        """Find a prefix of any length whose first block is there."""
+        """Find the longest aligned prefix, which only needs its first block."""
         length = max_length // alignment_tokens * alignment_tokens
         hashes = cls._hashes(block_hashes, block_pool, kv_cache_spec, alignment_tokens)
         first = block_pool.get_cached_block(hashes[0], kv_cache_group_ids) if length else None
@@ -182,7 +182,7 @@ class FirstManager(_Manager):
 
 
 def register_specs() -> None:
-    """Enter both kinds of cache into vLLM's registry, once a process."""
+    """Register both cache specifications with vLLM, once per process."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(WindowSpec, WindowManager, WindowSpec)
     KVCacheSpecRegistry.register(FirstSpec, FirstManager, FirstSpec)

@@ -1,11 +1,11 @@
-"""How many tokens a block of each of a layer's caches has.
+"""Tokens per block of each of a layer's caches.
 
-vLLM lends blocks of one size from one pool. Three caches share it: packed latents of all tokens, the residual window,
-and what is kept of a sequence's first tokens (attention sinks and means). A block belongs to one cache, for all layers;
-where the tokens of all layers do not fit, vLLM splits the layers over several groups, with blocks of their own. Block
-sizes are chosen so that blocks are full and a request takes the fewest bytes.
+vLLM allocates blocks of one size from one pool. Three caches share it: packed latents of all tokens, the residual
+window, and the first tokens of a sequence (attention sinks and means). A block belongs to one cache, for all layers. If
+the tokens of all layers do not fit, vLLM splits the layers into several groups with their own blocks. Block sizes are
+chosen so that blocks are full and a request takes the fewest bytes.
 
-A prefix of another request is found in multiples of the block of first tokens, which is a multiple of both others.
+Prefix hits are multiples of the block of first tokens, which is a multiple of both others.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from itertools import pairwise
 
 from fhopt.plan.window import ResidualWindow
 
-LATENT_TOKENS = range(16, 161)  # of a block of packed latents, that are tried
+LATENT_TOKENS = range(16, 161)  # candidates per block of packed latents
 WINDOW_TOKENS = (4, 8, 12, 16, 24, 28, 32, 48, 64, 96, 128)
-MOST_GROUPS = 8  # of layers, over all caches: each costs the scheduler time
-CLOSE = 0.002  # of bytes, in which block sizes count as equal
-MOST_ALIGNMENT = 512  # tokens: prefixes are found in multiples of it, or of the first tokens that a plan needs
+MOST_GROUPS = 8  # of layers, over all caches: each costs scheduler time
+CLOSE = 0.002  # relative difference in bytes below which block sizes count as equal
+MOST_ALIGNMENT = 512  # tokens: maximum granularity of prefix hits, unless the plan's first tokens need more
 
 
 @dataclass(frozen=True)
 class CacheNeeds:
-    """What a model with a plan keeps, in bytes and tokens.
+    """Cache requirements of a model with a plan, in bytes and tokens.
 
-    layers: how many. latent_bytes: of a token's packed latents, over all layers. window_bytes: of a token in the
-    residual window, of one layer. first_bytes: of attention sinks and means of a sequence, of one layer. window: which
-    tokens it holds. first: tokens at the start of a sequence that sinks and means are made of. tokens: of the longest
-    sequence.
+    layers: number of layers. latent_bytes: per token of packed latents, over all layers. window_bytes: per token of the
+    residual window, of one layer. first_bytes: attention sinks and means of a sequence, of one layer. window: the
+    residual window. first: tokens at the start of a sequence used for sinks and means. tokens: maximum sequence length.
     """
 
     layers: int
@@ -44,7 +43,7 @@ class CacheNeeds:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Tokens of a block of packed latents, of the residual window, and of the first tokens."""
+    """Tokens per block of packed latents, of the residual window, and of first tokens."""
 
     latents: int
     window: int
@@ -52,16 +51,16 @@ class BlockSizes:
 
     @property
     def alignment(self) -> int:
-        """Tokens of which the prefix that is found of another request is a multiple."""
+        """Granularity of prefix hits, in tokens."""
         return math.lcm(self.latents, self.window, self.first)
 
 
 def choose(needs: CacheNeeds, latents: int | None = None) -> BlockSizes:
-    """Choose the block sizes with which a request of `needs.tokens` tokens takes the fewest bytes, or nearly so.
+    """Choose the block sizes that (nearly) minimize the bytes of a request of `needs.tokens` tokens.
 
-    latents: tokens of a block of packed latents where that is given. Sizes whose least common multiple is large, or
-    that need many groups of layers, are taken only where there are no others. Of those that are equal but for CLOSE,
-    the ones with the largest common divisor are taken: a prefix is hashed in pieces of it.
+    latents: tokens per block of packed latents, if fixed. Avoids sizes with a large least common multiple, or that need
+    many groups of layers. Of sizes within CLOSE of the minimum, those with the largest common divisor win: it is the
+    hash granularity of prefixes.
     """
     sizes = [
         BlockSizes(n, w, _multiple(math.lcm(n, w), needs.first))
@@ -83,18 +82,18 @@ def request_bytes(needs: CacheNeeds, sizes: BlockSizes) -> int:
 
 
 def block_bytes(needs: CacheNeeds, sizes: BlockSizes) -> int:
-    """Return the bytes of a block: the packed latents of all layers, and at least one layer of the other caches."""
+    """Return the bytes of a block: packed latents of all layers, and at least one layer of the other caches."""
     return max(needs.latent_bytes * sizes.latents, needs.window_bytes * sizes.window, needs.first_bytes)
 
 
 def window_blocks(window: ResidualWindow, size: int) -> int:
-    """Return how many blocks of `size` tokens a residual window touches at most, wherever it stands."""
+    """Return the maximum number of blocks of `size` tokens that a residual window spans, for any offset."""
     starts = [window.sinks + i * window.block for i in range(size // math.gcd(window.block, size))]
     return max((start + window.capacity - 1) // size - start // size + 1 for start in starts)
 
 
 def _groups(needs: CacheNeeds, sizes: BlockSizes) -> tuple[int, int]:
-    """Return over how many groups the layers' windows, and their first tokens, are spread."""
+    """Return the numbers of groups into which the layers' windows and first tokens are split."""
     block = block_bytes(needs, sizes)
     in_a_block = [max(1, block // page) for page in (needs.window_bytes * sizes.window, needs.first_bytes)]
     window, first = (-(-needs.layers // layers) for layers in in_a_block)
@@ -111,10 +110,10 @@ def _multiple(of: int, least: int) -> int:
 
 
 def uneven(sizes: dict[str, int]) -> dict[str, int]:
-    """Return sizes of rows by layer, of which some are larger than given: not all occur equally often.
+    """Return row sizes by layer, enlarging one if necessary so that not all sizes are equally frequent.
 
-    vLLM takes layers of which every size occurs equally often for a pattern that repeats, and splits all caches by it.
-    The row that grows by the fewest bytes does.
+    If all sizes are equally frequent, vLLM assumes a repeating pattern of layers and splits all caches by it. The row
+    that needs the fewest extra bytes is enlarged.
     """
     counts: dict[int, int] = {}
     for size in sizes.values():

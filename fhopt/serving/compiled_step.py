@@ -1,7 +1,7 @@
-"""A decode step on an engine's blocks as one call of machine code a layer (fhopt/codegen/cpu/block_tables.py).
+"""A decode step on an engine's blocks as one native call per layer (fhopt/codegen/cpu/block_tables.py).
 
-It writes what `LayerCache.write` writes and attends as `decode_step.attend_step` does, which serve where nothing can be
-compiled, and are what it is tested against.
+Equivalent to `LayerCache.write` and `decode_step.attend_step`, which are the fallback without a compiler and the
+reference in tests.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class CompiledStep:
         self._writes, self._step = f"writes {self.window} {self.means_from}", f"step {self.window}"
 
     def serves(self, caches: Caches, query: Tensor) -> bool:
-        """Return whether the sequences with one new token can be served."""
+        """Return whether the step supports the sequences with one new token."""
         memory = caches.latents.cache, caches.window.cache, caches.first.cache
         return bool(caches.batch.singles) and self._attention.serves(query, *memory)
 
     def writes(self, batch: Batch) -> bool:
-        """Return whether new tokens can be written, too.
+        """Return whether the step can write the new tokens, too.
 
-        All sequences have one new token, behind the attention sinks, and none comes to have means by it.
+        Requires that all sequences have one new token, after the attention sinks, and none completes its means with it.
         """
         made = batch.made
         if self._writes not in made:
@@ -43,9 +43,9 @@ class CompiledStep:
     def __call__(
         self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
     ) -> None:
-        """Attend with the queries [T,H,D] of sequences with one new token into `output` [T,H,E]; write these first.
+        """Write new tokens if `writes`, and attend with queries [T,H,D] of decoding sequences into `output` [T,H,E].
 
-        keys [T,G,D], values [T,G,E]: of the batch's new tokens, and of what the engine may have added behind them.
+        keys [T,G,D], values [T,G,E]: of the batch's new tokens, and of padding that the engine may have added.
         """
         latents, window, first = caches.latents, caches.window, caches.first
         memory = latents.cache, window.cache, first.cache
@@ -71,13 +71,13 @@ def _table(blocks: Blocks) -> Struct:
 
 
 def compiled_step(layer: LayerRows, dtype: torch.dtype) -> CompiledStep | None:
-    """Build the decode step of a layer of a model of type `dtype`; None where nothing can be compiled."""
+    """Build the decode step of a layer for a model dtype; None if nothing can be compiled."""
     attention = attention_of(layout_of(layer, dtype))
     return None if attention is None else CompiledStep(layer, attention)
 
 
 def layout_of(layer: LayerRows, dtype: torch.dtype) -> BlockLayout:
-    """Return where what stands in the rows of a layer's caches."""
+    """Return the layout of the rows of a layer's caches."""
     site, sides = layer.site.site, _sides(layer.site, layer)
     first_parts = [*layer.first_rows.sink_parts, *layer.first_rows.mean_parts]
     return BlockLayout(
@@ -89,7 +89,7 @@ def layout_of(layer: LayerRows, dtype: torch.dtype) -> BlockLayout:
 
 
 def _starts(parts: list[Part]) -> tuple[int, int, int, int]:
-    """Return the first bytes of up to four parts of a row, 0 for those that there are not."""
+    """Return the start bytes of up to four parts of a row; 0 for missing parts."""
     first, second, third, fourth = [*(part.start for part in parts), 0, 0][:4]
     return first, second, third, fourth
 

@@ -1,10 +1,9 @@
-"""A decode step on an engine's blocks: the sequences of a batch that have one new token each, all at once.
+"""A decode step on an engine's blocks, batched over the sequences with one new token each.
 
-On torch operations: what `compiled_step` does in machine code and `device_step` by Triton kernels, where there is
-neither.
+In torch operations, as the fallback for the native code of `compiled_step` and the Triton kernels of `device_step`.
 
-Rows of all sequences are brought together, as many as the longest one has, and masks say which of them count. What they
-are, and where they stand, is the same for all layers: `DecodeStep` is made once a batch.
+Rows of all sequences are gathered and padded to the longest sequence, with masks. Masks and slots are the same for all
+layers: a `DecodeStep` is made once per batch.
 
 Letters: B sequences, H query heads, G kv heads, J latent heads, N open tokens, V packed latents, D head size.
 """
@@ -25,10 +24,10 @@ from fhopt.serving.layer_rows import Caches, LayerRows
 
 
 class DecodeStep:
-    """Which rows the queries of a decode step read.
+    """Rows that the queries of a decode step attend to.
 
-    tokens [B]: of each sequence's new token in the batch. quantized int64 [B]: how many are read as latents. opened
-    bool [B,1,1,N]: which attention sinks, and which of the window's rows behind them, are read.
+    tokens [B]: batch index of each sequence's new token. quantized int64 [B]: tokens attended as latents. opened bool
+    [B,1,1,N]: mask of attention sinks and window rows.
     """
 
     def __init__(self, batch: Batch, window: ResidualWindow) -> None:
@@ -58,13 +57,13 @@ class DecodeStep:
         return step
 
     def window_places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return blocks and places of the window's rows, int64 [B,N] each."""
+        """Return blocks and offsets of the window's rows, int64 [B,N] each."""
         if id(blocks) not in self._places:
             self._places[id(blocks)] = blocks.places(self.owners.unsqueeze(1), self.positions)
         return self._places[id(blocks)]
 
     def latent_blocks(self, blocks: Blocks) -> tuple[Tensor, int]:
-        """Return the blocks [B,n] of packed latents, and the place of the first row in the first block."""
+        """Return the blocks [B,n] of packed latents, and the offset of the first row in the first block."""
         if self._latents is None:
             self._latents = blocks.span(self.owners, self.sinks, self.sinks + self.most)
         return self._latents
@@ -100,7 +99,7 @@ def _open_tokens(
 def _sides(
     layer: LayerRows, caches: Caches, step: DecodeStep, means: tuple[Tensor | None, Tensor | None]
 ) -> tuple[SideRows, SideRows]:
-    """Return packed latents [B,J,V,...] of all sequences; rows that stand for no token count as 0."""
+    """Return packed latents [B,J,V,...] of all sequences; padding rows are 0."""
     blocks, first = step.latent_blocks(caches.latents.blocks)
     rows = caches.latents.cache[blocks, 0].flatten(1, 2)[:, first : first + step.most]  # [B, V, bytes]
     packed = layer.latent_rows.read(rows.reshape(-1, rows.shape[2]))

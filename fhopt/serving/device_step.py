@@ -1,10 +1,9 @@
-"""A decode step on an engine's blocks by Triton kernels (fhopt/codegen/gpu/block_tables.py), on a GPU.
+"""A decode step on an engine's blocks in Triton kernels (fhopt/codegen/gpu/block_tables.py), on a GPU.
 
-Where every sequence has one new token, nothing is read back: lengths and block tables are those of the engine, in
-memory that it fills before each step, so that the step may be recorded in a CUDA graph. It writes what
-`LayerCache.write` writes and attends as `decode_step.attend_step` does, which serve where there are no kernels, and are
-what it is tested against. Beside sequences with several new tokens, those with one are attended to, and torch
-operations write.
+If every sequence has one new token, nothing is copied to the host: lengths and block tables are in engine memory that
+is updated before each step, so that a CUDA graph can record it. Equivalent to `LayerCache.write` and
+`decode_step.attend_step`, which are the fallback without kernels and the reference in tests. In a batch with prefill,
+kernels run attention of the decoding sequences, and torch operations write.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ class DeviceStep:
         self._attention = attention
 
     def serves(self, caches: Caches, query: Tensor) -> bool:
-        """Return whether the sequences with one new token can be served."""
+        """Return whether the step supports the sequences with one new token."""
         batch, held = caches.batch, (caches.latents, caches.window, caches.first)
         tables = all(one.blocks.table.dtype == torch.int32 and one.blocks.table.stride(1) == 1 for one in held)
         some = batch.is_step or bool(batch.singles)
         return some and tables and self._attention.serves(query, *(one.cache for one in held))
 
     def writes(self, batch: Batch) -> bool:
-        """Return whether new tokens can be written, too: all sequences have one."""
+        """Return whether the step can write the new tokens, too: all sequences have one."""
         return batch.is_step
 
     def __call__(
         self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
     ) -> None:
-        """Attend with the queries [T,H,D] of sequences with one new token into `output` [T,H,E]; write these first.
+        """Write new tokens if `writes`, and attend with queries [T,H,D] of decoding sequences into `output` [T,H,E].
 
-        keys [T,G,D], values [T,G,E]: of the batch's new tokens, and of what the engine may have added behind them.
+        keys [T,G,D], values [T,G,E]: of the batch's new tokens, and of padding that the engine may have added.
         """
         batch = caches.batch
         if batch.is_step:
@@ -76,7 +75,7 @@ class DeviceStep:
 
     @staticmethod
     def _singles(caches: Caches) -> _Singles:
-        """Return what is known of the sequences with one new token, made once for layers that share blocks."""
+        """Return the decoding sequences of a mixed batch, cached for layers that share blocks."""
         batch, held = caches.batch, (caches.latents, caches.window, caches.first)
         key = "singles", *(id(one.blocks) for one in held)
         if key not in batch.made:
@@ -89,7 +88,7 @@ class DeviceStep:
 
 
 class _Singles(NamedTuple):
-    """Of the sequences with one new token: it in the batch, int64, lengths int32, rows of the three block tables."""
+    """Decoding sequences: batch indices of their tokens, int64, lengths int32, rows of the three block tables."""
 
     tokens: Tensor
     lengths: Tensor
@@ -97,10 +96,10 @@ class _Singles(NamedTuple):
 
 
 def device_step(layer: LayerRows, device: torch.device) -> DeviceStep | None:
-    """Build the decode step of a layer on a GPU; None, with a warning, where there are no kernels for it."""
+    """Build the decode step of a layer on a GPU; None, with a warning, if there are no kernels for it."""
     reason = _objection(layer, device)
     if not reason:
-        from fhopt.codegen.gpu.block_launch import BlockAttention  # late: importing Triton takes a second
+        from fhopt.codegen.gpu.block_launch import BlockAttention  # deferred: importing Triton takes a second
 
         try:
             return DeviceStep(BlockAttention(layout_of(layer, layer.dtype), device))
@@ -111,7 +110,7 @@ def device_step(layer: LayerRows, device: torch.device) -> DeviceStep | None:
 
 
 def _objection(layer: LayerRows, device: torch.device) -> str:
-    """Say why a layer has no kernels on a device; empty where it has."""
+    """Return why a layer has no kernels on a device; empty if it has."""
     if device.type != "cuda":
         return f"there are no kernels for {device.type}, only for CUDA and ROCm."
     if not has_triton():

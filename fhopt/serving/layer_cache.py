@@ -1,4 +1,4 @@
-"""The caches of one layer in a serving engine's blocks: writing new tokens, and attention of queries on them.
+"""The caches of one layer in a serving engine's blocks: writes of new tokens, and attention.
 
 Letters: H query heads, G kv heads, T tokens, D and E head size of keys and values.
 """
@@ -23,43 +23,43 @@ from fhopt.serving.decode_step import DecodeStep, attend_step
 from fhopt.serving.device_step import device_step
 from fhopt.serving.layer_rows import Caches, LayerRows
 
-FEW_QUERIES = 4  # queries of a tile at most that are absorbed; for more, keys and values are reconstructed
+FEW_QUERIES = 4  # maximum queries per tile with absorption; above it, keys and values are reconstructed
 
 
 class Step(Protocol):
-    """Writing and attention of the sequences with one new token, by kernels."""
+    """Kernels for cache writes and attention of sequences with one new token."""
 
     def serves(self, caches: Caches, query: Tensor) -> bool:
-        """Return whether there are such sequences, and these tensors are of the kernels."""
+        """Return whether there are such sequences and the kernels support these tensors."""
 
     def writes(self, batch: Batch) -> bool:
-        """Return whether the new tokens of a batch can be written, too."""
+        """Return whether the kernels can write the new tokens of a batch, too."""
 
     def __call__(
         self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
     ) -> None:
-        """Attend with the queries [T,H,D] of these sequences into `output` [T,H,E]; write the new tokens first.
+        """Write the new tokens if `writes`, and attend with queries [T,H,D] of these sequences into `output` [T,H,E].
 
-        All tensors may have more than the batch's tokens: an engine fills batches up.
+        All tensors may be longer than the batch's tokens: an engine pads batches.
         """
 
 
 class LayerCache(LayerRows):
-    """What one layer writes to its caches and reads of them. compiled: its decode step by kernels, if there is one."""
+    """Cache writes and attention of one layer. compiled: its decode step in kernels, if any."""
 
     compiled: Step | None = None
 
     def compile(self) -> None:
-        """Build the decode step: as one call of machine code on a CPU, of Triton kernels on a GPU.
+        """Build the decode step: one native call on CPU, Triton kernels on GPU.
 
-        Where that cannot be, steps run on torch operations, and a line of the log says why.
+        If that fails, steps run on torch operations, and the log says why.
         """
         self.compiled = compiled_step(self, self.dtype) if self.device.type == "cpu" else device_step(self, self.device)
 
     def write_and_attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
-        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens, attend with their queries [T,H,D].
+        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens; attend with their queries [T,H,D].
 
-        output [T,H,E] is filled. All of them may have more than the batch's tokens, which are left alone.
+        Fills output [T,H,E]. All tensors may be longer than the batch's tokens; padding is ignored.
         """
         batch, step = caches.batch, self.compiled
         if step and step.writes(batch) and step.serves(caches, query):
@@ -74,13 +74,13 @@ class LayerCache(LayerRows):
     def write(self, caches: Caches, keys: Tensor, values: Tensor) -> Tensor:
         """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens to all caches.
 
-        Returns their rows in the residual window, uint8 [T,bytes].
+        Returns their rows of the residual window, uint8 [T,bytes].
         """
         rows = self.window_rows.rows(keys, values)
         caches.window.blocks.write_new(caches.window.cache, rows)
         for one in caches.batch.sequences:
             if one.start == 0 and (self.window.sinks or self.means_from):
-                caches.page(one).zero_()  # the block was another's: there are no means yet
+                caches.page(one).zero_()  # a reused block; there are no means yet
             if one.start < self.window.sinks:
                 self._write_sinks(caches, one, keys, values)
         gaining = caches.batch.gaining_means(self.means_from)
@@ -101,7 +101,7 @@ class LayerCache(LayerRows):
         self.first_rows.write_sinks(caches.page(one), one.start, keys[new], values[new])
 
     def _first_tokens(self, caches: Caches, one: Sequence, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values, float32, of the tokens that means are of, as the residual window holds them."""
+        """Return float32 keys and values of the tokens that the means cover, as stored in the residual window."""
         old, new = min(one.start, self.means_from), max(one.start, self.window.sinks)
         parts = [rows[one.begin + new - one.start : one.begin + self.means_from - one.start]]
         if old > self.window.sinks:
@@ -112,7 +112,7 @@ class LayerCache(LayerRows):
         self.first_rows.write_means(caches.page(one), (keys.mean(0), values.mean(0)))
 
     def _write_encoded(self, caches: Caches, keys: Tensor, values: Tensor) -> None:
-        """Write packed latents of new tokens of sequences whose means, if any, were there before."""
+        """Write packed latents of new tokens of sequences that already had means or need none."""
         batch = caches.batch
         chosen = batch.encoded(self.means_from)
         owners, positions = batch.owners, batch.positions
@@ -138,7 +138,7 @@ class LayerCache(LayerRows):
     def attend(self, caches: Caches, query: Tensor, rows: Tensor, output: Tensor) -> None:
         """Attend with the queries [T,H,D] of the batch's new tokens into `output` [T,H,E].
 
-        rows uint8 [T,bytes]: of the new tokens, as `write` returned them.
+        rows uint8 [T,bytes]: of the new tokens, as returned by `write`.
         """
         batch = caches.batch
         if self.compiled and self.compiled.serves(caches, query):
@@ -160,10 +160,10 @@ class LayerCache(LayerRows):
 
 
 class _Reader:
-    """What the queries of one sequence read, fetched once for all of its tiles.
+    """Attention of one prefilling sequence, with inputs loaded once for all of its tiles.
 
-    Tiles read more and more tokens as latents. Keys and values that are reconstructed from these stand in one buffer
-    for all tiles, over those of the residual window that the first tile reads in their place.
+    Later tiles attend to more tokens as latents. One buffer for all tiles holds the reconstructed keys and values,
+    which overwrite those of the residual window used by earlier tiles.
     """
 
     def __init__(self, layer: LayerCache, caches: Caches, one: Sequence, rows: Tensor, dtype: torch.dtype) -> None:
@@ -178,10 +178,10 @@ class _Reader:
             self.means = key_mean.unsqueeze(2), value_mean.unsqueeze(2)
         self.open = self._window(caches, rows)
         self.sides = self._sides(caches) if self.quantized else None
-        self._placed = layer.window.quantized_tokens(one.start)  # tokens that stand in `_whole` as reconstructed
+        self._placed = layer.window.quantized_tokens(one.start)  # reconstructed tokens in `_whole`
 
     def _window(self, caches: Caches, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys [1,G,N,D] and values of the residual window, from `start` on, new tokens behind."""
+        """Return keys [1,G,N,D] and values of the residual window from `start` on, followed by new tokens."""
         one, codec, parts = self.one, self.layer.window_rows, []
         if one.start > self.start:
             parts.append(caches.window.read(one, self.start, one.start)[:, : codec.size])
@@ -210,9 +210,9 @@ class _Reader:
         return attend(query, keys, values, latents, None, scale=self.layer.scale)
 
     def attend_at_once(self, query: Tensor) -> Tensor | None:
-        """Attend with all new queries [1,H,S,D] of the sequence: [1,H,S,E]; None where the CPU has no kernel for them.
+        """Attend with all new queries [1,H,S,D] of the sequence: [1,H,S,E]; None if there is no CPU kernel for it.
 
-        Each query has spans of its own: of first tokens and reconstructed latents, and of the residual window.
+        Each query has two spans: of first tokens and reconstructed latents, and of the residual window.
         """
         near, far = self._spans()
         numbers = {"scale": self.layer.scale, "softcap": 0.0}
@@ -221,10 +221,10 @@ class _Reader:
         if opened is None or behind is None:
             return None
         (out, lse), (other, other_lse) = opened, behind
-        return out.lerp_(other, torch.sigmoid(other_lse - lse).unsqueeze(-1))  # no query sees nothing in both
+        return out.lerp_(other, torch.sigmoid(other_lse - lse).unsqueeze(-1))  # each query sees a key in one of them
 
     def _spans(self) -> tuple[Tensor, Tensor]:
-        """Return which tokens each query sees, int64 [S,2]: of `open`, and of `_behind_sinks`."""
+        """Return the spans of each query, int64 [S,2]: in `open`, and in `_behind_sinks`."""
         key = "spans", self.layer.window, self.one.start, self.one.stop
         if key not in self.made:
             sinks, at = self.layer.window.sinks, torch.arange(self.one.start, self.one.stop)
@@ -236,7 +236,7 @@ class _Reader:
 
     @cached_property
     def _behind_sinks(self) -> tuple[Tensor, Tensor]:
-        """Keys [1,G,T,D] and values of the first tokens, and behind them of all packed latents."""
+        """Keys [1,G,T,D] and values of the first tokens, followed by all packed latents."""
         parts = zip(self.sinks, self._far, strict=True)
         key, value = (torch.cat([first[:, :, : self.one.stop].to(self.dtype), far], 2) for first, far in parts)
         return key, value
@@ -251,7 +251,7 @@ class _Reader:
 
     @cached_property
     def _whole(self) -> tuple[Tensor, Tensor]:
-        """Keys [1,G,T,D] and values of all tokens, as the first tile reads them."""
+        """Keys [1,G,T,D] and values of all tokens, as the first tile uses them."""
         sinks = min(self.layer.window.sinks, self.one.stop)
         parts = zip(self.sinks, self._far, self.open, strict=True)
         key, value = (
@@ -261,7 +261,7 @@ class _Reader:
         return key, value
 
     def _plain(self, tile: Tile, query: Tensor) -> Tensor:
-        """Attend to keys and values of all tokens, of which some are reconstructed from latents."""
+        """Attend to keys and values of all tokens, some of them reconstructed from latents."""
         sinks, (key, value) = self.layer.window.sinks, self._whole
         if tile.quantized > self._placed:
             for whole, far in zip((key, value), self._far, strict=True):
@@ -275,7 +275,7 @@ class _Reader:
         return out.view(1, heads, count, -1)
 
     def _mask(self, count: int, shared: int) -> Tensor:
-        """Return a causal mask for the last `count` tokens and `shared` query heads, as numbers [shared * count, T]."""
+        """Return an additive causal mask for the last `count` tokens and `shared` query heads, [shared * count, T]."""
         key = "mask", count, shared, self.one.stop, self.dtype
         if key not in self.made:
             causal = additive(causal_mask(count, self.one.stop, self.open[0].device), self.dtype)

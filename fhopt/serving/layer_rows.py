@@ -1,4 +1,4 @@
-"""The three caches of one layer in a serving engine's blocks, and what their rows hold.
+"""The three caches of one layer in a serving engine's blocks, and the layout of their rows.
 
 Letters: H query heads, G kv heads, T tokens, D and E head size of keys and values.
 """
@@ -19,9 +19,9 @@ from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 CPU = torch.device("cpu")
 
 
-@dataclass(eq=False, slots=True)  # not frozen: one is made for each cache, layer and step
+@dataclass(eq=False, slots=True)  # not frozen, for speed: one per cache, layer and step
 class Held:
-    """Memory of one cache of a layer, uint8 [blocks, 1, tokens of a block, bytes], and a batch's blocks in it."""
+    """Memory of one cache of a layer, uint8 [blocks, 1, tokens per block, bytes], and a batch's blocks in it."""
 
     cache: Tensor
     blocks: Blocks
@@ -41,7 +41,7 @@ class Caches:
 
     @property
     def batch(self) -> Batch:
-        """The batch that the blocks are of."""
+        """The batch of the blocks."""
         return self.latents.blocks.batch
 
     def page(self, sequence: Sequence) -> Tensor:
@@ -50,10 +50,10 @@ class Caches:
 
 
 class LayerRows:
-    """What the rows of one layer's caches hold, by the plan of its site; bases are on `device`.
+    """Row layout of one layer's caches, given by the plan of its site; bases are on `device`.
 
-    For a 16-bit model, encoders are rounded to float16, which moves latents less than its keys and values are rounded:
-    for one sequence, a decode step reads more bytes of encoders than of the cache.
+    For 16-bit models, encoders are rounded to float16, which changes latents less than the rounding of the keys and
+    values themselves: for one sequence, a decode step loads more bytes of encoders than of the cache.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LayerRows:
 
 
 def _placed(site: SitePlan, dtype: torch.dtype, device: torch.device) -> SitePlan:
-    """Return the plan of a site with its bases on a device, encoders as a model of type `dtype` reads them."""
+    """Return the plan of a site with its bases on a device, and encoders in the precision for a model dtype."""
     encoders = [side.encode.to(device, torch.float32) for side in (site.key, site.value)]
     halves = [encode.half() for encode in encoders]
     if dtype.itemsize == 2 and all(bool(half.isfinite().all()) for half in halves):

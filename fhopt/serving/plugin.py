@@ -1,6 +1,6 @@
-"""The plugin of vLLM: `register` is the entry point of the group vllm.general_plugins.
+"""The vLLM plugin: `register` is the entry point of the group vllm.general_plugins.
 
-vLLM calls it in every one of its processes: the one that is asked, the engine's, each worker's.
+vLLM calls it in each of its processes: front end, engine and workers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ log = logging.getLogger("vllm.fhopt")
 
 
 def register() -> None:
-    """Register the quantization method of rewritten folders, and the caches of a plan.
+    """Register the quantization method of rewritten folders, and the cache specifications of a plan.
 
-    With a version of vLLM that is not supported nothing is registered, and a warning says so: other models are served.
+    With an unsupported vLLM version it registers nothing and warns; other models can be served.
     """
     import vllm
 
@@ -35,7 +35,7 @@ def register() -> None:
 
 
 def _say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print an error that the user can correct as one line, and others as ever."""
+    """Print an error that the user can fix in one line, and other errors as usual."""
     if isinstance(error, FhoptError):
         print(f"Error: {error}", file=sys.stderr)
     else:

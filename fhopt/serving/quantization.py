@@ -1,7 +1,7 @@
-"""quant_method "fhopt" in vLLM: weights stay as they are, attention keeps the latents of a plan.
+"""quant_method "fhopt" in vLLM: weights are unchanged, attention stores the latents of a plan.
 
-vLLM finds the method by `quantization_config` in the config.json of a rewritten folder, and asks it about every layer
-that it makes. The folder is checked before a weight is loaded.
+vLLM selects the method by `quantization_config` in a rewritten folder's config.json, and queries it for every layer
+that it creates. The folder is verified before weights are loaded.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ class FhoptConfig(QuantizationConfig):  # type: ignore[misc]
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the types of a model that are supported."""
+        """Return the supported model dtypes."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return the least capability of a GPU."""
+        """Return the minimum GPU capability."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Return no names: everything stands in config.json and in the plan."""
+        """Return no names: everything is in config.json and in the plan."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FhoptConfig:
-        """Make the configuration of `quantization_config`."""
+        """Make the configuration from `quantization_config`."""
         return cls()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read and check the folder of the model. Raises FhoptError."""
+        """Load and verify the model's folder. Raises FhoptError."""
         folder = read_folder(Path(model_name))
         refusals.check_folder(folder, hf_config)
         self.plan = folder.plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Give an attention layer the caches of its plan; linear layers keep their weights as they are."""
+        """Set up the plan's caches for an attention layer; linear layers stay unquantized."""
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         if isinstance(layer, Attention) and not isinstance(layer.impl, backend.LatentAttention):
@@ -86,7 +86,7 @@ register_quantization_config(METHOD)(FhoptConfig)
 
 
 class _Made:
-    """The caches of all layers of a model in one process, made once the engine's configuration is known."""
+    """The caches of a model's layers in one process, made once the engine's configuration is known."""
 
     def __init__(self, plan: LatentPlan, config: Any) -> None:
         refusals.check_engine(plan, config)
@@ -116,5 +116,5 @@ class _Made:
         )  # fmt: skip
 
     def names(self, prefix: str) -> str:
-        """Return the name of the site of the layer that vLLM calls `prefix`. Raises FhoptError."""
+        """Return the site name of the layer that vLLM calls `prefix`. Raises FhoptError."""
         return self.plan.site(prefix.removesuffix(".attn")).site.name

@@ -1,7 +1,7 @@
-"""Models, plans and options of an engine that are refused, each with one sentence and its cure.
+"""Rejection of unsupported models, plans and engine options, each with one message and a fix.
 
-Checked before the engine reserves memory: the folder when vLLM reads its configuration, options and layers when it
-makes the model.
+Checked before the engine allocates memory: the folder when vLLM loads its configuration, options and layers when it
+builds the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_folder(folder: RewrittenFolder, hf_config: Any) -> None:
 
 
 def check_engine(plan: LatentPlan, config: Any) -> None:
-    """Raise FhoptError for options of the engine with which a plan is not served. config: vLLM's configuration."""
+    """Raise FhoptError for engine options that do not support a plan. config: vLLM's configuration."""
     cache, parallel = config.cache_config, config.parallel_config
     speculative = getattr(config.speculative_config, "method", None)
     found = [
@@ -73,7 +73,7 @@ def check_engine(plan: LatentPlan, config: Any) -> None:
 
 
 def local_site(site: SitePlan, count: int, rank: int) -> SitePlan:
-    """Return the part of a site's plan for one of `count` processes. Raises FhoptError where heads do not divide."""
+    """Return a site's plan for one of `count` processes. Raises FhoptError if heads do not divide evenly."""
     if count == 1:
         return site
     groups, heads = {site.key.groups, site.value.groups}, site.site.kv_heads
@@ -86,7 +86,7 @@ def local_site(site: SitePlan, count: int, rank: int) -> SitePlan:
 
 
 def check_layer(layer: Any, name: str) -> None:
-    """Raise FhoptError for an attention layer of vLLM that computes more than a plan knows."""
+    """Raise FhoptError for a vLLM attention layer with features that plans do not support."""
     impl = layer.impl
     found = [
         ("a sliding window", layer.sliding_window is not None),

@@ -1,10 +1,10 @@
 """Bytes of a token in the blocks of a serving engine, for one layer.
 
-    LatentRows   [key latents | value latents]: quantized values and scales of every latent head, or numbers
-    WindowRows   [keys | values] of all kv heads: in 8 bits with a scale for each head, or as they came
-    FirstRows    one page for a sequence: keys and values of its attention sinks as they came, means in float32
+    LatentRows   [key latents | value latents]: quantized values and scales of every latent head, or unquantized
+    WindowRows   [keys | values] of all kv heads: 8-bit with a scale per head, or unquantized
+    FirstRows    one page per sequence: unquantized keys and values of its attention sinks, means in float32
 
-Parts of a row are ordered by alignment, so that each can be read where it lies.
+Parts of a row are ordered by alignment, so that each can be loaded in place.
 
 Letters: G kv heads, J latent heads, T tokens, D and E head size of keys and values, R latent width.
 """
@@ -22,13 +22,13 @@ from fhopt.codegen.cpu import block_tables
 from fhopt.ops import algebra, packing
 from fhopt.plan.site_plan import SCALE_BYTES, SidePlan, SitePlan
 
-LEAST_ALIGNMENT = SCALE_BYTES  # bytes of which a row is a multiple
+LEAST_ALIGNMENT = SCALE_BYTES  # row sizes in bytes are multiples of this
 Packed = tuple[Tensor, Tensor | None]  # rows [1,J,T,bytes or R], scales [1,J,T]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a row, from byte `start` on: `heads` times `numbers` of `dtype`."""
+    """A part of a row, from byte `start` on: `heads` times `numbers` elements of `dtype`."""
 
     start: int
     heads: int
@@ -37,23 +37,23 @@ class Part:
 
     @property
     def stop(self) -> int:
-        """Byte behind the part."""
+        """End byte of the part."""
         return self.start + self.heads * self.numbers * self.dtype.itemsize
 
     def read(self, rows: Tensor) -> Tensor:
-        """Return numbers [T, heads, numbers of a head] of rows uint8 [T, bytes], without a copy."""
+        """Return the elements [T, heads, numbers] of rows uint8 [T, bytes], as a view."""
         return rows[:, self.start : self.stop].view(self.dtype).unflatten(1, (self.heads, self.numbers))
 
     def write(self, rows: Tensor, numbers: Tensor) -> None:
-        """Put numbers [T, heads, numbers of a head] into rows uint8 [T, bytes]; of one a head, also as [T, heads]."""
+        """Write elements [T, heads, numbers] to rows uint8 [T, bytes]; also [T, heads] for one element per head."""
         place = self.read(rows)
         place.copy_(numbers.reshape(place.shape))
 
 
 def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[Part], int]:
-    """Place parts of (heads, numbers of a head, dtype) in a row: (parts in the given order, bytes of the row).
+    """Lay out parts (heads, elements per head, dtype) in a row: (parts in the given order, bytes of the row).
 
-    Heads of an even number of bytes stand before others: GPUs read them in words of 16 bits.
+    Heads of an even number of bytes come before others: GPUs load them in 16-bit words.
     """
     order = sorted(range(len(wanted)), key=lambda i: (-wanted[i][2].itemsize, wanted[i][1] % 2))
     parts: dict[int, Part] = {}
@@ -66,7 +66,7 @@ def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[Part
 
 
 class LatentRows:
-    """Packed latents of a site, of keys and values of type `dtype` where they are not quantized."""
+    """Packed latents of a site; unquantized latents have dtype `dtype`."""
 
     def __init__(self, plan: SitePlan, dtype: torch.dtype) -> None:
         self.plan = plan
@@ -86,7 +86,7 @@ class LatentRows:
                 next(parts).write(rows, numbers[0].transpose(0, 1))
 
     def read(self, rows: Tensor) -> tuple[Packed, Packed]:
-        """Return packed latents of keys and of values of rows uint8 [T, bytes], the same twice where they share one."""
+        """Return packed latents of keys and values in rows uint8 [T, bytes]; the same twice if they share a latent."""
         parts, packed = iter(self.parts), []
         for side in self.sides:
             latents = next(parts).read(rows).transpose(0, 1)[None]
@@ -96,14 +96,14 @@ class LatentRows:
 
 
 def _numbers(side: SidePlan, dtype: torch.dtype) -> list[tuple[int, int, torch.dtype]]:
-    """List the parts of one side: latents and, where they are quantized, scales."""
+    """List the parts of one side: latents, and scales if they are quantized."""
     if not side.tiers:
         return [(side.groups, side.width, dtype)]
     return [(side.groups, side.row_bytes(), torch.uint8), (side.groups, 1, torch.float16)]
 
 
 class WindowRows:
-    """Tokens of the residual window, of `bits` bits, 16 for numbers of type `dtype`."""
+    """Tokens of the residual window in `bits` bits; 16: unquantized, in dtype `dtype`."""
 
     def __init__(self, plan: SitePlan, bits: int, dtype: torch.dtype) -> None:
         site, self.is_rounded = plan.site, bits == 8
@@ -114,7 +114,7 @@ class WindowRows:
         self.parts, self.size = _laid_out(wanted)
 
     def rows(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Make rows uint8 [T, size] of keys [T,G,D] and values [T,G,E]."""
+        """Make rows uint8 [T, size] from keys [T,G,D] and values [T,G,E]."""
         rows = torch.empty((len(keys), self.size), dtype=torch.uint8, device=keys.device)
         for i, x in enumerate((keys, values)):
             if self.is_rounded:
@@ -126,7 +126,7 @@ class WindowRows:
         return rows
 
     def read(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys [T,G,D] and values [T,G,E] of `dtype` of rows uint8 [T, bytes]."""
+        """Return keys [T,G,D] and values [T,G,E] in `dtype` from rows uint8 [T, bytes]."""
         numbers = [part.read(rows) for part in self.parts]
         if not self.is_rounded:
             return numbers[0].to(dtype), numbers[1].to(dtype)
@@ -136,14 +136,14 @@ class WindowRows:
 
 
 def _round_into(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Round x [T,G,D] to codes uint8 [T,G,D] and scale float16 [T,G] by torch operations."""
+    """Round x [T,G,D] to codes uint8 [T,G,D] and scale float16 [T,G], by torch operations."""
     packing.round_rows_into_reference(x.transpose(0, 1)[None], None, codes.transpose(0, 1)[None], scale.t()[None], 0)
 
 
 class FirstRows:
-    """What is kept of a sequence's first tokens: `sinks` attention sinks of type `dtype`, and means where a plan has.
+    """Data of a sequence's first tokens: `sinks` attention sinks of dtype `dtype`, and means if the plan has them.
 
-    A page is one row. Means are zero until there are any.
+    A page is one row. Means are zero until computed.
     """
 
     def __init__(self, plan: SitePlan, sinks: int, has_means: bool, dtype: torch.dtype) -> None:
@@ -156,7 +156,7 @@ class FirstRows:
         self.heads = [(site.kv_heads, size) for size in sizes]
 
     def write_sinks(self, page: Tensor, start: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys [T,G,D] and values [T,G,E] of sinks `start` and those behind it into a page uint8 [1, bytes]."""
+        """Write keys [T,G,D] and values [T,G,E] of sinks from `start` on to a page uint8 [1, bytes]."""
         for part, x in zip(self.sink_parts, (keys, values), strict=True):
             part.read(page)[0, start : start + len(x)] = x.flatten(1).to(part.dtype)
 
@@ -167,11 +167,11 @@ class FirstRows:
         return key, value
 
     def write_means(self, page: Tensor, means: Sequence[Tensor]) -> None:
-        """Put means [G,D] and [G,E] into a page uint8 [1, bytes]."""
+        """Write means [G,D] and [G,E] to a page uint8 [1, bytes]."""
         for part, mean in zip(self.mean_parts, means, strict=True):
             part.read(page)[0] = mean
 
     def read_means(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Return means [P,G,D] and [P,G,E] of pages uint8 [P, bytes]."""
+        """Return means [P,G,D] and [P,G,E] from pages uint8 [P, bytes]."""
         key, value = (part.read(pages) for part in self.mean_parts)
         return key, value

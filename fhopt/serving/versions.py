@@ -1,7 +1,8 @@
-"""The versions of vLLM that the plugin supports, and the hooks that it needs of them.
+"""Supported vLLM versions, and the hooks that the plugin needs.
 
-vLLM promises no stable interface for attention backends: a release may move what the plugin builds on. So one range is
-supported, every hook stands in HOOKS, and a test in the environment of `make test-serving` finds the one that moved.
+vLLM has no stable interface for attention backends: a release may move what the plugin depends on. One range of
+versions is therefore supported, HOOKS lists every dependency, and a test in the environment of `make test-serving`
+finds moved ones.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 from fhopt.errors import FhoptError
 
-FROM, BEFORE = (0, 32), (0, 33)  # versions of vLLM that are supported
+FROM, BEFORE = (0, 32), (0, 33)  # supported vLLM versions
 
-# Module, and what the plugin uses of it.
+# Modules, and what the plugin uses of them.
 HOOKS = {
     "vllm.config": ("get_current_vllm_config", "DeviceConfig.device_type"),
     "vllm.forward_context": ("get_forward_context", "ForwardContext.no_compile_layers", "ForwardContext.attn_metadata"),
@@ -48,7 +49,7 @@ HOOKS = {
 
 
 def check_version(version: str) -> None:
-    """Raise FhoptError for a version of vLLM that is not supported."""
+    """Raise FhoptError for an unsupported vLLM version."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if not FROM <= numbers < BEFORE:
         raise FhoptError(
@@ -62,7 +63,7 @@ def _text(version: tuple[int, int]) -> str:
 
 
 def missing_hooks() -> list[str]:
-    """List the hooks that the installed vLLM does not have."""
+    """List the hooks that the installed vLLM lacks."""
     return [f"{module}.{name}" for module, names in HOOKS.items() for name in names if not _has(module, name)]
 
 

@@ -1,1 +1,1 @@
-"""Texts for calibration and tests: built in, from files, as tokens."""
+"""Texts for calibration and tests: built-in texts, files, token ids."""

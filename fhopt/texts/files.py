@@ -1,4 +1,4 @@
-"""Texts from files and folders: plain text, JSON lines, saved data sets, parquet."""
+"""Texts from files and folders: plain text, JSON lines, saved data sets, Parquet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"
 
 
 def check_text(name: str) -> None:
-    """Raise FhoptError where `name` is neither a built-in text nor a regular file or a folder."""
+    """Raise FhoptError if `name` is neither a built-in text nor a regular file or a folder."""
     if name in BUILT_IN:
         return
     path = Path(name).expanduser()
@@ -43,7 +43,7 @@ def check_text(name: str) -> None:
 
 
 def join_documents(documents: Iterable[str], limit: int) -> str:
-    """Join the documents that are not blank, until `limit` characters are full."""
+    """Join the nonblank documents, up to `limit` characters."""
     kept: list[str] = []
     room = limit
     for document in documents:
@@ -57,7 +57,7 @@ def join_documents(documents: Iterable[str], limit: int) -> str:
 
 
 def read_documents(path: Path, limit: int) -> Iterator[str]:
-    """Read the documents of a file, a folder of files or a saved data set."""
+    """Load the documents of a file, a folder of files or a saved data set."""
     if not path.is_dir():
         return _file(path, limit)
     if any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
@@ -114,18 +114,18 @@ def _parse(line: str, where: str) -> Any:
 
 
 def _document(record: str | dict[str, Any], where: str) -> str:
-    """Return the text of a line or row; "" when it is null. `where` names the line in errors."""
+    """Return the text of a line or row; "" for null. `where` names the line in errors."""
     fields = {"text": record} if isinstance(record, str) else {k: record[k] for k in KEYS if k in record}
     key, value = next(((k, v) for k, v in fields.items() if v is not None), ("text", ""))
     if not fields or not isinstance(value, list if key == "messages" else str):
         raise FhoptError(f"{where} is {_describe(record)}; expected {RECORD}. Correct, rename or remove it.")
     if isinstance(value, list):
         value = _SEPARATOR.join(_turn(m, f"message {i} in {where}") for i, m in enumerate(value, start=1))
-    return value.encode(errors="replace").decode()  # JSON can spell halves of characters, which no tokenizer takes
+    return value.encode(errors="replace").decode()  # JSON can contain lone surrogates, which tokenizers reject
 
 
 def _turn(message: Any, where: str) -> str:
-    """Format one turn of a chat below a line with its role. A call of a tool has no content."""
+    """Format one chat turn below a line with its role. A tool call has no content."""
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, (str, type(None))):
         raise FhoptError(
@@ -135,7 +135,7 @@ def _turn(message: Any, where: str) -> str:
 
 
 def _describe(value: Any) -> str:
-    """Describe the kind of a JSON value, of an object also the first keys."""
+    """Describe the type of a JSON value, for an object also its first keys."""
     kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
     if not isinstance(value, dict):
         return kind
@@ -144,15 +144,15 @@ def _describe(value: Any) -> str:
 
 
 def _table(path: Path) -> Iterator[str]:
-    """Read the documents of a Parquet file or of a saved data set."""
-    path.stat()  # an absent file is an OSError, as for other sources
+    """Load the documents of a Parquet file or of a saved data set."""
+    path.stat()  # raises OSError for a missing file, as other sources do
     try:
         rows = _saved_rows(path) if path.is_dir() else _parquet_rows(path)
         for number, row in enumerate(rows, start=1):
             yield _document(row, f"row {number} of {path}")
     except FhoptError:
         raise
-    except Exception as error:  # a damaged file fails anywhere in them
+    except Exception as error:  # the libraries raise anything for a damaged file
         raise FhoptError(
             f"{path} could not be read: {' '.join(str(error).split())}. Expected a Parquet file, or a folder written "
             "by save_to_disk of a Dataset or DatasetDict. Write it again."
@@ -174,7 +174,7 @@ def _saved_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    _data_library("datasets")  # it requires a pyarrow that does not run what a file may carry
+    _data_library("datasets")  # it requires a pyarrow version that does not execute code from files
     parquet = _data_library("pyarrow.parquet")
     with opened(path, cure=_CURE) as file:
         table = parquet.ParquetFile(file, buffer_size=1 << 20)

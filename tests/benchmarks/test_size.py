@@ -1,4 +1,4 @@
-"""Counts of the repository's lines, and lists of what makes it hard to read (benchmarks/size.py), on small trees."""
+"""Line counts of the repository, and lists of what makes it hard to read (benchmarks/size.py), on small trees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.source_imports import Import, late_cycles, module_cycles, packag
 
 
 def shown(table: Table) -> list[list[str]]:
-    """The cells of a table, row by row."""
+    """Return the cells of a table, row by row."""
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -41,7 +41,7 @@ def committed(folder: Path, files: dict[str, str]) -> str:
 # --------------------------------------------------------------------------------------------------- imports
 
 
-def test_imports_are_read_wherever_they_are() -> None:
+def test_imports_are_found_everywhere() -> None:
     text = (
         "from typing import TYPE_CHECKING\n"
         "from fhopt.plan import site\n"
@@ -64,7 +64,7 @@ def test_imports_are_read_wherever_they_are() -> None:
     }
 
 
-def test_imports_for_types_close_cycles_and_late_ones_are_listed_apart() -> None:
+def test_imports_for_types_close_cycles_and_late_ones_are_listed_separately() -> None:
     tree = {
         "fhopt/a/one.py": "from fhopt.a import two",
         "fhopt/a/two.py": "from fhopt.b.three import x",
@@ -122,7 +122,7 @@ def test_long_files_and_functions_are_listed_the_longest_first() -> None:
     assert [one.where for one in found.long_files(size.MAX_FILE)] == ["fhopt/d.py", "fhopt/c.py"]
 
 
-def test_names_are_listed_that_several_modules_define() -> None:
+def test_names_defined_in_several_modules_are_listed() -> None:
     tree = {
         "fhopt/a.py": "class Walk: pass\nclass _Own: pass\ndef fit(): pass\ndef fit(): pass\nclass B:\n def f(): pass",
         "codegen/b.py": "class _Own: pass\ndef fit(): pass\ndef f(): pass\ndef once(): pass",
@@ -138,7 +138,7 @@ def test_names_are_listed_that_several_modules_define() -> None:
     assert found.counts()["  in fhopt, passes and codegen"] == 0
 
 
-def test_old_names_of_limits_are_listed() -> None:
+def test_outdated_names_of_limits_are_listed() -> None:
     tree = {
         "fhopt/a.py": "MOST_ROWS, MAX_ROWS = 1, 2\n_LEAST: int = 1\nALMOST = MOSTLY = 3\n",
         "codegen/cpu/a.h": "constexpr int PARTS = 1, MOST = 2;\nint x = MOST;\n",
@@ -167,7 +167,7 @@ def test_a_commit_is_compared_with_the_working_tree(tmp_path: Path, monkeypatch:
     assert "MOST_ and LEAST_ names                  │ 0 " in only and only.count("cycle") == 3
 
 
-def test_a_commit_that_a_shallow_clone_lacks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_missing_from_a_shallow_clone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(size, "ROOT", tmp_path)
     committed(tmp_path, {"fhopt/a.py": "x = 1\n"})
     with pytest.raises(click.ClickException, match=r"commit 0504013 is not in this clone\. .* git fetch --unshallow"):

@@ -1,4 +1,4 @@
-"""C++ kernels on ARM: they compile for it, and products with blocks of a GGUF file are run by an emulator.
+"""C++ kernels on ARM: compiled for it; an emulator runs matmuls with GGUF blocks.
 
 Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`.
 """
@@ -34,12 +34,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which(COMPILER) or not shutil.which(EMULATOR), reason="there is no compiler for ARM"),
 ]
-CPUS = ("neoverse-n1", "cortex-a53")  # with and without products of bytes
+CPUS = ("neoverse-n1", "cortex-a53")  # with and without int8 dot products
 LIBRARIES: dict[str, Callable[[], str]] = {
     module.__name__.rpartition(".")[2]: module.render
     for module in (block_tables, gguf_blocks, lm_head, packing, pages, prefill, skinny_linear, wide_linear, program)
 }
-# Reads a case, writes its products and the numbers of all rows of the weight.
+# Loads a case, writes its matmul results and the dequantized weight.
 MAIN = r"""
 #include <cstdio>
 #include <vector>
@@ -76,7 +76,7 @@ def test_a_library_compiles(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_products_with_blocks_are_those_of_float64(cpu: str, tmp_path: Path) -> None:
+def test_matmuls_with_blocks_agree_with_float64(cpu: str, tmp_path: Path) -> None:
     compiled(gguf_blocks.render() + MAIN, cpu, tmp_path / "products", ("-O3", "-std=c++17", "-static"))
     rows, columns, width = 7, 21, 512
     for format in sorted(HALVES):

@@ -1,4 +1,4 @@
-"""SmolLM2's `generate` with a fixed latent cache, compiled: the eager tokens, and nothing is compiled twice."""
+"""SmolLM2's `generate` with a static latent cache, compiled: eager tokens, without recompilation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fhopt.models.loader import load_model
 from fhopt.texts import tokens
 
 PROMPT, FIRST, MORE = 400, 2, 500
-# Logits of up to 30 in float32, whose attention is summed in another order: a latent on the edge of two of its 16 codes
-# changes them by up to 0.11, so that a step may choose the other one of two tokens that are as likely.
+# Logits of up to 30 in float32, with attention summed in another order: a latent between two of its 16 codes
+# changes them by up to 0.11, so that a step may choose the other one of two equally likely tokens.
 ROUNDING = 0.3
-LAYERS = 9  # of 30 that are alike: more than the 8 graphs of one function after which Dynamo gives up
+LAYERS = 9  # of 30 equal ones: more than the 8 graphs per function after which Dynamo gives up
 
 
 class Graphs(BaseStreamer):  # type: ignore[misc]
-    """How many graphs had been compiled at each token."""
+    """Number of compiled graphs at each token."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
@@ -40,7 +40,7 @@ def test_five_hundred_steps_of_smollm2_compile_nothing_more_and_give_the_eager_t
 ) -> None:
     from torch._dynamo.backends.debugging import aot_eager
 
-    # Which graphs there are does not depend on inductor; generating its C++ would take minutes.
+    # The number of graphs does not depend on inductor, whose C++ would take minutes.
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, **options: aot_eager(m, i))
     loaded = load_model("demo")
     model: Any = loaded.language_model()
@@ -65,6 +65,6 @@ def test_five_hundred_steps_of_smollm2_compile_nothing_more_and_give_the_eager_t
     assert same > MORE // 5
     for a, b in zip(found.logits[: same + 1], expected.logits[: same + 1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
-    steps = seen.counts[1:]  # behind the prompt
+    steps = seen.counts[1:]  # after the prompt
     assert len(steps) == FIRST + MORE and steps[0] > 0
     assert set(steps[FIRST:]) == {steps[FIRST]} and not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""Whole models under torch.compile with a plan: the numbers, the tokens and the gradients of eager."""
+"""Whole models under torch.compile with a plan: eager results, tokens and gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_inductor_compiles_the_rewritten_graph_with_gradients(llama: Fitted) -> 
 
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("layout", ["freq", "identity"])
-def test_full_width_latents_change_nothing_compiled_and_train(fitted: Fitted, layout: str) -> None:
+def test_full_width_latents_are_lossless_when_compiled_and_train(fitted: Fitted, layout: str) -> None:
     check_full_width(fitted, layout)
 
 
@@ -60,12 +60,12 @@ def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: F
     model = tiny_llama()
     model.load_state_dict(llama.model.state_dict())
     fhopt.apply(model, llama.plan(4))
-    # A latent on the edge of two codes may be rounded to the other one (3e-4 seen); one bit read wrongly gives 1e-2.
+    # A latent between two codes may round to the other one (3e-4 observed); a wrong bit gives 1e-2.
     assert_compiled_generation_is_eager(model, new_tokens=30, atol=1e-3)
 
 
 def assert_compiled_generation_is_eager(model: Any, new_tokens: int, atol: float) -> None:
-    """Greedy tokens and logits behind 40 tokens, compiled without a graph break, against the eager model's."""
+    """Compare greedy tokens and logits after 40 tokens, compiled without a graph break, with the eager model's."""
     from torch._dynamo.utils import counters
 
     ids = token_ids(1, 40)
@@ -92,8 +92,8 @@ def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_works_compiled_by_inductor_alone(llama: Fitted) -> None:
-    """The ops are ordinary custom ops: no backend of ours is needed to be right."""
+def test_a_cache_works_when_compiled_only_by_inductor(llama: Fitted) -> None:
+    """The ops are ordinary custom ops, and give correct results without fhopt's backend."""
     ids, plan = token_ids(1, 40), llama.plan(4)
     fhopt.apply(llama.model, plan)
     try:
@@ -128,7 +128,7 @@ def test_one_graph_serves_every_length(llama: Fitted, with_plan: bool) -> None:
 
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
-def test_one_latent_for_keys_and_values_changes_nothing_compiled_and_trains(make: Any) -> None:
+def test_one_latent_for_keys_and_values_is_lossless_when_compiled_and_trains(make: Any) -> None:
     model, ids = with_biases(make()), token_ids(1, 40)
     plan = shared_plan(captured_sites(model)[1], 64)
     expected = model(input_ids=ids)[0]
@@ -142,15 +142,14 @@ def test_one_latent_for_keys_and_values_changes_nothing_compiled_and_trains(make
 
 
 def others(model: Any) -> list[Any]:
-    """Parameters but those whose change would move keys and values out of the latent's span: their gradients are cut
-    to it."""
+    """Return parameters whose change keeps keys and values in the latent's span, to which their gradients are cut."""
     cut = ("ln_1", "c_attn", "LayerNorm", "key", "value")
     return [p for name, p in model.named_parameters() if not any(part in name for part in cut)]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_one_coded_latent_gives_the_same_with_and_without_gradients() -> None:
+def test_one_quantized_latent_gives_the_same_with_and_without_gradients() -> None:
     model, ids = with_biases(tiny_gpt2()), token_ids(1, 60)
     plan = shared_plan(captured_sites(model)[1], 64, CODED * 4)
     compiled = with_backend(model, plan=plan)
@@ -164,7 +163,7 @@ def test_one_coded_latent_gives_the_same_with_and_without_gradients() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_compiled_generation_with_one_latent_and_a_window_of_codes_gives_the_eager_tokens() -> None:
+def test_compiled_generation_with_one_latent_and_a_quantized_window_gives_the_eager_tokens() -> None:
     model = with_biases(tiny_gpt2())
     fhopt.apply(model, shared_plan(found(model, 96)[1], 64, window_bits=8))
     assert_compiled_generation_is_eager(model, new_tokens=12, atol=1e-3)

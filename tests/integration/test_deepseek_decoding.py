@@ -1,4 +1,4 @@
-"""DeepSeek decodes on the latents of its cache."""
+"""DeepSeek decodes on the latents in its cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def deepseek(version: str = "v3", attention: str = "sdpa", dtype: torch.dtype = 
 
 
 def filled(model: Any, kind: str, ids: Tensor, mask: Tensor | None = None) -> Any:
-    """A cache of these tokens."""
+    """Make a cache of these tokens."""
     from transformers import DynamicCache, StaticCache
 
     cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=40)
@@ -40,7 +40,7 @@ def filled(model: Any, kind: str, ids: Tensor, mask: Tensor | None = None) -> An
 
 @torch.no_grad()
 def decoded(model: Any, kind: str, backend: Any, steps: int = 4, width: int = 1, padded: bool = False) -> Tensor:
-    """Logits of some steps of decoding, after a prefill without the backend."""
+    """Return the logits of decode steps after a prefill without the backend."""
     ids = torch.randint(1, VOCABULARY, (B, T + steps * width), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -55,7 +55,7 @@ def decoded(model: Any, kind: str, backend: Any, steps: int = 4, width: int = 1,
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "attention"),  # every two of them meet
+    ("version", "kind", "attention"),  # pairwise combinations
     [("v2", "dynamic", "sdpa"), ("v2", "static", "eager"), ("v3", "dynamic", "eager"), ("v3", "static", "sdpa")],
 )
 def test_deepseek_decodes_on_its_latents(version: str, kind: str, attention: str) -> None:
@@ -78,8 +78,8 @@ def test_padding_stays_masked(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
-def test_the_latents_keep_the_type_of_the_model(dtype: torch.dtype, tolerance: float) -> None:
-    """In bfloat16 (8 bits) the absorbed queries are rounded where the keys were; logits reach 5."""
+def test_the_latents_have_the_dtype_of_the_model(dtype: torch.dtype, tolerance: float) -> None:
+    """In bfloat16 (8 bits), absorbed queries are rounded instead of keys; logits reach 5."""
     model, backend = deepseek(dtype=dtype), Absorbing()
     result = decoded(model, "static", backend)
     torch.testing.assert_close(result, decoded(model, "static", None), rtol=0, atol=tolerance)
@@ -88,7 +88,7 @@ def test_the_latents_keep_the_type_of_the_model(dtype: torch.dtype, tolerance: f
     assert {bound.values[name].dtype for name in bound.bound} == {dtype}
 
 
-def test_weights_that_change_after_compilation_count() -> None:
+def test_weights_changed_after_compilation_take_effect() -> None:
     model, backend = deepseek(), Absorbing()
     before = decoded(model, "static", backend)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_weights_that_change_after_compilation_count() -> None:
     torch.testing.assert_close(after, decoded(model, "static", None), rtol=0, atol=NORMS)
 
 
-def test_another_model_of_the_same_class_brings_its_own_weights() -> None:
+def test_another_model_of_the_same_class_uses_its_own_weights() -> None:
     def step(module: nn.Module, x: Tensor, cache: Tensor) -> Any:
         return module(x, cache)
 

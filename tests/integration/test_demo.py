@@ -1,4 +1,4 @@
-"""The main job on the real model, as a user starts it; guards the promises of the README."""
+"""The demo on the real model, started as by a user; checks the claims of the README."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def test_all_sites_are_found_and_the_cache_is_four_times_smaller(demo: dict[str,
 
 
 def test_perplexity_rises_by_at_most_half_a_percent_on_both_texts(demo: dict[str, Any]) -> None:
-    """On one text of 2,048 tokens chance alone moves it by a tenth; docs/quality.md has intervals and more texts."""
+    """On one text of 2,048 tokens, noise is about 0.1 %; docs/quality.md has intervals and more texts."""
     assert set(demo["perplexity"]) == {"topics", "source"}
     for text, values in demo["perplexity"].items():
         assert values["plan"] / values["exact"] - 1 <= 0.005, text
 
 
-def test_the_answer_stays_sensible(demo: dict[str, Any]) -> None:
+def test_the_answer_is_sensible(demo: dict[str, Any]) -> None:
     assert "Paris" in demo["answer"]["exact"] and "Paris" in demo["answer"]["plan"]
 
 
-def test_the_bytes_reported_are_those_of_the_plan(demo: dict[str, Any]) -> None:
+def test_the_reported_bytes_are_those_of_the_plan(demo: dict[str, Any]) -> None:
     plan = LatentPlan.load(demo["plan_path"])
     tokens = demo["decode_tokens"]
     held, needed = demo["cache_nbytes"]["plan"], plan.cache_bytes(tokens, itemsize=4)  # the demo runs in float32
@@ -53,18 +53,18 @@ def test_the_bytes_reported_are_those_of_the_plan(demo: dict[str, Any]) -> None:
     assert demo["cache_nbytes"]["exact"] == tokens * plan.exact_token_bytes(itemsize=4)
 
 
-def test_plan_and_report_are_where_it_says(demo: dict[str, Any]) -> None:
+def test_plan_and_report_are_at_the_printed_paths(demo: dict[str, Any]) -> None:
     assert Path(demo["report_path"]).stat().st_size > 10_000
     assert demo["tokens_per_second"] == demo["speed_by_context"]["8000"]
 
 
-def test_decoding_is_faster_where_the_cache_is_long(demo: dict[str, Any]) -> None:
+def test_decoding_is_faster_at_long_contexts(demo: dict[str, Any]) -> None:
     assert demo["tokens_per_second"]["plan"] > demo["tokens_per_second"]["exact"]
     assert demo["break_even_tokens"] in (512, 2048, 8000)
 
 
 def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:
-    """float32, 1e-4 relative: without a cache (the rewritten graph) and with one (token by token behind a prompt)."""
+    """float32, 1e-4 relative: without a cache (the rewritten graph) and with one (token by token after a prompt)."""
     import torch
 
     import fhopt

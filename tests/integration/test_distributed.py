@@ -44,7 +44,7 @@ def generated(model: Any, ids: Tensor) -> Tensor:
     )
 
 
-def test_a_plan_serves_a_model_that_accelerate_has_dispatched_and_its_caches_come_from_files(
+def test_a_plan_works_on_a_dispatched_model_and_its_caches_load_from_files(
     llama: Fitted, folder: Path, tmp_path: Path
 ) -> None:
     plan, ids = llama.plan(4), token_ids(1, 60)
@@ -66,7 +66,7 @@ def test_a_plan_serves_a_model_that_accelerate_has_dispatched_and_its_caches_com
 
 @dataclass
 class Told:
-    """What a command said in one process."""
+    """The output of a command in one process."""
 
     code: int
     out: str
@@ -93,7 +93,7 @@ def run_eval(model: Path) -> Told:
 
 
 def in_one_process(name: str) -> Callable[[], None]:
-    """Nothing in the first process, and a failure in the second: what `name` says of it."""
+    """Return a failure for the second process, as given by `name`, and a no-op for the first."""
 
     def fail() -> None:
         if name == "ends":
@@ -104,7 +104,7 @@ def in_one_process(name: str) -> Callable[[], None]:
 
 
 def fit_and_fail(model: Path, how: str) -> Told:
-    """A calibration of which the second process fails at its second sequence."""
+    """Run a calibration in which the second process fails at its second sequence."""
     probe, fail, calls = calibration_probe.ProbedGraph.probe, in_one_process(how), itertools.count()
 
     def probe_or_fail(self: Any, *arguments: Any) -> None:
@@ -118,7 +118,7 @@ def fit_and_fail(model: Path, how: str) -> Told:
 
 
 def without_a_model(model: Path) -> Told:
-    """The second process finds no model."""
+    """Run a command whose second process finds no model."""
     return run_eval(model.with_name("absent") if os.environ["RANK"] == "1" else model)
 
 
@@ -132,7 +132,7 @@ SCENARIOS: dict[str, Callable[[Path], Told]] = {
 
 
 def act(model: Path, scenario: str) -> None:
-    """In one of two processes."""
+    """Run the checks of one of two processes."""
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     told = SCENARIOS[scenario](model)
     (model.parent / f"{scenario}.{os.environ['RANK']}.json").write_text(json.dumps(vars(told)))
@@ -140,7 +140,7 @@ def act(model: Path, scenario: str) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model that has a tokenizer, a plan for it, and what one process says of both."""
+    """A folder with a model and tokenizer, a plan for it, and the output of a single process for both."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,7 +162,7 @@ def acted(here: Path, scenario: str) -> list[Told]:
     return [Told(**json.loads(file.read_text())) for file in files if file.exists()]
 
 
-def test_two_processes_fit_a_model_on_disk_and_one_writes_and_speaks(here: Path) -> None:
+def test_two_processes_fit_a_model_on_disk_and_one_writes_and_prints(here: Path) -> None:
     first, second = acted(here, "fit")
     assert (first.code, second.code, second.out, second.err) == (0, 0, "", ""), first.err + second.err
     assert json.loads(first.out)["sites"] == 2
@@ -173,7 +173,7 @@ def test_two_processes_fit_a_model_on_disk_and_one_writes_and_speaks(here: Path)
     assert not [name for name in os.listdir(here) if name.startswith(".spread")]  # checkpoints, progress
 
 
-def test_two_processes_evaluate_as_one_and_one_speaks(here: Path) -> None:
+def test_two_processes_evaluate_like_one_and_one_prints(here: Path) -> None:
     alone = run_eval(here / "model")
     assert alone.code == 0, alone.err
     first, second = acted(here, "eval")
@@ -181,7 +181,7 @@ def test_two_processes_evaluate_as_one_and_one_speaks(here: Path) -> None:
     assert json.loads(first.out) == json.loads(alone.out)
 
 
-def test_a_mistake_in_one_process_is_told_once_and_ends_all(here: Path) -> None:
+def test_a_user_error_in_one_process_is_reported_once_and_ends_all(here: Path) -> None:
     first, second = acted(here, "no model")
     assert (first.code, second.code, first.out, second.out, second.err) == (2, 2, "", "", "")
     assert first.err.startswith("fhopt: process 1 of 2:") and "unknown model '" in first.err
@@ -195,7 +195,7 @@ def test_a_process_that_raises_ends_all_with_its_error(here: Path) -> None:
     assert not (here / "failed").exists()
 
 
-def test_a_process_that_is_gone_ends_the_others(here: Path) -> None:
+def test_a_process_that_dies_ends_the_others(here: Path) -> None:
     (first,) = acted(here, "ends")
     assert first.code == 2 and "another process has ended, or cannot be reached" in first.err
     assert not (here / "failed").exists()

@@ -1,4 +1,4 @@
-"""The pages of docs/: programs run, commands exist, generated pages are those of today's code and results."""
+"""The pages of docs/: programs run, commands exist, generated pages match the current code and results."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from fhopt.cli.app import main
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
-OWN_MODEL = DOCS / "tutorials" / "own_model.md"  # its programs need what its commands made: a test of their own
+OWN_MODEL = DOCS / "tutorials" / "own_model.md"  # its programs need the output of its commands: a separate test
 TUTORIALS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("any_module", "encoder") else [])
     for path in sorted((DOCS / "tutorials").glob("*.md"))
     if path != OWN_MODEL
 ] + [pytest.param(DOCS / name, id=Path(name).stem) for name in ("howto/reuse_a_prompt.md", "rewriting.md")]
-# those that compile graphs are slow
+# programs that compile graphs are slow
 SHORT = {
     "inspect": (),
     "fit": ("--sequences", "2", "--rate-sequences", "2"),
@@ -42,7 +42,7 @@ SHORT = {
     "eval": ("--context", "512"),
     "bench": ("--contexts", "512", "--decode", "8", "--rounds", "1"),
     "rewrite": ("--no-measure",),
-}  # options that make the commands of the tutorial short on a small model
+}  # options that shorten the tutorial's commands on a small model
 SPOKEN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + PAGES
 SVG_TEXT = "{http://www.w3.org/2000/svg}text"
 
@@ -53,7 +53,7 @@ def name_of(path: Path) -> str:
 
 @cache
 def script(name: str) -> Any:
-    """A module of docs/, which is no package."""
+    """Import a module of docs/, which is not a package."""
     return type("Script", (), runpy.run_path(str(DOCS / f"{name}.py")))
 
 
@@ -63,7 +63,7 @@ def programs(page: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TUTORIALS)
-def test_the_programs_of_a_tutorial_run_one_after_the_other(
+def test_the_programs_of_a_tutorial_run_in_sequence(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_the_programs_of_a_tutorial_run_one_after_the_other(
 
 
 def type_commands(page: Path, model: str) -> None:
-    """Run the commands of a page one after the other, on another model than `my-model`."""
+    """Run the commands of a page in sequence, on another model than `my-model`."""
     lines = re.findall(r"^ {4}(fhopt .*)$", page.read_text(), flags=re.M)
     assert lines
     for line in lines:
@@ -114,12 +114,12 @@ def test_every_program_of_a_page_is_python(page: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["errors.md", "left_alone.md"])
-def test_the_page_of_messages_is_that_of_the_code(name: str) -> None:
+def test_the_page_of_messages_matches_the_code(name: str) -> None:
     page = script("error_catalogue").PAGES[name]()
     assert (DOCS / "reference" / name).read_text() == page, "run: python docs/error_catalogue.py"
 
 
-def test_every_message_says_what_to_do() -> None:
+def test_every_message_has_a_fix() -> None:
     catalogue = script("error_catalogue")
     found = [m.text for m in catalogue.messages()]
     assert [text for text in found if not catalogue.split(text)[1]] == []
@@ -127,7 +127,7 @@ def test_every_message_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("what", ["ERROR", "REASON"])
-def test_every_message_is_in_a_family_of_its_own(what: str) -> None:
+def test_every_message_has_its_own_family(what: str) -> None:
     catalogue = script("error_catalogue")
     families = catalogue.FAMILIES if what == "ERROR" else catalogue.REASONS
     groups = catalogue.grouped(catalogue.messages(getattr(catalogue, what)), families)
@@ -144,11 +144,11 @@ def test_values_in_a_message_become_names() -> None:
     assert catalogue.split(said) == ("⟨path⟩ has ⟨number of rows⟩ rows of ⟨shape⟩", "Expected ⟨names⟩. Cut it.")
 
 
-def test_the_page_of_results_is_that_of_the_files() -> None:
+def test_the_page_of_results_matches_the_files() -> None:
     assert (DOCS / "results.md").read_text() == script("results_page").page(), "run: python docs/results_page.py"
 
 
-def test_the_page_of_results_shows_a_benchmark_that_it_does_not_know(tmp_path: Path) -> None:
+def test_the_page_of_results_shows_an_unknown_benchmark(tmp_path: Path) -> None:
     row = '{"case": "a", "impl": "b", "metric": "time_ms", "value": 1.5, "unit": "ms", "baseline": 3.0, "ratio": 2.0}'
     (tmp_path / "new.json").write_text(
         '{"machine": {"cpu": "C", "cpu_capability": "AVX2", "cores": 2, "threads": 1, "gpu": null}, '
@@ -158,14 +158,14 @@ def test_the_page_of_results_shows_a_benchmark_that_it_does_not_know(tmp_path: P
     assert "| a, b | 1.5 (2.00x) |" in page and "commit abc with changes" in page
 
 
-def test_percentages_of_ours_are_those_that_were_measured() -> None:
+def test_percentages_in_the_text_are_the_measured_ones() -> None:
     measured = "\n".join((DOCS / name).read_text() for name in ("quality.md", "results.md"))
     for name in ("comparison.md", "howto/heal.md", "howto/choose_bytes.md"):
         said = re.findall(r"[+-]\d+\.\d\d(?= %)", (DOCS / name).read_text())
         assert [figure for figure in said if figure not in measured] == [], name
 
 
-def test_drawings_are_those_that_the_script_makes(tmp_path: Path) -> None:
+def test_drawings_match_their_script(tmp_path: Path) -> None:
     drawings = script("drawings").drawings()
     assert {p.name for p in (DOCS / "pictures").glob("*.svg")} == drawings.keys()
     for name, text in drawings.items():
@@ -174,23 +174,23 @@ def test_drawings_are_those_that_the_script_makes(tmp_path: Path) -> None:
 
 
 def labels(svg: str) -> list[str]:
-    """What a picture says; where it stands is the matter of fonts and versions."""
+    """Return the labels of a picture; their positions depend on fonts and versions."""
     root = ElementTree.fromstring(re.sub(r"<!DOCTYPE.*?>", "", svg, flags=re.S))
     return sorted("".join(node.itertext()) for node in root.iter(SVG_TEXT))
 
 
-# --------------------------------------------------------------------------------------------------- what pages name
+# --------------------------------------------------------------------------------------------------- references
 
 
 def command_lines(page: Path) -> list[str]:
-    """Calls of `fhopt` in blocks of code and in backticks."""
+    """Return the `fhopt` calls in code blocks and in backticks."""
     text = page.read_text()
     quoted = re.findall(r"`(fhopt [a-z][^`]*)`", text)
     return [*re.findall(r"^ {4}(fhopt [a-z].*)$", text, flags=re.M), *(" ".join(q.split()) for q in quoted)]
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The command that words name, and the words behind it."""
+    """Return the command that words name, and the words after it."""
     command: click.Command = main
     while isinstance(command, click.Group) and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
@@ -210,13 +210,13 @@ def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_names_of_python_that_a_page_mentions_exist(page: Path) -> None:
+def test_python_names_on_a_page_exist(page: Path) -> None:
     for name in set(re.findall(r"`(fhopt(?:\.\w+)+)", page.read_text())):
         assert resolved(name) is not None, name
 
 
 def resolved(name: str) -> Any:
-    """The module, or what it has of that name; None where there is neither."""
+    """Import the module, or return its attribute of that name; None if there is neither."""
     found: Any = fhopt
     for at, part in enumerate(parts := name.split(".")[1:], 1):
         if not hasattr(found, part):
@@ -229,7 +229,7 @@ def resolved(name: str) -> Any:
 
 
 @pytest.mark.parametrize("page", SPOKEN, ids=name_of)
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_named_on_a_page_exist(page: Path) -> None:
     text = page.read_text()
     named = re.findall(r"`((?:fhopt|passes|codegen|tests|examples|benchmarks|docs)/[\w/.-]+\.\w+)`", text)
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
@@ -238,7 +238,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert missing == []
 
 
-def test_every_target_that_a_page_names_is_in_the_makefile() -> None:
+def test_every_target_named_on_a_page_is_in_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     for page in SPOKEN:
         named = set(re.findall(r"(?:`|^ {4}|=1 )make ([a-z-]+)", page.read_text(), flags=re.M))

@@ -1,4 +1,4 @@
-"""A real encoder, one kv head per query head: sentence embeddings of all-MiniLM-L6-v2 behind compressed attention."""
+"""A real encoder, one kv head per query head: sentence embeddings of all-MiniLM-L6-v2 with compressed attention."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encoder() -> tuple[Any, Any]:
 
 
 def rows(tokenizer: Any, text: str, count: int) -> Tensor:
-    """Token ids [count, TOKENS] with the encoder's first and last token around each."""
+    """Token ids [count, TOKENS], with the encoder's first and last token around each row."""
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     body = ids[: count * (TOKENS - 2)].view(count, TOKENS - 2)
     first, last = (torch.full((count, 1), t) for t in (tokenizer.cls_token_id, tokenizer.sep_token_id))
@@ -49,7 +49,7 @@ def batches(encoder: tuple[Any, Any]) -> list[dict[str, Tensor]]:
 
 
 def embeddings(model: Any, ids: Tensor) -> Tensor:
-    """Unit vectors [N, D]: the mean over tokens, as the model's card says."""
+    """Unit vectors [N, D]: the mean over tokens, as in the model's card."""
     with torch.no_grad():
         hidden = model(input_ids=ids)[0]
     return torch.nn.functional.normalize(hidden.mean(1), dim=-1)
@@ -64,10 +64,10 @@ def cosines(model: Any, compiled: Any, ids: Tensor) -> Tensor:
     return (embeddings(compiled, ids) * embeddings(model, ids)).sum(-1)
 
 
-def test_embeddings_keep_their_direction_at_an_eighth_of_the_bytes(
+def test_embeddings_have_the_same_direction_at_an_eighth_of_the_bytes(
     encoder: tuple[Any, Any], batches: list[dict[str, Tensor]]
 ) -> None:
-    """On two kinds of text, neither that of the calibration; 0.9976 and 0.9960 were found."""
+    """Two domains other than that of the calibration; 0.9976 and 0.9960 were measured."""
     model, tokenizer = encoder
     plan = fhopt.fit(model, batches=batches, ratio=8, **OPTIONS)
     assert len(plan.sites) == 6 and plan.ratio(TOKENS) >= 8
@@ -79,10 +79,10 @@ def test_embeddings_keep_their_direction_at_an_eighth_of_the_bytes(
 def test_one_latent_of_the_input_changes_no_embedding(
     encoder: tuple[Any, Any], batches: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graph as AOTAutograd has it: inductor compiles the one above."""
+    """Use the graph of AOTAutograd; the test above compiles with inductor."""
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, **options: aot_eager(m, i))
     model, tokenizer = encoder
-    few = OPTIONS | dict(sequences=2, rate_sequences=1)  # any basis of all directions will do
+    few = OPTIONS | dict(sequences=2, rate_sequences=1)  # any complete basis will do
     plan = fhopt.fit(model, batches=batches[:3], ratio=2, layout="input", **few)
     assert all(s.token_bytes() <= s.site.exact_numbers_per_token for s in plan.sites)
     ids = rows(tokenizer, tokens.read_text("source"), 16)

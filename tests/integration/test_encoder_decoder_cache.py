@@ -43,8 +43,8 @@ def generate(model: Any, prompt: Tensor, mode: str, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_call_that_makes_its_own_cache_is_one_graph_where_dynamo_can_trace_it() -> None:
-    """The configuration is copied there, which Dynamo traces since torch 2.13; before, the refusal says what helps."""
+def test_a_call_that_makes_its_own_cache_is_one_graph_if_dynamo_can_trace_it() -> None:
+    """It copies the configuration, which Dynamo traces since torch 2.13; older versions refuse with a workaround."""
     inputs = {"input_ids": ids(1, 30), "decoder_input_ids": ids(1, 25)}
     expected = pipeline.find(capture(model_of("bart"), (), {**inputs, "use_cache": False}).program)
     assert len(expected.sites) > 2
@@ -75,7 +75,7 @@ def test_every_mode_generates_the_same(name: str, layout: str, mode: str) -> Non
     assert {layer.site.layout for layer in held.cross_attention_cache.layers} == {layout}
 
 
-def test_a_compiled_decoder_reads_cross_latents_in_one_graph() -> None:
+def test_a_compiled_decoder_uses_cross_latents_in_one_graph() -> None:
     from torch._dynamo.testing import CompileCounter
 
     model, prompt, decoded = model_of("bart"), ids(2, SOURCE), ids(2, 30)
@@ -116,7 +116,7 @@ def test_a_model_with_a_plan_makes_both_caches_by_itself() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_fitted_plan_holds_the_encoder_in_as_few_bytes_as_it_says_and_stays_close(name: str) -> None:
+def test_a_fitted_plan_stores_the_encoder_in_its_bytes_and_stays_close(name: str) -> None:
     model, plan, name_of_cache = model_of(name), fitted(name, 4), cache_argument(model_of(name))
     prompt, decoded = ids(2, 200), ids(2, 40)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_a_fitted_plan_holds_the_encoder_in_as_few_bytes_as_it_says_and_stays_cl
             1,
         )
     fhopt.unapply(model)
-    assert torch.equal(found[:, :8].argmax(-1), exact[:, :8].argmax(-1))  # the first call reads the encoder exactly
+    assert torch.equal(found[:, :8].argmax(-1), exact[:, :8].argmax(-1))  # the first call uses exact encoder tokens
     p, q = exact.log_softmax(-1), found.log_softmax(-1)
     assert 0 < float((p.exp() * (p - q)).sum(-1).mean()) < 0.05  # nats
     cross = [p for p in plan.sites if p.site.kind == "cross"]
@@ -141,7 +141,7 @@ def test_a_fitted_plan_holds_the_encoder_in_as_few_bytes_as_it_says_and_stays_cl
     assert bytes_held < 2 * 200 * sum(p.site.exact_numbers_per_token * 4 for p in cross) / 4
 
 
-def test_an_assistant_may_go_back_while_the_encoder_stays() -> None:
+def test_an_assistant_may_crop_while_the_encoder_stays() -> None:
     held = encoder_decoder_cache(plan_of("bart", "identity"), model_of("bart").config)
     for part, tokens in ((held.self_attention_cache, 20), (held.cross_attention_cache, SOURCE)):
         for i in range(2):

@@ -1,4 +1,4 @@
-"""Every example runs and prints what it promises; those on the demo's model run on a small one here."""
+"""Every example runs and prints its documented output; those on the demo's model run on a small one here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def output_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_every_example_is_short_enough_to_be_read_at_once() -> None:
+def test_every_example_has_few_lines() -> None:
     lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert lengths.keys() == SMALL.keys() | COMPILED.keys() | ON_THE_DEMO.keys()
     assert {name: lines for name, lines in lengths.items() if lines >= 60} == {}
@@ -52,14 +52,14 @@ def test_every_example_is_short_enough_to_be_read_at_once() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_an_example_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_prints_its_documented_output(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = output_of(name, capsys)
     assert re.search(SMALL[name], printed), printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_an_example_that_compiles_much_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_that_compiles_much_prints_its_output(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         printed = output_of(name, capsys)
     finally:
@@ -78,7 +78,7 @@ def test_an_example_on_the_demo_runs_on_a_small_model(
 
 
 def letters() -> Any:
-    """A tokenizer of printable letters, fewer than the small model knows tokens."""
+    """A character-level tokenizer of printable letters, fewer than the small model's vocabulary."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
@@ -91,7 +91,7 @@ def letters() -> Any:
 
 
 def code_cells(notebook: Path) -> list[str]:
-    """The programs of a notebook's cells."""
+    """Return the code of a notebook's cells."""
     cells = json.loads(notebook.read_text())["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
@@ -99,7 +99,7 @@ def code_cells(notebook: Path) -> list[str]:
 def test_the_notebook_runs_on_a_small_model(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its cells run one after the other, and what they show can be displayed in a notebook."""
+    """Its cells run in sequence, and a notebook can display their results."""
     tokenizer = characters()
     tokenizer.chat_template = TEMPLATE
     model = LoadedModel("small", tiny_llama(max_position_embeddings=4096), tokenizer)
@@ -117,7 +117,7 @@ def test_the_notebook_runs_on_a_small_model(
     assert (tmp_path / "plan" / "plan.json").is_file()
 
 
-def test_the_notebook_is_kept_without_outputs() -> None:
+def test_the_notebook_is_committed_without_outputs() -> None:
     content = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
     codes = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
     assert [cell for cell in codes if cell["outputs"] or cell["execution_count"]] == []

@@ -1,4 +1,4 @@
-"""`fhopt.apply` on every decoder of the zoo: the same tokens from latents of full width, growing and static."""
+"""`fhopt.apply` on every decoder of the zoo: the same tokens from full-width latents, in dynamic and static caches."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
 
 MODELS = {m.name: m for m in (*zoo.DECODERS, *zoo.ENCODER_DECODERS) if m.reason is None}
-NOT_STATIC = ("falcon_alibi", "mpt")  # with transformers' own static cache too, these fail
+NOT_STATIC = ("falcon_alibi", "mpt")  # these also fail with transformers' own static cache
 PROMPT, NEW = 20, 20
 
 
 @cache
 def prepared(name: str) -> tuple[Any, dict[str, torch.Tensor], LatentPlan]:
-    """A model, a prompt of which one sequence is padded, and a plan that seals often and changes nothing."""
+    """Return a model, a prompt with one padded sequence, and a lossless plan that quantizes often."""
     torch.manual_seed(0)
     row = MODELS[name]
     model: Any = zoo._make(row, row.implementations[-1])
@@ -56,7 +56,7 @@ def generate(model: Any, prompt: dict[str, torch.Tensor], **options: Any) -> Any
 
 @contextmanager
 def nothing_rebuilt() -> Iterator[None]:
-    """Fails when the model does what can only be done on keys and values of full length."""
+    """Fail if the model runs an operation that needs full-length keys and values."""
     latent_tensor._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The model calls", category=RuntimeWarning)
@@ -75,7 +75,7 @@ def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
         pytest.skip("transformers' own static cache fails with this model")
     model, prompt, plan = prepared(name)
     options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
-    if name == "whisper":  # its `generate` cuts the caches that it returns into sequences, and has no logits
+    if name == "whisper":  # its `generate` splits the returned caches into sequences, and has no logits
         options |= {"return_dict_in_generate": False, "output_logits": False}
     expected = generate(model, prompt, **options)
     fhopt.apply(model, plan)
@@ -99,7 +99,7 @@ def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_zoo_has_models_with_each_way_to_attend() -> None:
+def test_the_zoo_has_models_with_each_implementation_of_attention() -> None:
     own = {name for name in MODELS if not model_facts.uses_interface(_attention(prepared(name)))}
     older = set() if has_transformers(5, 24) else {"gptj"}
     assert own == {"bloom", "falcon", "falcon_new", "falcon_alibi", "mpt"} | older
@@ -123,7 +123,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_layers_of_linear_attention_stay_as_they_are(name: str, kind: str) -> None:
+def test_layers_of_linear_attention_are_not_changed(name: str, kind: str) -> None:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**zoo.TEXT | HYBRIDS[name])
@@ -141,7 +141,7 @@ def test_layers_of_linear_attention_stay_as_they_are(name: str, kind: str) -> No
     assert [isinstance(layer, LATENT_LAYERS) for layer in layers] == [False, True]
 
 
-def test_parts_of_a_model_keep_their_attention_and_get_it_back() -> None:
+def test_submodels_keep_their_attention_and_get_it_back() -> None:
     row = next(m for m in zoo.ENCODERS if m.name == "llava")
     torch.manual_seed(0)
     model: Any = zoo._make(row, "eager")
@@ -160,7 +160,7 @@ def test_parts_of_a_model_keep_their_attention_and_get_it_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
-def test_static_caches_without_a_quantized_block_serve_attention_that_is_written_out(name: str) -> None:
+def test_static_caches_without_a_quantized_block_support_explicit_attention(name: str) -> None:
     from fhopt.hf.apply import latent_cache
 
     model, prompt, _ = prepared(name)

@@ -1,4 +1,4 @@
-"""Keys and values that are maps of one input: one latent in place of both, without loss, in families that allow it."""
+"""Keys and values that are linear in one input: one lossless latent for both, in families that allow it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fhopt.models.capture import capture
 from fhopt.passes import pipeline as passes_pipeline
 from fhopt.plan.latent_plan import LatentPlan
 
-TOKENS, SEQUENCES = 40, 12  # many more tokens than the latents have numbers, 64
+TOKENS, SEQUENCES = 40, 12  # many more tokens than the width of the latents, 64
 Batch = dict[str, Tensor]
 
 
@@ -83,7 +83,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], Batch], int]] = {
     "gpt2": (tiny_gpt2, text_batch, 2),
     "opt": (tiny_opt, text_batch, 2),
     "bert": (tiny_bert, text_batch, 2),
-    "t5": (tiny_t5, pair_batch, 4),  # self and cross of the decoder: of the encoder nothing is cached
+    "t5": (tiny_t5, pair_batch, 4),  # self and cross of the decoder: the encoder caches nothing
     "whisper": (tiny_whisper, sound_batch, 4),
 }
 OPTIONS: dict[str, Any] = dict(
@@ -105,22 +105,22 @@ def test_one_latent_of_the_input_halves_keys_and_values_without_loss(name: str) 
     model, batch, plan = fitted(name, ratio=2, layout="input")
     assert len(plan.sites) == FAMILIES[name][2]
     for site in plan.sites:
-        assert 2 * site.token_bytes() <= 2 * site.site.exact_numbers_per_token  # 16-bit numbers have two bytes
+        assert 2 * site.token_bytes() <= 2 * site.site.exact_numbers_per_token  # 16-bit elements have two bytes
     captured = capture(model, (), batch)
     exact = run(captured)
     outcome = passes_pipeline.optimize(passes_pipeline.find(captured.program), plan)
     assert len(outcome.compressed) == len(plan.sites)
     found = run(captured)
-    assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4  # the promise; about 1e-6 is found
+    assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4  # the promise; about 1e-6 is measured
 
 
 @pytest.mark.slow
 def test_a_shared_latent_beats_separate_ones_at_the_same_bytes() -> None:
-    """Each number of the input is held once instead of twice, so it gets twice the bits."""
+    """Each input dimension is stored once instead of twice, and gets twice the bits."""
     torch.manual_seed(0)
     model, batch, shared = fitted("bert", 40, ratio=6)
     assert {site.layout for site in shared.sites} == {"input"}
-    torch.manual_seed(0)  # the same weights: a plan serves no others
+    torch.manual_seed(0)  # the same weights, which the plan requires
     _, _, separate = fitted("bert", 40, ratio=6, layout="band")
     assert shared.provenance["predicted_nats"] < separate.provenance["predicted_nats"]
     losses = []

@@ -1,4 +1,4 @@
-"""Generation on a cache of latents gives the tokens of the exact model, in every mode."""
+"""Generation with a latent cache gives the tokens of the exact model, in every mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fhopt.fitting import fit_plan
 def test_latents_of_full_width_generate_the_same_tokens(
     name: str, kind: str, mode: str, request: pytest.FixtureRequest
 ) -> None:
-    """Every mode meets both models and both plans: what a mode does to a cache does not ask whose bases it has."""
+    """Every mode runs with both models and both plans; cache operations of a mode do not depend on bases."""
     fitted: Fitted = request.getfixturevalue(name)
     model, batch = fitted.model, batch_of(mode)
     ids = token_ids(batch, 40)
@@ -38,7 +38,7 @@ def test_latents_of_full_width_generate_the_same_tokens(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_generate_makes_latent_caches_by_itself_and_unapply_takes_it_back(fitted: Fitted) -> None:
+def test_generate_makes_latent_caches_and_unapply_undoes_it(fitted: Fitted) -> None:
     fhopt.apply(fitted.model, fitted.plan(4))
     with_latents = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
     fhopt.unapply(fitted.model)
@@ -71,12 +71,12 @@ def test_a_continued_chat_reuses_its_cache(llama: Fitted) -> None:
     assert torch.equal(second.sequences, expected.sequences)
 
 
-# ---- a window of 8 bits
+# ---- 8-bit window
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_a_window_of_codes_generates_in_every_mode(make: Any, mode: str) -> None:
+def test_a_quantized_window_generates_in_every_mode(make: Any, mode: str) -> None:
     model, batch = make(), batch_of(mode)
     fhopt.apply(model, plans(make, 8))
     output = generate(model, MODES[mode], token_ids(batch, 40))

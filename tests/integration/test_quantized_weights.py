@@ -1,4 +1,4 @@
-"""Models whose weights other libraries keep: quantized by torchao, with adapters by PEFT."""
+"""Models with weights of other libraries: quantized by torchao, with adapters by PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 WIDE: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=512, head_dim=64
-)  # weights that are worth a kernel of their own
+)  # weights large enough for fhopt's kernel
 
 
 def fitted(model: Any) -> LatentPlan:
@@ -49,7 +49,7 @@ def plan(quantized: Any) -> LatentPlan:
     return fitted(quantized)
 
 
-def test_a_model_of_signed_bytes_gets_a_plan_and_generates_behind_it(quantized: Any, plan: LatentPlan) -> None:
+def test_an_int8_model_gets_a_plan_and_generates_with_it(quantized: Any, plan: LatentPlan) -> None:
     assert [p.site.name for p in plan.sites] == [f"model.layers.{i}.self_attn" for i in range(2)]
     ids = token_ids(1, 60)
     exact = logits(quantized, fhopt_free_cache(quantized), ids, list(range(40, 60)))
@@ -58,7 +58,7 @@ def test_a_model_of_signed_bytes_gets_a_plan_and_generates_behind_it(quantized: 
     generated = quantized.generate(ids, max_new_tokens=3, do_sample=False)
     fhopt.unapply(quantized)
     assert generated.shape == (1, 63)
-    assert float((found - exact).norm() / exact.norm()) < 0.2  # of the plan: weights are the same
+    assert float((found - exact).norm() / exact.norm()) < 0.2  # error of the plan: weights are the same
 
 
 def fhopt_free_cache(model: Any) -> Any:
@@ -67,7 +67,7 @@ def fhopt_free_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-def test_a_plan_is_for_the_weights_that_it_was_fitted_to(plan: LatentPlan) -> None:
+def test_a_plan_requires_the_weights_it_was_fitted_to(plan: LatentPlan) -> None:
     other = tiny_llama(**WIDE)
     torch.nn.init.normal_(other.model.layers[0].self_attn.k_proj.weight)
     with pytest.raises(FhoptError, match="fitted to another model"):
@@ -77,7 +77,7 @@ def test_a_plan_is_for_the_weights_that_it_was_fitted_to(plan: LatentPlan) -> No
 @needs_compiler
 @pytest.mark.parametrize("loops", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_multiplied_with_the_bytes_as_they_are(
+def test_int8_weights_are_multiplied_without_dequantization(
     dtype: torch.dtype, loops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype: loops)
@@ -99,7 +99,7 @@ def test_rows_are_multiplied_with_the_bytes_as_they_are(
     replace_products(model)
     with torch.no_grad():
         found, many = model(x), model(x.expand(9, 2, 3, 256))
-        linear.weight.scale.mul_(2)  # in place: what was read of it is read anew
+        linear.weight.scale.mul_(2)  # in place: cached values are recomputed
         doubled = model(x)
     restore_products(model)
     assert taken == [True, True, True] if loops and dtype == torch.bfloat16 else taken == [True, True]
@@ -109,13 +109,13 @@ def test_rows_are_multiplied_with_the_bytes_as_they_are(
     torch.testing.assert_close(doubled.double(), 2 * x.double() @ weight.T + bias, rtol=close, atol=2 * close)
 
 
-def test_activations_in_integers_give_no_gradient_and_are_refused_in_one_sentence() -> None:
+def test_integer_activations_give_no_gradient_and_are_refused_in_one_sentence() -> None:
     model = in_bytes(tiny_llama(**WIDE), "Int8DynamicActivationInt8WeightConfig")
     with pytest.raises(FhoptError, match=r"no gradient goes back .* before it is quantized"):
         fitted(model)
 
 
-def test_a_model_with_an_adapter_keeps_its_names_and_its_numbers() -> None:
+def test_a_model_with_an_adapter_has_the_same_names_and_results() -> None:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
@@ -125,14 +125,14 @@ def test_a_model_with_an_adapter_keeps_its_names_and_its_numbers() -> None:
     ids = token_ids(1, 40)
     exact = model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)
     fhopt.apply(model, plan)
-    found = model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)  # a prompt is exact to itself
+    found = model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)  # a prompt attends to itself exactly
     fhopt.unapply(model)
     assert torch.equal(found, exact)
 
 
 @needs_compiler
-def test_layers_of_signed_bytes_are_programs(plan: LatentPlan) -> None:
-    """Also after a weight was replaced."""
+def test_int8_layers_are_programs(plan: LatentPlan) -> None:
+    """This also holds after a weight was replaced."""
     torch.manual_seed(2)
     model = in_bytes(tiny_llama(**WIDE))
     ids = token_ids(1, 60)
@@ -147,5 +147,5 @@ def test_layers_of_signed_bytes_are_programs(plan: LatentPlan) -> None:
 
 
 def _of_any(plan: LatentPlan) -> LatentPlan:
-    """The plan without the fingerprint of the model that it was fitted for."""
+    """Return the plan without the fingerprint of its model."""
     return replace(plan, provenance={k: v for k, v in plan.provenance.items() if k not in ("fingerprint", "weights")})

@@ -1,4 +1,4 @@
-"""README.md: its size, its links, its figures, and that what it tells a reader to type runs."""
+"""README.md: its size, links, generated numbers, and whether its commands run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import fhopt
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-MOST_LINES, MOST_BYTES = 150, 9216  # three minutes of a stranger's time
+MOST_LINES, MOST_BYTES = 150, 9216  # three minutes of reading
 BLOCK = re.compile(r"<!-- figures: \w+ -->\n.*?<!-- end -->", flags=re.S)
 CODE = re.compile(r"^```.*?^```$|^ {4}.*$", flags=re.S | re.M)
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -28,7 +28,7 @@ SMALL = {
     "fit": ("--sequences", "2", "--rate-sequences", "2"),
     "generate": ("--max-new-tokens", "8"),
     "bench": ("--contexts", "512", "--decode", "8", "--rounds", "1"),
-}  # options that make the commands short on a small model
+}  # options that shorten the commands on a small model
 
 
 def figures() -> Any:
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_text_model(tmp_path_factory.mktemp("model"), model=tiny_llama(max_position_embeddings=2048))
 
 
-def test_it_is_read_in_three_minutes() -> None:
+def test_it_can_be_read_in_three_minutes() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= MOST_LINES and len(text.encode()) <= MOST_BYTES
     assert len(program().splitlines()) <= 12
@@ -68,21 +68,21 @@ def test_pages_that_it_names_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-# --------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------- numbers
 
 
-def test_figures_are_those_of_the_files() -> None:
+def test_numbers_are_those_of_the_files() -> None:
     text = README.read_text()
     assert set(re.findall(r"<!-- figures: (\w+) -->", text)) == set(figures().BLOCKS)
     assert figures().filled(text) == text, "run: python docs/readme_figures.py"
 
 
-def test_no_measured_figure_is_typed_by_hand() -> None:
+def test_no_measured_number_is_typed_by_hand() -> None:
     typed = CODE.sub("", BLOCK.sub("", README.read_text()))
     assert re.findall(r"\d+\.\d+x|[\d.]+ (?:%|ms|MiB|GB/s|nats)", typed) == []
 
 
-def test_other_figures_in_the_files_are_other_figures_in_the_text(tmp_path: Path) -> None:
+def test_other_numbers_in_the_files_are_other_numbers_in_the_text(tmp_path: Path) -> None:
     quality = figures().QUALITY
     for name in (quality, "decode", "peers", "memory", "zoo"):
         shutil.copy(ROOT / "benchmarks" / "results" / f"{name}.json", tmp_path)
@@ -110,7 +110,7 @@ def test_other_figures_in_the_files_are_other_figures_in_the_text(tmp_path: Path
     assert re.search(r"^[ .\d]+\|.*\+", figures().chart(tmp_path), flags=re.M) and "+ others" in changed
 
 
-# --------------------------------------------------------------------------------------------------- what is typed
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def test_the_program_runs_on_a_small_model(
@@ -124,7 +124,7 @@ def test_the_program_runs_on_a_small_model(
 
 
 @pytest.mark.slow
-def test_the_program_prints_on_the_model_of_the_demo_what_is_shown(
+def test_the_program_prints_the_shown_output_on_the_demo_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import transformers

@@ -1,4 +1,4 @@
-"""Rewritten folders in fresh processes, with the tokens of the model in memory."""
+"""Rewritten folders loaded in new processes, with the same tokens as the model in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def generate(route, model):
 torch.save(found, {result!r})
 """
 BY_TRANSFORMERS = "model = AutoModelForCausalLM.from_pretrained({folder!r})"
-# Fresh processes: what is imported before transformers, and the ways in which the folder is then opened, in turn.
+# New processes: imports before transformers, and the ways of then loading the folder, in order.
 PROCESSES = {
     "fhopt imported first": (
         "import fhopt",
@@ -54,7 +54,7 @@ PROCESSES = {
 
 
 def in_a_fresh_process(process: str, folder: Path, ids: Tensor, tmp_path: Path) -> dict[str, Any]:
-    """By route: tokens, logits, classes of cache layers, and whether fhopt was imported by then."""
+    """Return by route: tokens, logits, classes of cache layers, and whether fhopt was imported by then."""
     first, routes = PROCESSES[process]
     given_, result = tmp_path / "ids.pt", tmp_path / "result.pt"
     torch.save(ids, given_)
@@ -69,7 +69,7 @@ def in_a_fresh_process(process: str, folder: Path, ids: Tensor, tmp_path: Path) 
 
 
 def in_memory(model: Any, plan: LatentPlan, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tokens and logits of the model by the class of its cache layers."""
+    """Return tokens and logits of the model by the class of its cache layers."""
     exact, latent = generated(model, ids), generated(fhopt.apply(model, plan), ids)
     fhopt.unapply(model)
     return {"DynamicLayer": exact, "LatentLayer": latent}
@@ -83,7 +83,7 @@ def check_process(
     ids: Tensor,
     rounding: float = ROUNDING,
 ) -> None:
-    """Every route of a fresh process against the model in memory."""
+    """Compare every route of a new process with the model in memory."""
     for route, (sequences, logits, kinds, is_imported) in in_a_fresh_process(process, folder, ids, tmp_path).items():
         kind = "DynamicLayer" if "without" in route else "LatentLayer"
         assert kinds == [kind] and is_imported is (kind == "LatentLayer"), route
@@ -104,11 +104,11 @@ def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES)
-def test_a_folder_opens_in_a_fresh_process_with_the_tokens_of_the_model_in_memory(
+def test_a_folder_opens_in_a_new_process_with_the_tokens_of_the_model_in_memory(
     process: str, folder: Path, llama: Fitted, tmp_path: Path
 ) -> None:
     ids = token_ids(2, 60)
-    rounding = 1e-4  # a second model in one process has its weights elsewhere: 2.4e-5 was measured behind a plan of 4x
+    rounding = 1e-4  # another model in one process has other weight addresses: 2.4e-5 was measured with a 4x plan
     check_process(process, folder, in_memory(llama.model, llama.plan(4), ids), tmp_path, ids, rounding)
 
 
@@ -133,7 +133,7 @@ def test_weights_may_be_spread_over_memory_and_disk(folder: Path, tmp_path: Path
     for open_it in (fhopt.load, AutoModelForCausalLM.from_pretrained):
         model: Any = open_it(folder, device_map=places, offload_folder=tmp_path / "weights")
         assert {p.is_meta for p in model.model.layers[0].parameters()} == {True}
-        logits = generated(model, ids)[1]  # those of layers on disk are computed operation by operation
+        logits = generated(model, ids)[1]  # layers on disk run operation by operation
         torch.testing.assert_close(logits, expected[1], rtol=1e-3, atol=1e-3)
 
 
@@ -142,7 +142,7 @@ def test_weights_may_be_spread_over_memory_and_disk(folder: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_smollm2_opens_by_every_route_with_the_tokens_of_the_model_in_memory(tmp_path: Path) -> None:
-    """8-bit latents of all keys and values, so that nothing must be fitted: other numbers than the exact cache's."""
+    """8-bit latents of all keys and values need no fit, and give other results than the full-precision cache."""
     loaded = load_model("demo")
     model: Any = loaded.module
     plan = _eight_bits(fit_plan.exact_plan(found(model)[1].sites.values()))
@@ -156,8 +156,8 @@ def test_smollm2_opens_by_every_route_with_the_tokens_of_the_model_in_memory(tmp
     text = "The first amendment of the constitution says that Congress shall make no law. " * 12
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids
     expected = in_memory(model, plan, ids)
-    # A fresh process may sum in another order (one thread), and where that turns a code of 8 bits logits move by some
-    # 1e-5; by what the latents change they move by more than 1e-2.
+    # A new process may sum in another order (one thread). If that changes an 8-bit code, logits move by about 1e-5;
+    # the latents move them by more than 1e-2.
     rounding = 1e-3
     assert difference(expected["LatentLayer"][1], expected["DynamicLayer"][1]) > 10 * rounding
     for process in PROCESSES:

@@ -20,7 +20,7 @@ from fhopt.hf.apply import latent_cache
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio", "absorbs"),  # every two of them meet
+    ("name", "ratio", "absorbs"),  # pairwise combinations
     [("llama", 1, True), ("llama", 4, False), ("gpt2", 1, False), ("gpt2", 4, True)],
 )
 def test_every_step_of_a_compiled_model_runs_one_graph(
@@ -49,7 +49,7 @@ def test_every_step_of_a_compiled_model_runs_one_graph(
 
 
 @pytest.mark.parametrize("absorbs", [True, False])
-def test_a_compiled_step_turns_queries_for_every_segment(llama: Fitted, absorbs: bool) -> None:
+def test_a_compiled_step_rotates_queries_for_every_segment(llama: Fitted, absorbs: bool) -> None:
     from torch._dynamo.testing import CompileCounter
 
     plan, ids = llama.plan(4, window_bits=16), token_ids(2, 170)
@@ -72,8 +72,8 @@ def test_a_compiled_step_turns_queries_for_every_segment(llama: Fitted, absorbs:
 
 
 @pytest.mark.slow
-def test_the_sizes_of_another_plan_are_compiled_as_fixed_as_those_of_the_first(llama: Fitted) -> None:
-    """Dynamo takes sizes that differ from those before for variable ones, and no kernel is made for such."""
+def test_the_sizes_of_another_plan_are_compiled_as_static(llama: Fitted) -> None:
+    """Dynamo makes sizes dynamic once they change, and dynamic sizes have no kernels."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -96,12 +96,12 @@ def test_the_sizes_of_another_plan_are_compiled_as_fixed_as_those_of_the_first(l
         assert not isinstance(value, Tensor) or all(str(size).isdecimal() for size in value.shape), node.name
 
 
-def test_generate_compiles_its_steps_by_itself(llama: Fitted) -> None:
+def test_generate_compiles_its_steps(llama: Fitted) -> None:
     from transformers import CompileConfig
 
     model, ids = llama.model, token_ids(2, 40)
     config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
-    config._compile_all_devices = True  # transformers does so by itself where there is a GPU
+    config._compile_all_devices = True  # transformers does so by default only on GPUs
     expected = generate(model, MODES["greedy"], ids)
     fhopt.apply(model, llama.plan(1))
     torch._dynamo.reset()

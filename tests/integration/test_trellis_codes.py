@@ -1,4 +1,4 @@
-"""Plans with trellis codes: fitted, saved, in every cache, compiled, and refused where nothing reads them."""
+"""Plans with trellis codes: fitted, saved, in every cache, compiled, and refused where unsupported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fhopt.ops import registry
 from fhopt.plan.latent_plan import LatentPlan
 
 
-def test_it_loses_less_at_the_same_size(fitted: Fitted) -> None:
+def test_it_has_less_loss_at_the_same_size(fitted: Fitted) -> None:
     plans = [fitted.plan(6, code=code) for code in ("uniform", TRELLIS)]
     assert not plans[0].has_trellis and plans[1].has_trellis
     assert plans[1].ratio(4096) == pytest.approx(plans[0].ratio(4096), rel=0.03)
@@ -34,16 +34,14 @@ def test_it_loses_less_at_the_same_size(fitted: Fitted) -> None:
     assert predicted[1] < 0.9 * predicted[0]
 
 
-def test_a_plan_on_disk_keeps_its_codes(llama: Fitted, tmp_path: Path) -> None:
+def test_a_plan_on_disk_has_its_codes(llama: Fitted, tmp_path: Path) -> None:
     plan = llama.plan(6, code=TRELLIS)
     loaded = LatentPlan.load(plan.save(tmp_path / "plan"))
     assert [s.key.tiers for s in loaded.sites] == [s.key.tiers for s in plan.sites] and loaded.has_trellis
 
 
 @pytest.mark.parametrize("segment", [0, 64])
-def test_every_cache_reads_what_the_references_read(
-    llama: Fitted, segment: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_cache_agrees_with_the_references(llama: Fitted, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, ids, model = llama.plan(6, code=TRELLIS, window_bits=16), token_ids(2, 150), llama.model
     plan = replace(plan, sites=tuple(replace(s, segment=segment) for s in plan.sites))
     fhopt.apply(model, plan)
@@ -66,7 +64,7 @@ def test_every_cache_reads_what_the_references_read(
 
 
 def rows(cache: Any) -> list[torch.Tensor]:
-    """All packed latents and their scales."""
+    """Return all packed latents and their scales."""
     return [x for layer in cache.layers for x in layer.tensors if x.dtype in (torch.uint8, torch.float16)]
 
 
@@ -86,7 +84,7 @@ def test_a_compiled_step_is_one_graph(llama: Fitted) -> None:
         for i in range(40, 70):
             expected = model(ids[:, i : i + 1], **cached(eager)).logits
             found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
-            # Of two rings that are as near, sums in another order may choose the other.
+            # Of two equally near rings, sums in another order may select the other.
             if all(map(torch.equal, rows(eager), rows(compiled))):
                 torch.testing.assert_close(found, expected, rtol=5e-5, atol=5e-5)
                 compared += 1
@@ -95,7 +93,7 @@ def test_a_compiled_step_is_one_graph(llama: Fitted) -> None:
     assert counter.frame_count == 1
 
 
-def test_a_rewritten_graph_runs_on_it(llama: Fitted) -> None:
+def test_a_rewritten_graph_runs_with_it(llama: Fitted) -> None:
     ids, errors = token_ids(1, 96), []
     with torch.no_grad():
         exact = llama.model(ids, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Models whose caches keep windows, chunks, states and shared layers: with an exact plan they generate as they are."""
+"""Models whose caches have windows, chunks, states and shared layers generate the same tokens with an exact plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEW = 6
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_next", "gemma3n", "llama4"])
-def test_generation_with_an_exact_plan_is_that_of_the_model_alone(name: str) -> None:
+def test_generation_with_an_exact_plan_equals_that_of_the_unmodified_model(name: str) -> None:
     model = windowed(name)
     ids = torch.randint(3, VOCABULARY, (2, WINDOW + 40), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
@@ -30,4 +30,4 @@ def test_generation_with_an_exact_plan_is_that_of_the_model_alone(name: str) -> 
     fhopt.unapply(model)
     assert torch.equal(ours.sequences, alone.sequences)
     for logits, expected in zip(ours.logits, alone.logits, strict=True):
-        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()  # other sums, in float32
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32 sums in another order

@@ -1,7 +1,7 @@
 """The zoo: every site is found or explained, and neither outputs nor gradients change. `make zoo` runs all of it.
 
-Here every spelling, look-alike, hand-written model and module of torch runs, and each model of transformers in one of
-its implementations and steps: a third of them in `make test`, the others in `make test-slow`. The other steps, and all
+Here every spelling, look-alike, handwritten model and torch module runs, and each transformers model in one of its
+implementations and steps: a third of them in `make test`, the others in `make test-slow`. The other steps, and all
 exported graphs, run in `make zoo`.
 """
 
@@ -18,7 +18,7 @@ SAME_NAMES = ["llama", "gpt2", "gemma3"]
 
 
 def _chosen() -> list[Entry]:
-    """All small entries; of each model of transformers one, taking turns with implementations and steps."""
+    """Return all small entries, and one of each transformers model, alternating implementations and steps."""
     names = dict.fromkeys(e.name for e in ZOO if e.family == "huggingface")
     models = [[e for e in ZOO if e.name == name and not e.slow] for name in names]
     taken = [each[i % len(each)] for i, each in enumerate(models) if each]
@@ -26,13 +26,13 @@ def _chosen() -> list[Entry]:
 
 
 @pytest.mark.parametrize("entry", sampled(_chosen(), 3), ids=lambda e: e.label)
-def test_every_site_is_found_or_explained_and_no_number_changes(entry: Entry) -> None:
+def test_every_site_is_found_or_explained_and_no_value_changes(entry: Entry) -> None:
     result = check(entry)
     assert result.ok, "\n".join([*result.failures, *(f"{m.reason} ({m.source})" for m in result.missed)])
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_the_same_passes_read_exported_graphs(name: str) -> None:
+def test_the_same_passes_run_on_exported_graphs(name: str) -> None:
     entry = next(e for e in ZOO if e.name == name and e.step in {"forward", "prefill"})
     result = check(entry, exported=True)
     assert result.ok, "\n".join([*result.failures, *(f"{m.reason} ({m.source})" for m in result.missed)])
@@ -47,7 +47,7 @@ def test_prefill_decode_and_export_agree_on_the_names_of_sites(name: str) -> Non
     assert len(steps) > 1 and len(found) == 1 and found != {()}
 
 
-def test_the_zoo_has_the_families_that_it_promises() -> None:
+def test_the_zoo_has_the_documented_families() -> None:
     names = {e.name for e in ZOO}
     promised = (
         "llama qwen2 qwen3 gemma2 gemma3 mistral mixtral phi3 gpt2 gpt_neox gptj opt bloom falcon mpt stablelm cohere "

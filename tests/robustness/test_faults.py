@@ -1,4 +1,4 @@
-"""Failures while something is written: the old stays, or the new is whole."""
+"""Failures during a write: the old version stays, or the new one is complete."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.
 
 
 def child(action: Callable[[], Any], prepare: Callable[[], Any]) -> int:
-    """Exit status of a child that runs `prepare` and then `action`; 128 + the signal that killed it."""
+    """Return the exit status of a child that runs `prepare`, then `action`; 128 + the signal that killed it."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -41,7 +41,7 @@ def child(action: Callable[[], Any], prepare: Callable[[], Any]) -> int:
         try:
             gc.disable()
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(120)  # whatever it waits for
+            signal.alarm(120)  # in case it hangs
             prepare()
             action()
             status = DONE
@@ -58,9 +58,9 @@ def child(action: Callable[[], Any], prepare: Callable[[], Any]) -> int:
 
 
 def at_change(number: int, folder: Path, fail: Callable[[], None], failed: mmap.mmap) -> Callable[[], None]:
-    """Prepares a child that fails just before the file system below `folder` is changed for the n-th time.
+    """Prepare a child that fails just before the n-th change of the file system below `folder`.
 
-    failed: shared with the child, set when it does.
+    failed: shared with the child, set when it fails.
     """
     left = [number]
     failed[0] = 0
@@ -96,7 +96,7 @@ def no_room() -> None:
 
 
 def at_byte(number: int, is_fatal: bool) -> Callable[[], None]:
-    """Prepares a child whose files cannot grow beyond so many bytes; it is killed there, or told so."""
+    """Prepare a child whose files cannot grow beyond `number` bytes; there it is killed, or gets an error."""
 
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_fatal else signal.SIG_IGN)
@@ -135,13 +135,13 @@ def test_a_failure_at_any_change_of_the_file_system_leaves_the_old_or_the_new(
         assert written.read() in ((0, 1, None) if fail is kill else (0, 1)), number
         if fail is not kill:
             assert [p.name for p in folder.iterdir()] == [written.place.name]
-        written.write(0)  # whatever was left behind, the next write succeeds
+        written.write(0)  # the next write succeeds despite leftovers
         assert written.read() == 0
     assert number > 1
 
 
 @pytest.mark.parametrize("is_fatal", [True, False], ids=["killed", "no room"])
-def test_a_failure_at_any_byte_of_a_file_leaves_the_old(written: Write, is_fatal: bool) -> None:
+def test_a_failure_at_any_byte_of_a_file_keeps_the_old_version(written: Write, is_fatal: bool) -> None:
     folder, size = written.place.parent, largest(written.place)
     for bytes_ in (0, 1, 100, size // 2, size - 1):
         status = child(lambda: written.write(1), at_byte(bytes_, is_fatal))
@@ -157,7 +157,7 @@ TEXT = 'extern "C" int answer() { return 42; }\n'
 
 
 @pytest.mark.parametrize("fail", [kill, interrupt, no_room])
-def test_a_kernel_that_could_not_be_kept_is_compiled_again(
+def test_a_kernel_that_could_not_be_stored_is_compiled_again(
     fail: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "kernels"))
@@ -175,7 +175,7 @@ def test_a_kernel_that_could_not_be_kept_is_compiled_again(
 
 
 def test_a_full_disk_while_a_command_writes_is_one_line(tmp_path: Path) -> None:
-    """The whole command, in a process of its own."""
+    """Run the whole command in a subprocess."""
     import subprocess
 
     save_tiny_model(tmp_path / "model")

@@ -1,6 +1,6 @@
-"""Plans, statistics and rewritten folders that were changed and signed again: a FhoptError, or an object that works.
+"""Plans, statistics and rewritten folders that were changed and re-signed: a FhoptError, or a working object.
 
-Damage that the digests show is tested in test_fuzz_files.py; FIFOs, devices and pickles in test_hostile_files.py.
+test_fuzz_files.py tests damage that digests detect; test_hostile_files.py tests FIFOs, devices and pickles.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ PLANS: dict[str, Callable[[], LatentPlan]] = {
 
 
 def forge_plan(folder: Path, described: Any, tensors: dict[str, Tensor] | None = None) -> Path:
-    """Write a description, and changed tensors, with correct digests if the description still has any."""
+    """Write a description and changed tensors, with correct digests if the description still has any."""
     (folder / "plan.json").write_text(json.dumps(described))
     if tensors is not None:
         save_file(tensors, folder / "plan.safetensors")
     try:
         sign_plan(folder)
-    except (ValueError, LookupError, TypeError, AttributeError):  # it has no digest any more
+    except (ValueError, LookupError, TypeError, AttributeError):  # it no longer has a digest
         assert isinstance(described, (dict, list))
     return folder
 
@@ -147,7 +147,7 @@ TENSORS_OF_PLANS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("how", TENSORS_OF_PLANS)
-def test_bases_that_cannot_be_are_refused(how: str, tmp_path: Path) -> None:
+def test_invalid_bases_are_refused(how: str, tmp_path: Path) -> None:
     change, reason = TENSORS_OF_PLANS[how]
     folder = random_plan("head", CODED).save(tmp_path / "plan")
     tensors = load_file(folder / "plan.safetensors")
@@ -223,7 +223,7 @@ TENSORS_OF_STATISTICS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] =
 
 
 @pytest.mark.parametrize(("name", "change", "reason"), TENSORS_OF_STATISTICS)
-def test_sums_and_bases_of_statistics_that_cannot_be_are_refused(
+def test_invalid_sums_and_bases_of_statistics_are_refused(
     name: str, change: Callable[[Tensor], Tensor], reason: str, statistics: Path, tmp_path: Path
 ) -> None:
     about, tensors = read_tensors(statistics)
@@ -288,19 +288,19 @@ def load_and_run(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved_folder() -> Path:
-    """A rewritten folder; kernels for it are built before anybody looks at the time."""
+    """A rewritten folder, whose kernels are built before any timing."""
     load_and_run(SAVED)
     return SAVED
 
 
 def sign_folder(folder: Path, name: str) -> None:
-    """Correct the digests if the changed files still have any; a changed manifest keeps the digests that it states."""
+    """Correct the digests if the changed files still have any; a changed manifest keeps its stated digests."""
     try:
         if name == "fhopt.json":
             sign_files(folder, json.loads((folder / name).read_text()))
         else:
             sign(folder)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError):  # it has no digest any more
+    except (ValueError, LookupError, TypeError, AttributeError, OSError):  # it no longer has a digest
         assert name in FILES
 
 

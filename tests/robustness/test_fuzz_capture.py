@@ -1,9 +1,9 @@
-"""Random modules with attention in a random spelling: found, with the same numbers, or left alone with a reason.
+"""Random modules with attention in a random spelling: found with the same results, or not rewritten with a reason.
 
-    Spelling (drawn) -> Drawn, a module -> captured graph -> found -> on latents of full width -> the same outputs
+    Spelling (drawn) -> Drawn, a module -> captured graph -> found -> on full-width latents -> the same outputs
 
-Every part of attention that has spellings is drawn by itself, so that any two of them meet. What is around it may be in
-the way: softmaxes that are no attention, two attentions on the same projections, outputs that share memory.
+Each part of attention that has spellings is drawn independently, so that any two of them can meet. The surroundings may
+interfere: softmaxes that are not attention, two attentions on the same projections, outputs that share memory.
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D channels.
 """
 
@@ -37,7 +37,7 @@ FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, Heal
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a module is written. Each field but the sizes names a function of a table below, or says whether."""
+    """The spelling of a module. Each field but the sizes names a function of a table below, or is a switch."""
 
     heads: int
     kv_heads: int
@@ -66,7 +66,7 @@ class Spelling:
 
     @property
     def channels(self) -> int:
-        """Of the module's input and output."""
+        """Number of channels of the module's input and output."""
         return self.heads * self.size
 
 
@@ -76,14 +76,14 @@ class Spelling:
 
 
 def half_split(x: Tensor) -> Tensor:
-    """Rotary embedding, channels f and f + D/2 are a pair."""
+    """Apply RoPE; channels f and f + D/2 are a pair."""
     cos, sin = (torch.cat([part, part], -1).unsqueeze(1) for part in angles(x))  # [T, 1, D]
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def interleaved(x: Tensor) -> Tensor:
-    """Rotary embedding, channels 2f and 2f + 1 are a pair."""
+    """Apply RoPE; channels 2f and 2f + 1 are a pair."""
     cos, sin = (part.unsqueeze(1) for part in angles(x))  # [T, 1, D/2]
     first, second = x[..., ::2], x[..., 1::2]
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
@@ -105,10 +105,10 @@ ROTATED: dict[str, Callable[[Tensor], Tensor]] = {
 # Keys and values of all query heads: x [B, G, T, D], n = H / G -> [B, H, T, D].
 REPEATED = functions(attention_spellings.REPEATED, "x, n")
 
-# Products of queries and keys, times a number: q [B, H, S, D], k [B, H, T, D] -> [B, H, S, T].
+# Scaled matmul of queries and keys: q [B, H, S, D], k [B, H, T, D] -> [B, H, S, T].
 PRODUCTS = functions(attention_spellings.PRODUCTS, "q, k, by")
 
-# Where the scale stands: (of q, of k, of the product).
+# Factors of the scale: (on q, on k, on the scores).
 SCALED: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "query": lambda scale: (scale, 1.0, 1.0),
     "key": lambda scale: (1.0, scale, 1.0),
@@ -117,7 +117,7 @@ SCALED: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "everywhere": lambda scale: (scale**0.5, 1.0, scale**0.5),
 }
 
-# What a query may see: H, T -> bool or numbers, to [B, H, T, T] by broadcasting.
+# Visible keys of a query: H, T -> bool or float, broadcastable to [B, H, T, T].
 MASKS: dict[str, Callable[[int, int], Tensor]] = {
     "causal": lambda h, t: torch.ones(t, t, dtype=torch.bool).tril(),
     "window": lambda h, t: torch.ones(t, t, dtype=torch.bool).tril().triu(-2),
@@ -125,7 +125,7 @@ MASKS: dict[str, Callable[[int, int], Tensor]] = {
     "alibi": lambda h, t: -(2.0 ** -torch.arange(1.0, h + 1)).view(h, 1, 1) * torch.arange(t - 1.0, -1, -1),
 }
 
-# How scores are told: s [B, H, T, T], a bool mask -> s.
+# Masking of scores: s [B, H, T, T], a bool mask -> s.
 FILLED = functions(attention_spellings.FILLED, "s, mask")
 
 WEIGHED = functions(attention_spellings.WEIGHED, "s")
@@ -133,7 +133,7 @@ WEIGHED = functions(attention_spellings.WEIGHED, "s")
 # Weights and values: p [B, H, S, T], v [B, H, T, D] -> [B, H, S, D].
 MIXED = functions(attention_spellings.MIXED, "p, v")
 
-# What is done to scores and weights that makes them no attention: m, s [B, H, S, T] -> the same shape.
+# Changes of scores and weights that prevent a rewrite: m, s [B, H, S, T] -> the same shape.
 BEFORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "squared": lambda m, s: s.square(),
     "heads mixed": lambda m, s: torch.einsum("bhst,hg->bgst", s, m.o.weight[: s.shape[1], : s.shape[1]]),
@@ -146,10 +146,10 @@ AFTER: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "turned": lambda m, p: p.mT,
 }
 
-# Heads side by side: [B, H, T, D] -> [B, T, C].
+# Concatenate heads: [B, H, T, D] -> [B, T, C].
 JOINED = functions(attention_spellings.JOINED, "o")
 
-# What comes to the output y, from the module's input x: both [B, T, C].
+# Additions to the output y, from the module's input x: both [B, T, C].
 ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nothing": lambda y, x: y,
     "input": lambda y, x: x + y,
@@ -157,7 +157,7 @@ ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scaled": lambda y, x: torch.add(y, x, alpha=0.5),
 }
 
-# Softmaxes that are no attention: the module m, y [B, T, C] -> [B, T, C].
+# Softmaxes that are not attention: the module m, y [B, T, C] -> [B, T, C].
 DECOYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "none": lambda m, y: y,
     "gate": lambda m, y: y * m.o(y).softmax(-1),
@@ -166,7 +166,7 @@ DECOYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "channels": lambda m, y: y + (y.mT @ y).softmax(-1).sum(-1).unsqueeze(1),
 }
 
-# What the module gives: its last output y and its input x.
+# Return value of the module: its last output y and its input x.
 RETURNED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "output": lambda y, x: y,
     "views": lambda y, x: {"rows": y.flatten(0, 1), "whole": y, "last": y[:, -1]},
@@ -179,7 +179,7 @@ RETURNED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 class Drawn(nn.Module):
-    """The module of a spelling; weights keep the deviation of what passes."""
+    """The module of a spelling, with variance-preserving weights."""
 
     def __init__(self, spelling: Spelling) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Drawn(nn.Module):
         return MIXED[s.mixed](weights, v)
 
     def attend_by_torch(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The same by scaled_dot_product_attention, causal masks by its own flag."""
+        """The same by scaled_dot_product_attention, with is_causal for causal masks."""
         s = self.spelling
         causal = s.masked == "causal" and s.filled == "where"
         return F.scaled_dot_product_attention(
@@ -278,7 +278,7 @@ def entry_of(spelling: Spelling, sites: int) -> Entry:
 
 @settings(FUZZ, max_examples=40)
 @given(spelling=spellings())
-def test_attention_of_any_spelling_is_found_and_gives_the_same_numbers_and_gradients(spelling: Spelling) -> None:
+def test_attention_of_any_spelling_is_found_with_the_same_results_and_gradients(spelling: Spelling) -> None:
     result = checking.check(entry_of(spelling, sites=1 + spelling.twice))
     assert result.failures == [], [missed.reason for missed in result.missed]
 
@@ -286,10 +286,10 @@ def test_attention_of_any_spelling_is_found_and_gives_the_same_numbers_and_gradi
 @pytest.mark.slow
 @settings(FUZZ, max_examples=25)
 @given(
-    spelling=spellings().filter(lambda s: s.product != "sdpa" and s.heads > 1),  # with one head nothing is mixed
+    spelling=spellings().filter(lambda s: s.product != "sdpa" and s.heads > 1),  # with one head, mixing has no effect
     spoiled=st.sampled_from([*BEFORE, *AFTER]),
 )
-def test_what_is_no_attention_is_left_alone_and_reported(spelling: Spelling, spoiled: str) -> None:
+def test_look_alikes_are_not_rewritten_and_are_reported(spelling: Spelling, spoiled: str) -> None:
     result = checking.check(entry_of(replace(spelling, spoiled=spoiled), sites=0))
     assert result.failures == []
     assert len([m for m in result.missed if m.source.startswith(WRITTEN_IN)]) > spelling.twice
@@ -298,7 +298,7 @@ def test_what_is_no_attention_is_left_alone_and_reported(spelling: Spelling, spo
 @pytest.mark.slow
 @settings(FUZZ, max_examples=25)
 @given(spelling=spellings())
-def test_on_latents_of_full_width_every_spelling_gives_the_same_numbers(spelling: Spelling) -> None:
+def test_full_width_latents_give_the_same_results_in_every_spelling(spelling: Spelling) -> None:
     case = case_of(spelling)
     (captured,) = capture_graphs(case.module, case.args)
     before = checking._Run(captured.program)
@@ -312,10 +312,10 @@ def test_on_latents_of_full_width_every_spelling_gives_the_same_numbers(spelling
 @pytest.mark.slow
 @settings(FUZZ, max_examples=15)
 @given(spelling=spellings())
-def test_compiled_by_the_backend_every_spelling_gives_what_eager_gives(spelling: Spelling) -> None:
+def test_the_backend_agrees_with_eager_mode_in_every_spelling(spelling: Spelling) -> None:
     case = case_of(spelling)
     torch._dynamo.reset()
-    inductor = "torch._inductor.compile_fx.compile_fx"  # in its place the graph runs as it is
+    inductor = "torch._inductor.compile_fx.compile_fx"  # the graph runs without it
     with torch.no_grad(), mock.patch(inductor, lambda module, inputs, **_: aot_eager(module, inputs)):
         expected = tree_leaves(case.module(*(x.clone() for x in case.args)))
         compiled = torch.compile(case.module, backend="flashhead", options={"ratio": 1})
@@ -323,4 +323,4 @@ def test_compiled_by_the_backend_every_spelling_gives_what_eager_gives(spelling:
     (graph,) = fhopt.report(compiled).graphs
     assert len([site for site in graph.sites if site.how != "left alone"]) == 1 + spelling.twice
     for mine, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)  # float32, and sums in another order
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)  # float32 sums in another order

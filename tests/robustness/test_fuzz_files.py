@@ -1,7 +1,7 @@
-"""Damaged files of every kind that fhopt reads: an error in a sentence, or what was written; no traceback, no surprise.
+"""Damaged files of every kind that fhopt loads: an error in one sentence, or the original contents; no traceback.
 
-What is written is that of test_faults.py. A file of it is cut short, has bits turned, bytes put in, taken out or
-said twice, or is emptied, at places that are drawn. What loads all the same is what was written, to the bit.
+Files come from test_faults.py. A file is truncated, emptied or doubled, has bits flipped, or bytes inserted or
+removed, at random places. What loads despite the damage must be bit-identical to the original.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def cut(content: bytes, rng: random.Random) -> bytes:
 
 
 def turned(content: bytes, rng: random.Random) -> bytes:
-    """One bit, near one of the ends more often than not: headers and last numbers."""
+    """Flip one bit, preferably near an end: headers and last elements."""
     size = len(content)
     at = min(
         size - 1,
@@ -59,7 +59,7 @@ def taken_out(content: bytes, rng: random.Random) -> bytes:
 
 
 def oversized(content: bytes, rng: random.Random) -> bytes:
-    """The length that a file of safetensors says of its own head, or a number in a text, is made enormous."""
+    """Make the header length of a safetensors file, or the beginning of a text, enormous."""
     return (2 ** rng.choice([24, 40, 62])).to_bytes(8, "little") + content[8:]
 
 
@@ -81,7 +81,7 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def numbers_of(folder: Path) -> tuple[str, str]:
-    """Of a rewritten model: its plan, and all of its weights."""
+    """Return digests of a rewritten model's plan and of all its weights."""
     model = load_model(str(folder)).module
     assert model is not None
     h = hashlib.sha256()
@@ -91,7 +91,7 @@ def numbers_of(folder: Path) -> tuple[str, str]:
 
 
 def content_of(file: Path) -> Any:
-    """Description and every byte of the tensors of a safetensors file."""
+    """Return the description and all tensor bytes of a safetensors file."""
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         described = {key: json.loads(text) for key, text in (opened.metadata() or {}).items()}
@@ -104,7 +104,7 @@ def head_of(folder: Path) -> Any:
     return json.loads((folder / "head.json").read_text()), content_of(folder / "head.safetensors")
 
 
-# What decides numbers, of folders.
+# Contents of folders that affect results.
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "plan": lambda folder: LatentPlan.load(folder).digest(),
     "rewritten model": numbers_of,
@@ -114,20 +114,20 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that was written, and a copy of it that stays whole."""
+    """A written file or folder, and an undamaged copy of it."""
 
     kind: str
     write: Write
     whole: Path
 
     def read(self) -> Any:
-        """All numbers that are there. Raises FhoptError."""
+        """Return all values in it. Raises FhoptError."""
         if self.kind in FOLDERS:
             return FOLDERS[self.kind](self.write.place)
         return self.write.read(), content_of(self.write.place)
 
     def lay(self) -> list[Path]:
-        """Put a whole copy in place; returns its files."""
+        """Restore the undamaged copy; returns its files."""
         place = self.write.place
         if place.is_dir():
             shutil.rmtree(place)
@@ -149,7 +149,7 @@ def kept(request: pytest.FixtureRequest, llama: Fitted, tmp_path_factory: pytest
 @pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_file_is_an_error_in_a_sentence_or_what_was_written(kept: Kept, data: st.DataObject) -> None:
+def test_a_damaged_file_is_an_error_in_a_sentence_or_the_original(kept: Kept, data: st.DataObject) -> None:
     kept.lay()
     expected = kept.read()
     files = kept.lay()
@@ -181,7 +181,7 @@ NOT_OURS = [
 
 
 @pytest.mark.parametrize("content", NOT_OURS, ids=lambda content: repr(content[:12]))
-def test_a_damaged_file_of_the_cache_folder_counts_as_none(
+def test_a_damaged_file_of_the_cache_folder_counts_as_absent(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))

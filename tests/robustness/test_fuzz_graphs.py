@@ -1,6 +1,6 @@
-"""Random attention programs, compiled once and called with other values, give what they give in eager mode.
+"""Random attention programs, compiled once and called with other values, agree with eager mode.
 
-The programs that were wrong once are in tests/support/found_programs.py.
+Programs that were once wrong are in tests/support/found_programs.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from program_runs import Tally, run
 from torch import fx
 
 SEED = 20261202
-ROUNDS = 1  # of 200 draws: a faster machine tries the same programs, not others
+ROUNDS = 1  # of 200 draws each: every machine runs the same programs
 ATTENTION = """
 def program(q, k, v, factor):
     s = q @ k.mT * 0.5
@@ -33,17 +33,17 @@ def _passed(tally: Tally) -> None:
     assert tally.rewritten > 0.1, tally.outcomes
 
 
-def test_random_programs_give_the_outputs_and_gradients_of_eager_mode() -> None:
+def test_random_programs_agree_with_eager_mode() -> None:
     _passed(run(SEED, seconds=12.0, rounds=1))
 
 
 @pytest.mark.slow
-def test_five_minutes_of_random_programs_give_the_outputs_and_gradients_of_eager_mode() -> None:
+def test_five_minutes_of_random_programs_agree_with_eager_mode() -> None:
     _passed(run(SEED + 1, seconds=300.0, rounds=ROUNDS))
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_a_program_that_was_wrong_once_gives_what_it_gives_in_eager_mode(name: str) -> None:
+def test_a_program_that_was_wrong_once_agrees_with_eager_mode(name: str) -> None:
     check(FOUND[name])
 
 
@@ -70,7 +70,7 @@ def test_a_program_that_cannot_run_in_eager_mode_is_invalid() -> None:
 
 
 def test_a_wrong_backend_is_noticed_in_the_call_in_which_values_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This backend leaves out a product with an input, which is one in the first call."""
+    """This backend omits a multiplication by an input that is one in the first call."""
 
     def compile_without_factor(module: fx.GraphModule, *_: object) -> Any:
         product = next(n for n in module.graph.nodes if n.target is operator.mul and isinstance(n.args[1], fx.Node))
@@ -82,7 +82,7 @@ def test_a_wrong_backend_is_noticed_in_the_call_in_which_values_matter(monkeypat
         check(Program(ATTENTION, INPUTS, calls=(Call(mode="no_grad"),) * 3))
 
 
-def test_a_program_prints_itself_as_source_that_makes_it_again() -> None:
+def test_a_program_prints_source_that_recreates_it() -> None:
     program = Program(ATTENTION, INPUTS, calls=(Call(Sizes(S=3)), Call()), dtype="float64", dynamic=True, seed=4)
     names: dict[str, Any] = {"Program": Program, "Input": Input, "Call": Call, "Sizes": Sizes}
     exec(f"again = {program}", names)

@@ -1,4 +1,4 @@
-"""Any value in any description, any bytes in any file: loaded whole or refused."""
+"""Any value in any description, any bytes in any file: loaded completely or refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_any_bytes_in_any_file_of_tensors_load_or_are_refused(data: st.DataObjec
         name = data.draw(st.sampled_from(sorted(str(f.relative_to(path)) for f in path.rglob("*.safetensors"))))
         content = bytearray((path / name).read_bytes())
         header = int.from_bytes(content[:8], "little") + 8
-        for _ in range(data.draw(st.integers(1, 4))):  # most of it in the header
+        for _ in range(data.draw(st.integers(1, 4))):  # mostly in the header
             at = data.draw(st.integers(0, header) | st.integers(0, len(content) - 1))
             piece = data.draw(st.binary(min_size=1, max_size=12))
             content[at : at + data.draw(st.integers(0, 12))] = piece
@@ -86,7 +86,7 @@ def test_any_bytes_in_any_file_of_tensors_load_or_are_refused(data: st.DataObjec
 
 @FUZZ
 @given(data=st.data())
-def test_no_byte_of_what_decides_numbers_can_change_unnoticed(data: st.DataObject, folder: Path) -> None:
+def test_no_byte_that_affects_results_can_change_unnoticed(data: st.DataObject, folder: Path) -> None:
     with copied(folder) as path:
         name = data.draw(st.sampled_from(sorted(json.loads((path / "fhopt.json").read_text())["files"])))
         content = bytearray((path / name).read_bytes())
@@ -107,7 +107,7 @@ def copied(folder: Path) -> Iterator[Path]:
 
 
 def try_to_sign(path: Path) -> None:
-    """Sign as far as the harm lets one."""
+    """Re-sign the folder as far as the damage allows."""
     try:
         sign(path)
     except Exception:

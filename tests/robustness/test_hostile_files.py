@@ -1,7 +1,7 @@
-"""What is no file in place of every file that fhopt reads: one sentence, exit code 2, nothing waits, nothing runs.
+"""Special files instead of every file that fhopt loads: one sentence, exit code 2, no hang, no code execution.
 
-FIFOs, devices, links to them and to themselves, folders, enormous sparse files, pickles with code, partial writes. What
-is written in a file is that of test_fuzz_files.py; single fields of a plan are in unit/plan/test_description.py.
+FIFOs, devices, links to them and to themselves, folders, huge sparse files, pickles with code, partial writes.
+test_fuzz_files.py covers file contents; unit/plan/test_description.py covers single fields of a plan.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from fhopt.texts.tokens import read_text
 
 SAVED = Path(__file__).parents[1] / "golden" / "saved"
 SECONDS = 3.0
-HUGE = 1 << 42  # bytes of a sparse file: beyond memory and every limit
+HUGE = 1 << 42  # size of a sparse file: beyond memory and every limit
 
 
 class Runs:
-    """Its pickle makes a folder when it is read."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -62,7 +62,7 @@ def linked_fifo(path: Path) -> None:
     path.symlink_to("fifo")
 
 
-# What stands in place of a file; some file systems have no devices, but links to them.
+# Replacements of a file; file systems without devices may contain links to them.
 HOSTILE: dict[str, Callable[[Path], object]] = {
     "a FIFO": lambda path: os.mkfifo(path),
     "a link to a FIFO": linked_fifo,
@@ -79,7 +79,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Result of a call, or the FhoptError that it raised; a call that takes longer fails the test."""
+    """Return the result of a call, or the FhoptError that it raised; fail the test if it takes longer."""
     results: list[Any] = []
 
     def run() -> None:
@@ -97,7 +97,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 
 # --------------------------------------------------------------------------------------------------- what is read
 
-# (what writes a whole one below a folder, files of it, what reads it)
+# (writer of an original below a folder, its files, reader)
 KINDS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], Callable[[Path], Any]]] = {
     "plan": (
         lambda folder: random_plan("head", CODED).save(folder / "it"),
@@ -131,7 +131,7 @@ CASES = [(kind, name) for kind, (_, names, _) in KINDS.items() for name in names
 
 @pytest.mark.parametrize("how", HOSTILE)
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_what_is_no_file_is_refused_in_one_sentence(kind: str, name: str, how: str, tmp_path: Path) -> None:
+def test_special_files_are_refused_in_one_sentence(kind: str, name: str, how: str, tmp_path: Path) -> None:
     write, _, read = KINDS[kind]
     place = write(tmp_path)
     target = place / name if name else place
@@ -139,7 +139,7 @@ def test_what_is_no_file_is_refused_in_one_sentence(kind: str, name: str, how: s
     HOSTILE[how](target)
     result = within(SECONDS, lambda: read(place))
     if kind == "checkpoint" and how in ("a link to nothing", "a link to itself"):
-        return  # there is none: the work begins anew
+        return  # no checkpoint: the work restarts
     if kind == "text" and how in ("a pickle", "a partial write") and isinstance(result, str):
         return  # text with replaced bytes
     assert isinstance(result, FhoptError), result
@@ -148,7 +148,7 @@ def test_what_is_no_file_is_refused_in_one_sentence(kind: str, name: str, how: s
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_a_progress_file_that_is_none_counts_as_none(how: str, tmp_path: Path) -> None:
+def test_an_invalid_progress_file_counts_as_absent(how: str, tmp_path: Path) -> None:
     HOSTILE[how](tmp_path / "progress")
     assert within(SECONDS, lambda: read_progress(tmp_path / "progress")) is None
 
@@ -164,16 +164,14 @@ def test_a_file_without_permission_is_refused_in_one_sentence(tmp_path: Path) ->
 # --------------------------------------------------------------------------------------------------- the helper
 
 
-def test_a_file_is_read_within_its_limit(tmp_path: Path) -> None:
+def test_reading_a_file_respects_its_limit(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.read_file(tmp_path / "a", 3) == b"abc"
     with pytest.raises(FhoptError, match=r"has 3 bytes; expected at most 2\. Cut it"):
         files.read_file(tmp_path / "a", 2, "Cut it.")
 
 
-def test_a_file_that_is_exchanged_after_it_was_checked_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_after_its_check_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"abc")
 
     def exchange(path: Path, *rest: Any) -> int:
@@ -185,7 +183,7 @@ def test_a_file_that_is_exchanged_after_it_was_checked_is_not_read(
     assert "is a FIFO" in str(within(SECONDS, lambda: files.read_file(tmp_path / "a")))
 
 
-def test_pickles_are_known_by_their_first_bytes() -> None:
+def test_pickles_are_recognized_by_their_first_bytes() -> None:
     for protocol in range(2, 6):
         assert files.is_pickle(pickle.dumps([1, 2, 3], protocol)[:9])
     assert files.is_pickle(b"PK\3\4 more")
@@ -198,7 +196,7 @@ def test_pickles_are_known_by_their_first_bytes() -> None:
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Iterator[Path]:
-    """A folder of hostile files, each called as its kind."""
+    """A folder of hostile files, named after their kind."""
     for number, how in enumerate(HOSTILE):
         HOSTILE[how](tmp_path / f"{number}")
     os.mkfifo(tmp_path / "plan.json")
@@ -220,7 +218,7 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:3])[:30])
-def test_a_command_refuses_what_is_no_file(command: tuple[str, ...], hostile: Path) -> None:
+def test_a_command_refuses_special_files(command: tuple[str, ...], hostile: Path) -> None:
     for number in range(len(HOSTILE)):
         arguments = [part.format(it=hostile / f"{number}", out=hostile / "out") for part in command]
         result = within(SECONDS, lambda arguments=arguments: call(*arguments))  # type: ignore[misc]

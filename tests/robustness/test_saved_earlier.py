@@ -1,8 +1,8 @@
-"""Files that an earlier fhopt wrote, in tests/golden/saved: they load, and give the numbers that stand beside them.
+"""Files of an earlier fhopt version, in tests/golden/saved: they load, and give the stored results.
 
 The commit before the packages wrote them, from a Llama of one layer and random weights with a plan of 2.5x: a rewritten
 folder (with its plan), a saved prompt cache of the first 70 tokens, and an exported decode step (torch 2.15).
-expected.safetensors has the 90 ids, their logits through the cache, and those of the exported step.
+expected.safetensors has the 90 ids, their logits with the cache, and those of the exported step.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fhopt.models.model_facts import cache_argument
 
 SAVED = Path(__file__).parents[1] / "golden" / "saved"
 PROMPT = 70  # tokens of the saved prompt cache
-# On the CPU that wrote them all numbers are the same. Another one sums in another order, and a key or value that lies
-# between two codes may fall on the other side: then a logit changes by about a hundredth of their deviation.
+# On the CPU that wrote them, all values are equal. Another CPU sums in another order, and a key or value between
+# two codes may round to the other one, which changes a logit by about a hundredth of their deviation.
 SHARE = 0.02
 
 
@@ -44,22 +44,22 @@ def assert_same(logits: Tensor, expected: Tensor) -> None:
 
 @torch.no_grad()
 def through(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Logits of the prompt at once where it is given, then of one token after the other."""
+    """Return logits of the prompt, if given, in one call, then of one token at a time."""
     parts = (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)) if ids.shape[1] > PROMPT else ids.split(1, 1)
     return torch.cat([model(part, **{cache_argument(model): cache}).logits for part in parts], 1)
 
 
-def test_a_rewritten_folder_gives_the_logits_that_it_gave(model: Any, expected: dict[str, Tensor]) -> None:
+def test_a_rewritten_folder_gives_the_stored_logits(model: Any, expected: dict[str, Tensor]) -> None:
     assert_same(through(model, fhopt.latent_cache(model), expected["ids"]), expected["logits"])
 
 
-def test_the_plan_is_read_as_it_was_written(model: Any) -> None:
+def test_the_plan_is_loaded_unchanged(model: Any) -> None:
     plan = fhopt.LatentPlan.load(SAVED / "folder" / "plan")
     assert (plan.sinks, plan.recent, plan.block, [site.layout for site in plan.sites]) == (4, 16, 16, ["band"])
     assert plan.ratio() == pytest.approx(2.504432895139101)
 
 
-def test_a_saved_prompt_cache_goes_on_where_it_was(model: Any, expected: dict[str, Tensor]) -> None:
+def test_a_saved_prompt_cache_continues_where_it_was(model: Any, expected: dict[str, Tensor]) -> None:
     cache = fhopt.load_cache(model, SAVED / "prompt.safetensors")
     assert cache.get_seq_length() == PROMPT
     logits = through(model, cache, expected["ids"][:, PROMPT:])
@@ -70,7 +70,7 @@ def test_a_saved_prompt_cache_goes_on_where_it_was(model: Any, expected: dict[st
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15), reason="torch reads programs of newer ones at best"
 )
-def test_an_exported_step_gives_the_logits_that_it_gave(expected: dict[str, Tensor], tmp_path: Path) -> None:
+def test_an_exported_step_gives_the_stored_logits(expected: dict[str, Tensor], tmp_path: Path) -> None:
     programs = []
     for name in ("step", "seal"):
         path = tmp_path / f"{name}.pt2"

@@ -1,7 +1,7 @@
-"""What is read is data: no module of ours unpickles it, evaluates it, or hands it to a shell.
+"""Input is data: no fhopt module unpickles it, evaluates it, or passes it to a shell.
 
-Ruff's rules (`S` in pyproject.toml) forbid pickle, eval, exec, yaml.load and shells wherever they stand; here are the
-ways in that only the libraries of this field have.
+Ruff's rules (`S` in pyproject.toml) forbid pickle, eval, exec, yaml.load and shells everywhere; these tests cover code
+execution that is specific to machine-learning libraries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PICKLED = {"torch.load", "numpy.load", "np.load", "joblib.load", "torch.hub.load
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Every call of a file, with its name as it is written."""
+    """Return every call in a file, with its name as written."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
@@ -48,11 +48,11 @@ def unsafe(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_nothing_that_is_read_is_run(path: Path) -> None:
+def test_no_input_is_executed(path: Path) -> None:
     assert unsafe(path) == []
 
 
-def test_what_would_run_is_found(tmp_path: Path) -> None:
+def test_code_that_would_execute_input_is_found(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text("import torch\ntorch.load(p)\ntorch.load(p, weights_only=True)\nrun(p, shell=True)\nopen(p)\n")
     assert unsafe(path) == ["bad.py:2: torch.load may unpickle", "bad.py:4: shell=True"]
@@ -61,7 +61,7 @@ def test_what_would_run_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "call", ["pickle.loads(x)", "eval(x)", "exec(x)", "yaml.load(x)", "subprocess.run(x, shell=True)"]
 )
-def test_the_linter_refuses_what_runs_input(call: str) -> None:
+def test_the_linter_refuses_code_that_executes_input(call: str) -> None:
     text = f"import pickle\nimport subprocess\n\nimport yaml\n\n{call}\n"
     name = str(ROOT / "fhopt" / "any.py")
     command = [

@@ -1,7 +1,7 @@
-"""Any order of commands on one folder, with files that are damaged in between: done, or refused in one line.
+"""Commands in any order on one folder, with files damaged in between: done, or refused in one line.
 
-What a command refuses leaves every file as it was, and what it does changes nothing but its output. A text that is
-generated depends on the plan and the model alone.
+A refused command leaves every file unchanged, and a successful one changes only its output. Generated text depends only
+on the plan and the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MODEL, STATISTICS, NEW, NOTES = "model", "statistics", "new", "notes"
 
 @dataclass
 class Place:
-    """What was written to a place. ratio: of the plan in it. is_whole: nobody has damaged it since."""
+    """Files written to a path. ratio: of the plan in it. is_whole: not damaged since."""
 
     ratio: float | None = None
     is_whole: bool = True
@@ -50,8 +50,8 @@ class CommandStates(RuleBasedStateMachine):
     """`places` are the files and folders of `folder`, by name."""
 
     origin: Path  # a model and its statistics
-    texts: dict[tuple[str, float], str]  # that were generated: of a prompt by a ratio
-    is_thorough: bool  # with what takes seconds
+    texts: dict[tuple[str, float], str]  # generated, by prompt and ratio
+    is_thorough: bool  # also run slow commands
 
     @initialize(ratio=st.sampled_from(RATIOS))
     def start(self, ratio: float) -> None:
@@ -67,7 +67,7 @@ class CommandStates(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
     def run(self, *arguments: Any, writes: str | None = None) -> Result:
-        """Run a command that may write to one place only, and to that if it succeeds."""
+        """Run a command that may write to one path, and only if it succeeds."""
         before = files_of(self.folder)
         store = {"FHOPT_CACHE_DIR": str(self.folder / "store")} if arguments[0] == "plans" else None
         result = CliRunner().invoke(main, [str(a) for a in arguments], env=store)
@@ -89,9 +89,9 @@ class CommandStates(RuleBasedStateMachine):
         return all(name in self.places and self.places[name].is_whole for name in names)
 
     def expect(self, result: Result, *needs: str, fits: bool = True) -> bool:
-        """Check the exit code; returns whether the command was done. needs: places that it reads.
+        """Check the exit code; returns whether the command succeeded. needs: paths that it reads.
 
-        A model has no checksum: a damaged one may still be whole enough.
+        A model has no checksum, so a damaged one may still load.
         """
         checked = [name for name in needs if name != MODEL]
         if not fits or not self.is_whole(*checked):
@@ -106,14 +106,14 @@ class CommandStates(RuleBasedStateMachine):
     @rule(out=st.sampled_from([STATISTICS, NOTES, MODEL]))
     def calibrate(self, out: str) -> None:
         result = self.run("calibrate", self.at(MODEL), *SAMPLE, "-o", self.at(out), writes=out)
-        if out not in self.places or self.is_whole(out):  # of damaged statistics those that can be told are replaced
+        if out not in self.places or self.is_whole(out):  # calibrate replaces damaged statistics if it recognizes them
             self.expect(result, MODEL, fits=out not in (NOTES, MODEL))
         if result.exit_code == 0:
             self.places[out] = Place()
             self.forget_unless_known(out)
 
     def forget_unless_known(self, name: str) -> None:
-        """Remove what was made of a damaged model: it is whole, and of nothing that is known."""
+        """Remove output made from a damaged model: it is valid, but its expected results are unknown."""
         if not self.is_whole(MODEL):
             self.remove(name)
 
@@ -129,7 +129,7 @@ class CommandStates(RuleBasedStateMachine):
             self.places[out] = Place(ratio)
 
     def holds_a_plan(self, name: str) -> bool:
-        """Whether a folder has files of a plan only, damaged or not."""
+        """Whether a folder contains only files of a plan, damaged or not."""
         return self.at(name).is_dir() and {p.name for p in self.at(name).iterdir()} <= set(PLAN_FILES)
 
     @rule(out=st.sampled_from(PLACES))
@@ -137,7 +137,7 @@ class CommandStates(RuleBasedStateMachine):
         result = self.run("fit", "--statistics", self.at(STATISTICS), "--ratio", 900, "-o", self.at(out), writes=out)
         assert result.exit_code == 2
 
-    # ------------------------------------------------------------------------------------------- using them
+    # ------------------------------------------------------------------------------------------- using plans
 
     @rule(prompt=st.sampled_from(PROMPTS), plan=st.sampled_from([None, *PLACES, STATISTICS]), as_json=st.booleans())
     def generate(self, prompt: str, plan: str | None, as_json: bool) -> None:
@@ -156,7 +156,7 @@ class CommandStates(RuleBasedStateMachine):
         self, prompt: str, ratio: float | None, as_json: bool, name: str, *arguments: Any, needs: tuple[str, ...],
         fits: bool,
     ) -> None:  # fmt: skip
-        """Generate, twice: the same text, and that of every other way to the same numbers."""
+        """Generate twice, and compare the text with that of every other command with the same plan."""
         command = ("generate", self.at(name), prompt, "--max-new-tokens", 10, *arguments, *["--json"] * as_json)
         results = [self.run(*command) for _ in range(2)]
         done = [self.expect(result, *needs, fits=fits) for result in results]
@@ -221,7 +221,7 @@ class CommandStates(RuleBasedStateMachine):
         if after and not is_dry:
             self.run("plans", "verify")
 
-    # ------------------------------------------------------------------------------------------- harm
+    # ------------------------------------------------------------------------------------------- damage
 
     @rule(data=st.data(), how=st.sampled_from(["deleted", "cut", "a bit turned", "gone"]))
     def damage(self, data: st.DataObject, how: str) -> None:
@@ -248,7 +248,7 @@ class CommandStates(RuleBasedStateMachine):
             self.places[name].is_whole = False
 
     def decides(self, name: str, file: Path) -> bool:
-        """Whether a file of a place decides numbers and stands under a checksum, or is one of a model."""
+        """Whether a file affects results and has a checksum, or belongs to a model."""
         if name != NEW:
             return True
         return file.suffix == ".safetensors" or file.name in ("config.json", "fhopt.json", "plan.json")
@@ -290,5 +290,5 @@ def test_commands_in_any_order_are_done_or_refused(origin: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
-def test_so_are_those_that_take_long(origin: Path) -> None:
+def test_so_are_slow_commands(origin: Path) -> None:
     run_states(origin, 25, is_thorough=True)

@@ -1,8 +1,8 @@
-"""Any order of what Python offers for a model: its numbers depend on what it is now, not on what was done before.
+"""Python calls on a model in any order: its results depend on its current state, not on its history.
 
-Beside the model with a history stands one without: a copy of the original on which no plan was ever applied, and whose
-weights, dtype, mode and attention are changed with those of the first. A copy of that one, with the plan applied that
-the first is to have, says what the numbers are.
+Next to the model with a history there is one without: a copy of the original on which no plan was ever applied, and
+whose weights, dtype, mode and attention follow those of the first. A copy of it, with the current plan of the first
+applied, gives the expected results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fhopt.hf.layer_programs import STATE
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 
-PROMPT, STEPS = 30, 8  # tokens that are read at once and one by one: 8 + 8 of the window and the sinks are exact
+PROMPT, STEPS = 30, 8  # tokens of the prompt and decode steps: 8 + 8 of the window and the sinks are exact
 PLANS: dict[str, dict[str, Any]] = {
     "exact": dict(ratio=1, layout="head", window_bits=16),
     "4x": dict(ratio=4, window_bits=8),
@@ -51,7 +51,7 @@ OTHERS = {"llama": "model.layers.0.mlp.up_proj.weight", "gpt2": "transformer.h.0
 
 
 def read(model: Any, ids: Tensor) -> Tensor:
-    """Logits of a prompt and of single tokens behind it, through the cache that the model makes: [B, T, V]."""
+    """Return logits of a prompt and of single tokens after it, with the model's own cache: [B, T, V]."""
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(ids[:, :PROMPT], use_cache=True)
@@ -65,7 +65,7 @@ def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
 
 
 def runs_programs(model: Any) -> bool:
-    """Whether layers run as programs, which needs a library that other tests of the process may have built."""
+    """Whether layers run as programs, which need a library that other tests of the process may have built."""
     states = (vars(module).get(STATE) for module in model.modules())
     return any(state.known.bound for state in states if state is not None)
 
@@ -75,7 +75,7 @@ def cache_of(output: Any) -> Any:
 
 
 def plans_of(fitted: Fitted) -> dict[str, LatentPlan]:
-    """Plans as `fhopt.fit` makes them: they know the weights that they are for."""
+    """Plans as made by `fhopt.fit`, with fingerprints of their weights."""
     weights = dict(fitted.model.named_parameters())
     plans = {name: fitted.plan(sinks=4, **options) for name, options in PLANS.items()}
     return {name: plan.with_provenance(**prints(plan, weights)) for name, plan in plans.items()}
@@ -87,7 +87,7 @@ def prints(plan: LatentPlan, weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def refused(action: Callable[[], Any]) -> str:
-    """The message of a FhoptError: one line that says what was expected, or how to go on."""
+    """Return the message of a FhoptError: one line with the expected value or a fix."""
     with pytest.raises(FhoptError) as caught:
         action()
     message = str(caught.value)
@@ -96,7 +96,7 @@ def refused(action: Callable[[], Any]) -> str:
 
 
 class ModelStates(RuleBasedStateMachine):
-    """`model` has a history, `plain` has none. applied: plan and options of `apply`, None where none is applied."""
+    """`model` has a history, `plain` has none. applied: plan and options of `apply`, None if no plan is applied."""
 
     kind: str
     plans: dict[str, LatentPlan]
@@ -110,8 +110,8 @@ class ModelStates(RuleBasedStateMachine):
         self.plain = MAKERS[self.kind]()
         self.model = copy.deepcopy(self.plain)
         self.applied: tuple[LatentPlan, dict[str, bool]] | None = None
-        self.own_attention = ""  # what was set behind `apply`
-        self.negated = False  # weights that plans know
+        self.own_attention = ""  # set after `apply`
+        self.negated = False  # the sign of weights in the fingerprint
         self.held: tuple[Any, LatentPlan, Tensor] | None = None
         self.place = Path(tempfile.mkdtemp(dir=self.folder))
         if name is not None:
@@ -128,7 +128,7 @@ class ModelStates(RuleBasedStateMachine):
             assert "another model" in refused(lambda: fhopt.apply(self.model, plan, **options))
             return
         assert fhopt.apply(self.model, plan, **options) is self.model
-        if self.own_attention:  # and stays beside the plan, for what it is taken back
+        if self.own_attention:  # an attention set next to the plan stays when the plan is removed
             self.plain.set_attn_implementation(self.own_attention)
         self.applied, self.own_attention = (plan, options), ""
 
@@ -168,7 +168,7 @@ class ModelStates(RuleBasedStateMachine):
 
     @rule(factor=st.sampled_from([0.5, 2.0]))
     def scale_a_weight_of_a_site(self, factor: float) -> None:
-        """Plans serve it still: a model may have been trained a little more."""
+        """Plans still accept it: a model may have been trained a little more."""
         self.scale(factor)
 
     @rule()
@@ -224,26 +224,26 @@ class ModelStates(RuleBasedStateMachine):
 
     @rule()
     def save_and_load_weights(self) -> None:
-        """A folder has nothing of a plan."""
+        """A saved folder contains nothing of a plan."""
         self.model.save_pretrained(self.place / "model")
         self.reload(type(self.plain).from_pretrained, self.place / "model")
 
     @precondition(lambda self: not self.negated)
     @rule(name=st.sampled_from([*PLANS]))
     def rewrite_and_load(self, name: str) -> None:
-        """The plan of a folder is that with which it was written, whatever was applied."""
+        """The plan of a folder is the one it was written with, whatever was applied."""
         out = Path(tempfile.mkdtemp(dir=self.place))
         written(out, copy.deepcopy(self.model), self.plans[name])
         self.reload(fhopt.load, out)
         self.put(LatentPlan.load(out / "plan"))
 
     def reload(self, load: Callable[..., Any], folder: Path) -> None:
-        """Go on with what stands in a folder, without a plan, and with the plain weights as they are loaded."""
+        """Continue with the model in a folder, without a plan, and with the plain weights saved and loaded."""
         mode, attention = self.plain.training, self.own_attention or self.plain.config._attn_implementation
         dtype = self.plain.dtype
         self.plain.save_pretrained(self.place / "plain")
         plain = type(self.plain).from_pretrained(self.place / "plain", dtype=dtype)
-        # In memory of their own: what is mapped from a file lies at other addresses.
+        # In newly allocated memory, because tensors mapped from a file have other addresses.
         self.plain, self.model = copy.deepcopy(plain), copy.deepcopy(fhopt.unapply(load(folder, dtype=dtype)))
         for model in (self.plain, self.model):
             model.train(mode)
@@ -274,7 +274,7 @@ class ModelStates(RuleBasedStateMachine):
     @precondition(lambda self: self.held is not None and not self.plain.training)
     @rule()
     def read_the_held_cache(self) -> None:
-        """What a cache holds was decided when it was made."""
+        """The contents of a cache were fixed when it was filled."""
         assert self.held is not None
         cache, _, after = self.held
         found = torch.cat(steps(self.model, copy.deepcopy(cache), self.ids[:, PROMPT:]), 1)
@@ -291,10 +291,10 @@ class ModelStates(RuleBasedStateMachine):
             return
         self.held = fhopt.load_cache(self.model, fhopt.save_cache(self.model, cache, file)), plan, after
 
-    # ------------------------------------------------------------------------------------------- what must hold
+    # ------------------------------------------------------------------------------------------- invariants
 
     def expected(self) -> Any:
-        """A model with the state that `model` is to have, and without a history."""
+        """Return a model with the expected state of `model`, and without a history."""
         model = copy.deepcopy(self.plain)
         if self.applied is not None:
             plan, options = self.applied
@@ -309,7 +309,7 @@ class ModelStates(RuleBasedStateMachine):
 
     @invariant()
     def a_plan_for_another_model_is_refused(self) -> None:
-        """And what is there stays, as the numbers say that are read next."""
+        """The refused call changes nothing, as the next results show."""
         refused(lambda: fhopt.apply(self.model, self.strange))
 
     @invariant()
@@ -317,7 +317,7 @@ class ModelStates(RuleBasedStateMachine):
         other = self.expected()
         found, expected = read(self.model, self.ids), read(other, self.ids)
         is_exact = self.applied is None or self.applied[0].sites[0].is_exact
-        # A program of a layer sums in another order than the calls before it was recorded, which may turn a code.
+        # A layer program sums in another order than the calls before it was traced, which may change a code.
         has_programs = runs_programs(self.model) or runs_programs(other)
         rounding = 0.1 if self.plain.dtype == torch.bfloat16 else 1e-4 if is_exact else 2e-2
         is_close = has_programs and float((found - expected).norm()) < rounding * float(expected.norm())
@@ -335,12 +335,12 @@ class ModelStates(RuleBasedStateMachine):
 
 
 class ThoroughStates(ModelStates):
-    """The model is also fitted anew, which takes seconds."""
+    """Fit the model as well, which takes seconds."""
 
     @precondition(lambda self: self.plain.dtype != torch.bfloat16)
     @rule()
     def fit(self) -> None:
-        """What is applied changes neither what is measured nor what is applied."""
+        """An applied plan does not affect the fit, nor the fit an applied plan."""
         options: dict[str, Any] = dict(sequences=2, rate_sequences=1, tokens=1024, sinks=4, recent=8, block=8)
         plans = []
         for model in (self.model, self.plain):
@@ -352,7 +352,7 @@ class ThoroughStates(ModelStates):
 
 
 class CompiledStates(ModelStates):
-    """The model is also called through torch.compile, before and after it is changed."""
+    """Call the model also through torch.compile, before and after changes."""
 
     @initialize()
     def compile_nothing(self) -> None:
@@ -367,7 +367,7 @@ class CompiledStates(ModelStates):
     @precondition(lambda self: self.compiled is not None and not self.plain.training)
     @rule()
     def call_compiled(self) -> None:
-        """The compiled model is still that which was compiled, whatever has become of it since."""
+        """The compiled model stays usable after any change."""
         if self.compiled._orig_mod is self.model:
             with torch.no_grad():
                 assert self.close(forward(self.compiled, self.ids), forward(self.plain, self.ids))
@@ -375,7 +375,7 @@ class CompiledStates(ModelStates):
     @precondition(lambda self: not self.negated and self.plain.dtype == torch.float32 and not self.plain.training)
     @rule(name=st.sampled_from(["4x", "8x"]))
     def compile_with_a_plan(self, name: str) -> None:
-        """A plan that is compiled in depends no more on the one that is applied than calls without a cache do."""
+        """A plan passed to the compiler depends on an applied one no more than calls without a cache do."""
         outputs = []
         for model in (self.model, copy.deepcopy(self.plain)):
             torch._dynamo.reset()
@@ -400,7 +400,7 @@ def run_states(
 @pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
-def test_numbers_of_a_model_depend_on_what_it_is_now(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_the_results_of_a_model_depend_on_its_current_state(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
     run_states(llama, gpt2, tmp_path, 40)
 
 
@@ -413,12 +413,12 @@ def test_so_do_those_of_a_model_with_fused_projections(llama: Fitted, gpt2: Fitt
 
 @pytest.mark.slow
 @pytest.mark.hypothesis
-def test_so_do_those_that_kernels_give(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_so_do_those_of_kernels(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
     run_states(llama, gpt2, tmp_path, 10, ThoroughStates)
 
 
 @pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling", "traced_only")
-def test_so_do_those_of_a_model_that_is_compiled(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_so_do_those_of_a_compiled_model(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
     run_states(llama, gpt2, tmp_path, 15, CompiledStates)

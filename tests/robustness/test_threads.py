@@ -1,4 +1,4 @@
-"""Several threads at once: the numbers of one thread, whoever compiles a kernel or a graph first."""
+"""Several threads at once: the results of one thread, whichever thread compiles a kernel or a graph first."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BUILD: Any = importlib.import_module("fhopt.codegen.build")
 COMPILER: Any = importlib.import_module("fhopt.codegen.compiler")
 DISPATCH: Any = importlib.import_module("fhopt.codegen.dispatch")
 THREADS = 4
-SECONDS = 120  # in which threads must end
+SECONDS = 120  # timeout of threads
 
 
 @pytest.fixture(autouse=True)
 def often() -> Iterator[None]:
-    """Threads take turns a hundred times as often as usual."""
+    """Switch threads a hundred times as often as usual."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 100)
     yield
@@ -39,7 +39,7 @@ def often() -> Iterator[None]:
 
 @pytest.fixture
 def traced_only() -> Iterator[None]:
-    """In place of inductor's, the graphs run as they are. Torch looks a backend up by name in one thread at a time."""
+    """Run graphs without inductor. Torch resolves a backend's name in one thread at a time."""
     torch._dynamo.lookup_backend("flashhead")
     inductor = "torch._inductor.compile_fx.compile_fx"
     with mock.patch(inductor, lambda module, inputs, **options: aot_eager(module, inputs)):
@@ -48,7 +48,7 @@ def traced_only() -> Iterator[None]:
 
 @pytest.fixture
 def no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing has been compiled, in this process or in the cache folder."""
+    """Remove compiled kernels from this process and the cache folder."""
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(DISPATCH, "_kernels", {})
     BUILD.build.cache_clear()
@@ -57,7 +57,7 @@ def no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def at_once(*actions: Callable[[], Any]) -> list[Any]:
-    """Results of the actions, each in a thread of its own; all begin together. What one raises is raised here."""
+    """Run actions in separate threads that start together; return their results or raise their first error."""
     results: list[Any] = [None] * len(actions)
     raised: list[BaseException] = []
     start = threading.Barrier(len(actions))
@@ -81,7 +81,7 @@ def at_once(*actions: Callable[[], Any]) -> list[Any]:
 
 
 def read(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    """Logits of a prompt and of single tokens behind it, through a cache of its own: [B, T, V]."""
+    """Return logits of a prompt and of single tokens after it, with a separate cache: [B, T, V]."""
     cache = latent_cache(model, **options)
     parts = [ids[:, :50], *ids[:, 50:].split(1, 1)]
     with torch.no_grad():
@@ -89,7 +89,7 @@ def read(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("options", "is_new"), [({}, True), ({"max_cache_len": 90}, False)], ids=["growing", "static"])
-def test_threads_that_read_through_one_model_with_caches_of_their_own_get_what_one_gets(
+def test_threads_that_share_one_model_with_separate_caches_get_the_results_of_one(
     options: dict[str, Any], is_new: bool, llama: Fitted, request: pytest.FixtureRequest
 ) -> None:
     if is_new:
@@ -101,7 +101,7 @@ def test_threads_that_read_through_one_model_with_caches_of_their_own_get_what_o
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_threads_that_generate_at_once_get_what_one_gets(llama: Fitted) -> None:
+def test_threads_that_generate_concurrently_get_the_results_of_one(llama: Fitted) -> None:
     model: Any = fhopt.apply(tiny_llama(), llama.plan(4))
     prompts = [token_ids(1, 40 + i) for i in range(THREADS)]
     ways: list[dict[str, Any]] = [
@@ -120,8 +120,8 @@ def test_threads_that_generate_at_once_get_what_one_gets(llama: Fitted) -> None:
     assert all(torch.equal(made, generate(*pair)) for made, pair in zip(together, pairs, strict=True))
 
 
-def test_plans_of_two_models_do_not_meet(llama: Fitted, gpt2: Fitted) -> None:
-    """One is applied and taken back again while the other reads."""
+def test_plans_of_two_models_do_not_interfere(llama: Fitted, gpt2: Fitted) -> None:
+    """One is applied and removed repeatedly while the other model runs."""
     first, second = fhopt.apply(tiny_llama(), llama.plan(4)), tiny_gpt2()
     ids = token_ids(1, 55)
 
@@ -133,9 +133,7 @@ def test_plans_of_two_models_do_not_meet(llama: Fitted, gpt2: Fitted) -> None:
     assert all(torch.equal(x, expected[0]) for x in seen) and all(torch.equal(x, expected[1]) for x in made)
 
 
-def test_one_kernel_that_threads_need_at_once_is_compiled_once(
-    no_kernels: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_threads_need_at_once_is_compiled_once(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     compile_ = COMPILER._compile
 
@@ -151,7 +149,7 @@ def test_one_kernel_that_threads_need_at_once_is_compiled_once(
 
 
 @pytest.mark.parametrize("is_planned", [False, True], ids=["exact", "by a plan"])
-def test_two_threads_compile_and_run_models_at_once(is_planned: bool, traced_only: None) -> None:
+def test_two_threads_compile_and_run_models_concurrently(is_planned: bool, traced_only: None) -> None:
     models = [tiny_llama(), tiny_gpt2()]
     ids = token_ids(2, 20)
     sites = [found(model)[1].sites.values() for model in models]
@@ -169,11 +167,11 @@ def test_two_threads_compile_and_run_models_at_once(is_planned: bool, traced_onl
     plans = [fit_plan.exact_plan(each) for each in sites]
     pairs = zip(models, plans, strict=True)
     for mine, plain in zip(at_once(*(lambda p=p: compiled(*p) for p in pairs)), expected, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)  # float32, and sums in another order
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
 @pytest.mark.slow
-def test_threads_that_call_one_compiled_model_first_at_once_get_what_eager_gives(traced_only: None) -> None:
+def test_threads_that_call_a_compiled_model_for_the_first_time_at_once_agree_with_eager(traced_only: None) -> None:
     model = tiny_llama()
     prompts = [token_ids(2, 20) for _ in range(THREADS)]
     with torch.no_grad():
@@ -181,7 +179,7 @@ def test_threads_that_call_one_compiled_model_first_at_once_get_what_eager_gives
         compiled: Any = torch.compile(model, backend="flashhead", options={"ratio": 1})
 
     def call(ids: Tensor) -> Tensor:
-        with torch.no_grad():  # of each thread
+        with torch.no_grad():  # thread-local
             logits: Tensor = compiled(ids, use_cache=False).logits
         return logits
 
@@ -192,7 +190,7 @@ def test_threads_that_call_one_compiled_model_first_at_once_get_what_eager_gives
 
 @pytest.mark.slow
 def test_graphs_are_searched_in_threads_at_once(llama: Fitted) -> None:
-    """`capture` resets Dynamo; finding alone does not touch it."""
+    """`capture` resets Dynamo; the finder does not use it."""
     from fhopt.models.capture import capture
     from fhopt.passes import pipeline
     from fhopt.passes.graph.printing import print_graph

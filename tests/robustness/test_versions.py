@@ -1,4 +1,4 @@
-"""The environments of `make test-matrix` (noxfile.py): what they cover, what their table says."""
+"""The environments of `make test-matrix` (noxfile.py): their coverage and results table."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import noxfile  # noqa: E402
 
 
 def versions_in_matrix(package: str) -> set[str]:
-    """The versions of a package that environments ask for, "" for the newest."""
+    """Return the versions of a package that environments require, "" for the newest."""
     asked = [name.partition("==") for e in noxfile.ENVIRONMENTS.values() for name in e.packages]
     return {version.removesuffix(".*") for name, _, version in asked if name == package}
 
 
-def test_every_version_that_matters_is_in_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_relevant_version_is_in_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"2.11", "2.12", "2.13", ""} <= versions_in_matrix("torch")
     assert {"3.6", "3.7", ""} <= versions_in_matrix("triton")
     assert {"5.20", ""} <= versions_in_matrix("transformers")
     assert {e.python for e in noxfile.ENVIRONMENTS.values()} == {"3.10", "3.11", "3.12", "3.13"}
 
 
-def test_the_oldest_environment_asks_for_the_lower_bound_of_every_requirement() -> None:
+def test_the_oldest_environment_requires_the_lower_bound_of_every_requirement() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     needed = re.search(r"^dependencies = \[(.*?)^\]", text, flags=re.S | re.M)
     assert needed is not None
@@ -40,7 +40,7 @@ def test_the_oldest_environment_asks_for_the_lower_bound_of_every_requirement() 
     assert {f"{name}=={bound}" for name, bound in bounds} <= set(noxfile.ENVIRONMENTS["oldest"].packages)
 
 
-def test_every_file_of_tests_that_is_named_is_there() -> None:
+def test_every_named_test_file_exists() -> None:
     assert [name for name in noxfile.TESTED if not (ROOT / "tests" / name).exists()] == []
 
 
@@ -63,11 +63,11 @@ XML = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3
 
 
 def session(name: str, result: str, reason: str | None = None) -> dict[str, Any]:
-    """As nox writes it."""
+    """A session as nox records it."""
     return {"signatures": ["matrix", f"matrix({name})"], "result": result, "reason": reason, "duration": 90.0}
 
 
-def test_a_session_becomes_a_line_of_figures(tmp_path: Path) -> None:
+def test_a_session_becomes_a_table_row(tmp_path: Path) -> None:
     versions = {"python": "3.10.13", "torch": "2.11.0+cpu"}
     (tmp_path / "oldest.json").write_text(json.dumps(versions))
     (tmp_path / "oldest.xml").write_text(XML)
@@ -79,7 +79,7 @@ def test_a_session_becomes_a_line_of_figures(tmp_path: Path) -> None:
     assert rows["passed"].impl == "python 3.10.13, torch 2.11.0+cpu"
 
 
-def test_an_environment_that_cannot_be_had_says_why_and_is_no_failure(tmp_path: Path) -> None:
+def test_an_unavailable_environment_gives_a_reason_and_is_not_a_failure(tmp_path: Path) -> None:
     reason = "Python interpreter 3.10 not found."
     outcome = version_matrix.outcome_of(session("oldest", "skipped", reason), tmp_path)
     assert outcome.is_good
@@ -88,7 +88,7 @@ def test_an_environment_that_cannot_be_had_says_why_and_is_no_failure(tmp_path: 
     assert not version_matrix.outcome_of(session("oldest", "aborted", "conflict"), tmp_path).is_good
 
 
-def test_one_environment_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_environment_replaces_only_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = [
         {"case": case, "impl": "x", "metric": "passed", "value": value, "unit": ""}
         for case, value in (("a", 1.0), ("b", None))

@@ -1,4 +1,4 @@
-"""Tests of plans in vLLM. They run in the environment that `make test-serving` makes, and are skipped elsewhere."""
+"""Tests of plans in vLLM. They run in the environment of `make test-serving`, and are skipped elsewhere."""
 
 from __future__ import annotations
 

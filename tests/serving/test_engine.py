@@ -1,4 +1,4 @@
-"""A plan in vLLM: the same tokens however a request is computed, and the likelihoods of fhopt's own cache."""
+"""A plan in vLLM: the same tokens for any schedule of a request, and the likelihoods of fhopt's own cache."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.serving.batch import means_from
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((3, 60, 130, 201, 330))]
-ROUNDING = 1e-4  # nats a token: sums in another order, in float32
-SHARE = 0.005  # of nats a token: the window rounds a token also for itself, and without its mean
+ROUNDING = 1e-4  # nats/token: float32 sums in another order
+SHARE = 0.005  # of nats/token: the window also rounds a token for itself, and without its mean
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def folder(llama: Fitted, plan: LatentPlan, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def served(folder: str) -> Iterator[Served]:
-    """One engine for what needs no options: prompts in one piece, and room for all.
+    """An engine without special options: unchunked prompts, and room for all.
 
-    Closing any engine ends vLLM's process groups: tests of this one stand before those that make others.
+    Closing any engine ends vLLM's process groups, so tests of this one come before those that make others.
     """
     engine = Served(folder)
     yield engine
@@ -45,7 +45,7 @@ def served(folder: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def alone(served: Served) -> list[list[int]]:
-    """The tokens of each prompt on its own, nothing known before."""
+    """Return the tokens of each prompt on its own, without prefix caching."""
     tokens = []
     for ids in PROMPTS:
         served.llm.reset_prefix_cache()
@@ -53,12 +53,12 @@ def alone(served: Served) -> list[list[int]]:
     return tokens
 
 
-def test_requests_of_one_batch_get_the_tokens_that_they_get_alone(served: Served, alone: list[list[int]]) -> None:
+def test_requests_of_one_batch_get_the_same_tokens_as_single_ones(served: Served, alone: list[list[int]]) -> None:
     served.llm.reset_prefix_cache()
     assert served.greedy(PROMPTS) == alone
 
 
-def test_a_prefix_that_was_found_changes_no_token(served: Served, alone: list[list[int]]) -> None:
+def test_a_cached_prefix_changes_no_token(served: Served, alone: list[list[int]]) -> None:
     served.llm.reset_prefix_cache()
     first, again = (served.results([PROMPTS[-1]], max_tokens=24)[0] for _ in range(2))
     assert first.num_cached_tokens == 0
@@ -66,7 +66,7 @@ def test_a_prefix_that_was_found_changes_no_token(served: Served, alone: list[li
     assert list(first.outputs[0].token_ids) == list(again.outputs[0].token_ids) == alone[-1]
 
 
-def test_other_texts_behind_one_prefix_do_not_mix(served: Served) -> None:
+def test_other_texts_after_one_prefix_do_not_mix(served: Served) -> None:
     shared = prompt(7, 200)
     texts = [shared + prompt(seed, 60) for seed in (8, 9)]
     served.llm.reset_prefix_cache()
@@ -89,7 +89,7 @@ def test_sampling_runs(served: Served) -> None:
 
 
 def own_log_likelihood(model: Any, plan: LatentPlan, ids: list[int]) -> float:
-    """What fhopt's own cache gives: the tokens that means are of in one call, the others one by one."""
+    """Run fhopt's own cache: the tokens of the means in one call, the others one by one."""
     cache: Any = LatentCache(plan, absorb=False)
     first = max(1, means_from(plan))
     calls = [ids[:first], *([token] for token in ids[first:-1])]
@@ -98,7 +98,7 @@ def own_log_likelihood(model: Any, plan: LatentPlan, ids: list[int]) -> float:
     return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean())
 
 
-def test_the_likelihood_is_that_of_the_own_cache(llama: Fitted, plan: LatentPlan, served: Served) -> None:
+def test_the_likelihood_agrees_with_the_own_cache(llama: Fitted, plan: LatentPlan, served: Served) -> None:
     ids = prompt(11, LENGTH - 2)
     expected = own_log_likelihood(llama.model, plan, ids)
     assert abs(served.log_likelihood(ids) - expected) < SHARE * abs(expected)
@@ -124,7 +124,7 @@ def test_chunks_and_preemption_change_no_token(folder: str, alone: list[list[int
     wide.close()
 
 
-def test_guessed_tokens_change_no_token(folder: str, alone: list[list[int]]) -> None:
+def test_speculative_decoding_changes_no_token(folder: str, alone: list[list[int]]) -> None:
     engine = Served(folder, speculative_config={
         "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
     })  # fmt: skip

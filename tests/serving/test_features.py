@@ -1,4 +1,4 @@
-"""What users of vLLM expect beside plain requests: adapters, beams, several processes, a server over HTTP."""
+"""vLLM features beyond plain requests: adapters, beams, several processes, an HTTP server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def plan(llama: Fitted) -> LatentPlan:
-    return plan_of(llama, layout="head")  # a latent for each kv head, as several processes need
+    return plan_of(llama, layout="head")  # a latent per kv head, as required by several processes
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def expected(folder: str) -> list[list[int]]:
 
 
 def save_adapter(path: Path, model: Any) -> None:
-    """An adapter of all projections of attention, large enough to change tokens."""
+    """Save an adapter of all attention projections, large enough to change tokens."""
     generator, tensors = torch.Generator().manual_seed(3), {}
     names = [n for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))]
     for name in names:
@@ -69,10 +69,10 @@ def save_adapter(path: Path, model: Any) -> None:
     (path / "adapter_config.json").write_text(json.dumps(described))
 
 
-def test_an_adapter_changes_its_own_requests_only(
+def test_an_adapter_changes_only_its_own_requests(
     folder: str, llama: Fitted, expected: list[list[int]], tmp_path: Path
 ) -> None:
-    """A batch of requests with and without one is left out: vLLM 0.32 for CPUs mixes them up, without a plan too."""
+    """No batch mixes requests with and without an adapter: vLLM 0.32 for CPUs confuses them, even without a plan."""
     from vllm.lora.request import LoRARequest
 
     save_adapter(tmp_path / "adapter", llama.model)
@@ -98,7 +98,7 @@ def test_an_adapter_changes_its_own_requests_only(
 
 
 def test_beam_search_finds_what_is_at_least_as_likely(folder: str, tmp_path: Path) -> None:
-    """vLLM's beam search asks for a tokenizer, though prompts are tokens."""
+    """vLLM's beam search requires a tokenizer, although prompts are tokens."""
     from vllm.sampling_params import BeamSearchParams
 
     words = Tokenizer(models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0"))
@@ -124,10 +124,10 @@ def test_beam_search_finds_what_is_at_least_as_likely(folder: str, tmp_path: Pat
 
 @contextmanager
 def server(folder: str, *options: str) -> Iterator[str]:
-    """A server on a free port of the loopback interface, until it answers; its address.
+    """Start a server on a free loopback port, wait until it answers, and return its address.
 
-    The module is what `vllm serve` runs; that program of vLLM's build for CPUs stops before anything, since it asks for
-    the version of a package named vllm.
+    Runs the module of `vllm serve`, because that program stops at once in vLLM's CPU build: it looks up the version of
+    a package named vllm.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -154,7 +154,7 @@ def server(folder: str, *options: str) -> Iterator[str]:
 
 
 def _wait(process: subprocess.Popen[str], port: int) -> None:
-    """Wait until the server says that it is healthy."""
+    """Wait until the server reports that it is healthy."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -169,7 +169,7 @@ def _wait(process: subprocess.Popen[str], port: int) -> None:
 
 
 def completions(address: str, folder: str, prompts: list[list[int]]) -> list[list[int]]:
-    """Tokens that follow each prompt, all asked for at once."""
+    """Return the tokens that follow each prompt, all in one request."""
     body = {
         "model": folder, "prompt": prompts, "max_tokens": 24, "temperature": 0, "ignore_eos": True,
         "return_token_ids": True, "detokenize": False,
@@ -185,7 +185,7 @@ def completions(address: str, folder: str, prompts: list[list[int]]) -> list[lis
 def test_a_server_gives_the_tokens_of_the_engine(folder: str, expected: list[list[int]]) -> None:
     with server(folder) as address:
         assert completions(address, folder, PROMPTS) == expected
-        assert completions(address, folder, PROMPTS[-1:]) == expected[-1:]  # its prefix is known by now
+        assert completions(address, folder, PROMPTS[-1:]) == expected[-1:]  # its prefix is cached by now
 
 
 def test_two_processes_share_the_kv_heads(folder: str, expected: list[list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""What vLLM says of folders and options with which a plan is not served: one sentence, before memory is reserved."""
+"""vLLM's messages for folders and options that a plan does not support: one sentence, before memory is reserved."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_damaged_plan_is_refused(copy: Path) -> None:
 
 
 def test_a_plan_for_other_weights_is_refused(copy: Path) -> None:
-    """The files are those that the manifest lists; the plan was fitted to other weights."""
+    """The files match the manifest; the plan was fitted to other weights."""
     weights = load_file(copy / "model.safetensors")
     other = {name: -tensor for name, tensor in weights.items()}
     save_file(other, copy / "model.safetensors", metadata={"format": "pt"})
@@ -58,11 +58,11 @@ def test_a_cache_in_fp8_is_refused(folder: Path) -> None:
     assert "--kv-cache-dtype fp8 is not supported" in refused(folder, kv_cache_dtype="fp8")
 
 
-def test_an_engine_without_several_caches_is_refused(folder: Path) -> None:
+def test_an_engine_without_support_for_several_caches_is_refused(folder: Path) -> None:
     assert "--disable-hybrid-kv-cache-manager" in refused(folder, disable_hybrid_kv_cache_manager=True)
 
 
-def test_a_program_prints_the_sentence_and_no_traceback(copy: Path) -> None:
+def test_a_script_prints_the_sentence_and_no_traceback(copy: Path) -> None:
     (copy / "plan" / "plan.json").unlink()
     code = f"from vllm import LLM; LLM({str(copy)!r}, enforce_eager=True, skip_tokenizer_init=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -71,8 +71,8 @@ def test_a_program_prints_the_sentence_and_no_traceback(copy: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_other_models_are_served_as_ever(tmp_path: Path) -> None:
-    model = tiny_llama(head_dim=32)  # the least that vLLM's own attention has
+def test_other_models_are_served_unchanged(tmp_path: Path) -> None:
+    model = tiny_llama(head_dim=32)  # the smallest that vLLM's own attention supports
     model.save_pretrained(tmp_path / "plain")
     engine = Served(str(tmp_path / "plain"))
     assert len(engine.greedy([[1, 2, 3]], 4)[0]) == 4

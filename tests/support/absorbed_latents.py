@@ -1,4 +1,4 @@
-"""Models that keep latents, and the pass that attends to them."""
+"""Models that cache latents, and the pass that rewrites their attention to run on them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fhopt.passes import pipeline
 from fhopt.passes.graph.nodes import fake
 from fhopt.passes.graph.program import copy_program
 
-B, H, N, P, E, R, C, T = 2, 4, 16, 8, 12, 24, 64, 33  # N + P channels of a key: from the latent, and rotated
+B, H, N, P, E, R, C, T = 2, 4, 16, 8, 12, 24, 64, 33  # channels of a key: N from the latent, P rotated
 
 
 class Absorbing:
-    """A backend of torch.compile that absorbs and keeps what it did; the graphs run as they are, without inductor."""
+    """A torch.compile backend that absorbs projections and records the outcomes; graphs run without inductor."""
 
     def __init__(self) -> None:
         self.outcomes: list[passes_outcome.Outcome] = []
@@ -40,7 +40,7 @@ class Absorbing:
         return {m.reason for outcome in self.outcomes for m in outcome.missed if m.stage == "absorb_projection"}
 
     def expanded(self) -> list[str]:
-        """Nodes with as many rows as there are keys for each of several heads."""
+        """Nodes with one row per key for each of H heads, that is, expanded keys or values."""
         nodes = [n for outcome in self.outcomes for n in outcome.program.graph.nodes if isinstance(fake(n), Tensor)]
         return [n.name for n in nodes if fake(n).dim() == 4 and fake(n).shape[1] == H and fake(n).shape[2] != 1]
 

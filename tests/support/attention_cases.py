@@ -1,4 +1,4 @@
-"""Cases of latent attention that every generated kernel must serve, with what the reference gives."""
+"""Latent-attention cases that every generated kernel must support, with reference results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EIGHT: Tiers = ((8, 64, 0.02),)
 FOUR: Tiers = ((4, 64, 0.3),)
 TWO: Tiers = ((2, 24, 0.9),)
 PLANES: Tiers = ((6, 16, 0.08), (5, 24, 0.15), (3, 40, 0.5), (1, 8, 1.6))
-ODD: Tiers = ((3, 8, 0.5), (16, 8, 0.0), (1, 24, 1.6), (5, 8, 0.15), (4, 24, 0.3))  # float16 from byte 3 on
+ODD: Tiers = ((3, 8, 0.5), (16, 8, 0.0), (1, 24, 1.6), (5, 8, 0.15), (4, 24, 0.3))  # float16 starts at byte 3
 EVERY: Tiers = tuple((bits, width, 2 / 2**bits) for bits in SUPPORTED_BITS for width in (8, 16, 24))
 LONGEST: Tiers = tuple((bits, 128, math.pi / 2**bits) for bits in reversed(SUPPORTED_BITS))
-# Trellis codes, on several sides of the 64 bytes and 64 channels that are read at once.
+# Trellis codes with sizes below and above the 64 bytes and 64 channels of one load.
 RINGS: Tiers = ((6, 8, 0.1), (4, 16, -0.03), (3, 24, -0.03), (2, 40, -0.025), (1, 40, -0.022))
 RING: Tiers = ((2, 16, -0.025),)
 LONG_RINGS: Tiers = ((4, 200, -0.03), (3, 104, -0.03), (16, 8, 0.0), (1, 8, -0.022), (2, 8, 0.9))
@@ -37,7 +37,7 @@ Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]  # query, k
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel and the shapes it is tried on."""
+    """One kernel and the shapes it runs on."""
 
     key_tiers: Tiers
     value_tiers: Tiers
@@ -47,7 +47,7 @@ class Case:
     queries: int  # S
     tokens: int  # T
     softcap: float = 0.0
-    width: int = 24  # R of uncoded sides
+    width: int = 24  # R of unquantized sides
     dtype: torch.dtype = torch.float32
 
     @property
@@ -87,7 +87,7 @@ CASES = {
     "one token": Case(HALVES, HALVES, 3, 1, 1, 1, 1),
     "uncoded, several queries": Case(UNCODED, UNCODED, 9, 3, 3, 5, 100, width=16),
 }
-# Which kernels for CPUs alone serve.
+# Cases that only CPU kernels support.
 TRELLIS_CASES = {
     "trellis codes beside others": Case(RINGS, RINGS, 9, 1, 1, 1, 203),
     "a short ring, long ones": Case(RING, LONG_RINGS, 6, 2, 3, 5, 131),
@@ -114,7 +114,7 @@ def inputs(case: Case) -> Inputs:
 
 
 def masks(case: Case) -> list[Tensor | None]:
-    """None, bool with a row that sees nothing, additive of full shape, bool for all queries alike, additive [T]."""
+    """None; bool with a fully masked row; additive, full shape; bool, broadcast over queries; additive [T]."""
     whole = torch.rand(2, 1, case.queries, case.tokens) > 0.4
     whole[0, 0, -1] = False
     whole[1, 0, -1, 0] = True
@@ -125,7 +125,7 @@ def masks(case: Case) -> list[Tensor | None]:
 
 
 def expected(case: Case, x: Inputs, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The reference on unpacked latents, products in float64."""
+    """Run the reference on unpacked latents, with float64 matmuls."""
     query, key, key_scale, value, value_scale = x
     unpacked = []
     for rows, scale, tiers in ((key, key_scale, case.key_tiers), (value, value_scale, case.value_tiers)):
@@ -136,6 +136,6 @@ def expected(case: Case, x: Inputs, mask: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
-    """1e-5: sums of up to 203 products of size 3 in float32, as codes, whose middle is subtracted at the end."""
+    """Tolerance 1e-5: float32 sums of up to 203 products of size 3, on codes whose midpoint is subtracted last."""
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)

@@ -1,7 +1,7 @@
-"""Spellings of the parts of attention as Python text; one table serves tests that run them and tests that print them.
+"""Spellings of the parts of attention as Python text, shared by tests that run them and tests that print them.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size. The last line of a spelling is an
-expression, lines before it are statements. `functions` makes callables of a table.
+expression; the lines before it are statements. `functions` makes callables of a table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPEATED = {
     "index": "x[:, torch.arange(x.shape[1] * n) // n]",
 }
 
-# q [B, H, S, D], k [B, H, T, D], times a number -> [B, H, S, T].
+# q [B, H, S, D], k [B, H, T, D], times a scale -> [B, H, S, T].
 PRODUCTS = {
     "matmul": "(q @ k.transpose(-1, -2)) * by",
     "divided": "torch.matmul(q, k.mT) / (1 / by)",
@@ -35,7 +35,7 @@ PRODUCTS = {
     "summed": "(q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) * by",
 }
 
-# Scores s [B, H, S, T] and a bool mask, true for keys that a query sees -> scores.
+# Scores s [B, H, S, T] and a bool mask, true for keys that a query attends to -> scores.
 FILLED = {
     "masked_fill": 's.masked_fill(~mask, float("-inf"))',
     "where": "torch.where(mask, s, torch.finfo(torch.float32).min)",
@@ -60,7 +60,7 @@ MIXED = {
     "summed": "(p.unsqueeze(-1) * v.unsqueeze(2)).sum(3)",
 }
 
-# Heads side by side: o [B, H, S, D] -> [B, S, H * D].
+# Concatenate heads: o [B, H, S, D] -> [B, S, H * D].
 JOINED = {
     "reshape": "o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1)",
     "permute": "o.permute(0, 2, 1, 3).contiguous().flatten(2)",
@@ -69,7 +69,7 @@ JOINED = {
 
 
 def functions(table: Mapping[str, str], arguments: str) -> dict[str, Callable[..., Any]]:
-    """Make a function of each spelling; arguments: names separated by commas."""
+    """Make a function of each spelling; arguments: comma-separated names."""
     return {name: function(text, arguments) for name, text in table.items()}
 
 

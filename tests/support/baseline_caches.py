@@ -1,4 +1,4 @@
-"""Models that read into the caches of other methods, in the steps of the quality benchmark."""
+"""Prefill into the caches of other methods, in the steps of the quality benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEDULE = Schedule(sinks=4, recent=32, block=32)
 
 @torch.no_grad()
 def read(model: Any, baseline: Baseline, ids: Tensor, schedule: Schedule = SCHEDULE) -> tuple[Tensor, Any]:
-    """(logits, cache) after reading `ids` in steps that end where a block is quantized."""
+    """Return (logits, cache) after prefilling `ids` in chunks that end where a block is quantized."""
     cache = baseline.new_cache(model)
     cuts = [0, *range(schedule.first_step, ids.shape[1], schedule.block), ids.shape[1]]
     with baseline.reading(model):
@@ -39,7 +39,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def keys_with_outliers(heads: int = 2, tokens: int = 64, size: int = 64) -> Tensor:
-    """[1,G,N,D]: normal numbers, and two channels twenty times as large, as keys have them."""
+    """[1,G,N,D]: normal values, with two channels twenty times as large, like outlier channels of real keys."""
     x = torch.randn(1, heads, tokens, size)
     x[..., 3] = 20 + torch.randn(1, heads, tokens)
     x[..., 17] *= 20

@@ -1,4 +1,4 @@
-"""A real browser for tests of pages: the system's Chromium, without a window, driven by Playwright."""
+"""A real browser for tests of HTML pages: the system's Chromium, headless, driven by Playwright."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-WAIT_MS = 120_000  # for what a page shall show: a busy machine takes long
+WAIT_MS = 120_000  # timeout for page content: a busy machine takes long
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
 def find_browser() -> str:
-    """Path of the browser; the test is skipped where there is none."""
+    """Return the path of the browser, or skip the test if there is none."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"no browser is installed (looked for {', '.join(NAMES)}); on Debian: apt-get install chromium")
@@ -28,7 +28,7 @@ def find_browser() -> str:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser of Playwright; the test is skipped where either is missing."""
+    """Playwright's Chromium; skips the test if either is missing."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
     )
@@ -44,26 +44,26 @@ def chromium() -> Iterator[Any]:
 
 @dataclass
 class Watched:
-    """A page, and what went wrong or out while it was open."""
+    """A page, with the errors, dialogs and requests that occurred while it was open."""
 
     page: Any
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def expect_quiet(self, *allowed: str) -> None:
-        """No message, no dialog, no request but for these addresses."""
+        """Require no message, no dialog, and no request except to these addresses."""
         assert self.messages == []
         assert [url for url in self.requests if not url.startswith(allowed)] == []
 
     def keep_screenshot(self, name: str) -> None:
-        """Keep what is seen as build/screenshots/NAME.png, which git does not have."""
+        """Save a screenshot as build/screenshots/NAME.png, which git ignores."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=str(SCREENSHOTS / f"{name}.png"))
 
 
 @contextmanager
 def opened(browser: Any, address: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> Iterator[Watched]:
-    """A page of its own, watched from before it loads."""
+    """Open a new page that is watched from before it loads."""
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     context.set_default_timeout(WAIT_MS)
     page = context.new_page()

@@ -1,4 +1,4 @@
-"""A decoder that keeps its keys and values in buffers of its own."""
+"""A decoder that stores its keys and values in its own buffers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 H, G, D, C, V, SLOTS = 4, 2, 16, 64, 50, 96
 CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)  # q D . z and q . D z round differently
 
-Write = Callable[[Tensor, Tensor, Tensor, int], Any]  # buffer, new tokens [B,G,S,D], positions [S], their first
+Write = Callable[[Tensor, Tensor, Tensor, int], Any]  # buffer, new tokens [B,G,S,D], positions [S], first position
 
 
 def by_index(cache: Tensor, new: Tensor, at: Tensor, start: int) -> None:
@@ -48,7 +48,7 @@ def by_index_put(cache: Tensor, new: Tensor, at: Tensor, start: int) -> None:
     cache.index_put_((at,), new.permute(2, 0, 1, 3))
 
 
-BGTD, BTGD, TBGD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)  # which of B, G, T, D each axis of a buffer is
+BGTD, BTGD, TBGD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)  # the dimension (B, G, T, D) of each buffer axis
 SPELLINGS: dict[str, tuple[tuple[int, ...], Write]] = {
     "index": (BGTD, by_index),
     "slice": (BGTD, by_slice),
@@ -60,7 +60,7 @@ SPELLINGS: dict[str, tuple[tuple[int, ...], Write]] = {
 
 
 class Attention(nn.Module):
-    """Reads as many slots as `read` says: "all" with a mask, "some" with a mask, "no mask" for single tokens."""
+    """Attends to the slots that `read` selects: "all" or "some", with a mask; "no mask" for single tokens."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -76,7 +76,7 @@ class Attention(nn.Module):
             self.register_buffer(name, torch.zeros([sizes[i] for i in self.layout]))
 
     def kept(self, cache: Tensor, new: Tensor, at: Tensor, start: int) -> Tensor:
-        """All keys or values [B,G,T,D]."""
+        """Write the new tokens and return the keys or values [B,G,T,D] to attend to."""
         self.write(cache, new, at, start)
         back = sorted(range(4), key=self.layout.__getitem__)
         cut = cache if self.read == "all" else cache.narrow(self.layout.index(2), 0, start + new.shape[2])
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned positions."""
+    """A decoder with learned positions."""
 
     def __init__(self, spelling: str = "index", read: str = "all", batch: int = 2, layers: int = 1) -> None:
         super().__init__()
@@ -124,7 +124,10 @@ def caches(model: Any) -> list[Tensor]:
 
 
 def call(model: Any, ids: Tensor, start: int, by_number: bool = False) -> Tensor:
-    """Logits of ids [B,S] at slots from `start` on; other models get 0 in its place, so that nothing is specialised."""
+    """Return logits of ids [B,S] at slots from `start` on.
+
+    by_number: pass `start` to the model as a number; otherwise pass 0, so that the graph is not specialized.
+    """
     at = torch.arange(start, start + ids.shape[1])
     with torch.no_grad():
         logits: Tensor = model(ids, at, start if by_number else 0)
@@ -136,7 +139,7 @@ def words(count: int, batch: int = 2) -> Tensor:
 
 
 def sites_of(model: Any) -> list[Any]:
-    """The sites of a decoder, which do not depend on how it writes its buffers."""
+    """The attention sites of a decoder, which do not depend on how it writes its buffers."""
     return _sites_of(len(model.layers))
 
 
@@ -152,7 +155,7 @@ def exact_plan(model: Any) -> LatentPlan:
 
 
 def coded_plan(model: Any, tiers: tuple[Tier, ...] = CODED, **options: Any) -> LatentPlan:
-    """Rotated channels, half of them in 8 and half in 4 bits."""
+    """A plan with an orthogonal basis, half of whose channels have 8 bits and half 4."""
     basis = torch.linalg.qr(torch.randn(G, D, D, generator=torch.Generator().manual_seed(5)))[0]
     side = SidePlan(basis, basis.transpose(1, 2).contiguous(), tiers)
     sites = tuple(SitePlan(site, "head", side, side) for site in sites_of(model))
@@ -165,7 +168,7 @@ def compiled_with(model: Any, plan: LatentPlan) -> Any:
 
 
 class Reference(nn.Module):
-    """The module with static latent layers in place of its buffers, uncompiled."""
+    """The module with static latent layers instead of its buffers, uncompiled."""
 
     def __init__(self, model: Any, plan: LatentPlan) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A tokenizer of characters."""
+"""A character-level tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def characters(start: str | None = None) -> Any:
-    """A tokenizer of single characters; `start` is put before every text."""
+    """Make a character-level tokenizer; `start` is put before every text."""
     vocabulary = {w: i for i, w in enumerate(["[UNK]", *string.printable[:95], "\n"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

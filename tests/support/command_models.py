@@ -1,4 +1,4 @@
-"""A small encoder, and folders of small models, for commands that take a model by its name."""
+"""A small encoder and folders of small models, for commands that load a model by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def call(*arguments: str) -> Result:
 
 
 class Encoder(nn.Module):
-    """One attention and a softmax that is none."""
+    """One attention, and a softmax that is not attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ def not_a_model() -> int:
 
 
 def make_unwritable(folder: Path) -> str:
-    """A path below a file: nobody can make a folder there, root included."""
+    """Return a path below a file, where no user, root included, can create a folder."""
     (folder / "file").write_text("")
     return str(folder / "file" / "below")
 
 
 class Broken(Encoder):
-    """A forward pass that falls into two graphs."""
+    """A forward pass with a graph break."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -58,7 +58,7 @@ def broken() -> tuple[nn.Module, tuple[Tensor]]:
 
 
 def save_tiny_model(folder: Path, scale: float = 1.0) -> None:
-    """A Hugging Face folder with a tokenizer of letters. scale: of the weights."""
+    """Save a Hugging Face folder with a character-level tokenizer. scale: factor on the weights."""
     from small_models import tiny_llama
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

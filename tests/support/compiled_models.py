@@ -21,7 +21,7 @@ def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def tiny_bert() -> Any:
-    """BERT: 2 layers, H=G=4, D=16, bidirectional, biases and norms that are not plain."""
+    """BERT: 2 layers, H=G=4, D=16, bidirectional, with nontrivial biases and norms."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(

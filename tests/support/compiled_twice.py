@@ -1,4 +1,4 @@
-"""One compiled graph, called with several sets of inputs: outputs and gradients are compared with eager's."""
+"""Call one compiled graph with several sets of inputs, and compare outputs and gradients with eager mode."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def compiled_twice(
     dynamic: bool | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[SiteRecord]:
-    """Compile a function or module once, and compare its results with eager's for each set of inputs.
+    """Compile a function or module once, and compare its results with eager mode for each set of inputs.
 
-    Inductor is replaced by aot_eager, so that a difference beyond rounding is one of the rewrite. gradients: of all
-    floating inputs and parameters; None: once without and once with them. tolerance: relative to the largest element,
-    absolute below 1. options: further ones of the backend. Returns how each attention was compiled, as `fhopt.report`
-    lists it, of every mode that was run. Gradients are not compared where an output has NaN.
+    aot_eager replaces inductor, so that any difference beyond rounding comes from the rewrite. gradients: of all
+    floating inputs and parameters; None: run once without and once with them. tolerance: relative to the largest
+    element, absolute below 1. options: further backend options. Returns how each attention was compiled in every mode,
+    as listed by `fhopt.report`. Gradients are not compared if an output has NaN.
     """
     modes = (False, True) if gradients is None else (gradients,)
     return [site for mode in modes for site in _compared(function, sets, mode, tolerance, dynamic, options or {})]
 
 
 def explanations(sites: Sequence[SiteRecord]) -> list[str]:
-    """Return the reasons of what was not rewritten."""
+    """Return why attentions were not rewritten."""
     return [site.reason for site in sites if site.how == "left alone"]
 
 
@@ -71,7 +71,7 @@ def _results(called: Callable[..., Any], function: Any, inputs: Sequence[Any], g
         return [*outputs, *(None for _ in leaves)]
     found = torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)
     if any(bool(x.isnan().any()) for x in outputs if x.is_floating_point()):
-        return outputs  # NaN reaches other operands where operations have another order
+        return outputs  # which operands NaN reaches depends on the order of operations
     return [*outputs, *found]
 
 
@@ -83,7 +83,7 @@ def _leaf(value: Any, gradients: bool) -> Any:
 
 
 def _loss(output: Tensor) -> Tensor:
-    """Weight every element differently, so that no gradient cancels."""
+    """Weight every element differently, so that no gradients cancel."""
     flat = (torch.view_as_real(output) if output.is_complex() else output).double().flatten()
     return (flat * torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64)).sum()
 

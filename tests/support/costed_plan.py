@@ -1,4 +1,4 @@
-"""A site and plans by hand whose costs can be worked out on paper."""
+"""A handmade site and plans whose costs can be computed on paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs before and after decomposition, and how they are compared."""
+"""Programs before and after decomposition, and their comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CORES = ("softmax", "_safe_softmax", "scaled_dot_product_attention")
 
 
 def traced(module: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> Program:
-    """Dynamo's graph of a call, in the module's own mode (`capture` is for evaluation)."""
+    """Return Dynamo's graph of a call, in the module's current mode (`capture` forces evaluation)."""
     seen: list[Program] = []
 
     def keep(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -40,7 +40,7 @@ def traced(module: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> P
 
 
 def hand_made(target: Any, *args: Any, results: tuple[Tensor, ...], **kwargs: Any) -> Program:
-    """A graph of the first result of a call, on placeholders for the tensors among the arguments."""
+    """Return a graph of the call's first result, with placeholders for its tensor arguments."""
     mode, graph = FakeTensorMode(), fx.Graph()
     values: dict[str, Any] = {}
 
@@ -62,7 +62,7 @@ def hand_made(target: Any, *args: Any, results: tuple[Tensor, ...], **kwargs: An
 
 
 def decomposed(program: Program, **options: Any) -> tuple[Program, list[Miss]]:
-    """A copy of the program after the pass, verified, and what was not rewritten."""
+    """Run the pass on a copy of the program and verify it; return the copy and the misses."""
     after = copy_program(program.module, program.values.values())
     stage, missed = Decompose(**options), []
     for node in stage.candidates(after):
@@ -82,19 +82,19 @@ def decomposed(program: Program, **options: Any) -> tuple[Program, list[Miss]]:
 
 
 def close(found: Any, expected: Any, largest: float = 2e-6) -> None:
-    """Equal up to another order of float32 sums."""
+    """Require equality up to the order of float32 sums."""
     torch.testing.assert_close(found, expected, rtol=max(largest, 1e-6) / 2, atol=largest, equal_nan=True)
 
 
 def run(program: Program, *values: Any) -> Any:
-    """Results of the graph on its example values, symbols by their hints."""
+    """Run the graph on its example values, symbols replaced by their hints."""
     given = [v.node.hint if isinstance(v, (torch.SymInt, torch.SymFloat)) else v for v in program.values.values()]
     torch.manual_seed(3)
     return fx.Interpreter(program.module).run(*(values or given))
 
 
 def check(program: Program, gradients: bool = True, **options: Any) -> Program:
-    """Decompose; nothing is missed, results and gradients are the same, a core of attention is seen. Returns it."""
+    """Decompose and return the program; require no misses, equal results and gradients, and a core attention."""
     after, missed = decomposed(program, **options)
     assert missed == []
     names = [op_name(n) for n in after.graph.nodes]
@@ -108,12 +108,12 @@ def check(program: Program, gradients: bool = True, **options: Any) -> Program:
         totals = [torch.stack([o.square().sum() for o in outputs if o.requires_grad]).sum() for outputs in (old, new)]
         expected, found = (torch.autograd.grad(total, leaves, allow_unused=True) for total in totals)
         for a, b in zip(expected, found, strict=True):
-            close(b, a, 1e-5)  # squares of float32 sums
+            close(b, a, 1e-5)  # sums of float32 squares
     return after
 
 
 def reason(program: Program, **options: Any) -> str:
-    """Why the only candidate was not rewritten; the graph has not changed."""
+    """Return why the only candidate was not rewritten; require that the graph is unchanged."""
     text = print_graph(program.graph)
     after, missed = decomposed(program, **options)
     assert print_graph(after.graph) == text and len(missed) == 1
@@ -125,7 +125,7 @@ def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Checkpointed(nn.Module):
-    """A block in a checkpoint in a checkpoint."""
+    """A block in two nested checkpoints."""
 
     def __init__(self, inner: Callable[..., Any] = core) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def alternating(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def flexible(options: dict[str, Any], mask: Any = None, in_graph: bool = False) -> Callable[..., Any]:
-    """A call of flex_attention; its block mask is made beforehand, or in the graph."""
+    """A call of flex_attention; its block mask is made before or inside the graph."""
 
     def blocks_for(queries: int, keys: int) -> Any:
         return None if mask is None else create_block_mask(mask, B, H, queries, keys, device="cpu")
@@ -173,7 +173,7 @@ def flexible(options: dict[str, Any], mask: Any = None, in_graph: bool = False) 
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries with the heads behind the tokens in memory, keys and values of G heads."""
+    """Make queries stored in memory as [B, S, H, D], and keys and values of G heads."""
     q = torch.randn(B, S, H, D, dtype=dtype).transpose(1, 2)
     return q, torch.randn(B, G, T, D, dtype=dtype), torch.randn(B, G, T, D, dtype=dtype)
 
@@ -184,7 +184,7 @@ ATEN = torch.ops.aten
 def slow(
     q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor, bias: Any = 0.0, softcap: float = 0.0
 ) -> Tensor:
-    """Attention of [B, S, H, D], one obvious step after another; rows without a key are 0."""
+    """Attention of [B, S, H, D] in plain steps; rows without a key are 0."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * scale
@@ -213,5 +213,5 @@ torch._dynamo.allow_in_graph(sageattn)
 
 
 def tokens_first(keys: int = T) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, S, H, D], [B, keys, G, D], [B, keys, G, D]."""
+    """Make [B, S, H, D], [B, keys, G, D], [B, keys, G, D]."""
     return torch.randn(B, S, H, D), torch.randn(B, keys, G, D), torch.randn(B, keys, G, D)

@@ -2,9 +2,9 @@
 
     q, k, v -> STEPS on them -> product -> SCORE_STEPS -> softmax -> WEIGHT_STEPS -> mix -> OUTPUT_STEPS -> RETURNED
 
-A step is Python text. `{name}` stands for an input of that kind (SIDES), drawn with its shape and values for each call,
-or for a literal (LITERALS); a number after the name tells several of one kind apart. The first entry of every table is
-the plainest, so that a failing program shrinks to the steps that it needs.
+A step is Python text. `{name}` is an input of that kind (SIDES), drawn with its shape and values for each call, or a
+literal (LITERALS); a number after the name distinguishes several of one kind. The first entry of every table is the
+plainest, so that a failing program shrinks to the steps it needs.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D, K = G * D channels.
 """
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Side:
-    """A kind of input. first: values of the first call, which mostly do nothing. later: those of further calls."""
+    """A kind of input. first: values of the first call, which mostly have no effect. later: those of further calls."""
 
     shapes: tuple[str, ...]
     first: tuple[str, ...]
@@ -106,7 +106,7 @@ OPERAND_STEPS = {
     "keys written through a view": "k = k.clone()\nview = k.transpose(1, 2)\nview[:, 0].mul_({number})",
     "cast": "q, k, v = q.to({float_type}), k.to({float_type}), v.to({float_type})",
     "values are keys": "v = k",
-    "keys are queries": "k, v = q, q * 2.0",  # torch reads beyond values that are fewer than keys
+    "keys are queries": "k, v = q, q * 2.0",  # torch reads out of bounds if there are fewer values than keys
 }
 
 PRODUCTS_HERE = {
@@ -324,7 +324,7 @@ class Writer:
         self.lines += written.split("\n")
 
     def fill(self, text: str) -> str:
-        """Put inputs and literals into the places of a text."""
+        """Replace the placeholders of a text by inputs and literals."""
         known: dict[str, str] = {}
         for place in dict.fromkeys(re.findall(r"\{(\w+)\}", text)):
             kind = place.rstrip("0123456789")
@@ -332,7 +332,7 @@ class Writer:
         return re.sub(r"\{(\w+)\}", lambda m: known[m[1]], text)
 
     def _side(self, kind: str, taken: Iterable[str]) -> str:
-        """Draw an input of a kind, or one that the program has already."""
+        """Draw an input of a kind: a new one, or one that the program already has."""
         same = [i.name for i in self.inputs if i.name.rstrip("0123456789_") == kind and i.name not in taken]
         is_shared: bool = bool(same) and self.draw(st.booleans())
         if is_shared:
@@ -346,7 +346,7 @@ class Writer:
     def add_input(
         self, name: str, shape: str, values: tuple[str, ...], below: str = "", can_have_gradient: bool = True
     ) -> None:
-        """Add an input that the caller passes, or that a module holds."""
+        """Add an input that the caller passes or that a module holds."""
         is_fixed = self.can_hold or not set(shape) & set("BST")
         held = self.pick(["argument", "argument", "parameter", "buffer"] if is_fixed else ["argument"])
         held = "buffer" if held == "parameter" and not can_have_gradient else held
@@ -355,7 +355,7 @@ class Writer:
 
 
 def _few(names: Iterable[str], often: int) -> st.SearchStrategy[list[str]]:
-    """Draw a short list of names: mostly none, `often` times as likely none or one as up to three."""
+    """Draw a list of 0 to 3 names, mostly empty; a larger `often` makes longer lists rarer."""
     entries = st.sampled_from(list(names))
     short, long = st.lists(entries, max_size=1), st.lists(entries, max_size=3)
     return st.one_of(*[st.just([])] * (often + 1), *[short] * often, long)
@@ -366,7 +366,7 @@ OPERAND_VALUES = ("normal", "normal", "large", "small", "zeros", "positive")
 
 @st.composite
 def programs(draw: st.DrawFn, only: str = "") -> Program:
-    """Draw a program. only: a table and one of its entries, "TABLE.entry", which is then the program's only step."""
+    """Draw a program. only: a table and one of its entries, "TABLE.entry", which becomes the program's only step."""
     dynamic = draw(st.sampled_from([*[False] * 8, True, None]))
     sizes = draw(_all_sizes(varied=dynamic is not False))
     writer = Writer(draw, can_hold=dynamic is False)
@@ -382,7 +382,7 @@ def programs(draw: st.DrawFn, only: str = "") -> Program:
     dtypes = ["float64", "float32", "float64", "float32", "float64", "bfloat16", "float16"]
     dtype = "float32" if mode.startswith("autocast") else draw(st.sampled_from(dtypes))
     if wrapped == "jvp" and any("baddbmm" in line for line in writer.lines):
-        wrapped = "vjp"  # PyTorch 2.15 itself crashes: aot_eager of torch.func.jvp of baddbmm
+        wrapped = "vjp"  # PyTorch 2.15 crashes in aot_eager of torch.func.jvp of baddbmm
     if wrapped and dtype in ("bfloat16", "float16"):
         dtype = "float32"
     is_coarse = mode.startswith("autocast") or dtype in ("bfloat16", "float16")
@@ -394,7 +394,7 @@ def programs(draw: st.DrawFn, only: str = "") -> Program:
 
 
 def _tamed(given: Input) -> Input:
-    """Replace values with which rounding in 16 bits decides which key a query attends to."""
+    """Replace values for which 16-bit rounding decides which key a query attends to."""
     return replace(given, values=tuple("larger" if name == "large" else name for name in given.values))
 
 
@@ -434,7 +434,7 @@ def _operands(writer: Writer, sizes: Sizes) -> None:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Adds entries of tables to a program: drawn ones, or plain ones but for one entry."""
+    """Adds table entries to a program: drawn ones, or the plain ones except for `only`."""
 
     writer: Writer
     only: str
@@ -446,7 +446,7 @@ class _Parts:
             self.writer.add(table[entry])
 
     def add(self, name: str, table: Mapping[str, str], result: str) -> None:
-        """Add one entry, whose value gets the name `result`."""
+        """Add one entry and assign its value to `result`."""
         self.writer.add(self.pick(name, table), result)
 
     def pick(self, name: str, table: Mapping[str, str]) -> str:
@@ -454,11 +454,11 @@ class _Parts:
         if self._is_for(name):
             return table[self._entry]
         plain = next(iter(table.values()))
-        is_plain = self.only or self.writer.draw(st.booleans())  # most other entries are no attention that is rewritten
+        is_plain = self.only or self.writer.draw(st.booleans())  # most other entries are not rewritten
         return plain if is_plain else self.writer.pick(table.values())
 
     def is_drawn(self, name: str, of: int) -> bool:
-        """Draw whether an unusual part is used, once in `of` programs."""
+        """Draw whether to use an unusual part: in one of `of` programs."""
         return self._is_for(name) or (not self.only and self.writer.draw(st.integers(0, of - 1)) == of - 1)
 
     @property

@@ -32,7 +32,7 @@ def model_of(name: str) -> Any:
 
 @cache
 def plan_of(name: str, layout: str) -> LatentPlan:
-    """Plans that change nothing: keys and values as they are, or one latent for both, which are maps of one input."""
+    """A lossless plan: keys and values unchanged, or one latent for both, which are linear in one input."""
     torch.manual_seed(1)
     inputs = {"input_ids": ids(1, 250), "decoder_input_ids": ids(1, 240), "use_cache": False}  # most of the vocabulary
     outcome = pipeline.find(capture(model_of(name), (), inputs).program)

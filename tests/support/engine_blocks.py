@@ -1,4 +1,4 @@
-"""Blocks as a serving engine lends them: caches of one layer, and sequences that are written in pieces."""
+"""KV-cache blocks as a serving engine allocates them: caches of one layer, and sequences written in parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.serving.layer_rows import Caches, Held
 
 
 class Engine:
-    """One layer's caches in blocks in any order, for sequences that have `keys`, `values` and `queries` [T,heads,D]."""
+    """One layer's caches in shuffled blocks, for sequences given by `keys`, `values` and `queries` [T,heads,D]."""
 
     def __init__(
         self, plan: LatentPlan, sizes: BlockSizes, most: int = 256, count: int = 3, dtype: torch.dtype = torch.float32
@@ -34,7 +34,7 @@ class Engine:
             self.caches.append(torch.randint(0, 256, (each * count + 1, 1, held, row), dtype=torch.uint8))
 
     def caches_of(self, starts: list[int], lengths: list[int], kept: int | None = None) -> Caches:
-        """The caches for a batch. kept: the window has no blocks for tokens before it."""
+        """Return the caches of a batch. kept: window blocks of tokens before it are freed."""
         batch = Batch(starts, lengths)
         tables = [table.clone() for table in self.tables]
         if kept is not None:
@@ -58,7 +58,7 @@ class Engine:
 
 
 def random_tokens(plan: LatentPlan, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of one sequence."""
+    """Draw queries, keys and values of one sequence."""
     site = plan.sites[0].site
     sizes = (site.heads, site.key_dim), (site.kv_heads, site.key_dim), (site.kv_heads, site.value_dim)
     query, key, value = (torch.randn(count, *size) for size in sizes)

@@ -1,4 +1,4 @@
-"""Decode steps as programs of their own, and the processes that run them."""
+"""Exported decode steps, and the processes that run them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
 
 def by_the_model(model: Any, plan: LatentPlan, ids: Tensor) -> list[Tensor]:
-    """Logits of each token, with a latent cache."""
-    fhopt.apply(model, decode_step.unrounded(plan), layer_programs=False)  # a number may be rounded otherwise
+    """Return each token's logits from the model with a latent cache."""
+    fhopt.apply(model, decode_step.unrounded(plan), layer_programs=False)  # layer programs may round differently
     cache = latent_cache(model)
     with torch.no_grad():
         found = [model(ids[:, i : i + 1], **cached(cache)).logits for i in range(ids.shape[1])]
@@ -38,7 +38,7 @@ def difference(state: step_state.State, ids: Tensor, expected: list[Tensor]) -> 
 
 
 def with_tiers(plan: LatentPlan, tiers: tuple[Tier, ...]) -> LatentPlan:
-    """The same bases with other tiers of the same width."""
+    """Return the plan with other bit groups of the same width on the same bases."""
 
     def side(one: SidePlan) -> SidePlan:
         return SidePlan(one.encode, one.decode, tiers)
@@ -81,7 +81,7 @@ torch.save(torch.stack(found), wanted)
 
 
 def alone(folder: Path, ids: Tensor, path: Path, code: str = ALONE) -> Tensor:
-    """Logits of all tokens by a fresh process that knows nothing of fhopt."""
+    """Return the logits of all tokens from a new process without fhopt."""
     torch.save(ids, path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(folder), str(path)]
@@ -92,7 +92,7 @@ def alone(folder: Path, ids: Tensor, path: Path, code: str = ALONE) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """One attention of a batch of vectors, and another output beside its own."""
+    """One attention over a batch of vectors, with a second output."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bases and statistics by hand, for which the best plan is known."""
+"""Handmade bases and statistics for which the best plan is known."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def site(name: str) -> AttentionSite:
 
 
 def statistics(*names: str) -> dict[str, SiteStatistics]:
-    """Statistics of sites with 2 kv heads of 16; the numbers do not matter where bases are given."""
+    """Zero statistics of sites with 2 kv heads of 16: unused if bases are passed."""
     zero = torch.zeros(1, 32, 32, dtype=torch.float64)
     return {n: SiteStatistics(site(n), SideStatistics(1, zero, zero), SideStatistics(1, zero, zero)) for n in names}
 
 
 def spectrum(channels: int, groups: int, fall: float, seed: int) -> Basis:
-    """Costs that fall by `fall` over the channels, not quite in order."""
+    """A basis whose costs fall by a factor of `fall` over the channels, with some noise."""
     torch.manual_seed(seed)
     variance = fall ** (-torch.arange(channels, dtype=torch.float64) / channels) * (0.5 + torch.rand(channels))
     eye = torch.eye(channels, dtype=torch.float64).expand(groups, channels, channels)
@@ -46,7 +46,7 @@ def spectrum(channels: int, groups: int, fall: float, seed: int) -> Basis:
 
 
 def wide(groups: int, channels: int, ratio: float, device: str | None = "h100", **options: Any) -> LatentPlan:
-    """Two sites of 4 kv heads, with so many channels in each latent head."""
+    """Fit two sites of 4 kv heads with `channels` channels per latent head."""
     names, dim = ("steep", "flat"), groups * channels // 4
     kept: dict[str, SiteStatistics] = {
         n: replace(s, site=replace(site(n), heads=4, kv_heads=4, key_dim=dim, value_dim=dim))

@@ -32,7 +32,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 LONGEST = 1000  # characters of a message
 SECONDS, MEMORY = 60.0, 1 << 30  # limits for one file; a valid one takes a hundredth
-HALF = "\udc80"  # of a surrogate pair: JSON spells it, nothing prints it
+HALF = "\udc80"  # half of a surrogate pair: valid in JSON, not encodable
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 10**9, 1 << 31, 1 << 63, -(1 << 63), 10**400, 0.0, -0.0, 0.5, -0.4, 5e-324,
     1e-40, 1e30, 1e308, math.nan, math.inf, -math.inf, "", "a", "a\nb", "\0", HALF, "x" * 100_000, [], [0], [[]], {},
@@ -49,7 +49,7 @@ DTYPES = (
 
 
 def changed(described: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy with another value at one place; `...` deletes it."""
+    """Return a copy with another value at one place; `...` deletes it."""
     described = copy.deepcopy(described)
     holder = described
     for name in path[:-1]:
@@ -62,7 +62,7 @@ def changed(described: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def drawn_json(draw: Any, described: Any, *closed: str) -> Any:
-    """Change one to three fields of a JSON value; fields named in `closed` stay."""
+    """Draw changes of one to three fields of a JSON value; fields in `closed` stay."""
     for _ in range(draw(st.integers(1, 3), label="fields")):
         paths = [path for path in places(described) if path[0] not in closed]
         depth = draw(st.sampled_from(sorted({len(path) for path in paths})), label="depth")
@@ -72,7 +72,7 @@ def drawn_json(draw: Any, described: Any, *closed: str) -> Any:
 
 
 def values(described: Any, path: tuple[Any, ...]) -> st.SearchStrategy[Any]:
-    """Draw a replacement of a field: a strange value, one near its own, or nothing."""
+    """Draw a replacement for a field: a strange value, a similar one, or none."""
     held = described
     for name in path:
         held = held[name]
@@ -137,7 +137,7 @@ def sign_statistics(file: Path, about: Any, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def refused_or_used() -> Iterator[None]:
-    """Require that the block ends in time and memory, with nothing raised or a FhoptError of one printable line."""
+    """Require that the block ends within limits of time and memory; only a one-line FhoptError may be raised."""
     began, held = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         yield
@@ -154,7 +154,7 @@ def check_message(message: str) -> None:
 
 
 def use(plan: LatentPlan) -> None:
-    """Count, describe and show a plan, and attend to a cache of each of its sites."""
+    """Measure, describe and show a plan, and attend to a cache of each of its sites."""
     cache_size(plan, 1000).as_json()
     plan.ratio()
     sites = [site.site for site in plan.sites]

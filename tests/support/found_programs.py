@@ -1,4 +1,4 @@
-"""Programs that were compiled wrong once, in their smallest form, as the fuzzer of graphs printed them."""
+"""Programs that were once miscompiled, in their smallest form, as printed by the graph fuzzer."""
 
 from __future__ import annotations
 

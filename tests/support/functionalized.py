@@ -1,4 +1,4 @@
-"""Programs that write, before and after functionalization, and how they are compared."""
+"""Programs with in-place writes, before and after functionalization, and their comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.passes.verify import verify
 
 
 def fresh(program: Program, gradients: bool = False) -> list[Any]:
-    """Example inputs of their own, strides and all; with gradients, parameters are leaves that need one."""
+    """Return copies of the example inputs, strides included; with gradients, parameters are leaves that require one."""
     inputs: list[Any] = []
     for name, value in program.values.items():
         if isinstance(value, Tensor):
@@ -31,11 +31,11 @@ def fresh(program: Program, gradients: bool = False) -> list[Any]:
 
 @dataclass
 class Seen:
-    """All that a caller can see of one run."""
+    """Everything a caller can observe of one run."""
 
     outputs: list[Tensor]
-    inputs: list[Tensor]  # afterwards
-    shared: list[list[bool]]  # which of these tensors start at the same place in memory
+    inputs: list[Tensor]  # after the run
+    shared: list[list[bool]]  # which of these tensors start at the same address
     strides: list[tuple[int, ...]]
     gradients: list[Tensor | None]
 
@@ -59,14 +59,14 @@ def observe(program: Program, gradients: bool = False) -> Seen:
 
 
 def assert_same(before: Seen, after: Seen, atol: float) -> None:
-    """The same operations on the same numbers are exact. Gradients are summed in another order (float32: 1e-5)."""
+    """Require exact equality, except for gradients (float32: 1e-5), which are summed in another order."""
     torch.testing.assert_close([*after.outputs, *after.inputs], [*before.outputs, *before.inputs], rtol=0, atol=atol)
     assert (after.shared, after.strides) == (before.shared, before.strides)
     torch.testing.assert_close(after.gradients, before.gradients, rtol=1e-5, atol=1e-5)
 
 
 def functionalized(program: Program, gradients: bool = False, atol: float = 0.0) -> Functionalized:
-    """Run the pass, and check all that must hold whatever it did."""
+    """Run the pass and check its invariants, whatever it rewrote."""
     before, known = observe(program, gradients), set(program.graph.nodes)
     result = Functionalize().run(program)
     program.module.recompile()
@@ -81,7 +81,7 @@ def functionalized(program: Program, gradients: bool = False, atol: float = 0.0)
 
 
 class Network(nn.Module):
-    """`core(y, cache, count)` behind a projection, so that y needs a gradient."""
+    """`core(y, cache, count)` after a projection, so that y requires a gradient."""
 
     def __init__(self, core: Callable[..., Any]) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def assembled(y: Tensor, cache: Tensor, count: Tensor) -> Any:
 
 
 def node_by_node(build: Callable[[fx.Graph], Any], *values: Tensor) -> Program:
-    """A program made by hand: `build` returns the output; fake values are those of running it."""
+    """Build a program by hand: `build` returns the output; fake values come from running it."""
     graph, mode = fx.Graph(), FakeTensorMode()
     for position, value in enumerate(values):
         graph.placeholder(f"input_{position}").meta["example_value"] = mode.from_tensor(value)

@@ -1,4 +1,4 @@
-"""Every way in which transformers generates, for tests of caches."""
+"""All generation modes of transformers, for tests of caches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.models.model_facts import cache_argument
 def contrastive_search(
     model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
 ) -> Any:
-    """Su et al. 2022: of the likeliest tokens, the one least like what came before; repeats and selects sequences."""
+    """Su et al. 2022: pick the likely token least similar to the context; repeats and selects sequences."""
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     name = cache_argument(model)
@@ -42,7 +42,7 @@ def contrastive_search(
 def group_beam_search(
     model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
 ) -> Any:
-    """Vijayakumar et al. 2016: two groups of two beams; the second avoids the tokens of the first. Reorders beams."""
+    """Vijayakumar et al. 2016: two groups of two beams; the second avoids the first's tokens. Reorders beams."""
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     name = cache_argument(model)
@@ -97,7 +97,7 @@ MODES: dict[str, dict[str, Any]] = {
     "static chunked prefill": {"do_sample": False, "cache_implementation": "static", "prefill_chunk_size": 13},
     "static assisted": {"do_sample": False, "cache_implementation": "static", "assistant_model": _assistant},
 }
-if not has_transformers(5, 24):  # it refused that
+if not has_transformers(5, 24):  # older versions refuse it
     del MODES["static assisted"]
 ONE_SEQUENCE = (
     "prompt lookup",
@@ -110,12 +110,12 @@ ONE_SEQUENCE = (
 
 
 def batch_of(mode: str) -> int:
-    """How many sequences the mode takes in these tests."""
+    """Batch size of the mode in these tests."""
     return 1 if mode.removeprefix("static ") in ONE_SEQUENCE else 2
 
 
 def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any:
-    """24 tokens, their logits and the cache, by a mode and further options."""
+    """Generate 24 tokens by a mode, with further options; return tokens, logits and cache."""
     torch.manual_seed(3)
     options: dict[str, Any] = dict(
         max_new_tokens=24, min_new_tokens=24, return_dict_in_generate=True, output_logits=True, pad_token_id=0
@@ -128,5 +128,5 @@ def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that `generate` returns, under either of its names."""
+    """The cache in the output of `generate`, under either of its names."""
     return output["cache"] if "cache" in output else output["past_key_values"]

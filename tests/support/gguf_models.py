@@ -1,4 +1,4 @@
-"""A GGUF file of a small model that reads and writes any text."""
+"""A GGUF file of a small model with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ LAYERS, WIDTH, KV_WIDTH, INNER, CONTEXT = 2, 64, 32, 96, 2048
 
 
 def save_text_gguf(path: Path, kinds: Mapping[str, str] | None = None, tied: bool = True) -> None:
-    """A Llama of random weights, H=4, G=2, D=16, with a tokenizer of bytes and a chat template.
+    """Save a Llama with random weights, H=4, G=2, D=16, a byte-level tokenizer and a chat template.
 
-    kinds: formats of matrices by what their names contain; "" for those of which nothing else is said. tied: the head
-    is the embedding.
+    kinds: formats of matrices by a part of their names; "" for all others. tied: the head is the embedding.
     """
     gguf: Any = pytest.importorskip("gguf")
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Kernel specs for GPUs that are not here."""
+"""Kernel specifications for GPUs, which this machine need not have."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Programs of attention as data: Python source, and inputs with other values in each call; checked against eager mode.
+"""Attention programs as data: Python source, and new input values in each call; checked against eager mode.
 
     program = Program("def program(q, k, v): ...", inputs=(Input("q", "B H S D"), ...), calls=(Call(SIZES), ...))
     check(program)      ->  Verdict(sites=1)        raises Wrong if the backend `flashhead` is wrong
 
-The first call often has values that do nothing (ones, all-true masks, indices in order). The compiled graph must be
-right for later calls too: outputs, NaN and infinite elements, dtypes, the gradients of all inputs, inputs that the
-program changes. Eager mode is the reference; if `aot_eager` differs from it as well, the program is invalid.
+The first call often has values without effect (ones, all-true masks, indices in order). The compiled graph must also
+be right for later calls: outputs, NaN and infinite elements, dtypes, the gradients of all inputs, and inputs that the
+program writes to. Eager mode is the reference; if `aot_eager` differs from it as well, the program is invalid.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D channels.
 """
@@ -34,10 +34,10 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 NAMES: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
 WITH_GRADIENTS = ("train", "eval", "autocast")
 MODES = (*WITH_GRADIENTS, "no_grad", "inference", "autocast no_grad")
-# Rounding error of a dtype -> relative differences that are always allowed. In float64: less than float32 resolves.
+# Rounding error of a dtype -> relative difference that is always allowed. float64: below the resolution of float32.
 LEAST = {2.0**-52: 4e-9, 2.0**-23: 2.0**-17, 2.0**-10: 2.0**-8, 2.0**-7: 2.0**-5}
-ILL_CONDITIONED = 0.1  # share of the largest element that rounding may change: beyond it, elements are not compared
-LARGEST_LEVEL = 1e6  # added to smaller mask levels, scores keep some of their digits
+ILL_CONDITIONED = 0.1  # elements that rounding may change by more than this share of the largest are not compared
+LARGEST_LEVEL = 1e6  # scores added to smaller mask levels keep some of their digits
 LARGEST_OPERAND = 1e3  # larger elements of inputs are masks
 INDUCTOR = "torch._inductor.compile_fx.compile_fx"
 
@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
     D: int = 4
 
     def shape(self, letters: str) -> tuple[int, ...]:
-        """Return the shape that letters and numbers, separated by spaces, stand for."""
+        """Resolve a shape spelled as letters and numbers, separated by spaces."""
         known = {**self._asdict(), "C": self.H * self.D, "K": self.G * self.D}
         return tuple(int(x) if x.isdigit() else known[x] for x in letters.split())
 
@@ -65,9 +65,9 @@ SIZES = Sizes()
 class Input:
     """One input of a program.
 
-    shape: letters of Sizes and numbers. values: a name of FLOATS, BOOLS or INDICES for each call; the last one serves
-    all further calls. dtype: "" is that of the program. held: "argument", or "parameter" or "buffer" of a module.
-    below: the letter of the size that limits an index. grad: its gradient is compared.
+    shape: letters of Sizes and numbers. values: a name of FLOATS, BOOLS or INDICES for each call; the last one is used
+    for all further calls. dtype: "" is that of the program. held: "argument", or "parameter" or "buffer" of a module.
+    below: the letter of the size that bounds an index. grad: its gradient is compared.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Input:
 
     @property
     def is_float(self) -> bool:
-        """Whether it is of floating point."""
+        """Whether its dtype is floating-point."""
         return self.values[0] in FLOATS
 
     def draw(self, call: int, sizes: Sizes, generator: torch.Generator) -> Tensor:
         """Draw the value of a call: float64, bool or int64."""
         shape, kind = sizes.shape(self.shape), self.values[min(call, len(self.values) - 1)]
         if kind in FLOATS:
-            # Rounded to float32, so that the same program can be run with less precision.
+            # Rounded to float32, so that the same program can also run at lower precision.
             return FLOATS[kind](shape, generator).float().double()
         if kind in BOOLS:
             return BOOLS[kind](shape, generator)
@@ -106,8 +106,8 @@ class Call:
 class Program:
     """A program and its calls.
 
-    source: a function `program` of all inputs, held ones last. dynamic: of torch.compile. aot: graphs that the backend
-    gives to inductor are traced by AOTAutograd; else they run as they are, which takes a third of the time.
+    source: a function `program` of all inputs, held ones last. dynamic: of torch.compile. aot: trace the graphs passed
+    to inductor by AOTAutograd; without it they run directly, in a third of the time.
     """
 
     source: str
@@ -128,7 +128,7 @@ class Program:
 
     @property
     def precision(self) -> float:
-        """The largest rounding error of the dtypes in use, relative."""
+        """The largest relative rounding error of the dtypes in use."""
         used = [self.dtype, *(i.dtype for i in self.inputs if i.is_float and i.dtype)]
         used += [name for name in DTYPES if f"torch.{name}" in self.source]
         used += ["float32"] if ".float()" in self.source else []
@@ -137,7 +137,7 @@ class Program:
 
     @property
     def level(self) -> float:
-        """The largest mask level that does not absorb the scores that it is added to, which it rounds."""
+        """The largest mask level that rounds the scores it is added to without absorbing them."""
         used = [abs(float(x)) for x in re.findall(r"-\d+(?:\.\d+)?(?:e\d+)?", self.source)]
         used += [1e4] * any("-1e4" in value for i in self.inputs for value in i.values)
         return max((x for x in used if x < LARGEST_LEVEL), default=1.0)
@@ -148,7 +148,7 @@ class Program:
         return [i.draw(call, self.calls[call].sizes, generator) for i in self.inputs]
 
     def __str__(self) -> str:
-        """Format it as Python source that makes it again."""
+        """Format it as Python source that recreates it."""
         lines = ["Program(", '    """']
         lines += textwrap.indent(textwrap.dedent(self.source).strip(), "    ").splitlines()
         lines += ['    """,', "    inputs=(", *(f"        {_shown(i)}," for i in self.inputs), "    ),"]
@@ -159,7 +159,7 @@ class Program:
 
 
 def _shown(item: Any) -> str:
-    """Format a dataclass without the fields that have their default value."""
+    """Format a dataclass without fields at their defaults."""
     known = [f for f in fields(item) if getattr(item, f.name) != f.default]
     shown = [repr(getattr(item, f.name)) if f.name == "name" else f"{f.name}={getattr(item, f.name)!r}" for f in known]
     return f"{type(item).__name__}({', '.join(shown)})"
@@ -179,7 +179,7 @@ def _normal(shape: Shape, g: torch.Generator) -> Tensor:
 
 
 def _some(shape: Shape, g: torch.Generator, value: float) -> Tensor:
-    """Zeros, and for four in ten elements another value."""
+    """Zeros, with another value in 40% of the elements."""
     return torch.zeros(shape, dtype=torch.float64).masked_fill(_uniform(shape, g) < 0.4, value)
 
 
@@ -221,7 +221,7 @@ INDICES: dict[str, Callable[[Shape, int, torch.Generator], Tensor]] = {
 
 
 def _rows(shape: Shape, g: torch.Generator) -> Tensor:
-    """Return rows along the last axis that are true, or false, as a whole."""
+    """Return rows along the last axis that are all true or all false."""
     return (_uniform((*shape[:-1], *[1] * bool(shape)), g) < 0.6).expand(shape).clone()
 
 
@@ -238,7 +238,7 @@ class Result:
 
 
 class Holder(nn.Module):
-    """The module of a program: it holds parameters and buffers, the arguments come with the call."""
+    """A module that holds the parameters and buffers of a program; arguments come with the call."""
 
     def __init__(self, program: Program, values: Sequence[Tensor]) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def _in_mode(mode: str) -> Iterator[None]:
 
 
 def converted(program: Program, values: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    """Cast inputs to their dtypes; those of floating point to `dtype` where it is not None."""
+    """Cast inputs to their dtypes; floating ones to `dtype` unless it is None."""
     own = [dtype or DTYPES[i.dtype or program.dtype] for i in program.inputs]
     return [v.to(d) if v.is_floating_point() else v for v, d in zip(values, own, strict=True)]
 
@@ -313,7 +313,7 @@ def _gradients(program: Program, outputs: Sequence[Any], leaves: Sequence[Tensor
 
 
 class Wrong(AssertionError):
-    """The compiled program is wrong; the message has its source."""
+    """The compiled program is wrong; the message contains its source."""
 
     def __init__(self, program: Program, call: int, problem: str) -> None:
         super().__init__(f"call {call + 1} of {len(program.calls)}: {problem}\n\n{program}")
@@ -321,12 +321,12 @@ class Wrong(AssertionError):
 
 
 class Invalid(Exception):
-    """The program cannot be run in eager mode, or aot_eager is wrong as well."""
+    """The program cannot run in eager mode, or aot_eager is wrong as well."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a right program was compiled. sites: calls of fhopt's functions in the compiled graphs."""
+    """How a correct program was compiled. sites: calls of fhopt functions in the compiled graphs."""
 
     sites: int
     graphs: int
@@ -334,7 +334,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Expected:
-    """What eager gives in one call, and the same in float64 with the error that rounding may cause."""
+    """Eager results of one call, and float64 results with the error that rounding may cause."""
 
     plain: Result
     precise: Result
@@ -342,7 +342,7 @@ class Expected:
 
 
 def check(program: Program) -> Verdict:
-    """Compile a program once and run all its calls. Raises Wrong, or Invalid where nothing can be compared."""
+    """Compile a program once and run all its calls. Raises Wrong, or Invalid if nothing can be compared."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _leave_transforms()
@@ -367,7 +367,7 @@ def check(program: Program) -> Verdict:
 
 
 def _leave_transforms() -> None:
-    """Leave the transforms of torch.func that an exception in a program before left open."""
+    """Exit torch.func transforms that an exception in an earlier program left open."""
     forward_ad._current_level = -1
     with contextlib.suppress(RuntimeError):  # raised if there is no such level
         torch._C._exit_dual_level(level=0)
@@ -375,7 +375,7 @@ def _leave_transforms() -> None:
 
 
 def _rewritten(module: Any) -> int:
-    """Count the calls of fhopt's own functions in a graph."""
+    """Count the calls of fhopt functions in a graph."""
     if not hasattr(module, "graph"):
         return 0
     names = [str(getattr(n.target, "__module__", "")) + str(n.target) for n in module.graph.nodes]
@@ -421,11 +421,11 @@ def _errors(
 ) -> tuple[tuple[float, ...], ...]:
     """Estimate how much rounding changes each tensor of a result.
 
-    It is the sum of: what rounding in eager mode changed, what noise of one rounding error in the inputs changed, and,
-    scaled to the precision in use, what float32 changed. A multiple of the precision comes to it, as operations may be
-    done in another order: of the tensor's own elements, and of inputs. The gradient of a projection is a sum of
-    products of four operands, which cancel in a saturated softmax: its floor is that power of the largest operand. A
-    mask level that scores are added to takes as many of their digits.
+    The estimate sums three changes: by rounding in eager mode, by input noise of one rounding error, and by float32,
+    scaled to the precision in use. A multiple of the precision is added, because operations may run in another order:
+    relative to the tensor's own elements, and to inputs. The gradient of a projection sums products of four operands,
+    which cancel in a saturated softmax: its floor is that power of the largest operand. A mask level costs as many
+    digits as the scores added to it lose.
     """
     least = LEAST[max(e for e in LEAST if e <= epsilon)]
     inputs = torch.cat([torch.zeros(1, dtype=torch.float64), *(x.flatten().double() for x in precise.inputs)]).abs()
@@ -459,13 +459,13 @@ def _largest(x: Tensor) -> float:
 
 
 def difference(expected: Expected, found: Result) -> str | None:
-    """Describe the first difference between what a call should give and what it gives; None without one."""
+    """Describe the first difference between the expected and the actual result; None if they agree."""
     has_nan = any(
         isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()) for x in expected.plain.outputs
     )
     for field, errors in zip(fields(Result), expected.errors, strict=True):
         if has_nan and field.name == "gradients":
-            continue  # which gradients the NaN reaches depends on the order of operations
+            continue  # which gradients NaN reaches depends on the order of operations
         plain, precise, mine = (getattr(r, field.name) for r in (expected.plain, expected.precise, found))
         if len(plain) != len(mine):
             return f"{len(mine)} {field.name}; eager gives {len(plain)}"

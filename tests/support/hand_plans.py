@@ -1,4 +1,4 @@
-"""Plans built by hand, without statistics or a fit."""
+"""Handmade plans, without statistics or a fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SITE = AttentionSite(
 
 
 def random_plan(layout: str, tiers: tuple[Tier, ...] = (), **options: Any) -> LatentPlan:
-    """Random latents of 16 channels for `SITE`, one head each, in float64: every way rounds to the same codes."""
+    """Random 16-channel latents for `SITE`, one per head, in float64: every implementation rounds to the same codes."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -36,14 +36,14 @@ def random_plan(layout: str, tiers: tuple[Tier, ...] = (), **options: Any) -> La
 
 
 def in_segments(plan: LatentPlan, segment: int = 64) -> LatentPlan:
-    """The plan with keys that turn, twelve of their channels, relative to segments."""
+    """Return the plan with keys encoded relative to segments, twelve of their channels rotated."""
     rope = Rope("half", 12, tuple(0.9 / 3**i for i in range(6)), offset=2)
     sites = tuple(replace(s, site=replace(s.site, rope=rope), segment=segment) for s in plan.sites)
     return replace(plan, sites=sites)
 
 
 def shared_plan(outcome: Outcome, width: int, tiers: tuple[Tier, ...] = (), **options: Any) -> LatentPlan:
-    """One latent of `width` channels for keys and values of each site: the principal directions of its example."""
+    """A plan with one latent of `width` channels per site: the principal directions of its example keys and values."""
     base = Evaluator(outcome.program)
     nodes = {n.name: n for n in outcome.program.graph.nodes}
     sites = []

@@ -1,4 +1,4 @@
-"""A small model and the plan of it that is healed."""
+"""A small model and its plan to heal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CODED = (Tier(4, 8, 0.3352), Tier(2, 8, 0.9957))
 
 
 class Letters:
-    """A tokenizer that needs no file."""
+    """A tokenizer without a vocabulary file."""
 
     def __call__(self, text: str, **_: Any) -> Any:
         ids = torch.tensor([[1 + ord(c) % (VOCABULARY - 1) for c in text]])

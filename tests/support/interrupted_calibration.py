@@ -1,4 +1,4 @@
-"""A calibration of the small Llama that can be interrupted."""
+"""A calibration of the small Llama that a test can interrupt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interruptions of work that has checkpoints, and ways to damage a checkpoint."""
+"""Interrupt work that writes checkpoints, and damage a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fhopt.progress import Progress
 
 
 class Interrupted(Exception):
-    """What a user's Ctrl-C is to these tests."""
+    """Raised by tests as a user's Ctrl-C."""
 
 
 def stop_at(stage: str, number: int) -> Progress:
-    """Return progress that is interrupted behind batch `number` of a stage."""
+    """Return a progress callback that interrupts after batch `number` of a stage."""
 
     def progress(now: str, done: int, total: int) -> None:
         if (now, done) == (stage, number):

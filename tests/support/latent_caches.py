@@ -1,4 +1,4 @@
-"""Caches of small models and of plans by hand."""
+"""Caches of small models and handmade plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def logits(model: Any, cache: Any, ids: Tensor, cuts: list[int]) -> Tensor:
 
 
 def coded(plan: LatentPlan) -> LatentPlan:
-    """The same latents with 4 bits each."""
+    """Return the plan with its latents in 4 bits."""
 
     def side(old: SidePlan) -> SidePlan:
         return replace(old, tiers=(Tier(4, old.width, 0.4),))
@@ -36,14 +36,14 @@ def coded(plan: LatentPlan) -> LatentPlan:
 
 @functools.cache
 def plans(make: Callable[[], Any], window_bits: int) -> LatentPlan:
-    """Uncoded latents for all sites of the model that `make` makes."""
+    """A plan of unquantized latents for all sites of the model that `make` makes."""
     with torch.random.fork_rng():
         sites = found(make())[1].sites.values()
     return replace(fit_plan.exact_plan(sites, recent=8, block=8), window_bits=window_bits)
 
 
 def gpt2_with_biases() -> Any:
-    """No bias is zero and no norm is plain, as in a trained model; the same numbers each time."""
+    """A GPT-2 with nonzero biases and nontrivial norms, as in a trained model; the same values in each call."""
     model, generator = tiny_gpt2(), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +54,7 @@ def gpt2_with_biases() -> Any:
 
 @functools.cache
 def shared() -> LatentPlan:
-    """Keys and values are affine maps of the normed input: together they span as many directions as it has numbers."""
+    """A plan with one latent for keys and values: both are affine in the normed input, whose width it has."""
     with torch.random.fork_rng():
         return shared_plan(found(gpt2_with_biases(), 96)[1], width=64)
 

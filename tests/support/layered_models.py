@@ -1,4 +1,4 @@
-"""A model of several layers with a plan, whose decode steps run as programs."""
+"""A multi-layer model with a plan, whose decode steps run as layer programs."""
 
 from __future__ import annotations
 

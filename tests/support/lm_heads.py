@@ -1,4 +1,4 @@
-"""Weights of every kind, and heads made of them."""
+"""LM-head weights of every kind, and retrieval heads fitted to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def weights(kind: str, vocabulary: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows that are easy or hard to round."""
+    """Weights whose rows are easy or hard to quantize."""
     x = torch.randn(vocabulary, width)
     if kind == "zeros":
         x.zero_()
@@ -45,7 +45,7 @@ def skewed(count: int, width: int) -> Tensor:
 
 
 def made(weight: Tensor, hidden: Tensor | None = None, bias: Tensor | None = None, **options: Any) -> Head:
-    """The head of a weight; bits "mixed": half of the coordinates in 8 bits, the others in 4."""
+    """Fit a head to a weight; bits "mixed": half of the coordinates in 8 bits, the others in 4."""
     chosen: dict[str, Any] = dict(iterations=2) | options
     site = site_for(weight, bias="bias" if bias is not None else "")
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def made(weight: Tensor, hidden: Tensor | None = None, bias: Tensor | None = Non
 
 
 def applied(model: Any, **options: Any) -> tuple[Any, Head]:
-    """The model with a head of its own applied, quantized for its hidden states on random tokens."""
+    """Return the model with a head applied, fitted to its hidden states on random tokens."""
     captured = capture(model, (), {"input_ids": token_ids(1, 16), "use_cache": False})
     site = find(captured)
     weight = model.get_parameter(site.weight).detach()

@@ -1,4 +1,4 @@
-"""What caches do to a token, written as slowly and plainly as possible."""
+"""Reference implementations of cache operations on one token, as plain and slow as possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fhopt.plan.site_plan import SidePlan, SitePlan
 
 
 def naive_latent(x: Tensor, plan: SidePlan) -> Tensor:
-    """What coding leaves of the latent of one token x [B,G,1,D]."""
+    """Quantize and dequantize the latent of one token x [B,G,1,D]."""
     latent = algebra.encode(x, plan.encode)
     if not plan.tiers:
         return latent
@@ -22,7 +22,7 @@ def naive_latent(x: Tensor, plan: SidePlan) -> Tensor:
 
 
 def naive_code(key: Tensor, value: Tensor, plan: SitePlan) -> tuple[Tensor, Tensor]:
-    """One token's key and value as their latents keep them."""
+    """Return one token's key and value as reconstructed from their latents."""
     if plan.is_shared:
         z_k = z_v = naive_latent(torch.cat([key, value], -1), plan.key)
     else:
@@ -31,14 +31,14 @@ def naive_code(key: Tensor, value: Tensor, plan: SitePlan) -> tuple[Tensor, Tens
 
 
 def naive_round(x: Tensor) -> Tensor:
-    """Each head of one token x [B,G,1,D] on a grid of 256 values around zero."""
+    """Round each head of one token x [B,G,1,D] to a grid of 256 values around zero."""
     step = (x.float().abs().amax(-1, keepdim=True) / 127.5).half().float()
-    codes = (x.float() / step + 128).floor().clamp(0, 255)  # the sum rounds: at an edge it decides
+    codes = (x.float() / step + 128).floor().clamp(0, 255)  # adding first matters: the sum rounds, which decides ties
     return ((codes - 127.5) * step).to(x.dtype)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
-    """float64, one head at a time."""
+    """Attend in float64, one head at a time."""
     q, k, v = q.double(), k.double(), v.double()
     outputs = []
     for head in range(q.shape[1]):

@@ -1,4 +1,4 @@
-"""Marks of tests that need a compiler of C++, or Triton."""
+"""Marks of tests that need a C++ compiler or Triton."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def sampled(values: Iterable[Any], every: int) -> list[Any]:
-    """Parameters of a test of which each `every`th runs in `make test`; the others are slow, for `make test-slow`."""
+    """Parameters of a test: every `every`th runs in `make test`; the others are slow, for `make test-slow`."""
     return [value if i % every == 0 else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]

@@ -1,4 +1,4 @@
-"""A model whose weights are on disk."""
+"""A model with its weights on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLACES = AWAY | {"lm_head": "disk"}
 
 
 def offloaded(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """The model in `folder`, blocks and head on disk until they run."""
+    """Load the model in `folder`, with blocks and head on disk until they run."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=PLACES)

@@ -1,4 +1,4 @@
-"""Tiers, and rows of latents that are packed by them."""
+"""Bit groups, and latents packed by them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tiers = tuple[list[int], list[int], list[float]]  # bits, widths, steps
 
 
 def tiers(*pairs: tuple[int, int]) -> Tiers:
-    """Tiers of (bits, width), with steps that fill the range of the codes."""
+    """Bit groups of (bits, width), with steps that cover the range of the codes."""
     return [b for b, _ in pairs], [w for _, w in pairs], [5.3 / 2 ** min(b, 8) for b, _ in pairs]
 
 
@@ -21,7 +21,7 @@ ALONE = [tiers((bits, width)) for bits in SUPPORTED_BITS for width in (8, 24, 13
 MIXED = [
     tiers((8, 64), (4, 64), (2, 64)),
     tiers((6, 16), (5, 24), (3, 40), (1, 8)),
-    tiers((3, 8), (16, 8), (1, 24), (5, 8), (4, 24)),  # float16 from byte 3 on
+    tiers((3, 8), (16, 8), (1, 24), (5, 8), (4, 24)),  # float16 starts at byte 3
     tiers((16, 16), (16, 8)),
     tiers(*((bits, 8) for bits in reversed(SUPPORTED_BITS))),
     tiers((5, 520), (16, 24), (2, 1144)),  # more than one chunk of words, and more than one round of sums
@@ -29,7 +29,7 @@ MIXED = [
 
 
 def latents(plan: Tiers, *shape: int) -> Tensor:
-    """Random latents [*shape, R] of several sizes, some far outside of the range of the codes."""
+    """Random latents [*shape, R] of several sizes, some far outside the range of the codes."""
     sizes = 10.0 ** torch.empty(*shape, 1).uniform_(-4, 3)
     return torch.randn(*shape, sum(plan[1])) * sizes * (1 + 9 * (torch.rand(*shape, sum(plan[1])) < 0.02))
 

@@ -1,4 +1,4 @@
-"""Batches of sequences of different lengths with padding on the left."""
+"""Left-padded batches of sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 def padded(lengths: Sequence[int], later: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [B,T], of prompts of these lengths and of `later` tokens behind them."""
+    """Token ids and attention mask, int64 [B,T], of prompts of these lengths followed by `later` tokens."""
     longest = max(lengths)
     ids = token_ids(len(lengths), longest + later)
     mask = torch.ones_like(ids)
@@ -25,16 +25,16 @@ def padded(lengths: Sequence[int], later: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def alone(ids: Tensor, mask: Tensor, row: int) -> tuple[Tensor, Tensor]:
-    """One sequence of a batch without its padding."""
+    """Return one sequence of a batch without its padding."""
     own = ids[row : row + 1, mask[row].bool()]
     return own, torch.ones_like(own)
 
 
 @torch.no_grad()
 def read(model: Any, plan: LatentPlan | None, batch: tuple[Tensor, Tensor], later: int, **options: Any) -> Any:
-    """Logits [B,1+later,V] behind the prompt and behind each of the `later` tokens, which come one by one; the cache.
+    """Prefill, then decode `later` tokens one by one; return the logits [B,1+later,V] and the cache.
 
-    plan: None for a model without one.
+    plan: None for the unmodified model.
     """
     with switched(model, plan):
         cache = options.pop("cache", None) or (latent_cache(model, **options) if plan else None)
@@ -47,7 +47,7 @@ def read(model: Any, plan: LatentPlan | None, batch: tuple[Tensor, Tensor], late
 
 
 def call(model: Any, batch: tuple[Tensor, Tensor], part: tuple[int, int], cache: Any) -> Any:
-    """Call a model for a part of the tokens, with a mask and positions as `generate` makes them."""
+    """Call a model on a range of the tokens, with the mask and positions that `generate` passes."""
     (start, stop), (ids, mask) = part, batch
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
     options = {} if cache is None else cached(cache)
@@ -55,6 +55,6 @@ def call(model: Any, batch: tuple[Tensor, Tensor], part: tuple[int, int], cache:
 
 
 def divergence(found: Tensor, expected: Tensor) -> float:
-    """Mean Kullback-Leibler divergence of logits from expected ones, in nats."""
+    """Mean Kullback-Leibler divergence of logits from the expected ones, in nats."""
     log, other = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return float((log.exp() * (log - other)).sum(-1).mean())

@@ -1,4 +1,4 @@
-"""Options of paging for short texts."""
+"""Page options for short texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fhopt.refine.page_probes import LIFTS, Curves
 
 
 def falling(cost: float, half: float, generator: torch.Generator) -> Curves:
-    """A site that leaves out less with lower lifts, in steps of random size, and reads more, up to seven tenths."""
+    """Curves of a site that skips less weight and reads more, up to 70%, as the lift falls, in random steps."""
     steps = torch.rand(2, len(LIFTS), generator=generator, dtype=torch.float64)
     left, read = steps[0].flip(0).cumsum(0).flip(0) * half, steps[1].cumsum(0)
     return Curves(left=left, squares=left.square(), read=0.7 * read / read[-1], count=1, cost=cost)

@@ -1,4 +1,4 @@
-"""Plans with pages, and choices of pages by plain loops."""
+"""Plans with pages, and page selection by plain loops."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fhopt.ops import algebra, packing, paged_attention, registry
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan, SidePlan, SketchPlan, Tier
 
-TOKENS = 4  # of a page
-LONG = 150  # tokens of a sequence with enough pages
+TOKENS = 4  # per page
+LONG = 150  # length of a sequence with enough pages
 
 
 def sketch(key: SidePlan, seed: int = 0, bits: tuple[int, ...] = (4,)) -> SketchPlan:
-    """Of half of the channels, in no order, of latents of about unit deviation; 8 in each tier."""
+    """A sketch of random channels, 8 per bit group, of latents with a deviation of about 1."""
     generator = torch.Generator().manual_seed(seed)
     width = 8 * len(bits)
     channels = torch.rand(key.groups, key.width, generator=generator).argsort(-1)[:, :width]
@@ -38,7 +38,7 @@ def paged(
     plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16, fill: bool = False,
     lift: float = 0.0,
 ) -> LatentPlan:  # fmt: skip
-    """The plan with the same pages at every site; fill: a quarter of their weight for the first head, to all of it."""
+    """Return the plan with the same pages at every site; fill: a quarter (first head) to all of the weight."""
     count, heads = len(plan.sites), plan.sites[0].site.heads
     sites = tuple(replace(site, sketch=sketch(site.key)) for site in plan.sites)
     parts = (tuple(torch.linspace(0.25, 1, heads).tolist()),) * count if fill else ()
@@ -49,7 +49,7 @@ def paged(
 
 
 def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes: Any) -> PageIndex:
-    """An index over latents [B,J,T,R], as many units as latent heads."""
+    """A page index over latents [B,J,T,R], with one unit per latent head."""
     key = SidePlan(torch.zeros(latents.shape[1], latents.shape[3], 1), torch.zeros(1, 1, 1), ())
     sketcher = Sketcher.on(sketch(key), latents.device)
     coded = sketcher.encode(latents)
@@ -79,7 +79,7 @@ def kernels(generated: bool) -> Iterator[None]:
 
 
 def decoded(model: Any, plan: LatentPlan, ids: Tensor, start: int, **options: Any) -> Tensor:
-    """Logits of tokens from `start` on, fed one by one behind a prompt."""
+    """Prefill the tokens before `start`, decode the others one by one, and return their logits."""
     with torch.no_grad(), switched(model, plan):
         cache = latent_cache(model, **options)
         model(ids[:, :start], past_key_values=cache)
@@ -90,10 +90,10 @@ def decoded(model: Any, plan: LatentPlan, ids: Tensor, start: int, **options: An
 def page_operands(
     tiers: dict[int, int], rows: int, tokens: int, masked: bool, length: int | None, size: int = 32
 ) -> tuple[tuple[Tensor, Tensor], Any]:
-    """(weights, constant) and what follows them in `fhopt::page_weights`: B=2, J=4, pages of `size` tokens."""
+    """Operands of `fhopt::page_weights`: (weights, constant), and the rest; B=2, J=4, pages of `size` tokens."""
     bits, widths, steps = list(tiers), list(tiers.values()), [STEPS[b] for b in tiers]
     planes = [packing.integer_bytes(torch.randn(2, 4, tokens + 7, w), b, STEPS[b]) for b, w in tiers.items()]
-    codes = torch.cat(planes, -1)[:, :, :tokens]  # a view, as of a cache with spare room
+    codes = torch.cat(planes, -1)[:, :, :tokens]  # a view, as of a cache with spare capacity
     scales = torch.rand(2, 4, tokens + 7).add(0.5).to(torch.float16)[:, :, :tokens]
     far = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
     factors = torch.randn(2, 4, rows, sum(widths)), torch.randn(2, 4, rows)
@@ -101,7 +101,7 @@ def page_operands(
 
 
 def rounded(weights: Tensor, options: Any) -> Tensor:
-    """Weights as the kernel multiplies them: products with the steps of channels in 8 bits."""
+    """Return the weights as the kernel rounds them: weight times quantization step, in 8 bits."""
     _, _, _, widths, steps, *_ = options
     stretch = torch.cat([torch.full((w,), s) for w, s in zip(widths, steps, strict=True)])
     products = weights * stretch
@@ -123,8 +123,10 @@ def page_kernel() -> Iterator[None]:
 def page_step(
     tiers: dict[int, int], tokens: int, masked: bool, length: int | None, size: int = 32, **changes: Any
 ) -> paged_attention.PageStep:
-    """B=2, H=12, J=4, R=40, R_V=16, numbers for latents, pages of `size` tokens; queries that the kernel need not
-    round."""
+    """Operands of a page step: B=2, H=12, J=4, R=40, R_V=16, unquantized latents, pages of `size` tokens.
+
+    The queries are already rounded as the kernel rounds them.
+    """
     (weights, _), options = page_operands(tiers, 3, tokens, masked, length, size)
     codes, scales, bits, widths, steps, page_tokens, far, lengths = options
     channels = torch.rand(4, 40).argsort(-1)[:, : sum(widths)]

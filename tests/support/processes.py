@@ -1,6 +1,6 @@
-"""Several processes of one machine that run the checks of a test file, for tests of what they do together.
+"""Run the checks of a test file in several processes of one machine, for tests of distributed code.
 
-They are forked off one process that has done nothing but the slow imports.
+The processes fork off one process that has done only the slow imports.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ IMPORTS += ["fhopt.calibration.run", "fhopt.evaluation.tasks"]
 
 
 def launch(file: str, count: int, folder: Path, *arguments: str, may_end: bool = False) -> None:
-    """Run `file` in `count` processes that know of each other as torchrun would tell them, with `folder` to share.
+    """Run `file` in `count` processes with torchrun's environment variables, sharing `folder`.
 
-    may_end: all but the first process may end as they like.
+    may_end: any process but the first may end with an error.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def _run(file: str, arguments: tuple[str, ...], known: dict[str, str]) -> None:
 
 
 def run_checks(checks: Iterable[Callable[[Path], None]], folder: Path) -> None:
-    """In one of the processes: run checks in turn until one fails; what became of each goes to a file."""
+    """Run checks in one of the processes until one fails, and write the outcome of each to a file."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS / 2))
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for check in checks:
@@ -74,6 +74,6 @@ def run_checks(checks: Iterable[Callable[[Path], None]], folder: Path) -> None:
 
 
 def outcome(check: str, count: int, folder: Path) -> str:
-    """What went wrong in any of the processes, "" where nothing did."""
+    """Errors of a check in any of the processes; "" if there were none."""
     files = [folder / f"{check}.{rank}-of-{count}" for rank in range(count)]
     return "\n".join(file.read_text() if file.exists() else NOT_RUN for file in files).strip()

@@ -1,4 +1,4 @@
-"""Draw programs until a time is over, count how they were compiled, and shrink the first failure."""
+"""Draw programs for a given time, count how they were compiled, and shrink the first failure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from graph_programs import Invalid, Program, Wrong, check
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 
-ROUND = 200  # programs drawn with one seed
-FURTHER_SEED = 1_000_003  # between the seeds of rounds
+ROUND = 200  # programs per seed
+FURTHER_SEED = 1_000_003  # distance between the seeds of rounds
 
 
 @dataclass
 class Tally:
-    """Programs by outcome ("rewritten", "not rewritten", "invalid", "repeated"), calls, rounds before the last one, and
-    the first failure.
+    """Counts of programs by outcome, of calls and of finished rounds, and the first failure.
+
+    Outcomes: "rewritten", "not rewritten", "invalid", "repeated".
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -29,7 +30,7 @@ class Tally:
     rounds: int = 0
     failure: str = ""
     seconds_to_failure: float = 0.0
-    cpu_seconds: float = 0.0  # of this process; those of its compilers are not counted
+    cpu_seconds: float = 0.0  # of this process, without compiler processes
 
     @property
     def programs(self) -> int:
@@ -38,12 +39,12 @@ class Tally:
 
     @property
     def rewritten(self) -> float:
-        """Share of the compared programs that have at least one attention of fhopt."""
+        """Share of the compared programs in which fhopt rewrote at least one attention."""
         return self.outcomes["rewritten"] / max(1, self.programs)
 
 
 def run(seed: int, seconds: float, rounds: int = 10**9, examples: int = ROUND, shrink: bool = True) -> Tally:
-    """Check programs until the time is over, or a program is wrong: the failure is its smallest form."""
+    """Check programs until the time is over or one is wrong; the failure is that program, shrunk."""
     tally, start, cpu_start = Tally(), time.monotonic(), time.process_time()
     known: set[Program] = set()
 

@@ -1,4 +1,4 @@
-"""Random weights in the blocks of GGUF files."""
+"""Random weights in GGUF blocks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 from fhopt.codegen.cpu.gguf_blocks import FORMATS, arranged
 from fhopt.codegen.cpu.skinny_linear import Blocks
 
-# Where the float16 numbers of a block stand, by format: any bytes there would be infinite, or none, at times.
+# Offsets of a block's float16 values, by format: random bytes there could be infinite or NaN.
 HALVES = {2: (0,), 3: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2), 14: (208,), 20: (0,), 23: (0,)}
 
 
 def random_blocks(format: int, rows: int, width: int, seed: int = 0) -> Blocks:
-    """A weight [rows, width] of random codes and scales."""
+    """A weight [rows, width] with random codes and scales."""
     return arranged(random_rows(format, rows, width, seed), format, width)
 
 
 def random_rows(format: int, rows: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Its rows as they stand in a file: uint8 [rows, bytes of a row]."""
+    """The weight's rows as stored in a file: uint8 [rows, bytes of a row]."""
     random = np.random.default_rng(seed)
     numbers, size = FORMATS[format]
     blocks = random.integers(0, 256, (rows * width // numbers, size), dtype=np.uint8)

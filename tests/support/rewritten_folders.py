@@ -1,4 +1,4 @@
-"""Rewritten folders: made, signed anew, and loaded or refused."""
+"""Rewritten folders: create, re-sign, and load or reject them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDING = 1e-5  # of the largest logit: weights at other addresses are summed i
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest, as a share of the largest number."""
+    """Largest difference, relative to the largest element."""
     return float((a - b).abs().max() / b.abs().max())
 
 
@@ -40,14 +40,14 @@ def generated(model: Any, ids: Tensor, tokens: int = 12) -> tuple[Tensor, Tensor
 
 
 def sign(path: Path) -> None:
-    """What a forger does: make digests of plan and files right again."""
+    """Recompute the digests of plan and files, as an attacker would."""
     digest = sign_plan(path / "plan")
     manifest = json.loads((path / "fhopt.json").read_text()) | {"plan": digest}
     sign_files(path, manifest)
 
 
 def sign_plan(path: Path) -> str:
-    """Make digest and checksum of a plan right again; returns the digest."""
+    """Recompute digest and checksum of a plan; returns the digest."""
     described = json.loads((path / "plan.json").read_text())
     tensors = (path / "plan.safetensors").read_bytes()
     digest = description.digest_of(described, tensors)
@@ -76,9 +76,9 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def nothing_runs() -> Iterator[None]:
-    """No pickle is read, no process started and no library opened inside, but by what builds kernels meanwhile."""
+    """Require that the block reads no pickle, starts no process and opens no library; background builds are exempt."""
     global _watching
-    builder.wait()  # kernels that another test asked for are compiled in this process
+    builder.wait()  # kernels that other tests requested are compiled in this process
     _ran.clear()
     _watching = True
     try:

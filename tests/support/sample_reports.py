@@ -1,4 +1,4 @@
-"""Reports of small and of large models, hostile names among them, for tests of what is shown."""
+"""Reports of small and large models, some with hostile names, for tests of their display."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE = "</script><img src=x onerror=alert(2)> {{ 7*7 }} \"'\\"
 
 
 def tiny_report(llama: Fitted) -> tuple[Report, LatentPlan]:
-    """A report of the whole way: a captured model, a fitted plan."""
+    """Make a report end to end: a captured model, a fitted plan."""
     plan = llama.plan(4).with_provenance(model="tiny")
     return build(loaded(llama), plan), plan
 
@@ -33,7 +33,7 @@ def loaded(llama: Fitted) -> LoadedModel:
 
 
 def synthetic_plan(sites: int) -> LatentPlan:
-    """A plan of many sites of one shape, with the evidence that a fit would leave."""
+    """A plan of many equal sites, with the evidence that a fit would store."""
     one = random_plan("head", CODED)
     planned = tuple(
         replace(one.sites[0], site=replace(SITE, name=f"model.layers.{i}.self_attn", source="model.py:7"))
@@ -57,7 +57,7 @@ def synthetic_report(sites: int) -> Report:
 
 
 def hostile_report() -> Report:
-    """Every string that a user supplies is an attack."""
+    """A report in which every user-supplied string is an attack."""
     plan = synthetic_plan(3)
     attacks: dict[str, Any] = dict(
         projections=dict.fromkeys("qkvo", (f"{LINE}.{HOSTILE}.w",)), source=f"{LINE}:1", mask=LINE
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Hostile(nn.Module):
-    """Its attention is in a module whose name is a script."""
+    """Its attention is in a module named like a script."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plans with the evidence of their fit."""
+"""Plans with evidence from their fit."""
 
 from __future__ import annotations
 

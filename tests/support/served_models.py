@@ -1,4 +1,4 @@
-"""Small models in rewritten folders, and vLLM on them; for tests in the environment of `make test-serving`."""
+"""Small models in rewritten folders, run by vLLM; for tests in the environment of `make test-serving`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from small_models import VOCABULARY, Fitted
 
 from fhopt.plan.latent_plan import LatentPlan
 
-LENGTH = 512  # of the longest sequence
+LENGTH = 512  # maximum sequence length
 WINDOW: dict[str, Any] = dict(sinks=4, recent=32, block=16)
 ENGINE: dict[str, Any] = dict(
     enforce_eager=True, dtype="float32", max_model_len=LENGTH, skip_tokenizer_init=True, disable_log_stats=False,
@@ -26,7 +26,7 @@ ENGINE: dict[str, Any] = dict(
 
 
 def plan_of(fitted: Fitted, ratio: float = 4, segment: int = 0, **options: Any) -> LatentPlan:
-    """segment: keys are relative to such, though the bases were fitted to keys as they are."""
+    """Fit a plan. segment: encode keys relative to segments, although the bases were fitted without."""
     plan = fitted.plan(ratio, **(WINDOW | options))
     return replace(plan, sites=tuple(replace(site, segment=segment) for site in plan.sites))
 
@@ -44,9 +44,9 @@ def prompt(seed: int, length: int) -> list[int]:
 
 @contextmanager
 def without_llvmlite(is_loaded: bool) -> Iterator[None]:
-    """Hide a module whose objects have any attribute: vLLM 0.32 for CPUs looks at those of all modules when it starts.
+    """Hide a module whose objects report any attribute: vLLM 0.32 for CPUs inspects those of all modules at start.
 
-    is_loaded: load it first, as vLLM would.
+    is_loaded: import it first, as vLLM would.
     """
     if is_loaded:
         importlib.import_module("numba")
@@ -59,7 +59,7 @@ def without_llvmlite(is_loaded: bool) -> Iterator[None]:
 
 
 class Served:
-    """vLLM on a folder, in this process."""
+    """A folder loaded by vLLM in this process."""
 
     def __init__(self, folder: str, **options: Any) -> None:
         from vllm import LLM
@@ -69,7 +69,7 @@ class Served:
         self.config = self.llm.llm_engine.vllm_config
 
     def greedy(self, prompts: Sequence[list[int]], count: int = 24, **options: Any) -> list[list[int]]:
-        """Tokens that follow each prompt, all asked for at once."""
+        """Decode greedily after each prompt, all in one request."""
         return [list(one.outputs[0].token_ids) for one in self.results(prompts, max_tokens=count, **options)]
 
     def results(self, prompts: Sequence[list[int]], **options: Any) -> list[Any]:

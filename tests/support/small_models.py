@@ -49,7 +49,7 @@ MAKERS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 
 def cached(cache: Any) -> dict[str, Any]:
-    """`cache` as an argument of a model, by the name that this version of transformers has for it."""
+    """Return `cache` as a keyword argument, under the name that this version of transformers uses."""
     from transformers import LlamaForCausalLM
 
     return {cache_argument(LlamaForCausalLM): cache}
@@ -65,18 +65,18 @@ def found(model: Any, tokens: int = 16) -> tuple[Captured, outcome.Outcome]:
 
 
 def run(captured: Captured, batch: probe.Batch | None = None) -> Tensor:
-    """Main output of the graph on a batch, or on its example inputs."""
+    """Return the main output of the graph on a batch, or on its example inputs."""
     result = torch.fx.Interpreter(captured.program.module).run(*probe.graph_arguments(captured, batch or {}))
     output: Tensor = result[captured.result]
     return output
 
 
 FAR: dict[str, Any] = dict(sinks=4, recent=8)
-TOKENS = 2048  # length of context that plans of `Fitted` are made for
+TOKENS = 2048  # context length for plans of `Fitted`
 
 
 class Fitted:
-    """A model with statistics, bases of every layout and their measured costs, from which plans are cheap."""
+    """A model with statistics, bases of every layout and their rates, so that plans are cheap to make."""
 
     def __init__(self, name: str) -> None:
         self.model = MAKERS[name]()
@@ -100,5 +100,5 @@ class Fitted:
 
 
 def numbered(count: int, tokens: int = 96, start: int = 0) -> list[tuple[int, dict[str, Tensor]]]:
-    """Calibration batches of one random sequence each, with their numbers."""
+    """Numbered calibration batches of one random sequence each."""
     return [(start + i, {"input_ids": token_ids(1, tokens)}) for i in range(count)]

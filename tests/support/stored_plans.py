@@ -1,4 +1,4 @@
-"""Plans by hand for the store."""
+"""Handmade plans for the plan store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of text, and a tokenizer of words."""
+"""Text files, and a word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def words(text: str, **_: Any) -> Any:
-    """A tokenizer: the number of each word."""
+    """A word-level tokenizer."""
     numbers = [int(w) for w in text.split()]
     return type("Encoding", (), {"input_ids": torch.tensor([numbers], dtype=torch.long)})
 

@@ -1,4 +1,4 @@
-"""Folders of small models that generate text, with and without a chat template, and commands in processes."""
+"""Folders of small models that generate text, with and without a chat template, and commands in subprocesses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
 )
-FORGETFUL = (  # it leaves out earlier answers, as templates do with reasoning
+FORGETFUL = (  # omits earlier answers, like templates of reasoning models
     "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<' + m.role[0] + '>' + m.content + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
 )
 
 
 def save_text_model(folder: Path, template: str | None = TEMPLATE, model: Any = None, spaced: bool = False) -> Path:
-    """A Hugging Face folder with a tokenizer of characters; without `template` it cannot chat.
+    """Save a Hugging Face folder with a character-level tokenizer; without `template` it cannot chat.
 
-    spaced: decoded characters have a space between them, behind which a streamer passes on what it has.
+    spaced: decoded characters are separated by spaces, after each of which a streamer emits its text.
     """
     tokenizer = characters()
     if not spaced:
@@ -43,7 +43,7 @@ def save_plan(folder: Path, llama: Fitted) -> Path:
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start `fhopt` in a process group of its own, in which Ctrl-C is not ignored."""
+    """Start `fhopt` in its own process group, with Ctrl-C not ignored."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "fhopt.cli", *map(str, arguments)], text=True, env=environment, start_new_session=True,
@@ -52,7 +52,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 
 def shown_on(own: int) -> bytes:
-    """What a process has shown on a pseudo-terminal, read from its other side until the process has closed it."""
+    """Return the output of a process on a pseudo-terminal, read until the process closes it."""
     shown = b""
     try:
         while chunk := os.read(own, 4096):
@@ -63,5 +63,5 @@ def shown_on(own: int) -> bytes:
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C for a process that `start` started, and for nothing else."""
+    """Send Ctrl-C to a process started by `start`, and to no other."""
     os.killpg(os.getpgid(process.pid), signal.SIGINT)

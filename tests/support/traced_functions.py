@@ -1,4 +1,4 @@
-"""Functions of tensors as programs of one segment: traced, lowered and run."""
+"""Tensor functions as one-segment programs: traced, lowered and run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fhopt.hf.layer_trace import _Recorder
 
 
 class Traced:
-    """A function of inputs and of parameters of a module: its trace, and the value that it gave."""
+    """The trace of a function of inputs and module parameters, and its result."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], module: nn.Module) -> None:
         recorder = _Recorder(module, {(i,): x for i, x in enumerate(inputs)})
@@ -28,7 +28,7 @@ class Traced:
         self.tensors = recorder.alive
 
     def run(self, program: LayerProgram | None = None) -> Tensor:
-        """Run the program of the trace, or another, on the same tensors."""
+        """Run the program of the trace, or another one, on the same tensors."""
         program = lower(self.trace) if program is None else program
         (segment,) = program.segments
         (stored,) = segment.stored
@@ -40,7 +40,7 @@ class Traced:
 
 
 class Products(nn.Module):
-    """Two products of one input and one of their product, as a gated MLP has them."""
+    """Two matmuls of one input, and one of their elementwise product, as in a gated MLP."""
 
     def __init__(self, dtype: torch.dtype, bias: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checks of the Triton kernel of latent attention, which run in a process of their own under the interpreter."""
+"""Checks of the Triton latent-attention kernel, run in a separate process under the interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = Config(block_t=16, block_m=8, num_warps=4, num_stages=2)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """Size of the difference against the size of what is wanted."""
+    """Norm of the difference, relative to the norm of the expected result."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
 
 
@@ -35,7 +35,7 @@ def attend(case: Case, x: Inputs, mask: Tensor | None = None, **features: Any) -
 
 
 def assert_close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
-    """1e-5: float32 sums of codes, whose middle is subtracted at the end. Equal where there is nothing to attend to."""
+    """Tolerance 1e-5: float32 sums of codes whose midpoint is subtracted last. Fully masked rows must be equal."""
     (output, lse), (wanted_output, wanted_lse) = found, wanted
     assert relative(output, wanted_output) < tolerance
     seen = wanted_lse > -math.inf
@@ -155,7 +155,7 @@ def the_rule_of_a_window_says_what_is_read_of_pages_of_any_size() -> None:
 
 
 def scattered(x: Tensor, table: Tensor, page: int) -> Tensor:
-    """Tokens of each sequence, x [B,J,T,...], in the pages of `table` [B,P] of a pool [pages,J,page,...]."""
+    """Place each sequence's tokens, x [B,J,T,...], in the pages of `table` [B,P] of a pool [pages,J,page,...]."""
     out = torch.empty((int(table.max()) + 1, x.shape[1], page, *x.shape[3:]), dtype=x.dtype)
     for b, i in itertools.product(*map(range, table.shape)):
         out[table[b, i]] = x[b, :, page * i : page * i + page]
@@ -187,7 +187,7 @@ def half_precision_multiplies_in_its_own_type() -> None:
 
 
 def right_bfloat16() -> None:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 and cuts float32 off: make both right."""
+    """Fix Triton's interpreter, which multiplies bfloat16 bit patterns and truncates float32."""
     import numpy as np
     from triton.runtime import interpreter
 

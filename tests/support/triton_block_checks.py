@@ -1,4 +1,4 @@
-"""Checks of decode steps by Triton kernels on an engine's blocks, under the interpreter, in a process of their own."""
+"""Checks of Triton decode steps on an engine's blocks, run in a separate process under the interpreter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fhopt.serving.device_step import DeviceStep
 
 SIZES = BlockSizes(12, 4, 24)
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # torch rounds between operations
-FLIPS = 0.002  # of bytes: latents on the border of two values, whose sums are in another order
+FLIPS = 0.002  # share of bytes: latents near a rounding boundary, summed in another order
 CODED = (Tier(8, 8, 2 / 64), Tier(4, 8, 0.4))
 MIXED = (Tier(8, 8, 2 / 64), Tier(6, 8, 0.08), Tier(5, 8, 0.15), Tier(4, 8, 0.3), Tier(3, 8, 0.5), Tier(2, 8, 0.9))
 
 
 def plan_of(layout: str = "head", tiers: tuple[Tier, ...] = CODED, width: int = 16, **options: Any) -> LatentPlan:
-    """A plan by hand in float32, of `width` channels. layout "joint": one latent for the heads of a side."""
+    """A handmade float32 plan of `width` channels. layout "joint": one latent for all heads of a side."""
     plan = random_plan("head" if layout == "joint" else layout, CODED if tiers else (), **options)
 
     def single(side: SidePlan) -> SidePlan:
@@ -63,8 +63,8 @@ class Counted(DeviceStep):
 
 
 def engines(plan: LatentPlan, dtype: torch.dtype, **options: Any) -> tuple[Engine, Engine]:
-    """Two engines with the same blocks, the first on torch operations, the other with kernels."""
-    from fhopt.codegen.gpu.block_launch import BlockAttention  # late: in the process that interprets
+    """Make two engines with the same blocks: the first on torch operations, the second on kernels."""
+    from fhopt.codegen.gpu.block_launch import BlockAttention  # late import: only in the process that interprets
 
     made = []
     for _ in range(2):
@@ -88,11 +88,11 @@ def close(outputs: list[Tensor], expected: list[Tensor]) -> None:
 
 def same_blocks(engine: Engine, other: Engine) -> None:
     for a, b in zip(engine.caches, other.caches, strict=True):
-        assert float((a[1:] != b[1:]).float().mean()) <= FLIPS  # block 0 is of tokens that are not kept
+        assert float((a[1:] != b[1:]).float().mean()) <= FLIPS  # block 0 holds tokens that are not stored
 
 
 def it_gives_what_torch_operations_give(name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Lengths: the first token, where means come, before the first block and at the next, later, all in one launch."""
+    """Lengths in one launch: first token, start of the means, before the first block, after it, and later."""
     plan = PLANS[name]
     tokens = tokens_of(plan, dtype, 60, 5)
     reference, kernels = engines(plan, dtype, count=5, most=72)
@@ -116,5 +116,5 @@ def in_bfloat16() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     **{name: partial(it_gives_what_torch_operations_give, name) for name in PLANS},
-    "in bfloat16": in_bfloat16,  # last: it puts the interpreter's bfloat16 right
+    "in bfloat16": in_bfloat16,  # last: it patches the interpreter's bfloat16
 }

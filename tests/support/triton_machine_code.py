@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernel of latent attention for GPUs that are not here."""
+"""Native code of the Triton latent-attention kernel for GPUs that this machine need not have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLANED = KernelSpec(((6, 64, 0.08), (3, 64, 0.5)), ((5, 64, 0.15), (16, 64, 0.0)
 
 
 def compile_for(targets: list[tuple[str, int | str, int]], specs: list[KernelSpec], rows: int) -> None:
-    """Print what real compilation of the default configuration gives, one entry a target, spec and kernel."""
+    """Compile the default configuration and print the results, one entry per target, spec and kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,7 +58,7 @@ def compile_for(targets: list[tuple[str, int | str, int]], specs: list[KernelSpe
 
 
 def spilled(cubin: bytes) -> int:
-    """Bytes of stack that machine code for NVIDIA uses: there is nothing but spills on it."""
+    """Bytes of stack in NVIDIA native code, which uses the stack only for spills."""
     import triton
 
     path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
@@ -73,13 +73,13 @@ def amd_spills(text: str) -> int:
 
 
 def packed(ptx: str) -> list[tuple[str, int, int, int]]:
-    """What the inline PTX does: direction and size of the shift, mask, ones."""
+    """Operands of the inline PTX: direction and size of the shift, mask, ones."""
     pattern = r"\.reg \.b32 t; (sh[lr])\.b32 t, %r\d+, (\d+); lop3\.b32 %r\d+, t, (\d+), (\d+), 0xEA;"
     return [(way, int(n), int(mask), int(ones)) for way, n, mask, ones in re.findall(pattern, ptx)]
 
 
 def loaded(ttir: str) -> list[tuple[int, int]]:
-    """(number, bytes each) of what the loop of a kernel loads: the tensors of the `tt.load` in `scf.for`."""
+    """(count, bytes each) of the loads in a kernel's loop: tensors of `tt.load` in `scf.for`."""
     loop = ttir.partition("scf.for")[2]
     sizes = {"i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}
     shapes = re.findall(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<(\w+)>>", loop.partition("scf.yield")[0])
@@ -87,7 +87,7 @@ def loaded(ttir: str) -> list[tuple[int, int]]:
 
 
 def compile_features() -> None:
-    """Compile with everything that a call may ask for, in the combinations that change the code most."""
+    """Compile with every feature of a call, in the combinations that change the code most."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -124,6 +124,6 @@ def bytes_of(piece: Piece) -> range:
 
 
 class Stub(ModuleType):
-    """A module with kernels that are never launched."""
+    """A module whose kernels are never launched."""
 
     attention_kernel = merge_kernel = None

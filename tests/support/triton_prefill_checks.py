@@ -1,4 +1,4 @@
-"""Checks of the Triton kernel of prefill, which run in a process of their own under the interpreter."""
+"""Checks of the Triton prefill kernel, run in a separate process under the interpreter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = Config(block_t=16, block_m=16, num_warps=4, num_stages=1)
 
 @dataclass(frozen=True)
 class Chunk:
-    """One kernel and the shapes it is tried on."""
+    """One kernel and the shapes it runs on."""
 
     key_tiers: Tiers
     value_tiers: Tiers
@@ -40,11 +40,11 @@ class Chunk:
     size: int = 24  # D
     value_size: int = 16  # E
     softcap: float = 0.0
-    width: int = 24  # R of uncoded sides
+    width: int = 24  # R of unquantized sides
     dtype: torch.dtype = torch.float32
 
     def tensors(self) -> list[Any]:
-        """query, then rows, scale and decoder of keys and of values."""
+        """Make the query; then rows, scale and decoder of keys, and of values."""
         found: list[Any] = [torch.randn(2, self.heads, self.queries, self.size).to(self.dtype)]
         for tiers, heads, size in (
             (self.key_tiers, self.key_heads, self.size),
@@ -77,14 +77,14 @@ rebuilt: Any = prefill_launch.rebuilt_attention
 
 
 def expected(chunk: Chunk, x: list[Any], mask: Tensor | None, lengths: Tensor | None = None) -> Found:
-    """The reference in float64."""
+    """Run the reference in float64."""
     return reference(x[0].double(), *x[1:], mask, lengths, **chunk.options())
 
 
 def within(
     chunk: Chunk, x: list[Any], mask: Tensor | None = None, lengths: Tensor | None = None, **features: Any
 ) -> Found:
-    """Rebuilt by each program."""
+    """Run the kernel that reconstructs keys and values in each program."""
     options = {"scale": 0.25, "softcap": chunk.softcap, "config": SMALL} | features
     kernel: Any = build_prefill(chunk.spec())
     return kernel.attend(x[0], tuple(x[1:4]), tuple(x[4:]), mask, lengths, **options)
@@ -93,7 +93,7 @@ def within(
 def apart(
     chunk: Chunk, x: list[Any], mask: Tensor | None = None, lengths: Tensor | None = None, length: int = 16
 ) -> Found:
-    """Rebuilt first, `length` tokens at a time."""
+    """Reconstruct keys and values first, `length` tokens at a time."""
     before = configs.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH
     configs.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = 0, length, 0
     try:
@@ -103,7 +103,7 @@ def apart(
 
 
 def masks(chunk: Chunk) -> list[Any]:
-    """None, bool with rows that see nothing, additive of full shape, bool for all queries alike, additive [T]."""
+    """None; bool with fully masked rows; additive, full shape; bool, broadcast over queries; additive [T]."""
     shape = 2, 1, chunk.queries, chunk.tokens
     whole = torch.rand(shape) > 0.4
     whole[0, 0, -1] = False

@@ -1,4 +1,4 @@
-"""Triton in processes of its own: the interpreter is chosen before Triton is imported."""
+"""Run Triton in separate processes: its interpreter must be chosen before the import."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERPRET = "from {module} import CHECKS; from triton_processes import interpret
 
 
 def run(program: str, folder: Path, **variables: str) -> Any:
-    """What a program printed in a process that finds modules of this folder and keeps its kernels in `folder`."""
+    """Return the output of a process that can import from this folder and stores its kernels in `folder`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(ROOT / "tests" / "support"),
@@ -34,13 +34,13 @@ def run(program: str, folder: Path, **variables: str) -> Any:
 
 
 def failures(module: str, folder: Path) -> dict[str, str]:
-    """Which of a module's checks fail under the interpreter, and how."""
+    """Names of a module's checks that fail under the interpreter, with their errors."""
     found: dict[str, str] = run(INTERPRET.format(module=module), folder, TRITON_INTERPRET="1")
     return found
 
 
 def interpret(checks: Mapping[str, Callable[[], None]]) -> None:
-    """Run every check and print what failed."""
+    """Run every check and print the failures."""
     torch.set_num_threads(1)
     failed = {}
     for name, check in checks.items():

@@ -1,4 +1,4 @@
-"""Checks of what a decode step by Triton kernels takes on, and what it leaves to torch operations."""
+"""Checks of which decode steps the Triton kernels run, and which they leave to torch operations."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def nothing_is_read_back_and_sequences_of_no_tokens_are_left_out() -> None:
     kernels.layer.write_and_attend(caches, query, key, value, output)
     close([output[:1]], reference.step(tokens[:1], [(39, 40)]))
     assert not bool(output[1].any())
-    assert "sequences" not in vars(caches.batch)  # the lengths stay where they are
+    assert "sequences" not in vars(caches.batch)  # the lengths are not copied to the host
     for cache, held, table in zip(kernels.caches, before, kernels.tables, strict=True):
         others = torch.cat([table[1:].flatten(), torch.zeros(1)]).long()
-        assert torch.equal(cache[others], held[others])  # neither of another sequence nor block 0
+        assert torch.equal(cache[others], held[others])  # blocks of other sequences and block 0 are unchanged
 
 
 def sequences_with_one_new_token_stand_beside_others() -> None:
@@ -60,7 +60,7 @@ def other_tensors_are_left_to_torch() -> None:
     assert step.serves(mixed, query) and not step.writes(mixed.batch)
     assert not step.serves(kernels.caches_of([0, 2], [40]), query)  # no sequence has one new token
     odd = replace(caches, window=replace(caches.window, cache=caches.window.cache[..., :-1].contiguous()))
-    assert not step.serves(odd, query)  # rows of an odd number of bytes: numbers would not be aligned
+    assert not step.serves(odd, query)  # rows of an odd number of bytes would misalign elements
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -1,4 +1,4 @@
-"""Tiny random models whose caches keep more than keys and values of all tokens: windows, chunks, states."""
+"""Tiny random models whose caches hold more than all keys and values: windows, chunks, states."""
 
 from __future__ import annotations
 

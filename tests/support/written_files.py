@@ -1,4 +1,4 @@
-"""Everything that fhopt writes, written once in a folder."""
+"""Every kind of file that fhopt writes, written once in a folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fhopt.plan.latent_plan import LatentPlan
 
 @dataclass(frozen=True)
 class Write:
-    """Something that is written to `place`. number: 0 for what stands there before, 1 for what is to stand there."""
+    """A write to `place`. number: 0 for the existing version, 1 for the new one."""
 
     place: Path
     write: Callable[[int], Any]
-    read: Callable[[], int | None]  # the number of what stands there; raises where that is neither
+    read: Callable[[], int | None]  # returns the number of the stored version; raises if it is neither
 
 
 def plan_write(folder: Path, _: Fitted) -> Write:

@@ -1,4 +1,4 @@
-"""The dependency rules of docs/explanation/architecture.md, held against every import.
+"""The dependency rules of docs/explanation/architecture.md, checked against every import.
 
 Late imports and those under TYPE_CHECKING count.
 """
@@ -26,13 +26,13 @@ from benchmarks.source_imports import (
 ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
 LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to the folders at the root
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"  # has the table
-GROUND = {"errors", "version", "progress", "files", "system", "import_hook", "texts"}  # all may import these
+GROUND = {"errors", "version", "progress", "files", "system", "import_hook", "texts"}  # importable from everywhere
 GROUND_IMPORTS = {name: GROUND - {"texts"} for name in GROUND} | {"texts": GROUND}
 
 
 @cache
 def allowed() -> dict[str, set[str]]:
-    """Package -> packages that it may import, as the page says it."""
+    """Parse the page's table: package -> packages that it may import."""
     section = PAGE.read_text().partition("## Dependency rules")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([a-z_; ]+) \| (.+) \|$", section, re.M)
     table = {name: cell for names, cell in rows for name in names.split("; ") if cell != "may import"}
@@ -49,7 +49,7 @@ def allowed() -> dict[str, set[str]]:
 
 @cache
 def sources() -> dict[str, str]:
-    """The text of every module of fhopt by its path."""
+    """Return the source of every fhopt module by its path."""
     paths = [path for top in PRODUCT for path in (ROOT / top).rglob("*.py")]
     own = [path for path in paths if not any(link in path.parents for link in LINKS)]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in own}
@@ -57,12 +57,12 @@ def sources() -> dict[str, str]:
 
 @cache
 def imports() -> tuple[Import, ...]:
-    """Every import between modules of fhopt."""
+    """Return every import between fhopt modules."""
     return tuple(read_imports(sources()))
 
 
 def forbidden(found: Iterable[Import]) -> list[str]:
-    """Imports that the table of layers does not allow, one sentence each."""
+    """Return imports that the table does not allow, one sentence each."""
     lines = set()
     for one in found:
         mine = package_of(one.module)
@@ -116,7 +116,7 @@ def test_a_cycle_is_reported() -> None:
     assert any({one.module, one.target} <= set(group) for group in module_cycles([*imports(), back]))
 
 
-def test_the_table_is_read_as_it_is_meant() -> None:
+def test_the_table_is_parsed_as_intended() -> None:
     assert allowed()["plan"] == set() and allowed()["cache"] == {"plan", "ops", "attention"}
     assert allowed()["passes"] == allowed()["codegen"] == {"plan", "ops"}
     assert allowed()["refine"] == allowed()["calibration"] | {"calibration", "evaluation", "cache"}

@@ -1,7 +1,7 @@
 """Tests mirror the source: `fhopt/cache/store.py` is tested by `tests/unit/cache/test_store.py`.
 
-A module may have more files of tests than one, `test_store_<topic>.py`. One without a file of its own stands in the
-table below, with what tests it; a module that gets a file of its own must leave the table.
+A module may have several test files, `test_store_<topic>.py`. A module without one is listed in the table below, with
+the tests that cover it; a module that gets a test file must leave the table.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "tests" / "unit"
 PACKAGES = ("fhopt", "passes", "codegen")
 LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to packages that are listed by their own names
-OF_NO_MODULE = (
+OF_NO_MODULE = (  # for all modules together
     "test_golden_kernels",
     "test_language",
     "test_layers",
     "test_mirror",
     "test_project",
-)  # of all modules together
+)
 
 CACHES = "whole caches, unit/cache/test_latent_cache.py and test_report.py"
 MODELS = "whole models, integration/test_families.py and test_zoo.py"
@@ -104,14 +104,14 @@ WITHOUT_A_FILE = {
 
 
 def modules() -> list[str]:
-    """Every module but `__init__` and `__main__`, as its path without the ending."""
+    """Return every module but `__init__` and `__main__`, as its path without the suffix."""
     paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     own = [path for path in paths if not any(link in path.parents for link in LINKS) and "__" not in path.stem]
     return [path.relative_to(ROOT).with_suffix("").as_posix() for path in own]
 
 
 def file_for(module: str) -> Path:
-    """The file that tests a module; fhopt's packages stand beside passes and codegen."""
+    """Return the test file of a module; passes and codegen are siblings of fhopt's packages."""
     folder, _, name = module.removeprefix("fhopt/").rpartition("/")
     return UNIT / folder / f"test_{name}.py"
 
@@ -121,11 +121,11 @@ def test_a_module_has_a_file_of_tests_or_a_reason(module: str) -> None:
     assert file_for(module).exists() != (module in WITHOUT_A_FILE)
 
 
-def test_only_modules_that_are_there_need_a_reason() -> None:
+def test_only_existing_modules_need_a_reason() -> None:
     assert set(WITHOUT_A_FILE) <= set(modules())
 
 
-def test_every_file_of_tests_is_that_of_a_module() -> None:
+def test_every_test_file_belongs_to_a_module() -> None:
     known = [file_for(module) for module in modules()]
     strays = [
         file.relative_to(UNIT).as_posix()

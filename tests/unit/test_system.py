@@ -1,4 +1,4 @@
-"""Folders of the cache."""
+"""The cache folder, memory limits and CPU features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 
 
-def test_a_cache_folder_that_cannot_be_written_gives_way_to_a_temporary_one(
+def test_an_unwritable_cache_folder_is_replaced_by_a_temporary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocked = tmp_path / "a-file"  # permissions would not stop a test that runs as root
@@ -34,7 +34,7 @@ def test_a_cache_folder_that_cannot_be_written_gives_way_to_a_temporary_one(
 def test_what_is_run_from_the_cache_folder_cannot_be_changed_by_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = os.umask(0o002)  # by which folders are open to the group
+    before = os.umask(0o002)  # new folders are group-writable
     try:
         monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "new"))
         BUILD.load_module("made", "x = 1")
@@ -44,7 +44,7 @@ def test_what_is_run_from_the_cache_folder_cannot_be_changed_by_others(
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
-def test_nothing_is_run_from_a_folder_that_others_may_write_to(
+def test_no_code_is_loaded_from_a_folder_that_others_may_write_to(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
@@ -105,7 +105,7 @@ def test_a_group_of_others_may_not_write_to_a_parent(tmp_path: Path, monkeypatch
     assert_not_used(tmp_path / "shared" / "cache", monkeypatch, "others may write to it")
 
 
-def test_a_link_to_a_folder_is_followed_to_what_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_symlink_to_a_folder_is_resolved_before_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "open" / "real").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "open" / "real")
     (tmp_path / "open").chmod(0o777)
@@ -115,7 +115,7 @@ def test_a_link_to_a_folder_is_followed_to_what_is_checked(tmp_path: Path, monke
     assert Path(BUILD.load_module("made", "x = 1").__file__).parent == tmp_path / "open" / "real"
 
 
-def test_parents_are_made_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parents_are_created_for_this_user_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.umask(0)
     try:
         monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "a" / "b" / "c"))
@@ -141,17 +141,17 @@ def test_a_file_that_others_may_write_to_or_a_link_is_made_again(
     assert BUILD.load_module("left", "x = 1").x == 1 and not left.is_symlink() and "behind" in other.read_text()
 
 
-def test_bytecode_beside_a_kernel_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytecode_next_to_a_kernel_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
     BUILD.load_module("left", "x = 1")
     assert not list(tmp_path.rglob("*.pyc"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torch_multiplies_by_loops_what_onednn_has_no_instructions_for(
+def test_torch_lacks_native_gemm_without_onednn_instructions(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SYSTEM.platform, "machine", lambda: "x86_64")  # of others nothing is said
+    monkeypatch.setattr(SYSTEM.platform, "machine", lambda: "x86_64")  # other architectures are not checked
     SYSTEM.multiplies_by_loops.cache_clear()
     assert not SYSTEM.multiplies_by_loops(torch.float32)
     for supported in (False, True):
@@ -161,7 +161,7 @@ def test_torch_multiplies_by_loops_what_onednn_has_no_instructions_for(
     SYSTEM.multiplies_by_loops.cache_clear()
 
 
-def test_memory_is_that_of_the_system_or_of_its_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_limited_by_the_system_or_its_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SYSTEM, "_GROUP", tmp_path)
     total, free = SYSTEM.memory_bytes()
     assert 0 < free <= total

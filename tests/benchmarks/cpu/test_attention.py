@@ -1,4 +1,4 @@
-"""What benchmarks/cpu/attention.py makes of its measurements; the measuring itself is `make bench-attention`."""
+"""Evaluation of the results of benchmarks/cpu/attention.py; `make bench-attention` measures them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.codegen.dispatch import install
 
 
 @pytest.mark.parametrize(("dim", "size"), [(64, 6), (64, 30), (64, 62), (128, 14), (128, 62), (128, 126)])
-def test_tiers_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
+def test_bit_groups_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
     tiers = attention_contenders.spectrum_tiers(dim, size)
     assert size - dim // 8 < sum(bits * width for bits, width, _ in tiers) // 8 <= size
     assert sum(width for _, width, _ in tiers) <= dim
@@ -23,7 +23,7 @@ def test_tiers_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
 
 
 @pytest.mark.slow
-def test_each_contender_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_implementation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LEAST", 2)
     real = attention_contenders.torch_implementations
 
@@ -45,7 +45,7 @@ def test_each_contender_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert 0.9 * case.exact_bytes / 8 < sizes["fhopt 8x"] <= case.exact_bytes / 8
 
 
-def test_a_wrong_result_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def contenders(case: Case) -> Any:
         yield Contender("right", lambda: torch.ones(2), 8), lambda: torch.ones(2).double()
         yield Contender("wrong", lambda: torch.zeros(2), 8), lambda: torch.ones(2).double()
@@ -58,7 +58,7 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -
     assert "RuntimeError" in failing.error and not failing.seconds
 
 
-def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_too_large_for_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 2e9})())
     fitting, left_out = attention_shapes.cases(("MHA 32x128",), (4096, 32768), (1,), ("float32",), (1, 2))
     assert [case.tokens for case in fitting] == [4096, 4096]

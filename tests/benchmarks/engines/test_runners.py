@@ -1,4 +1,4 @@
-"""What runners share, and the runners that need no other environment."""
+"""Code shared by runners, and the runners that need no other environment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REQUEST = Request("model", "prompts", 4, 2, 3, (0,), 0.0)
 # --------------------------------------------------------------------------------------------------- protocol
 
 
-def test_a_clock_counts_prefill_and_steps_behind_the_warm_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_counts_prefill_and_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 13.0, 20.0, 21.0, 22.0, 23.0, 24.5])
     monkeypatch.setattr("benchmarks.engines.protocol.time.monotonic", lambda: next(times))
     clock = Clock(replace(REQUEST, started=8.0))
@@ -43,7 +43,7 @@ def test_a_clock_counts_prefill_and_steps_behind_the_warm_ones(monkeypatch: pyte
     assert (report.decode_s, report.decode_tokens) == (3.5, 6)  # three steps of two sequences
 
 
-def test_tokens_that_come_while_other_prompts_are_read_do_not_count() -> None:
+def test_tokens_generated_during_the_prefill_of_other_prompts_do_not_count() -> None:
     clock = Clock(REQUEST)
     counter = StepCounter(clock)
     clock.start()
@@ -54,7 +54,7 @@ def test_tokens_that_come_while_other_prompts_are_read_do_not_count() -> None:
         counter.add(0, [1])
         counter.add(1, [2])
         counter.end_step()
-        counter.end_step()  # a step of the engine without a token
+        counter.end_step()  # an engine step without a token
     report = counter.report(())
     assert report.decode_tokens == REQUEST.batch * REQUEST.new_tokens
 
@@ -101,7 +101,7 @@ def test_a_process_reports_its_own_times_memory_and_versions(tmp_path: Path) -> 
         ("import time; time.sleep(600)", 3.0, "took longer than 3 s"),
     ],
 )
-def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path, body: str, limit_s: float, reason: str) -> None:
+def test_a_failed_process_reports_the_cause_in_one_line(tmp_path: Path, body: str, limit_s: float, reason: str) -> None:
     with pytest.raises(Unavailable, match=reason):
         started(tmp_path, body, limit_s)
 
@@ -136,7 +136,7 @@ def test_transformers_and_fhopt_generate_the_same_tokens_in_every_way(
     assert {report.decode_tokens for report in found} == {given.batch * given.new_tokens}
 
 
-def test_a_runner_starts_in_a_process_in_any_folder(
+def test_a_runner_starts_in_any_working_directory(
     request_of_a_small_model: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -148,7 +148,7 @@ def test_a_runner_starts_in_a_process_in_any_folder(
 
 
 @needs_compiler
-def test_fhopt_takes_a_gguf_file_with_the_plan_of_what_it_was_quantized_from(tmp_path: Path) -> None:
+def test_fhopt_runs_a_gguf_file_with_the_plan_of_its_original_model(tmp_path: Path) -> None:
     save_text_gguf(tmp_path / "m.gguf", {"": "Q4_0"})
     sites = find_sites(load_model(str(tmp_path / "m.gguf"))).sites.values()
     plan = fit_plan.exact_plan(sites, recent=4, block=2).with_provenance(fingerprint="of another model")
@@ -157,10 +157,10 @@ def test_fhopt_takes_a_gguf_file_with_the_plan_of_what_it_was_quantized_from(tmp
     report = run_fhopt.measure(
         Request(str(tmp_path / "m.gguf"), str(tmp_path / "prompts.json"), 12, 1, 3, (0,), 0.0, options=options)
     )
-    assert len(report.tokens) == 6 and report.decode_tokens == 3  # the first one, two that are not timed, three
+    assert len(report.tokens) == 6 and report.decode_tokens == 3  # the first one, two warm-up steps, three timed ones
 
 
-def test_programs_of_other_engines_import_nothing_of_fhopt() -> None:
+def test_programs_of_other_engines_do_not_import_fhopt() -> None:
     for file in (*RUNNERS.glob("run_*.py"), Path(protocol.__file__)):
         if file.stem != "run_fhopt":
             assert "import fhopt" not in file.read_text()

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs (benchmarks/gpu/suite.py) where there is none: run dry, and the parts that need no GPU."""
+"""The GPU benchmark (benchmarks/gpu/suite.py) without a GPU: dry runs, and the parts that need no GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The benchmark in a process of its own: Triton interprets or compiles, never both."""
+    """Run the benchmark in a subprocess: Triton interprets or compiles, never both."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "TRITON_CACHE_DIR": str(folder / "triton"),
@@ -37,7 +37,7 @@ def run(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Co
 
 
 def results() -> dict[str, int]:
-    """When each file of results was last written."""
+    """Return the modification time of each results file."""
     return {path.name: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
 
 
@@ -46,7 +46,7 @@ def results() -> dict[str, int]:
 
 @pytest.mark.slow
 @needs_triton
-def test_a_dry_run_takes_every_step_and_leaves_the_results_alone(tmp_path: Path) -> None:
+def test_a_dry_run_takes_every_step_and_does_not_change_the_results(tmp_path: Path) -> None:
     before, out = results(), tmp_path / "out"
     done = run(tmp_path, "--dry", "--tune", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ def test_a_dry_run_takes_every_step_and_leaves_the_results_alone(tmp_path: Path)
 
 @pytest.mark.slow
 @needs_triton
-def test_a_kernel_that_is_wrong_ends_the_run_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_wrong_kernel_ends_the_run_before_any_measurement(tmp_path: Path) -> None:
     spoiled = tmp_path / "spoiled"
     spoiled.mkdir()
     (spoiled / "sitecustomize.py").write_text(
@@ -99,7 +99,7 @@ def test_without_a_gpu_one_line_says_what_is_needed(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- parts
 
 
-def test_the_first_check_that_fails_is_named_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_failed_check_is_named_with_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> str:
         raise RuntimeError("out of\n resources")
 
@@ -113,7 +113,7 @@ def test_the_first_check_that_fails_is_named_with_what_was_found(monkeypatch: py
         assert found.value.message.startswith(f"pack is wrong on dry: {words}. Nothing was measured.")
 
 
-def test_the_packing_that_is_compared_is_that_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packing_check_compares_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_pack = pytest.importorskip("fhopt.codegen.gpu.packing")
     machine = timing.dry_machine()
     monkeypatch.setattr(triton_pack, "pack", packing.pack_reference)
@@ -123,7 +123,7 @@ def test_the_packing_that_is_compared_is_that_of_the_reference(monkeypatch: pyte
 
 
 class Recorder:
-    """Stands for what torch.cuda has of graphs, streams and events; a replay takes as long as the graph has calls."""
+    """A mock of torch.cuda's graphs, streams and events; the time of a replay is the number of calls in the graph."""
 
     def __init__(self, **_: Any) -> None:
         self.at = 0.0
@@ -132,7 +132,7 @@ class Recorder:
     recorded: ClassVar[list[Any]] = []
 
     def __enter__(self) -> Recorder:
-        Recorder.recorded.clear()  # what ran before is not in the graph
+        Recorder.recorded.clear()  # earlier calls are not in the graph
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,7 +154,7 @@ class Recorder:
         pass
 
 
-def test_a_graph_has_every_call_once_a_turn_and_gives_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_has_every_call_once_per_repetition_and_gives_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Stream", "CUDAGraph", "Event"):
         monkeypatch.setattr(torch.cuda, name, Recorder)
     for name in ("stream", "graph", "current_stream"):
@@ -164,7 +164,7 @@ def test_a_graph_has_every_call_once_a_turn_and_gives_the_time_of_one(monkeypatc
     assert Recorder.recorded == [0, 1, 2, 0, 1, 2]
 
 
-def test_the_latents_that_are_measured_are_as_small_as_the_targets_say() -> None:
+def test_the_measured_latents_have_the_target_ratios() -> None:
     found = {
         shape.name: [shape.label(latent, torch.bfloat16) for latent in shape.latents] for shape in cases.Sizes().shapes
     }
@@ -176,7 +176,7 @@ def test_the_latents_that_are_measured_are_as_small_as_the_targets_say() -> None
     }
 
 
-def test_buffers_that_rotate_are_together_larger_than_the_cache_and_read_long_enough() -> None:
+def test_rotating_buffers_exceed_the_cache_and_take_long_enough() -> None:
     machine = replace(timing.dry_machine(), cold=1000, long=5000)
     made, turns = timing.rotating(machine, 300, object)
     assert len(set(map(id, made))) == 4 and 300 * 4 * turns >= 5000
@@ -185,7 +185,7 @@ def test_buffers_that_rotate_are_together_larger_than_the_cache_and_read_long_en
         timing.rotating(replace(machine, free=lambda: 700_000), 1_000_000, object)
 
 
-def test_the_layers_that_fit_leave_room_for_weights_and_caches() -> None:
+def test_the_number_of_layers_leaves_room_for_weights_and_caches() -> None:
     model = cases.LLAMA_2_7B
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     cache = 2 * 8 * (32768 + cases.SPARE) * 4096
@@ -194,7 +194,7 @@ def test_the_layers_that_fit_leave_room_for_weights_and_caches() -> None:
     assert model.depth(8, 32768, 1e15) == 32 and model.depth(8, 32768, 0) == 0
 
 
-def test_a_scaled_step_is_on_the_line_through_two_measured_ones() -> None:
+def test_a_scaled_step_is_extrapolated_linearly_from_two_measured_ones() -> None:
     times = {8: {"transformers, sdpa": 18.0, "fhopt 8x": 10.0}, 4: {"transformers, sdpa": 10.0, "fhopt 8x": 6.0}}
     rows = decode_steps.step_rows("case", 32, times)
     assert [(row.case, row.metric) for row in rows[:4]] == [
@@ -217,7 +217,7 @@ def test_a_step_of_all_layers_is_not_scaled() -> None:
 @pytest.mark.parametrize(
     "latent", (*cases.TINY.latents[1:], cases.Latent(2, cases.tiers((8, 16)), cases.tiers((2, 8))))
 )
-def test_a_plan_by_hand_has_orthonormal_bases_and_the_bytes_that_are_counted(latent: Any) -> None:
+def test_a_handmade_plan_has_orthonormal_bases_and_the_counted_bytes(latent: Any) -> None:
     shape = cases.TINY
     plan = decode_steps.hand_plan(cases.TINY_NETWORK, latent, 2)
     assert sum(site.token_bytes() for site in plan.sites) == 2 * shape.latent_bytes(latent, torch.bfloat16)
@@ -227,7 +227,7 @@ def test_a_plan_by_hand_has_orthonormal_bases_and_the_bytes_that_are_counted(lat
     assert not torch.equal(plan.sites[0].key.encode, plan.sites[1].key.encode)
 
 
-def test_every_way_of_torch_gives_the_same_attention() -> None:
+def test_every_torch_implementation_gives_the_same_attention() -> None:
     from torch.nn.attention import SDPBackend
 
     query, key, value = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)

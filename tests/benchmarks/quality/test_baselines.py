@@ -1,4 +1,4 @@
-"""Which methods plans are compared with, and which are left out."""
+"""Baselines that plans are compared with, and which are left out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fhopt.errors import FhoptError
 from fhopt.plan.window import ResidualWindow
 
 WANTED = [family for family in FAMILIES if family not in ("quanto", "hqq")]
-OWN_WINDOW = "kivi-w128"  # reads more tokens before it quantizes any
+OWN_WINDOW = "kivi-w128"  # retains more tokens before it quantizes
 
 
 def plan(ratio: float) -> Any:
-    """Stand in for a plan: its exact tokens and its bytes."""
+    """Mock a plan: its full-precision tokens and its bytes."""
     exact = COUNTED_AT * 2 * 2 * 2 * 16 * 2
     return SimpleNamespace(
         sinks=4,
@@ -37,7 +37,7 @@ def field() -> Field:
     return Field(tiny_llama(), {4.0: plan(4.0), 8.0: plan(8.0)}, lambda: token_ids(4, 150))
 
 
-def test_a_run_offers_every_family_and_names_what_it_leaves_out(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_offers_every_family_and_names_the_omitted_ones(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transformers, "missing", "it is not installed.")
     methods, left_out = offered(field, (), quick=False)
     assert {baseline.family for baseline in methods} == set(WANTED)
@@ -60,7 +60,7 @@ def test_sizes_of_a_family_fall(field: Field) -> None:
         assert sizes[0] < COUNTED_AT * field.shape.exact_token_bytes
 
 
-def test_a_quick_run_collects_no_more_than_it_did(field: Field) -> None:
+def test_a_quick_run_collects_no_more_statistics(field: Field) -> None:
     methods, left_out = offered(field, (), quick=True)
     assert {baseline.name for baseline in methods} == {"kivi-2bit", "low-rank-4", "low-rank-2"}
     assert [str(baseline) for baseline in left_out] == [
@@ -68,7 +68,7 @@ def test_a_quick_run_collects_no_more_than_it_did(field: Field) -> None:
     ]
 
 
-def test_a_family_or_a_name_is_picked(field: Field) -> None:
+def test_a_family_or_a_name_can_be_selected(field: Field) -> None:
     def names(*wanted: str) -> list[str]:
         return [baseline.name for baseline in offered(field, wanted, quick=True)[0]]
 
@@ -77,18 +77,18 @@ def test_a_family_or_a_name_is_picked(field: Field) -> None:
     assert names("snapkv") == ["snapkv-4x", "snapkv-8x"]
 
 
-def test_an_unknown_family_is_refused_with_those_that_there_are() -> None:
+def test_an_unknown_family_is_refused_with_the_available_ones() -> None:
     with pytest.raises(FhoptError, match="unknown method 'kivy'; choose from the families kivi, rtn"):
         check_families(["kivi", "kivy"])
     assert check_families(["q4_0-hadamard", "kivi-3bit"]) == {"q4_0", "q4_0-hadamard", "kivi"}
 
 
-def test_an_unknown_size_is_refused_with_those_that_there_are(field: Field) -> None:
+def test_an_unknown_size_is_refused_with_the_available_ones(field: Field) -> None:
     with pytest.raises(FhoptError, match="unknown size 'kivi-5bit'; its family has kivi-4bit, kivi-3bit, kivi-2bit"):
         offered(field, ["kivi-5bit"], quick=False)
 
 
-def test_an_eviction_that_no_share_makes_so_small_is_left_out() -> None:
+def test_an_eviction_without_a_share_for_the_size_is_left_out() -> None:
     small = Field(tiny_llama(), {500.0: plan(500.0)}, lambda: token_ids(2, 100))
     methods, left_out = offered(small, ["snapkv"], quick=False)
     assert not methods and left_out[0].name == "snapkv-500x" and "residual window alone" in left_out[0].reason
@@ -101,7 +101,7 @@ def test_formats_whose_blocks_do_not_fit_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("family", [family for family in WANTED if family != OWN_WINDOW])
-def test_every_family_reads_a_text(field: Field, family: str) -> None:
+def test_every_family_runs_on_a_text(field: Field, family: str) -> None:
     baseline = offered(field, [family], quick=False)[0][0]
     ids = token_ids(1, 140)[0]
     steps = field.plans[4.0]
@@ -115,7 +115,7 @@ def test_every_family_reads_a_text(field: Field, family: str) -> None:
     assert field.model.config._attn_implementation == "sdpa"
 
 
-def test_kivi_with_a_window_of_its_own_keeps_that_exact(field: Field) -> None:
+def test_kivi_with_its_own_window_keeps_that_exact(field: Field) -> None:
     (baseline,), left_out = offered(field, [f"{OWN_WINDOW}-3bit"], quick=False)
     assert not left_out and baseline.name == f"{OWN_WINDOW}-3bit"
     ids, steps = token_ids(1, 260)[0], field.plans[4.0]
@@ -129,5 +129,5 @@ def test_kivi_with_a_window_of_its_own_keeps_that_exact(field: Field) -> None:
     assert float(kl[: first - 1].max()) < 1e-5 < float(kl[first + 32 :].max())
 
 
-def test_what_is_left_out_says_why() -> None:
+def test_omitted_baselines_have_a_reason() -> None:
     assert str(LeftOut("x", "it is missing.")) == "x is left out: it is missing."

@@ -1,4 +1,4 @@
-"""Other methods that a former run measured stand beside plans that are measured anew."""
+"""Results of other methods from an earlier run, next to newly measured plans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 256
 
 
 def results(plan_loss: float) -> list[Result]:
-    """A plan and another method on two texts, the losses of tokens drawn."""
+    """A plan and another method on two texts, with random token losses."""
     generator = torch.Generator().manual_seed(0)
     texts = [Text(name, torch.arange(LENGTH), True) for name in ("law", "chat")]
     exact = [2 + torch.rand(1, LENGTH, dtype=torch.float64, generator=generator) for _ in texts]
@@ -36,14 +36,14 @@ def results(plan_loss: float) -> list[Result]:
 
 @pytest.fixture
 def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """Results of a former run, whose file is there."""
+    """Results of an earlier run, saved in a file."""
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     both = results(0.02)
     recording.write("quality-model", rows(both))
     return both
 
 
-def test_they_are_what_the_former_run_found(former: list[Result]) -> None:
+def test_they_equal_those_of_the_earlier_run(former: list[Result]) -> None:
     plan, _ = results(0.01)
     (kept,) = former_results.kept_results("quality-model", [plan])
     assert (kept.impl.name, kept.impl.family, kept.impl.ratio) == ("kivi-2bit", "kivi", 6.0)
@@ -56,7 +56,7 @@ def test_they_are_what_the_former_run_found(former: list[Result]) -> None:
     assert contest.baseline is kept and contest.is_won
 
 
-def test_rows_of_both_are_those_of_one_run(former: list[Result]) -> None:
+def test_combined_rows_equal_those_of_a_single_run(former: list[Result]) -> None:
     plan, _ = results(0.02)
     found = rows([plan, *former_results.kept_results("quality-model", [plan])])
     for mine, other in zip(found, rows(former), strict=True):

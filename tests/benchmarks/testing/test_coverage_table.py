@@ -1,4 +1,4 @@
-"""The table of what tests cover (benchmarks/testing/coverage_table.py)."""
+"""The coverage table (benchmarks/testing/coverage_table.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def of_file(statements: int, lines: int, branches: int, taken: int) -> dict[str,
     return {"summary": counts | {"percent_covered": 1.5}}
 
 
-def test_percentages_are_of_sums_by_package_and_of_all() -> None:
+def test_percentages_are_computed_from_sums_by_package_and_overall() -> None:
     files = {
         "fhopt/errors.py": of_file(100, 95, 10, 5),
         "passes/graph/program.py": of_file(50, 50, 4, 4),
@@ -52,7 +52,7 @@ def test_reasons_are_given_for_modules_that_exist() -> None:
     assert [path for path in coverage_table.REASONS if not (ROOT / path).exists()] == []
 
 
-def test_every_file_of_tests_is_in_one_part_and_a_part_has_the_name_of_its_package() -> None:
+def test_every_test_file_is_in_one_part_named_after_its_package() -> None:
     known = coverage_runs.parts()
     files = [path for part in known for path in part.paths]
     folders = ("unit", "integration", "robustness", "benchmarks")
@@ -64,7 +64,7 @@ def test_every_file_of_tests_is_in_one_part_and_a_part_has_the_name_of_its_packa
     assert all((ROOT / name).is_dir() for name in names if not name.endswith(".py"))
 
 
-def test_a_part_is_measured_again_when_its_package_or_its_tests_change(
+def test_a_part_is_measured_again_after_a_change_of_its_package_or_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in ("fhopt/plan/site.py", "fhopt/errors.py", "tests/unit/plan/test_site.py"):
@@ -99,7 +99,7 @@ def test_a_part_that_takes_too_long_is_interrupted() -> None:
     assert coverage_runs._wait(child, 0.1) == "interrupted" and child.returncode is not None
 
 
-def test_what_is_not_as_it_should_be_is_said() -> None:
+def test_problems_are_reported() -> None:
     rows = coverage_table.rows_of({"fhopt/errors.py": of_file(100, 95, 0, 0)})
     assert coverage_table.problems(rows, [], []) == []
     failed, waiting = coverage_table.problems(rows, ["fhopt/plan"], ["fhopt/ops", "fhopt"])

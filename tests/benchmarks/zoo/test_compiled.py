@@ -1,7 +1,7 @@
-"""Compiled models are the same models: numbers, gradients, graphs and breaks, beside inductor's.
+"""Compiled models agree with eager ones: results, gradients, graphs and breaks, compared with inductor's.
 
-Here Dynamo and, for our graphs, AOTAutograd run as always, and no C++ is generated; `benchmarks/zoo/compiled.py` does
-all tasks, with inductor itself. What is sampled there by chance is fixed here, so that every mode and every family has
+Dynamo and, for our graphs, AOTAutograd run as usual, but no C++ is generated; `benchmarks/zoo/compiled.py` runs all
+tasks, with inductor itself. It samples at random; here the selection is fixed, so that every mode and every family has
 its test.
 """
 
@@ -22,7 +22,7 @@ from fhopt.ops import attention
 
 TASKS = compiled_tasks.tasks()
 SMALL = [t for t in TASKS if t.entry.family != "huggingface"]
-EVERY = 45  # of the small tasks
+EVERY = 45  # share of the small tasks
 FAST = """
     gpt2-eager-prefill/train mpt-eager-prefill/train gpt_oss-eager-decode_static/no_grad
     llama-eager-prefill/layers gpt2-eager-prefill/left_padding softcap-forward/batches
@@ -36,14 +36,14 @@ SLOW = """
 
 
 def chosen(labels: str) -> list[Task]:
-    """Tasks by their labels, which spaces separate."""
+    """Select tasks by their labels, separated by spaces."""
     known = {task.label: task for task in TASKS}
     return [known[label] for label in labels.split()]
 
 
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In inductor's place stand Dynamo's graphs as they are: as many as it cannot do without, with eager's numbers."""
+    """Replace inductor by Dynamo's graphs: the minimum number of graphs, with eager results."""
     monkeypatch.setitem(compiled.COMPILERS, "inductor", {"backend": "eager"})
     with compiled.traced():
         yield
@@ -58,13 +58,13 @@ def check(task: Task) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [*SMALL[::EVERY], *chosen(FAST)], ids=lambda t: t.label)
-def test_a_compiled_model_is_the_model_in_no_more_graphs_than_inductor_needs(task: Task) -> None:
+def test_a_compiled_model_agrees_in_no_more_graphs_than_inductor_needs(task: Task) -> None:
     check(task)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", chosen(SLOW), ids=lambda t: t.label)
-def test_so_is_every_kind_of_model_in_every_mode(task: Task) -> None:
+def test_so_does_every_kind_of_model_in_every_mode(task: Task) -> None:
     check(task)
 
 
@@ -74,8 +74,8 @@ def test_every_mode_of_the_benchmark_has_a_test() -> None:
 
 
 @pytest.mark.parametrize(("mode", "is_fused"), [("train", True), ("left padding", False)])
-def test_training_is_fused_unless_a_mask_that_comes_in_may_hide_whole_rows(mode: str, is_fused: bool) -> None:
-    """The fused call's gradients of such rows are T times too large, on a CPU: nothing of it may come in."""
+def test_training_is_fused_unless_a_mask_input_may_hide_whole_rows(mode: str, is_fused: bool) -> None:
+    """On CPU, the fused call's gradients of such rows are T times too large, and must not be used."""
     (task,) = chosen(f"gpt2-eager-prefill/{mode.replace(' ', '_')}")
     case = task.build()
     torch.compile(case.module, backend="flashhead", options={"ratio": 1})(*case.args, **case.kwargs)
@@ -85,11 +85,11 @@ def test_training_is_fused_unless_a_mask_that_comes_in_may_hide_whole_rows(mode:
     assert len(calls) == 2 and all(n.kwargs.get("fused", True) is is_fused for n in calls)
 
 
-# ---- what the benchmark would notice
+# ---- faults that the benchmark must notice
 
 
 def broken(task: Task, monkeypatch: pytest.MonkeyPatch, backend: Any) -> list[str]:
-    """Failures of the task where `backend` stands in for ours."""
+    """Return the failures of a task with `backend` instead of ours."""
     ours = {"flashhead": {"backend": backend}}
     monkeypatch.setattr(compiled, "COMPILERS", {**compiled.COMPILERS, **ours})
     return compiled.check(task).failures
@@ -99,7 +99,7 @@ def a_task(mode: str = "train") -> Task:
     return next(t for t in SMALL if t.label == f"softcap-forward/{mode}")
 
 
-def test_a_wrong_number_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(module: Any, inputs: Any) -> Any:
         return lambda *given: tuple(1.001 * x for x in module(*given))
 
@@ -108,7 +108,7 @@ def test_a_wrong_number_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures[1].startswith("max_gradient_error 1.0e-03")
 
 
-def test_a_compiler_that_specialises_a_size_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_specializes_a_size_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def eager_for_one_size(module: Any, inputs: Any) -> Any:
         for value in inputs:
             if isinstance(value, torch.SymInt):
@@ -119,7 +119,7 @@ def test_a_compiler_that_specialises_a_size_is_found_out(monkeypatch: pytest.Mon
     assert failures == ["2 graphs, inductor has 1"]
 
 
-def test_a_graph_that_is_given_up_is_found_out() -> None:
+def test_an_abandoned_graph_is_noticed() -> None:
     seen = {name: Seen([torch.ones(2)], graphs=1) for name in compiled.COMPILERS}
     assert compiled_results.Result(a_task(), seen).failures == []
     seen["flashhead"] = replace(seen["flashhead"], given_up=["fhopt left a graph to inductor: ..."], breaks=1)
@@ -129,7 +129,7 @@ def test_a_graph_that_is_given_up_is_found_out() -> None:
     ]
 
 
-def test_what_torch_cannot_do_itself_is_an_excuse_with_a_reason() -> None:
+def test_a_failure_of_torch_itself_is_an_excuse_with_a_reason() -> None:
     def refuse(*args: Any) -> Any:
         raise RuntimeError("no")
 

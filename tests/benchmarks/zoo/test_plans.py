@@ -1,4 +1,4 @@
-"""Plans on the wide zoo: what is expected, refused, other than expected, and what crashes."""
+"""Plans on the wide zoo: working, refused, worse than expected, and crashed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from benchmarks.zoo.transformers_classes import DECODERS, Candidate, candidates
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
-def test_a_plan_on_a_decoder_is_as_expected(ratio: float) -> None:
+def test_a_plan_on_a_decoder_works(ratio: float) -> None:
     row = check_plan(PlanRow("llama", ratio), tiny_llama())
     assert (row.status, row.sites, row.why) == ("works", 2, [])
     assert row.measured <= (1e-9 if ratio == 1 else 5 * row.expected)
     assert row.as_result()["impl"] == f"plan {ratio:g}x"
 
 
-def test_what_a_plan_does_not_serve_is_refused_with_its_sentence() -> None:
+def test_an_unsupported_model_is_refused_with_a_reason() -> None:
     row = check_plan(PlanRow("mistral", 4.0), windowed("mistral", sliding_window=16))
     assert row.status == "refused" and "nothing to compress" in row.why[0]
 
 
-def test_other_numbers_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_check, "_divergence", lambda exact, ours: 0.5)
     assert check_plan(PlanRow("llama", 1.0), tiny_llama()).status == "wrong"
     monkeypatch.setattr(plan_check, "FACTOR", 0.0)
@@ -38,10 +38,10 @@ def test_other_numbers_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_mixture_in_which_a_token_changes_its_expert_is_checked_with_all_experts(
+def test_a_mixture_whose_token_changes_its_expert_is_checked_with_all_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether a token changes it is chance; the first check is made to say so."""
+    """Whether a token changes its expert is chance, so the first check is mocked."""
     mixture = next(c for c in candidates() if c.name == "HYV3ForCausalLM")
     checked: list[int] = []
 
@@ -60,19 +60,19 @@ def test_a_mixture_in_which_a_token_changes_its_expert_is_checked_with_all_exper
     assert plans._with_all_experts(Candidate("LlamaForCausalLM", "llama", DECODERS, ()), row) is row
 
 
-def test_a_plan_that_no_layer_of_the_cache_uses_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_no_cache_layer_uses_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_check, "_layers", lambda cache: [])
     row = check_plan(PlanRow("llama", 4.0), tiny_llama())
     assert row.status == "wrong" and "is not used" in row.why[0]
 
 
-def test_numbers_that_are_not_finite_are_infinitely_far() -> None:
+def test_non_finite_values_are_infinitely_far() -> None:
     exact = torch.randn(2, 5)
     assert plan_check._divergence(exact, exact) == 0
     assert plan_check._divergence(exact, exact / 0) == math.inf
 
 
-def test_a_crash_is_tried_again_and_then_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_crash_is_retried_and_then_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried: list[float] = []
 
     def dies(candidate: Candidate, ratio: float) -> PlanRow:

@@ -1,4 +1,4 @@
-"""The wide zoo: what it counts by itself, how it makes models small, and that no process can end it."""
+"""The wide zoo: its independent counts, small models, and isolation from processes that die."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def counted(entry: Entry) -> int:
 
 
 @pytest.mark.parametrize("label", COUNTED.split())
-def test_attentions_are_counted_by_what_is_computed(label: str) -> None:
+def test_attentions_are_counted_by_computation(label: str) -> None:
     entry = ZOO[label]
     assert counted(entry) == (0 if label.startswith("talking") else entry.sites)
 
@@ -49,12 +49,12 @@ def test_attentions_are_counted_by_what_is_computed(label: str) -> None:
 @pytest.mark.parametrize(
     "name", ["mixture_of_experts", "attention_pooling", "efficient_attention", "squeeze_and_excitation"]
 )
-def test_softmaxes_of_projections_are_no_attention(name: str) -> None:
+def test_softmaxes_of_projections_are_not_attention(name: str) -> None:
     (entry,) = (e for e in LOOKALIKES if e.name == name)
     assert counted(entry) == 0
 
 
-def test_learned_queries_behind_a_projection_count_and_weights_used_twice_count_once() -> None:
+def test_projected_learned_queries_count_and_weights_used_twice_count_once() -> None:
     keys, queries, project = torch.randn(1, 5, 4), nn.Parameter(torch.randn(1, 3, 4)), nn.Parameter(torch.randn(4, 4))
 
     def attend() -> Tensor:
@@ -69,7 +69,7 @@ def test_learned_queries_behind_a_projection_count_and_weights_used_twice_count_
 
 
 @pytest.mark.parametrize(("name", "layers"), [("LlamaConfig", 2), ("Gemma3TextConfig", 2), ("Qwen3NextConfig", 2)])
-def test_configurations_become_small_and_keep_a_layer_of_each_kind(name: str, layers: int) -> None:
+def test_configurations_become_small_and_have_a_layer_of_each_kind(name: str, layers: int) -> None:
     import transformers
 
     make: Any = getattr(transformers, name)
@@ -88,7 +88,7 @@ def test_nested_configurations_become_small_too() -> None:
     assert config.image_token_index < config.text_config.vocab_size
 
 
-def test_arguments_are_found_by_trying_and_a_refusal_is_named() -> None:
+def test_arguments_are_found_by_trial_and_a_refusal_is_named() -> None:
     from transformers import T5Model
 
     model = T5Model(tiny(T5Model.config_class))
@@ -110,7 +110,7 @@ def test_every_causal_language_model_is_a_candidate_once() -> None:
 
 
 class Attention(nn.Module):
-    """Softmax attention of one head."""
+    """Softmax attention with one head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_a_class_whose_attentions_are_rewritten_is_found() -> None:
     assert row.as_result()["ratio"] == 1 and row.as_result()["metric"] == "attentions_found"
 
 
-def test_an_attention_whose_result_nothing_reads_does_not_count() -> None:
+def test_an_attention_with_an_unused_result_does_not_count() -> None:
     class Unread(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             super().forward(x + 1)
@@ -148,7 +148,7 @@ def test_an_attention_whose_result_nothing_reads_does_not_count() -> None:
     assert (row.status, row.expected, row.found) == ("found", 1, 1)
 
 
-def test_what_is_neither_found_nor_explained_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_neither_found_nor_explained_is_a_silent_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.passes.recognize.normalize import Normalize
 
     monkeypatch.setattr(Normalize, "candidates", lambda self, program: [])
@@ -156,7 +156,7 @@ def test_what_is_neither_found_nor_explained_is_silent(monkeypatch: pytest.Monke
     assert checked().status == "silent"
 
 
-def test_a_false_reason_is_no_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_false_reason_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.errors import Miss
     from fhopt.passes.recognize.normalize import Normalize
 
@@ -168,7 +168,7 @@ def test_a_false_reason_is_no_explanation(monkeypatch: pytest.MonkeyPatch) -> No
     assert row.status == "silent" and row.why == ["not the softmax of an attention: no product precedes it"]
 
 
-def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_pass_is_a_crash_and_other_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def differs(before: Any, after: Any) -> float:
         return 0.5
 
@@ -188,7 +188,7 @@ def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: p
     assert row.status == "crashed" and row.why == ["ValueError: no"]
 
 
-def test_a_pass_that_fails_on_a_site_that_is_rewritten_all_the_same_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_on_a_rewritten_site_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.passes.recognize.find_attention import FindAttention
 
     def fail(*args: Any) -> Any:
@@ -199,7 +199,7 @@ def test_a_pass_that_fails_on_a_site_that_is_rewritten_all_the_same_is_a_crash(m
     assert row.status == "crashed" and "a fault of fhopt (ValueError: no)" in row.why[0]
 
 
-def test_a_class_whose_own_numbers_are_not_finite_says_nothing_about_the_finder() -> None:
+def test_a_class_with_non_finite_outputs_does_not_judge_the_finder() -> None:
     module, arguments = attend()
     row = check(Row("Attention", "text", "eager"), module, {k: v * float("nan") for k, v in arguments.items()})
     assert (row.status, row.expected) == ("not built", 0)
@@ -218,7 +218,7 @@ def test_a_class_too_large_to_count_is_named(monkeypatch: pytest.MonkeyPatch) ->
 # ---- processes
 
 
-def test_a_job_that_dies_or_does_not_end_gives_a_reason() -> None:
+def test_a_job_that_dies_or_hangs_gives_a_reason() -> None:
     assert run_apart(partial(int, "3"), 60) == 3
     with pytest.raises(Ended, match="ended by SIGTERM"):
         run_apart(partial(signal.raise_signal, signal.SIGTERM), 60)
@@ -247,9 +247,7 @@ def test_the_page_counts_by_family_and_lists_reasons() -> None:
     assert "3 further classes have not been tried yet" in text
 
 
-def test_a_run_that_was_stopped_goes_on_and_its_rows_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_and_its_rows_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"KEPT": tmp_path / "kept.jsonl", "PAGE": tmp_path / "page.md", "RESULTS": tmp_path, "ROOT": tmp_path}
     for name, value in known.items():
         monkeypatch.setattr(wide, name, value)
@@ -270,13 +268,13 @@ def test_a_run_that_was_stopped_goes_on_and_its_rows_are_written(
     assert (tmp_path / "page.md").exists()
 
 
-def test_a_row_of_the_results_is_read_as_it_was_but_for_its_time() -> None:
+def test_a_row_of_the_results_is_loaded_unchanged_except_for_its_time() -> None:
     full = Row("A", "text", "eager", 3, 2, 1, 1, 2e-6, 1, 4.0, "explained", ["one reason", "another"])
     for row in (full, Row("B", "text", "sdpa", status="not built"), Row("C", "text", max_error=math.inf)):
         assert Row.from_result(json.loads(json.dumps(row.as_result()))) == replace(row, seconds=0.0)
 
 
-def test_a_family_alone_leaves_the_rows_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_one_family_keeps_the_rows_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "RESULTS", tmp_path)
     monkeypatch.setattr(wide, "ROOT", tmp_path)
     monkeypatch.setattr(wide, "KEPT", tmp_path / "build" / "kept.jsonl")

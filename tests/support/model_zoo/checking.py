@@ -1,11 +1,11 @@
-"""Check that what the finder makes of a graph is the same function, and that it finds what is there.
+"""Check that the finder's graph computes the same function, and that every attention is found.
 
-    entry.build() -> capture -> run (outputs, changed inputs, gradients)      the graph as it was captured
-                             -> passes.find -> run, on equal inputs           the graph as it was rewritten
+    entry.build() -> capture -> run (outputs, changed inputs, gradients)      the graph as captured
+                             -> passes.find -> run, on equal inputs           the rewritten graph
 
 Both run on the values of the capture and on a second set (`fresh_values`): a rewrite holds for all values, or is wrong.
-The captured graph is run before the finder sees it: higher-order bodies are shared by all copies of a graph, so that
-no copy would be safe from a finder that changes one.
+The captured graph runs before the finder sees it: all copies of a graph share its higher-order bodies, so that a finder
+which changed one body would change every copy.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fhopt.plan.site import AttentionSite
 from . import Case, Entry
 
 MODULES = ("huggingface", "torch_modules", "handwritten", "spellings", "lookalikes")
-TOLERANCE = 1e-5  # float32, and sums in another order: about 100 roundings of 1.2e-7
+TOLERANCE = 1e-5  # float32 sums in another order: about 100 roundings of 1.2e-7
 
 
 def entries() -> list[Entry]:
-    """Return the whole zoo. Raises ValueError when two entries have the same label."""
+    """Return the whole zoo. Raises ValueError if two entries have the same label."""
     zoo = [entry for name in MODULES for entry in _entries_of(name)]
     twice = [label for label, count in Counter(entry.label for entry in zoo).items() if count > 1]
     if twice:
@@ -58,8 +58,8 @@ def _entries_of(name: str) -> list[Entry]:
 class Result:
     """Results of the finder on one entry, over all its graphs.
 
-    max_error: of any output or changed input, relative to the largest number of that tensor. max_gradient_error: of
-    any gradient, relative to the largest gradient; 0 where the captured graph has none.
+    max_error: of any output or changed input, relative to the largest element of that tensor. max_gradient_error: of
+    any gradient, relative to the largest gradient; 0 if the captured graph has none.
     """
 
     entry: Entry
@@ -71,7 +71,7 @@ class Result:
     missed: list[Explanation] = field(default_factory=list)
     seconds_capture: float = 0.0
     seconds_find: float = 0.0
-    graphs_run_twice: int = 0  # with a second set of values, which not every graph accepts
+    graphs_run_twice: int = 0  # with a second set of values, which some graphs refuse
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -86,17 +86,17 @@ class Result:
 
     @property
     def sites_explained(self) -> int:
-        """Explanations that give the reason which the entry expects; 0 where it expects none."""
+        """Misses with the reason that the entry expects; 0 if it expects none."""
         return len(self.explanations) if self.entry.explained else 0
 
     @property
     def explanations(self) -> list[Explanation]:
-        """What was not rewritten for the reason that the entry expects."""
+        """Sites that were not rewritten for the reason that the entry expects."""
         return [missed for missed in self.missed if re.search(self.entry.reason, missed.reason)]
 
     @property
     def failures(self) -> list[str]:
-        """Why the entry is not as it should be; nothing when it is."""
+        """Failed expectations of the entry; empty if all hold."""
         failures = list(self.problems)
         if self.sites_found != self.sites_expected:
             failures.append(f"{self.sites_found} sites found, expected {self.sites_expected}")
@@ -110,21 +110,21 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether everything was found or explained, and no number is another."""
+        """Whether every attention was found or explained, and all values agree."""
         return not self.failures
 
 
 def check(entry: Entry, exported: bool = False) -> Result:
     """Capture the entry, with `torch.export` if `exported`, run the finder, and compare.
 
-    An exception on the way is not raised, but is one of the result's `failures`.
+    Exceptions are not raised but added to the result's `failures`.
     """
     result = Result(entry)
     case = entry.build()
     start = time.perf_counter()
     try:
         captured = [_export(case)] if exported else capture_graphs(case.module, case.args, case.kwargs)
-    except Exception as error:  # whatever torch says of a model that it cannot capture
+    except Exception as error:  # any error that torch raises on a model it cannot capture
         result.problems.append(f"{'export' if exported else 'capture'} failed: {_one_line(error)}")
         return result
     result.seconds_capture = time.perf_counter() - start
@@ -138,12 +138,12 @@ def _export(case: Case) -> Captured:
     if any(type(value).__name__ == "DynamicCache" for value in case.kwargs.values()):
         from transformers.integrations.executorch import register_dynamic_cache_export_support
 
-        register_dynamic_cache_export_support()  # tells torch.export which tensors such a cache holds
+        register_dynamic_cache_export_support()  # registers which tensors such a cache holds
     return from_exported(torch.export.export(case.module, case.args, dict(case.kwargs), strict=False))
 
 
 def _check_graph(program: Program, result: Result) -> None:
-    """Add what the finder does with one graph to the result."""
+    """Run the finder on one graph and add the outcome to the result."""
     result.graphs += 1
     result.nodes += len(program.graph.nodes)
     before = _Run(program)
@@ -153,7 +153,7 @@ def _check_graph(program: Program, result: Result) -> None:
     start = time.perf_counter()
     try:
         outcome = pipeline.find(program)
-    except Exception as error:  # a broken pass is this entry's failure, not the end of the zoo
+    except Exception as error:  # a failing pass fails this entry, not the whole zoo
         result.problems.append(f"find failed: {_one_line(error)}")
         return
     result.seconds_find += time.perf_counter() - start
@@ -164,7 +164,7 @@ def _check_graph(program: Program, result: Result) -> None:
         result.problems.append(f"the finder changed the example inputs {', '.join(changed)}")
     for module in program.module.modules():
         if isinstance(module, fx.GraphModule):
-            module.recompile()  # what runs is what the graphs say, also where a pass forgot to
+            module.recompile()  # run the current graph even if a pass forgot to recompile
     for expected, values in ((before, None), (before_fresh, fresh)):
         if expected is None:
             continue
@@ -179,10 +179,10 @@ def _check_graph(program: Program, result: Result) -> None:
 
 
 def fresh_values(program: Program, seed: int = 7) -> dict[str, Any]:
-    """Draw another value for every tensor of a program: of the same form and range.
+    """Draw another value of the same form and range for every tensor of a program.
 
-    Numbers change their places; masks of zeros and ones are drawn again, and what is one number all over gets several,
-    so that nothing keeps a value that does nothing.
+    Elements are permuted, masks of zeros and ones are redrawn, and constant tensors get varying elements, so that no
+    tensor keeps a value without effect.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: _fresh(value, generator) for name, value in program.values.items()}
@@ -203,15 +203,15 @@ def _fresh(value: Any, generator: torch.Generator) -> Any:
 
 
 def _run_if_possible(program: Program, values: dict[str, Any]) -> _Run | None:
-    """Run a program on other values; None where it refuses them, as an index out of range."""
+    """Run a program on other values; None if it refuses them, such as an index out of range."""
     try:
         return _Run(program, values)
-    except Exception:  # whatever an operation says of values that it does not take
+    except Exception:  # any error that an operation raises on values it refuses
         return None
 
 
 def _version(value: Any) -> int:
-    """Count the changes in place of a tensor; -1 for anything else."""
+    """In-place version counter of a tensor; -1 for anything else."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
 
 
@@ -234,9 +234,9 @@ def _one_line(error: Exception) -> str:
 
 
 class _Run:
-    """A program's outputs, its inputs afterwards, and its gradients, each run on new clones of its example values.
+    """A program's outputs, its inputs after the run, and its gradients, each run on new clones of its example values.
 
-    gradients: by placeholder, None where nothing depends on it. refusal: why there are none at all.
+    gradients: by placeholder, None if no output depends on it. refusal: why there are no gradients.
     """
 
     def __init__(self, program: Program, values: dict[str, Any] | None = None) -> None:
@@ -249,14 +249,14 @@ class _Run:
         self.refusal = ""
         try:
             self.gradients = _gradients(program, values)
-        except Exception as error:  # fast paths and flex attention on a CPU refuse, each in its own way
+        except Exception as error:  # fast paths and flex attention on CPU raise different errors
             self.refusal = _one_line(error)
 
 
 def run_outputs(program: Program, keeps: bool = False, values: dict[str, Any] | None = None) -> list[Any]:
-    """Run a program; return outputs, then inputs that are no parameters, as they are afterwards.
+    """Run a program; return its outputs, then its non-parameter inputs after the run.
 
-    keeps: the parameters are the model's own, not clones. values: of all inputs; None: the example's. The caller
+    keeps: use the model's own parameters, not clones. values: of all inputs; None: the example values. The caller
     disables gradients.
     """
     whole = program.parameters if keeps else {}
@@ -267,14 +267,14 @@ def run_outputs(program: Program, keeps: bool = False, values: dict[str, Any] | 
 
 
 def largest_output_difference(before: Sequence[Any], after: Sequence[Any]) -> float:
-    """Return the largest difference of two results of `run_outputs`, relative to the largest number of its tensor."""
+    """Return the largest difference of two results of `run_outputs`, relative to the largest element of its tensor."""
     if len(before) != len(after):
         return math.inf
     return max((_relative(*_difference(x, y)) for x, y in zip(before, after, strict=True)), default=0.0)
 
 
 def _clone(value: Any) -> Any:
-    """Return an equal tensor of its own memory; anything else as it is, symbols as their hints."""
+    """Clone tensors; replace symbols by their hints; return other values unchanged."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
@@ -286,11 +286,11 @@ def _call(program: Program, inputs: dict[str, Any]) -> list[Any]:
 
 
 def _gradients(program: Program, values: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Return gradients of one random projection of all outputs, by every floating input, parameters included."""
+    """Return gradients of one random projection of all outputs with respect to all floating inputs and parameters."""
     inputs = {name: _clone(value) for name, value in values.items()}
     leaves = {name: v.requires_grad_() for name, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     with torch.enable_grad():
-        passed = {name: v.clone() if name in leaves else v for name, v in inputs.items()}  # leaves are read-only
+        passed = {name: v.clone() if name in leaves else v for name, v in inputs.items()}  # leaves reject writes
         outputs = [o for o in _call(program, passed) if isinstance(o, Tensor) and o.requires_grad]
         if not outputs:
             return dict.fromkeys(leaves)
@@ -304,7 +304,7 @@ def _gradients(program: Program, values: dict[str, Any]) -> dict[str, Tensor | N
 
 
 def _largest_difference(before: _Run, after: _Run) -> float:
-    """Return the largest difference over all outputs, and all inputs that are not parameters."""
+    """Return the largest difference over all outputs and non-parameter inputs."""
     if len(before.outputs) != len(after.outputs):
         return math.inf
     pairs = [*zip(before.outputs, after.outputs, strict=True)]
@@ -330,7 +330,7 @@ def _compare_gradients(before: _Run, after: _Run, result: Result) -> None:
 
 
 def _difference(expected: Any, actual: Any) -> tuple[float, float]:
-    """Return (largest difference, largest expected number); infinite where they cannot be compared."""
+    """Return (largest difference, largest expected element); infinite if they cannot be compared."""
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return (0.0 if type(expected) is type(actual) and expected == actual else math.inf), 1.0
     if expected.shape != actual.shape or expected.dtype != actual.dtype:

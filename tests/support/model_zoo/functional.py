@@ -1,4 +1,4 @@
-"""Modules made of functions, and random weights that keep the deviation of what passes through them."""
+"""Modules made of functions, and random weights that preserve the deviation of activations."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHANNELS = 32  # of most models of the zoo
+CHANNELS = 32  # of most zoo models
 
 Run = Callable[..., Any]
 Has = Mapping[str, Callable[[], Any]]
 
 
 def weight(*shape: int, fan: int = CHANNELS) -> Callable[[], nn.Parameter]:
-    """Return a maker of a parameter of deviation fan**-0.5, which keeps the deviation of `fan` summed numbers."""
+    """Return a maker of a parameter of deviation fan**-0.5: a sum over `fan` terms keeps its input's deviation."""
     return lambda: nn.Parameter(torch.randn(shape) * fan**-0.5)
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """Put `module` in evaluation, linear maps keeping the deviation of their input, norms doing something."""
+    """Put `module` in eval mode, with variance-preserving linear maps and nontrivial norms and biases."""
     for part in module.modules():
         matrix, bias = getattr(part, "weight", None), getattr(part, "bias", None)
         if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)) and isinstance(matrix, nn.Parameter):

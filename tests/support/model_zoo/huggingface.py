@@ -1,11 +1,11 @@
-"""The zoo's models of transformers: two layers, random weights, every implementation, and what a cache adds.
+"""The zoo's transformers models: two layers, random weights, every implementation, and decode steps with caches.
 
-    decoders           prefill (no cache) | decode (behind a DynamicCache) | decode static (behind a StaticCache)
+    decoders           prefill (no cache) | decode (with a DynamicCache) | decode static (with a StaticCache)
     encoder-decoders   prefill            | decode: self attention appends, cross attention reads a bare cache
     encoders           forward
 
-Sizes that could be mixed up are chosen apart (S=9, H=4, G=2, D=16, 5 cached tokens, 12 places in a static cache):
-a graph which takes one dimension for another does not give the right shape by luck.
+Sizes that could be confused differ (S=9, H=4, G=2, D=16, 5 cached tokens, 12 slots in a static cache): a graph that
+takes one dimension for another cannot give the right shape by luck.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 HIDDEN = HEADS * HEAD_DIM
 BOTH = ("eager", "sdpa")
 EAGER = ("eager",)
-FLEX = "flex"  # several graphs, and ten seconds: transformers compiles the block mask in the middle of a forward pass
-CONVOLUTIONAL = "ResNetConfig"  # a part without attention, which refuses an implementation of attention
+FLEX = "flex"  # several graphs, about 10 s: transformers compiles the block mask inside the forward pass
+CONVOLUTIONAL = "ResNetConfig"  # a part without attention, which refuses an attention implementation
 DECODER_STEPS = ("prefill", "decode", "decode static")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the table: a model of transformers, and how it is run.
+    """One row of the table: a transformers model, and how to run it.
 
     config, cls: names of the classes in transformers. options: fields of the configuration. inputs: makes the
     arguments of a full forward pass. sites: attentions of the full forward pass. decode_sites: of a decode step.
@@ -53,13 +53,13 @@ class Model:
     heads: int = HEADS
     kv_heads: int = HEADS
     head_dim: int = HEAD_DIM
-    query_gain: float = 1.0  # on the weights named `.q.weight`, of a model that scales by its initialisation
+    query_gain: float = 1.0  # for weights named `.q.weight`, in models that scale by their initialization
     reason: str | None = None  # why the sites are not rewritten; None: they must be found
     composed: tuple[tuple[str, str, Mapping[str, Any]], ...] = ()  # (field, configuration class, options)
     slow: bool = False
 
     def entries(self) -> list[Entry]:
-        """One entry for each implementation and step."""
+        """Return one entry for each implementation and step."""
         return [self.entry(i, step) for i in self.implementations for step in self.steps]
 
     def entry(self, implementation: str, step: str) -> Entry:
@@ -109,21 +109,21 @@ def _make(model: Model, implementation: str) -> nn.Module:
         for name, parameter in module.named_parameters():
             if name.endswith(".q.weight"):
                 parameter.mul_(model.query_gain)
-    return module.requires_grad_(implementation != FLEX)  # on a CPU flex attention has no backward pass, and refuses
+    return module.requires_grad_(implementation != FLEX)  # flex attention refuses gradients on CPU
 
 
 def _named(name: str) -> Any:
-    """Return a class of transformers by its name, behind the module's where the package does not show it."""
+    """Return a class of transformers by name, from its module if the package does not export it."""
     module, _, cls = name.rpartition(".")
     return getattr(importlib.import_module(f"transformers.{module}".rstrip(".")), cls)
 
 
 def enliven(module: nn.Module) -> None:
-    """Give every weight a size at which it matters, in place.
+    """Set every weight to a magnitude that affects the output, in place.
 
-    Fresh models have projections so small that attention is uniform, and biases, tables and norms at exactly 0 or 1:
-    a graph that forgets one of them would compute the same numbers. Here every layer keeps the size of its input, so
-    that scores deviate by about 1, and nothing else stays at its neutral value.
+    Fresh models have projections so small that attention is uniform, and biases, tables and norms at exactly 0 or 1: a
+    graph that omits one of them would compute the same values. Here every layer preserves the size of its input, so
+    that scores deviate by about 1, and no other parameter stays at its neutral value.
     """
     drawn: set[nn.Parameter] = set()
     for part in module.modules():
@@ -137,7 +137,7 @@ def enliven(module: nn.Module) -> None:
 
 
 def _inputs(part: Any) -> int:
-    """How many numbers each output of a layer sums over; 0 where that is not what the layer does."""
+    """Number of terms that each output of a layer sums; 0 if the layer does not sum."""
     if type(part).__name__ == "Conv1D":  # a linear layer of transformers, with its weight transposed
         return int(part.weight.shape[0])
     if isinstance(part, nn.Embedding):
@@ -146,14 +146,14 @@ def _inputs(part: Any) -> int:
 
 
 def _behind_a_cache(module: Any, step: str) -> Case:
-    """Prepare a single token behind 5 others; `decode second` has done one more step, eagerly."""
+    """Prepare a single token after 5 cached ones; `decode second` has run one more step, eagerly."""
     from transformers import DynamicCache, StaticCache
 
     chosen, static = module.config._attn_implementation, step == "decode static"
     cache = StaticCache(module.config, max_cache_len=STATIC_PLACES) if static else DynamicCache(config=module.config)
     keyword = _cache_keyword(module)
     flex = chosen == "flex_attention"
-    if flex:  # it would be compiled for the past, which is the same with any implementation
+    if flex:  # flex would compile for the prompt, whose cache is the same in any implementation
         module.set_attn_implementation("eager")
     with torch.no_grad():
         module(input_ids=_ids(CACHED), **{keyword: cache})
@@ -165,7 +165,7 @@ def _behind_a_cache(module: Any, step: str) -> Case:
 
 
 def _behind_two_caches(module: Any, inputs: dict[str, Any]) -> Case:
-    """Prepare a single token of a decoder that has read 5 others, with the keys of its encoder in the cache."""
+    """Prepare a decoder's next token after 5 cached ones, with the encoder's keys in the cache."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -177,7 +177,7 @@ def _behind_two_caches(module: Any, inputs: dict[str, Any]) -> Case:
 
 
 def _cache_keyword(module: nn.Module) -> str:
-    """Return the keyword of the cache, which transformers has begun to rename from `past_key_values` to `cache`."""
+    """Return the keyword for the cache, which transformers is renaming from `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
@@ -189,12 +189,12 @@ def _ids(tokens: int = TOKENS) -> Tensor:
 
 
 def text() -> dict[str, Tensor]:
-    """Token ids alone."""
+    """Token ids only."""
     return {"input_ids": _ids()}
 
 
 def padded_text() -> dict[str, Tensor]:
-    """Token ids of which the second sequence ends early."""
+    """Token ids; the second sequence is padded at the end."""
     mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
     mask[1, TOKENS - 3 :] = 0
     return {"input_ids": _ids(), "attention_mask": mask}
@@ -206,7 +206,7 @@ def text_to_text() -> dict[str, Tensor]:
 
 
 def speech_to_text() -> dict[str, Tensor]:
-    """8 mel bands at 20 times, which a convolution of stride 2 makes 10."""
+    """8 mel bands at 20 times, reduced to 10 by a convolution of stride 2."""
     return {"input_features": torch.randn(BATCH, 8, 20), "decoder_input_ids": _ids(7)}
 
 
@@ -216,7 +216,7 @@ def image(size: int = 12) -> dict[str, Tensor]:
 
 
 def sized_image() -> dict[str, Any]:
-    """Two images that are packed into one sequence."""
+    """Two images packed into one sequence."""
     return {**image(), "image_sizes": [(12, 12), (12, 12)]}
 
 
@@ -231,7 +231,7 @@ def text_and_image() -> dict[str, Tensor]:
 
 
 def text_with_image() -> dict[str, Tensor]:
-    """Return a prompt in which 9 places are filled with an image's patches."""
+    """Return a prompt in which an image's patches fill 9 slots."""
     ids = _ids(12)
     ids[:, 1:10] = VOCABULARY - 1
     return {"input_ids": ids, **image()}
@@ -263,7 +263,7 @@ BART: dict[str, Any] = SPECIAL | dict(
 
 
 def _decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> Model:
-    """Return a row for `{prefix}Config` and `{prefix}ForCausalLM` (or as traits say), with all steps of a decoder."""
+    """Return a row for `{prefix}Config` and `{prefix}ForCausalLM` (or as given by traits), with all decoder steps."""
     row: dict[str, Any] = dict(
         name=name, config=f"{prefix}Config", cls=f"{prefix}ForCausalLM", options=options, inputs=text,
         steps=DECODER_STEPS, kv_heads=options.get("num_key_value_heads", HEADS),
@@ -272,7 +272,7 @@ def _decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) 
 
 
 def _encoder_decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> Model:
-    """Return a row for an encoder and a decoder: in each decoder layer, a self and a cross attention."""
+    """Return a row for an encoder-decoder: each decoder layer has a self and a cross attention."""
     row: dict[str, Any] = dict(
         name=name, config=f"{prefix}Config", cls=f"{prefix}ForConditionalGeneration", options=options,
         inputs=text_to_text, steps=("prefill", "decode"), sites=3 * LAYERS, decode_sites=2 * LAYERS,
@@ -306,7 +306,7 @@ DECODERS = [
     _decoder("bloom", "Bloom", SPECIAL | dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS),
              implementations=EAGER),
     _decoder("falcon", "Falcon", TEXT, kv_heads=1),
-    # Two groups of keys, which are repeated for all heads before they are rotated and cached.
+    # Two key groups, repeated for all heads before rotation and caching.
     _decoder("falcon_new", "Falcon", TEXT | dict(new_decoder_architecture=True, num_kv_heads=KV_HEADS)),
     _decoder("falcon_alibi", "Falcon", TEXT | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True),
              steps=("prefill", "decode")),

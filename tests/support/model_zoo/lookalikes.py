@@ -1,7 +1,7 @@
-"""Look-alikes: a softmax near contractions that is no attention, a function each, and attention without a softmax.
+"""Look-alikes, one function each: a softmax near contractions that is not attention, and attention without softmax.
 
 Attention here means that queries, keys and values all come from activations, and queries or keys through a projection.
-Letters: B batch, T tokens, C channels, E experts (or slots, classes, atoms: a number that is not T).
+Letters: B batch, T tokens, C channels, E experts (or slots, classes, atoms: a count other than T).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def image() -> tuple[Any, ...]:
 
 
 def look_alike(inputs: Callable[[], tuple[Any, ...]] = tokens, explained: int = 0, **has: Any) -> Callable[[Run], Run]:
-    """Return a decorator by which `f(m, *inputs)` becomes an entry; `has` makes what m holds."""
+    """Return a decorator that makes `f(m, *inputs)` an entry; `has` makes the members of m."""
 
     def add(function: Run) -> Run:
         def build() -> Case:
@@ -61,7 +61,7 @@ def mixture_of_experts(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(router=linear(E), w=weight(E, C, C, fan=C))
 def mixture_of_two_experts(m: Any, x: Tensor) -> Tensor:
-    """Top-2 of a softmax, normalised again, experts gathered: Mixtral."""
+    """Top-2 of a softmax, renormalized, experts gathered: Mixtral."""
     gates, chosen = m.router(x).softmax(-1, dtype=torch.float32).topk(2, dim=-1)  # [B, T, 2]
     gates = gates / gates.sum(-1, keepdim=True)
     outputs = torch.einsum("btc,btkcd->btkd", x, m.w[chosen])
@@ -70,7 +70,7 @@ def mixture_of_two_experts(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(phi=weight(C, E), w=weight(E, C, C, fan=C))
 def soft_mixture_of_experts(m: Any, x: Tensor) -> Tensor:
-    """Softmax over tokens to dispatch, softmax over slots to combine: Soft MoE. Two contractions around each."""
+    """Softmax over tokens to dispatch, softmax over slots to combine: Soft MoE. Each has two contractions."""
     logits = x @ m.phi  # [B, T, E]
     slots = logits.softmax(dim=1).transpose(1, 2) @ x  # [B, E, C]
     return logits.softmax(dim=-1) @ torch.einsum("bec,ecd->bed", slots, m.w)
@@ -93,7 +93,7 @@ def soft_embedding(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(table=lambda: nn.Embedding(20, C))
 def soft_embedding_with_tied_head(m: Any, x: Tensor) -> Tensor:
-    """Average embeddings where the classifier is their table: keys and values are one parameter."""
+    """Average embeddings with tied classifier weights: keys and values are one parameter."""
     return F.softmax(F.linear(x, m.table.weight) / math.sqrt(C), dim=-1) @ m.table.weight
 
 
@@ -112,32 +112,32 @@ def value_distribution(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(scores=linear(10), first=linear(10), second=linear(C, 10))
 def classes_into_a_layer(m: Any, x: Tensor) -> Tensor:
-    """Class probabilities are the input of the next linear map: stacked classifiers."""
+    """Feed class probabilities to the next linear layer: stacked classifiers."""
     return m.second(F.softmax(m.scores(x), dim=-1) + F.softmax(m.first(x), dim=-1))
 
 
 @look_alike(keys=linear(8), values=linear(C, 8))
 def external_memory(m: Any, x: Tensor) -> Tensor:
-    """Two linear maps with a softmax between: "external attention", a perceptron."""
+    """Two linear maps with a softmax between: "external attention", an MLP."""
     return m.values(torch.softmax(m.keys(x), dim=-1))
 
 
 @look_alike(lambda: (torch.randn(B, C),), query=linear(8), memory=weight(10, 8, fan=1))
 def content_addressing(m: Any, x: Tensor) -> Tensor:
-    """Cosine similarity with the rows of a memory, then their mean: the Neural Turing Machine."""
+    """Average the rows of a memory by cosine similarity: the Neural Turing Machine."""
     similarity = F.cosine_similarity(m.query(x)[:, None], m.memory[None], dim=-1)
     return (similarity * 5.0).softmax(-1) @ m.memory
 
 
 @look_alike(query=linear(8), memory=weight(10, 8, fan=1))
 def stored_patterns(m: Any, x: Tensor) -> Tensor:
-    """Retrieve patterns that are a parameter: a modern Hopfield layer with a trained memory."""
+    """Retrieve patterns from a parameter: a modern Hopfield layer with a trained memory."""
     return F.scaled_dot_product_attention(m.query(x), m.memory.expand(B, -1, -1), m.memory.expand(B, -1, -1))
 
 
 @look_alike(lambda: (torch.randn(B, C), torch.randn(B, C)), to_logits=linear(11))
 def sampling_with_temperature(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token probabilities, with the tail cut off, and the entropy of another head."""
+    """Next-token probabilities, truncated, and the entropy of another head."""
     logits = m.to_logits(x) / 0.7
     logits = logits.masked_fill(logits < logits.topk(5).values[..., -1:], float("-inf"))
     p = m.to_logits(y).softmax(-1)
@@ -176,7 +176,7 @@ def attention_pooling_by_bmm(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(w1=linear(8), w2=linear(E, 8))
 def structured_pooling(m: Any, x: Tensor) -> Tensor:
-    """E weighted means of tokens whose scores come from a perceptron: structured self-attentive sentences."""
+    """E weighted means of tokens, with scores from an MLP: structured self-attentive sentences."""
     return m.w2(torch.tanh(m.w1(x))).softmax(dim=1).transpose(1, 2) @ x
 
 
@@ -201,7 +201,7 @@ def learned_token_mixing(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(w1=linear(8), w2=linear(T, 8), v=linear(C))
 def dense_synthesizer(m: Any, x: Tensor) -> Tensor:
-    """Scores of all keys come from a query alone: the dense Synthesizer."""
+    """Compute the scores of all keys from the query only: the dense Synthesizer."""
     return m.w2(F.relu(m.w1(x))).softmax(-1) @ m.v(x)
 
 
@@ -210,13 +210,13 @@ def dense_synthesizer(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(explained=1)
 def raw_self_similarity(m: Any, x: Tensor) -> Tensor:
-    """softmax(x x^T) x: attention's form, nothing projected; it must be reported."""
+    """softmax(x x^T) x: attention's form without projections; must be reported."""
     return (x @ x.mT / math.sqrt(C)).softmax(-1) @ x
 
 
 @look_alike(image, gamma=weight(1))
 def raw_channel_similarity(m: Any, x: Tensor) -> Tensor:
-    """Channels weighted by their similarity, nothing projected: DANet's channel branch."""
+    """Channels weighted by their similarity, without projections: DANet's channel branch."""
     flat = x.flatten(2)
     energy = torch.bmm(flat, flat.transpose(1, 2)) / 12**0.5
     weights = (energy.max(-1, keepdim=True).values - energy).softmax(-1)
@@ -233,7 +233,7 @@ def contrastive_loss(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 @look_alike(lambda: (torch.randn(B, T, C), torch.randn(B, T, C)), x_map=linear(8), y_map=linear(8))
 def dual_softmax_matching(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Confidence of matches as a product of two softmaxes: LoFTR."""
+    """Confidence of matches as the product of two softmaxes: LoFTR."""
     s = torch.einsum("bsc,btc->bst", m.x_map(x), m.y_map(y)) / 8**0.5
     return s.softmax(1) * s.softmax(2)
 
@@ -246,7 +246,7 @@ def pointer_distribution(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(lambda: (torch.randn(B, T, C), torch.randn(B, T, C)), x_map=linear(8), y_map=linear(8))
 def sinkhorn(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Rows and columns normalised in turn, then the transported mean of y: optimal transport."""
+    """Normalize rows and columns alternately, then average y: optimal transport."""
     s = m.x_map(x) @ m.y_map(y).mT / 8**0.5
     for _ in range(3):
         s = s - s.logsumexp(-1, keepdim=True)
@@ -279,7 +279,7 @@ def hidden_markov_model(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(kernel=linear(E * 3))
 def dynamic_convolution(m: Any, x: Tensor) -> Tensor:
-    """Kernels of width 3, a softmax over taps, for each token and head: Wu et al. 2019."""
+    """Kernels of width 3, a softmax over taps, per token and head: Wu et al. 2019."""
     taps = m.kernel(x).view(B, T, E, 1, 3).softmax(-1)
     windows = F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).reshape(B, T, E, C // E, 3)
     return (windows * taps).sum(-1).reshape(B, T, C)
@@ -303,7 +303,7 @@ def soft_argmax(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(offsets=linear(E * 2), weights=linear(E), v=linear(C), o=linear(C))
 def deformable_sampling(m: Any, x: Tensor) -> Tensor:
-    """Values sampled at predicted places, weights predicted from the query alone: Deformable DETR."""
+    """Sample values at predicted positions, with weights predicted from the query only: Deformable DETR."""
     where = m.offsets(x).view(B, T, E, 2).tanh()
     sampled = F.grid_sample(m.v(x).transpose(1, 2).reshape(B, C, 3, 4), where, align_corners=False)  # [B, C, T, E]
     weights = m.weights(x).softmax(-1).unsqueeze(1)
@@ -354,12 +354,12 @@ def random_features(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(decay=lambda: (0.9 ** (torch.arange(T)[:, None] - torch.arange(T))).tril(), **projections())
 def retention(m: Any, x: Tensor) -> Tensor:
-    """(q k^T * decay) v without a softmax: RetNet, linear attention in its quadratic form."""
+    """(q k^T * decay) v without a softmax: RetNet, linear attention in quadratic form."""
     return m.o(((m.q(x) @ m.k(x).mT) * m.decay / math.sqrt(C)) @ m.v(x))
 
 
 @look_alike(bias=weight(T, T, fan=1), **projections())
 def attention_free(m: Any, x: Tensor) -> Tensor:
-    """exp(k + bias) averages values for each channel, a gate takes the place of queries: AFT."""
+    """Average values by exp(k + bias) per channel, with a gate instead of queries: AFT."""
     e = torch.exp(m.k(x)[:, None] + m.bias[None, :, :, None])  # [B, S, T, C]
     return m.o(torch.sigmoid(m.q(x)) * (e * m.v(x)[:, None]).sum(2) / e.sum(2))

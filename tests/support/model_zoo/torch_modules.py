@@ -1,11 +1,11 @@
-"""The zoo's modules of torch itself: attention that torch hides in one call, and flex attention.
+"""The zoo's torch modules: attention inside one torch call, and flex attention.
 
     nn.MultiheadAttention       one node, F.multi_head_attention_forward
     nn.TransformerEncoder       the same; frozen: torch._transformer_encoder_layer_fwd, a whole layer in one node
     checkpoint(block, x)        a higher-order node, the attention inside its body
     flex_attention(q, k, v)     a higher-order node, the bias, softcap or mask inside its bodies
 
-"Frozen" (no parameter requires a gradient) is what makes torch take its fast paths: there is no gradient to keep for.
+"Frozen" means that no parameter requires a gradient; torch takes its fast paths only then.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _build(make: Callable[[], nn.Module], inputs: Callable[[], Case], frozen: bo
 
 
 def _call(*args: Any, **kwargs: Any) -> Case:
-    """Arguments alone: the module is filled in later."""
+    """The arguments only; the module is added later."""
     return Case(nn.Identity(), args, kwargs)
 
 
@@ -56,7 +56,7 @@ def _call(*args: Any, **kwargs: Any) -> Case:
 
 
 def causal() -> Tensor:
-    """Return a causal mask [S, S] whose True forbids, as that of nn.MultiheadAttention."""
+    """Return a causal mask [S, S], True where attention is forbidden, as in nn.MultiheadAttention."""
     return torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
 
 
@@ -68,7 +68,7 @@ def padding(tokens: int = TOKENS) -> Tensor:
 
 
 def biases() -> Tensor:
-    """Another number for every sequence, head, query and key. [B*H, S, S]."""
+    """A different bias for every sequence, head, query and key. [B*H, S, S]."""
     return torch.randn(BATCH * HEADS, TOKENS, TOKENS)
 
 
@@ -76,7 +76,7 @@ def biases() -> Tensor:
 
 
 def _alone(batch_first: bool, **kwargs: Callable[[], Tensor]) -> Case:
-    """Self attention; masks are made anew for each case."""
+    """Self attention; each case makes new masks."""
     x = torch.randn(BATCH, TOKENS, WIDTH) if batch_first else torch.randn(TOKENS, BATCH, WIDTH)
     return _call(x, x, x, **{name: value() for name, value in kwargs.items()})
 
@@ -118,7 +118,7 @@ def _multihead(options: Mapping[str, Any]) -> nn.Module:
 
 
 def _multihead_entries() -> list[Entry]:
-    """Each case with the weights, which forces matrix products and a softmax, and without, which allows SDPA."""
+    """Make each case with weights, which forces matmuls and a softmax, and without, which allows SDPA."""
     entries = []
     for name, options, inputs in MULTIHEAD:
         for suffix, asked in (("weights", True), ("output", False)):
@@ -169,7 +169,7 @@ def _target_and_memory() -> Case:
 
 def _source_and_target() -> Case:
     source, target = torch.randn(BATCH, MEMORY, WIDTH), torch.randn(BATCH, TOKENS, WIDTH)
-    return _call(source, target, tgt_mask=causal(), tgt_is_causal=True)  # or else torch looks at the mask: no graph
+    return _call(source, target, tgt_mask=causal(), tgt_is_causal=True)  # without the hint, a graph break
 
 
 def _transformer_entries() -> list[Entry]:
@@ -219,7 +219,7 @@ class Projections(nn.Module):
 
 
 class Block(Projections):
-    """Attention as people write it, with a residual."""
+    """Attention in a common handwritten style, with a residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -228,7 +228,7 @@ class Block(Projections):
 
 
 class Checkpointed(nn.Module):
-    """Blocks whose activations are computed again in the backward pass."""
+    """Blocks whose activations are recomputed in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Checkpointed(nn.Module):
 
 
 class Flex(Projections):
-    """flex_attention called by hand. modifiers: makes score_mod and block_mask, outside of the graph."""
+    """flex_attention called directly. modifiers: makes score_mod and block_mask outside the graph."""
 
     def __init__(self, modifiers: Callable[[], Mapping[str, Any]] = dict, kv_heads: int = HEADS) -> None:
         super().__init__(kv_heads)
@@ -257,7 +257,7 @@ class Flex(Projections):
 
 
 def alibi() -> dict[str, Any]:
-    """Return options of flex_attention: a bias that grows with the distance, in another proportion for every head."""
+    """Return flex_attention options: a bias that grows with the distance, by a different factor per head."""
     slopes = 2.0 ** -torch.arange(HEADS)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def alibi() -> dict[str, Any]:
 
 
 def softcap() -> dict[str, Any]:
-    """Scores stay between -2 and 2."""
+    """Return flex_attention options: scores limited to between -2 and 2."""
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return 2.0 * torch.tanh(score / 2.0)
@@ -276,7 +276,7 @@ def softcap() -> dict[str, Any]:
 
 
 def causal_blocks() -> dict[str, Any]:
-    """Return options of flex_attention: a causal block mask."""
+    """Return flex_attention options: a causal block mask."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
@@ -285,7 +285,7 @@ def causal_blocks() -> dict[str, Any]:
 
 
 def capped_window() -> dict[str, Any]:
-    """Return options of flex_attention: a softcap and a sliding window of three tokens."""
+    """Return flex_attention options: a softcap and a sliding window of three tokens."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < 3)
@@ -294,7 +294,7 @@ def capped_window() -> dict[str, Any]:
 
 
 def _flex_entries() -> list[Entry]:
-    """Frozen, all of them: on a CPU flex attention has no backward pass."""
+    """Make frozen entries only: flex attention has no backward pass on CPU."""
     return [
         _entry("flex_plain", Flex, _source, 1, frozen=True),
         _entry("flex_alibi", partial(Flex, alibi), _source, 1, frozen=True),

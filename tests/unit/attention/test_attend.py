@@ -1,4 +1,4 @@
-"""Attention to latents and to the exact tokens around them."""
+"""Attention to latents and to the full-precision tokens around them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fhopt.ops import registry
 
 
 def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> None:
-    """In float64, so that both ways round every latent to the same code."""
+    """Run in float64, so that both ways round every latent to the same code."""
     plan, ids, model = fitted.plan(4, window_bits=16), token_ids(1, 60), copy.deepcopy(fitted.model).double()
     fhopt.apply(model, plan)
     blocks = logits(model, LatentCache(plan), ids, list(range(20, 60, 8)))
@@ -29,21 +29,19 @@ def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> 
 
 
 def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: Fitted) -> None:
-    """In float64, so that both ways round every latent to the same code; kernels are compared in test_codegen.py."""
+    """Run in float64, so that both ways round every latent to the same code; tests/unit/codegen compares kernels."""
     plan, ids, model = fitted.plan(4), token_ids(2, 60), copy.deepcopy(fitted.model).double()
     rebuilt = logits(model, LatentCache(plan, absorb=False), ids, list(range(20, 60)))
     fhopt.apply(model, plan)
     absorbed = logits(model, LatentCache(plan), ids, list(range(20, 60)))
-    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-4, atol=1e-4)  # a decoder is rounded to float32
+    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-4, atol=1e-4)  # decoders are rounded to float32
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window_bits": 16}, {"mean_tokens": 16}], ids=["window", "exact", "means"])
-def test_a_decode_step_on_a_cpu_is_one_call_of_machine_code(
-    fitted: Fitted, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
-    """With the numbers of its parts; a model without sites that it serves never calls it."""
+def test_a_decode_step_on_a_cpu_is_one_native_call(fitted: Fitted, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """The native call agrees with its parts; a model without supported sites never makes it."""
     plan, ids, model = fitted.plan(4, **options), token_ids(2, 60), copy.deepcopy(fitted.model).to(dtype)
     fhopt.apply(model, plan, skinny_products=False, layer_programs=False)
     served: list[bool] = []
@@ -60,14 +58,14 @@ def test_a_decode_step_on_a_cpu_is_one_call_of_machine_code(
         at_once = logits(model, LatentCache(plan), ids, list(range(40, 60)))
     finally:
         registry.use("attend_latents", "cpu", before)
-    tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.03}[dtype]  # codes of a later layer may round otherwise
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.03}[dtype]  # codes of later layers may round differently
     assert (at_once - by_parts).norm() <= tolerance * by_parts.norm()
     assert all(served) and len(served) >= 20
 
 
 @needs_compiler
 def test_it_is_so_from_the_first_tokens_on(fitted: Fitted) -> None:
-    """While all tokens are in attention sinks and window, which are read as they are held."""
+    """While all tokens are attention sinks or in the window, which attention loads without unpacking."""
     plan, ids = fitted.plan(4), token_ids(2, 20)
     assert plan.window.first_length >= 20
     fhopt.apply(fitted.model, plan, layer_programs=False)

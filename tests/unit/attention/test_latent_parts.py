@@ -1,4 +1,4 @@
-"""Attention to latents in segments: every way to read them gives what reconstructed keys do."""
+"""Attention to latents in segments: every implementation matches reconstructed keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT = 300
 
 
 def operands(batch: int, queries: int, masks: str, means: int = 12) -> tuple[AttentionOperands, Tensor]:
-    """Operands of a cache of COUNT tokens, and what attention on reconstructed keys gives."""
+    """Return operands of a cache of COUNT tokens, and attention on its reconstructed keys."""
     torch.manual_seed(0)
     plan = in_segments(random_plan("head", CODED, mean_tokens=means))
     layer, site = LatentLayer(plan, plan.sites[0]), plan.sites[0].site
@@ -57,17 +57,17 @@ def operands(batch: int, queries: int, masks: str, means: int = 12) -> tuple[Att
     return AttentionOperands(query, key.exact, value.exact, latents.key, latents.value, read, 0.25), expected
 
 
-@pytest.mark.parametrize("batch", [1, 3, 9])  # of more sequences than segments, each segment is read of all
+@pytest.mark.parametrize("batch", [1, 3, 9])  # with 9 sequences, each segment is processed for all at once
 @pytest.mark.parametrize("masks", ["", "of each sequence", "of all", "a length", "lengths"])
 @pytest.mark.parametrize("means", [0, 12])
-def test_segments_are_read_as_reconstructed_keys_are(batch: int, masks: str, means: int) -> None:
+def test_attention_on_segments_equals_attention_on_reconstructed_keys(batch: int, masks: str, means: int) -> None:
     given, expected = operands(batch, 2, masks, means)
     torch.testing.assert_close(attend_parts(given), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("means", [0, 12])
 def test_products_by_hand_are_those_with_reconstructed_keys(means: int) -> None:
-    """As BLOOM and MPT multiply: queries with keys, then weights with values."""
+    """Multiply as BLOOM and MPT do: queries with keys, then weights with values."""
     torch.manual_seed(0)
     plan = in_segments(random_plan("head", CODED, mean_tokens=means, window_bits=8))
     layer = LatentLayer(plan, plan.sites[0])
@@ -85,7 +85,7 @@ def test_products_by_hand_are_those_with_reconstructed_keys(means: int) -> None:
 
 
 @pytest.mark.parametrize("masks", ["", "of all", "a length", "lengths"])
-def test_many_queries_read_keys_that_are_turned_back(masks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_queries_attend_to_keys_rotated_back(masks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.codegen import dispatch
 
     dispatch.install()
@@ -104,7 +104,7 @@ def test_many_queries_read_keys_that_are_turned_back(masks: str, monkeypatch: py
 
 
 def test_many_parts_in_16_bits_are_merged_as_exactly_as_one() -> None:
-    """In 16 bits a part of one 512th would be lost beside the sum of those before it."""
+    """In 16-bit sums, a part with 1/512 of the weight would be rounded away when added to the previous parts."""
     outputs, lse = torch.randn(600, 1, 1, 1, 64).bfloat16(), torch.zeros(600, 1, 1, 1)
     found, total = parts_module._joined(zip(outputs, lse, strict=True))
     torch.testing.assert_close(found, outputs.float().mean(0), rtol=1e-3, atol=1e-4)
@@ -115,7 +115,7 @@ def test_many_parts_in_16_bits_are_merged_as_exactly_as_one() -> None:
 
 
 @pytest.mark.parametrize("most", [0, 1 << 40])
-def test_segments_are_read_one_by_one_where_queries_are_many(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_attended_to_one_by_one_if_queries_are_many(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_module, "MOST_TURNED", most)
     given, expected = operands(1, 5, "of all")
     torch.testing.assert_close(attend_parts(given), expected, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Keys and values that hold latents, in operations of torch."""
+"""Keys and values that hold latents, as operands of torch operations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.fitting import fit_plan
 
 
 def latent_pair(**options: Any) -> tuple[Any, Tensor]:
-    """Keys that hold latents, and the same as an ordinary tensor."""
+    """Return keys that hold latents, and the same keys as an ordinary tensor."""
     layer = LatentLayer(random_plan("head", CODED, **options), random_plan("head", CODED).sites[0])
     layer.update(torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 8))
     keys = layer.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8))[0]

@@ -1,4 +1,4 @@
-"""Latents that a cache layer offers to attention: read, or lost."""
+"""Latents that a cache layer offers to attention: used, or lost on the way."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fhopt.fitting import fit_plan
 from fhopt.hf.apply import latent_cache
 
 
-def test_a_compiled_model_that_loses_the_latents_is_told() -> None:
-    """Keys that anything is done to, between cache and attention, are other tensors, without what hung on the first."""
+def test_a_compiled_model_that_loses_the_latents_is_refused() -> None:
+    """Operations on keys between cache and attention make new tensors, without the latents attached to the old ones."""
     model, ids = tiny_llama(), token_ids(1, 40)
     fhopt.apply(model, fit_plan.exact_plan(found_sites(model), recent=8, block=8))
     cache = latent_cache(model, max_cache_len=64)
@@ -35,12 +35,12 @@ def test_a_compiled_model_that_loses_the_latents_is_told() -> None:
             step(input_ids=ids[:, :1], **cached(cache), use_cache=True)
 
 
-def test_a_model_without_the_plan_applied_reads_the_latents_too(fitted: Fitted) -> None:
-    """Its own attention gets tensors of full length that hold latents: never a wrong number, applied or not."""
+def test_a_model_without_the_plan_applied_also_attends_to_latents(fitted: Fitted) -> None:
+    """Its own attention gets full-length tensors that hold latents, so results are right with and without a plan."""
     ids = token_ids(2, 60)
-    plan = fitted.plan(2)  # of fine steps: a code of the next layer may round otherwise
+    plan = fitted.plan(2)  # small quantization steps: codes of the next layer may round differently
     expected = logits(fitted.model, LatentCache(plan, absorb=False), ids, [30, 40, 41])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of grouped heads, sdpa repeats the keys
+        warnings.simplefilter("ignore", RuntimeWarning)  # SDPA repeats keys of grouped heads
         found = logits(fitted.model, LatentCache(plan), ids, [30, 40, 41])
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)

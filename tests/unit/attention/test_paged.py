@@ -1,4 +1,4 @@
-"""Attention to pages that queries choose, in caches of models."""
+"""Attention to selected pages, in caches of models."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fhopt.ops import page_selection
 
 @pytest.fixture(scope="module")
 def double(llama: Fitted) -> Any:
-    """In float64, so that every way rounds every latent to the same code."""
+    """A float64 model, so that every implementation rounds every latent to the same code."""
     return copy.deepcopy(llama.model).double()
 
 
-def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
+def test_a_step_selects_some_pages_and_selects_the_same_ones_again(
     llama: Fitted, double: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same tokens decoded again choose the same pages, some of all, and what they read is another than all."""
+    """Decoding the same tokens again selects the same pages, only some of them, and differs from dense attention."""
     plan, ids, seen = paged(llama.plan(4)), token_ids(2, LONG), []
     found, page_lists = decoded(double, plan, ids, 120), page_selection.page_lists
 
@@ -48,7 +48,7 @@ def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
-def test_padding_on_the_left_is_never_read(llama: Fitted, double: Any, fill: bool) -> None:
+def test_left_padding_is_never_attended_to(llama: Fitted, double: Any, fill: bool) -> None:
     plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(2, LONG)
     mask = torch.ones_like(ids)
     mask[0, :70] = 0
@@ -81,7 +81,7 @@ def test_all_pages_are_dense_attention_to_the_bit(llama: Fitted) -> None:
     whole = paged(plan, share=1.0)
     with kernels(True):
         assert torch.equal(decoded(llama.model, whole, ids, 140), decoded(llama.model, plan, ids, 140))
-    few = ids[:, :36]  # no more pages than are read at least
+    few = ids[:, :36]  # no more pages than are always selected
     with kernels(True):
         assert torch.equal(decoded(llama.model, paged(plan), few, 30), decoded(llama.model, plan, few, 30))
     cache = LatentCache(whole)

@@ -1,4 +1,4 @@
-"""Sketches of keys: their logits, their bounds, and how they are kept."""
+"""Sketches of keys: their logits, their bounds, and how they are stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fhopt.plan.site_plan import SidePlan, SketchPlan
 
 
 def naive_sketch(latent: Tensor, plan: SketchPlan, head: int) -> Tensor:
-    """What the sketch of one token's latent [R] in one latent head stands for."""
+    """Return the latent [R] that the sketch of one token represents, for one latent head."""
     out = plan.mean[head].clone()
     tiers = [tier for tier in plan.tiers for _ in range(tier.width)]
     units = {}
@@ -38,14 +38,16 @@ def naive_sketch(latent: Tensor, plan: SketchPlan, head: int) -> Tensor:
     scale = float(torch.tensor(scale * (1 + 2.0**-11)).half())
     for channel, (unit, tier) in units.items():
         code = math.floor(float(unit / scale / tier.step)) + 2 ** (tier.bits - 1)
-        assert 0 <= code < 2**tier.bits  # nothing is cut off
+        assert 0 <= code < 2**tier.bits  # no code is clipped
         out[channel] += (code - (2**tier.bits - 1) / 2) * tier.step * scale * plan.deviation[head, channel]
     return out
 
 
 @pytest.mark.parametrize("bits", [(2,), (4,), (4, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_of_sketches_are_those_of_the_latents_they_stand_for(dtype: torch.dtype, bits: tuple[int, ...]) -> None:
+def test_logits_of_sketches_equal_those_of_the_latents_they_represent(
+    dtype: torch.dtype, bits: tuple[int, ...]
+) -> None:
     latents, query = torch.randn(2, 3, 5, 16), torch.randn(2, 6, 2, 16, dtype=dtype)
     plan = sketch(SidePlan(torch.zeros(3, 16, 1), torch.zeros(3, 1, 16), ()), bits=bits)
     sketcher = Sketcher.on(plan, latents.device)
@@ -78,7 +80,7 @@ def test_no_logit_is_larger_than_what_its_sketch_allows(seed: int, size: float, 
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.5])
-def test_sketches_do_not_depend_on_how_tokens_came(llama: Fitted, limit: float) -> None:
+def test_sketches_do_not_depend_on_how_tokens_are_split_into_calls(llama: Fitted, limit: float) -> None:
     plan = paged(llama.plan(4, window_bits=16), limit=limit)
     site, tokens = plan.sites[0], (torch.randn(2, 2, 90, 16), torch.randn(2, 2, 90, 16))
     growing, whole, single = (
@@ -133,7 +135,7 @@ def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, ki
 
 
 def test_the_mean_of_values_follows_what_happens_to_a_cache(llama: Fitted) -> None:
-    """Sealed blocks, other sequences, fewer tokens, a copy: the same steps as with a mean that is never kept."""
+    """Quantized blocks, reordering, crop and copy: the same outputs as when the mean is recomputed at every step."""
     plan, ids = paged(llama.plan(4), share=0.25, fill=True), token_ids(3, 180)
 
     def steps(cache: Any) -> list[Tensor]:

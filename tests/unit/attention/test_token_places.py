@@ -1,4 +1,4 @@
-"""Places of tokens in caches of sequences that begin with padding."""
+"""Places of tokens in caches of left-padded sequences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def exchanged(padding: int, sinks: int, tokens: int) -> list[int]:
     return order
 
 
-def test_first_tokens_behind_the_padding_are_in_the_first_places() -> None:
+def test_first_tokens_after_the_padding_are_in_the_first_places() -> None:
     assert places([3, 2], reach=7).tokens().tolist() == [[3, 4, 2, 0, 1, 5, 6]]
 
 
@@ -43,7 +43,7 @@ def test_the_way_back_is_the_inverse(dim: int) -> None:
 
 
 @pytest.mark.parametrize("x", [torch.arange(20), torch.randn(3, 20), torch.rand(1, 1, 3, 20) > 0.5])
-def test_numbers_that_all_sequences_share_become_those_of_each(x: Tensor) -> None:
+def test_values_shared_by_all_sequences_are_reordered_for_each(x: Tensor) -> None:
     order = places(*NUMBERS)
     whole = x.reshape(1, 1, -1, 20).expand(7, -1, -1, -1)
     assert torch.equal(order.by_place(x), order.by_place(whole))

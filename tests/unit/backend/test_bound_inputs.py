@@ -1,4 +1,4 @@
-"""Extra inputs follow the weights that a call brings."""
+"""Extra inputs that follow the weights of a call."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fhopt.passes.graph.program import Bound, Program
 
 
 def program_of(make: object, weight: Tensor) -> Program:
-    """A program of one input, `w`, and two extra ones: made of it, and constant."""
+    """A program with one input, `w`, and two extra ones: one derived from it, and one constant."""
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
     values = {"w": weight, "made": torch.zeros(2), "constant": torch.ones(3)}
     return Program(module, values, bound={"made": Bound(("w",), make)})  # type: ignore[arg-type]
 
 
-def test_what_is_made_of_weights_is_made_once_and_again_when_they_change() -> None:
+def test_values_derived_from_weights_are_computed_once_and_again_after_a_change() -> None:
     calls: list[float] = []
 
     def make(w: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def test_what_is_made_of_weights_is_made_once_and_again_when_they_change() -> No
     assert binder([weight])[0].tolist() == [6, 6] and calls == [2.0, 6.0]
 
 
-def test_two_sets_of_weights_take_turns_without_being_made_again() -> None:
+def test_two_sets_of_weights_alternate_without_being_recomputed() -> None:
     calls: list[int] = []
 
     def make(w: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def test_weights_are_not_kept_alive_and_a_reused_address_is_no_match() -> None:
         gc.collect()
 
 
-def test_no_more_sets_are_remembered_than_a_model_has_layers() -> None:
+def test_no_more_sets_are_cached_than_a_model_has_layers() -> None:
     binder = Binder(program_of(lambda w: w + 1, torch.zeros(2)), 1)
     held = [torch.zeros(2) for _ in range(KEPT + 10)]
     for weight in held:
@@ -86,7 +86,7 @@ def test_stale_weights_reach_the_caller() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda x: x.data.mul_(3), lambda x: setattr(x, "data", x.data * 3)])
-def test_changes_through_data_are_seen_although_versions_do_not_tell(change: Any) -> None:
+def test_changes_through_data_are_noticed_although_versions_stay(change: Any) -> None:
     weight = torch.nn.Parameter(torch.ones(1000))
     binder = Binder(program_of(lambda w: w.detach().clone()[:2], weight), 1)
     assert binder([weight])[0].tolist() == [1, 1]
@@ -94,7 +94,7 @@ def test_changes_through_data_are_seen_although_versions_do_not_tell(change: Any
     assert binder([weight])[0].tolist() == [3, 3]
 
 
-def test_inference_tensors_that_change_are_seen() -> None:
+def test_inference_tensors_that_change_are_noticed() -> None:
     with torch.inference_mode():
         weight = torch.ones(4)
         binder = Binder(program_of(lambda w: w * 2, weight), 1)
@@ -103,7 +103,7 @@ def test_inference_tensors_that_change_are_seen() -> None:
         assert binder([weight])[0].tolist() == [4] * 4
 
 
-def test_what_is_stale_stays_so_without_being_made_again() -> None:
+def test_stale_weights_stay_stale_without_being_recomputed() -> None:
     calls: list[int] = []
 
     def make(w: Tensor) -> Tensor:

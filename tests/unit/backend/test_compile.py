@@ -1,4 +1,4 @@
-"""The backend of torch.compile: what is rewritten, what runs exactly and says so."""
+"""The torch.compile backend: what it rewrites, and what it runs exactly with a message."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def test_torch_knows_the_backend_without_an_import() -> None:
 
 
 @pytest.mark.slow
-def test_without_a_plan_the_numbers_are_inductors() -> None:
+def test_without_a_plan_the_results_are_inductors() -> None:
     model, ids = tiny_llama(num_hidden_layers=1), token_ids(1, 20)
     compiled = torch.compile(model, backend="flashhead")
-    with torch.no_grad():  # inductor compiles C++ for seconds; gradients come with the slow tests
+    with torch.no_grad():  # inductor compiles C++ for seconds; the slow tests cover gradients
         torch.testing.assert_close(forward(compiled, ids), forward(model, ids), rtol=1e-4, atol=1e-5)
     outcome = last_outcome()
     assert outcome is not None and len(outcome.sites) == 1 and not outcome.compressed
@@ -33,7 +33,7 @@ def test_without_a_plan_the_numbers_are_inductors() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_weights_may_change_after_compilation() -> None:
-    """Nothing of a weight is folded into the graph, so the new ones count at once."""
+    """No weight is folded into the graph, so new weights take effect at once."""
     model, ids = tiny_llama(), token_ids(1, 20)
     from fhopt.fitting.fit_plan import exact_plan
 
@@ -65,7 +65,7 @@ def test_a_plan_of_another_model_is_refused_by_the_compiler_too(llama: Fitted) -
 
 
 def other_weights(model: Any) -> Any:
-    """The same model with other numbers."""
+    """Return the same model with other weights."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in (p for p in other.parameters() if p.dim() > 1):
@@ -74,14 +74,14 @@ def other_weights(model: Any) -> Any:
 
 
 def with_prints(fitted: Fitted, plan: LatentPlan) -> LatentPlan:
-    """The plan as `fhopt.fit` would give it: it knows the weights of each site."""
+    """Return the plan as `fhopt.fit` would make it, with fingerprints of each site's weights."""
     weights, sites = dict(fitted.model.named_parameters()), [s.site for s in plan.sites]
     return plan.with_provenance(weights=weight_prints(weights, sites))
 
 
 @pytest.mark.usefixtures("traced_only")
 def test_layers_that_share_a_graph_get_their_own_bases(llama: Fitted) -> None:
-    """Dynamo compiles one graph for all layers; their bases and tiers differ."""
+    """Dynamo compiles one graph for all layers; their bases and bit groups differ."""
     model, plan, ids = copy.deepcopy(llama.model), with_prints(llama, llama.plan(4)), token_ids(1, 60)
     with torch.no_grad():
         expected = forward(with_backend(llama.model, plan=plan), ids)
@@ -94,7 +94,7 @@ def test_layers_that_share_a_graph_get_their_own_bases(llama: Fitted) -> None:
 
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("prints", [True, False], ids=["of the plan", "of the first call"])
-def test_weights_that_the_plan_was_not_fitted_for_run_exactly_and_say_so(llama: Fitted, prints: bool) -> None:
+def test_weights_that_the_plan_was_not_fitted_for_run_exactly_with_a_warning(llama: Fitted, prints: bool) -> None:
     model, ids, plan = copy.deepcopy(llama.model), token_ids(1, 60), llama.plan(4)
     compiled = with_backend(model, plan=with_prints(llama, plan) if prints else plan)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The report of what was compiled."""
+"""The report of compiled attentions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to compiled generation: wrappers, functions, layers, `model.compile`, transformers' own configuration."""
+"""Ways to compiled generation: wrappers, functions, layers, `model.compile`, transformers' own configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def generated(model: Any, ids: torch.Tensor) -> torch.Tensor:
 EXACT: dict[str, Any] = {"backend": "flashhead", "options": {"ratio": 1}}
 
 
-def test_generate_of_a_wrapper_runs_compiled_code_and_the_model_inside_stays_as_it_was() -> None:
+def test_generate_of_a_wrapper_runs_compiled_code_and_leaves_the_model_inside_unchanged() -> None:
     model, ids = tiny_llama(), token_ids(1, 20)
     expected = generated(model, ids)
     compiled = torch.compile(model, **EXACT)
@@ -43,7 +43,7 @@ def test_generate_of_a_wrapper_runs_compiled_code_and_the_model_inside_stays_as_
     assert torch.equal(generated(compiled, ids), expected) and graphs() == before  # nothing is compiled twice
 
 
-def test_a_failing_method_leaves_the_model_as_it_was() -> None:
+def test_a_failing_method_leaves_the_model_unchanged() -> None:
     model = tiny_llama()
     compiled: Any = torch.compile(model, **EXACT)
     with pytest.raises(ValueError, match=r"max_new_tokens"):
@@ -51,7 +51,7 @@ def test_a_failing_method_leaves_the_model_as_it_was() -> None:
     assert model._compiled_call_impl is None
 
 
-def test_wrappers_of_other_backends_are_left_alone() -> None:
+def test_wrappers_of_other_backends_are_not_changed() -> None:
     compiled = torch.compile(tiny_llama(), backend="eager")
     generated(compiled, token_ids(1, 8))
     assert graphs() == 0
@@ -73,7 +73,7 @@ def test_a_model_that_was_compiled_in_place_stays_so() -> None:
 
 
 @pytest.mark.slow
-def test_methods_run_at_once_in_threads() -> None:
+def test_methods_run_concurrently_in_threads() -> None:
     model, ids = tiny_llama(), token_ids(1, 20)
     expected, compiled = generated(model, ids), torch.compile(model, **EXACT)
     generated(compiled, ids)
@@ -87,7 +87,7 @@ def test_methods_run_at_once_in_threads() -> None:
     assert model._compiled_call_impl is None
 
 
-def test_two_wrappers_at_once_run_each_its_own_code_and_the_model_inside_none() -> None:
+def test_two_wrappers_at_once_run_their_own_code_and_the_model_inside_runs_uncompiled() -> None:
     model, ids = tiny_llama(), token_ids(1, 20)
     first: Any = torch.compile(model, **EXACT)
     second: Any = torch.compile(model, backend="eager")
@@ -130,7 +130,7 @@ def test_transformers_own_configuration_of_compilation_names_the_backend(monkeyp
     options = dict(max_new_tokens=6, do_sample=False, cache_implementation="static")
     expected = model.generate(ids, **options)
     config = CompileConfig(backend="flashhead", mode=None, options={"ratio": 1}, fullgraph=False)
-    config._compile_all_devices = True  # transformers compiles for GPUs only, unless this says otherwise
+    config._compile_all_devices = True  # transformers compiles only for GPUs by default
     found = model.generate(ids, **options, compile_config=config)
     assert torch.equal(found, expected) and graphs() > 0
     assert fhopt.report(model).graphs
@@ -142,7 +142,7 @@ def test_reset_forgets_everything_and_the_next_call_compiles_again() -> None:
     compiled: Any = torch.compile(model, **EXACT)
     compiled(ids)
     assert fhopt.report(compiled).graphs
-    torch._dynamo.reset()  # what torch.compiler.reset calls
+    torch._dynamo.reset()  # called by torch.compiler.reset
     with pytest.raises(FhoptError, match="nothing of LlamaForCausalLM has been compiled"):
         fhopt.report(compiled)
     compiled(ids)

@@ -1,4 +1,4 @@
-"""Graphs that inductor keeps, and graphs with gradients."""
+"""Graphs in inductor's caches, and graphs with gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_checkpoints_keep_their_memory_saving_in_training_and_are_looked_into_otherwise(training: bool) -> None:
+def test_checkpoints_save_memory_in_training_and_are_rewritten_otherwise(training: bool) -> None:
     from model_zoo.torch_modules import ENTRIES
 
     case = next(e for e in ENTRIES if e.name == "checkpointed").build()
@@ -32,7 +32,7 @@ def test_checkpoints_keep_their_memory_saving_in_training_and_are_looked_into_ot
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_a_plan_stays_in_use_while_it_is_trained_with(llama: Fitted) -> None:
+def test_a_plan_stays_in_use_during_training(llama: Fitted) -> None:
     model, ids = copy.deepcopy(llama.model).train(), token_ids(1, 60)
     compiled = with_backend(model, plan=llama.plan(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -50,7 +50,7 @@ def test_a_plan_stays_in_use_while_it_is_trained_with(llama: Fitted) -> None:
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_gradients_that_are_turned_on_within_a_graph_are_not_lost() -> None:
+def test_gradients_enabled_within_a_graph_are_not_lost() -> None:
     module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_gradients_that_are_turned_on_within_a_graph_are_not_lost() -> None:
 
 @pytest.mark.slow
 def test_caches_of_compiled_graphs_know_the_plan(llama: Fitted) -> None:
-    """The same plan is found again by AOTAutograd's cache; another plan of the same shapes is another graph."""
+    """AOTAutograd's cache hits for the same plan, and misses for another plan of the same shapes."""
     from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_cache
 

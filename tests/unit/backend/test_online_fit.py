@@ -36,7 +36,7 @@ def gather(model: Any, calls: int) -> None:
 # --------------------------------------------------------------------------------------------------- the stream
 
 
-def test_tokens_go_behind_the_sequence_that_they_continue() -> None:
+def test_tokens_are_appended_to_the_sequence_that_they_continue() -> None:
     stream = TokenStream()
     stream.add(torch.tensor([[1, 2, 3], [4, 5, 6]]), None)
     stream.add(torch.tensor([[7], [8]]), None)
@@ -52,7 +52,7 @@ def test_padding_is_left_out() -> None:
     assert stream.rows == [[3, 7], [4, 5, 6, 8]] and stream.count == 6
 
 
-def test_what_fills_a_batch_up_is_no_text() -> None:
+def test_tokens_that_pad_a_batch_are_not_text() -> None:
     assert (
         without_padding([0, 0, 5, 6, 0, 0, 0], 0) == [5, 6, 0]
         and without_padding([5, 6], 0) == [5, 6]
@@ -95,7 +95,7 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
 
 
 @pytest.mark.slow
-def test_a_ratio_is_kept_and_still_gated() -> None:
+def test_a_requested_ratio_is_used_and_still_gated() -> None:
     model = tiny_gpt2()
     model.compile(backend="flashhead", options={"calibration_tokens": 4096, "ratio": 4, "max_loss": 0.9})
     gather(model, 9)
@@ -103,7 +103,7 @@ def test_a_ratio_is_kept_and_still_gated() -> None:
 
 
 @pytest.mark.slow
-def test_where_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_if_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, ids = tiny_llama(), token_ids(1, 60)
     exact = generate(model, ids)
     model.compile(backend="flashhead", options={"calibration_tokens": 4096, "max_loss": 1e-9, "ratio": 12})
@@ -153,7 +153,7 @@ def test_a_model_with_an_online_fit_is_freed_with_its_weights_and_keeps_the_mode
     assert weight() is None
 
 
-def test_two_models_that_share_an_embedding_have_reports_of_their_own() -> None:
+def test_two_models_that_share_an_embedding_have_separate_reports() -> None:
     teacher, student = tiny_llama(), tiny_llama()
     student.set_input_embeddings(teacher.get_input_embeddings())
     compiled = torch.compile(lambda teacher, student, ids: student(ids).logits, backend="flashhead")
@@ -168,7 +168,7 @@ def test_two_models_that_share_an_embedding_have_reports_of_their_own() -> None:
 
 
 class Wrapper(torch.nn.Module):
-    """A language model in a module of the user's own."""
+    """A language model inside a user's module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Wrapper(torch.nn.Module):
 
 
 def warnings_of(compiled: Any, calls: Callable[[Any], Any]) -> list[str]:
-    """Call a compiled model: warnings of fhopt."""
+    """Call a compiled model and return fhopt's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         calls(compiled)
@@ -189,7 +189,7 @@ def warnings_of(compiled: Any, calls: Callable[[Any], Any]) -> list[str]:
 
 @torch.no_grad()
 def twice(compiled: Any) -> None:
-    """Of two lengths: Dynamo compiles a graph for each."""
+    """Call with two lengths, for each of which Dynamo compiles a graph."""
     compiled(token_ids(1, 20))
     compiled(token_ids(1, 30))
 
@@ -204,7 +204,7 @@ def with_embeddings(compiled: Any) -> None:
 
 
 def function() -> Callable[..., Any]:
-    models = {"one": tiny_llama()}  # where no module is among the names of the function
+    models = {"one": tiny_llama()}  # so that no module is among the function's names
     return lambda ids: models["one"](ids).logits
 
 
@@ -228,7 +228,7 @@ def test_a_requested_fit_that_never_comes_warns_once(case: str) -> None:
 
 
 def test_other_frames_of_a_recorded_model_do_not_warn() -> None:
-    """A graph break in a layer makes a frame of the layer, and perhaps one without a module."""
+    """A graph break in a layer makes a frame of the layer, and possibly one without a module."""
     model = tiny_llama()
     options: dict[str, Any] = {"ratio": 4}
     model.compile(backend="flashhead", options=options)
@@ -244,7 +244,7 @@ def test_other_frames_of_a_recorded_model_do_not_warn() -> None:
 
 
 @pytest.mark.parametrize("case", [*NEVER])
-def test_a_fit_by_default_is_silent_where_it_never_comes(case: str) -> None:
+def test_a_fit_by_default_is_silent_if_it_never_happens(case: str) -> None:
     make, calls, _ = NEVER[case]
     assert not warnings_of(torch.compile(make(), backend="flashhead", options={}), calls)
 
@@ -257,7 +257,7 @@ def test_layers_compiled_one_by_one_warn_once() -> None:
     assert len(messages) == 1 and "LlamaDecoderLayer is not a language model" in messages[0]
 
 
-def test_a_second_target_for_a_model_is_not_taken_without_a_word() -> None:
+def test_a_second_target_for_a_model_is_not_ignored_silently() -> None:
     model = tiny_llama()
     assert not warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 4}), twice)
     messages = warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 8}), twice)
@@ -302,7 +302,7 @@ def test_training_is_not_recorded() -> None:
         ({"plan": "/nowhere"}, "is not a plan"),
     ],
 )
-def test_wrong_options_are_refused_with_the_cure(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused_with_a_fix(options: dict[str, Any], message: str) -> None:
     compiled: Any = torch.compile(tiny_llama(), backend="flashhead", options=options)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"FhoptError.*{message}"):
         compiled(token_ids(1, 8))

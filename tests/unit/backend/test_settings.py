@@ -1,4 +1,4 @@
-"""Options of the backend, plans among them."""
+"""Options of the backend, including plans."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_wrong_plan_option_is_one_clear_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_one_before(llama: Fitted, tmp_path: Path) -> None:
+def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_old_one(llama: Fitted, tmp_path: Path) -> None:
     path = llama.plan(1).save(tmp_path / "plan")
     compiled = with_backend(llama.model, plan=str(path))
     with torch.no_grad():

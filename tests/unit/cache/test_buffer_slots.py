@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("traced_only")
 
 
 def one_latent_plan(model: Any, window_bits: int) -> LatentPlan:
-    """Half of the channels of keys and values, from one latent."""
+    """A plan with half of the channels of keys and values, in one latent."""
     basis = torch.linalg.qr(torch.randn(G * 2 * D, 32, generator=torch.Generator().manual_seed(5)))[0]
     keys, values = basis.unflatten(0, (G, 2 * D)).split(D, 1)
     sides = SidePlan(basis.T[None], keys, CODED * 2), SidePlan(basis.T[None, :, :0], values, CODED * 2)
@@ -45,11 +45,11 @@ def one_latent_plan(model: Any, window_bits: int) -> LatentPlan:
     return LatentPlan(sites, sinks=3, recent=8, block=8, window_bits=window_bits)
 
 
-# --------------------------------------------------------------------------------------------------- exact
+# --------------------------------------------------------------------------------------------------- unquantized
 
 
 def test_tokens_may_be_written_over_in_any_order() -> None:
-    """Chunks, going back, starting again at 0, a gap: whatever is done, the slots hold what was written last."""
+    """Chunks, going back, restarting at 0, a gap: the slots always hold the last write."""
     model = decoder()
     plain, compiled = copy.deepcopy(model), compiled_with(model, exact_plan(model))
     for start, count in [(0, 40), (40, 1), (41, 1), (30, 1), (31, 7), (0, 25), (25, 1), (60, 2), (26, 30), (10, 1)]:
@@ -57,7 +57,7 @@ def test_tokens_may_be_written_over_in_any_order() -> None:
         torch.testing.assert_close(call(compiled, new, start), call(plain, new, start), **CLOSE)
 
 
-def test_of_two_tokens_in_one_slot_one_counts() -> None:
+def test_of_two_tokens_in_one_slot_only_one_counts() -> None:
     model, at = decoder(), torch.tensor([4, 4, 4, 5, 6])
     plain, compiled = copy.deepcopy(model), compiled_with(model, exact_plan(model))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_of_two_tokens_in_one_slot_one_counts() -> None:
             torch.testing.assert_close(compiled(ids, at + start, 0), plain(ids, at + start, 0), **CLOSE)
 
 
-def test_tokens_that_a_buffer_holds_already_are_coded() -> None:
+def test_tokens_already_in_a_buffer_are_encoded() -> None:
     model = decoder()
     for cache in caches(model):
         cache.normal_()
@@ -77,13 +77,13 @@ def test_tokens_that_a_buffer_holds_already_are_coded() -> None:
         torch.testing.assert_close(call(compiled, new, start), call(plain, new, start), **CLOSE)
 
 
-# --------------------------------------------------------------------------------------------------- coded
+# --------------------------------------------------------------------------------------------------- quantized
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("window_bits", "tiers"),
-    [(16, CODED), (16, None), (8, CODED), (8, ()), (8, None)],  # uncoded with 16 bits: the exact plans above
+    [(16, CODED), (16, None), (8, CODED), (8, ()), (8, None)],  # unquantized with 16 bits: the exact plans above
     ids=["16 bits, coded", "16 bits, one latent", "8 bits, coded", "8 bits, uncoded", "8 bits, one latent"],
 )
 def test_a_lossy_plan_gives_what_static_latent_layers_give(window_bits: int, tiers: Any) -> None:
@@ -101,7 +101,7 @@ def test_a_lossy_plan_gives_what_static_latent_layers_give(window_bits: int, tie
 
 
 class Written:
-    """Slots as `fhopt.cache.module_buffers` describes them, slowly: a dict of tokens, and what the ring holds."""
+    """Reference of the slots of `fhopt.cache.module_buffers`: a dict of tokens, and the contents of the ring."""
 
     def __init__(self, plan: SitePlan, places: Places) -> None:
         self.plan, self.places = plan, places
@@ -111,7 +111,7 @@ class Written:
         self.ring: dict[int, int] = {}  # place -> slot
 
     def read(self, start: int) -> tuple[Tensor, Tensor]:
-        """All keys and values as a call sees them whose first new token goes into slot `start`."""
+        """Return the keys and values seen by a call whose first new token goes into slot `start`."""
         p = self.places.window
         quantized = max(0, start - p.sinks - p.recent) // p.block * p.block
         opened = {s for s in self.ring.values() if s >= p.sinks + quantized} | set(range(p.sinks))
@@ -140,7 +140,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
     for _ in range(25):
         count = int(torch.randint(1, 16, (), generator=generator))
         at = torch.randperm(places.tokens, generator=generator)[:count].sort().values
-        if torch.rand((), generator=generator) < 0.7:  # tokens in a row
+        if torch.rand((), generator=generator) < 0.7:  # consecutive tokens
             at = torch.arange(count) + torch.randint(places.tokens - count, (), generator=generator)
         key, value = (torch.randn(1, G, count, D, generator=generator, dtype=torch.float64) for _ in range(2))
         keys, values, latents = slots.read(key, value, at, places.window.quantized_tokens(at.min()))
@@ -150,7 +150,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
         for opened, side, past, fresh in zip(
             (keys, values), (latents.key, latents.value), wanted, (key, value), strict=True
         ):
-            held = side.reconstruct().double().masked_fill(~latents.seen[:, None], math.nan)  # who reads it sees NaN
+            held = side.reconstruct().double().masked_fill(~latents.seen[:, None], math.nan)  # NaN if attended to
             torch.testing.assert_close(latents.place(opened, held, 2), past.index_copy(2, at, fresh), **CLOSE)
         assert latents.positions[latents.positions >= 0].unique().numel() == (latents.positions >= 0).sum()
 

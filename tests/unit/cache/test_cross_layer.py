@@ -1,4 +1,4 @@
-"""Latents of an encoder: taken once, and counted."""
+"""Encoder latents: stored once, and counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fhopt.errors import FhoptError
 
 def test_a_plan_counts_cross_tokens_as_quantized() -> None:
     plan = fitted("bart", 4)
-    assert not [p.site.name for p in plan.sites if ".encoder." in p.site.name]  # nothing of it is cached
+    assert not [p.site.name for p in plan.sites if ".encoder." in p.site.name]  # encoders cache no tokens
     assert plan.ratio(2048) == pytest.approx(4, rel=0.02)
     cross = sum(p.token_bytes() for p in plan.sites if p.site.kind == "cross")
     assert plan.cache_bytes(100, source=1500) - plan.cache_bytes(100, source=0) == 1500 * cross

@@ -1,4 +1,4 @@
-"""A growing layer against a naive reference."""
+"""A dynamic layer against a naive reference."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ WINDOWS = (16, 8)
 
 
 class CacheStates(RuleBasedStateMachine):
-    """Any sequence of operations leaves the state of the naive reference: lists of tokens [B,G,1,D], each coded on its
-    own when its turn comes."""
+    """Any sequence of operations leaves the state of the naive reference.
+
+    The reference holds lists of tokens [B,G,1,D], and encodes each one separately when it leaves the window.
+    """
 
     plan: LatentPlan
 
@@ -133,5 +135,5 @@ def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama:
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
 @pytest.mark.parametrize("layout", ["head", "input"])
 @pytest.mark.parametrize("window_bits", WINDOWS)
-def test_so_do_windows_of_codes_and_shared_rows(window_bits: int, layout: str, tiers: Any) -> None:
+def test_so_do_quantized_windows_and_shared_rows(window_bits: int, layout: str, tiers: Any) -> None:
     run_states(random_plan(layout, tiers, window_bits=window_bits, sinks=3))

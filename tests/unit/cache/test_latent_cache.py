@@ -1,4 +1,4 @@
-"""The KV cache: what it is for models and plans, and what it refuses."""
+"""The KV cache: construction from models and plans, and what it refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_plan_may_be_the_path_of_one(tmp_path: Path) -> None:
 
 
 def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:
-    ids = token_ids(16, 80)  # random: a KL of 0.07 changes the mean of so many by 0.01 either way
+    ids = token_ids(16, 80)  # random: with so few, a KL of 0.07 changes the mean by 0.01 either way
     exact = score(llama.model, ids, None).nats
     for ratio, bound in ((1, 1e-5), (4, 0.05)):
         plan = llama.plan(ratio)
@@ -57,7 +57,7 @@ def test_keys_and_values_from_one_latent_survive_a_crop(absorb: bool) -> None:
     cache = LatentCache(plan, model.config, absorb=absorb)
     logits(model, cache, torch.cat([ids[:, :33], token_ids(1, 20)], 1), [40])
     assert cache.layers[0].quantized == 40
-    cache.crop(-20)  # behind token 33 and in a quantized block
+    cache.crop(-20)  # after token 33, inside a quantized block
     assert cache.layers[0].quantized == 24 and cache.get_seq_length() == 33
     behind = logits(model, cache, ids[:, 33:], [10])
     torch.testing.assert_close(behind, expected[:, 33:], rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays
     assert [row["kind"] for row in cache.report()] == ["band", "exact"]
 
 
-def test_a_cache_by_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
+def test_a_cache_with_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     cache = LatentCache(gpt2.plan(4))
     with torch.no_grad(), pytest.raises(FhoptError, match="plan for another model"):
@@ -106,7 +106,7 @@ def test_a_cache_by_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fi
     assert cache.get_seq_length() == 0
 
 
-def test_a_cache_goes_on_in_the_dtype_that_it_began_in(llama: Fitted) -> None:
+def test_a_cache_continues_in_its_first_dtype(llama: Fitted) -> None:
     cache = LatentCache(llama.plan(4))
     with torch.no_grad():
         llama.model(token_ids(1, 60), **cached(cache))
@@ -120,7 +120,7 @@ def test_a_cache_goes_on_in_the_dtype_that_it_began_in(llama: Fitted) -> None:
 
 @pytest.mark.parametrize("layout", ["head", "input"])
 def test_layers_of_a_model_that_is_spread_over_devices_stay_where_their_tokens_are(layout: str) -> None:
-    """`meta` stands for the second device: it has no numbers, but every tensor knows where it is."""
+    """`meta` represents the second device: its tensors have no data but know their device."""
     plan = random_plan(layout, CODED)
     twin = replace(plan.sites[0], site=replace(plan.sites[0].site, name="layers.1"))
     cache = LatentCache(replace(plan, sites=(plan.sites[0], twin)))
@@ -132,8 +132,8 @@ def test_layers_of_a_model_that_is_spread_over_devices_stay_where_their_tokens_a
     assert [{t.device.type for t in layer.tensors} for layer in cache.layers] == [{"cpu"}, {"meta"}]
 
 
-def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) -> None:
-    """How transformers' documentation reuses a prompt: by copy.deepcopy."""
+def test_a_copy_of_a_cache_is_independent_and_shares_the_bases(llama: Fitted) -> None:
+    """transformers' documentation reuses a prompt by copy.deepcopy."""
     cache, ids = LatentCache(llama.plan(4)), token_ids(1, 60)
     with torch.no_grad():
         llama.model(ids, **cached(cache))
@@ -145,7 +145,7 @@ def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) 
         assert a.key_bases is b.key_bases and a.plan is b.plan
 
 
-# ---- what a review found
+# ---- found in a review
 
 
 def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
@@ -166,7 +166,7 @@ def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
         gc.enable()
 
 
-def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap() -> None:
+def test_sliding_layers_stay_unchanged_and_padding_stays_finite_with_softcap() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -188,7 +188,7 @@ def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap()
     assert torch.equal(output.sequences, expected.sequences)
 
 
-# ---- text unlike that of calibration
+# ---- out-of-distribution text
 
 
 def layer_keys(plan: LatentPlan, keys: Tensor, values: Tensor) -> LatentCache:
@@ -198,11 +198,11 @@ def layer_keys(plan: LatentPlan, keys: Tensor, values: Tensor) -> LatentCache:
     return cache
 
 
-def test_latents_have_the_energy_of_calibration_on_such_text_and_more_on_other(llama: Fitted) -> None:
+def test_latents_have_the_calibration_energy_on_such_text_and_more_on_other(llama: Fitted) -> None:
     plan = llama.plan(4)
     cache = LatentCache(plan)
     fhopt.apply(llama.model, plan)
-    logits(llama.model, cache, token_ids(2, 480), [200, 400])  # what it was calibrated on: random tokens
+    logits(llama.model, cache, token_ids(2, 480), [200, 400])  # as in calibration: random tokens
     usual = cache.latent_energy
     fhopt.unapply(llama.model)
     assert usual is not None and 0.6 < usual < 1.2
@@ -211,7 +211,7 @@ def test_latents_have_the_energy_of_calibration_on_such_text_and_more_on_other(l
     assert quiet is not None and loud == pytest.approx(9 * quiet, rel=1e-3)
 
 
-def test_energy_is_not_known_of_few_tokens_of_uncoded_latents_and_after_a_reset(llama: Fitted) -> None:
+def test_energy_is_unknown_for_few_tokens_unquantized_latents_and_after_a_reset(llama: Fitted) -> None:
     plan, many = llama.plan(4), torch.randn(1, 2, 480, 16)
     assert layer_keys(plan, many[:, :, :200], many[:, :, :200]).latent_energy is None
     cache = layer_keys(plan, many, many)
@@ -222,7 +222,7 @@ def test_energy_is_not_known_of_few_tokens_of_uncoded_latents_and_after_a_reset(
     assert LatentCache(random_plan("head", ())).latent_energy is None
 
 
-def test_it_warns_once_of_text_unlike_that_of_calibration(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_warns_once_of_out_of_distribution_text(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhopt.system._warned", set())
     plan, many = llama.plan(4), torch.randn(1, 2, 480, 16)
     with pytest.warns(RuntimeWarning, match=r"unlike what the plan was calibrated on.* times the energy"):

@@ -1,4 +1,4 @@
-"""Batches of sequences of different lengths: each keeps attention sinks and means of its own."""
+"""Left-padded batches: each sequence has its own attention sinks and means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fhopt.fitting import fit_plan
 from fhopt.hf.apply import latent_cache
 from fhopt.plan.latent_plan import LatentPlan
 
-LENGTHS = (70, 46, 21)  # behind no padding, behind blocks of padding (24 tokens), and behind others (49)
+LENGTHS = (70, 46, 21)  # padding: none, whole blocks (24 tokens), and a part of a block (49)
 LATER = 30
 CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 KINDS = pytest.mark.parametrize("options", [{}, {"max_cache_len": 128}], ids=["growing", "static"])
@@ -41,12 +41,12 @@ def plan(llama: Fitted) -> LatentPlan:
 
 
 def in_parts(plan: LatentPlan) -> LatentPlan:
-    """The plan with keys relative to segments, though its bases were fitted to keys as they are."""
+    """Return the plan with keys relative to segments, although its bases were fitted without."""
     return replace(plan, sites=tuple(replace(site, segment=SEGMENT) for site in plan.sites))
 
 
 def filled(plan: LatentPlan, model: Any, lengths: tuple[int, ...], **options: Any) -> tuple[Any, Tensor, Tensor]:
-    """A first layer that has read random keys and values of such a batch, and these."""
+    """Return the first layer after an update with random keys and values of such a batch, and these."""
     cache = LatentCache(plan, model.config, **options)
     note_padding(cache.layers, padded(lengths)[1], max(lengths))
     site = plan.sites[0].site
@@ -55,7 +55,7 @@ def filled(plan: LatentPlan, model: Any, lengths: tuple[int, ...], **options: An
     return cache.layers[0], keys, values
 
 
-# ---- what is kept
+# ---- stored state
 
 
 @KINDS
@@ -70,7 +70,7 @@ def test_attention_sinks_are_the_first_tokens_of_each_sequence(
 
 
 @KINDS
-def test_means_are_those_of_each_sequence_alone(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+def test_means_are_computed_per_sequence(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
     layer, keys, values = filled(plan, llama.model, LENGTHS, **options)
     for mean, x in zip(layer.means.parts, (keys, values), strict=True):
         for row, length in enumerate(LENGTHS):
@@ -80,7 +80,7 @@ def test_means_are_those_of_each_sequence_alone(options: dict[str, int], llama: 
 
 
 @KINDS
-def test_prompts_shorter_than_the_attention_sinks_take_means_of_what_comes_behind(
+def test_prompts_shorter_than_the_attention_sinks_take_means_of_later_tokens(
     options: dict[str, int], llama: Fitted, plan: LatentPlan
 ) -> None:
     layer, keys, _ = filled(plan, llama.model, (70, 2), **options)
@@ -97,7 +97,7 @@ def test_prompts_shorter_than_the_attention_sinks_take_means_of_what_comes_behin
 
 @KINDS
 @pytest.mark.parametrize("window_bits", [8, 16])
-def test_keys_and_values_are_read_in_order_of_position(
+def test_keys_and_values_are_attended_to_in_order_of_position(
     window_bits: int, options: dict[str, int], llama: Fitted
 ) -> None:
     plan = llama.plan(1, window_bits=window_bits)
@@ -107,7 +107,7 @@ def test_keys_and_values_are_read_in_order_of_position(
         torch.testing.assert_close(found[:, :, : x.shape[2]], x, rtol=0.0, atol=1e-4 if kept[1] < 0 else 0.05)
 
 
-def test_without_padding_nothing_is_kept(llama: Fitted, plan: LatentPlan) -> None:
+def test_without_padding_no_padding_state_is_stored(llama: Fitted, plan: LatentPlan) -> None:
     ids, mask = padded((60, 60), 20)
     found, cache = read(llama.model, plan, (ids, mask), 20)
     with torch.no_grad(), switched(llama.model, plan):
@@ -122,22 +122,22 @@ def test_without_padding_nothing_is_kept(llama: Fitted, plan: LatentPlan) -> Non
 
 def test_its_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
     (_, with_padding), (_, without) = (read(llama.model, plan, padded(n), 0) for n in ((70, 21), (70, 70)))
-    numbers = 2 * 3 * 8  # three of 64 bits a sequence
+    numbers = 2 * 3 * 8  # three int64 per sequence
     assert with_padding.nbytes - without.nbytes == len(with_padding.layers) * numbers
 
 
-# ---- the same as alone
+# ---- same results as without padding
 
 
 @KINDS
 @pytest.mark.parametrize("window_bits", [8, 16])
 @pytest.mark.parametrize("lengths", [LENGTHS, (90, 26, 41)])
-def test_a_short_sequence_is_read_as_if_it_were_alone(
+def test_a_short_sequence_gives_the_same_results_as_without_padding(
     lengths: tuple[int, ...], window_bits: int, options: dict[str, int], llama: Fitted
 ) -> None:
-    """To the rounding of sums where padding is whole blocks; elsewhere other tokens are the newest ones of a block.
+    """Equal up to rounding if padding is whole blocks; otherwise other tokens are the newest of a block.
 
-    With the longer sequences keys are relative to segments, of which the padding of the second one is a whole one.
+    With the longer sequences, keys are relative to segments, and the second sequence's padding is one whole segment.
     """
     plan = llama.plan(8, mean_tokens=16, window_bits=window_bits)
     plan = in_parts(plan) if lengths[0] - lengths[1] == SEGMENT else plan
@@ -148,7 +148,7 @@ def test_a_short_sequence_is_read_as_if_it_were_alone(
     for row in range(len(lengths)):
         own, _ = read(llama.model, plan, alone(*batch, row), LATER, **options)
         losses.append((divergence(found[row], exact[row]), divergence(own[0], exact[row])))
-        if row < 2:  # but for a latent on the edge of two codes, which rounding decides: it moves few logits
+        if row < 2:  # rounding decides a latent between two codes, which changes few logits
             far = ~torch.isclose(found[row], own[0], **CLOSE)
             assert far.double().mean() < 0.2 and (found[row] - own[0]).abs().max() < 0.05
     assert losses[2][0] < 1.5 * losses[2][1]
@@ -156,8 +156,8 @@ def test_a_short_sequence_is_read_as_if_it_were_alone(
 
 @KINDS
 @torch.no_grad()
-def test_segments_begin_where_positions_are_counted_from(options: dict[str, Any], llama: Fitted) -> None:
-    """A call without positions has those of the model, which counts padding; those of `generate` do not."""
+def test_segments_begin_where_position_counting_begins(options: dict[str, Any], llama: Fitted) -> None:
+    """Without position ids, the model's positions count padding; those of `generate` do not."""
     plan, (ids, mask) = in_parts(llama.plan(8, mean_tokens=16)), padded((120, 40))
     errors, counted = [], {"position_ids": (mask.cumsum(1) - 1).clamp(0)}
     for positions, behind in (({}, [0, 0]), (counted, [0, 80])):
@@ -172,8 +172,8 @@ def test_segments_begin_where_positions_are_counted_from(options: dict[str, Any]
     assert 0 < errors[0] < 1.2 * errors[1] and errors[1] < 1.2 * errors[0]
 
 
-def test_greedy_tokens_at_8x_are_those_of_each_sequence_alone(llama: Fitted, plan: LatentPlan) -> None:
-    ids, mask = padded((70, 46, 22))  # of padding in whole blocks
+def test_greedy_tokens_at_8x_are_those_of_each_sequence_without_padding(llama: Fitted, plan: LatentPlan) -> None:
+    ids, mask = padded((70, 46, 22))  # padding in whole blocks
     with switched(llama.model, plan):
         found = generate(llama.model, MODES["greedy"], ids, attention_mask=mask).sequences[:, -24:]
         for row in range(3):
@@ -211,8 +211,8 @@ def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mod
 
 
 @KINDS
-def test_chunks_know_where_a_sequence_begins(options: dict[str, Any], llama: Fitted, plan: LatentPlan) -> None:
-    """Segments and means are those of the sequence alone, whose first tokens are the only ones quantized more."""
+def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: Fitted, plan: LatentPlan) -> None:
+    """Segments and means are those of the unpadded sequence; its first tokens are quantized because it has no sinks."""
     ids, mask = padded((110, 21))
     cache = LatentCache(in_parts(plan), llama.model.config, **options)
     with torch.no_grad(), switched(llama.model, in_parts(plan)):
@@ -229,7 +229,7 @@ def test_chunks_know_where_a_sequence_begins(options: dict[str, Any], llama: Fit
 
 @KINDS
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_models_that_spell_attention_out_read_it_in_order(attention: str, options: dict[str, Any]) -> None:
+def test_models_with_explicit_attention_attend_in_order_of_position(attention: str, options: dict[str, Any]) -> None:
     model, batch = tiny_llama(attention), padded(LENGTHS, LATER)
     expected, _ = read(model, None, batch, LATER)
     plan = fit_plan.exact_plan(found_sites(model), recent=8, block=8)
@@ -242,7 +242,7 @@ def test_models_that_spell_attention_out_read_it_in_order(attention: str, option
 
 @KINDS
 @pytest.mark.parametrize("absorb", [True, False])
-def test_a_second_turn_goes_on_behind_the_first(absorb: bool, options: dict[str, int], llama: Fitted) -> None:
+def test_a_second_turn_continues_after_the_first(absorb: bool, options: dict[str, int], llama: Fitted) -> None:
     ids, mask = padded(LENGTHS, 50)
     with torch.no_grad():
         expected = call(llama.model, (ids, mask), (0, 120), None).logits[:, 70:]
@@ -268,7 +268,7 @@ def test_without_a_mask_later_tokens_see_the_padding_as_in_an_exact_cache(
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_selected_pages_read_no_padding(share: float, llama: Fitted) -> None:
+def test_selected_pages_contain_no_padding(share: float, llama: Fitted) -> None:
     plan, batch = paged(llama.plan(4), share), padded((140, 61), 20)
     found, cache = read(llama.model, plan, batch, 20)
     other = batch[0].clone()
@@ -279,7 +279,7 @@ def test_selected_pages_read_no_padding(share: float, llama: Fitted) -> None:
 
 
 @pytest.mark.parametrize("segments", [False, True])
-def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(
+def test_compiled_steps_support_it_and_other_padding_needs_no_other_graph(
     segments: bool, llama: Fitted, plan: LatentPlan
 ) -> None:
     model, plan = llama.model, in_parts(plan) if segments else plan
@@ -304,8 +304,8 @@ def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(
     assert graphs[0] == graphs[1]
 
 
-def test_compiled_steps_go_on_with_sequences_in_another_order(llama: Fitted, plan: LatentPlan) -> None:
-    """As beam search does after each step; what turns keys and queries then is made anew, in the graph."""
+def test_compiled_steps_continue_after_reordering_sequences(llama: Fitted, plan: LatentPlan) -> None:
+    """Beam search reorders after each step; the graph then recomputes the rotations of keys and queries."""
     model, plan = llama.model, in_parts(plan)
     compiled: Any = torch.compile(model, backend="eager", dynamic=False)
     torch._dynamo.reset()
@@ -327,8 +327,8 @@ def test_compiled_steps_go_on_with_sequences_in_another_order(llama: Fitted, pla
 
 @KINDS
 @torch.no_grad()
-def test_a_graph_of_the_whole_model_knows_positions_though_not_padding(options: dict[str, Any], llama: Fitted) -> None:
-    """Whose tokens stay where they are; the keys are as right as those of a call that is not compiled."""
+def test_a_graph_of_the_whole_model_knows_positions_but_not_padding(options: dict[str, Any], llama: Fitted) -> None:
+    """Tokens are not reordered in it; keys are as accurate as in an uncompiled call."""
     model, plan, (ids, mask) = llama.model, in_parts(llama.plan(8, mean_tokens=16)), padded((120, 40))
     positions = (mask.cumsum(1) - 1).clamp(0)
     given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
@@ -347,7 +347,7 @@ def test_a_graph_of_the_whole_model_knows_positions_though_not_padding(options: 
     assert 0 < errors[0] < 1.3 * errors[1]
 
 
-# ---- sequences that move
+# ---- moving sequences
 
 
 @KINDS
@@ -375,7 +375,7 @@ def test_padding_is_repeated_and_selected(llama: Fitted, plan: LatentPlan) -> No
 
 
 @KINDS
-def test_a_cache_that_begins_anew_asks_again(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+def test_a_reset_cache_reads_the_padding_again(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
     batch, outputs = padded((70, 70), 5), []
     for before in ((70, 70), (70, 21)):
         with switched(llama.model, plan):
@@ -390,7 +390,7 @@ def test_a_cache_that_begins_anew_asks_again(options: dict[str, int], llama: Fit
 @KINDS
 @pytest.mark.parametrize("target", [75, 60, 51, 40, 10, 2, 0])
 def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama: Fitted) -> None:
-    """Behind the sinks of the shortest sequence, at token 53, and before them."""
+    """Crop at token 53, after the sinks of the shortest sequence, and before them."""
     ids, mask = padded((*LENGTHS, 2), 30)
     first = torch.cat([ids[:, :target], token_ids(4, 80 - target)], 1)
     first[:, :70][mask[:, :70] == 0] = ids[:, :70][mask[:, :70] == 0]
@@ -411,7 +411,7 @@ def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama
 
 
 @KINDS
-def test_files_keep_it(options: dict[str, int], llama: Fitted, plan: LatentPlan, tmp_path: Path) -> None:
+def test_saved_caches_include_it(options: dict[str, int], llama: Fitted, plan: LatentPlan, tmp_path: Path) -> None:
     ids, mask = padded(LENGTHS, 10)
     expected, _ = read(llama.model, plan, (ids, mask), 10, **options)
     _, cache = read(llama.model, plan, (ids[:, :70], mask[:, :70]), 0, **options)
@@ -425,7 +425,7 @@ def test_files_keep_it(options: dict[str, int], llama: Fitted, plan: LatentPlan,
     "wrong",
     [torch.tensor([[[-1, 4, 0]], [[49, 4, 0]]]), torch.tensor([[[0, 4, 0]], [[90, 4, 0]]]), torch.zeros(1, 1, 3)],
 )
-def test_what_cannot_be_padding_is_refused(wrong: Tensor, llama: Fitted, plan: LatentPlan) -> None:
+def test_invalid_padding_is_refused(wrong: Tensor, llama: Fitted, plan: LatentPlan) -> None:
     _, cache = read(llama.model, plan, padded((70, 21)), 0)
     state = cache.layers[0].state()
     state["parts"][PADDING] = [wrong]
@@ -438,7 +438,7 @@ def test_what_cannot_be_padding_is_refused(wrong: Tensor, llama: Fitted, plan: L
 # ---- masks
 
 
-def test_padding_is_read_off_masks_of_every_kind() -> None:
+def test_padding_is_derived_from_masks_of_every_kind() -> None:
     _, mask = padded((6, 4, 1))
     causal = mask[:, None, None].bool() & torch.ones(6, 6, dtype=torch.bool).tril()
     additive = torch.zeros(3, 1, 6, 6).masked_fill(~causal, torch.finfo(torch.float32).min)
@@ -449,7 +449,7 @@ def test_padding_is_read_off_masks_of_every_kind() -> None:
         assert padding_ahead(given) is None
 
 
-def test_what_was_said_of_another_batch_is_not_believed(llama: Fitted, plan: LatentPlan) -> None:
+def test_the_padding_of_another_batch_is_not_used(llama: Fitted, plan: LatentPlan) -> None:
     site = plan.sites[0].site
     for batch, tokens in ((3, 70), (2, 69)):
         layer = LatentCache(plan, llama.model.config).layers[0]

@@ -1,4 +1,4 @@
-"""Latents in place of a module's buffers: what they hold, take over and give back."""
+"""Latents instead of a module's buffers: what they store, take over and restore."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("traced_only")
 # --------------------------------------------------------------------------------------------------- exact
 
 
-def test_new_weights_count_at_once() -> None:
+def test_new_weights_take_effect_at_once() -> None:
     model = decoder()
     plain, compiled = copy.deepcopy(model), compiled_with(model, exact_plan(model))
     ids = words(40)
@@ -47,19 +47,19 @@ def test_new_weights_count_at_once() -> None:
 # --------------------------------------------------------------------------------------------------- memory
 
 
-def test_the_buffers_give_their_memory_back_and_the_state_is_as_small_as_the_plan_says() -> None:
+def test_the_buffers_release_their_memory_and_the_state_is_as_small_as_planned() -> None:
     model = decoder()
     plan = coded_plan(model)
     held = sum(cache.nbytes for cache in caches(model))
     call(compiled_with(model, plan), words(20), 0)
-    assert all(cache.isnan().all() for cache in caches(model))  # what is read elsewhere
+    assert all(cache.isnan().all() for cache in caches(model))  # reads outside the graph give NaN
     state = module_buffers.state_of(model.layers[0].k_cache)
     rows, exact = (SLOTS - 3 + 1) * plan.sites[0].token_bytes(4), (3 + 1 + 16 + 1) * G * 2 * D * 4
     assert state is not None and state.nbytes == 2 * (rows + exact) + 16 * 8  # two sequences; slots of the ring
     assert sum(cache.untyped_storage().nbytes() for cache in caches(model)) < held / 40
 
 
-def test_a_state_dies_with_its_buffers() -> None:
+def test_a_state_is_freed_with_its_buffers() -> None:
     model = decoder()
     call(compiled_with(model, exact_plan(model)), words(20), 0)
     before = len(module_buffers._states)
@@ -68,7 +68,7 @@ def test_a_state_dies_with_its_buffers() -> None:
     assert len(module_buffers._states) == before - 1
 
 
-def test_what_writes_a_buffer_elsewhere_is_found() -> None:
+def test_a_write_to_a_buffer_outside_the_graph_is_noticed() -> None:
     model = decoder()
     compiled = compiled_with(model, exact_plan(model))
     call(compiled, words(20), 0)
@@ -86,7 +86,7 @@ def test_a_copy_of_a_module_has_no_tokens_and_says_so() -> None:
             call(compiled_with(other, plan), words(1), 20)
 
 
-def test_a_buffer_of_zeros_starts_again() -> None:
+def test_a_buffer_of_zeros_restarts() -> None:
     model = decoder()
     plain, compiled = copy.deepcopy(model), compiled_with(model, exact_plan(model))
     call(compiled, words(20), 0)
@@ -103,7 +103,7 @@ def test_a_buffer_of_zeros_starts_again() -> None:
 
 
 @pytest.mark.slow
-def test_restored_buffers_hold_what_the_latents_kept() -> None:
+def test_restored_buffers_hold_the_tokens_of_the_latents() -> None:
     for spelling in ("index", "index_put_, [T,B,G,D]"):
         model, ids = decoder(spelling), words(60)
         plain, plan = copy.deepcopy(model), exact_plan(model)
@@ -119,7 +119,7 @@ def test_restored_buffers_hold_what_the_latents_kept() -> None:
         torch.testing.assert_close(call(compiled, ids[:, 42:43], 42), call(plain, ids[:, 42:43], 42), **CLOSE)
 
 
-def test_buffers_that_are_loaded_are_taken_over() -> None:
+def test_loaded_buffers_are_taken_over() -> None:
     model = decoder()
     plain, compiled, ids = copy.deepcopy(model), compiled_with(model, exact_plan(model)), words(60)
     call(compiled, words(30), 0)

@@ -30,7 +30,7 @@ WINDOWS = (16, 8)
 
 
 def allocated(run: Callable[[], Any]) -> list[int]:
-    """Bytes of every block that torch's allocator hands out while `run` runs, in C++ too."""
+    """Return the size of every block that torch's allocator returns during `run`, including in C++."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
@@ -50,11 +50,14 @@ def decoding(model: Any, cache: Any, steps: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize("kernel", ["compiled", "torch"])
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
-def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
+def test_decoding_never_allocates_keys_or_values_of_full_length(
     llama: Fitted, static: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """3,000 tokens, steps over a block that is quantized, every allocation: none is as large as one layer's latents as
-    numbers, let alone its keys. What does grow are logits and masks, a few numbers a token."""
+    """Decode past 3,000 tokens, across a block that is quantized, and record every allocation.
+
+    None is as large as one layer's latents in floating point, let alone its keys. Only logits and masks grow, by a few
+    elements per token.
+    """
     if kernel == "torch":
         monkeypatch.setattr(background, "build", build_torch)
         monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
@@ -71,13 +74,13 @@ def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
     quantized = int(cache.layers[0].quantized_tokens)
     site = plan.sites[0]
     keys = quantized * site.site.kv_heads * site.site.key_dim * 4
-    rows = quantized * (site.key.row_bytes() + 2) * (site.key.groups + 1) * 1.1  # storage of codes, when it grows
+    rows = quantized * (site.key.row_bytes() + 2) * (site.key.groups + 1) * 1.1  # packed latents, while growing
     assert blocks and quantized > 2900
     assert max(blocks) < max(rows, keys / 3)
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "mpt"])
-def test_nor_in_models_that_write_their_attention_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_do_models_with_explicit_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manual_attention, "TILE", 64)
     row = next(m for m in zoo.DECODERS if m.name == name)
     limit = {"max_seq_len": 4096} if name == "mpt" else {}
@@ -115,9 +118,7 @@ def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("window_bits", WINDOWS)
 @pytest.mark.parametrize("layout", ["head", "input"])
-def test_the_report_is_what_the_allocator_handed_out(
-    layout: str, window_bits: int, static: bool, dtype: torch.dtype
-) -> None:
+def test_the_report_equals_the_allocated_bytes(layout: str, window_bits: int, static: bool, dtype: torch.dtype) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     plan = random_plan(layout, CODED, window_bits=window_bits, sinks=3)
@@ -133,12 +134,12 @@ def test_the_report_is_what_the_allocator_handed_out(
         cache.update(*batches[1], 0)
         return cache
 
-    fill()  # bases, kernels
+    fill()  # builds bases and kernels
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         cache = fill()
     events: Any = trace.profiler.kineto_results.events()
     held = sum(e.nbytes() for e in events if e.name() == "[memory]")
-    counters = 16 if static else 0  # how many tokens, how many quantized
+    counters = 16 if static else 0  # numbers of tokens and of quantized tokens
     assert cache.nbytes + counters == held
     (row,) = cache.report()
     assert row["bytes"] == cache.nbytes == sum(row[region] for region in REGIONS)
@@ -157,13 +158,13 @@ def test_the_report_is_what_the_allocator_handed_out(
         assert row["spare"] <= 2 * (packed + places * site.window_bytes(8))
 
 
-# ---- a window of 8 bits
+# ---- 8-bit window
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("layout", ["head", "input"])
 @pytest.mark.parametrize("window_bits", WINDOWS)
-def test_without_spare_rows_the_bytes_are_those_of_the_formula(window_bits: int, layout: str, sinks: int) -> None:
+def test_without_spare_rows_the_bytes_follow_the_formula(window_bits: int, layout: str, sinks: int) -> None:
     for tiers in ((), CODED):
         plan = random_plan(layout, tiers, window_bits=window_bits, sinks=sinks)
         for steps in ([1], [3, 1, 1], [100], [100, 3], [20, 1, 1, 1, 1]):
@@ -173,14 +174,14 @@ def test_without_spare_rows_the_bytes_are_those_of_the_formula(window_bits: int,
             row = cache.report()[0]
             assert cache.nbytes == row["bytes"]
             assert row["bytes"] - row["spare"] == plan.cache_bytes(sum(steps), itemsize=4)
-            places = spare_places(0, plan.block) if window_bits == 8 else 0  # of the window, by which it grows
+            places = spare_places(0, plan.block) if window_bits == 8 else 0  # by which the window grows
             assert row["spare"] <= places * plan.sites[0].window_bytes(window_bits)
 
 
 # ---- one latent for keys and values
 
 
-def test_one_latent_of_d_model_numbers_halves_the_bytes_of_packed_latents() -> None:
+def test_one_latent_of_width_d_model_halves_the_bytes_of_packed_latents() -> None:
     model = gpt2_with_biases()
     plan = shared()
     assert plan.sites[0].is_exact and 2 * plan.sites[0].token_bytes() == plan.exact_token_bytes() // 2

@@ -1,4 +1,4 @@
-"""A residual window of 8 bits."""
+"""An 8-bit residual window."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fhopt.plan.window import ResidualWindow
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_logits_behind_a_window_of_codes_stay_close_and_a_prompt_is_exact_to_itself(make: Any) -> None:
+def test_logits_after_a_quantized_window_stay_close_and_a_prompt_attends_to_itself_exactly(make: Any) -> None:
     model, ids = make(), token_ids(2, 60)
     exact, rounded = plans(make, 16), plans(make, 8)
     fhopt.apply(model, exact)
@@ -30,14 +30,14 @@ def test_logits_behind_a_window_of_codes_stay_close_and_a_prompt_is_exact_to_its
     absorbed = logits(model, LatentCache(rounded), ids, list(range(30, 60)))
     fhopt.unapply(model)
     rebuilt = logits(model, LatentCache(rounded), ids, list(range(30, 60)))
-    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-3, atol=1e-3)  # other order of sums, in float32
+    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-3, atol=1e-3)  # float32 sums in another order
     assert torch.equal(absorbed[:, :30], expected[:, :30])
     error = float((absorbed - expected).norm() / expected.norm())
-    assert 1e-5 < error < 1e-2  # a number moves by at most 1/254 of the largest of its row
+    assert 1e-5 < error < 1e-2  # an element moves by at most 1/254 of the largest of its row
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_window_of_codes_is_read_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+def test_a_quantized_window_is_dequantized_to_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0], absorb=False)
     for tokens in (3, 30, 1):
@@ -50,7 +50,7 @@ def test_a_window_of_codes_is_read_in_the_dtype_of_the_model(dtype: torch.dtype)
 @pytest.mark.parametrize("mean_tokens", [0, 16])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("steps", [[7], [30] + [1] * 9, [3, 1]])
-def test_the_oldest_tokens_are_the_first_that_are_read(steps: list[int], bits: int, mean_tokens: int) -> None:
+def test_the_oldest_tokens_come_first(steps: list[int], bits: int, mean_tokens: int) -> None:
     plan = replace(random_plan("head", CODED, window_bits=bits), mean_tokens=mean_tokens)
     layer = LatentLayer(plan, plan.sites[0], absorb=True)
     parts_after(layer, steps)
@@ -61,7 +61,7 @@ def test_the_oldest_tokens_are_the_first_that_are_read(steps: list[int], bits: i
         assert torch.equal(layer.window_keys.oldest(count, new), expected)
 
 
-# ---- places behind the window
+# ---- spare places of the window
 
 
 def parts_after(layer: LatentLayer, steps: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -74,7 +74,7 @@ def parts_after(layer: LatentLayer, steps: list[int], seed: int = 0) -> list[tor
 
 @pytest.mark.parametrize("mean_tokens", [0, 16])
 @pytest.mark.parametrize("steps", [[1] * 60, [30] + [1] * 40, [2, 3, 40, 1, 1, 7, 1, 20, 1]])
-def test_tokens_rounded_into_spare_places_are_those_that_are_joined(
+def test_tokens_rounded_into_spare_places_equal_concatenated_ones(
     steps: list[int], mean_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = replace(random_plan("head", CODED, window_bits=8), mean_tokens=mean_tokens)
@@ -86,7 +86,7 @@ def test_tokens_rounded_into_spare_places_are_those_that_are_joined(
 
 
 @needs_compiler
-def test_what_was_read_of_a_window_does_not_change_when_tokens_follow() -> None:
+def test_returned_parts_of_a_window_do_not_change_when_tokens_are_appended() -> None:
     fhopt.codegen.install()
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0])
@@ -95,7 +95,7 @@ def test_what_was_read_of_a_window_does_not_change_when_tokens_follow() -> None:
     copies = [part.clone() for part in held]
     other = copy.deepcopy(layer)
     parts_after(layer, [1, 1, 1], seed=1)
-    assert layer.window_keys.parts[1].data_ptr() == held[1].data_ptr()  # in place: nothing was copied
+    assert layer.window_keys.parts[1].data_ptr() == held[1].data_ptr()  # appended in place, without a copy
     for part, before in zip(held, copies, strict=True):
         assert torch.equal(part, before)
     parts_after(other, [1, 1, 1], seed=1)
@@ -103,7 +103,7 @@ def test_what_was_read_of_a_window_does_not_change_when_tokens_follow() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_window_that_was_cut_or_reordered_is_not_written_in_place() -> None:
+def test_a_cropped_or_reordered_window_is_not_written_in_place() -> None:
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0])
     parts_after(layer, [30, 1, 1])
@@ -117,7 +117,7 @@ def test_a_window_that_was_cut_or_reordered_is_not_written_in_place() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("change", ["each", "crop", "copy"])
-def test_a_window_that_was_set_anew_stands_in_no_room(change: str) -> None:
+def test_a_changed_window_has_no_reserved_room(change: str) -> None:
     fhopt.codegen.install()
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0], absorb=True)
@@ -137,7 +137,7 @@ def test_a_window_that_was_set_anew_stands_in_no_room(change: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(("quantized", "moves"), [(300, 64 // 8), (2048, 64 // 32), (6000, 1)])
-def test_the_longer_a_cache_the_rarer_its_window_is_copied(quantized: int, moves: int) -> None:
+def test_a_longer_cache_copies_its_window_less_often(quantized: int, moves: int) -> None:
     fhopt.codegen.install()
     window = RoundedWindow(ResidualWindow(0, 64, 64, 8))
     window.start(torch.randn(1, 2, 1, 8))
@@ -152,7 +152,7 @@ def test_the_longer_a_cache_the_rarer_its_window_is_copied(quantized: int, moves
 
 
 @pytest.mark.parametrize(("tokens", "places"), [(300, 8), (1500, 1472 // 64), (5000, 64)])
-def test_a_layer_spares_places_by_its_length_and_no_more_than_a_block(tokens: int, places: int) -> None:
+def test_a_layer_reserves_places_by_its_length_and_no_more_than_a_block(tokens: int, places: int) -> None:
     for block in (16, 64):
         plan = random_plan("head", CODED, window_bits=8, block=block)
         cache = LatentCache(plan, absorb=False)

@@ -1,4 +1,4 @@
-"""Means of a sequence, from which packed latents are differences."""
+"""Means of a sequence, which are subtracted before latents are quantized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.evaluation.perplexity import switched
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.serialization import describe_plan
 
-COUNT = 16  # tokens of the means
+COUNT = 16  # that the means are computed from
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def plan(llama: Fitted) -> LatentPlan:
 
 
 def steps(model: Any, cache: Any, ids: Tensor, prompt: int) -> Tensor:
-    """Logits of all tokens: the prompt in one call, then one token at a time."""
+    """Return the logits of all tokens: prefill the prompt, then decode token by token."""
     options = cached(cache)
     parts = [model(ids[:, :prompt], **options, use_cache=True).logits]
     parts += [model(ids[:, t : t + 1], **options, use_cache=True).logits for t in range(prompt, ids.shape[1])]
@@ -42,7 +42,7 @@ def logits(model: Any, plan: LatentPlan, ids: Tensor, prompt: int = 40, **option
         return steps(model, cache, ids, prompt), cache
 
 
-def test_the_mean_is_of_the_first_tokens_behind_the_sinks_that_came_together() -> None:
+def test_the_mean_is_of_the_first_tokens_after_the_sinks_within_one_call() -> None:
     keys, values = torch.randn(2, 3, 30, 8), torch.randn(2, 3, 30, 6)
     means = SequenceMeans(sinks=4, tokens=10, of_keys=True)
     means.start(keys, values)
@@ -73,7 +73,7 @@ def test_a_length_on_the_device_gives_the_same_means(calls: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("window_bits", [8, 16])
-def test_what_attention_adds_is_what_reconstructed_keys_and_values_hold(llama: Fitted, window_bits: int) -> None:
+def test_attention_adds_the_means_that_reconstructed_keys_and_values_include(llama: Fitted, window_bits: int) -> None:
     plan, ids = llama.plan(4, mean_tokens=COUNT, window_bits=window_bits), token_ids(2, 41)
     absorbed, cache = logits(llama.model, plan, ids)
     plain, _ = logits(llama.model, plan, ids, absorb=False)
@@ -88,15 +88,15 @@ def test_means_change_what_is_quantized(llama: Fitted, plan: LatentPlan) -> None
     assert (with_means - without).abs().max() > 1e-3
 
 
-def test_a_static_cache_reads_the_same(llama: Fitted, plan: LatentPlan) -> None:
+def test_a_static_cache_gives_the_same(llama: Fitted, plan: LatentPlan) -> None:
     ids = token_ids(2, 41)
     growing, _ = logits(llama.model, plan, ids)
     static, _ = logits(llama.model, plan, ids, max_cache_len=64)
     torch.testing.assert_close(static, growing, rtol=1e-4, atol=1e-4)
 
 
-def test_a_constant_in_keys_and_values_costs_no_bits(plan: LatentPlan, llama: Fitted) -> None:
-    """However large, it is gone before rounding, of latents and of the window in 8 bits, and comes back exactly."""
+def test_a_constant_offset_of_keys_and_values_costs_no_bits(plan: LatentPlan, llama: Fitted) -> None:
+    """An offset of any size is subtracted before rounding, in latents and in the 8-bit window, and restored exactly."""
     site = plan.sites[0].site
     common = torch.randn(1, site.kv_heads, 1, site.key_dim)
     x = torch.randn(1, site.kv_heads, 48, site.key_dim)
@@ -117,7 +117,7 @@ def test_a_constant_in_keys_and_values_costs_no_bits(plan: LatentPlan, llama: Fi
     assert (errors(replace(plan, mean_tokens=0), 100.0) > 20 * small).all()
 
 
-def test_where_logits_are_capped_keys_have_no_mean(plan: LatentPlan, llama: Fitted) -> None:
+def test_with_capped_logits_keys_have_no_mean(plan: LatentPlan, llama: Fitted) -> None:
     first = plan.sites[0]
     capped = replace(plan, sites=(replace(first, site=replace(first.site, softcap=5.0)), *plan.sites[1:]))
     cache = LatentCache(capped, llama.model.config)
@@ -129,7 +129,7 @@ def test_where_logits_are_capped_keys_have_no_mean(plan: LatentPlan, llama: Fitt
 
 @pytest.mark.parametrize("length", [None, 64])
 def test_means_move_with_their_sequences(llama: Fitted, plan: LatentPlan, length: int | None) -> None:
-    """Beams, files and copies; and a cache that begins anew takes new ones."""
+    """Reordering, saved state and copies; a reset cache computes new ones."""
     ids = token_ids(3, 50)
     _, cache = logits(llama.model, plan, ids, max_cache_len=length)
     layer = cache.layers[1]
@@ -146,8 +146,8 @@ def test_means_move_with_their_sequences(llama: Fitted, plan: LatentPlan, length
 
 
 @pytest.mark.parametrize("length", [None, 64])
-def test_a_copy_has_means_of_its_own(llama: Fitted, plan: LatentPlan, length: int | None) -> None:
-    """As assisted decoding makes: what is done to the copy does not change the cache, and both read alike."""
+def test_a_copy_has_its_own_means(llama: Fitted, plan: LatentPlan, length: int | None) -> None:
+    """Assisted decoding copies the cache: changes of the copy do not affect it, and both give the same logits."""
     ids = token_ids(2, 50)
     _, cache = logits(llama.model, plan, ids, max_cache_len=length)
     other = copy.deepcopy(cache)
@@ -169,20 +169,20 @@ def test_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
     assert cache.nbytes - spare == plan.cache_bytes(60, size)
 
 
-def test_a_plan_is_as_small_as_asked_with_its_means(llama: Fitted) -> None:
+def test_a_plan_with_means_has_the_requested_size(llama: Fitted) -> None:
     plan = llama.plan(5, mean_tokens=COUNT)
     assert plan.ratio(2048) >= 5
 
 
-def test_files_keep_them_and_others_stay_as_they_were(plan: LatentPlan, tmp_path: Path) -> None:
+def test_files_store_them_and_other_plans_have_the_same_digest_as_before(plan: LatentPlan, tmp_path: Path) -> None:
     loaded = LatentPlan.load(plan.save(tmp_path / "with"))
     assert loaded.mean_tokens == COUNT and loaded.digest() == plan.digest()
     without = replace(plan, mean_tokens=0)
     assert without.digest() != plan.digest()
-    assert describe_plan(without)["version"] == 3 and describe_plan(plan)["version"] == 5  # their digests are as before
+    assert describe_plan(without)["version"] == 3 and describe_plan(plan)["version"] == 5  # digests are unchanged
 
 
-def test_what_cannot_add_them_back_says_so(plan: LatentPlan) -> None:
+def test_an_operation_that_cannot_add_them_back_says_so(plan: LatentPlan) -> None:
     with pytest.raises(FhoptError, match=r"an exported step has no means.*16 tokens.*--mean-tokens 0"):
         plan.check_no_means("an exported step")
     replace(plan, mean_tokens=0).check_no_means("an exported step")

@@ -1,4 +1,4 @@
-"""Layers of a sliding window as packed latents: what they hold, and that attention reads what a window shows."""
+"""Sliding-window layers as packed latents: which tokens they store, and which ones attention sees."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def exact(model: Any, **options: Any) -> LatentPlan:
 
 
 def read(model: Any, ids: Tensor, calls: list[int], mask: Tensor | None = None) -> tuple[Tensor, Any]:
-    """Logits of tokens that are read in calls of so many each, and the cache."""
+    """Process tokens in calls of `calls` tokens each; return their logits and the cache."""
     parts, cache, at = [], None, 0
     for count in calls:
         options: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def read(model: Any, ids: Tensor, calls: list[int], mask: Tensor | None = None) 
 @pytest.mark.parametrize(
     ("name", "calls"), [*(("gemma3", calls) for calls in CALLS), *((name, CALLS[2]) for name in OTHERS)]
 )
-def test_an_exact_plan_changes_nothing_and_its_bytes_are_those_that_are_counted(name: str, calls: list[int]) -> None:
+def test_an_exact_plan_changes_nothing_and_its_bytes_are_as_counted(name: str, calls: list[int]) -> None:
     model, ids = models(name), tokens()
     expected, _ = read(model, ids, calls)
     plan = exact(model)
@@ -87,7 +87,7 @@ PADDED = [[150] + [1] * 50, [50, 10, 1, 1, 1, 1, 1] + [5] * 27, [40, 30, 30] + [
 
 
 @pytest.mark.parametrize("calls", PADDED)
-def test_so_it_is_with_left_padding(calls: list[int]) -> None:
+def test_the_same_holds_with_left_padding(calls: list[int]) -> None:
     model, ids = models(), tokens()
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
@@ -110,7 +110,7 @@ def test_padding_is_no_part_of_the_means(calls: list[int]) -> None:
         torch.testing.assert_close(means[:1], expected)
 
 
-def test_a_padded_batch_that_is_cropped_before_it_slides_goes_on() -> None:
+def test_a_padded_batch_cropped_before_it_slides_continues() -> None:
     model, ids = models(), tokens()
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
@@ -131,19 +131,19 @@ def test_a_padded_batch_that_is_cropped_before_it_slides_goes_on() -> None:
         at += count
 
 
-def test_quantized_latents_are_the_same_whatever_calls_the_tokens_came_in() -> None:
-    """With a window of 16 bits, where tokens are quantized as they came."""
+def test_quantized_latents_do_not_depend_on_how_tokens_are_split_into_calls() -> None:
+    """The window has 16 bits, from which tokens are quantized without previous rounding."""
     model, ids = models(), tokens()
     fhopt.apply(model, coded(exact(model)))
     states = []
     for calls in CALLS:
         cache = read(model, ids, calls)[1]
-        layer = cache.layers[0]  # those of later layers have errors of the calls before them
+        layer = cache.layers[0]  # later layers have errors of earlier calls
         states.append((layer.dropped, layer.quantized, layer.packed_keys.unpack(0, layer.quantized)))
     assert {state[:2] for state in states} == {(TOKENS - layer.held, layer.quantized)}
     for _, _, latents in states[1:]:
         difference = (latents - states[0][2]).abs()
-        assert (difference > 1e-3).float().mean() < 0.02  # what lies between two codes is rounded either way
+        assert (difference > 1e-3).float().mean() < 0.02  # values between two codes round either way
 
 
 def test_tokens_that_were_recorded_may_be_removed_again() -> None:
@@ -163,7 +163,7 @@ def test_tokens_that_were_recorded_may_be_removed_again() -> None:
             torch.testing.assert_close(logits[:, 0], expected[:, at], rtol=1e-3, atol=1e-4)
 
 
-def test_a_token_that_a_window_needs_and_no_longer_has_is_an_error_that_changes_nothing() -> None:
+def test_a_crop_that_needs_dropped_tokens_is_an_error_that_changes_nothing() -> None:
     model, ids = models(), tokens()
     fhopt.apply(model, exact(model))
     _, cache = read(model, ids, [150])
@@ -173,19 +173,19 @@ def test_a_token_that_a_window_needs_and_no_longer_has_is_an_error_that_changes_
         layer.crop(-20)
     assert layer.held == held and layer.get_seq_length() == 150
     full = cache.layers[-1]
-    cache.layers.insert(0, cache.layers.pop())  # one that can forget any token comes first
+    cache.layers.insert(0, cache.layers.pop())  # the first layer can remove any token
     with pytest.raises(FhoptError, match="activate_past_recording"):
         cache.crop(-20)
     assert full.get_seq_length() == 150
-    layer.crop(-150 + 150)  # nothing
+    layer.crop(-150 + 150)  # no token
     with pytest.raises(FhoptError, match="expected a number from"):
         layer.crop(1)
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"num_return_sequences": 2}])
-def test_generation_is_that_of_the_model_alone(options: dict[str, Any]) -> None:
+def test_generation_equals_that_of_the_unmodified_model(options: dict[str, Any]) -> None:
     model, ids = models(), tokens(1)[:, :100]
-    ids[:, 50:] = ids[:, :50]  # so that something is looked up
+    ids[:, 50:] = ids[:, :50]  # so that prompt lookup finds matches
     if "num_return_sequences" in options:
         options = options | {"num_beams": 2}
     alone = model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
@@ -194,7 +194,7 @@ def test_generation_is_that_of_the_model_alone(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("count", [40, 150])
-def test_a_saved_layer_goes_on_where_it_was(count: int) -> None:
+def test_a_saved_layer_continues_where_it_was(count: int) -> None:
     model, ids = models(), tokens()
     plan = coded(exact(model))
     fhopt.apply(model, plan)
@@ -238,7 +238,7 @@ def test_short_windows_stay_exact_and_static_caches_keep_theirs() -> None:
 
 @pytest.mark.parametrize("sliding", [0, MIN_SLIDING, 100, 512])
 @pytest.mark.parametrize("tokens", [1, 31, 99, 100, 101, 116, 511, 512, 600, 8192])
-def test_the_parts_of_a_residual_window_are_what_is_held(sliding: int, tokens: int) -> None:
+def test_the_parts_of_a_residual_window_are_the_stored_tokens(sliding: int, tokens: int) -> None:
     window = ResidualWindow(16, 256, 64, 8).within(sliding)
     first, newest, quantized = window.split(tokens, sliding)
     assert min(first, newest, quantized) >= 0

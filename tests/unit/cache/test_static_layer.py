@@ -1,4 +1,4 @@
-"""A static layer against a naive reference and a growing one."""
+"""A static layer against a naive reference and a dynamic one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ PLACES = 90
 
 
 class StaticStates(RuleBasedStateMachine):
-    """The naive reference keeps both forms of every token [B,G,1,D] and says which one is read: the coded one when the
-    token is quantized, which tokens are by the plan's rule, and those that a crop finds no longer in the ring."""
+    """The naive reference stores each token [B,G,1,D] in both forms.
+
+    Attention sees the quantized form if the token is quantized, by the plan's rule or because a crop no longer finds
+    it in the ring.
+    """
 
     plan: LatentPlan
 
@@ -116,7 +119,7 @@ class StaticStates(RuleBasedStateMachine):
         self.check()
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """What a call would see, [B,G,T,D]."""
+        """Return what a call would attend to, [B,G,T,D]."""
         site, first = self.plan.sites[0].site, self.plan.sinks
         pairs = [
             self.coded[i] if first <= i < first + self.quantized else self.exact[i] for i in range(len(self.exact))
@@ -147,7 +150,7 @@ def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(
 
 
 @pytest.mark.parametrize("places", [1, 3, 4, 12, 19, 20])
-def test_caches_that_end_before_or_just_behind_the_first_block_are_exact(places: int) -> None:
+def test_caches_that_end_before_or_just_after_the_first_block_are_exact(places: int) -> None:
     plan = random_plan("head", CODED)
     layer = StaticLatentLayer(plan, plan.sites[0], places, absorb=False)
     keys, values = torch.randn(1, 2, places, 16).double(), torch.randn(1, 2, places, 8).double()
@@ -159,7 +162,7 @@ def test_caches_that_end_before_or_just_behind_the_first_block_are_exact(places:
 
 
 def in_float64(plan: LatentPlan) -> LatentPlan:
-    """The plan with bases that make every latent in float64."""
+    """Return the plan with bases that make every latent in float64."""
 
     def double(side: SidePlan) -> SidePlan:
         return replace(side, encode=side.encode.double())
@@ -169,10 +172,11 @@ def in_float64(plan: LatentPlan) -> LatentPlan:
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_static_and_growing_caches_give_the_same_logits(fitted: Fitted, ratio: float) -> None:
-    """With a window of 16 bits; one of 8 bits seals rounded tokens where it grows, and exact ones where it is static.
+def test_static_and_dynamic_caches_give_the_same_logits(fitted: Fitted, ratio: float) -> None:
+    """The window has 16 bits: with 8 bits, dynamic caches quantize rounded tokens and static ones exact tokens.
 
-    In float64, so that both ways round every latent to the same code."""
+    In float64, so that both round every latent to the same code.
+    """
     model, ids = copy.deepcopy(fitted.model).double(), token_ids(2, 70)
     plan = in_float64(fitted.plan(ratio, window_bits=16))
     fhopt.apply(model, plan)
@@ -181,10 +185,10 @@ def test_static_and_growing_caches_give_the_same_logits(fitted: Fitted, ratio: f
         with torch.no_grad():
             steps = [(0, 20), (20, 33), *[(i, i + 1) for i in range(33, 70)]]
             found.append(torch.cat([model(ids[:, a:b], **cached(cache)).logits for a, b in steps], 1))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # the kernel of attention reckons in float32
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # the attention kernel computes in float32
 
 
-def test_static_and_growing_layers_hold_the_same_keys_in_segments() -> None:
+def test_static_and_dynamic_layers_store_the_same_keys_in_segments() -> None:
     plan = in_segments(random_plan("head", CODED, mean_tokens=12))
     layers = LatentLayer(plan, plan.sites[0], absorb=False), StaticLatentLayer(plan, plan.sites[0], 330, absorb=False)
     keys, values = torch.randn(2, 2, 320, 16).double(), torch.randn(2, 2, 320, 8).double()
@@ -200,10 +204,10 @@ def test_static_and_growing_layers_hold_the_same_keys_in_segments() -> None:
         count = plan.sinks + grown.quantized
         torch.testing.assert_close(a[:, :, :count], b[:, :, :count], rtol=1e-6, atol=1e-6)
     error = (grown.keys[:, :, :200] - keys[:, :, :200]).norm() / keys[:, :, :200].norm()  # type: ignore[index]
-    assert error < 1.5  # random bases keep little; keys of another segment would be worse than none
+    assert error < 1.5  # random bases store little; keys of another segment would be worse than zero
 
 
-def test_a_static_cache_takes_the_bytes_of_its_places_at_once(llama: Fitted) -> None:
+def test_a_static_cache_allocates_all_its_places_at_once(llama: Fitted) -> None:
     plan = llama.plan(4, window_bits=16)
     cache = LatentCache(plan, llama.model.config, max_cache_len=400)
     with torch.no_grad():
@@ -211,13 +215,13 @@ def test_a_static_cache_takes_the_bytes_of_its_places_at_once(llama: Fitted) -> 
         before = cache.nbytes
         llama.model(token_ids(2, 300), **cached(cache))
     assert cache.nbytes == before and cache.get_max_length() == 400 and cache.is_compileable
-    window = plan.window.first_length + 2  # and a place in each that is never read
+    window = plan.window.first_length + 2  # and an unused place in each
     exact, coded = plan.exact_token_bytes(itemsize=4), sum(p.token_bytes(4) for p in plan.sites)
     assert before == 2 * (window * exact + (cache.layers[0].capacity + 1) * coded)
     assert cache.layers[0].capacity == (400 - plan.sinks - plan.recent) // plan.block * plan.block
 
 
-def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_has_taken_them(llama: Fitted) -> None:
+def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_layer_stores_them(llama: Fitted) -> None:
     cache = LatentCache(llama.plan(4), llama.model.config, max_cache_len=50)
     with torch.no_grad():
         llama.model(token_ids(1, 45), **cached(cache))
@@ -228,7 +232,7 @@ def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_has_take
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
 
 
-def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_callers_object(llama: Fitted) -> None:
+def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_same_object(llama: Fitted) -> None:
     from transformers import StaticCache
 
     model, ids = llama.model, token_ids(1, 40)
@@ -242,7 +246,7 @@ def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_callers
     assert all(isinstance(layer, StaticLatentLayer) for layer in cache.layers)
 
 
-def test_without_a_plan_applied_a_static_cache_serves_a_model_all_the_same(llama: Fitted) -> None:
+def test_without_a_plan_applied_a_static_cache_still_works(llama: Fitted) -> None:
     ids = token_ids(1, 60)
     cache = LatentCache(llama.plan(1), llama.model.config, max_cache_len=64, absorb=False)
     with torch.no_grad():

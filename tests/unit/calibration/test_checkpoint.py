@@ -1,4 +1,4 @@
-"""Sums over batches, kept when a calibration is interrupted."""
+"""Sums over batches, saved when a calibration is interrupted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sums(calibration: run.Calibration) -> dict[str, Tensor]:
 
 
 def interrupted(llama: Fitted, folder: Path, stage: str = "moments") -> calibration_options.FitOptions:
-    """Options of a calibration that was interrupted with 4 batches of `stage` in its checkpoint."""
+    """Return options of a calibration interrupted with 4 batches of `stage` in its checkpoint."""
     options = replace(OPTIONS, checkpoint=folder / "state")
     with pytest.raises(Interrupted):
         measure(llama.captured, options, stop_at(stage, 5))
@@ -32,12 +32,12 @@ def interrupted(llama: Fitted, folder: Path, stage: str = "moments") -> calibrat
 
 
 @pytest.mark.parametrize("stage", ["moments", "rates"])
-def test_an_interrupted_calibration_goes_on_and_gives_the_same_sums(llama: Fitted, tmp_path: Path, stage: str) -> None:
+def test_an_interrupted_calibration_resumes_and_gives_the_same_sums(llama: Fitted, tmp_path: Path, stage: str) -> None:
     options = interrupted(llama, tmp_path, stage)
     assert (tmp_path / f"state.{stage}").exists()
     seen: list[tuple[str, int]] = []
     again = measure(llama.captured, options, lambda now, done, total: seen.append((now, done)))
-    moments, rates = ((4, 5, 6), range(6)) if stage == "moments" else ((6,), (4, 5))  # what is there is named first
+    moments, rates = ((4, 5, 6), range(6)) if stage == "moments" else ((6,), (4, 5))  # finished batches come first
     assert seen == [*(("moments", i) for i in moments), *(("rates", i) for i in rates)]
     whole = sums(measure(llama.captured))
     for name, total in sums(again).items():
@@ -49,7 +49,7 @@ def test_checkpoints_are_removed_when_the_calibration_is_done(llama: Fitted, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_written_without_a_place_for_checkpoints(
+def test_nothing_is_written_without_a_checkpoint_folder(
     llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_other_options_is_refused(llama: Fitted, tmp_path: Path)
         run.calibrate(CalibrationData(llama.captured, sequences(), {}, "tiny", "other"), options)
 
 
-def test_a_checkpoint_serves_another_size_of_plan(llama: Fitted, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_used_for_another_plan_size(llama: Fitted, tmp_path: Path) -> None:
     options = replace(interrupted(llama, tmp_path), ratio=2.0, bits=(4, 8), block=16, window_bits=16)
     assert measure(llama.captured, options).costs
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_refused(llama: Fitted, tmp_path: Path, damage: 
         measure(llama.captured, options)
 
 
-def test_a_place_that_cannot_be_written_is_named(llama: Fitted, tmp_path: Path) -> None:
+def test_an_unwritable_checkpoint_folder_is_named(llama: Fitted, tmp_path: Path) -> None:
     options = replace(OPTIONS, checkpoint=tmp_path / "absent" / "state")
     with pytest.raises(FhoptError, match=r"cannot write .*state\.moments"):
         measure(llama.captured, options)

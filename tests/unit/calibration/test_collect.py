@@ -1,4 +1,4 @@
-"""Statistics of calibration: sums over batches, costs, every kind of attention."""
+"""Calibration statistics: sums over batches, costs, every kind of attention."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_moments_and_metrics_sum_over_batches(fitted: Fitted) -> None:
         assert torch.equal(a, d)
 
 
-def test_moments_are_those_of_the_keys_that_stand_behind_the_sinks(llama: Fitted) -> None:
-    """Against keys and values seen in the graph; heads of a latent head stand side by side."""
+def test_moments_are_those_of_the_keys_after_the_sinks(llama: Fitted) -> None:
+    """Compare with keys and values recorded in the graph; heads of a latent head are concatenated."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
@@ -67,7 +67,7 @@ def test_moments_are_those_of_the_keys_that_stand_behind_the_sinks(llama: Fitted
 
 
 def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fitted) -> None:
-    """Moments and metrics, and so no other position than those of a segment."""
+    """Moments and metrics are both relative, so positions do not exceed those of a segment."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
@@ -92,7 +92,7 @@ def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fi
 
 
 def test_keys_and_values_without_rotation_are_also_summed_together(fitted: Fitted) -> None:
-    """What they have in common makes one matrix with their own moments: it has no negative direction."""
+    """Cross moments and both sides' moments form one matrix, which must have no negative direction."""
     for s in fitted.statistics.values():
         if s.site.rope is not None:
             assert s.cross is None and s.cross_metric is None
@@ -108,7 +108,7 @@ def test_keys_and_values_without_rotation_are_also_summed_together(fitted: Fitte
             assert float(cross.abs().max()) > 0
 
 
-def test_what_is_random_depends_on_the_number_of_a_batch_and_the_seed_alone(llama: Fitted) -> None:
+def test_random_choices_depend_only_on_batch_number_and_seed(llama: Fitted) -> None:
     first, second = numbered(2)
 
     def metrics(batches: list[Any], seed: int = 0) -> Tensor:
@@ -135,12 +135,12 @@ def test_progress_is_reported_batch_by_batch(llama: Fitted) -> None:
 
 
 @pytest.mark.parametrize("rows", [24, 128])
-def test_what_dropping_costs_is_the_square_of_a_sum_over_the_sequence(
+def test_the_cost_of_dropping_is_the_square_of_a_sum_over_the_sequence(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """One sequence, computed directly: ((sum over tokens of g x^T) applied to each channel's direction)^2, by queries.
+    """For one sequence: ((sum over tokens of g x^T) applied to each channel's direction)^2, by queries.
 
-    Gradients of some queries each: of the first tokens, and their squares are summed.
+    Gradients are taken for some queries at a time, of the first tokens, and their squares are summed.
     """
     monkeypatch.setattr(probed_attention, "QUERIES", rows)
     bases = {name: {"band": layouts["band"]} for name, layouts in llama.bases.items()}
@@ -167,13 +167,13 @@ def test_what_dropping_costs_is_the_square_of_a_sum_over_the_sequence(
         error = packing.rounded(latent / token, 4, 0.4) * token - latent
         coded = sum(((g @ basis.decode[0]) * error[: len(g)]).sum(0) ** 2 for g in gradients)
         assert isinstance(coded, Tensor)
-        # a number within float32 rounding of a threshold falls to the other side: rare, a step of one token each
+        # a value within float32 rounding of a threshold may fall on the other side, by a step of one token each: rare
         torch.testing.assert_close(measured.sums[4][0], coded, rtol=0.05, atol=1e-3 * float(coded.max()))
         assert int(measured.tokens) == 92
 
 
-def test_one_latent_of_keys_and_values_costs_what_both_errors_do_together(gpt2: Fitted) -> None:
-    """At 0 bits, one sequence: the effects of a channel on keys and on values add up before they are squared."""
+def test_the_cost_of_one_latent_for_keys_and_values_is_that_of_both_errors_together(gpt2: Fitted) -> None:
+    """At 0 bits, one sequence: the effects of a channel on keys and on values are added, then squared."""
     name, layouts = next(iter(gpt2.bases.items()))
     (basis,) = layouts["input"]
     bases: dict[str, dict[str, tuple[Basis, ...]]] = {n: {} for n in gpt2.bases} | {name: {"input": (basis,)}}
@@ -211,7 +211,7 @@ def test_costs_sum_over_batches(llama: Fitted) -> None:
         assert torch.equal(total, parts[name]) and total.any(), name
 
 
-def test_costs_of_a_model_in_bfloat16_are_those_of_latents_in_float32(llama: Fitted) -> None:
+def test_costs_of_a_bfloat16_model_are_those_of_latents_in_float32(llama: Fitted) -> None:
     x, gradient = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(2))
     basis = llama.bases[SITE]["band"][0]
     one, two = (SideCosts({bits: torch.zeros_like(basis.variance) for bits in (0, 8)}) for _ in range(2))
@@ -282,7 +282,7 @@ def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None
     model, example = make(), inputs()
     options = {} if kind in ("bidirectional",) else {"use_cache": False}
     captured = capture(model, (), example | options)
-    assert captured.is_logits == (kind != "bidirectional")  # BERT without a head gives hidden states
+    assert captured.is_logits == (kind != "bidirectional")  # BERT without a head returns hidden states
     outcome = pipeline.find(captured.program)
     statistics = collect.collect(captured, outcome, enumerate([example, inputs()]), **FAR)
     assert len(statistics) == count
@@ -299,8 +299,8 @@ def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None
     assert math.isfinite(plan.provenance["predicted_nats"])
 
 
-def test_another_output_counts_as_the_mean_of_a_unit_gaussian() -> None:
+def test_a_non_logit_output_counts_as_the_mean_of_a_unit_gaussian() -> None:
     output = torch.zeros(20_000, 2, requires_grad=True)
     likelihood = probe._random_score(output, False, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(likelihood, output)
-    torch.testing.assert_close(gradient.mT @ gradient / 20_000, torch.eye(2), rtol=0, atol=0.03)  # of 20,000 numbers
+    torch.testing.assert_close(gradient.mT @ gradient / 20_000, torch.eye(2), rtol=0, atol=0.03)  # of 20,000 samples

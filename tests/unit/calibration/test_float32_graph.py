@@ -1,4 +1,4 @@
-"""Graphs of 16 bits that run in float32: as the same weights in a model of float32 would."""
+"""16-bit graphs run in float32, as a float32 model with the same weights would."""
 
 from __future__ import annotations
 
@@ -41,10 +41,8 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_graph_of_16_bits_gives_the_logits_of_float32(
-    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(float32_graph, "PART", 640)  # several parts of each weight
+def test_a_16_bit_graph_gives_float32_logits(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float32_graph, "PART", 640)  # several parts per weight
     model, batch = small(kind).to(dtype), {"input_ids": numbered(1)[0][1]["input_ids"] % 97}
     wanted = copy.deepcopy(model).float()(**batch).logits
     rounded = model(**batch).logits.float()
@@ -54,13 +52,13 @@ def test_a_graph_of_16_bits_gives_the_logits_of_float32(
     assert error < 1e-5 < 0.1 * of_16_bits
 
 
-def test_a_graph_of_float32_runs_as_it_is() -> None:
+def test_a_float32_graph_runs_unchanged() -> None:
     model, batch = small("llama"), {"input_ids": numbered(1)[0][1]["input_ids"] % 97}
     torch.testing.assert_close(run(model, batch), model(**batch).logits)
 
 
 class Stack(nn.Module):
-    """Weights that are moved and cut before they are used, written to what is made of them, and a dtype asked for."""
+    """Weights that are moved and sliced before use, a write to a tensor derived from them, and a requested dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +89,7 @@ def test_parts_of_weights_and_dtypes_by_name() -> None:
 
 
 class Written(Stack):
-    """A part of a table that is written to."""
+    """A table with an in-place write to a part of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.weights[1:2]
@@ -100,7 +98,7 @@ class Written(Stack):
 
 
 class Autocast(Stack):
-    """Products that are rounded again."""
+    """Matmuls that autocast rounds again."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -108,20 +106,20 @@ class Autocast(Stack):
 
 
 class Stacked(Stack):
-    """A product with weights of several experts at once."""
+    """A batched matmul with the weights of several experts."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(x.to(torch.bfloat16).expand(3, -1, -1), self.weights.transpose(1, 2))
 
 
 @pytest.mark.parametrize("kind", [Written, Autocast])
-def test_graphs_that_float32_would_change_are_left_as_they_are(kind: type[Stack]) -> None:
+def test_graphs_that_float32_would_change_are_left_unchanged(kind: type[Stack]) -> None:
     captured = captured_stack(kind().to(torch.bfloat16), torch.randn(5, 8))
     assert not float32_graph.is_widened(captured.program.graph, captured.program.values.values())
 
 
 @pytest.mark.parametrize(("large", "is_widened"), [(192, True), (191, False)])
-def test_large_weights_of_other_products_are_not_copied(
+def test_large_weights_of_other_matmuls_are_not_copied(
     monkeypatch: pytest.MonkeyPatch, large: int, is_widened: bool
 ) -> None:
     monkeypatch.setattr(float32_graph, "LARGE", large)
@@ -130,10 +128,10 @@ def test_large_weights_of_other_products_are_not_copied(
 
 
 class Doubled(Tensor):
-    """Numbers that are more than what they hold."""
+    """A tensor subclass whose values are not those it stores."""
 
 
-def test_weights_that_are_more_than_their_numbers_are_left_as_they_are() -> None:
+def test_tensor_subclass_weights_are_left_unchanged() -> None:
     captured = captured_stack(Stack().to(torch.bfloat16), torch.randn(5, 8))
     graph, values = captured.program.graph, list(captured.program.values.values())
     assert float32_graph.is_widened(graph, values)
@@ -143,7 +141,7 @@ def test_weights_that_are_more_than_their_numbers_are_left_as_they_are() -> None
 
 @torch.library.custom_op("fhopt_test::halves", mutates_args=())
 def halves(x: Tensor) -> Tensor:
-    """Take bfloat16 alone."""
+    """Accept only bfloat16."""
     assert x.dtype == torch.bfloat16
     return x * 2
 
@@ -154,13 +152,13 @@ def _(x: Tensor) -> Tensor:
 
 
 class Custom(Stack):
-    """A model with an operator that is not torch's."""
+    """A model with a custom operator."""
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = halves(super().forward(x))
         return result
 
 
-def test_functions_that_are_not_torchs_are_left_as_they_are() -> None:
+def test_custom_functions_are_left_unchanged() -> None:
     captured = captured_stack(Custom().to(torch.bfloat16), torch.randn(5, 8))
     assert not float32_graph.is_widened(captured.program.graph, captured.program.values.values())

@@ -1,4 +1,4 @@
-"""Losses on held-out batches: those of a real cache of the plan, nothing for exact plans, and where they are kept."""
+"""KL on held-out batches: equal to that of a real cache, zero for exact plans, and stored in plans."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = [("one", {"input_ids": token_ids(1, 96)})]
 
 @pytest.mark.parametrize("options", [{"window_bits": 8, "mean_tokens": 16}, {"window_bits": 16}, {"layout": "auto"}])
 def test_losses_are_those_of_the_real_cache(llama: Fitted, options: dict[str, Any]) -> None:
-    """That is read in steps of 8 tokens, of which the window holds 8 to 15 and their own: about, then."""
+    """Compare with a real cache, called in steps of 8 tokens with a window of 8 to 15: equal only approximately."""
     plan = llama.plan(4, **options)
     model = probe.probed(llama.captured, llama.outcome)
     (check,) = check_losses(model, TEXT, [(1.0, plan)], FAR["recent"] + plan.block // 2)
@@ -43,10 +43,10 @@ def test_an_exact_plan_loses_nothing(llama: Fitted) -> None:
     plan = exact_plan(llama.outcome.sites.values(), sinks=4, recent=8, block=8)
     model = probe.probed(llama.captured, llama.outcome)
     (check,) = check_losses(model, TEXT, [(0.0, plan)], 8)
-    assert 0 <= check.measured[0] < 1e-9  # float32, in another order
+    assert 0 <= check.measured[0] < 1e-9  # float32 sums in another order
 
 
-def test_attention_without_a_plan_is_the_model_itself(llama: Fitted) -> None:
+def test_attention_without_a_plan_equals_the_model(llama: Fitted) -> None:
     model = probe.probed(llama.captured, llama.outcome)
     exact = model.run(TEXT[0][1], loss_check.PlanAttention(None))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_attention_without_a_plan_is_the_model_itself(llama: Fitted) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("masked", ["causal", "bool", "additive", "none"])
-def test_kernels_attend_as_one_softmax_over_all_parts(
+def test_kernels_attend_with_one_softmax_over_all_parts(
     llama: Fitted, masked: str, extra: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = llama.outcome.sites[next(iter(llama.outcome.sites))]
@@ -83,7 +83,7 @@ def test_kernels_attend_as_one_softmax_over_all_parts(
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_dispatched_model_is_checked_as_one_in_memory(llama: Fitted, tmp_path: Path) -> None:
+def test_a_dispatched_model_is_checked_like_one_in_memory(llama: Fitted, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     away = find_dispatched(offloaded(tmp_path / "model"), TEXT[0][1])
     losses = [
@@ -93,7 +93,7 @@ def test_a_dispatched_model_is_checked_as_one_in_memory(llama: Fitted, tmp_path:
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_a_calibration_keeps_its_checks_and_its_plans_have_an_interval(llama: Fitted, tmp_path: Path) -> None:
+def test_a_calibration_stores_its_checks_and_its_plans_have_an_interval(llama: Fitted, tmp_path: Path) -> None:
     steps: list[tuple[str, int]] = []
     held_out = [(f"text {i}", batch) for i, batch in numbered(2, start=50)]
     data = CalibrationData(llama.captured, sequences(), name="tiny", held_out=held_out)
@@ -111,15 +111,15 @@ def test_a_calibration_keeps_its_checks_and_its_plans_have_an_interval(llama: Fi
     assert loss.interval[0] < check.measured[0] < loss.interval[1]
 
 
-def test_a_calibration_without_held_out_text_is_as_before(llama: Fitted) -> None:
+def test_a_calibration_without_held_out_text_has_no_checks(llama: Fitted) -> None:
     measured = run.calibrate(CalibrationData(llama.captured, sequences(), {}, "tiny"), OPTIONS)
     loss = expected_loss(run.plan_from_calibration(measured, OPTIONS))
     assert CHECKS not in measured.provenance and loss is not None and loss.interval is None
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0])
-def test_a_small_divergence_has_its_digits_in_float32(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of logits that differ by a thousandth, whose KL is a millionth of a nat; logits of some tokens are masked."""
+def test_a_small_divergence_is_accurate_in_float32(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits differ by a thousandth, so that KL is about a millionth of a nat; some tokens have masked logits."""
     monkeypatch.setattr(probe, "PROBABILITIES", 3000)
     exact = 3 * torch.randn(2, 5, 1000)
     exact[..., -10:] = torch.finfo(torch.float32).min
@@ -130,21 +130,21 @@ def test_a_small_divergence_has_its_digits_in_float32(size: float, monkeypatch: 
 
 
 @pytest.mark.parametrize("sure", [50.0, 100.0, 300.0])
-def test_a_plan_that_is_sure_where_the_model_is_not_diverges_by_a_finite_number(sure: float) -> None:
-    """And the other way round: what float32 cannot hold of a ratio of probabilities."""
+def test_a_plan_certain_where_the_model_is_not_has_a_finite_divergence(sure: float) -> None:
+    """And vice versa: float32 cannot represent such a ratio of probabilities."""
     flat, sharp = torch.zeros(1, 4), torch.tensor([[sure, 0.0, 0.0, 0.0]])
     for exact, other in ((sharp, flat), (flat, sharp)):
         p, q = exact.double().log_softmax(-1), other.double().log_softmax(-1)
         assert loss_check._divergence(exact, other) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
 
 
-def test_tokens_that_are_hidden_alike_diverge_by_nothing() -> None:
+def test_tokens_masked_in_both_contribute_no_divergence() -> None:
     logits = torch.randn(1, 4, 50)
     logits[..., 7] = -math.inf
     assert loss_check._divergence(logits, logits.clone()) == 0.0
 
 
-def test_losses_of_a_model_of_16_bits_are_those_of_its_weights_in_float32(
+def test_losses_of_a_16_bit_model_are_those_of_its_weights_in_float32(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama().to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Calibration of models that accelerate has dispatched."""
+"""Calibration of models dispatched by accelerate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Relative to the largest number of each sum."""
+    """Largest difference, relative to the largest element of each sum."""
     pairs = [(left[name].double(), right[name].double()) for name in left]
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
@@ -52,7 +52,7 @@ def test_a_model_on_disk_gives_the_plan_of_one_in_memory(folder: Path) -> None:
     assert away.config._attn_implementation == whole.config._attn_implementation
 
 
-def test_products_in_float32_are_those_of_both_runs_of_a_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_matmuls_are_those_of_both_runs_of_a_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches, sums = [batch for _, batch in numbered(3)], []
     few = replace(OPTIONS, sequences=2, rate_sequences=1)
     for by_loops in (False, True):
@@ -60,7 +60,7 @@ def test_products_in_float32_are_those_of_both_runs_of_a_block(folder: Path, mon
         model = offloaded(folder, torch.bfloat16)
         measured = run.calibrate(of_batches(model, batches), few)
         sums.append(checkpoint.named_moments(measured.statistics))
-    assert largest_difference(sums[1], sums[0]) < 0.2  # rounding to bfloat16; with a weight transposed above 1
+    assert largest_difference(sums[1], sums[0]) < 0.2  # bfloat16 rounding; above 1 if a weight is transposed
 
 
 def test_no_weights_of_blocks_are_held_for_the_backward_pass(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_no_weights_of_blocks_are_held_for_the_backward_pass(folder: Path) -> No
 
 
 def tiny_qwen() -> Any:
-    """Qwen3: keys are normed before they rotate."""
+    """Qwen3: keys are normed before RoPE."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes: dict[str, Any] = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -112,7 +112,7 @@ def test_a_dispatched_module_that_is_not_a_model_of_transformers_is_refused() ->
         run.calibrate(of_batches(module, [{"input": torch.zeros(1, 4)}]), OPTIONS)
 
 
-def test_attention_that_a_model_writes_out_is_refused_on_several_devices() -> None:
+def test_a_model_with_explicit_attention_is_refused_on_several_devices() -> None:
     from accelerate import cpu_offload
     from transformers import BloomConfig, BloomForCausalLM
 

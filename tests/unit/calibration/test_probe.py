@@ -1,4 +1,4 @@
-"""The probe of attention, against autograd and against the definition."""
+"""The attention probe, against autograd and against the definition."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SITE = "model.layers.1.self_attn"
 
 
 @pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min])
-def test_a_mask_of_large_numbers_hides_as_one_of_infinities(llama: Fitted, hidden: float) -> None:
-    """A query that sees nothing has no weights in either."""
+def test_a_mask_of_large_finite_values_hides_like_infinite_ones(llama: Fitted, hidden: float) -> None:
+    """A fully masked query has no weights in either."""
     allowed = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
-    allowed[0, :, :, :6] = False  # padding, whose queries see nothing
+    allowed[0, :, :, :6] = False  # padding, whose queries are fully masked
     site = next(iter(llama.outcome.sites.values()))
     q, k, v = (torch.randn(2, heads, 20, 16) for heads in (4, 2, 2))
     found = []
@@ -37,8 +37,8 @@ def test_a_mask_of_large_numbers_hides_as_one_of_infinities(llama: Fitted, hidde
 
 
 @pytest.mark.parametrize("change", ["another mask", "written to", "causal"])
-def test_tiles_of_a_mask_are_kept_as_long_as_it_says_the_same(llama: Fitted, change: str) -> None:
-    """Layers that get one mask share them; a mask that was written to is another."""
+def test_tiles_of_a_mask_are_reused_while_the_mask_is_unchanged(llama: Fitted, change: str) -> None:
+    """Layers with the same mask share its tiles; a mask that was written to counts as another."""
     site = next(iter(llama.outcome.sites.values()))
     q, k, v = (torch.randn(1, heads, 20, 16) for heads in (4, 2, 2))
     watch = calibration_probe.Watch((2, 5), lambda *_: lambda *gradients: None)
@@ -55,8 +55,8 @@ def test_tiles_of_a_mask_are_kept_as_long_as_it_says_the_same(llama: Fitted, cha
     assert not torch.allclose(out, first)
 
 
-def test_the_metric_is_made_of_gradients_of_the_random_score(llama: Fitted) -> None:
-    """Each sequence's gradient with respect to the values of the last layer, when no query is near: recent is 0."""
+def test_the_metric_consists_of_gradients_of_the_random_score(llama: Fitted) -> None:
+    """Compare with each sequence's gradient by the last layer's values, with no query in the window: recent is 0."""
     seen: list[Tensor] = []
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
@@ -92,8 +92,8 @@ def test_squares_of_the_score_are_the_fisher_information(one: list[float]) -> No
     assert float((found - fisher).norm() / fisher.norm()) < 0.02  # 50,000 draws: below 1 percent
 
 
-def test_a_position_that_is_sure_says_as_much_in_every_draw() -> None:
-    """Of drawn labels one in a thousand would say everything here, and its square would vary by thirty times."""
+def test_a_position_with_certain_predictions_contributes_equally_in_every_draw() -> None:
+    """With sampled labels, one in a thousand would carry all the information, and its square would vary 30-fold."""
     logits = torch.tensor([[7.0, 0.0]]).expand(2000, -1).contiguous().requires_grad_()
     score = calibration_probe._random_score(logits, True, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(score, logits)
@@ -101,11 +101,11 @@ def test_a_position_that_is_sure_says_as_much_in_every_draw() -> None:
     assert float(squares.std() / squares.mean()) < 0.1
 
 
-def test_signs_are_drawn_alike_and_independently() -> None:
+def test_signs_are_drawn_uniformly_and_independently() -> None:
     shape, like = torch.Size((4000, 19)), torch.zeros(())
     signs = calibration_probe._random_signs(shape, torch.Generator().manual_seed(3), like).double()
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    products = signs.T @ signs / len(signs)  # 1 with itself, else 0 within 5 deviations
+    products = signs.T @ signs / len(signs)  # 1 on the diagonal, else 0 within 5 deviations
     assert float((products - torch.eye(19)).abs().max()) < 5 / 4000**0.5
     assert float(signs.mean(0).abs().max()) < 5 / 4000**0.5
     assert float((signs[1:] * signs[:-1]).mean(0).abs().max()) < 5 / 4000**0.5

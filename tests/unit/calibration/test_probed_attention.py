@@ -1,4 +1,4 @@
-"""Attention that shows gradients, against autograd and against the definition."""
+"""Attention that exposes gradients, against autograd and against the definition."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def causal(queries: int, keys: int) -> Tensor:
 
 
 def padded(queries: int, keys: int) -> Tensor:
-    """Causal, and the first sequence begins with 6 tokens of padding, whose queries see nothing at all."""
+    """A causal mask; the first sequence begins with 6 tokens of padding, whose queries are fully masked."""
     mask = causal(queries, keys).repeat(2, 1, 1, 1)
     mask[0, :, :, :6] = False
     return mask
 
 
-BLIND = (torch.arange(20) == 4).unsqueeze(-1)  # a query that sees nothing
+BLIND = (torch.arange(20) == 4).unsqueeze(-1)  # a fully masked query
 
 
 def numbers(queries: int, keys: int) -> Tensor:
@@ -51,7 +51,7 @@ MASKS: dict[str, Callable[[int, int], Tensor | None]] = {
 def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
     monkeypatch: pytest.MonkeyPatch, kind: str, softcap: float, extra: int, rows: int, keys: int
 ) -> None:
-    """Against automatic differentiation through an explicit perturbation of what is far, in float64, tile by tile."""
+    """Compare with autograd through an explicit perturbation of quantized tokens, in float64, tile by tile."""
     monkeypatch.setattr(probed_attention, "QUERIES", rows)
     sizes = (4, 20, 16), (2, keys, 16), (2, keys, 8)
     q, k, v = (torch.randn(2, heads, tokens, dim, dtype=torch.float64) for heads, tokens, dim in sizes)
@@ -95,7 +95,7 @@ def _attention(
     q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], bias: Tensor | None, sinks: Tensor | None,
     far: Tensor, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """Attend the obvious way; far keys and values are (number, change), near ones the number alone."""
+    """Attend step by step; quantized keys and values are (value, change), those in the window only values."""
     (k, dk), (v, dv) = ([x.repeat_interleave(2, 1) for x in pair] for pair in (keys, values))
     logits = torch.where(far, q @ (k + dk).mT, q @ k.mT) * 0.3
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits

@@ -1,4 +1,4 @@
-"""What a calibration gives its plans, and batches that run out before a plan can be made."""
+"""Plans from a calibration, and batches that run out before a plan can be made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_batch_at_all_is_refused(llama: Fitted) -> None:
         measure(llama.captured, count=0)
 
 
-def test_batches_that_leave_none_to_choose_bits_by_are_refused(llama: Fitted) -> None:
+def test_batches_that_leave_none_for_choosing_bits_are_refused(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match="bits are chosen by others"):
         measure(llama.captured, count=6)
 
@@ -34,8 +34,8 @@ def test_batches_that_leave_none_to_choose_bits_by_are_refused(llama: Fitted) ->
 OPTIONS = FitOptions(sequences=3, rate_sequences=2, sinks=4, recent=8, block=8, tokens=2048, mean_tokens=16)
 
 
-def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: Fitted) -> None:
-    """Their moments are other ones; and what calibrates any module keeps none, whatever is asked."""
+def test_plans_have_means_if_statistics_are_of_differences_from_them(llama: Fitted) -> None:
+    """Their moments differ; calibration of arbitrary modules subtracts none, even if requested."""
     torch.manual_seed(0)
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
     weights = dict(llama.model.named_parameters())
@@ -55,7 +55,7 @@ def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: F
     assert run.plan_from_calibration(module, OPTIONS).mean_tokens == 0
 
 
-def test_small_plans_have_trellis_codes_where_these_are_read(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_plans_have_trellis_codes_if_supported(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
     weights = dict(llama.model.named_parameters())
@@ -81,8 +81,8 @@ def test_small_plans_have_trellis_codes_where_these_are_read(llama: Fitted, monk
     assert not has_trellis(measured) and has_trellis(measured, device="cpu")
 
 
-def test_keys_are_relative_to_segments_where_a_plan_has_means(llama: Fitted) -> None:
-    """And the plan may be written, with what it says."""
+def test_keys_are_relative_to_segments_in_plans_with_means(llama: Fitted) -> None:
+    """Such a plan can be saved, with its description."""
     torch.manual_seed(0)
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
     weights = dict(llama.model.named_parameters())
@@ -96,13 +96,13 @@ def test_keys_are_relative_to_segments_where_a_plan_has_means(llama: Fitted) -> 
     assert [s.segment for s in plan_with().sites] == [512] * len(llama.outcome.sites)
     assert plan_with(segment=64).segment == 64
     assert plan_with(mean_tokens=0).segment == plan_with(segment=0).segment == plan_with(ratio=1.0).segment == 0
-    assert replace(OPTIONS, device="h100").segment_tokens == 0  # no kernel of a GPU turns queries
+    assert replace(OPTIONS, device="h100").segment_tokens == 0  # no GPU kernel rotates queries by segment
     module = run.calibrate(of_batches(tiny_llama(), [batch | {"use_cache": False} for batch in batches]), OPTIONS)
     assert run.plan_from_calibration(module, OPTIONS).segment == 0
 
 
 @pytest.mark.parametrize("segment", [-64, 100, 32, 1 << 20])
-def test_segments_that_no_kernel_reads_are_refused(segment: int) -> None:
+def test_segments_without_kernel_support_are_refused(segment: int) -> None:
     with pytest.raises(FhoptError, match=f"segments of {segment} tokens; expected 0, for none, or a multiple of 64 up"):
         replace(OPTIONS, segment=segment).check_sizes()
 
@@ -117,10 +117,10 @@ def test_segments_that_no_kernel_reads_are_refused(segment: int) -> None:
         (10**6, 128, 1024, 32),
     ],
 )
-def test_the_residual_window_is_a_share_of_the_context_that_a_plan_is_made_for(
+def test_the_residual_window_is_a_share_of_the_target_context(
     tokens: int, context: int, window: int, near: int
 ) -> None:
-    """And calibration leaves out as much, as far as its sequences allow."""
+    """Calibration excludes as many tokens, as far as its sequences allow."""
     options = FitOptions(tokens=tokens, context=context)
     assert (options.window.recent, options.near_tokens) == (window, near)
     assert FitOptions(tokens=tokens, context=context, recent=300).window.recent == 300
@@ -128,8 +128,8 @@ def test_the_residual_window_is_a_share_of_the_context_that_a_plan_is_made_for(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_with_a_constant_part_are_as_right_far_behind_the_calibration_as_within_it(dtype: torch.dtype) -> None:
-    """A bias of keys turns with the position: from its mean, 1,000 tokens later, it has turned away."""
+def test_keys_with_a_constant_part_are_as_accurate_far_beyond_the_calibration_as_within_it(dtype: torch.dtype) -> None:
+    """RoPE rotates a key bias with the position: 1,000 tokens later it has rotated away from its mean."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4

@@ -1,4 +1,4 @@
-"""Which sites are fitted where some layers keep a sliding window, and how they are named and masked."""
+"""Sites in models with sliding-window layers: which ones are fitted, their names and masks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def fitted(captured: Captured) -> list[str]:
 
 
 @pytest.mark.parametrize("tokens", [16, WINDOW + 16])
-def test_a_window_is_found_in_graphs_shorter_than_it_and_its_site_is_fitted(tokens: int) -> None:
+def test_a_window_is_found_in_shorter_graphs_and_its_site_is_fitted(tokens: int) -> None:
     captured, outcome = found(windowed("gemma3", **GEMMA), tokens)
     masks = [(site.mask, site.window) for site in outcome.sites.values()]
     assert masks == [("sliding", WINDOW), ("causal", 0)]
     assert fitted(captured) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
-def test_a_model_in_which_every_layer_slides_is_fitted_and_refused_where_windows_are_short() -> None:
+def test_a_model_with_only_sliding_layers_is_fitted_and_refused_if_windows_are_short() -> None:
     assert len(fitted(found(windowed("mistral"))[0])) == 2
     captured, _ = found(windowed("mistral", sliding_window=MIN_SLIDING - 1))
     with pytest.raises(FhoptError, match=f"windows of at most {MIN_SLIDING - 1}"):
@@ -42,8 +42,8 @@ def test_a_model_in_which_every_layer_slides_is_fitted_and_refused_where_windows
 
 
 @pytest.mark.slow
-def test_the_size_that_is_asked_for_is_that_of_all_layers_that_are_compressed() -> None:
-    """Layers of a sliding window count with the tokens that they hold, and get more bits for that."""
+def test_the_requested_size_includes_all_compressed_layers() -> None:
+    """Sliding layers count with the tokens that they store, and therefore get more bits."""
     model = windowed("gemma3", **GEMMA)
     rows = torch.randint(3, VOCABULARY, (12, 1, 256), generator=torch.Generator().manual_seed(0))
     sizes: dict[str, Any] = dict(context=256, sequences=8, rate_sequences=4, sinks=4, recent=32, block=8)
@@ -52,13 +52,13 @@ def test_the_size_that_is_asked_for_is_that_of_all_layers_that_are_compressed() 
         plan = fhopt.fit(model, batches=batches, ratio=ratio, tokens=1024, device=device, **sizes)
         size = cache_size(plan, 1024)
         assert size.exact_layers == 0 and size.ratio == size.compressed_ratio == plan.ratio(1024)
-        assert ratio <= size.ratio < ratio * (1.03 if device is None else 1.3)  # whole planes for a GPU
+        assert ratio <= size.ratio < ratio * (1.03 if device is None else 1.3)  # whole bit planes for a GPU
         sliding, full = plan.sites
         assert sliding.token_bytes() > full.token_bytes()
 
 
-def test_a_plan_of_a_gemma_3_type_makes_the_whole_cache_as_small_as_it_was_asked_to() -> None:
-    """Bytes that are allocated, in bfloat16, of sliding and full layers, against an ordinary cache."""
+def test_a_plan_of_a_gemma_3_model_gives_the_whole_cache_the_requested_size() -> None:
+    """Compare allocated bytes of sliding and full layers, in bfloat16, with an ordinary cache."""
     model = windowed("gemma3", sliding_window=512, head_dim=64).bfloat16()
     rows = torch.randint(3, VOCABULARY, (9, 1, 128), generator=torch.Generator().manual_seed(0))
     sizes: dict[str, Any] = dict(context=128, sequences=6, rate_sequences=3)
@@ -78,7 +78,7 @@ def test_a_plan_of_a_gemma_3_type_makes_the_whole_cache_as_small_as_it_was_asked
 
 
 @pytest.mark.slow
-def test_layers_that_read_keys_and_values_of_another_have_their_own_names_and_are_not_fitted() -> None:
+def test_layers_that_share_keys_and_values_of_another_have_their_own_names_and_are_not_fitted() -> None:
     captured, outcome = found(windowed("gemma3n"))
     names = [site.name for site in outcome.sites.values()]
     assert names == [f"model.layers.{i}.self_attn" for i in range(6)]

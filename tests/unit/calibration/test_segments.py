@@ -1,4 +1,4 @@
-"""Graphs that are differentiated in segments: the same gradients as at once, with less memory."""
+"""Graphs differentiated in segments: the same gradients as in one pass, with less memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def watched(model: nn.Module, inputs: dict[str, Any]) -> tuple[Captured, Outcome
 
 
 def gradients(captured: Captured, outcome: Outcome, batches: Any) -> Seen:
-    """Keys, values and their gradients at every site, in the order in which they were seen."""
+    """Return keys, values and their gradients at every site, in the order of visits."""
     seen: Seen = {}
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
@@ -49,7 +49,7 @@ def test_the_gradients_are_those_of_the_whole_graph(make: Callable[[], Any], mon
         assert all(map(torch.equal, tensors, in_segments[name])), name
 
 
-def test_a_transformer_is_cut_where_its_residual_stream_alone_is_alive() -> None:
+def test_a_transformer_is_cut_where_only_its_residual_stream_is_live() -> None:
     captured, outcome = watched(tiny_llama(num_hidden_layers=4), {**numbered(1)[0][1], "use_cache": False})
     graph = captured.program.graph
     result: Any = graph.output_node().args[0][captured.result]  # type: ignore[index]
@@ -60,7 +60,7 @@ def test_a_transformer_is_cut_where_its_residual_stream_alone_is_alive() -> None
 
 
 class Skips(nn.Module):
-    """Attention whose result is read two blocks later, in pieces, beside a mask that all blocks read."""
+    """Attention whose result is used two blocks later, in slices, and a mask that all blocks use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ def test_tensors_that_pass_over_segments_have_the_sum_of_their_gradients(monkeyp
     in_segments = gradients(captured, outcome, [(0, {"x": x})])
     for name, tensors in whole.items():
         for a, b in zip(tensors, in_segments[name], strict=True):
-            torch.testing.assert_close(a, b)  # gradients of a tensor are added in another order
+            torch.testing.assert_close(a, b)  # sums in another order
 
 
 class Changes(nn.Module):
-    """Attention blocks between which a tensor is changed in place by a custom call that functionalizing leaves."""
+    """Attention blocks with an in-place change between them, by a custom call that functionalization leaves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,8 +116,8 @@ def test_a_graph_that_changes_tensors_in_place_is_left_whole() -> None:
     assert len(segments.cut(graph, outcome.sites, result)) == 1
 
 
-def test_one_segment_alone_has_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that autograd keeps at once: of eight layers, about an eighth."""
+def test_only_one_segment_has_its_activations_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that autograd saves at once: about an eighth of those of eight layers."""
     batches = numbered(1)
     captured, outcome = watched(tiny_llama(num_hidden_layers=8), {**batches[0][1], "use_cache": False})
 
@@ -144,7 +144,7 @@ def test_one_segment_alone_has_its_activations(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_activations_are_counted_from_the_first_attention_on() -> None:
-    """Every further layer counts the same, in float32 at least its input, its MLP's three tensors and its queries."""
+    """Each further layer adds the same: at least its input, its MLP's three tensors and its queries, in float32."""
     inputs: dict[str, Any] = {**numbered(1)[0][1], "use_cache": False}
     counts = []
     for layers in (2, 3, 4):

@@ -1,4 +1,4 @@
-"""Files of statistics: plans from one are those of the calibration that wrote it."""
+"""Statistics files: plans from a file are those of the calibration that wrote it."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_plans_are_those_of_the_calibration(
 
 
 def test_sites_of_a_plan_keep_the_order_of_the_model(measured: run.Calibration, tmp_path: Path) -> None:
-    reversed_names = list(measured.statistics)[::-1]  # as layer 10 comes behind layer 9, but not by name
+    reversed_names = list(measured.statistics)[::-1]  # layer 10 follows layer 9, but not by name
     other = replace(measured, statistics={name: measured.statistics[name] for name in reversed_names})
     save_statistics(other, tmp_path / "other.stats")
     plan = run.plan_from_calibration(load_statistics(tmp_path / "other.stats"), replace(OPTIONS, ratio=4.0))
     assert [one.site.name for one in plan.sites] == reversed_names
 
 
-def test_a_file_of_before_there_were_segments_is_of_keys_as_they_were(
+def test_a_file_from_before_segments_has_statistics_of_unsegmented_keys(
     measured: run.Calibration, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load_statistics(file).options.segment == 512
@@ -67,7 +67,7 @@ def test_a_file_of_before_there_were_segments_is_of_keys_as_they_were(
     assert run.plan_from_calibration(old, replace(OPTIONS, ratio=4.0)).segment == 0
 
 
-def test_one_calibration_gives_the_plans_that_calibrating_for_each_gives(llama: Fitted, file: Path) -> None:
+def test_one_calibration_gives_the_same_plans_as_separate_ones(llama: Fitted, file: Path) -> None:
     weights = dict(llama.model.named_parameters())
     for layout, device, ratio in (("auto", None, 4.0), ("auto", "h100", 2.0), ("head", None, 4.0)):
         options = replace(OPTIONS, ratio=ratio, layout=layout, device=device, segment=512)
@@ -84,7 +84,7 @@ def test_a_layout_that_was_not_measured_is_refused(file: Path) -> None:
         run.plan_from_calibration(load_statistics(file), replace(OPTIONS, layout="input"))
 
 
-def test_what_is_no_file_of_statistics_is_refused(file: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused_as_statistics(file: Path, tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match=r"cannot read .*fhopt calibrate MODEL -o FILE"):
         load_statistics(tmp_path / "absent")
     garbage = tmp_path / "garbage"

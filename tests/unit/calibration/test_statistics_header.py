@@ -1,4 +1,4 @@
-"""Files of statistics, recognized by their description."""
+"""Statistics files, recognized by their description."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_other_files_are_refused(about: object, tail: bytes, reason: str, tmp_pa
         check_statistics(written(tmp_path / "a", about, tail))
 
 
-def test_what_is_no_file_of_statistics_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_other_than_statistics_is_not_overwritten(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "notes").write_text("years of work")
     for name in ("fifo", "notes"):

@@ -1,4 +1,4 @@
-"""The command line: wrong input, missing extras, and what all commands share."""
+"""The command line: wrong input, missing extras, and behavior common to all commands."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_help_lists_every_command_once_in_a_line_of_80_columns(monkeypatch: pyte
 
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.usefixtures("importable")
-def test_wrong_input_gets_one_line_with_the_cure(case: str, tmp_path: Path) -> None:
+def test_wrong_input_gets_one_line_with_a_fix(case: str, tmp_path: Path) -> None:
     unwritable = make_unwritable(tmp_path)
     (tmp_path / "broken.pt2").write_bytes(b"not a program")
     before = sorted(os.listdir(tmp_path))
@@ -141,7 +141,7 @@ def test_text_that_cannot_be_read_says_what_was_expected(name: str, tmp_path: Pa
         tokens.read_text(str(tmp_path / name))
 
 
-def test_messages_of_other_libraries_that_tell_a_user_nothing_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_uninformative_messages_of_other_libraries_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         call("plans")
     logger = logging.getLogger("torch.utils.cpp_extension")
@@ -151,7 +151,7 @@ def test_messages_of_other_libraries_that_tell_a_user_nothing_are_left_out(caplo
     assert [record.getMessage()[:8] for record in caplog.records] == ["The dete"]
 
 
-def test_warnings_of_fhopt_are_one_line_and_those_of_others_are_as_they_were() -> None:
+def test_warnings_of_fhopt_are_one_line_and_others_are_unchanged() -> None:
     import click
     from click.testing import CliRunner
 
@@ -173,7 +173,7 @@ def test_warnings_of_fhopt_are_one_line_and_those_of_others_are_as_they_were() -
     assert [given[1] for given in others] == [FutureWarning, RuntimeWarning]
 
 
-def test_what_is_no_number_in_json_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_and_infinity_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"loss": float("nan"), "interval": (0.5, float("inf")), "rows": [{"kl": float("-inf")}]})
     printed = capsys.readouterr().out
     assert json.loads(printed) == {"loss": None, "interval": [0.5, None], "rows": [{"kl": None}]}

@@ -1,4 +1,4 @@
-"""Commands where fhopt alone is installed: each ends in a result, or in one line that says what to install."""
+"""Commands without extras: each gives a result, or one line that says what to install."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ HF = "pip install 'fhopt[hf]'"
 
 @pytest.fixture(scope="module")
 def results(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """Exit code, exception and standard error of each command, all of them run by one process."""
+    """Run all commands in one process; return exit code, exception and standard error of each."""
     folder = tmp_path_factory.mktemp("bare")
     names = {"plan": save_plan(folder / "plan", llama), "model": save_text_model(folder / "model"), "out": folder / "o"}
     commands = [*RESULTS, *MISSING]
@@ -95,11 +95,11 @@ MISSING = {
     "rewrite {model} --plan {plan} -o {out}/rewritten": HF,
     "report command_models:encoder -o {out}/report.html": "pip install 'fhopt[report]'",
     "view command_models:encoder --no-open": "pip install 'fhopt[report]'",
-}  # what the message says
+}  # part of the message
 
 
 @pytest.mark.parametrize("command", RESULTS)
-def test_what_needs_no_extra_has_a_result(command: str, results: dict[str, tuple[int, str, str]]) -> None:
+def test_commands_that_need_no_extra_have_a_result(command: str, results: dict[str, tuple[int, str, str]]) -> None:
     assert results[command] == (0, "", "")
 
 

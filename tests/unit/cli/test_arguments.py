@@ -1,4 +1,4 @@
-"""Types of arguments: what they take and what they refuse, without torch."""
+"""Argument types: values that they accept and refuse, without torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PLAN = Path(__file__).parents[2] / "golden" / "saved" / "folder" / "plan"
 def test_values_are_returned(tmp_path: Path) -> None:
     assert arguments.PLAN.convert(str(PLAN), None, None) == PLAN
     assert arguments.REWRITTEN.convert(str(PLAN.parent), None, None) == PLAN.parent
-    assert arguments.DEVICE.convert("here:9999", None, None) == "here:9999"  # looked at when it is used
+    assert arguments.DEVICE.convert("here:9999", None, None) == "here:9999"  # checked when it is used
     assert arguments.TEXT.convert("topics", None, None) == "topics"
     assert arguments.TEXT.convert(str(tmp_path), None, None) == str(tmp_path)
 
 
-def test_a_plan_may_be_still_to_come_but_is_no_other_thing(tmp_path: Path) -> None:
+def test_a_plan_path_may_not_exist_yet_but_must_not_be_another_file(tmp_path: Path) -> None:
     for path in (tmp_path / "coming", tmp_path):
         assert arguments.COMING_PLAN.convert(str(path), None, None) == path
     os.mkfifo(tmp_path / "plan.json")

@@ -66,7 +66,7 @@ def test_a_table_is_printed_and_the_contexts_end_with_the_model(folder: Path) ->
 
 
 @needs_compiler
-def test_parts_of_a_step_are_printed_where_they_are_asked_for(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_step_parts_are_printed_on_request(folder: Path, llama: Fitted, tmp_path: Path) -> None:
     sizes = ("--contexts", "200", "--decode", "20", "--rounds", "1")
     options = ("bench", str(folder), *sizes, "--plan", str(save_plan(tmp_path / "a", llama)))
     plain, parts, as_json = call(*options), call(*options, "--parts"), call(*options, "--json")
@@ -81,7 +81,7 @@ def test_parts_of_a_step_are_printed_where_they_are_asked_for(folder: Path, llam
     assert exact["step_milliseconds"] is None and plan["step_milliseconds"]["attention"] > 0
 
 
-def test_plans_of_the_same_name_are_told_apart_by_their_paths(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_plans_of_the_same_name_are_distinguished_by_their_paths(folder: Path, llama: Fitted, tmp_path: Path) -> None:
     plans = [str(save_plan(tmp_path / name / "plan", llama)) for name in ("a", "b")]
     result = call("bench", str(folder), *QUICK, "--plan", plans[0], "--plan", plans[1], "--json")
     assert [r["cache"] for r in json.loads(result.stdout)["rows"][:3]] == ["exact", *plans]
@@ -121,7 +121,7 @@ def test_the_table_fits_a_terminal(width: int) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_prints_what_is_complete(tmp_path: Path) -> None:
+def test_ctrl_c_prints_complete_rows(tmp_path: Path) -> None:
     folder = save_text_model(tmp_path, None, model=tiny_llama(max_position_embeddings=20_000))
     process = start(
         "bench", folder, "--contexts", "40,20000", "--decode", 30, "--rounds", 500, stdout=subprocess.PIPE,
@@ -131,7 +131,7 @@ def test_ctrl_c_prints_what_is_complete(tmp_path: Path) -> None:
         assert process.stderr is not None
         while (line := process.stderr.readline()).startswith("loading"):
             pass
-        # ten seconds or more have passed: the short context is complete
+        # after at least 10 s the short context is complete
         interrupt(process)
         text, rest = process.communicate(timeout=240)
     finally:

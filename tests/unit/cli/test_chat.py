@@ -19,7 +19,7 @@ from text_models import interrupt, save_plan, save_text_model, start
 
 from fhopt.cli.app import main
 
-SECONDS = 240  # a loaded machine is slow; otherwise a moment
+SECONDS = 240  # for a loaded machine; normally immediate
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_piped_turn_without_room_ends_the_command(folder: Path) -> None:
 
 
 class Terminal:
-    """A chat at a pseudo-terminal."""
+    """A chat on a pseudo-terminal."""
 
     def __init__(self, *arguments: object) -> None:
         self.own, other = pty.openpty()
@@ -80,7 +80,7 @@ class Terminal:
         return before
 
     def shows(self, text: str, seconds: float) -> bool:
-        """Read until `text` is shown, at most for some seconds."""
+        """Whether `text` is shown within a few seconds."""
         end = time.monotonic() + seconds
         while text not in self.seen and (left := end - time.monotonic()) > 0:
             if select.select([self.own], [], [], left)[0]:
@@ -91,7 +91,7 @@ class Terminal:
         return text in self.seen
 
     def interrupt(self, text: str) -> None:
-        """Press Ctrl-C until `text` is shown: readline misses one that comes before it waits for a key."""
+        """Press Ctrl-C until `text` is shown: readline ignores one that arrives before it waits for a key."""
         for _ in range(3):
             interrupt(self.process)
             if self.shows(text, SECONDS / 8):
@@ -111,7 +111,7 @@ Opener = Callable[..., Terminal]
 
 @pytest.fixture
 def opened() -> Iterator[Opener]:
-    """Open terminals that are closed after the test, whatever becomes of it."""
+    """Open terminals that are closed after the test, even if it fails."""
     terminals: list[Terminal] = []
 
     def make(*arguments: object) -> Terminal:
@@ -130,7 +130,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(spaced: Path, opened: Opener) 
     assert "exact KV cache. /stats, /reset, /quit" in terminal.wait("> ")
     terminal.type("hello\n")
     terminal.wait("hello")
-    terminal.wait(" ")  # of the answer
+    terminal.wait(" ")  # in the answer
     terminal.interrupt("> ")
     terminal.type("/stats\n")
     assert "decode" in terminal.wait("exact KV cache: ")

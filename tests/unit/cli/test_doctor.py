@@ -36,7 +36,7 @@ def test_json_has_machine_findings_and_model(tmp_path: Path) -> None:
     assert [c["bytes_per_token"] for c in model["caches"]] == [512, 128, 64]
 
 
-def test_without_a_model_the_machine_is_all() -> None:
+def test_without_a_model_only_the_machine_is_reported() -> None:
     assert json.loads(call("doctor", "--json").stdout)["model"] is None
 
 
@@ -47,12 +47,12 @@ def test_any_module_has_prospects(importable: str) -> None:
 
 
 @pytest.mark.parametrize(("model", "message"), [("nowhere", "unknown model"), ("json:nothing", "cannot be imported")])
-def test_a_model_that_is_none_gets_one_line(model: str, message: str) -> None:
+def test_an_invalid_model_gets_one_line(model: str, message: str) -> None:
     result = call("doctor", model)
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     result = call("doctor")
     text = " ".join(result.stdout.split())

@@ -21,14 +21,14 @@ def run(*arguments: Any) -> Any:
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     assert "not a rewritten model" in run(tmp_path, "--target", "mlir").stderr
-    (tmp_path / "fhopt.json").write_text("{}")  # options are looked at before what it says
+    (tmp_path / "fhopt.json").write_text("{}")  # options are checked before its contents
     assert "expected mlir, iree-cpu" in run(tmp_path, "--target", "nothing").stderr
 
 
 # --------------------------------------------------------------------------------------------------- programs
 
 
-def test_the_command_writes_programs_and_leaves_other_folders_alone(tmp_path: Path) -> None:
+def test_the_command_writes_programs_and_does_not_change_other_folders(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     plan = fit_plan.exact_plan(found(tiny_llama())[1].sites.values())
     plan.save(tmp_path / "plan")

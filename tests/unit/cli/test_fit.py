@@ -1,4 +1,4 @@
-"""`fhopt fit`: sizes, the same files every time, processes that share a calibration."""
+"""`fhopt fit`: sizes, reproducible files, processes that share a calibration."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_same_data_and_seed_give_the_same_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
-    """Sums over two processes are those of one up to the order of addition, so the bits are the same."""
+    """Sums over two processes differ from those of one by the order of addition, so the bits are the same."""
     from fhopt.plan.latent_plan import LatentPlan
 
     save_tiny_model(tmp_path / "model")
@@ -101,7 +101,7 @@ def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kv_heads", "layout", "told"), [(8, "band", True), (8, "head", False), (2, "band", False)])
-def test_it_is_said_where_a_plan_is_slow_on_a_cpu(
+def test_it_warns_of_a_plan_that_is_slow_on_a_cpu(
     kv_heads: int, layout: str, told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = AttentionSite("a", {}, "self", 16, kv_heads, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")

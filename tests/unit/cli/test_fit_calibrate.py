@@ -56,7 +56,7 @@ def test_trellis_codes_are_fitted_to_the_same_statistics(folder: Path) -> None:
     assert told["trellis"]["predicted_nats"] < 0.9 * told["uniform"]["predicted_nats"]
     assert fit(folder, "--ratio", "4", "--device", "cpu")["trellis"] is False
     small, least = fit(folder, "--ratio", "6", "--device", "cpu"), told["trellis"]["predicted_nats"]
-    assert small["trellis"] and small["time"]["predicted_nats_without"] <= least  # it may have latents for each head
+    assert small["trellis"] and small["time"]["predicted_nats_without"] <= least  # each head may have its own latent
     assert least < small["predicted_nats"] <= bound_of(small["time"]["predicted_nats_without"])
     assert told["trellis"]["time"] is None and small["time"]["share"] < 1
     shown = call("inspect", str(folder / "model"), "--plan", str(folder / "plan"))
@@ -64,7 +64,7 @@ def test_trellis_codes_are_fitted_to_the_same_statistics(folder: Path) -> None:
 
 
 def test_the_expected_loss_is_an_interval_wherever_it_is_printed(folder: Path) -> None:
-    """Calibration kept what plans lose on the second halves of its texts, and it was small for this model or not."""
+    """Calibration measured KL on the second halves of its texts, and it was small for this model or not."""
     told = fit(folder)
     known = told["expected_loss"]
     assert known["least"] < known["nats"] < known["most"] and told["warning"] is None
@@ -76,7 +76,7 @@ def test_the_expected_loss_is_an_interval_wherever_it_is_printed(folder: Path) -
     assert plan["expected_words"].endswith("on texts of other kinds)")
 
 
-def test_a_plan_is_that_of_fit_alone(folder: Path) -> None:
+def test_a_plan_equals_that_of_fit(folder: Path) -> None:
     result = call("fit", str(folder / "model"), *SAMPLE, "-o", str(folder / "alone"))
     assert result.exit_code == 0, result.output
     fit(folder)
@@ -109,7 +109,7 @@ def test_sizes_layouts_devices_and_losses_come_from_the_same_file(folder: Path) 
         (("--ratio", "900"), "the least possible is"),
     ],
 )
-def test_what_the_statistics_decide_is_not_decided_again(
+def test_options_set_by_the_statistics_cannot_be_changed(
     folder: Path, arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     result = call("fit", "--statistics", str(folder / "stats"), *arguments, "-o", str(tmp_path / "plan"))
@@ -117,7 +117,7 @@ def test_what_the_statistics_decide_is_not_decided_again(
     assert not (tmp_path / "plan").exists()
 
 
-def test_statistics_of_another_model_are_refused_where_a_model_is_run(folder: Path) -> None:
+def test_statistics_of_another_model_are_refused_if_a_model_is_run(folder: Path) -> None:
     target = ("--max-loss", "50%", "-o", str(folder / "plan"))
     result = call("fit", "demo", "--statistics", str(folder / "stats"), *target)
     assert result.exit_code == 2 and "statistics are of another model" in result.stderr, result.output
@@ -162,7 +162,7 @@ def test_a_model_is_calibrated_in_the_dtype_that_is_faster_here(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, has_them: bool,
     options: tuple[str, ...], dtype: str,
 ) -> None:  # fmt: skip
-    """What is lost on held-out text is measured in float32 in any case: as little as the plan of float32 loses."""
+    """KL on held-out text is measured in float32 in any case, so it is as small as that of the float32 plan."""
     monkeypatch.setattr(this_cpu, "multiplies_bfloat16", lambda: has_them)
     shutil.copytree(folder / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

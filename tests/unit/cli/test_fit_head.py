@@ -1,4 +1,4 @@
-"""`fhopt head`: from a model to a folder that serves it."""
+"""`fhopt head`: from a model to a folder with a retrieval head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 
 
-def test_a_model_gets_a_head_that_serves_it(tmp_path: Path) -> None:
+def test_a_model_gets_a_working_head(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     result = call("head", str(tmp_path / "model"), *SAMPLE, "--clusters", "5", "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
@@ -53,7 +53,7 @@ def test_the_same_data_and_seed_give_the_same_head(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_people_get_lines(tmp_path: Path) -> None:
+def test_without_json_the_output_is_text(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     result = call("head", str(tmp_path / "model"), *SAMPLE[:-1], "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
@@ -76,7 +76,7 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_on_a_real_model_the_search_is_certain_and_reads_a_seventh() -> None:
+def test_on_a_real_model_the_search_is_certain_and_loads_a_seventh() -> None:
     loaded = load_model("demo")
     head = api.fit(loaded, HeadOptions(sequences=6, iterations=3))
     found = measure(loaded, head, ("topics", "source"), 512, 256)

@@ -51,7 +51,7 @@ def test_the_command_writes_a_better_plan(folder: Path) -> None:
     assert printed["digest"] == healed.digest() and printed["plan_path"] == str(folder / "healed")
     assert printed["healing"] == healed.provenance["healing"]
     assert printed["healing"]["after"]["kl"] < printed["healing"]["before"]["kl"]
-    assert sorted(os.listdir(folder)) == ["healed", "model", "plan"]  # no checkpoint is left
+    assert sorted(os.listdir(folder)) == ["healed", "model", "plan"]  # the checkpoint is removed
     result = call(*arguments, "--dtype", "bfloat16")
     assert result.exit_code == 0 and "nats per token" in result.stdout, result.output
 

@@ -35,7 +35,7 @@ def test_standard_output_has_the_text_and_standard_error_the_statistics(folder: 
     assert size == "exact KV cache: 15.9 kB"
 
 
-def test_a_terminal_shows_the_text_and_the_statistics_behind_it(folder: Path) -> None:
+def test_a_terminal_shows_the_text_then_the_statistics(folder: Path) -> None:
     piped = call("generate", str(folder), "hello", "--max-new-tokens", "12").stdout.strip()
     own, other = pty.openpty()
     process = start("generate", folder, "hello", "--max-new-tokens", 12, stdout=other, stderr=other)

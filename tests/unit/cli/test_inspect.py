@@ -1,4 +1,4 @@
-"""Commands that look at a model: inspect, explain, report."""
+"""Commands that analyze a model: inspect, explain, report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_module_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: py
     assert json.loads(result.stdout) == {"missed": [], "sites_found": 0, "certificates": {}}
 
 
-def test_every_graph_of_a_model_that_breaks_is_read(importable: str) -> None:
+def test_every_graph_of_a_model_with_graph_breaks_is_analyzed(importable: str) -> None:
     result = call("explain", importable.replace("encoder", "broken"), "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -58,7 +58,7 @@ def test_a_report_is_one_file_without_links(importable: str, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_inspect_tells_one_site_and_writes_its_graph(importable: str, tmp_path: Path) -> None:
+def test_inspect_describes_one_site_and_writes_its_graph(importable: str, tmp_path: Path) -> None:
     (site,) = json.loads(call("inspect", importable, "--json").stdout)["sites"]
     result = call("inspect", importable, "--site", site["name"], "--graph", str(tmp_path / "g.json"))
     assert result.exit_code == 0, result.output

@@ -21,7 +21,7 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["cost", *arguments])
 
 
-def test_without_a_plan_ratios_are_assumed_and_said_to_be(importable: str) -> None:
+def test_without_a_plan_ratios_are_assumed_with_a_note(importable: str) -> None:
     result = call(importable, "--tokens", "1024", "--tokens", "8192")
     assert result.exit_code == 0, result.output
     assert "2x, 4x and 8x are hypothetical" in result.stdout

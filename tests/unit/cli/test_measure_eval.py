@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_gets_one_line_with_the_cure(case: str, folder: Path) -> None:
+def test_wrong_input_gets_one_line_with_a_fix(case: str, folder: Path) -> None:
     arguments, message = WRONG[case]
     result = call(folder, *arguments)
     assert result.exit_code == 2, result.output
@@ -81,7 +81,7 @@ def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, 
     assert table.exit_code == 0 and "Perplexity" in table.stdout and "arithmetic" in table.stdout
 
 
-def test_what_was_measured_goes_into_the_plan_and_is_shown(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_measurements_are_stored_in_the_plan_and_shown(folder: Path, llama: Fitted, tmp_path: Path) -> None:
     llama.plan(4).save(tmp_path / "plan")
     options = ["--plan", tmp_path / "plan", "--data", "license", "--context", 150, "--json"]
     options += ["--tasks", "perplexity,copy", "--items", 1, "--lengths", 400]
@@ -94,7 +94,7 @@ def test_what_was_measured_goes_into_the_plan_and_is_shown(folder: Path, llama: 
     assert table.exit_code == 0 and "Quality card" in table.stdout and "license" in table.stdout, table.output
 
 
-def test_a_rewritten_folder_opens_after_its_plan_has_recorded_and_takes_no_other(
+def test_a_rewritten_folder_opens_after_its_plan_has_recorded_and_accepts_no_other(
     folder: Path, llama: Fitted, tmp_path: Path
 ) -> None:
     rewritten = tmp_path / "rewritten"
@@ -122,7 +122,7 @@ def test_needles_all_over_a_context_have_no_depth() -> None:
     assert "spread" in console.export_text()
 
 
-def test_without_a_plan_the_exact_model_is_measured_alone(folder: Path) -> None:
+def test_without_a_plan_only_the_exact_model_is_measured(folder: Path) -> None:
     options = ["--data", "license", "--context", 150, "--tasks", "perplexity,copy", "--items", 1, "--lengths", 400]
     result = call(folder, *options, "--json")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Progress of a whole job: its part that is done, the time left, lines without a terminal, a bar on one."""
+"""Progress of a job: finished share, remaining time, lines without a terminal, a bar on one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fhopt.cli.progress import Job, bar, duration, lines
 
 
 class Clock:
-    """A clock that a test moves."""
+    """A clock controlled by the test."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -35,10 +35,10 @@ def test_stages_take_their_shares_of_the_job_and_of_the_time_left() -> None:
     assert job.fraction == 0 and job.words() == "loading: 0 %, 0 s so far"
     clock.time += 10
     job("moments", 0, 12)
-    assert job.fraction == 0.1 and job.seconds_left() == 30 + 60  # ten seconds a share
+    assert job.fraction == 0.1 and job.seconds_left() == 30 + 60  # 10 s per share
     clock.time += 20
     job("moments", 4, 12)
-    assert job.fraction == 0.2 and job.seconds_left() == 40 + 6 * 15  # its own pace; 15 seconds a share by now
+    assert job.fraction == 0.2 and job.seconds_left() == 40 + 6 * 15  # its own pace; 15 s per share so far
     assert job.words() == "moments 4 of 12: 20 %, 2 min 10 s left"
     clock.time += 15
     assert job.seconds_left() < 40 + 6 * 30  # type: ignore[operator]
@@ -56,7 +56,7 @@ def test_a_stage_that_takes_longer_than_its_share_promises_nothing() -> None:
     assert job.words() == "finding attention: 50 %, 35 s so far"
 
 
-def test_a_job_that_goes_on_where_it_was_stopped_does_not_count_what_was_done_before() -> None:
+def test_a_resumed_job_does_not_count_earlier_work() -> None:
     clock = Clock()
     job = Job({"heal": 1}, clock)
     job("heal", 40, 50)
@@ -66,7 +66,7 @@ def test_a_job_that_goes_on_where_it_was_stopped_does_not_count_what_was_done_be
     assert job.seconds_left() == 16
 
 
-def test_a_stage_that_nobody_announced_joins_and_the_part_done_never_falls() -> None:
+def test_an_unannounced_stage_joins_and_the_finished_share_never_falls() -> None:
     job = Job({"a": 1, "b": 1})
     job("a", 1, 1)
     assert job.fraction == 0.5
@@ -86,7 +86,7 @@ def test_times_are_short(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_without_a_terminal_a_line_comes_now_and_then_whatever_is_reported(
+def test_without_a_terminal_lines_are_printed_at_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.02)
@@ -99,7 +99,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_whatever_is_reported(
     assert shown.startswith("loading: 0 %, ") and shown.endswith(" s so far\n") and shown.count("\n") >= 2
 
 
-def test_what_ends_at_once_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_ends_at_once_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with options.progress_bar(False) as report:
         report("loading", 0, 1)
     with options.progress_bar(True) as report:

@@ -1,4 +1,4 @@
-"""MODEL and --plan of commands that generate text: what is refused before anything is loaded, and in which words."""
+"""MODEL and --plan of commands that generate text: what is refused before loading, and the messages."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_wrong_input_ends_in_one_line_before_the_model_is_loaded(
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_what_needs_no_tensors_is_refused_without_torch(folders: dict[str, Path]) -> None:
+def test_options_that_need_no_tensors_are_refused_without_torch(folders: dict[str, Path]) -> None:
     code = "import sys; from fhopt.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     for case in ("no chat template", "negative tokens", "no such plan", "a context longer than the model"):
         words = [a.format(tmp=folders["plan"], **folders) for a in WRONG[case][0]]

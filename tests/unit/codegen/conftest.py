@@ -1,4 +1,4 @@
-"""A state of dispatch in which nothing has been built."""
+"""Reset kernel dispatch to a state in which no kernel is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
 @pytest.fixture
 def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing built or said in this process before the test counts; files of kernels are those of the session."""
+    """Forget builds and warnings of this process; the session's kernel files stay."""
     torch.manual_seed(0)
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})

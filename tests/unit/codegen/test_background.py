@@ -1,4 +1,4 @@
-"""Libraries that are built in the background: when, and what is left when a process ends first."""
+"""Background builds of libraries: their order, and cleanup when a process ends first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = KernelSpec((), (), 8, 8, "float32", False)
 
 
 class Compiler:
-    """Stands in for what builds a library: says what is built when, and builds when it may."""
+    """A mock library build that records its calls, and completes when permitted."""
 
     def __init__(self) -> None:
         self.may, self.running, self.most, self.built = threading.Event(), 0, 0, list[str]()
@@ -55,7 +55,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return Compiler()
 
 
-def test_a_library_is_not_there_until_it_is_built(compiler: Compiler) -> None:
+def test_a_library_is_absent_until_it_is_built(compiler: Compiler) -> None:
     builder = Builder()
     assert compiler.get(builder, "pack") is None and compiler.get(builder, "pack") is None
     compiler.may.set()
@@ -64,7 +64,7 @@ def test_a_library_is_not_there_until_it_is_built(compiler: Compiler) -> None:
     assert compiler.built == ["pack"]
 
 
-def test_as_many_are_built_at_once_as_there_are_cores(compiler: Compiler) -> None:
+def test_as_many_are_built_concurrently_as_there_are_cores(compiler: Compiler) -> None:
     builder = Builder()
     for name in NAMES:
         builder.start(name, compiler.job(name))
@@ -82,12 +82,12 @@ def test_a_builder_may_wait_for_every_library(compiler: Compiler) -> None:
     assert compiler.get(Builder(waits=True), "pack") == "PACK"
 
 
-def test_a_library_that_needs_no_compiler_is_there_at_once() -> None:
+def test_a_library_that_needs_no_compiler_is_available_at_once() -> None:
     assert Builder().get("pack", lambda: 7, lambda: False) == 7
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_cannot_be_built_is_said_to_whoever_asks(waits: bool) -> None:
+def test_a_failed_build_raises_in_every_caller(waits: bool) -> None:
     def fails() -> None:
         raise ValueError("no library")
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_built_is_said_to_whoever_asks(waits: bool) -> None:
             builder.get("pack", fails, lambda: True)
 
 
-def test_threads_that_ask_at_once_get_one_library(compiler: Compiler) -> None:
+def test_concurrent_requests_share_one_build(compiler: Compiler) -> None:
     builder, found = Builder(waits=True), list[str | None]()
     threads = [threading.Thread(target=lambda: found.append(compiler.get(builder, "pack"))) for _ in range(8)]
     for thread in threads:
@@ -111,7 +111,7 @@ def test_threads_that_ask_at_once_get_one_library(compiler: Compiler) -> None:
     assert found == ["PACK"] * 8 and compiler.built == ["pack"]
 
 
-def test_whatever_ends_a_job_its_name_is_answered_and_the_next_one_is_built() -> None:
+def test_a_job_that_ends_in_any_way_is_reported_and_the_next_one_is_built() -> None:
     def ends() -> None:
         raise SystemExit("stopped")
 
@@ -122,7 +122,7 @@ def test_whatever_ends_a_job_its_name_is_answered_and_the_next_one_is_built() ->
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_job_is_lost_that_comes_as_a_thread_ends(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_started_as_a_thread_ends_is_not_lost(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "cores", lambda: count)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -159,7 +159,7 @@ def test_a_forked_process_builds_what_its_parent_was_building() -> None:
     assert done.returncode == 10, done.stderr
 
 
-def test_every_spec_is_served_once_the_library_of_kernels_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_spec_is_served_once_the_kernel_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     may = threading.Event()
     monkeypatch.setattr(background, "load_library", lambda: may.wait(30))
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
@@ -180,7 +180,7 @@ PROGRAM = """
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_process_that_ends_first_stops_its_compilers_and_leaves_no_half_file(tmp_path: Path) -> None:
+def test_a_process_that_ends_first_stops_its_compilers_and_leaves_no_partial_file(tmp_path: Path) -> None:
     environment = {**os.environ, "FHOPT_CACHE_DIR": str(tmp_path / "cache")}
     program = textwrap.dedent(PROGRAM) + "import time; time.sleep(1)"
     began = time.monotonic()

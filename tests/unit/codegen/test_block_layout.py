@@ -1,4 +1,4 @@
-"""Layouts of an engine's blocks, as kernels read them."""
+"""Layouts of an engine's blocks, as given to kernels."""
 
 from __future__ import annotations
 

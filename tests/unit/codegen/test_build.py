@@ -1,4 +1,4 @@
-"""The text of kernels, and what is built where."""
+"""Kernel sources, and which targets can be built."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_generated_torch_file_passes_its_linter(case: Case, tmp_path: Path) ->
     for command in (
         ["check", "--ignore", "D4"],
         ["format", "--check"],
-    ):  # docstrings of kernels have a form of their own
+    ):  # kernel docstrings have their own form
         done = subprocess.run([ruff, *command, "--config", config, path], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
@@ -68,10 +68,10 @@ def test_an_unknown_target_is_refused() -> None:
 
 @pytest.mark.parametrize("target", ["cpp", "torch"])
 @pytest.mark.parametrize("bits", [3, 5, 6])
-def test_a_file_reads_only_the_planes_that_its_tiers_have(target: str, bits: int) -> None:
+def test_a_file_contains_code_only_for_its_planes(target: str, bits: int) -> None:
     tiers: Tiers = ((bits, 8, 0.3),)
     text = render(KernelSpec(tiers, UNCODED, 8, 8, "float32", False), target)
-    assert "3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2" in text  # the format stands in the head
+    assert "3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2" in text  # the header documents the format
     if target == "cpp":
         assert f"{{{bits}, 8, 0.3}},\n" in text
     else:
@@ -89,7 +89,7 @@ def test_a_file_reads_only_the_planes_that_its_tiers_have(target: str, bits: int
         ((), 24, "float64", "no kernel reads uncoded float64"),
     ],
 )
-def test_a_spec_that_no_kernel_serves_is_refused(
+def test_a_spec_without_kernel_support_is_refused(
     target: str, tiers: Tiers, width: int, dtype: str, reason: str
 ) -> None:
     with pytest.raises(FhoptError, match=reason):

@@ -1,4 +1,4 @@
-"""Compiling C++: without a compiler, with one that fails, in two processes at once."""
+"""Compiling C++: without a compiler, with a failing one, in two processes at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_without_a_compiler_the_torch_kernel_runs_and_says_so_once(
     assert "Install g++" in messages[0]
 
 
-def test_a_compiler_that_fails_gives_way_to_the_torch_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_compilation_the_torch_kernel_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "g++"
     script.write_text("#!/bin/sh\necho 'no vectors here' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -76,11 +76,11 @@ def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
 
 
 @needs_compiler
-def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     build_cpp(CASES["one token"].spec())
     BUILD._library.cache_clear()
     monkeypatch.setattr(COMPILER, "_compile", lambda *_: pytest.fail("compiled again"))
-    for case in CASES.values():  # one library serves all
+    for case in CASES.values():  # one library contains all
         build_cpp(case.spec())
 
 
@@ -94,9 +94,7 @@ def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest
         ("alderlake", "AVX2 with VNNI"), ("cascadelake", "AVX-512 without VBMI: products of words"),
     ],
 )  # fmt: skip
-def test_kernels_of_another_instruction_set_give_the_same_numbers(
-    isa: str, unit: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_of_another_instruction_set_agree(isa: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FHOPT_ISA", isa)
     assert vector_unit().startswith(unit)
     if isa == "alderlake" and "AVX-VNNI" not in vector_units():

@@ -27,7 +27,7 @@ DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
 
 def read(width: int) -> Tensor:
-    """Call the kernel of uncoded rows of this width."""
+    """Call the kernel of unquantized rows of this width."""
     rows = torch.randn(1, 1, 3, width)
     options: Any = algebra.uncoded_options()
     return latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)[0]
@@ -58,7 +58,7 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
 
 
 @pytest.mark.parametrize(("ratio", "starts"), [(4.0, 1), (1.0, 0)])
-def test_a_plan_that_reads_latents_starts_to_build_their_kernels(
+def test_loading_a_plan_starts_to_build_its_kernels(
     llama: Fitted, ratio: float, starts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []

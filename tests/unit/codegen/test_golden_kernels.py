@@ -1,6 +1,6 @@
-"""Generated kernels, byte for byte: one of each family stands in tests/golden.
+"""Generated kernels, byte for byte: one of each family is committed in tests/golden.
 
-Where a change is meant, write them anew and read the difference before it is committed:
+After an intended change, regenerate them and review the diff before the commit:
 
     python -m pytest tests/unit/codegen/test_golden_kernels.py --regenerate-golden
 """
@@ -20,7 +20,7 @@ from fhopt.codegen.gpu import prefill
 from fhopt.plan.kernel_spec import KernelSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-# Bit groups of one and of two bit planes, float16 beside them, a softcap.
+# Bit groups of one and of two bit planes, float16, and a softcap.
 SPEC = KernelSpec(
     key_tiers=((8, 16, 0.02), (4, 32, 0.25)),
     value_tiers=((3, 32, 0.5), (16, 16, 0.0)),
@@ -41,7 +41,7 @@ KERNELS: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_generated_kernel_is_the_one_in_the_repository(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_generated_kernel_equals_the_committed_one(name: str, request: pytest.FixtureRequest) -> None:
     file, text = GOLDEN / name, KERNELS[name]()
     if request.config.getoption("--regenerate-golden"):
         file.write_text(text, encoding="utf-8")
@@ -50,7 +50,7 @@ def test_a_generated_kernel_is_the_one_in_the_repository(name: str, request: pyt
 
 
 def difference(name: str, golden: str, text: str) -> str:
-    """The first line in which two texts differ, and what to do about it."""
+    """Describe the first line in which two texts differ, and how to accept the change."""
     pairs = zip_longest(golden.splitlines(), text.splitlines())
     number, (before, after) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
     return (

@@ -1,4 +1,4 @@
-"""Kernel sources: how they are read, that clang-format is off in few places, and that an installed fhopt has them."""
+"""Kernel sources: loading, few clang-format exceptions, and their presence in an installed fhopt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = [(package, file) for package, folder in FOLDERS.items() for file in sort
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder `sources` of a package that was made for the test, `made_kernels`."""
+    """Return the folder `sources` of a package made for the test, `made_kernels`."""
     folder = tmp_path / "made_kernels" / "sources"
     folder.mkdir(parents=True)
     (folder.parent / "__init__.py").write_text("")
@@ -36,14 +36,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_line_of_nothing_but_a_placeholder_stands_for_whole_lines(package: Path) -> None:
+def test_a_placeholder_on_its_own_line_is_replaced_by_whole_lines(package: Path) -> None:
     (package / "lines.py.in").write_text("a = $a\n$lines\nb = 1\n")
     source = source_files.read_source.__wrapped__("made_kernels", "lines.py.in")
     assert source.substitute(a=1, lines="c\nd\n") == "a = 1\nc\nd\nb = 1\n"
     assert source.substitute(a=1, lines="") == "a = 1\nb = 1\n"
 
 
-def test_an_included_file_takes_the_place_of_its_line(package: Path) -> None:
+def test_an_included_file_replaces_its_line(package: Path) -> None:
     (package / "file.cpp").write_text('#include <cmath>\n#include "outer.h"\nint b;\n')
     (package / "outer.h").write_text('//: Not for a generated file.\n#include "inner.h"\nint a;\n')
     (package / "inner.h").write_text("int $name;\n")
@@ -51,7 +51,7 @@ def test_an_included_file_takes_the_place_of_its_line(package: Path) -> None:
     assert source.substitute(name="n") == "#include <cmath>\nint n;\nint a;\nint b;\n"
 
 
-def test_lines_for_clang_format_are_left_out(package: Path) -> None:
+def test_lines_for_clang_format_are_dropped(package: Path) -> None:
     (package / "table.h").write_text("    // clang-format off\n    a,  b\n    // clang-format on\n// clang-format\n")
     source = source_files.read_source.__wrapped__("made_kernels", "table.h")
     assert source.substitute() == "    a,  b\n// clang-format\n"
@@ -88,7 +88,7 @@ print(*[hashlib.sha256(text.encode()).hexdigest() for text in texts])
 
 
 def rendered(path: Path, cwd: Path) -> tuple[Path, str]:
-    """Where fhopt.codegen lies in a process that has `path` first, and the digests of what it renders."""
+    """Return the location of fhopt.codegen in a process with `path` first, and the digests of its rendered kernels."""
     environment = os.environ | {"PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, "-c", RENDERS], capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr
@@ -97,7 +97,7 @@ def rendered(path: Path, cwd: Path) -> tuple[Path, str]:
 
 
 def built(kind: str, project: Path, folder: Path) -> Path:
-    """The "wheel" or "sdist" of a project, as pip has it built."""
+    """Build the "wheel" or "sdist" of a project, as pip does."""
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project)
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,7 @@ def built(kind: str, project: Path, folder: Path) -> Path:
     importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
     reason="builds with setuptools 77 or newer",
 )
-def test_a_wheel_built_from_the_sdist_renders_what_the_checkout_does(tmp_path: Path) -> None:
+def test_a_wheel_built_from_the_sdist_renders_the_same_kernels_as_the_checkout(tmp_path: Path) -> None:
     project, made, target = tmp_path / "project", tmp_path / "made", tmp_path / "target"
     for folder in ("fhopt", "passes", "codegen"):
         ignored = shutil.ignore_patterns("__pycache__")

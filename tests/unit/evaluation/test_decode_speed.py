@@ -1,4 +1,4 @@
-"""Decode steps timed in turns, at several lengths of one prompt."""
+"""Interleaved timing of decode steps, at several context lengths of one prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fhopt.fitting import fit_plan
 from fhopt.models.cache_layers import measured_layers
 
 
-def test_a_prompt_is_read_once_for_both_caches_and_all_lengths(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_prefilled_once_for_all_caches_and_lengths(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, read = llama.plan(4), []
     forward = llama.model.forward
 
@@ -29,14 +29,14 @@ def test_a_prompt_is_read_once_for_both_caches_and_all_lengths(llama: Fitted, mo
     monkeypatch.setattr(llama.model, "forward", watched)
     speeds = decode_speed.decode_speed(llama.model, plan, token_ids(1, 90)[0], [40, 60], steps=3, rounds=2)
     assert [n for n in read if n > 1] == [90] and PIECE >= 90
-    assert read.count(1) == 2 * 3 * (2 + 2 * 3)  # caches, lengths, untimed steps and those of the rounds
+    assert read.count(1) == 2 * 3 * (2 + 2 * 3)  # caches, lengths, warm-up steps and those of the rounds
     assert list(speeds["contexts"]) == [40, 60, 90] and speeds["contexts"][90]["plan"] == speeds["plan"] > 0
     assert speeds["bytes"]["plan"] < speeds["bytes"]["exact"] == 90 * plan.exact_token_bytes(itemsize=4)
     assert not hasattr(llama.model, "_fhopt_applied")
 
 
 @torch.no_grad()
-def test_timed_steps_leave_a_cache_as_it_was(llama: Fitted) -> None:
+def test_timed_steps_leave_a_cache_unchanged(llama: Fitted) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     try:
         cache = new_cache(llama.model, llama.plan(4))
@@ -47,7 +47,7 @@ def test_timed_steps_leave_a_cache_as_it_was(llama: Fitted) -> None:
         fhopt.unapply(llama.model)
 
 
-def test_steps_of_sliding_windows_are_taken_back() -> None:
+def test_steps_of_sliding_windows_are_undone() -> None:
     model = windowed("gemma3", sliding_window=64)
     sites = [s for s in found(model)[1].sites.values() if any(one.has(s.name) for one in measured_layers(model))]
     plan = fit_plan.exact_plan(sites, sinks=4, recent=16, block=8)
@@ -61,7 +61,7 @@ def test_steps_of_sliding_windows_are_taken_back() -> None:
     ("ratios", "expected"),
     [([0.9, 1.1, 1.5], 2048), ([1.0, 1.1, 1.5], 512), ([0.9, 0.9, 0.9], None), ([1.2, 0.9, 1.1], 8000)],
 )
-def test_a_plan_pays_from_the_length_on_behind_which_it_is_never_slower(
+def test_the_break_even_is_the_context_from_which_a_plan_is_never_slower(
     ratios: list[float], expected: int | None
 ) -> None:
     speeds = {n: {"exact": 2.0, "plan": 2.0 * r} for n, r in zip((512, 2048, 8000), ratios, strict=True)}

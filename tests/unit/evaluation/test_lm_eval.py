@@ -1,4 +1,4 @@
-"""The lm-eval harness on latents; skipped where lm-eval is not installed (extra evaluation)."""
+"""The lm-eval harness on latents; skipped if lm-eval is not installed (extra evaluation)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ TEXT = "The pass key is 4821. " * 9
 def test_a_missing_harness_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
     with pytest.raises(FhoptError, match=r"pip install 'fhopt\[evaluation\]'"):
-        harness_model.__wrapped__()  # past its cache
+        harness_model.__wrapped__()  # bypasses its cache
 
 
-def test_an_unknown_type_of_numbers_is_named() -> None:
+def test_an_unknown_dtype_is_named() -> None:
     assert _dtype("auto") is torch.float32 and _dtype("torch.bfloat16") is _dtype(torch.bfloat16) is torch.bfloat16
     with pytest.raises(FhoptError, match="dtype 'fp99' is unknown; expected float32"):
         _dtype("fp99")
 
 
 def ended_characters() -> Any:
-    """With the tokens that lm-eval asks for."""
+    """A character-level tokenizer with the tokens that lm-eval requires."""
     tokenizer = characters()
     tokenizer.pad_token = tokenizer.eos_token = "[UNK]"
     return tokenizer
@@ -56,13 +56,13 @@ def test_likelihoods_are_those_of_the_latent_cache(llama: Fitted) -> None:
         model = harness_model()(llama.model, plan, tokenizer=tokenizer, batch_size=2, max_length=256)
         requests = [instance("loglikelihood", TEXT[:150], TEXT[150:end]) for end in (len(TEXT), 170)]
         (whole, _), (part, _) = model.loglikelihood(requests, disable_tqdm=True)
-    assert whole == pytest.approx(-float(costs.plan[0, 149:].sum()), rel=1e-3)  # float32, a batch rounds other codes
+    assert whole == pytest.approx(-float(costs.plan[0, 149:].sum()), rel=1e-3)  # float32: a batch rounds to other codes
     assert part == pytest.approx(-float(costs.plan[0, 149:169].sum()), rel=1e-3)
-    assert abs(whole + float(costs.exact[0, 149:].sum())) > 1e-2  # and not those of the exact one
+    assert abs(whole + float(costs.exact[0, 149:].sum())) > 1e-2  # and not those of the exact cache
 
 
 @needs_harness
-def test_padded_contexts_are_continued_as_alone(llama: Fitted) -> None:
+def test_padded_contexts_are_continued_like_unpadded_ones(llama: Fitted) -> None:
     tokenizer = ended_characters()
     how = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
     requests = [instance("generate_until", text, how) for text in (TEXT[:120], TEXT[:77])]
@@ -72,7 +72,7 @@ def test_padded_contexts_are_continued_as_alone(llama: Fitted) -> None:
         with torch.no_grad():
             out = llama.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
         expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    plan = llama.plan(1)  # full width: what the exact model writes
+    plan = llama.plan(1)  # full width: equal to the exact model
     with switched(llama.model, plan):
         model = harness_model()(llama.model, plan, tokenizer=tokenizer, batch_size=2, max_length=256)
         assert model.generate_until(requests, disable_tqdm=True) == expected

@@ -1,4 +1,4 @@
-"""Contexts that are read once for all caches: the answers of generation, and those of a prompt in one call."""
+"""Contexts prefilled once for all caches: the same answers as generation and as a prompt in one call."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SHORT = TaskOptions(lengths=(450,), items=1, window=80)
 
 @pytest.fixture
 def item() -> Item:
-    """Random tokens, with two questions of which one is as long as two blocks."""
+    """An item of random tokens, with two questions, one of them as long as two blocks."""
     context, question, long = (tuple(token_ids(1, n)[0].tolist()) for n in (300, 9, 150))
     return Item((*context, *question), (5, 6, 7), (20, 30), 300, ((long, (8,)),))
 
 
 def greedy(model: Any, ids: tuple[int, ...], cache: Any, count: int) -> tuple[int, ...]:
-    """Prompt in one call, then token by token."""
+    """Decode greedily: the prompt in one call, then token by token."""
     given, written = torch.tensor([ids]), []
     with torch.inference_mode():
         for _ in range(count):
@@ -39,18 +39,18 @@ def greedy(model: Any, ids: tuple[int, ...], cache: Any, count: int) -> tuple[in
     return tuple(written)
 
 
-def test_the_exact_cache_scores_as_where_everything_is_read_by_it(llama: Fitted, item: Item) -> None:
+def test_the_exact_cache_scores_like_a_full_prefill(llama: Fitted, item: Item) -> None:
     scores = prefilled.answers(llama.model, item, [])
     alone = [Item(item.context[:300] + q, a, (0, 1), 300) for q, a in item.questions]
     for (hit, nats), other in zip(scores[:, 0].tolist(), alone, strict=True):
         cell = (len(other.context), None)
         expected = run_tasks(llama.model, {"copy": {cell: [other]}}, None)["copy"][cell].exact
         assert hit == expected.hits
-        assert nats == pytest.approx(expected.log_prob, abs=1e-4)  # float32, in other steps
+        assert nats == pytest.approx(expected.log_prob, abs=1e-4)  # float32, in other calls
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_a_plan_answers_as_behind_a_prompt_that_it_read_in_one_call(llama: Fitted, item: Item, ratio: int) -> None:
+def test_a_plan_answers_like_after_a_prefill_in_one_call(llama: Fitted, item: Item, ratio: int) -> None:
     plan = llama.plan(ratio, window_bits=16)
     with switched(llama.model, plan):
         cache = new_cache(llama.model, plan)
@@ -63,15 +63,15 @@ def test_a_plan_answers_as_behind_a_prompt_that_it_read_in_one_call(llama: Fitte
     assert [float(prefilled.answers(llama.model, i, [plan])[0, 1, 0]) for i in (right, wrong)] == [1, 0]
 
 
-def test_so_it_is_where_windows_slide(item: Item) -> None:
-    """Questions stand behind the whole context, not behind what a window shows of it."""
+def test_the_same_holds_for_sliding_windows(item: Item) -> None:
+    """Questions follow the whole context, not only the part inside a window."""
     model = windowed("gemma3", sliding_window=64)
     sites = [s for s in found(model)[1].sites.values() if any(one.has(s.name) for one in measured_layers(model))]
     scores = prefilled.answers(model, item, [fit_plan.exact_plan(sites, sinks=4, recent=16, block=8)])
     torch.testing.assert_close(scores[:, 1], scores[:, 0], rtol=0, atol=1e-4)
 
 
-def test_each_plan_stands_beside_the_exact_cache(llama: Fitted, item: Item) -> None:
+def test_each_plan_is_compared_with_the_exact_cache(llama: Fitted, item: Item) -> None:
     plans = {"exact": llama.plan(1, window_bits=16), "small": llama.plan(4)}
     results = prefilled.ask(llama.model, {"copy": {(309, None): [item, item]}}, plans)
     assert list(results) == ["copy"] and list(results["copy"]) == list(plans)
@@ -81,7 +81,7 @@ def test_each_plan_stands_beside_the_exact_cache(llama: Fitted, item: Item) -> N
     assert small.log_prob_change is not None and abs(small.log_prob_change) > 1e-4
 
 
-def test_the_model_is_left_as_it_was(llama: Fitted, item: Item) -> None:
+def test_the_model_is_left_unchanged(llama: Fitted, item: Item) -> None:
     before = llama.model.config._attn_implementation
     prefilled.ask(llama.model, {"copy": {(309, None): [item]}}, {"small": llama.plan(4)})
     assert llama.model.config._attn_implementation == before

@@ -1,4 +1,4 @@
-"""Tasks in the manner of RULER."""
+"""Tasks modeled on RULER."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def written(tokenizer: Any) -> dict[str, list[Item]]:
 
 
 class Read:
-    """An item as text: what stands between its first and last needle, its question and answer, and all else."""
+    """An item as text: the part from first to last needle, question, answer, and the rest."""
 
     def __init__(self, item: Item, tokenizer: Any) -> None:
         def text(ids: tuple[int, ...]) -> str:
@@ -63,10 +63,10 @@ def test_items_are_the_same_for_the_same_seed(task: str, tokenizer: Any, written
 
 
 @pytest.mark.parametrize("task", RULER)
-def test_contexts_have_the_asked_length_and_their_needles_are_in_latents(
+def test_contexts_have_the_requested_length_and_their_needles_are_in_latents(
     task: str, written: dict[str, list[Item]]
 ) -> None:
-    """What is quantized when the question begins: from the sinks to the window before it."""
+    """Latents when the question begins: from the sinks to the window before it."""
     for item in written[task]:
         start, stop = item.needle
         assert len(item.context) == LENGTH
@@ -74,15 +74,13 @@ def test_contexts_have_the_asked_length_and_their_needles_are_in_latents(
 
 
 @pytest.mark.parametrize("start", [None, "~"])
-def test_a_word_before_every_text_changes_no_length(start: str | None) -> None:
+def test_a_token_before_every_text_changes_no_length(start: str | None) -> None:
     for items in write_items(characters(start=start), list(RULER), TaskOptions((1400,), 1, window=16)).values():
         assert all(len(item.context) == 1400 for cell in items.values() for item in cell)
 
 
 @pytest.mark.parametrize("task", [task for task in RULER if task not in ("variable_tracking", "common_words")])
-def test_the_parts_of_an_answer_stand_in_the_needles_in_order_and_nowhere_else(
-    task: str, read: dict[str, list[Read]]
-) -> None:
+def test_the_parts_of_an_answer_are_only_in_the_needles_and_in_order(task: str, read: dict[str, list[Read]]) -> None:
     for item in read[task]:
         parts = item.answer.split(",") if task == "niah_multivalue" else [item.answer]
         places = [item.needle.find(part) for part in parts]
@@ -90,7 +88,7 @@ def test_the_parts_of_an_answer_stand_in_the_needles_in_order_and_nowhere_else(
         assert not any(part.strip() in item.filler + item.question for part in parts)
 
 
-def test_one_key_of_many_is_asked(read: dict[str, list[Read]]) -> None:
+def test_the_question_asks_one_key_of_many(read: dict[str, list[Read]]) -> None:
     needle = re.compile(r"\nThe code number of the (\w+ \w+) is (\d{5})\.\n")
     for task, least, most in (("niah_single", 1, 1), ("niah_multikey", 8, LENGTH // 150)):
         for item in read[task]:
@@ -100,7 +98,7 @@ def test_one_key_of_many_is_asked(read: dict[str, list[Read]]) -> None:
             assert asked.endswith(" is") and dict(pairs)[asked.split(" the ")[1][:-3]] == item.answer.strip()
 
 
-def test_the_needles_of_a_spread_task_stand_all_over_the_context(written: dict[str, list[Item]]) -> None:
+def test_the_needles_of_a_spread_task_are_all_over_the_context(written: dict[str, list[Item]]) -> None:
     for task, item in ((task, item) for task, items in written.items() for item in items):
         room = item.question - OPTIONS.window - OPTIONS.sinks
         if RULER[task].depths == (None,):
@@ -108,7 +106,7 @@ def test_the_needles_of_a_spread_task_stand_all_over_the_context(written: dict[s
 
 
 @pytest.mark.parametrize("task", ["niah_single", "question"])
-def test_a_single_needle_stands_at_its_depth(task: str, written: dict[str, list[Item]]) -> None:
+def test_a_single_needle_is_at_its_depth(task: str, written: dict[str, list[Item]]) -> None:
     for item, depth in zip(written[task], (10, 10, 50, 50, 90, 90), strict=True):
         last = item.question - OPTIONS.window - (item.needle[1] - item.needle[0])
         assert item.needle[0] == 4 + (last - 4) * depth // 100
@@ -123,7 +121,7 @@ def test_a_key_has_four_values(read: dict[str, list[Read]]) -> None:
 
 
 def holding(value: str, text: str) -> list[str]:
-    """The variables that hold a value, by running the statements."""
+    """Return the variables that hold a value, by running the statements."""
     held: dict[str, str] = {}
     for name, number, before in re.findall(r"\nVAR (\w+) = (?:(\d+)|VAR (\w+))", text):
         held[name] = number or held[before]
@@ -141,7 +139,7 @@ def test_the_variables_of_a_value_are_found_by_following_its_chain(read: dict[st
         assert not re.search(rf"\b({'|'.join(item.answer.split())})\b", item.question)
 
 
-def test_the_most_common_words_are_asked(read: dict[str, list[Read]]) -> None:
+def test_the_question_asks_the_most_common_words(read: dict[str, list[Read]]) -> None:
     for item in read["common_words"]:
         words = item.needle.removeprefix("\n\nList 1:").split()
         counts = Counter(words)
@@ -157,10 +155,10 @@ def test_the_most_common_words_are_asked(read: dict[str, list[Read]]) -> None:
 def test_a_list_fills_the_context_as_far_as_words_suffice(tokenizer: Any) -> None:
     (longest,) = write_items(tokenizer, ["common_words"], TaskOptions((90_000,), 1, window=16))["common_words"].values()
     words = Read(longest[0], tokenizer).needle.removeprefix("\n\nList 1:").split()
-    assert len(words) > 3000 and longest[0].needle[0] > 5000  # filler stands on both sides
+    assert len(words) > 3000 and longest[0].needle[0] > 5000  # filler on both sides
 
 
-def test_a_sentence_of_the_text_is_asked_again_word_for_word(read: dict[str, list[Read]]) -> None:
+def test_the_question_asks_a_sentence_of_the_text_word_for_word(read: dict[str, list[Read]]) -> None:
     for item in read["question"]:
         body = item.question.removeprefix("\n\nComplete this sentence of the text above:")
         assert len(body) > 30 and item.needle == body + item.answer
@@ -168,14 +166,14 @@ def test_a_sentence_of_the_text_is_asked_again_word_for_word(read: dict[str, lis
         assert not item.answer.strip().islower() or "_" in item.answer
 
 
-def test_a_question_stands_where_it_stood_in_the_text(read: dict[str, list[Read]], tokenizer: Any) -> None:
+def test_a_question_is_at_its_place_in_the_text(read: dict[str, list[Read]], tokenizer: Any) -> None:
     text = "".join(tokenizer.convert_ids_to_tokens(tokenizer(tokens.read_text("topics")).input_ids))
     for item in read["question"]:
         at = text.index(item.needle)
         assert text[at + len(item.needle) :][:9] in item.filler and text[at - 9 : at] in item.filler
 
 
-def test_a_context_longer_than_the_text_goes_around_it_and_repeats_no_question(
+def test_a_context_longer_than_the_text_wraps_around_and_repeats_no_question(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tokens.read_text("topics")[-20_000:]
@@ -185,7 +183,7 @@ def test_a_context_longer_than_the_text_goes_around_it_and_repeats_no_question(
         assert not any(item.answer.strip() in item.filler for item in found)
 
 
-def test_a_field_of_a_record_is_asked_as_json(read: dict[str, list[Read]]) -> None:
+def test_the_question_asks_a_field_of_a_record_as_json(read: dict[str, list[Read]]) -> None:
     for item in read["json_extraction"]:
         records = {row["id"]: row for row in map(json.loads, re.findall(r"\n(\{.*\})\n", item.needle))}
         assert len(records) == LENGTH // 150 - 1
@@ -214,7 +212,7 @@ def test_a_text_without_a_rare_word_is_refused(tokenizer: Any, monkeypatch: pyte
         write_items(tokenizer, ["question"], TaskOptions((600,), 1, window=16))
 
 
-def test_ruler_stands_for_its_tasks_and_all_for_the_others() -> None:
+def test_ruler_expands_to_its_tasks_and_all_to_the_others() -> None:
     assert choose("ruler") == list(RULER) and choose("all") == ["perplexity", *TASKS]
     assert choose("ruler,all, copy") == ["perplexity", *TASKS, *RULER] and not RULER.keys() & TASKS.keys()
     assert choose("long_copy,passkey,question") == ["passkey", "question", "long_copy"]
@@ -230,6 +228,6 @@ def test_both_caches_are_compared_item_by_item(llama: Fitted, tokenizer: Any) ->
     for task, cells in run_tasks(model, items, llama.plan(4)).items():
         whole = cells[None]
         assert set(cells) == {None, *[(750, depth) for depth in RULER[task].depths]}
-        assert whole.plan and whole.mcnemar == 1.0  # random weights know no answer
+        assert whole.plan and whole.mcnemar == 1.0  # random weights answer no question
         assert whole.rate_change_ci == (None if len(cells) == 2 else (0.0, 0.0))
         assert {"mcnemar", "rate_change_ci"} <= json.loads(json.dumps(asdict(whole))).keys()

@@ -1,4 +1,4 @@
-"""Parts of decode steps: what they add up to, and where they are known."""
+"""Time breakdown of decode steps: the sum of the parts, and when they are known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.hf.cache_steps import _timed, timed_steps
 
 
 def _noted(plan: Any, steps: int) -> Any:
-    """Read a prompt that fills a window, and note the steps behind it."""
+    """Prefill a prompt that fills a window, and record the steps after it."""
     model, ids = four_layers(), token_ids(1, 100)
     with switched(model, plan), torch.inference_mode():
         prepare(model)
@@ -42,7 +42,7 @@ def test_parts_of_a_plan_add_up() -> None:
 
 
 @needs_compiler
-def test_layers_that_are_no_single_call_of_machine_code_are_around() -> None:
+def test_layers_without_a_single_native_call_count_as_overhead() -> None:
     clock = _noted(coded(plans(four_layers, 16)), 3)
     assert clock.parts() is None and clock.layers() == 0
     with step_clock(four_layers()) as clock:
@@ -57,7 +57,7 @@ def test_an_exact_cache_has_no_parts() -> None:
 
 
 @needs_compiler
-def test_a_block_within_a_block_counts_its_own_steps() -> None:
+def test_a_nested_block_counts_its_own_steps() -> None:
     with timed_steps() as outer:
         inner = _noted(coded(plans(four_layers, 8)), 12)
     assert inner.parts() is not None and outer.layers < inner._spent.layers

@@ -1,4 +1,4 @@
-"""Names of tasks as a user writes them, which are read without torch."""
+"""Task names as users write them, parsed without torch."""
 
 from __future__ import annotations
 

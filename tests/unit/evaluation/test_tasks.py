@@ -1,4 +1,4 @@
-"""Tasks of retrieval in long contexts."""
+"""Retrieval tasks in long contexts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text_of(ids: tuple[int, ...], tokenizer: Any) -> str:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_contexts_have_the_asked_length_and_the_needle_tells_the_answer(task: str, tokenizer: Any) -> None:
+def test_contexts_have_the_requested_length_and_the_needle_contains_the_answer(task: str, tokenizer: Any) -> None:
     for item in items_of(task, tokenizer):
         needle, question = (
             text_of(item.context[s], tokenizer) for s in (slice(*item.needle), slice(item.question, None))
@@ -66,13 +66,11 @@ def test_contexts_have_the_asked_length_and_the_needle_tells_the_answer(task: st
             assert int(a) + int(b) == int(answer) and asked not in needle
         else:
             assert asked + answer in needle
-            assert answer not in between + question  # only the needle knows it
+            assert answer not in between + question  # only in the needle
 
 
 @pytest.mark.parametrize(("task", "count"), [("passkey", 1), ("copy", 3), ("digits", 6), ("arithmetic", 1)])
-def test_every_question_that_may_be_asked_of_a_context_is_answered_by_its_needle(
-    task: str, count: int, tokenizer: Any
-) -> None:
+def test_every_question_about_a_context_is_answered_by_its_needle(task: str, count: int, tokenizer: Any) -> None:
     for item in items_of(task, tokenizer):
         needle = text_of(item.context[slice(*item.needle)], tokenizer)
         assert item.questions[0] == (item.context[item.question :], item.answer)
@@ -92,16 +90,16 @@ def test_the_whole_needle_is_in_latents_when_the_question_begins(task: str, toke
             cache = new_cache(llama.model, plan)
             for _ in read_steps(llama.model, ids, [cache], plan):
                 quantized.append(cache.layers[0].quantized)
-        assert plan.sinks <= item.needle[0] and item.needle[1] <= plan.sinks + quantized[-2]  # before the last step
+        assert plan.sinks <= item.needle[0] and item.needle[1] <= plan.sinks + quantized[-2]  # before the last call
 
 
-def test_the_passkey_stands_at_its_depth(tokenizer: Any) -> None:
+def test_the_passkey_is_at_its_depth(tokenizer: Any) -> None:
     items = items_of("passkey", tokenizer)[::2]
     last = items[0].question - SMALL.window - (items[0].needle[1] - items[0].needle[0])
     assert [item.needle[0] for item in items] == [4 + (last - 4) * depth // 100 for depth in (10, 30, 50, 70, 90)]
 
 
-def test_what_a_tokenizer_puts_before_every_text_comes_first() -> None:
+def test_tokens_added_before_every_text_come_first() -> None:
     tokenizer = characters(start="~")
     first = tokenizer("").input_ids[0]
     for item in items_of("copy", tokenizer):
@@ -109,7 +107,7 @@ def test_what_a_tokenizer_puts_before_every_text_comes_first() -> None:
 
 
 def continued(model: Any, context: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """Greedy decoding, token by token behind the context."""
+    """Decode greedily, token by token after the context."""
     ids = torch.tensor([context])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
@@ -117,7 +115,7 @@ def continued(model: Any, context: tuple[int, ...], tokens: int) -> tuple[int, .
     return tuple(output[0, len(context) :].tolist())
 
 
-def test_an_item_is_right_when_greedy_decoding_writes_its_answer(llama: Fitted, tokenizer: Any) -> None:
+def test_an_item_is_right_if_greedy_decoding_gives_its_answer(llama: Fitted, tokenizer: Any) -> None:
     contexts = [item.context for item in items_of("copy", tokenizer)]
     answers = [continued(llama.model, contexts[0], 4), continued(llama.model, contexts[1], 6)]
     right = [Item(c, a, (0, 1), 449) for c, a in zip(contexts, answers, strict=True)]
@@ -135,10 +133,10 @@ def test_the_log_probability_is_that_of_the_whole_text_per_token(llama: Fitted, 
         log_p = llama.model(ids).logits.double().log_softmax(-1)
     expected = log_p[0, 449:-1].gather(-1, ids[0, 450:, None]).mean()
     found = run_tasks(llama.model, {"digits": {(450, 10): [item]}}, None)["digits"][None]
-    assert found.exact.log_prob == pytest.approx(float(expected), rel=1e-5)  # float32, in steps
+    assert found.exact.log_prob == pytest.approx(float(expected), rel=1e-5)  # float32, split into calls
 
 
-def test_items_read_together_score_as_alone(llama: Fitted, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_items_score_like_single_ones(llama: Fitted, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of different length are padded."""
     items = items_of("copy", tokenizer, TaskOptions(lengths=(250,), items=3, window=16))
     items[0] = replace(items[0], answer=items[0].answer[:2])
@@ -148,7 +146,7 @@ def test_items_read_together_score_as_alone(llama: Fitted, tokenizer: Any, monke
     alone = run_tasks(llama.model, written, llama.plan(4))["copy"][None]
     assert together.plan and alone.plan and together.plan.hits == alone.plan.hits
     assert together.exact.log_prob == pytest.approx(alone.exact.log_prob, rel=1e-5)  # float32, other matrix sizes
-    assert together.plan.log_prob == pytest.approx(alone.plan.log_prob, rel=1e-3)  # that may round to the next code
+    assert together.plan.log_prob == pytest.approx(alone.plan.log_prob, rel=1e-3)  # may round to the next code
 
 
 @pytest.mark.slow
@@ -165,12 +163,12 @@ def test_full_width_changes_no_answer_and_a_coarse_plan_does(fitted: Fitted, tok
 
 
 def test_both_caches_are_compared_item_by_item(llama: Fitted, tokenizer: Any) -> None:
-    """Of answers that the exact cache gives, a coarse plan loses some."""
+    """A coarse plan misses some answers of the exact cache."""
     items = items_of("passkey", tokenizer, TaskOptions(lengths=(450,), items=1, window=16))
     answered = [replace(item, answer=continued(llama.model, item.context, 3)) for item in items]
     found = run_tasks(llama.model, {"passkey": {(450, 10): answered + items}}, llama.plan(8))["passkey"][None]
     assert found.exact.hits == 5 and found.plan is not None and found.plan.hits < 5
-    lost = 5 - found.plan.hits  # a hit with the plan is one with the exact cache: the other answers are hits of neither
+    lost = 5 - found.plan.hits  # a hit with the plan is one with the exact cache; neither hits the other answers
     assert found.mcnemar == pytest.approx(min(1.0, 2 / 2**lost))
     assert found.rate_change_ci and found.rate_change_ci[0] <= -100 * lost / 10 <= found.rate_change_ci[1]
     alone = run_tasks(llama.model, {"passkey": {(450, 10): items[:1]}}, llama.plan(8))["passkey"][None]
@@ -181,11 +179,11 @@ def test_both_caches_are_compared_item_by_item(llama: Fitted, tokenizer: Any) ->
     ("hits", "items", "low", "high"),
     [(8, 10, 0.4901625, 0.9433178), (0, 10, 0.0, 0.2775328), (10, 10, 0.7224672, 1.0), (50, 100, 0.4038315, 0.5961685)],
 )
-def test_wilson_intervals_are_those_of_the_tables(hits: int, items: int, low: float, high: float) -> None:
+def test_wilson_intervals_agree_with_the_tables(hits: int, items: int, low: float, high: float) -> None:
     assert wilson_interval(hits, items) == pytest.approx((low, high), abs=1e-6)
 
 
-def test_tasks_and_lengths_are_lists_with_commas() -> None:
+def test_tasks_and_lengths_are_comma_separated_lists() -> None:
     assert choose("copy, passkey,copy") == ["passkey", "copy"] and choose("all") == ["perplexity", *TASKS]
     assert read_lengths("512, 64,512") == (512, 64)
 

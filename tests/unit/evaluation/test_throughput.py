@@ -1,4 +1,4 @@
-"""Speed over contexts: what is measured, in which order, and on which tokens."""
+"""Throughput over contexts: measurements, their order, and their tokens."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_each_cache_is_filled_up_to_the_context(llama: Fitted) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 2])
-def test_parts_of_a_step_are_those_of_the_round_in_the_middle(batch: int) -> None:
+def test_the_parts_of_a_step_are_those_of_the_median_round(batch: int) -> None:
     options = ThroughputOptions((200,), (batch,), decode=20, rounds=3)
     ((exact, plan),) = measure(four_layers(), {"exact": None, "4x": coded(plans(four_layers, 8))}, options)
     assert exact.parts is None and plan.parts is not None
     assert plan.parts.total == pytest.approx(1e3 * batch / plan.decode_rate)
 
 
-def test_rounds_are_interleaved_and_all_read_the_same_prompt(llama: Fitted) -> None:
+def test_rounds_are_interleaved_and_all_use_the_same_prompt(llama: Fitted) -> None:
     seen: list[tuple[str, Tensor]] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,13 +67,13 @@ def test_progress_reaches_its_end() -> None:
     assert [done for _, done, _ in shown] == sorted(done for _, done, _ in shown)
 
 
-def test_too_little_memory_is_an_error_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny_llama(), list[int]()
     forward = model.forward
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) > 3:  # not while it warms up
+        if len(calls) > 3:  # after the warm-up
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 

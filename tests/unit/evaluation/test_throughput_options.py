@@ -25,7 +25,7 @@ def test_default_contexts_end_with_the_model() -> None:
         (ThroughputOptions(decode=5000), "a context of 512 tokens has no room"),
     ],
 )
-def test_impossible_numbers_are_refused(options: ThroughputOptions, message: str) -> None:
+def test_invalid_numbers_are_refused(options: ThroughputOptions, message: str) -> None:
     with pytest.raises(FhoptError, match=message):
         options.check()
         options.within(4096)

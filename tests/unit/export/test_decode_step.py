@@ -1,4 +1,4 @@
-"""A decode step on explicit state against the model."""
+"""A decode step on explicit state, against the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fhopt.errors import FhoptError
 from fhopt.export import decode_step, step_attention, step_state
 from fhopt.plan.latent_plan import LatentPlan
 
-ROUNDING = 5e-5  # logits of about 4 in float32: attention is summed in another order, a number rounded differently
+ROUNDING = 5e-5  # logits of about 4 in float32: attention sums in another order, or a value rounds differently
 STEPS = 60
 
 
@@ -33,7 +33,7 @@ def test_a_step_on_explicit_state_has_the_logits_of_the_model(ratio: float, llam
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_so_has_a_step_that_calls_the_kernels(ratio: float, llama: Fitted) -> None:
+def test_a_step_that_calls_the_kernels_has_them_too(ratio: float, llama: Fitted) -> None:
     check_step(llama.model, llama.plan(ratio), kernels=True)
 
 
@@ -45,13 +45,13 @@ def test_one_latent_for_keys_and_values_and_another_family(gpt2: Fitted) -> None
     assert difference(state, ids, by_the_model(gpt2.model, plan, ids)) < ROUNDING
 
 
-def test_the_state_holds_as_many_bytes_per_token_as_the_plan_says(llama: Fitted) -> None:
+def test_the_state_has_the_bytes_per_token_of_the_plan(llama: Fitted) -> None:
     plan = llama.plan(4)
     tensors = step_attention.state_tensors(plan, torch.float32)
     assert sum(t.token_bytes for t in tensors) == sum(s.token_bytes(4) for s in plan.sites)
 
 
-def test_what_has_no_such_step_is_refused(llama: Fitted) -> None:
+def test_plans_and_models_without_such_a_step_are_refused(llama: Fitted) -> None:
     plan = llama.plan(4)
     with pytest.raises(FhoptError, match="position_ids"):
         decode_step.Step(torch.nn.Linear(1, 1), plan)

@@ -1,4 +1,4 @@
-"""The library of kernels beside a program."""
+"""The kernel library exported with a program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fhopt.export.kernel_library import render
 from fhopt.plan.kernel_spec import KernelSpec
 
 
-def test_the_text_of_the_library_is_always_the_same_and_serves_every_kernel(llama: Fitted) -> None:
+def test_the_library_source_is_reproducible_and_contains_every_kernel(llama: Fitted) -> None:
     specs = [KernelSpec.of(site, "float32") for site in llama.plan(4).sites]
     files = render(specs)
     assert files == render(specs) and set(files) == {"op.cpp", "attention.cpp"}

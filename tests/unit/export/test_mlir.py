@@ -1,4 +1,4 @@
-"""Steps as MLIR, run by IREE."""
+"""Decode steps as MLIR, run by IREE."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_rewritten_folder_is_verified_and_exported_as_mlir(folder: Path, llama
     assert json.loads(done.stdout)["files"].keys() == {"seal.mlirbc", "step.mlirbc", "step.json", "weights.safetensors"}
 
 
-def test_targets_that_there_are_not_are_refused(folder: Path) -> None:
+def test_nonexistent_targets_are_refused(folder: Path) -> None:
     for options, said in (
         (["--target", "tpu"], "is no target"),
         (["--target", "mlir", "--arch", "sm_90"], "of a device"),

@@ -1,4 +1,4 @@
-"""MLIR of decode steps: what it proves, what it catches, and what IREE makes of it."""
+"""Checks of decode steps in MLIR: proofs, detected faults, and compilation by IREE."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def text_of(model: Any, plan: LatentPlan) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_a_step_is_proved_to_read_latents_alone(ratio: float, llama: Fitted) -> None:
+def test_a_step_is_proved_to_load_only_latents(ratio: float, llama: Fitted) -> None:
     plan = llama.plan(ratio)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
     assert not found.faults
@@ -36,7 +36,7 @@ def test_a_step_is_proved_to_read_latents_alone(ratio: float, llama: Fitted) -> 
 
 
 def test_multiplications_are_counted_exactly(llama: Fitted) -> None:
-    """The part that does not grow: projections, the head, absorption, expansion, and open tokens."""
+    """The part independent of the context: projections, head, absorption, expansion, and full-precision tokens."""
     plan = llama.plan(4)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
     projections = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * VOCABULARY
@@ -48,7 +48,7 @@ def test_multiplications_are_counted_exactly(llama: Fitted) -> None:
 
 
 def decompressing(self: SiteAttention, query: Tensor, rows: Any, count: Tensor) -> Tensor:
-    """What must be caught: keys rebuilt at full length."""
+    """A graph to detect: it reconstructs keys at full length."""
     latent = torch.cat([v for _, v, _ in step_attention._bit_groups(rows)], -1) * rows.scale.float().unsqueeze(-1)
     n = rows.decode.shape[0] // latent.shape[1]
     parts = [torch.matmul(latent[:, g // n], rows.decode[g].T) for g in range(rows.decode.shape[0])]
@@ -66,12 +66,12 @@ def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
     assert any("multiplications" in fault for fault in found.faults)
 
 
-def test_a_state_of_other_bytes_than_the_plans_is_caught(llama: Fitted) -> None:
+def test_a_state_whose_bytes_differ_from_the_plan_is_caught(llama: Fitted) -> None:
     found = verifying.verify_text(text_of(llama.model, llama.plan(4)), llama.plan(2))
     assert any("as in the plan" in fault for fault in found.faults)
 
 
-def test_what_is_no_linalg_is_refused(llama: Fitted) -> None:
+def test_other_dialects_than_linalg_are_refused(llama: Fitted) -> None:
     plan = llama.plan(4)
     with pytest.raises(FhoptError, match="no MLIR"):
         verifying.verify_text("module {", plan)

@@ -20,11 +20,11 @@ from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import Tier
 
-ROUNDING = 5e-5  # logits of about 4 in float32: attention is summed in another order, a number rounded differently
+ROUNDING = 5e-5  # logits of about 4 in float32: attention sums in another order, or a value rounds differently
 
 
 def decoding() -> tuple[nn.Module, tuple[Any, ...]]:
-    """A decoder with K/V buffers of its own, and the arguments of a step."""
+    """Return a decoder with its own K/V buffers, and the arguments of a step."""
     return decoder("index", "all", batch=1), (torch.tensor([[1]]), torch.tensor([5]), 0)
 
 
@@ -43,7 +43,7 @@ def test_a_module_without_a_cache_becomes_a_program_with_its_outputs_in_order() 
         assert float((got - wanted[name]).abs().max()) < ROUNDING
 
 
-def test_a_compressed_module_computes_what_its_compiled_graph_does() -> None:
+def test_a_compressed_module_agrees_with_its_compiled_graph() -> None:
     loaded = as_loaded(mixer())
     plan = plan_of(loaded, (Tier(4, 8, 0.4),))
     program = pt2_module.export_module(loaded, plan).program.module()
@@ -53,7 +53,7 @@ def test_a_compressed_module_computes_what_its_compiled_graph_does() -> None:
     got = program(*loaded.inputs[0])
     assert float((got[0] - wanted[captured.result]).abs().max()) < ROUNDING
     exact = loaded.module(*loaded.inputs[0], scale=2.0)  # type: ignore[misc]
-    assert float((got[0] - exact["mixed"]).abs().max()) > 1e-3  # it does round
+    assert float((got[0] - exact["mixed"]).abs().max()) > 1e-3  # it is quantized
 
 
 STATEFUL = """
@@ -74,7 +74,7 @@ torch.save(torch.stack(found), wanted)
 
 
 def by_the_compiled_module(module: Any, plan: LatentPlan, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Logits of each token, its buffers replaced by latents; without the minutes that inductor takes."""
+    """Return each token's logits with buffers replaced by latents, without inductor, which takes minutes."""
     from torch._dynamo.backends.debugging import aot_eager
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, inputs, **options: aot_eager(m, inputs))
@@ -85,13 +85,13 @@ def by_the_compiled_module(module: Any, plan: LatentPlan, ids: Tensor, monkeypat
 
 
 def by_the_program(made: pt2_module.ExportedModule, ids: Tensor) -> Tensor:
-    """Logits of each token, in this process."""
+    """Return each token's logits, in this process."""
     assert made.start is not None
     program, state, found = made.program.module(), made.start.module()(), []
     for at in range(ids.shape[1]):
         given = [x.clone() for x in state]
         logits, *after = program(ids[:, at : at + 1], torch.tensor([at]), *state)
-        assert all(map(torch.equal, state, given))  # what is given is not changed
+        assert all(map(torch.equal, state, given))  # inputs are not changed
         state = after
         found.append(logits)
     return torch.stack(found)
@@ -102,7 +102,7 @@ def by_the_module(module: Any, ids: Tensor) -> Tensor:
     return torch.stack([module(ids[:, i : i + 1], torch.tensor([i]), 0) for i in range(ids.shape[1])])
 
 
-def test_buffers_of_a_module_become_state_and_stay_as_they_were() -> None:
+def test_buffers_of_a_module_become_state_and_stay_unchanged() -> None:
     loaded, ids = as_loaded(decoding()), torch.randint(0, V, (1, 40))
     module: Any = loaded.module
     plan, held = plan_of(loaded), [x.clone() for x in module.buffers()]
@@ -118,11 +118,11 @@ def test_a_stateful_program_runs_in_a_process_without_fhopt(tmp_path: Path) -> N
     folder = pt2_module.write_module(loaded, plan, tmp_path / "out", compiled=False)
     got, exact = alone(folder, ids, tmp_path / "plain.pt", STATEFUL), by_the_module(loaded.module, ids)
     assert float((got - by_the_program(pt2_module.export_module(loaded, plan), ids)).abs().max()) < ROUNDING
-    assert 1e-4 < float((got - exact).abs().max() / exact.abs().max()) < 0.2  # rounded to 8 and 4 bits
+    assert 1e-4 < float((got - exact).abs().max() / exact.abs().max()) < 0.2  # quantized to 8 and 4 bits
     content = json.loads((folder / "program.json").read_text())
     assert [t["name"] for t in content["inputs"]] == ["ids", "at"] and content["outputs"] == 1
     rows = [t["shape"] for t in content["state"] if t["dtype"] == "uint8"]
-    assert rows == [[1, 2, SLOTS - 2 + 1, 12]] * 2  # 8 channels of 8 bits and 8 of 4; a spare row takes what has none
+    assert rows == [[1, 2, SLOTS - 2 + 1, 12]] * 2  # 8 channels of 8 bits, 8 of 4; a spare row for unplaced tokens
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "plan", "program.json", "program.pt2", "start.pt2"]
 
 
@@ -136,7 +136,7 @@ def test_a_compiled_stateful_program_calls_the_kernels_in_a_process_without_fhop
     got = alone(folder, ids, tmp_path / "aot.pt", STATEFUL)
     quantized = (got - by_the_module(loaded.module, ids)).abs()
     difference = (got - by_the_compiled_module(loaded.module, plan, ids, monkeypatch)).abs()
-    assert float(difference.median()) < 1e-4  # but of a number between two codes of 4 bits, rounding decides
+    assert float(difference.median()) < 1e-4  # except for values between two 4-bit codes, which rounding decides
     assert float(difference.max()) < float(quantized.max()) / 4
 
 

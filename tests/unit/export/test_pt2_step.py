@@ -1,4 +1,4 @@
-"""Steps of a model as .pt2 programs, run without fhopt."""
+"""Decode steps as .pt2 programs, run without fhopt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.fitting import fit_plan
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 
-ROUNDING = 5e-5  # logits of about 4 in float32: attention is summed in another order, a number rounded differently
+ROUNDING = 5e-5  # logits of about 4 in float32: attention sums in another order, or a value rounds differently
 STEPS = 60
 
 
@@ -40,7 +40,7 @@ def test_compiled_programs_call_the_kernels_in_a_process_without_fhopt(
     folder = pt2_step.write_programs(loaded, plan, tmp_path / "out")
     got = alone(folder, ids, tmp_path / "aot.pt")
     assert float((got - torch.stack(by_the_model(llama.model, plan, ids))).abs().max()) < ROUNDING
-    pt2_step.write_programs(loaded, plan, folder, compiled=False)  # replaces it
+    pt2_step.write_programs(loaded, plan, folder, compiled=False)  # replaces the folder
     assert not (folder / "fhopt_kernels.so").exists()
 
 

@@ -1,4 +1,4 @@
-"""A rewritten folder: what is in it, and what cannot be rewritten."""
+"""A rewritten folder: its contents, and models that cannot be rewritten."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def forged(folder: Path, tmp_path: Path) -> Path:
-    """A copy to do harm to."""
+    """Return a copy to tamper with."""
     return Path(shutil.copytree(folder, tmp_path / "forged"))
 
 
@@ -55,7 +55,7 @@ def test_a_rewritten_folder_is_a_model_for_commands_and_exact_there(
     assert done.exit_code == 0 and len(json.loads(done.stdout)["sites"]) == 2
 
 
-def test_a_folder_without_a_tokenizer_is_no_model_for_commands(folder: Path) -> None:
+def test_commands_refuse_a_folder_without_a_tokenizer(folder: Path) -> None:
     with pytest.raises(FhoptError, match=r"has no tokenizer; expected tokenizer\.json"):
         load_model(str(folder))
 
@@ -71,7 +71,7 @@ def test_the_folder_is_no_larger_than_the_original_and_the_bases(folder: Path, l
     assert sum(whole) - sum(parts) < 5000  # the model card, the manifest, an index
 
 
-def test_weights_of_a_hugging_face_folder_are_copied_and_code_is_left_behind(llama: Fitted, tmp_path: Path) -> None:
+def test_weights_of_a_hugging_face_folder_are_copied_without_its_code(llama: Fitted, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     llama.model.save_pretrained(source, max_shard_size="200KB")
     (source / "README.md").write_text("---\nlicense: mit\n---\nText.")
@@ -87,7 +87,7 @@ def test_weights_of_a_hugging_face_folder_are_copied_and_code_is_left_behind(lla
     fhopt.load(out)
 
 
-def test_weights_in_another_dtype_than_the_folder_are_saved_anew(llama: Fitted, tmp_path: Path) -> None:
+def test_weights_in_another_dtype_than_the_folder_are_saved_again(llama: Fitted, tmp_path: Path) -> None:
     llama.model.save_pretrained(tmp_path / "source")
     model = copy.deepcopy(llama.model).bfloat16()
     assert not written(tmp_path / "out", model, llama.plan(4), source=tmp_path / "source").copied
@@ -95,7 +95,7 @@ def test_weights_in_another_dtype_than_the_folder_are_saved_anew(llama: Fitted, 
     assert loaded.dtype == torch.bfloat16
 
 
-def test_what_cannot_be_rewritten_is_refused_before_anything_is_written(llama: Fitted, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused_before_anything_is_written(llama: Fitted, tmp_path: Path) -> None:
     plan, out = llama.plan(4), tmp_path / "out"
     with pytest.raises(FhoptError, match="expected one"):
         written(out, torch.nn.Linear(2, 2), plan)
@@ -112,7 +112,7 @@ def test_what_cannot_be_rewritten_is_refused_before_anything_is_written(llama: F
     assert not out.exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["letter.txt"]
 
 
-def test_an_older_folder_is_replaced_and_stays_when_writing_fails(forged: Path, llama: Fitted) -> None:
+def test_an_older_folder_is_replaced_and_stays_if_writing_fails(forged: Path, llama: Fitted) -> None:
     before = (forged / "fhopt.json").read_bytes()
     with pytest.raises(FhoptError, match="no room"), appearing_folder(forged) as staging:
         (staging / "half").write_text("half")
@@ -126,8 +126,8 @@ def test_an_older_folder_is_replaced_and_stays_when_writing_fails(forged: Path, 
 # --------------------------------------------------------------------------------------------------- the real model
 
 
-def test_a_folder_that_is_called_demo_is_not_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`make demo` makes one."""
+def test_a_folder_named_demo_is_not_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` creates such a folder."""
     for name in ("demo", "other"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)

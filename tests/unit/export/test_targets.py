@@ -1,4 +1,4 @@
-"""Targets of an export: what they refuse, before torch is imported."""
+"""Export targets, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fhopt.export.targets import TARGETS, Target
 
 
 @pytest.mark.parametrize("name", ["mlir", *TARGETS])
-def test_a_target_of_the_table_is_taken(name: str) -> None:
+def test_a_target_of_the_table_is_accepted(name: str) -> None:
     Target(name).check()
 
 

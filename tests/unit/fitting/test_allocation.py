@@ -1,4 +1,4 @@
-"""Bits of the channels: bit groups, for a CPU and for a GPU."""
+"""Bit allocation over channels: bit groups, for CPUs and for GPUs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from fhopt.plan.window import ResidualWindow
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 6.0])
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])
-def test_the_whole_cache_is_as_small_as_asked(fitted: Fitted, layout: str, ratio: float) -> None:
+def test_the_whole_cache_has_the_requested_ratio(fitted: Fitted, layout: str, ratio: float) -> None:
     plan = fitted.plan(ratio, layout)
-    assert ratio <= plan.ratio(TOKENS) < ratio * 1.05  # two small sites: what is left is less than one chunk
+    assert ratio <= plan.ratio(TOKENS) < ratio * 1.05  # two small sites: the remainder is less than one chunk
 
 
 @pytest.mark.parametrize("options", [dict(window_bits=16), dict(sinks=0), dict(tokens=512), dict(recent=64, block=64)])
-def test_sinks_and_window_count(llama: Fitted, options: dict[str, Any]) -> None:
+def test_sinks_and_window_count_towards_the_ratio(llama: Fitted, options: dict[str, Any]) -> None:
     plan = llama.plan(3, **options)
     assert 3 <= plan.ratio(options.get("tokens", TOKENS)) < 3.15
 
@@ -41,11 +41,11 @@ def test_sinks_and_window_count(llama: Fitted, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("window_bits", "bits"),
     [(8, 186), (16, 182)],
-    # 1000 tokens of 2 * (16 + 8) numbers: 96 bytes exact, 48 + 2 * 2 scales of 2 bytes = 56 in an 8-bit window.
-    # 4 sinks, 984 quantized (988 // 8 blocks), 12 open. A quarter of 96,000 bytes is 24,000:
+    # 1000 tokens of 2 * (16 + 8) elements: 96 bytes unquantized, 48 + 2 * 2 scales of 2 bytes = 56 in an 8-bit window.
+    # 4 sinks, 984 quantized (988 // 8 blocks), 12 in the window. A quarter of 96,000 bytes is 24,000:
     # 8 * (24,000 - 4 * 96 - 12 * 56) / 984 = 186.5; 8 * (24,000 - 16 * 96) / 984 = 182.6
 )
-def test_bits_of_a_quantized_token_are_what_sinks_and_window_leave(window_bits: int, bits: int) -> None:
+def test_a_quantized_token_gets_the_bits_that_sinks_and_window_leave(window_bits: int, bits: int) -> None:
     budget = allocation.Budget(4.0, ResidualWindow(4, 8, 8, window_bits), tokens=1000)
     assert budget.quantized_token_bits([SITE]) == bits
 
@@ -65,7 +65,7 @@ def test_a_context_without_quantized_tokens_is_refused(llama: Fitted) -> None:
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("layout", MIXING)
-def test_tiers_fall_in_bits_and_cover_whole_chunks(fitted: Fitted, layout: str, ratio: float) -> None:
+def test_bit_groups_have_falling_bits_and_whole_chunks(fitted: Fitted, layout: str, ratio: float) -> None:
     for fitted_site in fitted.plan(ratio, layout).sites:
         for side in (fitted_site.key, fitted_site.value):
             bits = [t.bits for t in side.tiers]
@@ -75,8 +75,8 @@ def test_tiers_fall_in_bits_and_cover_whole_chunks(fitted: Fitted, layout: str, 
             assert all(t.step == allocation.STEPS.get(t.bits, 1.0) for t in side.tiers)
 
 
-def test_channels_go_into_tiers_with_their_bits() -> None:
-    """The second chunk costs most, so it stands first; the one that costs nothing is dropped."""
+def test_channels_go_into_the_bit_groups_of_their_bits() -> None:
+    """The second chunk is the most expensive and comes first; the free one is dropped."""
     pair: tuple[Basis, ...] = basis(1, 0.01, 1.0, 1e-12, 1e-12), basis(1, 1.0, 1e-12, 1e-12, 1e-12)
     plan = fit_plan.fit(
         statistics("a"), bases={"a": {"band": pair}}, ratio=10, layout="band", sinks=0, recent=1, block=1,
@@ -89,7 +89,7 @@ def test_channels_go_into_tiers_with_their_bits() -> None:
     assert torch.equal(key.decode.reshape(1, 32, 16).mT, key.encode)
 
 
-def test_only_bits_that_were_allowed_are_given(llama: Fitted) -> None:
+def test_only_allowed_bits_are_used(llama: Fitted) -> None:
     for fitted_site in llama.plan(4, bits=(2, 8)).sites:
         assert {t.bits for side in (fitted_site.key, fitted_site.value) for t in side.tiers} <= {2, 8}
 
@@ -99,7 +99,7 @@ def test_only_bits_that_were_allowed_are_given(llama: Fitted) -> None:
 
 @pytest.mark.parametrize(("groups", "channels"), [(1, 256), (2, 128), (4, 64), (4, 60), (1, 200)])
 @pytest.mark.parametrize("ratio", [2.5, 4.0, 6.0])
-def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int, ratio: float) -> None:
+def test_for_a_gpu_rows_are_few_bit_groups_of_whole_planes(groups: int, channels: int, ratio: float) -> None:
     for fitted_site in wide(groups, channels, ratio).sites:
         for side in (fitted_site.key, fitted_site.value):
             bits = [t.bits for t in side.tiers]
@@ -110,7 +110,7 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
 
 @pytest.mark.parametrize(("groups", "channels"), [(1, 256), (2, 128), (4, 64)])
 @pytest.mark.parametrize("ratio", [2.5, 4.0, 6.0])
-def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ratio: float) -> None:
+def test_for_a_gpu_less_than_a_plane_of_the_budget_is_left(groups: int, channels: int, ratio: float) -> None:
     plan = wide(groups, channels, ratio)
     budget = allocation.Budget(ratio, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     asked = budget.quantized_token_bits([s.site for s in plan.sites])
@@ -123,8 +123,8 @@ def side_of(side: Basis, costs: SideCosts | None, grain: choices.Grain) -> alloc
 
 
 @pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])
-def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
-    """Against all numbers of planes of each tier, channels in order of what they cost."""
+def test_bit_groups_for_a_gpu_are_optimal_for_their_bytes(levels: tuple[int, ...]) -> None:
+    """Compare with all numbers of planes per bit group, channels ordered by cost."""
     side = spectrum(88, 1, 300.0, 2)
     part = side_of(side, None, choices.Grain(levels, choices.PLANE)).parts[0]
     dropped = side.variance[0].unflatten(0, (-1, TIER_QUANTUM)).sum(1) / 2
@@ -139,7 +139,7 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
         best[sum(counts)] = min(best[sum(counts)], nats)
     assert part.bits == [8 * choices.PLANE * n for n in best]
     assert part.nats == pytest.approx(list(best.values()))
-    for n, nats in best.items():  # and the chunks are those that the loss was counted for
+    for n, nats in best.items():  # the loss was counted for these chunks
         bits = part.chunks(n)
         assert sum(bits) * TIER_QUANTUM == part.bits[n]
         padded = torch.cat([dropped, torch.zeros(len(bits) - 11)])
@@ -159,13 +159,13 @@ def test_bits_for_a_cpu_do_not_depend_on_its_threads_and_fill_no_planes() -> Non
 
 
 def test_whole_planes_cost_less_than_a_tenth_of_the_bytes() -> None:
-    """Against chunks of the same bits, which a plan for a GPU would have without them."""
+    """Compare with chunks of the same bits, which a GPU plan without planes would have."""
     for ratio in (3.0, 4.0):
         same = [nats(wide(1, 256, r, None, bits=choices.GPU_BITS)) for r in (ratio, 1.1 * ratio)]
         assert same[0] <= nats(wide(1, 256, ratio)) < same[1]
 
 
-def test_channels_of_planes_that_reach_past_the_last_one_hold_nothing() -> None:
+def test_channels_of_planes_beyond_the_last_one_are_empty() -> None:
     side = wide(4, 60, 1.5).sites[0].key
     assert [(t.bits, t.width) for t in side.tiers] == [(8, 64)]  # more bytes than it can use
     x = torch.randn(1, 4, 5, 60)
@@ -182,19 +182,19 @@ def test_bits_that_make_no_kernel_for_a_gpu_are_refused() -> None:
 
 def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
     sites, budget = [site("a")], allocation.Budget(6.0, ResidualWindow(0, 1, 1, 8), tokens=100_000)
-    allocation.check_reach(sites, budget, choices.BITS)  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
+    allocation.check_reach(sites, budget, choices.BITS)  # 64 elements: 21 bytes; minimum: two sides of 1 + 2 bytes
     with pytest.raises(FhoptError, match="21 bytes for a quantized token, the least possible is 36"):
         allocation.check_reach(sites, budget, choices.BITS, "h100")
 
 
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])
-def test_a_larger_budget_never_costs_more(fitted: Fitted, layout: str) -> None:
+def test_a_larger_budget_never_increases_the_loss(fitted: Fitted, layout: str) -> None:
     losses = [nats(fitted.plan(ratio, layout)) for ratio in RATIOS]
     assert losses == sorted(losses)
 
 
 def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: Fitted) -> None:
-    """12 channels are two chunks; the last 4 channels of the second hold nothing."""
+    """12 channels are two chunks; the last 4 channels of the second are empty."""
     odd = replace(SITE, key_dim=6, value_dim=6)
     zero = torch.zeros(1, 12, 12, dtype=torch.float64)
     eye = torch.eye(12, dtype=torch.float64).unsqueeze(0)
@@ -210,11 +210,11 @@ def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: Fitted) -> 
     torch.testing.assert_close(algebra.decode(algebra.encode(x, side.encode), side.decode), x)
 
 
-# ---- what a plan costs
+# ---- predicted loss of a plan
 
 
 def test_measured_costs_count_per_token() -> None:
-    """Half of 0.5 nats a channel at 0 bits over 10 tokens, 8 channels to a chunk; an unmeasured level is Gaussian."""
+    """Half of 0.5 nats per channel at 0 bits over 10 tokens, 8 channels per chunk; unmeasured levels are Gaussian."""
     side = basis(1, 1.0, 1.0)
     measured = SideCosts({0: torch.full((1, 16), 0.5, dtype=torch.float64)}, torch.tensor(10))
     parts = side_of(side, measured, choices.Grain((2, 16), 0)).parts
@@ -225,7 +225,7 @@ def test_measured_costs_count_per_token() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-def test_with_the_unbiased_gain_errors_hold_nothing_of_what_was_quantized(bits: int) -> None:
+def test_with_the_unbiased_gain_errors_are_uncorrelated_with_the_quantized_values(bits: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(400_000, dtype=torch.float64)
     half = 2 ** (bits - 1)

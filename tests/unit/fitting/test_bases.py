@@ -1,4 +1,4 @@
-"""Bases: what each layout keeps, mixes and leaves apart."""
+"""Bases: what each layout preserves, mixes and separates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALF = Rope("half", 8, (1.0, 0.4, 0.1, 0.02))
 INTERLEAVED = replace(HALF, pairing="interleaved")
 PARTIAL = Rope("half", 4, (0.7, 0.05), offset=2)
 MIXING = ("band", "freq", "head", "identity")
-FOREVER = 10**15  # tokens, after which even the slowest frequency has met every angle
+FOREVER = 10**15  # tokens, over which even the slowest frequency covers every angle
 
 
 def first(fitted: Fitted) -> SiteStatistics:
@@ -29,7 +29,7 @@ def first(fitted: Fitted) -> SiteStatistics:
 
 
 def rotation(rope: Rope, heads: int, dim: int, position: float) -> Tensor:
-    """R(t) as a matrix of all heads side by side, channel pair by channel pair."""
+    """Return R(t) as a block-diagonal matrix over all heads, channel pair by channel pair."""
     turn = torch.eye(dim, dtype=torch.float64)
     for (real, imaginary), angle in zip(rope.pairs, rope.angles, strict=True):
         cos, sin = math.cos(angle * position), math.sin(angle * position)
@@ -48,7 +48,7 @@ def random_moment(width: int) -> Tensor:
 
 @pytest.mark.parametrize("layout", MIXING)
 @pytest.mark.parametrize("side", ["key", "value"])
-def test_full_width_gives_back_keys_and_values(fitted: Fitted, layout: str, side: str) -> None:
+def test_full_width_restores_keys_and_values(fitted: Fitted, layout: str, side: str) -> None:
     for statistics in fitted.statistics.values():
         basis = fit_basis(statistics, side, layout, 2048, 96)
         moment = getattr(statistics, side).moment
@@ -65,9 +65,9 @@ def test_every_layout_has_as_many_latent_heads_as_it_says(fitted: Fitted, layout
     assert fit_basis(statistics, "key", layout, 2048, 96).groups == (statistics.site.kv_heads if alone else 1)
 
 
-def test_channels_stand_in_order_of_falling_cost_and_have_unit_variance(llama: Fitted) -> None:
+def test_channels_are_ordered_by_falling_cost_with_unit_variance(llama: Fitted) -> None:
     statistics = first(llama)
-    for layout in ("head", "identity"):  # not averaged over rotations: variances are those of the tokens seen
+    for layout in ("head", "identity"):  # not averaged over rotations: variances of the calibration tokens
         basis = fit_basis(statistics, "value", layout, 2048, 96)
         assert bool((basis.variance.diff(dim=1) <= 0).all())
         moment = torch.stack([statistics.value.moment[0][i : i + 16, i : i + 16] for i in (0, 16)])
@@ -81,7 +81,7 @@ def test_channels_stand_in_order_of_falling_cost_and_have_unit_variance(llama: F
 
 @pytest.mark.parametrize("span", [0.0, 7.0, 300.0])
 @pytest.mark.parametrize("rope", [HALF, INTERLEAVED, PARTIAL], ids=["half", "interleaved", "partial"])
-def test_the_average_in_closed_form_is_the_one_over_many_positions(rope: Rope, span: float) -> None:
+def test_the_closed_form_average_equals_the_one_over_many_positions(rope: Rope, span: float) -> None:
     moment, points = random_moment(16), 4000
     positions = [(i + 0.5) / points * span for i in range(points)] if span else [0.0]
     total = torch.zeros_like(moment)
@@ -90,7 +90,7 @@ def test_the_average_in_closed_form_is_the_one_over_many_positions(rope: Rope, s
         total += turn @ moment @ turn.mT
     expected = total / len(positions)
     scale = float(moment.abs().max())
-    # the midpoint rule is off by (2 * fastest angle * step)^2 / 24, here below 1e-3
+    # the midpoint rule has an error of (2 * fastest angle * step)^2 / 24, here below 1e-3
     torch.testing.assert_close(_Average(rope, 2, 8, span)(moment), expected, rtol=0, atol=1e-3 * scale)
 
 
@@ -103,7 +103,7 @@ def test_an_average_over_all_positions_commutes_with_the_rotation(rope: Rope) ->
 
 
 def test_a_frequency_basis_commutes_with_the_rotation(llama: Fitted) -> None:
-    """Encoding a rotated key is rotating the encoded key: per frequency, by the same angle (DESIGN: RoPE commutes)."""
+    """Encoding a rotated key equals rotating the encoded key, by the same angle per frequency (RoPE commutes)."""
     statistics = first(llama)
     rope = statistics.site.rope
     assert rope is not None
@@ -111,7 +111,7 @@ def test_a_frequency_basis_commutes_with_the_rotation(llama: Fitted) -> None:
     key = torch.randn(32, dtype=torch.float64)
 
     def energy(position: float) -> Tensor:
-        """|z|^2 of neighbouring channels: a complex number that turns keeps its size."""
+        """|z|^2 of neighboring channels: rotation preserves the modulus of a complex number."""
         z = basis.encode[0] @ (rotation(rope, 2, 16, position) @ key)
         return z.square().unflatten(0, (-1, 2)).sum(-1)
 
@@ -120,8 +120,8 @@ def test_a_frequency_basis_commutes_with_the_rotation(llama: Fitted) -> None:
 
 
 @pytest.mark.parametrize("layout", ["band", "freq"])
-def test_frequencies_that_drift_apart_are_not_mixed(llama: Fitted, layout: str) -> None:
-    """`band` for an endless context has the structure of `freq`: every channel reads one frequency of all heads."""
+def test_frequencies_with_different_angles_are_not_mixed(llama: Fitted, layout: str) -> None:
+    """For an endless context, `band` has the structure of `freq`: every channel mixes one frequency of all heads."""
     statistics = first(llama)
     basis = fit_basis(statistics, "key", layout, FOREVER, 96)
     energy = basis.encode[0].square().unflatten(1, (2, 2, 8)).sum((1, 2))  # [R, F]: heads, halves
@@ -129,14 +129,14 @@ def test_frequencies_that_drift_apart_are_not_mixed(llama: Fitted, layout: str) 
     assert float(share.min()) > 1 - 1e-6  # 1 / (difference of angles * context), squared, is far below
 
 
-def test_a_band_of_the_length_that_was_calibrated_takes_keys_as_they_stand(llama: Fitted) -> None:
+def test_a_band_of_the_calibrated_length_uses_keys_unaveraged(llama: Fitted) -> None:
     statistics = first(llama)
     plain = replace(statistics, site=replace(statistics.site, rope=None))
     bands = [fit_basis(s, "key", "band", 96, 96) for s in (statistics, plain)]
-    torch.testing.assert_close(bands[0].encode, bands[1].encode, rtol=1e-6, atol=1e-6)  # a span of no tokens
+    torch.testing.assert_close(bands[0].encode, bands[1].encode, rtol=1e-6, atol=1e-6)  # a span of zero tokens
 
 
-def test_rotation_leaves_values_alone(llama: Fitted) -> None:
+def test_rotation_does_not_affect_values(llama: Fitted) -> None:
     bases = [fit_basis(first(llama), "value", layout, 2048, 96) for layout in ("band", "freq")]
     assert torch.equal(bases[0].encode, bases[1].encode)
 
@@ -155,12 +155,12 @@ def test_identity_only_scales_and_orders(fitted: Fitted) -> None:
 # ---- input
 
 
-def test_the_joint_basis_holds_keys_and_values_of_gpt2_exactly() -> None:
+def test_the_joint_basis_represents_keys_and_values_of_gpt2_exactly() -> None:
     captured, outcome = found(tiny_gpt2(), 96)
     rows: dict[str, list[Tensor]] = {}
 
     class Seen(probe.Watch):
-        """Keeps keys and values beside each other."""
+        """Records keys and values, concatenated."""
 
         def attend(self, site: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
             rows[site.name] = [torch.cat([k, v], -1)[0].permute(1, 0, 2).flatten(1)]  # [T, G*(D+E)]
@@ -171,11 +171,11 @@ def test_the_joint_basis_holds_keys_and_values_of_gpt2_exactly() -> None:
     probe._Instrumented(captured, outcome, watch).run(*captured.program.values.values())
     for name, s in statistics.items():
         basis = joint_basis(s)
-        assert basis is not None and basis.shape[0] <= basis.shape[1] // 2  # the input has 64 of 128 numbers
+        assert basis is not None and basis.shape[0] <= basis.shape[1] // 2  # the input has 64 of 128 dimensions
         torch.testing.assert_close(basis @ basis.mT, torch.eye(len(basis), dtype=torch.float64))
         x = rows[name][0].detach()
         back = x @ basis.float().mT @ basis.float()
-        torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)  # float32 products of 64 numbers
+        torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)  # float32 matmuls over 64 terms
         coded = fit_joint(s)
         assert coded is not None and coded.encode.shape == (1, len(basis), basis.shape[1])
         back = x @ coded.encode[0].float().mT @ coded.decode[0].float().mT
@@ -187,7 +187,7 @@ def test_there_is_no_joint_basis_of_keys_that_rotate(llama: Fitted) -> None:
 
 
 def test_there_is_no_joint_basis_where_the_input_is_as_wide_as_keys_and_values() -> None:
-    """Grouped heads of a model without rotation: 64 numbers come in, 64 go out."""
+    """Grouped heads of a model without rotation: the input has 64 dimensions, keys and values have 64."""
     model = tiny_llama(num_hidden_layers=1)
     model.model.rotary_emb.inv_freq.zero_()
     captured, outcome = found(model, 96)
@@ -244,7 +244,7 @@ def _numbers(basis: Basis) -> tuple[Tensor, ...]:
 
 
 def test_statistics_without_a_gradient_still_give_an_exact_basis(llama: Fitted) -> None:
-    """A site that does not reach the output has no metric: nothing it holds costs anything."""
+    """A site that does not affect the output has a zero metric: none of its channels has a cost."""
     statistics = first(llama)
     mute = replace(statistics, value=replace(statistics.value, metric=torch.zeros_like(statistics.value.metric)))
     for layout in MIXING:
@@ -254,7 +254,7 @@ def test_statistics_without_a_gradient_still_give_an_exact_basis(llama: Fitted) 
         torch.testing.assert_close(product, eye, rtol=0, atol=1e-6)  # float64, far below normal sizes
 
 
-def test_full_width_plans_give_back_keys_and_values_in_float32(fitted: Fitted) -> None:
+def test_full_width_plans_restore_keys_and_values_in_float32(fitted: Fitted) -> None:
     for layout in MIXING:
         for site in fitted.plan(1, layout).sites:
             x = torch.randn(2, site.site.kv_heads, 5, site.site.key_dim)

@@ -1,4 +1,4 @@
-"""Bases of the layouts that a site may get."""
+"""Candidate bases of the layouts that a site may get."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fhopt.fitting.statistics import empty_statistics
 from fhopt.plan.site import AttentionSite
 
 
-def test_candidates_are_the_layouts_that_compete_unless_one_is_named(llama: Fitted) -> None:
+def test_candidates_are_the_competing_layouts_unless_one_is_named(llama: Fitted) -> None:
     auto = fit_bases(llama.statistics, context=96)
     named = fit_bases(llama.statistics, "head", context=96)
     assert {tuple(t) for t in auto.values()} == {COMPETING}  # keys rotate: no `input`
@@ -22,8 +22,8 @@ def test_candidates_are_the_layouts_that_compete_unless_one_is_named(llama: Fitt
     ("device", "heads", "expected"),
     [
         ("h100", (12, 4), {"band", "head", "identity"}),
-        ("edge", (128, 8), {"head", "identity"}),  # eight times the arithmetic, for which it has little
-        ("cpu", (12, 4), {"band", "head", "identity"}),  # whose time is weighed against loss
+        ("edge", (128, 8), {"head", "identity"}),  # 8x the arithmetic, of which it has little
+        ("cpu", (12, 4), {"band", "head", "identity"}),  # its time is traded for loss
     ],
 )
 def test_layouts_that_are_slow_on_a_gpu_do_not_compete(device: str, heads: tuple[int, int], expected: set[str]) -> None:
@@ -31,10 +31,10 @@ def test_layouts_that_are_slow_on_a_gpu_do_not_compete(device: str, heads: tuple
     assert set(layouts) == expected
 
 
-def test_without_a_device_loss_decides_alone_and_what_is_slow_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured at 4x: 1.45 times the time of latents for each kv head with 9/3x64, 3.2 times with 32/8x64.
+def test_without_a_device_only_loss_decides_and_slow_plans_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 4x: 1.45 times the time of per-head latents with 9/3x64 heads, 3.2 times with 32/8x64.
 
-    With AVX2 alone 2.2 times with 9/3x64.
+    On AVX2-only CPUs, 2.2 times with 9/3x64.
     """
     monkeypatch.setattr("fhopt.hardware.this_cpu.vector_units", lambda: ("AVX-512 VNNI", "AVX-512 VBMI"))
     assert set(fit_bases(empty_statistics([_site(32, 8)]), context=64)["a"]) == set(COMPETING)

@@ -1,4 +1,4 @@
-"""What a plan may be chosen of, and that it is known without torch."""
+"""Choices of a fit, checked without torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fhopt.fitting import choices
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1000.0, math.nan, math.inf, -1.0])
-def test_a_ratio_that_cannot_be_is_refused(ratio: float) -> None:
+def test_an_invalid_ratio_is_refused(ratio: float) -> None:
     with pytest.raises(FhoptError, match="is not possible; expected a number from 1"):
         choices.check_options(ratio, choices.AUTO, choices.BITS)
 
 
-def test_layouts_and_bits_that_cannot_be_are_refused() -> None:
+def test_invalid_layouts_and_bits_are_refused() -> None:
     with pytest.raises(FhoptError, match="layout 'x' is unknown"):
         choices.check_layouts(["x"])
     with pytest.raises(FhoptError, match=r"bits \[7\] are not possible"):

@@ -1,4 +1,4 @@
-"""Which bit groups get a trellis code."""
+"""Which bit groups use trellis codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fhopt.fitting import codes
         ("trellis", 5, 64, False), ("trellis", 16, 64, False), ("uniform", 2, 64, False),
     ],
 )  # fmt: skip
-def test_long_rings_of_few_bits_get_one(code: str, bits: int, width: int, expected: bool) -> None:
+def test_wide_groups_of_few_bits_use_them(code: str, bits: int, width: int, expected: bool) -> None:
     assert codes.is_trellis(code, bits, width) is expected
 
 
@@ -25,16 +25,16 @@ def test_long_rings_of_few_bits_get_one(code: str, bits: int, width: int, expect
         ("auto", 8, False, "uniform"), ("trellis", 2, False, "trellis"), ("uniform", 12, True, "uniform"),
     ],
 )  # fmt: skip
-def test_auto_is_trellis_where_it_pays_and_is_read(code: str, ratio: float, is_read: bool, expected: str) -> None:
+def test_auto_uses_trellis_if_it_pays_and_runs(code: str, ratio: float, is_read: bool, expected: str) -> None:
     assert codes.chosen(code, ratio, is_read) == expected
 
 
-def test_it_loses_less_by_what_was_measured_and_nothing_changes_without() -> None:
+def test_it_reduces_the_loss_as_measured_and_changes_nothing_without() -> None:
     for bits in (0, 1, 2, 3, 4, 5, 8, 16):
         assert codes.share(codes.UNIFORM, bits) == 1
         assert (codes.share(codes.TRELLIS, bits) < 1) is (bits in (1, 2, 3, 4))
 
 
-def test_its_bit_group_says_that_it_is_one() -> None:
+def test_its_bit_group_is_marked() -> None:
     tier = codes.trellis_tier(2, 40)
     assert tier.is_trellis and (tier.bits, tier.width) == (2, 40)

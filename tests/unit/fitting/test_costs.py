@@ -1,4 +1,4 @@
-"""Costs of channels, before anything is measured."""
+"""Costs of channels before measurement."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_every_basis_of_every_layout_gets_costs_of_its_shape() -> None:
         assert not any(total.any() for total in measured.sums.values())
 
 
-def test_one_basis_on_two_sides_is_measured_on_each() -> None:
+def test_one_basis_on_two_sides_is_measured_for_each() -> None:
     both = basis(1, 1.0)
     costs = empty_costs({"a": {"head": (both, both)}}, (0,))
     costs["a", "head", 0].sums[0].add_(1)
     assert not costs["a", "head", 1].sums[0].any()
 
 
-def test_a_basis_is_not_changed_by_what_is_measured() -> None:
+def test_measurements_do_not_change_a_basis() -> None:
     with pytest.raises(FrozenInstanceError):
         basis(1, 1.0).variance = None  # type: ignore[misc, assignment]

@@ -1,4 +1,4 @@
-"""Layouts and bits for a CPU: loss for time, within a bound."""
+"""Layouts and bits for a CPU: trade loss for time, within a bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 
 NAMES = ("a", "b", "c")
-WIDTH = 64  # numbers of a head
+WIDTH = 64  # head size
 
 
 def _sites() -> dict[str, AttentionSite]:
@@ -29,7 +29,7 @@ def _sites() -> dict[str, AttentionSite]:
 
 
 def _bases(gains: tuple[float, ...], size: float) -> CandidateBases:
-    """Latents for each head, and shared ones whose costs are those of the heads together, divided by a gain."""
+    """Per-head latents, and shared ones with the costs of all heads together, divided by a gain."""
     bases: dict[str, dict[str, tuple[Basis, ...]]] = {}
     for number, (name, gain) in enumerate(zip(NAMES, gains, strict=True)):
         own = tuple(_times(spectrum(WIDTH, 4, 1e4, seed), size) for seed in (number, number + 9))
@@ -50,7 +50,7 @@ def _fit(bases: CandidateBases, device: str | None, ratio: float = 4.0, **option
 
 
 def _seconds(plan: LatentPlan, device: str) -> float:
-    """Arithmetic of a token, from the plan itself."""
+    """Arithmetic per token, computed from the plan."""
     return sum(
         side.width * channel_seconds(DEVICES[device], s.site.heads, side.groups)
         for s in plan.sites
@@ -61,23 +61,23 @@ def _seconds(plan: LatentPlan, device: str) -> float:
 @pytest.mark.parametrize("device", ["cpu", "cpu-avx2"])
 @pytest.mark.parametrize("ratio", [3.0, 4.0, 8.0])
 @pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_a_plan_for_a_cpu_is_faster_and_loses_no_more_than_the_bound(device: str, ratio: float, size: float) -> None:
+def test_a_plan_for_a_cpu_is_faster_and_its_loss_is_within_the_bound(device: str, ratio: float, size: float) -> None:
     bases = _bases((1.0, 1.5, 20.0), size)
     least, fast = _fit(bases, None, ratio), _fit(bases, device, ratio)
     assert nats(least) <= nats(fast) <= bound_of(nats(least))
     share = _seconds(fast, device) / _seconds(least, device)
     assert share < 1 and fast.provenance["time"]["share"] == pytest.approx(share, rel=1e-6)
     assert fast.provenance["time"]["predicted_nats_without"] == nats(least)
-    assert ratio <= fast.ratio(100_000) < 1.05 * ratio  # bytes stay what they are
+    assert ratio <= fast.ratio(100_000) < 1.05 * ratio  # the size is unchanged
 
 
-def test_latents_stay_shared_where_that_gains_most() -> None:
+def test_latents_stay_shared_where_the_gain_is_largest() -> None:
     bases = _bases((1.0, 1.0, 30.0), 10.0)
     layouts = {s.site.name: s.layout for s in _fit(bases, "cpu-avx2").sites}
     assert layouts == {"a": "head", "b": "head", "c": "band"}
 
 
-def test_the_bound_is_a_share_of_the_loss_and_a_larger_one_of_a_little_loss() -> None:
+def test_the_bound_is_a_multiple_of_the_loss_and_a_larger_one_for_a_small_loss() -> None:
     for least in (1e-6, LITTLE / MOST):
         assert bound_of(least) == pytest.approx(MOST * least)
     assert bound_of(LITTLE / 2) == LITTLE
@@ -85,37 +85,37 @@ def test_the_bound_is_a_share_of_the_loss_and_a_larger_one_of_a_little_loss() ->
         assert bound_of(least) == DEARER * least
 
 
-def test_losses_that_are_next_to_nothing_buy_time() -> None:
-    """A ten-thousandth of the variance is so much of the loss, of which three times as much may be given."""
+def test_negligible_losses_buy_time() -> None:
+    """With 1e-4 of the variance, the loss shrinks as much, and may grow 3x."""
     share = {size: _fit(_bases((3.0, 3.0, 3.0), size), "cpu-avx2").provenance["time"]["share"] for size in (1e-4, 1.0)}
     assert share[1e-4] < 0.95 * share[1.0]
 
 
-def test_time_counts_on_a_cpu_alone() -> None:
+def test_time_counts_only_on_cpus() -> None:
     bases = _bases((1.0, 1.5, 20.0), 1.0)
     for device in (None, "h100"):
         assert not channel_times(bases, _sites(), device)
         assert "time" not in _fit(bases, device).provenance
     times = channel_times(bases, _sites(), "cpu")
-    assert times["a", "head"] > times["a", "band"]  # a channel of each of four latents: as many products, more codes
+    assert times["a", "head"] > times["a", "band"]  # four latents: as many multiplications, more codes
     shared = {"a": {"input": (bases["a"]["band"][0],)}}
     assert times["a", "band"] < channel_times(shared, _sites(), "cpu")["a", "input"] < 2 * times["a", "band"]
 
 
-def test_channels_take_what_the_cost_model_says() -> None:
-    """Long contexts of few bytes, so that arithmetic decides: 96 channels more on each side."""
+def test_channel_times_agree_with_the_cost_model() -> None:
+    """Long contexts with few bytes, so that arithmetic dominates: 96 more channels on each side."""
     for device in (DEVICES["cpu"], DEVICES["cpu-avx2"]):
         wide, narrow = (layout_time(device, 32, 8, width, width, 1, 1000) for width in (128, 32))
         assert (wide - narrow) / 1000 == pytest.approx(2 * 96 * channel_seconds(device, 32, 8), rel=1e-6)
 
 
-def test_no_rate_is_tried_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rate_is_tried_if_there_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_choice, "FIRST", None)  # would raise
     plan = _fit(_bases((1.0, 1.0, 1.0), 0.0), "cpu")
     assert nats(plan) == 0 and "time" not in plan.provenance
 
 
-def test_sites_that_share_kernels_keep_what_was_given_for_time() -> None:
+def test_sites_with_shared_kernels_also_trade_loss_for_time() -> None:
     bases = _bases((1.0, 1.0, 1.0), 1.0)
     least, fast, shared = _fit(bases, None), _fit(bases, "cpu-avx2"), _fit(bases, "cpu-avx2", kernel_shapes=1)
     share = _seconds(shared, "cpu-avx2") / _seconds(least, "cpu-avx2")
@@ -125,8 +125,8 @@ def test_sites_that_share_kernels_keep_what_was_given_for_time() -> None:
     assert 0.95 * nats(fast) < nats(shared) < 2 * nats(fast)
 
 
-def test_threads_that_wait_for_memory_get_no_loss_for_time() -> None:
-    """Arithmetic is that of the threads together, memory that of a socket."""
+def test_memory_bound_threads_trade_no_loss_for_time() -> None:
+    """Arithmetic scales with threads, memory bandwidth is that of a socket."""
     bases = _bases((1.0, 1.5, 20.0), 1.0)
     for device, counts in (("cpu:2", True), ("cpu:512", False)):
         plan = _fit(bases, device)
@@ -135,7 +135,7 @@ def test_threads_that_wait_for_memory_get_no_loss_for_time() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_other_sizes_are_expected_to_lose_what_their_own_plans_may(size: float) -> None:
+def test_other_sizes_are_expected_to_have_the_loss_of_their_own_plans(size: float) -> None:
     bases = _bases((1.0, 1.5, 20.0), size)
     evidence = evidence_of(_fit(bases, "cpu-avx2", 8.0))
     assert evidence is not None
@@ -145,7 +145,7 @@ def test_other_sizes_are_expected_to_lose_what_their_own_plans_may(size: float) 
         assert 0.99 * least <= expected <= 1.01 * bound_of(least)
 
 
-def test_what_time_costs_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_trade_of_loss_for_time_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan = _fit(_bases((1.0, 1.5, 20.0), 1.0), "cpu-avx2")
     plan.save(tmp_path / "plan")
     kept = LatentPlan.load(tmp_path / "plan")

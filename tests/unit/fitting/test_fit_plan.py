@@ -1,4 +1,4 @@
-"""Plans: their layouts, their sizes and the loss they predict."""
+"""Plans: layouts, sizes and predicted loss."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_layouts_compete_and_the_worse_one_loses_at_each_site() -> None:
 
 
 def test_plain_rounding_is_chosen_where_it_is_best(llama: Fitted) -> None:
-    """With costs of `band` made a hundred times as large, no site has it; the plan is that of plain rounding."""
+    """With costs of `band` a hundred times as large, no site uses it; the plan is plain rounding."""
     bases = {name: {w: layouts[w] for w in ("band", "identity")} for name, layouts in llama.bases.items()}
     dear = {
         key: replace(side, sums={n: 100 * c for n, c in side.sums.items()}) if key[1] == "band" else side
@@ -57,7 +57,7 @@ def test_plain_rounding_is_chosen_where_it_is_best(llama: Fitted) -> None:
 
 
 def test_a_layout_that_does_not_fit_into_the_bytes_is_not_chosen() -> None:
-    """One chunk of 1 bit and the scales take 48 bits with one latent head and 96 with two; there are 64."""
+    """One chunk of 1 bit and the scales take 48 bits with one latent head and 96 with two; 64 are available."""
     names = ("a", "b")
     bases: CandidateBases = {n: {"band": pair(basis(1, *FLAT)), "identity": pair(basis(2, 1e-9, 1e-9))} for n in names}
     plan = fit_plan.fit(statistics(*names), bases=bases, ratio=16, sinks=0, recent=1, block=1, tokens=100_000)
@@ -65,7 +65,7 @@ def test_a_layout_that_does_not_fit_into_the_bytes_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_competing_layouts_are_never_worse_than_one_for_all(fitted: Fitted, ratio: float) -> None:
+def test_competing_layouts_are_never_worse_than_a_single_one(fitted: Fitted, ratio: float) -> None:
     layouts = ["band", "identity", *(["input"] if ratio > 2 and has_joint(fitted) else [])]
     assert nats(fitted.plan(ratio, "auto")) <= min(nats(fitted.plan(ratio, layout)) for layout in layouts)
 
@@ -92,9 +92,9 @@ def test_transform_coding_predicts_less_loss_than_plain_rounding(fitted: Fitted)
 # ---- one latent for keys and values
 
 
-def test_a_joint_latent_gives_back_keys_and_values_and_halves_the_cache(gpt2: Fitted) -> None:
+def test_a_joint_latent_restores_keys_and_values_and_halves_the_cache(gpt2: Fitted) -> None:
     plan = gpt2.plan(1, "input")
-    assert 2 <= plan.ratio(10**6) < 2.1  # 63 numbers in place of 128; the window is exact
+    assert 2 <= plan.ratio(10**6) < 2.1  # 63 elements instead of 128; the window is unquantized
     for fitted_site in plan.sites:
         rows = joint_basis(gpt2.statistics[fitted_site.site.name])
         assert fitted_site.is_shared and rows is not None
@@ -102,12 +102,12 @@ def test_a_joint_latent_gives_back_keys_and_values_and_halves_the_cache(gpt2: Fi
         x = (z @ rows.float()).unflatten(-1, (4, 32)).squeeze(1).transpose(1, 2)  # [B, G, T, D+E]
         latent = algebra.encode(x, fitted_site.key.encode)
         both = [algebra.decode(latent, side.decode) for side in (fitted_site.key, fitted_site.value)]
-        torch.testing.assert_close(torch.cat(both, -1), x, rtol=1e-4, atol=1e-5)  # float32 products of 128 numbers
+        torch.testing.assert_close(torch.cat(both, -1), x, rtol=1e-4, atol=1e-5)  # float32 matmuls over 128 terms
 
 
 @pytest.mark.parametrize("ratio", [4.0, 6.0])
-def test_a_joint_latent_is_coded_too_and_costs_less_than_two(gpt2: Fitted, ratio: float) -> None:
-    """Keys and values of GPT-2 hold each number of their input twice; `auto` finds out."""
+def test_a_quantized_joint_latent_has_less_loss_than_two(gpt2: Fitted, ratio: float) -> None:
+    """Keys and values of GPT-2 both contain each dimension of their input; `auto` finds out."""
     plan = gpt2.plan(ratio, "input")
     assert ratio <= plan.ratio(TOKENS) < ratio * 1.05
     assert all(s.is_shared and s.key.tiers == s.value.tiers for s in plan.sites)
@@ -115,7 +115,7 @@ def test_a_joint_latent_is_coded_too_and_costs_less_than_two(gpt2: Fitted, ratio
     assert gpt2.plan(ratio, "auto").digest() == plan.digest()
 
 
-def test_a_joint_latent_without_bits_is_not_made_of_differences_from_means(gpt2: Fitted) -> None:
+def test_an_unquantized_joint_latent_has_no_means(gpt2: Fitted) -> None:
     with pytest.raises(FhoptError, match=r"the constant part of keys and values.*--mean-tokens 0"):
         fit_plan.fit(gpt2.statistics, ratio=2, layout="input", mean_tokens=4)
 
@@ -132,7 +132,7 @@ def test_a_joint_latent_of_keys_that_rotate_is_refused(llama: Fitted, ratio: flo
         llama.plan(ratio, "input")
 
 
-def test_a_joint_latent_as_wide_as_what_it_holds_is_refused(gpt2: Fitted) -> None:
+def test_a_joint_latent_as_wide_as_keys_and_values_is_refused(gpt2: Fitted) -> None:
     full = {
         n: replace(s, key=replace(s.key, moment=s.key.moment + torch.eye(64, dtype=torch.float64)))
         for n, s in gpt2.statistics.items()
@@ -141,13 +141,13 @@ def test_a_joint_latent_as_wide_as_what_it_holds_is_refused(gpt2: Fitted) -> Non
         fit_plan.fit(full, ratio=1, layout="input")
 
 
-# ---- what a plan costs
+# ---- predicted loss of a plan
 
 
 @pytest.mark.parametrize("layout", ["auto", *[pytest.param(x, marks=pytest.mark.slow) for x in ("band", "identity")]])
 @pytest.mark.parametrize("ratio", [2.5, 4.0])
-def test_the_predicted_loss_is_what_rounding_costs(fitted: Fitted, ratio: float, layout: str) -> None:
-    """KL of the compressed graph against the exact one, on tokens that were not calibrated with."""
+def test_the_predicted_loss_agrees_with_the_measured_one(fitted: Fitted, ratio: float, layout: str) -> None:
+    """KL of the compressed graph against the exact one, on tokens outside the calibration set."""
     plan, batches = fitted.plan(ratio, layout), [batch for _, batch in numbered(4)]
     captured, outcome = found(fitted.model, 96)
 
@@ -163,7 +163,7 @@ def test_the_predicted_loss_is_what_rounding_costs(fitted: Fitted, ratio: float,
     assert nats(plan) / 1.7 < kl < nats(plan) * 1.7
 
 
-def test_absorbed_queries_give_the_same_products(fitted: Fitted) -> None:
+def test_absorbed_queries_give_the_same_logits(fitted: Fitted) -> None:
     fitted_site: SitePlan = fitted.plan(1).sites[0]
     heads, groups, dim = fitted_site.site.heads, fitted_site.site.kv_heads, fitted_site.site.key_dim
     q, k = torch.randn(1, heads, 3, dim), torch.randn(1, groups, 5, dim)
@@ -192,15 +192,15 @@ def test_an_impossible_ratio_is_refused(llama: Fitted, ratio: float) -> None:
         llama.plan(ratio)
 
 
-def test_a_ratio_that_leaves_no_bits_says_what_the_least_is(llama: Fitted) -> None:
+def test_a_ratio_that_leaves_no_bits_names_the_minimum(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match="least possible"):
         llama.plan(60)
 
 
-# ---- gains of decoders
+# ---- decoder gains
 
 
-def test_decoders_of_values_are_unbiased_and_those_of_keys_as_fitted(
+def test_decoders_of_values_are_unbiased_and_those_of_keys_unchanged(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled = llama.plan(8)

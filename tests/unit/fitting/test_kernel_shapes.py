@@ -21,7 +21,7 @@ Sites = dict[str, SiteChunks]
 
 
 def spectrum(falls: float, level: float, grain: Grain, chunks: int = 16) -> dict[int, list[float]]:
-    """Costs of chunks whose variances fall by a factor, in mixed order behind the first, which always has bits."""
+    """Costs of chunks whose variances fall geometrically, shuffled after the first, which always has bits."""
     rest = [level * falls**-i for i in range(1, chunks)]
     random.Random(0).shuffle(rest)
     variances = [level, *rest]
@@ -29,7 +29,7 @@ def spectrum(falls: float, level: float, grain: Grain, chunks: int = 16) -> dict
 
 
 def models(count: int, grain: Grain, groups: int = 1) -> Sites:
-    """Sites of two families: fast and slow spectra, each a little different."""
+    """Sites of two families, with steep and flat spectra, each slightly different."""
     return {
         f"layers.{n}": SiteChunks(
             (spectrum(1.2 + n % 2 + n / 100, 1 + n / 50, grain), spectrum(1.1 + n % 2, 2.0, grain)), (groups, groups)
@@ -52,7 +52,7 @@ def bits_used(found: Allocation, sites: Sites) -> int:
 
 
 def nats(found: Allocation, sites: Sites) -> float:
-    """What the bits of each chunk cost, the chunks of a last plane that are none left out."""
+    """Return the cost of each chunk's bits, without the padding chunks of a last plane."""
     return sum(
         s.nats[i][b][chunk]
         for n, s in sites.items()
@@ -68,7 +68,7 @@ def shapes(found: Allocation, sites: Sites) -> set[tuple[tuple[int, ...], ...]]:
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("most", [1, 2, 4])
 @pytest.mark.parametrize("grain", [ANY, GPU])
-def test_sites_have_at_most_so_many_shapes_within_the_budget(grain: Grain, most: int, groups: int) -> None:
+def test_sites_have_a_limited_number_of_shapes_within_the_budget(grain: Grain, most: int, groups: int) -> None:
     sites = models(9, grain, groups)
     budget = 9 * 2 * (16 * TIER_QUANTUM * 3 + 16) * groups
     alone = free(sites, budget, grain)
@@ -79,7 +79,7 @@ def test_sites_have_at_most_so_many_shapes_within_the_budget(grain: Grain, most:
     assert found.nats >= alone.nats * (1 - 1e-9)
 
 
-def test_more_shapes_cost_less() -> None:
+def test_more_shapes_reduce_the_loss() -> None:
     sites = models(12, ANY)
     budget = 12 * 2 * (16 * TIER_QUANTUM * 3 + 16)
     alone = free(sites, budget, ANY)
@@ -89,7 +89,7 @@ def test_more_shapes_cost_less() -> None:
     assert losses[1] < 1.1 * alone.nats
 
 
-def test_two_families_are_told_apart() -> None:
+def test_two_families_are_separated() -> None:
     sites = models(8, ANY)
     budget = 8 * 2 * (16 * TIER_QUANTUM * 3 + 16)
     found = share(sites, free(sites, budget, ANY), budget, ANY, 2)
@@ -97,8 +97,8 @@ def test_two_families_are_told_apart() -> None:
     assert len(sorts[0]) == len(sorts[1]) == 1 and sorts[0] != sorts[1]
 
 
-def test_two_sites_of_one_shape_have_the_best_that_they_can() -> None:
-    """Against all shapes of two sites of three chunks each, at the bits that were used."""
+def test_two_sites_of_one_shape_are_optimal() -> None:
+    """Compare with all shapes of two sites of three chunks each, at the bits used."""
     grain = Grain((1, 2, 4), 0)
     sites = {
         name: SiteChunks(({b: [v * DISTORTION[b] for v in values] for b in (0, 1, 2, 4)},), (1,))
@@ -115,7 +115,7 @@ def test_two_sites_of_one_shape_have_the_best_that_they_can() -> None:
     assert found.nats == pytest.approx(min(possible))
 
 
-def test_where_shapes_are_few_anyway_nothing_changes() -> None:
+def test_nothing_changes_if_there_are_few_shapes_anyway() -> None:
     one = models(1, ANY)["layers.0"]
     sites = {f"layers.{n}": one for n in range(5)}
     budget = 5 * 2 * (16 * TIER_QUANTUM * 3 + 16)
@@ -124,7 +124,7 @@ def test_where_shapes_are_few_anyway_nothing_changes() -> None:
     assert share(sites, alike, budget, ANY, 1) is alike
 
 
-def test_sites_of_other_sizes_have_shapes_of_their_own() -> None:
+def test_sites_of_other_sizes_have_separate_shapes() -> None:
     sites = models(6, ANY)
     sites |= {
         f"wide.{n}": SiteChunks((spectrum(1.3 + n / 9, 1.0, ANY, 24), spectrum(1.2, 2.0, ANY, 24)), (1, 1))
@@ -158,7 +158,7 @@ def kernels_of(plan: LatentPlan) -> int:
 
 
 @pytest.mark.parametrize("device", [None, "h100", "cpu"])
-def test_a_plan_says_what_sharing_shapes_costs(device: str | None) -> None:
+def test_a_plan_reports_the_loss_of_sharing_shapes(device: str | None) -> None:
     alone = wide(1, 256, 4.0, device, kernel_shapes=2)
     assert kernels_of(alone) == 2 and "kernel_shapes" not in alone.provenance
     shared = wide(1, 256, 4.0, device, kernel_shapes=1)

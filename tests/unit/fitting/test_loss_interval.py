@@ -1,4 +1,4 @@
-"""From losses on held-out text to an interval; the measured ones of real models lie in it."""
+"""From KL on held-out text to an interval, which contains the measured KL of real models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fhopt.fitting.loss_interval import LossCheck, checks_of, loss_interval
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 CALIBRATING = ("topics", "source", "docstrings", "mixture")
-PREDICTED = {  # sums of costs of the plans that were measured, by model and ratio
+PREDICTED = {  # predicted nats of the measured plans, by model and ratio
     "Qwen2.5-Coder-1.5B-Instruct": {"4x": 8.241e-5, "8x": 9.055e-4},
     "Qwen2.5-Coder-0.5B-Instruct": {"4x": 1.552e-4, "8x": 1.886e-3},
     "SmolLM2-135M-Instruct": {"4x": 1.685e-4, "5.3x": 3.980e-4, "8x": 1.702e-3, "12x": 6.006e-3},
@@ -30,8 +30,8 @@ def measured(model: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("model", PREDICTED)
-def test_measured_losses_of_texts_of_other_kinds_lie_in_the_interval(model: str) -> None:
-    """Columns of numbers may lose less, and Chinese at 12x more; costs alone are up to ten times too low."""
+def test_measured_losses_of_other_domains_are_in_the_interval(model: str) -> None:
+    """Columns of numbers may lose less, and Chinese at 12x more; predicted costs alone are up to 10x too low."""
     losses, predicted = measured(model), PREDICTED[model]
     checks = [
         LossCheck(text, (predicted["4x"], predicted["8x"]), (losses["4x"][text], losses["8x"][text]))
@@ -51,7 +51,7 @@ def test_measured_losses_of_texts_of_other_kinds_lie_in_the_interval(model: str)
 @pytest.mark.parametrize(
     ("predicted", "loss"), [(1.0, 5.0), (3.0, 9.0), (2.0, 7.0), (4.0, 11.0), (0.5, 4.0), (0.0, 3.0)]
 )
-def test_losses_lie_on_a_line_through_those_measured(predicted: float, loss: float) -> None:
+def test_losses_are_interpolated_linearly_between_measured_ones(predicted: float, loss: float) -> None:
     check = LossCheck("text", (1.0, 3.0), (5.0, 9.0))
     assert check.at(predicted) == pytest.approx(loss)
 
@@ -59,13 +59,13 @@ def test_losses_lie_on_a_line_through_those_measured(predicted: float, loss: flo
 @pytest.mark.parametrize(
     ("check", "predicted", "loss"),
     [
-        (LossCheck("text", (1.0,), (5.0,)), 2.0, 10.0),  # with one size, in proportion, but never less
+        (LossCheck("text", (1.0,), (5.0,)), 2.0, 10.0),  # with one size: proportional, but never less
         (LossCheck("text", (1.0,), (5.0,)), 0.5, 5.0),
         (LossCheck("text", (1.0, 3.0), (1.0, 9.0)), 0.5, 0.5),  # a line that would fall below zero
-        (LossCheck("text", (1.0, 3.0), (5.0, 4.0)), 9.0, 5.0),  # and one that would fall
+        (LossCheck("text", (1.0, 3.0), (5.0, 4.0)), 9.0, 5.0),  # and a falling line
     ],
 )
-def test_no_loss_is_below_what_was_seen(check: LossCheck, predicted: float, loss: float) -> None:
+def test_no_loss_is_below_the_measured_minimum(check: LossCheck, predicted: float, loss: float) -> None:
     assert check.at(predicted) == pytest.approx(loss)
 
 
@@ -78,6 +78,6 @@ def test_texts_that_differ_much_widen_the_interval() -> None:
     assert math.isfinite(loss_interval([LossCheck("exact", (0.0,), (0.0,))], 0.0)[2])
 
 
-def test_checks_are_what_they_were_after_json() -> None:
+def test_checks_survive_json() -> None:
     checks = (LossCheck("topics", (1e-4, 1e-3), (2e-4, 1.5e-3)),)
     assert checks_of(json.loads(json.dumps([check.as_json() for check in checks]))) == checks

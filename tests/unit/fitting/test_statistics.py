@@ -17,10 +17,10 @@ SITE = "model.layers.1.self_attn"
 
 
 @pytest.mark.parametrize("limit", [32, 16, 1])
-def test_as_few_latent_heads_as_keep_the_mixed_space_within_the_limit(
+def test_latent_heads_are_as_few_as_the_mixing_limit_allows(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """Two heads of 16: together, apart, and apart where even one is too wide."""
+    """Two heads of 16: mixed, separate, and separate if even one exceeds the limit."""
     monkeypatch.setattr(fitting_statistics, "MIX_LIMIT", limit)
     groups = 1 if limit == 32 else 2
     statistics = collect.collect(llama.captured, llama.outcome, numbered(1), **FAR)[SITE]
@@ -29,21 +29,21 @@ def test_as_few_latent_heads_as_keep_the_mixed_space_within_the_limit(
 
 
 def at(llama: Fitted, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Keys as the model rotates them at positions [B, T]."""
+    """Rotate keys as the model does at positions [B, T]."""
     cos, sin = llama.model.model.rotary_emb(keys, positions)
     rotated: torch.Tensor = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
     return rotated
 
 
-def test_keys_that_are_turned_are_those_of_later_positions(llama: Fitted) -> None:
+def test_rotated_keys_are_those_of_later_positions(llama: Fitted) -> None:
     site, keys, here = llama.statistics[SITE].site, torch.randn(2, 2, 20, 16), torch.arange(20).expand(2, 20)
     for later in (torch.tensor([[37.0], [300.0]]), torch.arange(20.0).unsqueeze(0) * 7):
         expected = at(llama, keys, here + later.long())
         torch.testing.assert_close(turned(site, at(llama, keys, here), later.double()), expected, rtol=0, atol=1e-4)
 
 
-def test_a_constant_in_keys_turns_away_from_its_mean(llama: Fitted) -> None:
-    """As in a cache: the means are of the first tokens, wherever the others stand."""
+def test_a_constant_in_keys_rotates_away_from_its_mean(llama: Fitted) -> None:
+    """As in a cache, means are of the first tokens, wherever the others are."""
     site, here = llama.statistics[SITE].site, torch.arange(20).unsqueeze(0)
     keys = at(llama, torch.randn(1, 2, 1, 16).expand(1, 2, 20, 16), here)
     later = torch.full((1, 1), 1000.0, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_a_constant_in_keys_turns_away_from_its_mean(llama: Fitted) -> None:
     assert k.square().mean() > 2 * differences(site, keys, values, 0, 5)[0].square().mean()
 
 
-def test_what_slides_or_does_not_turn_has_no_segments(llama: Fitted) -> None:
+def test_sliding_or_unrotated_sites_have_no_segments(llama: Fitted) -> None:
     site = next(iter(llama.outcome.sites.values()))
     assert segment_of(site, 512, {}) == 512
     assert segment_of(site, 512, {site.name: 256}) == 0
@@ -65,7 +65,7 @@ def test_what_slides_or_does_not_turn_has_no_segments(llama: Fitted) -> None:
     assert segment_of(replace(site, kind="cross"), 512, {}) == 0
 
 
-def test_keys_of_a_short_calibration_count_as_anywhere_in_their_segment() -> None:
+def test_keys_of_a_short_calibration_get_positions_all_over_their_segment() -> None:
     inside = placed(512, 7000, 200)
     assert inside is not None and inside.shape == (1, 200) and 0 <= float(inside.min()) < float(inside.max()) < 312
     whole = placed(512, 7000, 200, 4, 3)
@@ -77,15 +77,15 @@ def test_keys_of_a_short_calibration_count_as_anywhere_in_their_segment() -> Non
     assert far is not None and torch.equal(far.flatten(), spread(2, 0, 7000))
 
 
-def test_positions_are_well_spread_whatever_their_count() -> None:
+def test_positions_are_well_spread_for_any_count() -> None:
     assert torch.equal(torch.cat([spread(5, 0, 100), spread(3, 5, 100)]), spread(8, 0, 100))
     for count in (8, 20, 500):
         places, _ = (spread(count, 0, 100) / 100).pow(1 / 3).sort()
         assert places[0] >= 0 and places[-1] < 1 and places.diff().max() < 3 / count
 
 
-def test_statistics_of_a_long_context_keep_what_no_position_changes(fitted: Fitted) -> None:
-    """Turning keeps the energy of keys, of gradients and of both together, and everything of values."""
+def test_statistics_of_a_long_context_preserve_position_invariants(fitted: Fitted) -> None:
+    """Rotation preserves the energy of keys, of gradients and of both together, and does not affect values."""
     batches = numbered(2)
     near = collect.collect(fitted.captured, fitted.outcome, batches, **FAR)
     far = collect.collect(fitted.captured, fitted.outcome, batches, **FAR, span=5000)

@@ -1,4 +1,4 @@
-"""The cost model against figures worked out by hand."""
+"""The cost model against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ devices = st.builds(
 latents = st.sampled_from([LATENT, WINDOW_OF_CODES, *(hypothetical_cost([SITE], ratio) for ratio in (1, 2, 8))])
 
 
-def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None:
+def test_bytes_and_operations_of_one_site_equal_hand_computed_ones() -> None:
     exact = EXACT.on(DEVICES["h100"], 200)
     assert exact.bytes == 200 * 2 * (16 + 8) * 2
     assert exact.operations == 2 * 4 * 200 * (16 + 8)
-    latent = LATENT.on(DEVICES["h100"], 200)  # 4 + 64 + 32 tokens are exact, 100 are quantized
+    latent = LATENT.on(DEVICES["h100"], 200)  # 4 + 64 + 32 tokens are unquantized, 100 quantized
     key_row, value_row = 2 * (8 * 4 // 8 + 8 * 2 // 8 + 2), 8 * 2
     assert latent.bytes == 100 * (key_row + value_row) + 100 * 96 + BASES
     products = 2 * 4 * 100 * (16 + 8) + 2 * 4 * 100 * (16 + 8)
@@ -48,28 +48,28 @@ def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None
     assert latent.operations == products + absorb + expand + encode + unpack
 
 
-def test_a_window_of_codes_costs_a_byte_a_number_its_scales_and_an_operation_a_code() -> None:
+def test_an_8_bit_window_costs_a_byte_per_element_its_scales_and_an_operation_per_code() -> None:
     exact, rounded = (
         c.on(DEVICES["h100"], 200) for c in (LATENT, WINDOW_OF_CODES)
     )  # 4 sinks, 96 tokens, 100 quantized
     assert exact.bytes - rounded.bytes == 96 * (96 - (48 + 2 * 2 * 2))
     assert rounded.operations - exact.operations == 96 * 48
     first = [c.on(DEVICES["h100"], 3) for c in (LATENT, WINDOW_OF_CODES)]
-    assert first[0] == first[1]  # three tokens are all sinks
+    assert first[0] == first[1]  # all three tokens are sinks
 
 
-def test_a_window_of_codes_may_pay_before_anything_is_sealed() -> None:
+def test_an_8_bit_window_may_pay_before_any_token_is_quantized() -> None:
     wide = replace(SITE, heads=4, kv_heads=4, key_dim=64, value_dim=64)
     small = SidePlan(torch.zeros(4, 8, 64), torch.zeros(4, 64, 8), (Tier(2, 8, 1.0),))
     plan = LatentPlan((SitePlan(wide, "head", small, small),), 4, 64, 64, window_bits=8)
     exact, latent = model_cost([wide]), model_cost([wide], plan)
     found = break_even(exact, latent, DEVICES["h100"])
-    bases = 2 * 4 * (8 * 64 + 64 * 8) * 2  # bytes; memory bounds all parts
+    bases = 2 * 4 * (8 * 64 + 64 * 8) * 2  # bytes; all parts are memory-bound
     assert found.verdict == "from" and found.tokens is not None and found.tokens < 100
     assert found.tokens == pytest.approx(4 + bases / (1024 - (512 + 2 * 2 * 4)), rel=1e-9)
 
 
-def test_shared_rows_count_once_in_bytes_and_codes_and_twice_in_products() -> None:
+def test_shared_rows_count_once_in_bytes_and_codes_and_twice_in_matmuls() -> None:
     rows = cost_model.LatentSizes.planned(SHARED, itemsize=2)
     assert rows == cost_model.LatentSizes(16, 16, token_bytes=18, quantized=16, encode=768, decode=768)
     for itemsize, bits in ((2, 8), (2, 16), (4, 8)):
@@ -78,10 +78,10 @@ def test_shared_rows_count_once_in_bytes_and_codes_and_twice_in_products() -> No
         counted = latent.number(latent.bytes, 4 + 96 + 640) - (768 + 768) * itemsize
         assert counted == plan.cache_bytes(4 + 96 + 640, itemsize)
     arguments = (DEVICES["cpu"], 4, 1, 256, 256, 512)
-    assert layout_time(*arguments, 1000, shared=True) < layout_time(*arguments, 1000)  # numbers, not codes to unpack
+    assert layout_time(*arguments, 1000, shared=True) < layout_time(*arguments, 1000)  # no codes to unpack
 
 
-def test_batch_and_queries_multiply_what_they_should() -> None:
+def test_batch_and_queries_scale_the_right_terms() -> None:
     one, many = (LATENT.on(DEVICES["h100"], 500, *sizes) for sizes in ((1, 1), (3, 1)))
     assert many.bytes - BASES == 3 * (one.bytes - BASES) and many.operations == 3 * one.operations
     queries = EXACT.on(DEVICES["h100"], 500, 1, 2)
@@ -89,7 +89,7 @@ def test_batch_and_queries_multiply_what_they_should() -> None:
     assert queries.operations == 2 * EXACT.on(DEVICES["h100"], 500).operations
 
 
-def test_a_model_costs_the_sum_of_its_sites_and_its_weights() -> None:
+def test_the_cost_of_a_model_is_the_sum_of_its_sites_and_its_weights() -> None:
     sites = [SITE, replace(SITE, name="other", key_dim=32)]
     total = model_cost(sites, PLAN, parameters=1000)
     parts = [cost_model.site_cost(SITE, PLAN.sites[0]), cost_model.site_cost(sites[1])]
@@ -100,7 +100,7 @@ def test_a_model_costs_the_sum_of_its_sites_and_its_weights() -> None:
 
 @figures
 @given(st.integers(1, 3000), st.sampled_from([2, 4]), st.sampled_from([PLAN, ROUNDED]))
-def test_latent_bytes_are_those_of_the_plan_up_to_half_a_block(tokens: int, itemsize: int, plan: LatentPlan) -> None:
+def test_latent_bytes_agree_with_the_plan_up_to_half_a_block(tokens: int, itemsize: int, plan: LatentPlan) -> None:
     latent = model_cost([SITE], plan, itemsize=itemsize)
     counted = latent.number(latent.bytes, tokens) - BASES * itemsize / 2
     saved = PLAN.exact_token_bytes(itemsize) - PLAN.sites[0].token_bytes(itemsize)
@@ -120,13 +120,13 @@ def test_a_sliding_window_is_no_longer_than_itself_and_a_short_one_exact(window:
 
 @figures
 @given(devices, latents, st.integers(1, 64))
-def test_latents_pay_from_where_the_two_times_cross(device: Device, latent: Cost, batch: int) -> None:
+def test_the_break_even_is_where_the_two_times_cross(device: Device, latent: Cost, batch: int) -> None:
     found = break_even(EXACT, latent, device, batch)
 
     def seconds(tokens: int) -> list[float]:
         return [c.on(device, tokens, batch).attention_seconds for c in (EXACT, latent)]
 
-    slack = 1 + 1e-9  # rounding of floats
+    slack = 1 + 1e-9  # float rounding
     if found.tokens is None:
         exact, quantized = seconds(10**6)
         assert found.verdict == "never" and exact <= quantized * slack
@@ -136,7 +136,7 @@ def test_latents_pay_from_where_the_two_times_cross(device: Device, latent: Cost
     assert float(found.formula.subs(cost_model.BATCH, batch)) == found.tokens
 
 
-def test_uncoded_latents_of_full_width_never_pay_and_latents_without_bases_always_do() -> None:
+def test_unquantized_latents_of_full_width_never_pay_and_latents_without_bases_always_do() -> None:
     plan = fit_plan.exact_plan([SITE])
     assert break_even(EXACT, model_cost([SITE], plan), DEVICES["h100"]) == cost_model.BreakEven("never")
     free = cost_model.site_cost(SITE, cost_model.LatentSizes(0, 0, 1, 0, 0, 0), open_tokens=100)
@@ -157,23 +157,21 @@ def test_more_bandwidth_is_never_slower_and_more_tokens_never_cheaper(
     faster = latent.on(replace(device, bandwidth_gb_s=factor * device.bandwidth_gb_s), tokens)
     assert faster.attention_seconds <= now.attention_seconds and faster.step_seconds <= now.step_seconds
     longer = latent.on(device, tokens + more)
-    slack = 1 - 1e-12  # rounding of floats
+    slack = 1 - 1e-12  # float rounding
     assert longer.bytes >= now.bytes and longer.operations >= now.operations
     assert longer.attention_seconds >= now.attention_seconds * slack
 
 
 @figures
 @given(devices, latents, st.integers(1, 5000), st.integers(1, 8))
-def test_the_formula_of_the_time_gives_the_time_in_numbers(
-    device: Device, latent: Cost, tokens: int, batch: int
-) -> None:
+def test_the_time_formula_agrees_with_the_numeric_time(device: Device, latent: Cost, tokens: int, batch: int) -> None:
     symbolic = latent.number(latent.time(device), tokens, batch)
     assert symbolic == pytest.approx(latent.on(device, tokens, batch).attention_seconds, rel=1e-9)
 
 
 @pytest.mark.parametrize(("batch", "ratio", "bound"), [(1, inf, 1.27), (16, 4, 2.55), (32, 8, 4.62)])
-def test_the_most_a_step_can_gain_is_that_of_its_bytes(batch: int, ratio: float, bound: float) -> None:
-    """Llama-3.1-8B in bfloat16 behind 32,768 tokens."""
+def test_the_maximum_gain_of_a_step_is_that_of_its_bytes(batch: int, ratio: float, bound: float) -> None:
+    """Llama-3.1-8B in bfloat16 at a 32,768-token context."""
     layer = replace(SITE, heads=32, kv_heads=8, key_dim=128, value_dim=128)
     model = model_cost([layer] * 32, parameters=8_030_261_248)
     weights, cache = (model.number(e, 32768, batch) for e in (model.weights.bytes, model.bytes))

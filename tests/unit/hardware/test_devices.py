@@ -9,13 +9,13 @@ from fhopt.hardware import devices
 from fhopt.hardware.devices import DEVICES, find_device, layout_time
 
 
-def test_a_shared_latent_head_suits_a_gpu_and_heads_of_their_own_a_cpu() -> None:
-    """32 query heads, 32,768 tokens in bfloat16: one head 256 wide, half the bytes of 8 heads 64 wide."""
+def test_a_shared_latent_head_suits_a_gpu_and_separate_heads_a_cpu() -> None:
+    """32 query heads, 32,768 tokens in bfloat16: one head of width 256, half the bytes of 8 heads of width 64."""
     times = {n: [layout_time(DEVICES[n], 32, *shape, 32768) for shape in ((1, 256, 256, 512), (8, 64, 64, 128))]
              for n in ("h100", "cpu")}  # fmt: skip
     assert times["h100"][0] < times["h100"][1]
     assert times["cpu"][0] > times["cpu"][1]
-    measured = (6.1e-3, 3.0e-3)  # codes of 8 bits, one thread of a Zen 4 with AVX-512 VNNI
+    measured = (6.1e-3, 3.0e-3)  # 8-bit codes, one thread of a Zen 4 with AVX-512 VNNI
     assert all(m / 1.3 < t < 1.3 * m for t, m in zip(times["cpu"], measured, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Products in a faster way than torch's: where they are used, that they are exact, and that torch is left as it was."""
+"""Matmuls faster than torch's: where they are used, their accuracy, and that torch's settings are restored."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ZEN = {"vendor_id": "AuthenticAMD", "flags": "avx2 avx512f avx512_bf16"}
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """What was found out before is forgotten, and what a test makes be found, too."""
+    """Clear cached detection results before and after a test."""
     is_onednn_faster.cache_clear()
     yield
     is_onednn_faster.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None = None, error: float = 0.0) -> None:
-    """Let /proc/cpuinfo say `fields`, a product by oneDNN have this error, and those of 16 bits be fast."""
+    """Mock /proc/cpuinfo, the error of a oneDNN matmul, and native 16-bit GEMM."""
     monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: False)
     monkeypatch.setattr(float_products, "reported", lambda field: (ZEN | (fields or {}))[field])
     monkeypatch.setattr(float_products, "_error", lambda: error)
@@ -38,7 +38,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None = Non
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
 
-def test_products_are_exact_here_and_torch_is_left_as_it_was() -> None:
+def test_matmuls_are_exact_here_and_torch_settings_are_restored() -> None:
     before = PRECISION.fp32_precision
     x, y = torch.randn(2, 200, 200)
     with fast_products():
@@ -48,7 +48,7 @@ def test_products_are_exact_here_and_torch_is_left_as_it_was() -> None:
     assert PRECISION.fp32_precision == before
 
 
-def test_they_are_allowed_on_such_a_cpu_and_an_error_ends_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_allowed_on_such_a_cpu_until_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     before = PRECISION.fp32_precision
     with pytest.raises(ZeroDivisionError), fast_products():
@@ -75,7 +75,7 @@ def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch, fields: dict
     assert not is_onednn_faster()
 
 
-def test_operands_that_are_rounded_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounded_operands_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, error=2**-9)
     assert not is_onednn_faster()
 
@@ -96,7 +96,7 @@ def test_a_linear_layer_is_exact_and_needs_no_switch(
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without instructions for 16-bit numbers and without kernels, and weights converted in several parts."""
+    """Mock a CPU without native 16-bit GEMM and without kernels, and convert weights in several parts."""
     monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: True)
     monkeypatch.setattr(codegen, "linear", lambda *_: None)
     monkeypatch.setattr(float_products, "CONVERTED", 1000)
@@ -105,7 +105,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(17,), (2, 150)])
-def test_linear_layers_of_16_bits_are_exact_to_their_rounding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_16_bit_linear_layers_are_exact_to_their_rounding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(*size).to(dtype) for size in ((*shape, 64), (40, 64), (40,)))
     strided = weight.t().contiguous().t()
     for y, w, b in ((x, weight, bias), (x, weight, None), (x[..., :30], weight[:, :30], bias), (x, strided, bias)):
@@ -118,7 +118,7 @@ def test_linear_layers_of_16_bits_are_exact_to_their_rounding(shape: tuple[int, 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_where_there_is_a_kernel_for_them_it_multiplies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_available_kernel_runs_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (float_products, wide_linear):
         monkeypatch.setattr(module, "multiplies_by_loops", lambda dtype: True)
     monkeypatch.setattr(float_products, "_parts", lambda *_: pytest.fail("a weight is converted"))
@@ -131,7 +131,7 @@ def test_where_there_is_a_kernel_for_them_it_multiplies(dtype: torch.dtype, monk
 
 
 @pytest.mark.usefixtures("slow")
-def test_inside_they_have_the_gradient_of_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_the_input_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     real = float_products._in_float32
 
@@ -152,7 +152,7 @@ def test_inside_they_have_the_gradient_of_their_input(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("slow")
-def test_what_a_layer_returned_may_be_written_to() -> None:
+def test_the_output_of_a_layer_may_be_written_to() -> None:
     layer = torch.nn.Linear(64, 40).bfloat16().requires_grad_(False)
     x = torch.randn(2, 30, 64).bfloat16().requires_grad_()
     with fast_products():
@@ -166,9 +166,7 @@ def test_what_a_layer_returned_may_be_written_to() -> None:
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_calls_that_no_linear_layer_makes_are_left_to_torch(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusual_calls_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float_products, "is_onednn_faster", lambda: True)
     x, weight = torch.randn(300, 64).to(dtype), torch.randn(40, 64).to(dtype)
     linear = torch.nn.functional.linear
@@ -186,7 +184,7 @@ def test_calls_that_no_linear_layer_makes_are_left_to_torch(
 
 
 @pytest.mark.usefixtures("slow")
-def test_functions_that_torch_transforms_keep_its_products() -> None:
+def test_functions_transformed_by_torch_use_its_matmuls() -> None:
     x, weight = torch.randn(20, 8).bfloat16(), torch.randn(4, 8).bfloat16()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -197,10 +195,10 @@ def test_functions_that_torch_transforms_keep_its_products() -> None:
         assert torch.equal(torch.func.grad(loss)(x), expected)
 
 
-def test_operations_are_watched_where_a_weight_is_multiplied_by_loops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_intercepted_only_without_native_gemm_for_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: dtype == torch.bfloat16)
     for dtype, count in ((torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 1)):
-        with fast_products([torch.ones(1, dtype=dtype)]), fast_products():  # the inner one knows no weights
+        with fast_products([torch.ones(1, dtype=dtype)]), fast_products():  # the inner one has no weights
             modes = [type(mode).__name__ for mode in _get_current_function_mode_stack()]
         assert modes == ["_Linears"]
         with fast_products([torch.ones(1, dtype=dtype)]):
@@ -208,7 +206,7 @@ def test_operations_are_watched_where_a_weight_is_multiplied_by_loops_alone(monk
 
 
 @pytest.mark.usefixtures("slow")
-def test_weights_that_are_trained_keep_their_gradients() -> None:
+def test_trained_weights_get_their_gradients() -> None:
     layer, x = torch.nn.Linear(64, 40).bfloat16(), torch.randn(30, 64).bfloat16()
     with fast_products():
         layer(x).sum().backward()
@@ -231,7 +229,7 @@ def test_other_layers_are_left_to_torch(case: str, monkeypatch: pytest.MonkeyPat
         assert torch.equal(float_products.linear(x, weight, None), torch.nn.functional.linear(x, weight))
 
 
-def test_the_last_thread_that_leaves_switches_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_thread_to_leave_switches_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     before, entered, may_leave = PRECISION.fp32_precision, threading.Event(), threading.Event()
 

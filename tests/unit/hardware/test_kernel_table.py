@@ -1,4 +1,4 @@
-"""`fhopt kernels`: files, and a table that says the same as JSON and as text."""
+"""`fhopt kernels`: files, and the same table as JSON and as text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def call(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def plan() -> LatentPlan:
-    """Two sites of one kernel, a third with half of its channels in other codes, one that slides."""
+    """Two sites with one kernel, a third with half of its channels in other codes, and a sliding one."""
     quantized = random_plan("head", CODED)
     (site,) = quantized.sites
     other = random_plan("head", tuple(reversed(CODED))).sites[0]
@@ -54,7 +54,7 @@ def saved(plan: LatentPlan, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler of which every second kernel spills."""
+    """Mock a compiler in which every second kernel spills."""
 
     def compile_them(requests: Sequence[Request], *_: Any) -> list[Resources]:
         good = Resources(4, 100, 0, 9000, 0, {"mma.sync": 12}, 200, {"16": 2, "4": 1}, {"16": 2})
@@ -66,7 +66,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def markdown_rows(text: str) -> list[list[str]]:
-    """Cells of the first table, without its rule."""
+    """Return the cells of the first table, without its rule."""
     lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return [rows[0], *rows[2:]]
@@ -135,13 +135,13 @@ def test_there_is_a_file_for_each_kernel(plan: LatentPlan, tmp_path: Path) -> No
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*made.files, "kernels.md", "kernels.json"}
 
 
-def test_figures_are_those_of_the_plan_and_of_the_cost_model(plan: LatentPlan, tmp_path: Path) -> None:
+def test_numbers_agree_with_the_plan_and_the_cost_model(plan: LatentPlan, tmp_path: Path) -> None:
     made = write_kernels(plan, tmp_path / "out", Options("cpu", batch=3, tokens=10_000, queries=2))
     quantized = 10_000 - plan.sinks - plan.recent - plan.block // 2
     for row in made.rows:
         site = plan.site(row.sites[0])
         assert row.bytes_per_token == site.token_bytes()
-        codes = 2 * (16 + 16)  # of two latent heads
+        codes = 2 * (16 + 16)  # two latent heads
         assert row.operations_per_token == 2 * 2 * 4 * (16 + 16) + codes
         assert row.rows == 2 * 2 and row.compiled is None and not row.rejected
         cpu = DEVICES["cpu"]
@@ -149,7 +149,7 @@ def test_figures_are_those_of_the_plan_and_of_the_cost_model(plan: LatentPlan, t
         assert row.roofline_seconds == pytest.approx(operations / 1e12, rel=1e-9) and row.bound == "arithmetic"
 
 
-def test_for_a_cpu_the_files_are_c_and_nothing_is_compiled(saved: Path, tmp_path: Path, plan: LatentPlan) -> None:
+def test_for_a_cpu_the_files_are_cpp_and_nothing_is_compiled(saved: Path, tmp_path: Path, plan: LatentPlan) -> None:
     out = tmp_path / "out"
     result = call(saved, "--device", "cpu:2", "--out", out, "--json")
     assert result.exit_code == 0, result.output
@@ -164,8 +164,8 @@ def test_for_a_cpu_the_files_are_c_and_nothing_is_compiled(saved: Path, tmp_path
 
 @pytest.mark.slow
 @needs_triton
-def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(plan: LatentPlan, tmp_path: Path) -> None:
-    saved = dataclasses.replace(plan, sites=plan.sites[:2]).save(tmp_path / "plan")  # of one kernel, compiled for real
+def test_a_plan_is_compiled_for_an_absent_gpu(plan: LatentPlan, tmp_path: Path) -> None:
+    saved = dataclasses.replace(plan, sites=plan.sites[:2]).save(tmp_path / "plan")  # one kernel, compiled for real
     result = call(saved, "--device", "h100", "--out", tmp_path / "out", "--candidates", "1", "--json")
     assert result.exit_code == 0, result.output
     for row in json.loads(result.stdout)["kernels"]:
@@ -175,9 +175,7 @@ def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(plan: LatentPlan, tmp_pat
 
 
 @pytest.mark.usefixtures("compiled")
-def test_where_nothing_fits_the_table_says_so(
-    plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_if_nothing_fits_the_table_says_so(plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "compile_kernels", lambda requests, *_: [Resources(error="no")] * len(requests))
     made = write_kernels(plan, tmp_path / "out", Options("h100", candidates=2))
     assert [row.compiled for row in made.rows] == [None, None]
@@ -186,7 +184,7 @@ def test_where_nothing_fits_the_table_says_so(
 
 
 @pytest.mark.usefixtures("compiled")
-def test_more_than_the_default_is_compiled_only_where_it_does_not_fit(
+def test_more_than_the_default_is_compiled_only_if_it_does_not_fit(
     plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = Resources(4, 100, 0, 9000, 0, {"mma.sync": 12}), Resources(4, 255, 40)
@@ -194,7 +192,7 @@ def test_more_than_the_default_is_compiled_only_where_it_does_not_fit(
     asked: list[str] = []
 
     def compile_them(requests: Sequence[Request], *_: Any) -> list[Resources]:
-        """The default of the first kernel alone does not fit."""
+        """Only the default of the first kernel does not fit."""
         known = len(asked)
         asked.extend(request.text for request in requests)
         return [bad if r.text == first and (known == 0 or i == 0) else good for i, r in enumerate(requests)]
@@ -249,12 +247,12 @@ def test_without_triton_a_gpu_is_refused_and_a_cpu_is_not(
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_folder_is_written_whole_or_not_at_all(
+def test_a_folder_is_written_completely_or_not_at_all(
     plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_kernels(plan, tmp_path / "out", Options("h100"))
     before = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
-    write_kernels(plan, tmp_path / "out", Options("h100"))  # over an older one
+    write_kernels(plan, tmp_path / "out", Options("h100"))  # overwrites an older one
     assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == before
 
     def fail(*_: Any) -> str:

@@ -1,4 +1,4 @@
-"""The device "here": measured once, kept, and understood by every command."""
+"""The device "here": measured once, cached, and accepted by every command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.system import cores
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache folder of its own, and measurements of a few milliseconds."""
+    """Use an empty cache folder, and measurements of a few milliseconds."""
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(this_cpu, "SECONDS", 0.0)
     monkeypatch.setattr(this_cpu, "VECTOR", 1 << 20)
@@ -27,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     this_cpu.measured.cache_clear()
 
 
-def test_figures_are_kept_in_a_file_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_are_cached_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = this_cpu.measured(1)
     (kept,) = (tmp_path / "cache").glob("machine-*.json")
     assert json.loads(kept.read_text())["threads"] == 1
@@ -37,7 +37,7 @@ def test_figures_are_kept_in_a_file_and_read_again(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"threads": 1}'])
-def test_a_file_that_says_nothing_is_measured_again(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_measured_again(tmp_path: Path, text: str) -> None:
     this_cpu.measured(1)
     (kept,) = (tmp_path / "cache").glob("machine-*.json")
     kept.write_text(text)
@@ -46,13 +46,13 @@ def test_a_file_that_says_nothing_is_measured_again(tmp_path: Path, text: str) -
     assert json.loads(kept.read_text())["threads"] == 1
 
 
-def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "file"))
     assert this_cpu.measured(1).copy_gb_s > 0
 
 
-def test_threads_are_as_they_were_after_a_measurement() -> None:
+def test_the_number_of_threads_is_restored_after_a_measurement() -> None:
     before = torch.get_num_threads()
     this_cpu.measure(before + 1)
     assert torch.get_num_threads() == before
@@ -68,7 +68,7 @@ def test_here_is_a_device_with_the_measured_rates() -> None:
 
 
 @pytest.mark.parametrize(("units", "matrix"), [(("AVX-512", "AMX BF16"), 0.8), (("AVX-512 BF16",), 2.8)])
-def test_a_matrix_unit_multiplies_no_decode_step(
+def test_a_matrix_unit_does_not_speed_up_decode_steps(
     units: tuple[str, ...], matrix: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = this_cpu.CpuRates("a CPU", 2, 25.0, 27.0, 0.4, 2.8, 25.0)
@@ -80,13 +80,13 @@ def test_a_matrix_unit_multiplies_no_decode_step(
 @pytest.mark.parametrize(
     ("flags", "alike"),
     [
-        ("avx2 avx512f avx512vbmi umip avx512_vbmi2 avx512_vnni avx512_bf16", "cpu"),  # Zen 4, as Linux spells them
+        ("avx2 avx512f avx512vbmi umip avx512_vbmi2 avx512_vnni avx512_bf16", "cpu"),  # Zen 4, as Linux names its flags
         ("avx2 avx512f avx512bw avx512_vnni", "cpu-avx2"),  # Cascade Lake
         ("fma avx f16c avx2", "cpu-avx2"),  # Zen 3
         ("", "cpu-avx2"),
     ],
 )
-def test_the_cpu_of_the_table_is_that_with_the_same_products(
+def test_the_cpu_of_the_table_has_the_same_instructions(
     flags: str, alike: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(this_cpu, "reported", lambda field: flags if field == "flags" else "")
@@ -100,7 +100,7 @@ def test_another_name_is_refused(name: str) -> None:
         find_device(name)
 
 
-def test_the_command_prints_what_was_measured() -> None:
+def test_the_command_prints_the_measurements() -> None:
     result = CliRunner().invoke(main, ["device", "--threads", "1"])
     assert result.exit_code == 0, result.output
     assert "read, GB/s" in result.output and f"Kernels: {vector_unit()}." in " ".join(result.output.split())
@@ -122,10 +122,10 @@ def test_more_threads_than_cores_are_refused_in_one_line() -> None:
         ("avx512f bf16x", False),
     ],
 )
-def test_instructions_for_bfloat16_are_known_by_their_flags(
+def test_bfloat16_instructions_are_known_by_their_flags(
     monkeypatch: pytest.MonkeyPatch, flags: str, has_them: bool
 ) -> None:
     monkeypatch.setattr(this_cpu, "reported", lambda field: flags if field == "flags" else "")
-    for by_loops in (False, True):  # torch need not use what the CPU has
+    for by_loops in (False, True):  # torch need not use the CPU's instructions
         monkeypatch.setattr(this_cpu, "multiplies_by_loops", lambda dtype, value=by_loops: value)
         assert this_cpu.multiplies_bfloat16() == (has_them and not by_loops)

@@ -1,4 +1,4 @@
-"""What a machine has, and what is said of one that lacks something."""
+"""The machine's features, and messages about missing ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
 
 
 @needs_compiler
-def test_this_machine_is_examined_and_its_compiler_tried(own_cache: Path) -> None:
+def test_this_machine_is_examined_and_its_compiler_tested(own_cache: Path) -> None:
     found = examine()
     assert found.cores == cores() and found.threads == torch.get_num_threads() and found.read_gb_s > 0
     assert 0 < found.free_gb <= found.memory_gb
@@ -71,7 +71,7 @@ def test_nothing_that_is_missing_stops_the_examination(monkeypatch: pytest.Monke
 
 
 @needs_compiler
-def test_a_compiler_that_refuses_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_counts_as_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "g++"
     script.write_text("#!/bin/sh\necho 'error: no headers' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -80,7 +80,7 @@ def test_a_compiler_that_refuses_is_no_compiler(monkeypatch: pytest.MonkeyPatch,
     assert "refused a generated file: error: no headers" in examine().compiler_fault
 
 
-def test_a_machine_that_has_everything_has_good_news_alone() -> None:
+def test_a_complete_machine_has_only_good_news() -> None:
     assert {one.state for one in findings(replace(MACHINE, gpus=(GPU,)))} == {GOOD}
 
 
@@ -96,20 +96,18 @@ def test_a_machine_that_has_everything_has_good_news_alone() -> None:
         ({"versions": {"transformers": "5", "gguf": None}}, MISSING, "gguf, accelerate are", "hf"),
     ],
 )
-def test_what_is_slow_or_missing_comes_with_its_cure(
-    change: dict[str, object], state: str, words: str, cure: str
-) -> None:
+def test_slow_or_missing_features_come_with_a_fix(change: dict[str, object], state: str, words: str, cure: str) -> None:
     found = [one for one in findings(replace(MACHINE, **change)) if words in one.words]  # type: ignore[arg-type]
     assert [one.state for one in found] == [state] and cure in found[0].cure
 
 
-def test_threads_that_a_variable_takes_away_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_limited_by_a_variable_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (found,) = (one for one in findings(replace(MACHINE, threads=1)) if one.state == SLOW)
     assert found.words == "1 of 4 cores are used: OMP_NUM_THREADS is 1." and found.cure == "Unset OMP_NUM_THREADS."
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    assert findings(replace(MACHINE, threads=2)) == findings(MACHINE)  # one thread for each core of two
+    assert findings(replace(MACHINE, threads=2)) == findings(MACHINE)  # one thread per core, of two
 
 
 def test_triton_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A plan applied to a model and taken back."""
+"""Applying a plan to a model, and removing it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ applying = importlib.import_module("fhopt.hf.apply")  # `fhopt.hf.apply` as an a
 # ---- wrong use
 
 
-def test_what_apply_made_active_unapply_takes_back(llama: Fitted) -> None:
+def test_unapply_undoes_everything_that_apply_changed(llama: Fitted) -> None:
     fhopt.apply(llama.model, llama.plan(1))
     cache = latent_cache(llama.model, max_cache_len=64)
     layer = cache.layers[0]
@@ -51,7 +51,7 @@ def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
 
 
 def test_models_without_a_cache_of_transformers_are_refused(llama: Fitted) -> None:
-    """A plan would be applied and never read: XLNet keeps `mems`, and GPT reads the whole text at each step."""
+    """A plan would have no effect: XLNet stores `mems`, and GPT processes the whole text at each step."""
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
     own = XLNetLMHeadModel(XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=16))
@@ -70,10 +70,10 @@ def test_a_shared_module_that_knows_no_layer_has_the_one_of_its_name() -> None:
     assert found == [1, 3, 1]
 
 
-# ---- what a review found
+# ---- found in a review
 
 
-def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> None:
+def test_a_cache_passed_by_the_caller_is_filled_not_replaced(llama: Fitted) -> None:
     from transformers import DynamicCache
 
     ids = token_ids(1, 41)
@@ -98,7 +98,7 @@ LATENT, STATIC = "LatentLayer", "StaticLatentLayer"
 
 @contextmanager
 def applied(llama: Fitted) -> Iterator[Any]:
-    """The model of `llama` with a 4x plan, and afterwards without."""
+    """The model of `llama` with a 4x plan, which is removed afterwards."""
     try:
         yield fhopt.apply(llama.model, llama.plan(4))
     finally:
@@ -107,7 +107,7 @@ def applied(llama: Fitted) -> Iterator[Any]:
 
 
 def layers_after(model: Any, **options: Any) -> tuple[set[str], list[str]]:
-    """Generate: (the classes of the cache's layers, warnings of fhopt)."""
+    """Generate; return the classes of the cache's layers, and fhopt's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         output = model.generate(
@@ -128,14 +128,14 @@ def layers_after(model: Any, **options: Any) -> tuple[set[str], list[str]]:
         ("hybrid_chunked", STATIC),
     ],
 )
-def test_each_cache_that_generate_makes_of_ordinary_layers_gets_latent_ones(
+def test_every_ordinary_cache_that_generate_makes_gets_latent_layers(
     llama: Fitted, name: str | None, expected: str
 ) -> None:
     with applied(llama) as model:
         assert layers_after(model, cache_implementation=name) == ({expected}, [])
 
 
-def test_a_cache_implementation_of_the_models_generation_config_is_followed(
+def test_the_cache_implementation_of_the_models_generation_config_is_used(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with applied(llama) as model:
@@ -147,7 +147,7 @@ def test_a_cache_implementation_of_the_models_generation_config_is_followed(
 def test_an_offloaded_cache_gets_latent_layers(
     llama: Fitted, name: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU has no streams: only what is put into the cache is seen here."""
+    """A CPU has no streams, so this checks only the classes of the layers."""
     from transformers import DynamicCache, StaticCache
 
     monkeypatch.setattr("torch.Stream", lambda: None)
@@ -178,10 +178,10 @@ def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama:
     from transformers import DynamicCache
 
     class Own(DynamicCache):  # type: ignore[misc]
-        """May update its layers in any way."""
+        """A cache that may update its layers in any way."""
 
     class Paged:
-        """As of continuous batching: without layers."""
+        """A cache without layers, as in continuous batching."""
 
     with applied(llama) as model:
         found, messages = layers_after(model, cache=Own(config=model.config))
@@ -190,7 +190,7 @@ def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama:
             applying._use_latents(model, (), {"input_ids": token_ids(1, 8), "cache": Paged()})
 
 
-def test_a_cache_made_of_chosen_layers_is_used_as_it_is(llama: Fitted) -> None:
+def test_a_cache_of_custom_layers_is_used_unchanged(llama: Fitted) -> None:
     from transformers import DynamicCache
     from transformers.cache_utils import Cache
 
@@ -203,7 +203,7 @@ def test_a_cache_made_of_chosen_layers_is_used_as_it_is(llama: Fitted) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_an_attention_that_is_set_after_the_plan_attends_to_latents_and_warns(llama: Fitted, name: str) -> None:
+def test_an_attention_set_after_the_plan_attends_to_latents_and_warns(llama: Fitted, name: str) -> None:
     with applied(llama) as model:
         model.set_attn_implementation(name)
         found, messages = layers_after(model)
@@ -214,14 +214,14 @@ def test_an_attention_that_is_set_after_the_plan_attends_to_latents_and_warns(ll
         assert layers_after(model) == ({LATENT}, [])
 
 
-def test_an_attention_that_is_assigned_to_the_configuration_warns_too(llama: Fitted) -> None:
+def test_an_attention_assigned_to_the_configuration_also_warns(llama: Fitted) -> None:
     with applied(llama) as model:
         model.config._attn_implementation = "sdpa"
         with pytest.warns(RuntimeWarning, match="'sdpa' was set after a plan was applied"):
             model(token_ids(1, 8))
 
 
-def test_attention_that_cannot_read_latents_is_refused(llama: Fitted) -> None:
+def test_attention_without_support_for_latents_is_refused(llama: Fitted) -> None:
     with applied(llama) as model:
         model.set_attn_implementation("flex_attention")
         with pytest.raises(FhoptError, match="'flex_attention' cannot read the latents"):
@@ -262,7 +262,7 @@ def test_weights_of_another_model_loaded_under_a_plan_warn(llama: Fitted) -> Non
         model.load_state_dict(negated)
 
 
-def test_the_wrapper_of_a_compiled_model_takes_a_plan(llama: Fitted) -> None:
+def test_the_wrapper_of_a_compiled_model_accepts_a_plan(llama: Fitted) -> None:
     compiled: Any = torch.compile(llama.model, backend="eager")
     assert fhopt.apply(compiled, llama.plan(4)) is compiled
     assert layers_after(compiled) == layers_after(llama.model) == ({LATENT}, [])
@@ -274,7 +274,7 @@ def test_the_wrapper_of_a_compiled_model_takes_a_plan(llama: Fitted) -> None:
 
 
 def mask_of(**changed: Any) -> Any:
-    """Ask for a mask as transformers does, for 20 tokens behind 12."""
+    """Request a mask as transformers does, for 20 tokens after 12."""
     from transformers.masking_utils import causal_mask_function
 
     given = dict(batch_size=2, q_length=20, kv_length=32, q_offset=12, mask_function=causal_mask_function)
@@ -282,11 +282,11 @@ def mask_of(**changed: Any) -> Any:
 
 
 @pytest.mark.parametrize("padding", [None, torch.ones(2, 32, dtype=torch.bool)])
-def test_a_chunk_behind_a_cache_has_no_mask_that_only_says_causal(padding: torch.Tensor | None) -> None:
+def test_a_chunk_after_a_cache_has_no_mask_if_it_is_only_causal(padding: torch.Tensor | None) -> None:
     assert mask_of(attention_mask=padding) is None
 
 
-def test_a_mask_is_asked_for_by_position_too() -> None:
+def test_a_mask_may_be_requested_by_positional_arguments() -> None:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     found = inspect.signature(sdpa_mask).bind(2, 20, 32, 12).arguments

@@ -1,4 +1,4 @@
-"""The attention of transformers' interface without latents: masks, attention sinks, refused options."""
+"""Attention via transformers' interface, without latents: masks, sink logits, refused options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tensors(queries: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("queries", [1, 3, TOKENS])
-def test_without_a_mask_the_last_query_sees_all_tokens(queries: int) -> None:
+def test_without_a_mask_the_last_query_attends_to_all_tokens(queries: int) -> None:
     query, key, value = tensors(queries)
     output, weights = latent_attention_forward(MODULE, query, key, value, None)
     mask = causal_mask(queries, TOKENS, query.device)
@@ -30,7 +30,7 @@ def test_without_a_mask_the_last_query_sees_all_tokens(queries: int) -> None:
     assert weights is None
 
 
-def test_sink_logits_take_weight_and_give_nothing() -> None:
+def test_sink_logits_take_weight_and_add_no_value() -> None:
     query, key, value = tensors(3)
     plain, _ = latent_attention_forward(MODULE, query, key, value, None)
     nothing, _ = latent_attention_forward(MODULE, query, key, value, None, s_aux=torch.full((HEADS,), -1e4))

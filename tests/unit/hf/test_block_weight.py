@@ -1,4 +1,4 @@
-"""A `BlockWeight` is its dequantized weight to whatever reads it."""
+"""A `BlockWeight` behaves like its dequantized weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def weight_of(format: int = 12, dtype: torch.dtype = torch.float32, rows: int = 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 49, 128, 200])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int, dtype: torch.dtype) -> None:
+def test_a_linear_layer_agrees_with_the_dequantized_weight(format: int, rows: int, dtype: torch.dtype) -> None:
     weight, x, bias = weight_of(format, dtype), torch.randn(2, rows, 512)[:1].to(dtype), torch.randn(50).to(dtype)
     whole = weight.dequantize()
     layer = torch.nn.Linear(512, 50, device="meta")
@@ -52,21 +52,21 @@ def test_a_linear_layer_is_that_of_the_dequantized_weight(format: int, rows: int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_kernel_serves_as_many_rows_as_of_other_weights_or_more(format: int, dtype: torch.dtype) -> None:
+def test_the_kernel_supports_at_least_as_many_rows_as_for_other_weights(format: int, dtype: torch.dtype) -> None:
     assert MOST_ROWS <= gguf_blocks.most_rows(format, dtype) <= MOST_BLOCK_ROWS
 
 
 def test_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = weight_of(dtype=torch.float64), torch.randn(40, 512, dtype=torch.float64)  # no kernel serves it
+    weight, x = weight_of(dtype=torch.float64), torch.randn(40, 512, dtype=torch.float64)  # float64 has no kernel
     expected = F.linear(x, weight)
     monkeypatch.setattr(block_weight, "PART", 7 * 512)
     assert torch.allclose(F.linear(x, weight), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_are_dequantized_to_memory_that_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that outputs do not stand in. 200 rows of an input are more than the kernel of blocks takes."""
-    monkeypatch.setattr(block_weight, "PART", 16 * 512)  # of 50 rows
+def test_parts_are_dequantized_into_reused_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs must not alias that memory. The block kernel does not support 200 input rows."""
+    monkeypatch.setattr(block_weight, "PART", 16 * 512)  # 16 of 50 rows
     weights = [weight_of(dtype=dtype) for _ in range(2)]
     x, bias = torch.randn(200, 512).to(dtype), torch.randn(50).to(dtype)
 
@@ -87,21 +87,21 @@ def test_parts_are_dequantized_to_memory_that_is_kept(dtype: torch.dtype, monkey
             assert float((y.float() - expected).norm()) <= rounding * float(expected.norm())
 
 
-def test_gradients_go_to_the_input_alone() -> None:
+def test_only_the_input_gets_gradients() -> None:
     weight, x = weight_of(), torch.randn(3, 512, requires_grad=True)
     F.linear(x, weight).sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, weight.dequantize().sum(0).expand(3, -1), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_an_embedding_has_its_rows(dtype: torch.dtype) -> None:
+def test_an_embedding_returns_dequantized_rows(dtype: torch.dtype) -> None:
     weight, ids = weight_of(dtype=dtype), torch.tensor([[3, 0], [49, 3]])
     found = F.embedding(ids, weight)
     assert found.dtype == dtype and torch.equal(found, weight.dequantize()[ids])
     assert torch.equal(F.embedding(ids.int(), weight), found)
 
 
-def test_anything_else_sees_the_dequantized_weight() -> None:
+def test_other_operations_use_the_dequantized_weight() -> None:
     weight, other = weight_of(), torch.randn(50, 512)
     whole = weight.dequantize()
     assert weight.shape == (50, 512) and weight.dtype == torch.float32 and weight.is_cpu
@@ -117,7 +117,7 @@ def test_casts_and_copies_stay_in_blocks() -> None:
     cast = copy.deepcopy(layer).to(torch.bfloat16).weight
     assert isinstance(cast, BlockWeight) and cast.dtype == torch.bfloat16
     assert torch.equal(cast.dequantize(), weight.dequantize().bfloat16())
-    assert cast.gguf_blocks.values.data_ptr() != weight.gguf_blocks.values.data_ptr()  # of the copy
+    assert cast.gguf_blocks.values.data_ptr() != weight.gguf_blocks.values.data_ptr()  # the copy's
     copied = copy.deepcopy(layer)
     assert isinstance(copied.weight, torch.nn.Parameter) and not copied.weight.requires_grad
     layer.weight = copied.weight
@@ -130,7 +130,7 @@ def test_casts_and_copies_stay_in_blocks() -> None:
     assert "format=12" in repr(weight)
 
 
-def test_it_cannot_be_written_to() -> None:
+def test_writes_to_it_are_refused() -> None:
     layer = torch.nn.Linear(512, 50, bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight_of(), requires_grad=False)
     before = layer.weight.dequantize()
@@ -150,7 +150,7 @@ def test_it_cannot_be_written_to() -> None:
     assert torch.equal(layer.weight.dequantize(), before)
 
 
-def test_it_may_stand_anywhere_in_a_product() -> None:
+def test_it_may_be_any_operand_of_a_matmul() -> None:
     weight, other = weight_of(), torch.randn(30, 512)
     whole = weight.dequantize()
     assert torch.equal(F.linear(weight, other), F.linear(whole, other))
@@ -163,7 +163,7 @@ def test_it_may_stand_anywhere_in_a_product() -> None:
         F.embedding(torch.tensor([1.5]), weight)
 
 
-def test_blocks_of_no_format_and_no_whole_width_are_refused() -> None:
+def test_unknown_formats_and_partial_blocks_are_refused() -> None:
     values = torch.zeros(4, 144, dtype=torch.uint8)
     for blocks in (Blocks(values, 12, 300), Blocks(values, 7, 256), Blocks(values.to("meta"), 12, 256)):
         with pytest.raises(ValueError, match="whole blocks, the CPU"):

@@ -1,4 +1,4 @@
-"""Programs with the weights of a layer: which calls they fit."""
+"""Layer programs bound to the weights of a layer: which calls they fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture
 def layer_and_call(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, BoundProgram, tuple[Any, ...], dict[str, Any]]:
-    """A layer, its program, and the arguments of a call that it fits."""
+    """Return a layer, its program, and the arguments of a call that it fits."""
     model = tiny_llama()
     fhopt.prepare(fhopt.apply(model, coded(plans(tiny_llama, 8))))
     calls: list[Any] = []
@@ -53,7 +53,7 @@ def test_a_program_fits_calls_like_the_recorded_one(layer_and_call: Any) -> None
             assert not bound.fits(args, kwargs)
 
 
-def test_a_layer_that_was_changed_is_seen(layer_and_call: Any) -> None:
+def test_a_change_of_the_layer_is_noticed(layer_and_call: Any) -> None:
     layer, bound, _, _ = layer_and_call
     assert bound.is_current()
     weight = layer.mlp.up_proj.weight
@@ -74,7 +74,7 @@ def test_a_layer_that_was_changed_is_seen(layer_and_call: Any) -> None:
     assert bound.is_current()
 
 
-def test_a_cache_that_nobody_has_takes_no_memory() -> None:
+def test_a_cache_that_was_freed_takes_no_memory() -> None:
     model, caches = tiny_llama(), []
     fhopt.prepare(fhopt.apply(model, coded(plans(tiny_llama, 8))))
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_a_cache_that_nobody_has_takes_no_memory() -> None:
     assert all(part() is None for part in held)
 
 
-def test_programs_of_layers_that_are_called_alike_fit_as_one(layer_and_call: Any) -> None:
+def test_programs_of_layers_called_with_the_same_arguments_fit_together(layer_and_call: Any) -> None:
     _, bound, args, _ = layer_and_call
     model = tiny_llama()
     fhopt.prepare(fhopt.apply(model, coded(plans(tiny_llama, 8))))

@@ -1,4 +1,4 @@
-"""Decode steps of a layer and its cache in one call: when they are taken, and what the cache holds then."""
+"""Decode steps of a layer and its cache in one call: when they are used, and the resulting cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Quantized tokens of the layer in every prepared step that was run."""
+    """Record the layer's number of quantized tokens in every prepared step that runs."""
     calls: list[int] = []
     finish = cache_steps.CacheStep.finish
 
@@ -43,7 +43,7 @@ def model_of(bits: int, programs: bool = True, **changes: Any) -> Any:
     return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
 
 
-def test_most_steps_of_a_window_of_8_bits_are_one_call(counted: list[int]) -> None:
+def test_most_steps_with_an_8_bit_window_are_one_call(counted: list[int]) -> None:
     model = model_of(8)
     cache = latent_cache(model)
     logits(model, cache, token_ids(1, 100), list(range(40, 100)))
@@ -51,8 +51,8 @@ def test_most_steps_of_a_window_of_8_bits_are_one_call(counted: list[int]) -> No
     assert cache.get_seq_length() == 100
 
 
-def test_a_window_without_places_gets_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind latents; everything else of a step stays."""
+def test_a_full_window_gets_new_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After quantized tokens exist; the rest of the prepared step is reused."""
     made, moved = [], []
     prepare, move = cache_steps.prepare_step, cache_steps.CacheStep.move
 
@@ -76,8 +76,8 @@ def test_a_window_without_places_gets_others(monkeypatch: pytest.MonkeyPatch) ->
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
-def test_a_block_is_quantized_behind_a_step_and_read_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the step that fills it is an ordinary call, nor is the next one prepared anew."""
+def test_a_block_is_quantized_after_a_step_and_used_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that fills the block is not an ordinary call, and the next one is not prepared again."""
     plan = replace(coded(plans(tiny_llama, 8)), recent=24, block=8)
     ids, outputs, made, called = token_ids(2, 140), [], [], []
     prepare, ordinary = cache_steps.prepare_step, bound_program.BoundProgram.__call__
@@ -100,7 +100,7 @@ def test_a_block_is_quantized_behind_a_step_and_read_by_the_next_one(monkeypatch
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
-def test_what_blocks_of_prepared_steps_say_of_the_text_is_told(
+def test_blocks_quantized_in_prepared_steps_also_warn_of_out_of_distribution_text(
     counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fhopt.system._warned", set())
@@ -119,7 +119,7 @@ def test_what_blocks_of_prepared_steps_say_of_the_text_is_told(
     assert counted and cache.latent_energy is not None and not cache.warns
 
 
-def test_a_cache_that_changed_behind_a_block_is_read_as_it_is(counted: list[int]) -> None:
+def test_a_cache_changed_after_a_block_is_used_correctly(counted: list[int]) -> None:
     plan = replace(coded(plans(tiny_llama, 8)), recent=24, block=8)
     ids, outputs = token_ids(2, 100), []
     for programs in (False, True):
@@ -139,13 +139,13 @@ def test_a_cache_that_changed_behind_a_block_is_read_as_it_is(counted: list[int]
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
-def test_a_window_of_16_bits_is_read_by_ordinary_calls(counted: list[int]) -> None:
+def test_a_16_bit_window_is_used_by_ordinary_calls(counted: list[int]) -> None:
     model = model_of(16)
     logits(model, latent_cache(model), token_ids(1, 60), list(range(40, 60)))
     assert not counted and vars(model.model.layers[0])[STATE].known.bound
 
 
-def test_caches_hold_the_same_afterwards() -> None:
+def test_caches_are_the_same_afterwards() -> None:
     ids, states = token_ids(2, 90), []
     for programs in (False, True):
         model = model_of(8, programs)
@@ -163,7 +163,7 @@ def test_caches_hold_the_same_afterwards() -> None:
 
 
 def test_a_padded_batch_keeps_its_mask(counted: list[int]) -> None:
-    """With a mask attention is an ordinary call, and the padding stays unseen."""
+    """With a mask, attention is an ordinary call, and the padding stays masked."""
     ids = token_ids(2, 40)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -175,8 +175,8 @@ def test_a_padded_batch_keeps_its_mask(counted: list[int]) -> None:
     assert torch.equal(*outputs) and not counted
 
 
-def test_a_sequence_of_a_padded_batch_is_read_in_one_call_without_a_mask(counted: list[int]) -> None:
-    """It sees its padding then, as in an exact cache; where tokens stand in the cache changes nothing."""
+def test_one_sequence_of_a_padded_batch_is_decoded_in_one_call_without_a_mask(counted: list[int]) -> None:
+    """Its padding is visible then, as in a full-precision cache; the order of tokens in the cache does not matter."""
     (ids, mask), outputs = padded((60, 31), 20), []
     for programs in (False, True):
         model = model_of(8, programs)
@@ -190,7 +190,7 @@ def test_a_sequence_of_a_padded_batch_is_read_in_one_call_without_a_mask(counted
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
-def test_other_threads_and_other_batches_are_prepared_anew(counted: list[int]) -> None:
+def test_other_thread_counts_and_batch_sizes_are_prepared_again(counted: list[int]) -> None:
     model = model_of(8)
     expected: dict[int, Any] = {}
     for batch in (1, 2, 1):
@@ -204,7 +204,7 @@ def test_other_threads_and_other_batches_are_prepared_anew(counted: list[int]) -
     assert counted
 
 
-def test_short_prompts_are_read_from_the_first_token_on(counted: list[int]) -> None:
+def test_short_prompts_are_decoded_from_the_first_token_on(counted: list[int]) -> None:
     ids, outputs = token_ids(1, 40), []
     for programs in (False, True):
         model = model_of(8, programs)

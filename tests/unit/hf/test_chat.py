@@ -29,13 +29,13 @@ def chat(model: Any, template: str | None = TEMPLATE, tokens: int = 6, system: s
 
 
 def anew(conversation: Chat) -> tuple[int, ...]:
-    """The last answer, with the whole conversation read again."""
+    """Return the last answer after a prefill of the whole conversation."""
     ids = chat_tokens(conversation.tokenizer, conversation.messages[:-1], "model")
     done = generate_text(conversation.model, conversation.tokenizer, ids, conversation.sampling, write=print)
     return done.ids
 
 
-def test_a_turn_reads_only_what_is_new() -> None:
+def test_a_turn_prefills_only_new_tokens() -> None:
     talk = chat(tiny_llama(), system="be brief")
     first = talk.ask("hello", print)
     assert first.prefill_tokens == first.prompt_tokens
@@ -45,14 +45,14 @@ def test_a_turn_reads_only_what_is_new() -> None:
     assert second.ids == anew(talk) and [m["role"][0] for m in talk.messages] == list("suaua")
 
 
-def test_a_template_that_rewrites_the_past_is_followed() -> None:
+def test_a_template_that_changes_earlier_turns_is_supported() -> None:
     talk = chat(tiny_llama(), FORGETFUL)
     talk.ask("hello", print)
     second = talk.ask("and then", print)
     assert second.prefill_tokens == len("u>and then\n<a>") and second.ids == anew(talk)
 
 
-def test_the_whole_is_read_again_where_the_cache_cannot_be_cropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_prefilled_again_if_the_cache_cannot_be_cropped(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = chat(tiny_llama(), FORGETFUL)
     talk.ask("hello", print)
 
@@ -64,7 +64,7 @@ def test_the_whole_is_read_again_where_the_cache_cannot_be_cropped(monkeypatch: 
     assert second.prefill_tokens == second.prompt_tokens and second.ids == anew(talk)
 
 
-def test_latents_stay_from_turn_to_turn(llama: Fitted) -> None:
+def test_latents_are_reused_from_turn_to_turn(llama: Fitted) -> None:
     apply(llama.model, llama.plan(4))
     try:
         talk = chat(llama.model, tokens=30)
@@ -76,7 +76,7 @@ def test_latents_stay_from_turn_to_turn(llama: Fitted) -> None:
         unapply(llama.model)
 
 
-def test_reset_forgets_all_but_the_system_message() -> None:
+def test_reset_removes_all_but_the_system_message() -> None:
     talk = chat(tiny_llama(), system="be brief")
     first = talk.ask("hello", print)
     talk.reset()
@@ -93,7 +93,7 @@ def test_a_turn_without_room_changes_nothing() -> None:
     assert talk.held == held and talk.messages == messages and talk.cache.get_seq_length() == len(held)
 
 
-def test_a_model_without_a_template_says_what_to_use() -> None:
+def test_a_model_without_a_template_names_an_alternative() -> None:
     with pytest.raises(FhoptError, match=r"has no chat template; .*fhopt generate model --raw"):
         chat(tiny_llama(), None).ask("hello", print)
 

@@ -1,4 +1,4 @@
-"""GGUF files whose weights stay in their blocks: the same model as the dequantized one."""
+"""GGUF files whose weights stay in their blocks: equal to the dequantized model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fhopt.models.gguf_files import read_gguf
 gguf: Any = pytest.importorskip("gguf")
 pytestmark = needs_compiler
 ALL = {"": "Q8_0"}
-UNLIKE = {"blk.0.ffn_down": "F16", "blk.0.ffn": "Q4_0", "blk.1.attn_q": "Q8_0", "": "Q4_1"}  # by layer: as Q4_K_M is
+UNLIKE = {"blk.0.ffn_down": "F16", "blk.0.ffn": "Q4_0", "blk.1.attn_q": "Q8_0", "": "Q4_1"}  # by layer, as in Q4_K_M
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 MIXED = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q8_0", "ffn_down": "Q5_1", "ffn": "Q4_1", "token": "Q8_0"}
 
@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 
 def logits(model: Any, tokens: int = 40) -> Tensor:
-    """Of a prompt, then of steps behind it."""
+    """Return logits of a prompt, and of decode steps after it."""
     ids = torch.arange(tokens)[None] % 200
     with torch.inference_mode():
         first = model(ids[:, :-8], use_cache=True)
@@ -60,10 +60,10 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kinds", [ALL, MIXED])
-def test_the_model_is_that_of_the_dequantized_file(
+def test_the_model_agrees_with_the_dequantized_file(
     kinds: dict[str, str], tied: bool, saved: Callable[..., Path]
 ) -> None:
-    """Llama's queries and keys stand in another order in the file: rows of blocks are moved."""
+    """The file stores Llama's queries and keys in another order, so rows of blocks are permuted."""
     path = saved(kinds, tied)
     expected, tokenizer = read_gguf(path, torch.float32)
     model, its_tokenizer = fhopt.load_gguf(path, torch.float32)
@@ -84,10 +84,10 @@ def test_matrices_with_a_kernel_stay_in_blocks(saved: Callable[..., Path]) -> No
 
 @pytest.mark.parametrize("kinds", [ALL, MIXED, UNLIKE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_plan_of_the_dequantized_model_is_taken_and_layers_run_as_programs(
+def test_a_plan_of_the_dequantized_model_applies_and_layers_run_as_programs(
     kinds: dict[str, str], dtype: torch.dtype, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With prompts that are multiplied as the dequantized model's, or a last bit moves a number to the next code."""
+    """Prompts use the same matmuls as the dequantized model; otherwise a last bit could change a code."""
     monkeypatch.setattr(gguf_blocks, "most_rows", lambda format, dtype: MOST_ROWS)
     path = saved(kinds)
     whole = read_gguf(path, dtype)[0].eval()
@@ -102,14 +102,14 @@ def test_a_plan_of_the_dequantized_model_is_taken_and_layers_run_as_programs(
     assert all(held), "a program is bound"
 
 
-def test_files_of_plain_numbers_are_read_too(saved: Callable[..., Path]) -> None:
+def test_files_without_quantized_weights_are_supported(saved: Callable[..., Path]) -> None:
     path = saved(None)
     expected, _ = read_gguf(path, torch.float32)
     assert close(logits(fhopt.load_gguf(path, torch.float32)[0]), logits(expected.eval()))
 
 
-def test_a_matrix_that_is_turned_is_dequantized(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers does to those of GPT-2; and so is one whose numbers it changes."""
+def test_a_transposed_matrix_is_dequantized(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers transposes those of GPT-2; a matrix whose values it changes is dequantized, too."""
     import transformers.modeling_gguf_pytorch_utils as of
 
     class Changes(of.LlamaTensorProcessor):  # type: ignore[misc]
@@ -130,7 +130,7 @@ def test_a_matrix_that_is_turned_is_dequantized(saved: Callable[..., Path], monk
     assert close(logits(model), logits(expected.eval()))
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_problem(tmp_path: Path, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FhoptError, match="is not a file; expected a GGUF file"):
         fhopt.load_gguf(tmp_path / "absent.gguf")
     broken = tmp_path / "broken.gguf"
@@ -149,8 +149,8 @@ def test_without_a_compiler_a_file_is_refused(saved: Callable[..., Path], monkey
         fhopt.load_gguf(saved(ALL))
 
 
-def test_the_program_of_a_format_is_for_that_format_alone(saved: Callable[..., Path]) -> None:
-    """Weights look alike but for their bytes: those of another layer may have more, or fewer."""
+def test_the_program_of_a_format_is_only_for_that_format(saved: Callable[..., Path]) -> None:
+    """The weights differ only in their bytes: those of another layer may be longer or shorter."""
     model, _ = fhopt.load_gguf(saved(UNLIKE), torch.float32)
     first, second = model.model.layers
     x = {"hidden_states": torch.ones(1, 1, 64)}

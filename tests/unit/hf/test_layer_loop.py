@@ -1,4 +1,4 @@
-"""Loops that do nothing but to call layers: these are not called where they were run ahead; all else is as before."""
+"""Loops that only call layers skip layers already run ahead; other loops are unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROMPT, STEPS = 40, 24
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Layers that were called as modules."""
+    """Record the layers that are called as modules."""
     layers: list[Any] = []
     call = LayerState.__call__
 
@@ -54,7 +54,7 @@ def step(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
 
 
 def warm() -> tuple[Any, Any, Tensor]:
-    """A model whose loop calls its first layer alone, a cache, and the next token."""
+    """Return a model whose loop calls only its first layer, a cache, and the next token."""
     model, ids = model_of(), token_ids(1, PROMPT + 9)
     cache = latent_cache(model)
     steps(model, ids[:, :-1], cache)
@@ -65,7 +65,7 @@ def warm() -> tuple[Any, Any, Tensor]:
 
 
 class Loops:
-    """Forwards that walk over `blocks`."""
+    """Forward methods that loop over `blocks`."""
 
     blocks: Any
     norm: Any
@@ -217,7 +217,7 @@ class Loops:
         ("keeps_the_last_number", False),
     ],
 )
-def test_a_loop_that_call_loop_is_known_by_its_source(name: str, alike: bool) -> None:
+def test_a_loop_that_only_calls_layers_is_recognized_by_its_source(name: str, alike: bool) -> None:
     assert call_loop(getattr(Loops, name), "blocks") == CallLoop(alike)
     assert not call_loop(getattr(Loops, name), "layers")
 
@@ -245,18 +245,18 @@ def test_a_loop_that_call_loop_is_known_by_its_source(name: str, alike: bool) ->
         "without",
     ],
 )
-def test_so_is_one_that_does_more(name: str) -> None:
+def test_a_loop_that_does_more_is_not_recognized(name: str) -> None:
     assert not call_loop(getattr(Loops, name), "blocks")
 
 
-def test_a_method_without_source_is_none() -> None:
+def test_a_method_without_source_is_not_recognized() -> None:
     assert not call_loop(str.join, "blocks")
     made: dict[str, Any] = {}
     exec("def run(self, x):\n    for block in self.blocks:\n        x = block(x)\n    return x", made)
     assert not call_loop(made["run"], "blocks")
 
 
-def test_a_method_that_another_one_stands_before_is_not_judged_by_its_source() -> None:
+def test_a_wrapped_method_is_not_judged_by_the_source_of_the_original() -> None:
     @functools.wraps(Loops.plain)
     def adds(self: Any, x: Any) -> Any:
         for block in self.blocks:
@@ -267,7 +267,7 @@ def test_a_method_that_another_one_stands_before_is_not_judged_by_its_source() -
     assert call_loop(torch.no_grad()(Loops.plain), "blocks")
 
 
-def test_the_loop_of_a_model_of_transformers_call_loop() -> None:
+def test_the_loop_of_a_transformers_model_is_recognized() -> None:
     assert call_loop(LlamaModel.forward, "layers") == CallLoop(alike=True)
 
 
@@ -276,7 +276,7 @@ def test_the_loop_of_a_model_of_transformers_call_loop() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 3])
-def test_layers_behind_the_first_are_not_called(called: list[Any], batch: int) -> None:
+def test_layers_after_the_first_are_not_called(called: list[Any], batch: int) -> None:
     ids = token_ids(batch, PROMPT + STEPS)
     model = model_of()
     output = steps(model, ids)
@@ -316,7 +316,7 @@ def _hooked_at_the_end(model: Any) -> Any:
 
 
 def _hooked_before_all(model: Any) -> Any:
-    """The first layer alone gets other arguments."""
+    """Pass other arguments to the first layer only."""
 
     def hook(module: Any, args: Any, kwargs: Any) -> Any:
         turned = tuple(x.flip(-1) for x in kwargs["position_embeddings"])
@@ -334,7 +334,7 @@ def _with_another_call(model: Any) -> None:
 
 
 def _with_another_layer_in_the_middle(model: Any) -> Any:
-    """A layer that is replaced by a hook that runs before the loop."""
+    """A hook that runs before the loop replaces a layer."""
     other = copy.deepcopy(model.model.layers[2])
     with torch.no_grad():
         other.mlp.down_proj.weight.mul_(1.5)
@@ -397,7 +397,7 @@ def _with_fewer_layers(model: Any) -> None:
         _with_fewer_layers,
     ],
 )
-def test_what_changes_between_two_steps_counts(called: list[Any], change: Callable[[Any], Any]) -> None:
+def test_a_change_between_two_steps_takes_effect(called: list[Any], change: Callable[[Any], Any]) -> None:
     ids, outputs = token_ids(1, PROMPT + STEPS), []
     for programs, is_changed in ((False, True), (True, True), (False, False)):
         model = model_of(programs)
@@ -418,7 +418,7 @@ def test_what_changes_between_two_steps_counts(called: list[Any], change: Callab
 
 
 @needs_compiler
-def test_hidden_states_of_all_layers_are_returned_each_time() -> None:
+def test_hidden_states_of_all_layers_are_returned_in_every_step() -> None:
     ids, states = token_ids(1, PROMPT + 12), []
     for programs in (False, True):
         model = model_of(programs)
@@ -432,7 +432,7 @@ def test_hidden_states_of_all_layers_are_returned_each_time() -> None:
 
 
 class _OwnLoop(LlamaModel):  # type: ignore[misc]
-    """A model whose layers get other arguments each, and which keeps what it has seen."""
+    """A model that passes different arguments to each layer, and counts its steps."""
 
     steps_seen, shift = 0, 0
 
@@ -455,7 +455,7 @@ def _own(programs: bool) -> Any:
 
 
 @needs_compiler
-def test_layers_with_other_arguments_run_with_those(called: list[Any]) -> None:
+def test_layers_with_different_arguments_use_their_own(called: list[Any]) -> None:
     ids, outputs = token_ids(1, PROMPT + STEPS), []
     for programs in (False, True):
         whole = _own(programs)
@@ -477,7 +477,9 @@ def test_layers_with_other_arguments_run_with_those(called: list[Any]) -> None:
 
 
 @needs_compiler
-def test_what_a_forward_does_to_its_module_is_done_to_it(called: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_that_changes_its_module_changes_the_real_one(
+    called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, cache, token = warm()
     run, met = LlamaModel.forward, []
 
@@ -500,7 +502,7 @@ def test_what_a_forward_does_to_its_module_is_done_to_it(called: list[Any], monk
 
 
 @needs_compiler
-def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_can_be_called_after_a_pass_that_ends_within_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_loop, "call_loop", lambda *_: CallLoop(alike=False))
     model, cache, token = warm()
     turn, counts = layer_loop._Turn.__call__, []
@@ -528,7 +530,7 @@ def test_a_pass_that_ends_early_leaves_layers_that_can_be_called(monkeypatch: py
 
 
 @needs_compiler
-def test_a_pass_that_ends_behind_the_loop_leaves_the_next_one_as_it_is() -> None:
+def test_a_pass_that_ends_after_the_loop_does_not_affect_the_next_one() -> None:
     model, cache, token = warm()
 
     def stop(*_: Any) -> None:
@@ -548,7 +550,9 @@ def test_a_pass_that_ends_behind_the_loop_leaves_the_next_one_as_it_is() -> None
 
 
 @needs_compiler
-def test_turns_one_by_one_give_what_one_for_all_gives(called: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calling_layers_one_by_one_agrees_with_skipping_them(
+    called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids, outputs, counts, turn = token_ids(1, PROMPT + STEPS), [], [], layer_loop._Turn.__call__
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -565,7 +569,7 @@ def test_turns_one_by_one_give_what_one_for_all_gives(called: list[Any], monkeyp
 
 
 @needs_compiler
-def test_copies_and_pickles_have_loops_of_their_own(called: list[Any]) -> None:
+def test_copies_and_pickles_have_their_own_loops(called: list[Any]) -> None:
     model, _, _ = warm()
     ids = token_ids(1, PROMPT + STEPS)
     expected = steps(model, ids)
@@ -579,7 +583,7 @@ def test_copies_and_pickles_have_loops_of_their_own(called: list[Any]) -> None:
 
 
 @needs_compiler
-def test_threads_have_turns_of_their_own(called: list[Any]) -> None:
+def test_threads_do_not_share_the_state_of_a_loop(called: list[Any]) -> None:
     prompts = [token_ids(1, PROMPT + STEPS) for _ in range(3)]
     model = model_of()
     expected = [steps(model, ids) for ids in prompts]
@@ -590,7 +594,7 @@ def test_threads_have_turns_of_their_own(called: list[Any]) -> None:
     assert called.count(model.model.layers[3]) < 0.5 * called.count(model.model.layers[0])
 
 
-def test_a_plan_that_is_removed_takes_the_loop_along() -> None:
+def test_removing_a_plan_removes_the_loop() -> None:
     model = four_layers()
     known = inspect.signature(model.model.forward)
     fhopt.apply(model, coded(plans(four_layers, 8)))
@@ -600,7 +604,7 @@ def test_a_plan_that_is_removed_takes_the_loop_along() -> None:
     assert LOOP not in vars(model.model) and "forward" not in vars(model.model)
 
 
-def test_a_forward_that_somebody_else_replaced_stays() -> None:
+def test_a_replaced_forward_is_not_changed() -> None:
     model = four_layers()
     mine = model.model.forward
     model.model.forward = mine
@@ -610,7 +614,7 @@ def test_a_forward_that_somebody_else_replaced_stays() -> None:
     assert vars(model.model)["forward"] is mine
 
 
-def test_so_does_one_that_was_put_before_ours() -> None:
+def test_a_forward_that_wraps_ours_is_not_changed() -> None:
     model, ids = four_layers(), token_ids(1, PROMPT)
     with torch.no_grad():
         expected = model(ids).logits

@@ -1,4 +1,4 @@
-"""Decoder layers as programs: the numbers of ordinary calls, and ordinary calls where something differs."""
+"""Decoder layers as programs: the same results as ordinary calls, which run if anything differs."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def tiny(name: str) -> Any:
 
 
 def prepared(model: Any, plan: fhopt.LatentPlan, programs: bool = True) -> Any:
-    """Apply a plan, with every kernel at hand."""
+    """Apply a plan, with every kernel built."""
     return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
 
 
 def stepwise(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits of a prompt and of single tokens behind it, and the cache."""
+    """Return the logits of a prompt and of single tokens after it, and the cache."""
     cache = fhopt.LatentCache(fhopt.hf.apply.applied_plan(model), model.config) if cache is None else cache
     return logits(model, cache, ids, list(range(TOKENS, ids.shape[1]))), cache
 
 
 def of_both(model: Any, plan: fhopt.LatentPlan, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits operation by operation, and by programs."""
+    """Return logits computed operation by operation, and by programs."""
     expected, _ = stepwise(prepared(model, plan, False), ids)
     output, _ = stepwise(prepared(model, plan), ids)
     return expected, output
@@ -73,11 +73,11 @@ def test_families_give_the_same_logits(name: str, batch: int, bits: int) -> None
     plan = coded(plans(lambda: model, bits))
     expected, output = of_both(model, plan, token_ids(batch, TOKENS + STEPS))
     assert set(program_reasons(model).values()) == {""}
-    assert close(output, expected, 5e-3)  # a number at a border of two codes may be either
+    assert close(output, expected, 5e-3)  # a value between two codes may round either way
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_of_16_bits_are_rounded_no_worse(dtype: torch.dtype) -> None:
+def test_16_bit_models_round_no_worse(dtype: torch.dtype) -> None:
     exact = tiny_llama()
     plan, ids = coded(plans(lambda: exact, 8)), token_ids(1, TOKENS + STEPS)
     wanted, _ = stepwise(prepared(exact, plan, False), ids)
@@ -90,7 +90,7 @@ def test_numbers_of_16_bits_are_rounded_no_worse(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def llama() -> tuple[Any, fhopt.LatentPlan]:
-    """A small model and a plan for it with a window of 8 bits."""
+    """A small model and a plan for it with an 8-bit window."""
     model = tiny_llama()
     return model, coded(plans(lambda: model, 8))
 
@@ -115,7 +115,7 @@ def _repeat(cache: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_crop, _reorder, _repeat])
-def test_a_cache_that_somebody_changed_is_read_as_it_is(
+def test_a_cache_changed_by_the_user_is_used_correctly(
     llama: tuple[Any, fhopt.LatentPlan], change: Callable[[Any], None]
 ) -> None:
     model, plan = llama
@@ -128,7 +128,7 @@ def test_a_cache_that_somebody_changed_is_read_as_it_is(
     assert close(outputs[1], outputs[0])
 
 
-def test_a_copy_of_a_cache_goes_its_own_way(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_a_copy_of_a_cache_is_independent(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     ids = token_ids(1, TOKENS + 20)
     _, cache = stepwise(prepared(model, plan), ids)
@@ -141,7 +141,7 @@ def test_a_copy_of_a_cache_goes_its_own_way(llama: tuple[Any, fhopt.LatentPlan])
         assert close(seen, expected[:, -30:])
 
 
-def test_hooks_and_replaced_weights_are_seen(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_hooks_and_replaced_weights_are_noticed(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     ids = token_ids(1, TOKENS + 10)
     expected, output = of_both(model, plan, ids)
@@ -181,7 +181,7 @@ def test_gradients_training_and_other_options_run_operation_by_operation(
         model(ids[:, -1:], **cached(cache))
 
 
-def test_an_attention_that_is_set_beside_the_plan_is_the_one_that_runs(
+def test_an_attention_set_next_to_the_plan_runs(
     llama: tuple[Any, fhopt.LatentPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plan = llama
@@ -207,7 +207,7 @@ def _filled(model: Any, ids: Tensor) -> tuple[Any, Any]:
         return model(ids, **cached(cache)), cache
 
 
-def test_a_copy_of_a_model_has_programs_of_its_own(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_a_copy_of_a_model_has_its_own_programs(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     ids = token_ids(1, TOKENS + 10)
     expected, _ = stepwise(prepared(model, plan), ids)
@@ -218,7 +218,7 @@ def test_a_copy_of_a_model_has_programs_of_its_own(llama: tuple[Any, fhopt.Laten
     assert close(output, expected) and vars(twin.model.layers[0])[STATE].layer is twin.model.layers[0]
 
 
-def test_a_model_goes_through_a_pickle_with_its_plan(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_a_model_is_pickled_with_its_plan(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     ids = token_ids(1, TOKENS + 10)
     expected, _ = stepwise(prepared(model, plan), ids)
@@ -232,7 +232,7 @@ def test_a_model_goes_through_a_pickle_with_its_plan(llama: tuple[Any, fhopt.Lat
 
 
 def test_unapply_leaves_a_wrapper_of_a_layer(llama: tuple[Any, fhopt.LatentPlan]) -> None:
-    """Such as a hook of accelerate, which stands as the layer's forward and calls what stood there before."""
+    """For example a hook of accelerate, which replaces the layer's forward and calls the previous one."""
     model, plan = llama
     ids = token_ids(1, TOKENS)
     fhopt.unapply(model.requires_grad_(False))
@@ -251,7 +251,7 @@ def test_unapply_leaves_a_wrapper_of_a_layer(llama: tuple[Any, fhopt.LatentPlan]
     del layer.forward
 
 
-def test_unapply_takes_programs_away(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_unapply_removes_programs(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     fhopt.unapply(prepared(model, plan))
     assert not program_reasons(model)
@@ -260,7 +260,7 @@ def test_unapply_takes_programs_away(llama: tuple[Any, fhopt.LatentPlan]) -> Non
     assert not program_reasons(model)
 
 
-def test_of_a_layer_with_experts_the_attention_is_a_program() -> None:
+def test_only_the_attention_of_a_layer_with_experts_is_a_program() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(1)
@@ -299,7 +299,7 @@ def test_programs_run_in_inference_mode_too(llama: tuple[Any, fhopt.LatentPlan])
     assert close(output, expected)
 
 
-def test_short_prompts_that_come_once_are_not_rehearsed(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_a_single_short_prompt_is_not_traced(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     prepared(model, plan)
     for tokens in (5, 6, 7):
@@ -310,7 +310,7 @@ def test_short_prompts_that_come_once_are_not_rehearsed(llama: tuple[Any, fhopt.
     assert all(vars(layer)[STATE].known.bound for layer in model.model.layers)
 
 
-def test_beams_and_samples_are_those_of_operations(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+def test_beams_and_samples_equal_those_of_operations(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     ids = token_ids(2, TOKENS)
     for options in (dict(num_beams=3), dict(do_sample=True, top_k=5), dict(prompt_lookup_num_tokens=3)):

@@ -1,4 +1,4 @@
-"""Layers that are built alike: found, given their own weights, and not taken for alike where they differ."""
+"""Layers of equal structure: recognized, given their own weights, and distinguished if they differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def layers() -> list[Any]:
     return list(tiny_llama(num_hidden_layers=3).model.layers)
 
 
-def test_layers_of_a_model_differ_in_their_number_alone() -> None:
+def test_layers_of_a_model_differ_only_in_their_index() -> None:
     structures = {structure_of(layer, *ARGUMENTS) for layer in layers()}
     assert len(structures) == 1
 
@@ -65,7 +65,7 @@ def _more_modules(layer: Any) -> None:
 @pytest.mark.parametrize(
     "change", [_other_option, _other_object, _other_class, _other_shape, _other_dtype, _more_weights, _more_modules]
 )
-def test_anything_else_is_seen(change: Callable[[Any], None]) -> None:
+def test_any_other_difference_is_noticed(change: Callable[[Any], None]) -> None:
     one, other, _ = layers()
     change(other)
     assert structure_of(one, *ARGUMENTS) != structure_of(other, *ARGUMENTS)
@@ -81,12 +81,12 @@ def test_anything_else_is_seen(change: Callable[[Any], None]) -> None:
         (ARGUMENTS[0], {"use_cache": True}),
     ],
 )
-def test_so_are_other_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def test_other_arguments_are_noticed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     layer = layers()[0]
     assert structure_of(layer, args, kwargs) != structure_of(layer, *ARGUMENTS)
 
 
-def test_weights_stand_in_the_same_places() -> None:
+def test_weights_are_in_the_same_places() -> None:
     one, other, _ = layers()
     holder = one.mlp.up_proj._parameters
     weights = {7: Weight(holder, "weight", one.mlp.up_proj.weight, one.mlp.up_proj.weight.data_ptr())}
@@ -104,7 +104,7 @@ def three_layers() -> Any:
 
 @pytest.fixture
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Layers that were rehearsed."""
+    """Record the layers that are traced."""
     seen: list[Any] = []
     rehearse = layer_trace.rehearse
 
@@ -122,7 +122,7 @@ def decoded(model: Any, ids: Tensor, programs: bool = True) -> Any:
 
 
 @needs_compiler
-def test_one_layer_is_rehearsed_for_all(rehearsals: list[Any]) -> None:
+def test_one_layer_is_traced_for_all(rehearsals: list[Any]) -> None:
     model, ids = three_layers(), token_ids(1, 60)
     expected, output = decoded(three_layers(), ids, False), decoded(model, ids)
     assert set(rehearsals) == {model.model.layers[0]} and set(program_reasons(model).values()) == {""}
@@ -130,10 +130,10 @@ def test_one_layer_is_rehearsed_for_all(rehearsals: list[Any]) -> None:
 
 
 @needs_compiler
-def test_a_layer_that_does_something_else_with_its_number_is_rehearsed_on_its_own(
+def test_a_layer_that_uses_its_index_differently_is_traced_separately(
     rehearsals: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which nothing but its numbers shows."""
+    """Only its outputs show the difference."""
     model = three_layers()
     kind = type(model.model.layers[0])
     forward = kind.forward
@@ -149,10 +149,10 @@ def test_a_layer_that_does_something_else_with_its_number_is_rehearsed_on_its_ow
 
 
 @needs_compiler
-def test_a_layer_that_gives_other_numbers_than_those_like_it_is_rehearsed_on_its_own(
+def test_a_layer_with_other_outputs_than_its_equals_is_traced_separately(
     rehearsals: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By something that neither its attributes nor its number show."""
+    """Neither its attributes nor its index show the difference."""
     model, ids, odd = three_layers(), token_ids(1, 60), weakref.WeakSet[Any]()
     kind = type(model.model.layers[0])
     forward = kind.forward
@@ -170,7 +170,7 @@ def test_a_layer_that_gives_other_numbers_than_those_like_it_is_rehearsed_on_its
     assert float((output - expected).norm() / expected.norm()) < 1e-3
 
 
-def test_a_twin_has_another_number_and_the_same_weights() -> None:
+def test_a_copy_with_another_index_shares_the_weights() -> None:
     layer = layers()[2]
     twin: Any = twin_of(layer, True)
     assert twin.self_attn.layer_idx == 0 and layer.self_attn.layer_idx == 2
@@ -182,13 +182,13 @@ def test_a_twin_has_another_number_and_the_same_weights() -> None:
     assert torch.equal(twin.mlp(x), layer.mlp(x)) and torch.equal(same.mlp(x), layer.mlp(x))
 
 
-def test_a_weight_that_programs_cannot_read_is_refused() -> None:
+def test_a_weight_that_programs_do_not_support_is_refused() -> None:
     one, other, _ = layers()
     holder = one.mlp.up_proj._parameters
     places = weight_places(one, {7: Weight(holder, "weight", one.mlp.up_proj.weight, 0)})
 
     class Strange(torch.nn.Parameter):
-        """A weight that is kept in another way."""
+        """A parameter subclass that stores its values differently."""
 
     other.mlp.up_proj.weight = Strange(torch.ones(96, 64))
     with pytest.raises(UnsupportedError, match="Strange"):

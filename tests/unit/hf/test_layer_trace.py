@@ -1,4 +1,4 @@
-"""Rehearsals of decoder layers: what they record, and that nothing happens to the cache."""
+"""Traces of decoder layers in dry runs: their records, and the unchanged cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STRANGER = torch.ones(8)
 
 
 class Layer(nn.Module):
-    """A decoder layer of one product, which may do something odd."""
+    """A decoder layer with one matmul, and optionally an unsupported operation."""
 
     def __init__(self, oddity: str = "") -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def recorded(oddity: str = "", later: int = 0, **options: Any) -> Any:
     return rehearse(layer, layer.forward, (torch.randn(2, 1, 16), Cache()), options, later)
 
 
-def test_a_recording_says_what_a_layer_did() -> None:
+def test_a_trace_records_the_operations_of_a_layer() -> None:
     mask = torch.zeros(1)
     recording = recorded(mask=mask)
     assert [op.name for op in recording.trace.ops].count(ATTENTION) == 1
@@ -80,7 +80,7 @@ def test_a_recording_says_what_a_layer_did() -> None:
     assert recording.extra == -1
 
 
-def test_layers_that_do_the_same_give_equal_traces() -> None:
+def test_layers_with_the_same_operations_have_equal_traces() -> None:
     assert recorded().trace == recorded(later=1000).trace
     assert recorded("length").trace != recorded("length", later=1000).trace
 
@@ -96,19 +96,19 @@ def test_layers_that_do_the_same_give_equal_traces() -> None:
         ("two results", "more than a tensor"),
     ],
 )
-def test_what_cannot_be_a_program_is_named(oddity: str, reason: str) -> None:
+def test_obstacles_to_a_program_are_named(oddity: str, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         recorded(oddity)
 
 
-def test_a_layer_that_fails_beside_the_cache_says_so() -> None:
+def test_a_layer_that_fails_with_a_mock_cache_is_reported() -> None:
     register()
     layer = Layer()
     with torch.no_grad(), pytest.raises(UnsupportedError, match=r"fails beside the cache \(RuntimeError"):
         rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, 0)
 
 
-def test_a_rehearsal_leaves_the_cache_and_the_implementation_as_they_were() -> None:
+def test_tracing_leaves_the_cache_and_the_implementation_unchanged() -> None:
     from transformers import AttentionInterface
 
     model: Any = fhopt.apply(tiny_llama(), plans(tiny_llama, 8), layer_programs=False)

@@ -1,4 +1,4 @@
-"""Rewritten folders as models of transformers."""
+"""Rewritten folders as transformers models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_plan_changes_logits_so_that_the_routes_can_be_told_apart(folder: Path, llama: Fitted) -> None:
+def test_the_plan_changes_logits_so_that_the_routes_can_be_distinguished(folder: Path, llama: Fitted) -> None:
     ids = token_ids(2, 60)
     exact, latent = generated(llama.model, ids), generated(fhopt.load(folder), ids)
     assert difference(latent[1], exact[1]) > 10 * ROUNDING
 
 
-def test_another_dtype_can_be_asked_for(folder: Path) -> None:
+def test_another_dtype_can_be_requested(folder: Path) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model: Any = fhopt.load(folder, dtype=dtype)
         assert model.dtype == dtype and generated(model, token_ids(1, 40))[0].shape == (1, 52)

@@ -1,4 +1,4 @@
-"""Caches on disk: what comes back goes on as if nothing had happened, and only where it belongs."""
+"""Caches on disk: a loaded cache continues exactly, and only with its own model and plan."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def states(cache: Any) -> list[dict[str, Any]]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Nested states with equal tensors."""
+    """Whether nested states have equal tensors."""
     if isinstance(a, Tensor):
         return torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict):
@@ -51,7 +51,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 130}], ids=["growing", "static"])
 @pytest.mark.parametrize("window_bits", [16, 8])
 @pytest.mark.parametrize("kind", ["coded", "full width", "one latent"])
-def test_a_saved_prefix_goes_on_as_if_it_had_stayed(
+def test_a_saved_prefix_continues_as_if_it_had_stayed_in_memory(
     kind: str, window_bits: int, options: dict[str, Any], llama: Fitted, tmp_path: Path
 ) -> None:
     model = tiny_gpt2() if kind == "one latent" else llama.model
@@ -78,16 +78,16 @@ def test_a_saved_prefix_goes_on_as_if_it_had_stayed(
     assert same(states(loaded), states(stayed))
 
 
-def test_a_file_is_as_small_as_the_cache_without_spare_room(llama: Fitted, tmp_path: Path) -> None:
+def test_a_file_is_as_small_as_the_cache_without_spare_capacity(llama: Fitted, tmp_path: Path) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     cache = filled(llama.model, token_ids(1, 400))
     size = fhopt.save_cache(llama.model, cache, tmp_path / "prefix.safetensors").stat().st_size
     fhopt.unapply(llama.model)
-    assert size < llama.plan(4).cache_bytes(400, itemsize=4) + 6000  # names, shapes, what it belongs to
+    assert size < llama.plan(4).cache_bytes(400, itemsize=4) + 6000  # names, shapes, model and plan
 
 
 @pytest.mark.parametrize(("options", "counters"), [({}, set()), ({"max_cache_len": 130}, {"cumulative_length"})])
-def test_names_in_a_file_are_those_that_were_first_written(
+def test_names_in_a_file_never_change(
     options: dict[str, Any], counters: set[str], llama: Fitted, tmp_path: Path
 ) -> None:
     fhopt.apply(llama.model, llama.plan(4, window_bits=8))
@@ -123,7 +123,7 @@ def test_layers_that_stayed_exact_are_saved_too(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cache_of_an_encoder_decoder_keeps_both_parts(tmp_path: Path) -> None:
+def test_a_cache_of_an_encoder_decoder_saves_both_parts(tmp_path: Path) -> None:
     from model_zoo import huggingface as zoo
 
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: Fitted, save
         fhopt.load_cache(other, saved)
 
 
-def test_what_is_no_cache_or_damaged_is_refused_in_a_sentence(llama: Fitted, saved: Path, tmp_path: Path) -> None:
+def test_damaged_and_other_files_are_refused_in_one_sentence(llama: Fitted, saved: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = llama.model
@@ -204,9 +204,7 @@ def described(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_saving_what_has_no_latents_or_nowhere_to_go_is_refused_and_leaves_nothing(
-    llama: Fitted, tmp_path: Path
-) -> None:
+def test_invalid_saves_are_refused_and_leave_no_file(llama: Fitted, tmp_path: Path) -> None:
     from transformers import DynamicCache
 
     model, path = llama.model, tmp_path / "prefix.safetensors"

@@ -1,4 +1,4 @@
-"""Options of sampling: what is refused, and what `generate` is told."""
+"""Sampling options: refused values, and the generation configuration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fhopt.hf.sampling import MAX_NEW_TOKENS, Sampling
         (Sampling(100), "the model has 100 positions"),
     ],
 )
-def test_impossible_numbers_are_refused(sampling: Sampling, message: str) -> None:
+def test_invalid_numbers_are_refused(sampling: Sampling, message: str) -> None:
     with pytest.raises(FhoptError, match=message):
         sampling.check(100)
 
 
-def test_there_is_room_for_what_was_asked_for_or_for_what_the_model_has() -> None:
+def test_new_tokens_are_limited_by_the_request_or_by_the_model() -> None:
     assert Sampling(5).room(95, 100) == 5 and Sampling().room(95, 100) == 5
     assert Sampling().room(95, None) == MAX_NEW_TOKENS and Sampling(900).room(95, None) == 900
     for sampling, prompt in ((Sampling(6), 95), (Sampling(), 100)):
@@ -37,7 +37,7 @@ def test_there_is_room_for_what_was_asked_for_or_for_what_the_model_has() -> Non
         Sampling().room(0, 100)
 
 
-def test_greedy_and_sampling_are_what_the_numbers_say() -> None:
+def test_the_options_choose_greedy_decoding_or_sampling() -> None:
     model, tokenizer = tiny_llama(), characters()
     greedy = Sampling().configuration(model, tokenizer, 7)
     assert not greedy.do_sample and greedy.max_new_tokens == 7 and greedy.eos_token_id is None

@@ -1,4 +1,4 @@
-"""Linear layers of a model with a plan: which calls go to the kernel, and that nothing else changes."""
+"""Linear layers of a model with a plan: which calls use the kernel, and that other calls are unchanged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import fhopt
 from fhopt.hardware import float_products
 from fhopt.hf.skinny_products import replace_products, restore_products
 
-WIDTH, COLUMNS = 320, 128  # 80 KB of 16 bits
+WIDTH, COLUMNS = 320, 128  # 80 KB in 16 bits
 
 
 @pytest.fixture
 def layer() -> Iterator[torch.nn.Linear]:
-    """A linear layer whose products of few rows go to the kernel."""
+    """A linear layer whose skinny GEMMs use the kernel."""
     made = torch.nn.Linear(WIDTH, COLUMNS)
     replace_products(made)
     yield made
@@ -29,7 +29,7 @@ def layer() -> Iterator[torch.nn.Linear]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the outputs that came from the kernel."""
+    """Record the output shapes of kernel calls."""
     seen: list[tuple[int, ...]] = []
     real = fhopt.codegen.linear
 
@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(WIDTH,), (1, 1, WIDTH), (2, 8, WIDTH)])
 @torch.no_grad()
-def test_products_of_few_rows_are_those_of_torch(
+def test_skinny_gemms_agree_with_torch(
     layer: torch.nn.Linear, calls: list[tuple[int, ...]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = torch.randn(shape).to(dtype)
@@ -59,7 +59,7 @@ def test_products_of_few_rows_are_those_of_torch(
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["rows", "none", "small", "strided", "gradients", "autocast", "subclass", "meta"])
-def test_other_products_are_left_to_torch(layer: torch.nn.Linear, calls: list[tuple[int, ...]], case: str) -> None:
+def test_other_matmuls_are_left_to_torch(layer: torch.nn.Linear, calls: list[tuple[int, ...]], case: str) -> None:
     x = torch.randn(3, WIDTH)
     if case == "rows":
         x = torch.randn(17, WIDTH)
@@ -84,14 +84,14 @@ def test_other_products_are_left_to_torch(layer: torch.nn.Linear, calls: list[tu
 
 @needs_compiler
 @torch.no_grad()
-def test_a_copy_multiplies_with_its_own_weight(layer: torch.nn.Linear, calls: list[tuple[int, ...]]) -> None:
+def test_a_copy_uses_its_own_weight(layer: torch.nn.Linear, calls: list[tuple[int, ...]]) -> None:
     other = copy.deepcopy(layer)
     other.weight.zero_()
     x = torch.randn(1, WIDTH)
     assert torch.equal(other(x), layer.bias[None]) and not torch.equal(layer(x), layer.bias[None]) and len(calls) == 2
 
 
-def test_layers_with_a_forward_of_their_own_are_left_alone() -> None:
+def test_layers_with_a_custom_forward_are_not_changed() -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
@@ -110,7 +110,7 @@ def test_layers_with_a_forward_of_their_own_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_plan_brings_them_and_takes_them_away(llama: Fitted, asked: bool) -> None:
+def test_a_plan_adds_and_removes_them(llama: Fitted, asked: bool) -> None:
     layers = [module for module in llama.model.modules() if type(module) is torch.nn.Linear]
     fhopt.apply(llama.model, llama.plan(4), skinny_products=asked)
     assert all(("forward" in vars(layer)) == asked for layer in layers) and layers
@@ -130,7 +130,7 @@ def test_a_model_with_an_exact_plan_gives_the_same_logits(llama: Fitted) -> None
 
 
 @torch.no_grad()
-def test_compiled_graphs_hold_torchs_own_products(layer: torch.nn.Linear, calls: list[tuple[int, ...]]) -> None:
+def test_compiled_graphs_use_torch_matmuls(layer: torch.nn.Linear, calls: list[tuple[int, ...]]) -> None:
     x, graphs = torch.randn(1, WIDTH), []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:

@@ -1,4 +1,4 @@
-"""Steps that are made ready together: most are, and whatever changes between two of them is seen."""
+"""Steps prepared together: most are, and any change between two of them is noticed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPT, STEPS = 40, 24
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of a first layer made those behind it ready together."""
+    """Record for each call of a first layer whether the subsequent steps were prepared together."""
     seen: list[bool] = []
     steps_behind = StepChain.steps_behind
 
@@ -44,7 +44,7 @@ def steps(model: Any, cache: Any, ids: Tensor, first: int, last: int) -> Tensor:
     return logits(model, cache, ids[:, :last], list(range(first, last)))
 
 
-def test_most_steps_are_made_ready_together(together: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_steps_are_prepared_together(together: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     ids, made = token_ids(1, PROMPT + STEPS), []
     model, ready = model_of(), BoundProgram.ready
 
@@ -59,7 +59,7 @@ def test_most_steps_are_made_ready_together(together: list[bool], monkeypatch: p
     assert close(output, steps(plain, latent_cache(plain), ids, PROMPT, PROMPT + STEPS))
 
 
-def test_layers_of_a_loop_hand_on_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_loop_reuse_memory_only_for_hidden_intermediate_states(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     run_through = StepChain.run_through
 
@@ -71,7 +71,7 @@ def test_layers_of_a_loop_hand_on_what_nobody_sees(monkeypatch: pytest.MonkeyPat
     ids, model = token_ids(1, PROMPT + STEPS), model_of()
     steps(model, latent_cache(model), ids, PROMPT, PROMPT + STEPS)
     assert len(seen) > 0.6 * STEPS
-    assert len({last.output.data_ptr() for _, last in seen}) == len(seen)  # what is returned stays what it was
+    assert len({last.output.data_ptr() for _, last in seen}) == len(seen)  # returned outputs are never overwritten
 
 
 def another_weight(model: Any) -> None:
@@ -127,9 +127,7 @@ def training(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [another_attention, training])
-def test_what_a_layer_behind_the_first_is_set_to_is_looked_at(
-    together: list[bool], change: Callable[[Any], None]
-) -> None:
+def test_settings_of_layers_after_the_first_are_checked(together: list[bool], change: Callable[[Any], None]) -> None:
     ids, model = token_ids(1, PROMPT + 12), model_of()
     cache = latent_cache(model)
     steps(model, cache, ids, PROMPT, PROMPT + 10)
@@ -152,7 +150,7 @@ def test_what_a_layer_behind_the_first_is_set_to_is_looked_at(
         hook_before,
     ],
 )
-def test_a_model_that_changes_between_two_steps_is_read_as_it_is(
+def test_a_model_changed_between_two_steps_is_used_correctly(
     together: list[bool], change: Callable[[Any], None]
 ) -> None:
     ids, outputs = token_ids(1, PROMPT + STEPS), []
@@ -173,11 +171,11 @@ def test_a_model_that_changes_between_two_steps_is_read_as_it_is(
 
 @torch.no_grad()
 def rest(model: Any, cache: Any, ids: Tensor, first: int) -> Tensor:
-    """Logits of the tokens from `first` on, one by one."""
+    """Decode the tokens from `first` on one by one, and return their logits."""
     return torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(first, ids.shape[1])], 1)
 
 
-def test_a_cache_that_is_cropped_between_two_steps_is_read_as_it_is(together: list[bool]) -> None:
+def test_a_cache_cropped_between_two_steps_is_used_correctly(together: list[bool]) -> None:
     ids, outputs = token_ids(1, PROMPT + STEPS), []
     for programs in (False, True):
         model = model_of(programs)
@@ -189,7 +187,7 @@ def test_a_cache_that_is_cropped_between_two_steps_is_read_as_it_is(together: li
     assert close(*outputs)
 
 
-def test_other_threads_are_seen(together: list[bool]) -> None:
+def test_another_number_of_threads_is_noticed(together: list[bool]) -> None:
     ids, model = token_ids(1, PROMPT + STEPS), model_of()
     cache = latent_cache(model)
     before = torch.get_num_threads()
@@ -203,7 +201,7 @@ def test_other_threads_are_seen(together: list[bool]) -> None:
         torch.set_num_threads(before)
 
 
-def test_two_caches_in_turns_have_one_chain(together: list[bool]) -> None:
+def test_two_alternating_caches_have_one_chain(together: list[bool]) -> None:
     ids, model = token_ids(1, PROMPT + STEPS), model_of()
     caches = [latent_cache(model) for _ in range(2)]
     for cache in caches:
@@ -215,7 +213,7 @@ def test_two_caches_in_turns_have_one_chain(together: list[bool]) -> None:
     assert together.count(True) > 0.6 * len(together) and len(together) > STEPS
 
 
-def test_layers_before_and_behind_a_hook_have_a_chain_each(together: list[bool]) -> None:
+def test_layers_before_and_after_a_hook_have_separate_chains(together: list[bool]) -> None:
     ids, model = token_ids(1, PROMPT + STEPS), model_of()
     model.model.layers[1].register_forward_hook(lambda *_: None)
     cache = latent_cache(model)
@@ -225,7 +223,7 @@ def test_layers_before_and_behind_a_hook_have_a_chain_each(together: list[bool])
     assert together.count(True) > STEPS and together.count(True) > 0.6 * len(together)
 
 
-def test_a_chain_keeps_no_cache() -> None:
+def test_a_chain_holds_no_cache() -> None:
     ids, model = token_ids(1, PROMPT + STEPS), model_of()
     cache = latent_cache(model)
     steps(model, cache, ids, PROMPT, PROMPT + STEPS)

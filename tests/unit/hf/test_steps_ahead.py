@@ -1,4 +1,4 @@
-"""Steps of layers that are run ahead of their calls: used where the call comes as expected, and nowhere else."""
+"""Layer steps run ahead of their calls: used only if the call is the expected one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPT, STEPS = 40, 40
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of machine code ran."""
+    """Record how many layers each native call ran."""
     counts: list[int] = []
     run = cache_steps.run_steps
 
@@ -63,7 +63,7 @@ def test_batches_too(calls: list[int], batch: int) -> None:
     assert LAYERS in calls
 
 
-def test_what_layers_return_is_what_they_computed() -> None:
+def test_layers_return_the_states_they_computed() -> None:
     ids, states = token_ids(1, PROMPT + 5), []
     for programs in (False, True):
         model = model_of(programs)
@@ -84,7 +84,7 @@ def _writes_in_place(module: Any, args: Any, output: Any) -> None:
 
 
 @pytest.mark.parametrize("hook", [_returns_another, _writes_in_place])
-def test_an_output_that_a_hook_changes_is_what_the_next_layer_reads(calls: list[int], hook: Callable[..., Any]) -> None:
+def test_the_next_layer_uses_an_output_changed_by_a_hook(calls: list[int], hook: Callable[..., Any]) -> None:
     ids = token_ids(1, PROMPT + STEPS)
     outputs = []
     for programs in (False, True):
@@ -101,13 +101,15 @@ def test_an_output_that_a_hook_changes_is_what_the_next_layer_reads(calls: list[
 
 
 def _wrapped(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
-    """Let somebody else change what a layer returns, without a hook."""
+    """Change the output of a layer by a wrapped forward, without a hook."""
     run = vars(layer)["forward"]
     vars(layer)["forward"] = lambda *args, **kwargs: change(run(*args, **kwargs))
 
 
 @pytest.mark.parametrize("change", [lambda x: x * 1.5, lambda x: x.mul_(1.5)])
-def test_so_is_one_that_anybody_else_changes(calls: list[int], change: Callable[[Tensor], Tensor]) -> None:
+def test_the_next_layer_uses_an_output_changed_without_a_hook(
+    calls: list[int], change: Callable[[Tensor], Tensor]
+) -> None:
     ids = token_ids(1, PROMPT + STEPS)
     expected = model_of(programs=False)
     expected.model.layers[1].register_forward_hook(_returns_another)
@@ -117,13 +119,13 @@ def test_so_is_one_that_anybody_else_changes(calls: list[int], change: Callable[
     calls.clear()
     output = steps(model, ids)
     assert close(output, steps(expected, ids)) and not close(output, before)
-    # What was run ahead for layers 2 and 3 was in vain, and is not tried any more.
+    # Steps of layers 2 and 3 were run ahead in vain, and are not run ahead again.
     assert [f.wasted for f in followers(model)] == [0, 0, steps_ahead.MOST_WASTED, 0]
     assert calls.count(LAYERS) == steps_ahead.MOST_WASTED and 2 * calls[-20:].count(2) >= len(calls[-20:])
 
 
-def test_weights_that_a_hook_writes_are_those_that_count() -> None:
-    """All layers have the same memory, which a hook fills before each."""
+def test_weights_written_by_a_hook_take_effect() -> None:
+    """All layers share memory that a hook fills before each one."""
     ids, outputs = token_ids(1, PROMPT + STEPS), []
     for programs in (False, True):
         model = model_of(programs)
@@ -141,7 +143,7 @@ def test_weights_that_a_hook_writes_are_those_that_count() -> None:
     assert close(outputs[1], outputs[0]) and close(outputs[0], steps(model_of(programs=False), ids))
 
 
-def test_a_pass_that_ends_early_keeps_no_cache() -> None:
+def test_a_pass_that_ends_early_holds_no_cache() -> None:
     model, ids = model_of(), token_ids(1, PROMPT + 8)
     cache = latent_cache(model)
     steps(model, ids, cache)
@@ -158,7 +160,7 @@ def test_a_pass_that_ends_early_keeps_no_cache() -> None:
     assert all(layer() is None for layer in held)
 
 
-def test_a_layer_of_a_cache_that_was_replaced_is_not_kept() -> None:
+def test_a_replaced_cache_layer_is_freed() -> None:
     model, ids = model_of(), token_ids(1, PROMPT + 8)
     cache = latent_cache(model)
     steps(model, ids, cache)
@@ -178,7 +180,7 @@ def test_a_model_from_a_pickle_and_a_copy_run_ahead_too(calls: list[int]) -> Non
         assert close(steps(twin, ids), expected) and calls.count(LAYERS) > 0.7 * STEPS
 
 
-def test_a_forward_pass_that_ends_early_leaves_the_other_caches_as_they_were() -> None:
+def test_a_pass_that_ends_early_leaves_the_other_caches_unchanged() -> None:
     model, ids = model_of(), token_ids(1, PROMPT + STEPS)
     cache = latent_cache(model)
     expected = steps(model_of(programs=False), ids)
@@ -199,8 +201,8 @@ def test_a_forward_pass_that_ends_early_leaves_the_other_caches_as_they_were() -
     assert close(torch.cat([output, rest], 1), expected)
 
 
-def test_a_cache_that_changes_between_layers_is_read_as_it_is() -> None:
-    """A hook that makes one layer forget its newest tokens, once."""
+def test_a_cache_changed_between_layers_is_used_correctly() -> None:
+    """A hook removes a layer's newest tokens, once."""
     ids, outputs = token_ids(1, PROMPT + STEPS), []
     for programs in (False, True):
         model = model_of(programs)
@@ -215,7 +217,7 @@ def test_a_cache_that_changes_between_layers_is_read_as_it_is() -> None:
     assert close(outputs[1], outputs[0])
 
 
-def test_two_caches_in_turns_hold_what_they_were_given(calls: list[int]) -> None:
+def test_two_alternating_caches_get_their_own_tokens(calls: list[int]) -> None:
     ids, outputs = [token_ids(1, PROMPT + STEPS) for _ in range(2)], []
     for programs in (False, True):
         model = model_of(programs)
@@ -227,7 +229,7 @@ def test_two_caches_in_turns_hold_what_they_were_given(calls: list[int]) -> None
     assert close(outputs[1], outputs[0]) and calls.count(LAYERS) > STEPS
 
 
-def test_a_step_that_was_thrown_away_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_discarded_step_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of(), token_ids(1, PROMPT + 8)
     cache, calls = latent_cache(model), []
     make = BoundProgram.ready

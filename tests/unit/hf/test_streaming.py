@@ -1,4 +1,4 @@
-"""Generation that streams: its text, its figures, and what Ctrl-C leaves."""
+"""Streaming generation: its text, its statistics, and the cache after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ IDS = list(range(1, 40))
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return characters()  # its text has a space between characters, behind which a streamer passes on what it has
+    return characters()  # its text has spaces between characters, after each of which a streamer emits
 
 
 @pytest.fixture
 def interruptible() -> Any:
-    """Ctrl-C is an exception, also where the tests run in the background."""
+    """Make Ctrl-C an exception, even if the tests run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -47,7 +47,7 @@ def stop_after(pieces: int, count: int = 1) -> Callable[[str], None]:
     return write
 
 
-def test_the_text_is_that_of_generate_and_comes_in_pieces(tokenizer: Any) -> None:
+def test_the_text_equals_that_of_generate_and_comes_in_pieces(tokenizer: Any) -> None:
     model, pieces = tiny_llama(), list[str]()
     done = generate_text(model, tokenizer, IDS, Sampling(20), write=pieces.append)
     expected = model.generate(torch.tensor([IDS]), max_new_tokens=20, do_sample=False)[0, len(IDS) :].tolist()
@@ -69,7 +69,7 @@ def test_bytes_are_those_of_the_cache(tokenizer: Any, llama: Fitted) -> None:
     assert latent.as_json()["ratio"] > 2
 
 
-def test_only_new_tokens_are_read_into_a_cache_that_has_some(tokenizer: Any) -> None:
+def test_only_new_tokens_are_prefilled_into_a_cache_with_tokens(tokenizer: Any) -> None:
     model = tiny_llama()
     first = generate_text(model, tokenizer, IDS, Sampling(5), write=print)
     ids = [*IDS, *first.ids, 7, 8]
@@ -78,7 +78,7 @@ def test_only_new_tokens_are_read_into_a_cache_that_has_some(tokenizer: Any) -> 
     assert more.prefill_tokens == 3 and more.prompt_tokens == len(ids) and more.ids == anew.ids
 
 
-def test_nothing_was_measured_where_nothing_was_generated() -> None:
+def test_without_generated_tokens_nothing_is_measured() -> None:
     from fhopt.hf.streaming import Generated
 
     done = Generated((), "", 3, 3, (), None, 1)
@@ -87,7 +87,7 @@ def test_nothing_was_measured_where_nothing_was_generated() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_with_the_next_token_and_leaves_a_whole_cache(tokenizer: Any) -> None:
+def test_ctrl_c_stops_after_the_next_token_and_leaves_a_consistent_cache(tokenizer: Any) -> None:
     done = generate_text(tiny_llama(), tokenizer, IDS, Sampling(200), write=stop_after(3))
     assert done.interruptions == 1 and 0 < len(done.ids) < 50
     assert done.cache.get_seq_length() == len(IDS) + len(done.ids) - 1

@@ -1,4 +1,4 @@
-"""Drawings of attention before and after."""
+"""Drawings of attention before and after the rewrite."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_drawing_shows_hostile_names_as_text() -> None:
     assert texts(svg).count(name) == 4 and not list(ET.fromstring(svg).iter("b"))
 
 
-def test_a_drawing_is_saved_as_svg_and_as_nothing_else(tmp_path: Path) -> None:
+def test_a_drawing_is_saved_only_as_svg(tmp_path: Path) -> None:
     pytest.importorskip("pygraphviz")
     drawn = fhopt.draw(SITE)
     assert ET.parse(drawn.save(tmp_path / "site.svg")).getroot().tag == f"{SVG}svg"
@@ -77,7 +77,7 @@ def test_without_the_extra_a_drawing_says_what_to_install(monkeypatch: pytest.Mo
     assert "<svg" not in display.site_html(SITE) and "4 / 2 / 16 and 8" in display.site_html(SITE)
 
 
-def test_warnings_of_fonts_are_left_out_and_all_else_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+def test_font_warnings_are_suppressed_and_others_are_not(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="no"), without_font_warnings():
         os.write(2, b'Fontconfig warning: "a.conf", line 6: unknown element\nError: a graph\n')
         raise ValueError("no")

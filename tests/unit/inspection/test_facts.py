@@ -25,7 +25,7 @@ from fhopt.models.sites import find_sites
 from fhopt.passes import pipeline
 
 
-def test_facts_of_a_plan_are_those_of_the_plan_and_of_the_cost_model(llama: Fitted) -> None:
+def test_facts_agree_with_the_plan_and_the_cost_model(llama: Fitted) -> None:
     plan = llama.plan(4)
     found = inspect(
         sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), plan, devices=("h100",), tokens=2048
@@ -45,7 +45,7 @@ def test_facts_of_a_plan_are_those_of_the_plan_and_of_the_cost_model(llama: Fitt
         assert (site.plan.pays[0].verdict, site.plan.pays[0].tokens) == (expected.verdict, expected.tokens)
 
 
-def test_means_and_segments_are_shown_where_a_plan_has_them(llama: Fitted) -> None:
+def test_means_and_segments_are_shown_if_a_plan_has_them(llama: Fitted) -> None:
     fitted, loaded = llama.plan(4), sample_reports.loaded(llama)
     for mean_tokens, segment in ((0, 0), (256, 512)):
         sites = tuple(replace(site, segment=segment) for site in fitted.sites)
@@ -58,7 +58,7 @@ def test_means_and_segments_are_shown_where_a_plan_has_them(llama: Fitted) -> No
         assert ("of the first 256 tokens of a sequence" in shown.getvalue()) == bool(mean_tokens)
 
 
-def test_sites_of_one_shape_are_worked_out_once_and_those_of_two_apart(llama: Fitted) -> None:
+def test_sites_of_one_shape_are_computed_once_and_those_of_two_separately(llama: Fitted) -> None:
     other = replace(SITE, name="layers.1", heads=8)
     found = inspect_sites("two", [SITE, other])
     assert [s.formulas.operations for s in found.sites] == ["192⋅B⋅S⋅T", "384⋅B⋅S⋅T"]
@@ -80,7 +80,7 @@ def test_a_site_is_found_by_its_name_in_full_or_as_tables_shorten_it(llama: Fitt
         replace(found, sites=()).site("1")
 
 
-def test_what_names_share_is_cut_at_dots() -> None:
+def test_common_prefixes_of_names_are_cut_at_dots() -> None:
     names = ("model.layers.0.self_attn", "model.layers.10.self_attn")
     form = common_form(names)
     assert form == ("model.layers", "self_attn")
@@ -90,7 +90,7 @@ def test_what_names_share_is_cut_at_dots() -> None:
     assert [short_name(name, form) for name in ("a.b", "a.b.c")] == ["b", "b.c"]
 
 
-def test_a_miss_keeps_the_text_of_its_line() -> None:
+def test_a_miss_has_the_text_of_its_line() -> None:
     from command_models import encoder
 
     from fhopt.models.loaded_model import LoadedModel

@@ -1,4 +1,4 @@
-"""Graphs in files."""
+"""Graphs saved to files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
 
 
 @pytest.mark.parametrize("ending", GRAPHS)
-def test_a_graph_file_holds_the_nodes_and_shapes_of_the_program(
+def test_a_graph_file_contains_the_nodes_and_shapes_of_the_program(
     ending: str, snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path, llama: Fitted
 ) -> None:
     pytest.importorskip("pygraphviz")
@@ -63,7 +63,7 @@ def test_one_file_is_written_for_each_stage(snapshots: tuple[Snapshots, LatentPl
     assert [path.name for path in written] == [f"g.{i:02d}-{stage}.json" for i, stage in enumerate(STAGES)]
 
 
-def test_graph_files_that_cannot_be_are_refused(snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path) -> None:
+def test_unsupported_graph_files_are_refused(snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path) -> None:
     taken, _ = snapshots
     with pytest.raises(FhoptError, match="expected all or one of input, decompose"):
         taken.after("dream")

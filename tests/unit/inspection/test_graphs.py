@@ -1,4 +1,4 @@
-"""Nodes of a site in graphs of every stage."""
+"""Nodes of a site in the graphs of every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as a file and as a page in a real browser."""
+"""The report as a file, and as a page in a real browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fhopt.inspection.html_report import Report
 
 
 class Page(HTMLParser):
-    """The data that a page embeds, its visible numbers, its text, and what it would load."""
+    """The data embedded in a page, its visible numbers, its text, and external resources."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def tiny_page(tiny: Report) -> Page:
     return Page(html_report.page(tiny))
 
 
-def test_every_number_of_the_page_stands_in_its_json(tiny: Report, tiny_page: Page) -> None:
+def test_every_number_of_the_page_is_in_its_json(tiny: Report, tiny_page: Page) -> None:
     assert len(tiny_page.numbers) > 50
     facts = json.loads(json.dumps(tiny.as_json()))
     assert {k: tiny_page.data[k] for k in facts} == facts
@@ -75,7 +75,7 @@ def test_every_number_of_the_page_stands_in_its_json(tiny: Report, tiny_page: Pa
 KNOWN = r"\d sites?|.* with 2 bits in every channel|fhopt [\d.]+\. This page is .*|h100:|here:\d+:|\d"
 
 
-def test_no_number_is_shown_that_is_not_marked(tiny: Report, tiny_page: Page) -> None:
+def test_every_shown_number_is_marked(tiny: Report, tiny_page: Page) -> None:
     """Words such as `half 16` and `24x4 + 8x3` are strings of the JSON; devices and kernels have numbers in names."""
     facts = json.dumps(tiny.as_json())
     for text in tiny_page.text:
@@ -84,7 +84,7 @@ def test_no_number_is_shown_that_is_not_marked(tiny: Report, tiny_page: Page) ->
                 assert re.fullmatch(KNOWN, words), words
 
 
-def test_what_the_demo_measured_is_shown_and_in_the_json(tiny: Report) -> None:
+def test_the_demos_measurements_are_shown_and_in_the_json(tiny: Report) -> None:
     measured = {
         "perplexity": {"topics": {"exact": 7.39521, "plan": 7.39694}},
         "bytes_per_token": {"exact": 23040, "plan": 5758.9},
@@ -103,7 +103,7 @@ def test_what_the_demo_measured_is_shown_and_in_the_json(tiny: Report) -> None:
     assert any("after 8,000 tokens" in text for text in found.text)
 
 
-def test_the_page_loads_nothing_and_forbids_it(tiny_page: Page) -> None:
+def test_the_page_loads_no_external_resource_and_forbids_it(tiny_page: Page) -> None:
     assert all(target.startswith("#") for target in tiny_page.loads) and tiny_page.loads
     assert html_report.POLICY.startswith("default-src 'none'")
 
@@ -122,7 +122,7 @@ def test_the_command_writes_one_file_and_its_json_is_that_of_the_page(tmp_path: 
     assert {k: data[k] for k in printed} == printed and printed["stages"][0]["stage"] == "decompose"
 
 
-def test_a_place_that_cannot_be_written_is_refused(tiny: Report, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_refused(tiny: Report, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FhoptError, match="that you may write to"):
         html_report.write(tiny, tmp_path / "file" / "report.html")
@@ -131,10 +131,10 @@ def test_a_place_that_cannot_be_written_is_refused(tiny: Report, tmp_path: Path)
 def test_hostile_strings_are_text_in_the_file() -> None:
     text = html_report.page(sample_reports.hostile_report())
     found = Page(text)
-    assert found.data["model"] == sample_reports.HOSTILE  # read back whole
+    assert found.data["model"] == sample_reports.HOSTILE  # unchanged after parsing
     ours = text.replace(html_report.vega(), "")
     assert "<script>alert" not in ours and "<img" not in ours
-    assert "49" not in {word for part in found.text for word in part.split()}  # {{ 7*7 }} was not run
+    assert "49" not in {word for part in found.text for word in part.split()}  # {{ 7*7 }} was not evaluated
 
 
 def test_a_report_of_a_thousand_sites_stays_small() -> None:
@@ -163,7 +163,7 @@ def expand(page: Any, index: int) -> Any:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_opens_without_errors_and_asks_nobody(browser: Any, tiny_file: str, scheme: str) -> None:
+def test_the_page_opens_without_errors_and_requests(browser: Any, tiny_file: str, scheme: str) -> None:
     with opened(browser, tiny_file, scheme=scheme) as watched:
         page = watched.page
         assert page.locator("html").get_attribute("data-theme") == scheme
@@ -193,7 +193,7 @@ def test_expanding_a_site_shows_its_drawings_spectra_and_kernel(browser: Any, ti
         watched.expect_quiet(tiny_file)
 
 
-def test_numbers_that_the_script_writes_are_those_of_the_json(browser: Any, tiny_file: str, tiny: Report) -> None:
+def test_numbers_written_by_the_script_are_those_of_the_json(browser: Any, tiny_file: str, tiny: Report) -> None:
     facts = json.loads(json.dumps(tiny.as_json()))
     with opened(browser, tiny_file) as watched:
         expand(watched.page, 0)
@@ -208,8 +208,8 @@ def test_numbers_that_the_script_writes_are_those_of_the_json(browser: Any, tiny
         assert text == html_report.FORMS[form](html_report.at(facts, path)), path
 
 
-def test_numbers_are_written_alike_by_the_script_and_by_python(browser: Any, tiny_file: str) -> None:
-    """A page whose JSON holds numbers of every size, shown by the script's own forms."""
+def test_the_script_and_python_format_numbers_identically(browser: Any, tiny_file: str) -> None:
+    """A page with numbers of every size, formatted by its own script."""
     values = [0, 1, 12.5, 999, 1000, 1234567.5, 0.125, 0.00012345, 0.000012345, 3.3e-9, 12345.678, 99950, 2e12]
     with opened(browser, tiny_file) as watched:
         source = re.search(r"const groups = .*?const forms = \{.*?\n  \};", html_report._file("report.js"), re.DOTALL)
@@ -257,7 +257,7 @@ def test_nothing_is_wider_than_the_screen(browser: Any, tiny_file: str, name: st
 
 
 @pytest.mark.slow
-def test_a_printed_page_is_light_and_shows_what_is_open(browser: Any, tiny_file: str) -> None:
+def test_a_printed_page_is_light_and_shows_open_sites(browser: Any, tiny_file: str) -> None:
     with opened(browser, tiny_file, scheme="dark") as watched:
         page = watched.page
         expand(page, 0)
@@ -267,7 +267,7 @@ def test_a_printed_page_is_light_and_shows_what_is_open(browser: Any, tiny_file:
         assert len(page.pdf()) > 10_000
 
 
-def test_hostile_names_and_lines_do_nothing(browser: Any, tmp_path: Path) -> None:
+def test_hostile_names_and_lines_have_no_effect(browser: Any, tmp_path: Path) -> None:
     for number, made in enumerate((sample_reports.hostile_report(), html_report.build(sample_reports.hostile_model()))):
         address = html_report.write(made, tmp_path / f"{number}.html").as_uri()
         with opened(browser, address) as watched:
@@ -292,10 +292,10 @@ SCROLL = """async () => {
 
 @pytest.mark.slow
 def test_a_thousand_sites_open_and_scroll_smoothly(browser: Any, tmp_path: Path) -> None:
-    """In seconds of the page's own thread, which other programs on the machine do not lengthen much.
+    """Measured in seconds of the page's own thread, which other processes barely affect.
 
-    Machines differ, so that a frame is compared with one of a page of 200 sites: it must not cost more where there are
-    many, charts that come into sight included.
+    Machines differ, so a frame is compared with one of a page of 200 sites: with many sites it must not cost more,
+    including charts that scroll into view.
     """
     few, many = (_costs(browser, tmp_path, sites, keep=sites == 1000) for sites in (200, 1000))
     assert 0 < many.opening < 3  # measured: 0.3
@@ -305,7 +305,7 @@ def test_a_thousand_sites_open_and_scroll_smoothly(browser: Any, tmp_path: Path)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds to open a page and of a frame while it is scrolled, and how many frames that took."""
+    """Seconds to open a page and per frame while scrolling, and the number of frames."""
 
     opening: float
     frame: float

@@ -11,7 +11,7 @@ from fhopt.hardware.kernel_table import kernels_of
 from fhopt.inspection.kernel_listing import list_kernels
 
 
-def test_a_listing_is_the_text_of_the_kernel(llama: Fitted) -> None:
+def test_a_listing_is_the_source_of_the_kernel(llama: Fitted) -> None:
     plan, found = llama.plan(4), list_kernels(llama.plan(4))
     specs = {kernel[0].name: kernel[0] for kernel in kernels_of(plan, "bfloat16")}
     assert {f.file for f in found.files} == {f"{name}{end}" for name in specs for end in (".cpp", ".py")}
@@ -22,6 +22,6 @@ def test_a_listing_is_the_text_of_the_kernel(llama: Fitted) -> None:
         assert set(listing.sites) <= {p.site.name for p in plan.sites}
 
 
-def test_trellis_codes_have_kernels_for_cpus_alone(llama: Fitted) -> None:
+def test_trellis_codes_have_kernels_only_for_cpus(llama: Fitted) -> None:
     found = list_kernels(llama.plan(6, code="trellis"))
     assert found.files and all(listing.file.endswith(".cpp") for listing in found.files)

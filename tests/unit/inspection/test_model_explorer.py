@@ -1,4 +1,4 @@
-"""Files for Google's Model Explorer: read back by its own data classes, where it is installed."""
+"""Files for Google's Model Explorer, loaded by its own data classes if it is installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def written(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return path, seen, found
 
 
-def test_data_of_nodes_are_the_figures_of_the_sites(written: tuple[Path, Snapshots, Inspection]) -> None:
+def test_node_data_are_those_of_the_sites(written: tuple[Path, Snapshots, Inspection]) -> None:
     path, seen, found = written
     wanted = {
         "bytes": [site.plan.bytes for site in found.sites if site.plan],
@@ -46,6 +46,6 @@ def test_data_of_nodes_are_the_figures_of_the_sites(written: tuple[Path, Snapsho
     assert next(iter(bits.values()))["value"] == pytest.approx(mean)
 
 
-def test_groups_nest_as_modules_do() -> None:
+def test_groups_nest_like_modules() -> None:
     assert namespace("model.layers.0.self_attn#2") == "model/layers/0/self_attn"
     assert namespace("a/b.c") == "a_b/c"

@@ -1,4 +1,4 @@
-"""The extension of Model Explorer."""
+"""The Model Explorer extension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file that tells how far a run is."""
+"""The progress file of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fhopt.errors import FhoptError
 from fhopt.inspection.progress_file import FAILED, RUNNING, STOPPED, ProgressFile, Stage, beside, read_progress
 
 
-def test_progress_is_in_a_file_while_a_run_is_and_gone_when_it_is_done(tmp_path: Path) -> None:
+def test_the_file_exists_while_a_run_does_and_is_removed_afterwards(tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     path = beside(tmp_path / "plan")
     with ProgressFile(path).kept(lambda *step: steps.append(step)) as report:
@@ -28,7 +28,7 @@ def test_progress_is_in_a_file_while_a_run_is_and_gone_when_it_is_done(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_leaves_the_reason(tmp_path: Path) -> None:
+def test_a_failed_run_leaves_the_reason(tmp_path: Path) -> None:
     path = beside(tmp_path / "plan")
     with pytest.raises(FhoptError), ProgressFile(path).kept() as report:
         report("moments", 1, 4)
@@ -37,7 +37,7 @@ def test_a_run_that_fails_leaves_the_reason(tmp_path: Path) -> None:
     assert found is not None and (found.state, found.message) == (FAILED, "there is no text")
 
 
-def test_a_run_that_is_refused_at_once_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_refused_at_once_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(FhoptError), ProgressFile(beside(tmp_path / "plan")).kept():
         raise FhoptError("there is no text")
     assert list(tmp_path.iterdir()) == []
@@ -54,19 +54,19 @@ def test_a_run_whose_process_is_gone_was_stopped(tmp_path: Path) -> None:
     assert found is not None and found.state == STOPPED
 
 
-def test_no_file_and_one_that_is_cut_short_are_no_progress(tmp_path: Path) -> None:
+def test_a_missing_or_truncated_file_is_no_progress(tmp_path: Path) -> None:
     path = tmp_path / "progress"
     assert read_progress(path) is None
     path.write_text('{"state": "runn')
     assert read_progress(path) is None
 
 
-def test_a_run_goes_on_where_its_progress_cannot_be_written(tmp_path: Path) -> None:
+def test_a_run_continues_if_its_progress_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with ProgressFile(tmp_path / "file" / "below").kept() as report:
         report("moments", 1, 2)
 
 
-def test_time_left_is_steps_at_the_pace_since_the_first_step() -> None:
+def test_time_left_is_extrapolated_from_the_first_step() -> None:
     assert Stage("moments", 10, done=1, seconds=5, first_done=1, first_seconds=5).seconds_left is None
     assert Stage("moments", 10, done=4, seconds=11, first_done=1, first_seconds=5).seconds_left == 12

@@ -1,4 +1,4 @@
-"""What a model gains by a plan, before there is one."""
+"""Expected gains of a model from a plan, before one exists."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_bytes_fall_by_the_ratio_and_contexts_grow_by_it() -> None:
     assert exact.pays == () and four.pays[0].device == "cpu"
 
 
-def test_the_speedup_is_that_of_the_bytes_of_weights_and_cache() -> None:
+def test_the_speedup_is_the_ratio_of_weight_and_cache_bytes() -> None:
     found = site_prospects("m", SITES, [PLACE], parameters=1000, layers=FULL, positions=4096)
     assert found.contexts == (2048,)
     weights, cache = 2000, 2048 * 4 * NUMBERS * 2

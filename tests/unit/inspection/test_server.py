@@ -29,7 +29,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra view is not installed
 
 @contextmanager
 def serving(viewer: server.Viewer) -> Iterator[str]:
-    """The address of a server in a thread of its own."""
+    """Run a server in a separate thread; return its address."""
     listening = server.listen()
     config = uvicorn.Config(server.application(viewer), log_level="warning")
     running = uvicorn.Server(config)
@@ -52,7 +52,7 @@ def get(address: str, **headers: str) -> tuple[int, str, Any]:
 
 
 def state_of(address: str, until: str) -> Any:
-    """What /progress.json says once `until` is true in it."""
+    """Return /progress.json once `until` holds for it."""
     for _ in range(200):
         state = json.loads(get(f"{address}/progress.json")[1])
         if state[until]:
@@ -75,7 +75,7 @@ def test_a_report_is_made_once_and_served(tmp_path: Path) -> None:
     assert made == [False]
 
 
-def test_it_listens_on_this_machine_alone_and_refuses_other_names() -> None:
+def test_it_listens_only_on_this_machine_and_refuses_other_names() -> None:
     listening = server.listen()
     assert listening.getsockname()[0] == "127.0.0.1"
     with pytest.raises(FhoptError, match="cannot be used"):
@@ -94,7 +94,7 @@ def test_it_listens_on_this_machine_alone_and_refuses_other_names() -> None:
         )
 
 
-def test_the_report_waits_for_a_fit_and_is_made_anew_for_a_new_plan(tmp_path: Path) -> None:
+def test_the_report_waits_for_a_fit_and_is_made_again_for_a_new_plan(tmp_path: Path) -> None:
     plan, made = tmp_path / "plan", list[float]()
 
     def make(has_plan: bool) -> str:
@@ -147,7 +147,7 @@ def test_a_browser_shows_progress_and_then_the_report_by_itself(tmp_path: Path) 
         watched.expect_quiet(address)
 
 
-def test_the_command_serves_a_model_until_it_is_ended(tmp_path: Path) -> None:
+def test_the_command_serves_a_model_until_it_is_stopped(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fhopt.cli", "view", "command_models:encoder", "--no-open"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "support"), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -31,7 +31,7 @@ def test_a_snapshot_is_taken_after_every_pass_and_none_outside(
     assert len(taken.taken) == len(STAGES)
 
 
-def test_changes_give_one_text_from_the_other_and_count_what_layers_share(
+def test_changes_turn_one_text_into_the_other_and_count_repeats_over_layers(
     snapshots: tuple[Snapshots, LatentPlan],
 ) -> None:
     taken, _ = snapshots

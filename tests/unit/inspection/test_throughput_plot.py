@@ -23,7 +23,7 @@ def result(*batches: int) -> dict[str, Any]:
 def test_a_line_is_drawn_for_each_cache_and_batch(
     batches: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # words as words, not as outlines
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text as text, not as outlines
     svg = plot_throughput(result(*batches), tmp_path / "plot.svg").read_text()
     for _, title, _ in PANELS:
         assert f">{title}</text>" in svg
@@ -31,6 +31,6 @@ def test_a_line_is_drawn_for_each_cache_and_batch(
     assert (">p, batch 4</text>" in svg) == (len(batches) > 1) and ">2,048</text>" in svg
 
 
-def test_a_name_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_image_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match=r"expected a file that ends in \.png"):
         plot_throughput(result(1), tmp_path / "plot.txt")

@@ -13,7 +13,7 @@ from fhopt.lm_head.clustering import balanced_kmeans
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 120), st.integers(1, 12), st.integers(0, 20), st.integers(0, 99))
-def test_no_cluster_has_more_rows_than_it_may(rows: int, count: int, spare: int, seed: int) -> None:
+def test_no_cluster_has_more_rows_than_allowed(rows: int, count: int, spare: int, seed: int) -> None:
     torch.manual_seed(seed)
     count = min(count, rows)
     capacity = -(-rows // count) + spare
@@ -55,7 +55,7 @@ def test_clusters_explain_more_than_chance() -> None:
     assert found.spread < 0.5 * chance
 
 
-def test_the_same_seed_gives_the_same_clusters_and_progress_is_told() -> None:
+def test_the_same_seed_gives_the_same_clusters_and_progress_is_reported() -> None:
     rows, steps = torch.randn(90, 4), list[tuple[int, int]]()
     first = balanced_kmeans(rows, 6, 16, 4, seed=3, progress=lambda done, total: steps.append((done, total)))
     assert torch.equal(first.labels, balanced_kmeans(rows, 6, 16, 4, seed=3).labels)
@@ -68,6 +68,6 @@ def test_equal_rows_fill_clusters_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(("count", "capacity"), [(0, 100), (11, 1), (4, 2)])
-def test_clusters_without_room_are_refused(count: int, capacity: int) -> None:
+def test_clusters_with_too_few_places_are_refused(count: int, capacity: int) -> None:
     with pytest.raises(FhoptError, match="cannot hold 10 rows"):
         balanced_kmeans(torch.randn(10, 2), count, capacity)

@@ -1,4 +1,4 @@
-"""A head in files."""
+"""Saving and loading a head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fhopt.lm_head.head import Head
 pytestmark = needs_compiler
 
 
-def test_a_head_that_was_saved_is_the_same(tmp_path: Path) -> None:
+def test_a_saved_head_loads_unchanged(tmp_path: Path) -> None:
     weight, bias = weights("random", 97, 24), torch.randn(97)
     head = made(weight, skewed(50, 24), bias)
     back = Head.load(head.save(tmp_path / "head"))
@@ -35,7 +35,7 @@ def test_a_head_that_was_saved_is_the_same(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, change: Any, signed: bool) -> None:
-    """Change a head; signed: as who knows how to make its digest."""
+    """Change a head; signed: as an attacker who can recompute its digest."""
     from safetensors.torch import load_file, save_file
 
     tensors, content = load_file(folder / "head.safetensors"), json.loads((folder / "head.json").read_text())
@@ -69,14 +69,14 @@ def test_a_damaged_head_is_refused(change: Any, why: str, tmp_path: Path) -> Non
         Head.load(folder)
 
 
-def test_a_head_of_which_a_number_was_changed_is_refused(tmp_path: Path) -> None:
+def test_a_head_with_a_changed_value_is_refused(tmp_path: Path) -> None:
     folder = made(weights("random", 97, 24), skewed(50, 24)).save(tmp_path / "head")
     damage(folder, lambda t, c: t["centroids"][0, 0].add_(1), signed=False)
     with pytest.raises(FhoptError, match=r"its content is not what was written.*Make the head again"):
         Head.load(folder)
 
 
-def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match="cannot read"):
         Head.load(tmp_path / "nothing")
     (tmp_path / "head.json").write_text("{")

@@ -1,4 +1,4 @@
-"""A head put into a model, or refused."""
+"""Installing a head in a model, and refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_head_of_other_weights_is_refused() -> None:
         api.report(other)
 
 
-def test_a_bias_that_is_added_behind_the_layer_is_refused_with_the_cure() -> None:
+def test_a_bias_added_after_the_layer_is_refused_with_a_fix() -> None:
     class Behind(nn.Module):
         def __init__(self) -> None:
             super().__init__()

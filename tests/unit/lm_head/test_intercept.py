@@ -1,4 +1,4 @@
-"""Heads that are written out are searched where they are watched."""
+"""Heads computed outside a module are intercepted and searched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Finish = Callable[["Words", Tensor], Tensor]
 
 
 class Words(nn.Module):
-    """A model that makes its logits in its own forward."""
+    """A model that computes logits in its own forward."""
 
     def __init__(self, finish: Finish) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ WRITTEN: dict[str, Finish] = {
 
 
 def written(name: str, **options: Any) -> tuple[Words, Words, Head]:
-    """(a model, the same with its head applied, that head)."""
+    """Return a model, a copy with its head applied, and that head."""
     model = Words(WRITTEN[name]).requires_grad_(False)
     site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.embedding.weight, model.shift if site.bias else None)
@@ -62,7 +62,7 @@ def written(name: str, **options: Any) -> tuple[Words, Words, Head]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_head_that_is_written_out_is_searched(name: str) -> None:
+def test_a_head_outside_a_module_is_searched(name: str) -> None:
     plain, model, _ = written(name, keep=3)
     ids = torch.randint(0, 60, (2, 5))
     logits, expected = model(ids), plain(ids)
@@ -76,8 +76,8 @@ def test_a_head_that_is_written_out_is_searched(name: str) -> None:
 
 
 @torch.no_grad()
-def test_a_watched_head_leaves_everything_else_alone() -> None:
-    """Products elsewhere, what comes after an error, copies, which have weights of their own, and another weight."""
+def test_an_intercepted_head_affects_nothing_else() -> None:
+    """Other matmuls, calls after an error, copies, which have their own weights, and another weight."""
     plain, model, _ = written("product")
     ids = torch.randint(0, 60, (1, 3))
     with pytest.raises(IndexError):
@@ -95,7 +95,7 @@ def test_a_watched_head_leaves_everything_else_alone() -> None:
     assert not model(ids).any() and api.report(model).rows == 3
 
 
-def test_watched_heads_search_in_several_threads() -> None:
+def test_intercepted_heads_search_in_several_threads() -> None:
     plain, model, _ = written("einsum")
     prompts = [torch.randint(0, 60, (1, 4)) for _ in range(16)]
 
@@ -110,7 +110,7 @@ def test_watched_heads_search_in_several_threads() -> None:
 
 
 @torch.no_grad()
-def test_a_watched_head_is_dense_in_compiled_graphs() -> None:
+def test_an_intercepted_head_is_dense_in_compiled_graphs() -> None:
     plain, model, _ = written("functional")
     ids = torch.randint(0, 60, (1, 4))
     compiled: Any = torch.compile(model, fullgraph=True)
@@ -119,7 +119,7 @@ def test_a_watched_head_is_dense_in_compiled_graphs() -> None:
 
 
 @torch.no_grad()
-def test_a_product_that_is_not_watched_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unrecognized_matmul_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     intercept._warn_unrecognized.cache_clear()
     model = Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
     site = find(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))

@@ -25,7 +25,7 @@ pytestmark = needs_compiler
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generation_is_that_of_the_dense_head(make: Any, dtype: torch.dtype) -> None:
+def test_generation_equals_that_of_the_dense_head(make: Any, dtype: torch.dtype) -> None:
     model = make().to(dtype)
     prompt = token_ids(3, 12)
     options: dict[str, Any] = dict(max_new_tokens=25, do_sample=False, pad_token_id=0)
@@ -39,7 +39,7 @@ def test_generation_is_that_of_the_dense_head(make: Any, dtype: torch.dtype) -> 
     assert type(model.get_output_embeddings()) is nn.Linear and torch.equal(model.generate(prompt, **options), expected)
 
 
-def test_sampling_among_the_largest_is_that_of_the_dense_head() -> None:
+def test_sampling_among_the_largest_equals_that_of_the_dense_head() -> None:
     model, prompt = tiny_llama(), token_ids(2, 12)
     options: dict[str, Any] = dict(max_new_tokens=20, do_sample=True, top_k=10, top_p=0.9, temperature=1.3)
     torch.manual_seed(7)
@@ -51,7 +51,7 @@ def test_sampling_among_the_largest_is_that_of_the_dense_head() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_estimates_stand_below_the_certain_logits_and_close_to_their_own(dtype: torch.dtype) -> None:
+def test_estimates_are_below_the_certain_logits_and_close_to_their_own(dtype: torch.dtype) -> None:
     weight, hidden = weights("random", 400, 64, dtype), torch.randn(6, 64).to(dtype)
     head = made(weight, bits="8")
     logits = RetrievalHead(head, weight, None, keep=3, estimates=True)(hidden)
@@ -64,7 +64,7 @@ def test_estimates_stand_below_the_certain_logits_and_close_to_their_own(dtype: 
     assert float(normalisers.abs().max()) < 0.03
 
 
-def test_beams_with_estimates_are_those_of_the_dense_head() -> None:
+def test_beams_with_estimates_equal_those_of_the_dense_head() -> None:
     model, prompt = tiny_llama(), token_ids(1, 12)
     options: dict[str, Any] = dict(max_new_tokens=8, num_beams=3, do_sample=False)
     expected = model.generate(prompt, **options)
@@ -97,7 +97,7 @@ def test_a_compiled_graph_has_the_same_logits_and_counts() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_compiled_whole_generates_the_same() -> None:
+def test_a_model_compiled_as_a_whole_generates_the_same() -> None:
     model, prompt = tiny_llama(), token_ids(1, 12)
     with torch.no_grad():
         expected = model(prompt).logits[:, -1].argmax(-1)
@@ -116,7 +116,7 @@ def test_gradients_go_through_the_dense_head() -> None:
 
 
 @torch.no_grad()
-def test_a_weight_that_has_changed_is_read_densely() -> None:
+def test_a_changed_weight_uses_the_dense_head() -> None:
     weight = nn.Parameter(weights("random", 97, 24), requires_grad=False)
     module, hidden = RetrievalHead(made(weight.detach()), weight, None), torch.randn(2, 24)
     module(hidden)
@@ -125,15 +125,15 @@ def test_a_weight_that_has_changed_is_read_densely() -> None:
 
 
 @torch.no_grad()
-def test_other_numbers_in_the_same_parameter_are_noticed() -> None:
+def test_other_values_in_the_same_parameter_are_noticed() -> None:
     weight = nn.Parameter(weights("random", 97, 24), requires_grad=False)
     module, hidden = RetrievalHead(made(weight.detach()), weight, None), torch.randn(2, 24)
-    weight.data = torch.randn(97, 24)  # which keeps the version
+    weight.data = torch.randn(97, 24)  # the version stays the same
     assert torch.equal(module(hidden), dense(hidden, weight, None)) and module.report().dense_rows == 2
 
 
 @torch.no_grad()
-def test_a_model_of_another_type_is_read_densely_and_its_codes_stay_as_they_are() -> None:
+def test_a_model_of_another_dtype_uses_the_dense_head_and_its_codes_are_unchanged() -> None:
     weight = nn.Parameter(weights("random", 97, 24), requires_grad=False)
     module = RetrievalHead(made(weight.detach(), skewed(50, 24)), weight, None).to(torch.bfloat16)
     hidden = torch.randn(2, 24).bfloat16()
@@ -152,7 +152,7 @@ def test_without_a_compiler_the_head_is_dense(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 9, "budget": 8}, {"margin": -1.0}, {"probes": 99}])
-def test_searches_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_searches_are_refused(options: dict[str, Any]) -> None:
     weight = weights("random", 97, 24)
     with pytest.raises(FhoptError, match=next(iter(options))):
         RetrievalHead(made(weight), weight, None, **options)

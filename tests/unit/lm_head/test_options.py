@@ -1,4 +1,4 @@
-"""Options of a retrieval head, which are checked without torch."""
+"""Options of a retrieval head, checked without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes of the head's rows, and the bounds that they give."""
+"""Codes of the head's rows, and the bounds they give."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("random", "zeros", "equal", "one large", "tiny", "huge", "sparse", "nea
 
 
 def largest_first(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The slow, obvious way: all logits, the largest first, equal ones in order of the vocabulary."""
+    """Reference: all logits in descending order, equal ones in order of the vocabulary."""
     values, ids = logits.float().sort(dim=-1, descending=True, stable=True)
     return values, ids
 
@@ -67,7 +67,7 @@ def test_no_logit_exceeds_its_bound_and_the_largest_are_found(
 
 
 @pytest.mark.parametrize("bits", ["4", "8", "mixed"])
-def test_estimates_and_bounds_are_those_of_the_equations(bits: str) -> None:
+def test_estimates_and_bounds_follow_the_equations(bits: str) -> None:
     weight, states = weights("random", 300, 40), skewed(500, 40)
     head, hidden = made(weight, states, bits=bits), skewed(3, 40)
     found = search(hidden, weight, None, head.codes, head.search(bounds=True))
@@ -80,7 +80,7 @@ def test_estimates_and_bounds_are_those_of_the_equations(bits: str) -> None:
     estimate = turned @ values.T + offset
     first, second = turned[:, : head.codes.lead].norm(dim=1), turned[:, head.codes.lead :].norm(dim=1)
     bound = first.unsqueeze(1) * numbers[:, 2] + second.unsqueeze(1) * numbers[:, 3]
-    rounded = sum(  # of h' in 8 bits: at most half a step of 1/127 of its largest magnitude, in each coordinate
+    rounded = sum(  # h' in 8 bits: per coordinate, at most half a step of 1/127 of its largest magnitude
         (part.abs().amax(1) / 254 * part.shape[1] ** 0.5).unsqueeze(1) * numbers[:, 4 + i]
         for i, part in enumerate(turned.tensor_split([head.codes.lead], 1))
         if part.shape[1]
@@ -90,7 +90,7 @@ def test_estimates_and_bounds_are_those_of_the_equations(bits: str) -> None:
     assert bool((found.bounds <= estimate + bound + 2 * rounded + 1e-3 * bound + 1e-3).all())
 
 
-def test_what_is_coded_decodes_to_the_rows() -> None:
+def test_codes_decode_to_the_rows() -> None:
     weight, states = weights("random", 77, 21), skewed(100, 21)
     head = made(weight, states, bits="8")
     rows, values, numbers = dequantize(head.codes)
@@ -114,19 +114,19 @@ def test_the_basis_gives_hidden_states_and_rows_the_same_covariance(monkeypatch:
     of_rows = found.backward @ moment @ found.backward.T
     torch.testing.assert_close(of_rows, of_rows.diagonal().diag(), rtol=0, atol=1e-4 * float(of_rows.max()))
     of_states = found.forward @ hidden @ found.forward.T
-    assert float((of_states.diagonal() / of_rows.diagonal()).log().abs().max()) < 0.05  # 1e-6 is added to the rows'
+    assert float((of_states.diagonal() / of_rows.diagonal()).log().abs().max()) < 0.05  # the rows' has 1e-6 added
     plain = float((hidden.trace() * moment.trace()).sqrt())
     assert found.gain < 0.9
     assert float((of_states.trace() * of_rows.trace()).sqrt()) == pytest.approx(found.gain * plain, rel=0.02)
 
 
-def test_no_basis_is_used_where_there_is_nothing_to_gain() -> None:
+def test_no_basis_is_used_without_a_gain() -> None:
     rows = weights("random", 4000, 24).double()
     assert balance(None, rows.T @ rows / len(rows)).forward is None
     assert with_bit_groups(balance(None, torch.eye(13).double()), 13, 8).rank == 16
 
 
-def test_the_inverse_belongs_to_the_basis_as_it_is_kept() -> None:
+def test_the_inverse_belongs_to_the_stored_basis() -> None:
     states, rows = skewed(400, 30).double(), weights("random", 500, 30).double()
     basis = with_bit_groups(balance(states.T @ states / 400, rows.T @ rows / 500), 30, 8)
     assert basis.transform is not None
@@ -136,7 +136,7 @@ def test_the_inverse_belongs_to_the_basis_as_it_is_kept() -> None:
     torch.testing.assert_close(logits, states @ rows.T, rtol=1e-4, atol=1e-4)
 
 
-def test_codes_lose_what_they_say() -> None:
+def test_the_recorded_error_of_codes_is_correct() -> None:
     x = torch.cat([torch.randn(50, 16), torch.zeros(2, 16)]).double()
     for bits in (4, 8):
         group = quantize_rows(x, bits)
@@ -144,7 +144,7 @@ def test_codes_lose_what_they_say() -> None:
         torch.testing.assert_close((x - value).norm(dim=1), group.error)
         torch.testing.assert_close(value.norm(dim=1), group.norm)
         assert float(group.error[50:].max()) == 0
-        widest = x.abs().amax(1) * (2 / 2**bits) * (1 + 2**-8)  # a step without clipping, as bfloat16
+        widest = x.abs().amax(1) * (2 / 2**bits) * (1 + 2**-8)  # a step without clipping, in bfloat16
         assert bool((group.error <= widest / 2 * 16**0.5 + 2**-8 * x.norm(dim=1)).all())
 
 
@@ -158,7 +158,7 @@ def test_rounding_up_never_rounds_down(x: float) -> None:
 # --------------------------------------------------------------------------------------------------- files
 
 
-def test_weights_that_cannot_be_coded_are_refused() -> None:
+def test_weights_that_cannot_be_quantized_are_refused() -> None:
     weight = weights("random", 30, 8)
     with pytest.raises(FhoptError, match="expected float32, bfloat16 or float16"):
         made(weight.double())

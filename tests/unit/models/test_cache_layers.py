@@ -1,4 +1,4 @@
-"""What is known of a model's KV cache: masks and windows by the configuration, sizes by a cache of two tokens."""
+"""The layers of a model's KV cache: masks and windows from the configuration, sizes from a cache of two tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_layers_are_those_of_the_cache_of_the_configuration(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_bytes_are_those_that_transformers_own_cache_allocates(name: str) -> None:
+def test_bytes_equal_those_that_transformers_own_cache_allocates(name: str) -> None:
     model = windowed(name)
     layers = measured_layers(model)
     cache = ordinary_cache(model)
@@ -53,7 +53,7 @@ def test_modules_without_a_cache_of_transformers_have_no_layers(module: torch.nn
     assert cache_layers(module) == () == measured_layers(module)
 
 
-def test_an_encoder_with_windows_has_no_layers_and_no_model_without_weights_is_run() -> None:
+def test_an_encoder_with_windows_has_no_layers_and_a_model_without_weights_is_not_run() -> None:
     from transformers import ModernBertConfig, ModernBertModel
 
     sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -70,8 +70,8 @@ def test_a_layer_has_the_sites_below_its_path() -> None:
     assert not CacheLayer("").has("model")
 
 
-def test_a_layer_of_which_one_part_knows_the_index_has_all_its_sites() -> None:
-    """Zamba 2: the attention of a layer is shared, and knows no layer."""
+def test_all_sites_of_a_layer_count_even_if_one_has_no_index() -> None:
+    """Zamba 2: layers share an attention, which has no index."""
     from torch import nn
 
     model = nn.Module()
@@ -86,7 +86,7 @@ def test_a_layer_of_which_one_part_knows_the_index_has_all_its_sites() -> None:
 
 
 def ordinary_cache(model: Any) -> Any:
-    """The cache of a model with one token, so that states are there."""
+    """Return the cache of a model after one token, so that states exist."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -100,7 +100,7 @@ def filled(cache: Any) -> int:
 
 
 def fill(cache: Any, tokens: int) -> None:
-    """Write random keys and values of `tokens` tokens into all layers that hold some, the last one alone."""
+    """Write `tokens` random keys and values into all layers that store any, the last token in a separate call."""
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:

@@ -1,4 +1,4 @@
-"""What a capture says where Dynamo gives no graph."""
+"""Messages of a capture if Dynamo gives no graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_backend_that_fails_is_named_by_its_own_error(monkeypatch: pytest.Monk
 
 
 class Broken(nn.Module):
-    """A linear layer behind which the graph breaks."""
+    """A linear layer followed by a graph break."""
 
     def __init__(self) -> None:
         super().__init__()

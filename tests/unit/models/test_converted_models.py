@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtypes of conversions so far."""
+    """Record the dtypes of conversions."""
     made: list[torch.dtype] = []
 
     def read(path: Path, dtype: torch.dtype) -> Any:
@@ -43,7 +43,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return made
 
 
-def test_a_kept_conversion_is_the_model_and_its_tokenizer_again(file: Path, conversions: list[torch.dtype]) -> None:
+def test_a_stored_conversion_restores_the_model_and_its_tokenizer(file: Path, conversions: list[torch.dtype]) -> None:
     first, second = load_model(str(file)), load_model(str(file))
     assert conversions == [torch.float32]
     one: Any = first.language_model()
@@ -60,7 +60,7 @@ def test_a_kept_conversion_is_the_model_and_its_tokenizer_again(file: Path, conv
     assert (first.name, second.name) == ("a model", "a model")
 
 
-def test_another_dtype_a_changed_file_and_a_damaged_copy_are_converted_anew(
+def test_another_dtype_a_changed_file_and_a_damaged_copy_are_converted_again(
     file: Path, conversions: list[torch.dtype]
 ) -> None:
     load_model(str(file))
@@ -79,7 +79,7 @@ def test_another_dtype_a_changed_file_and_a_damaged_copy_are_converted_anew(
     assert len(conversions) == 4
 
 
-def test_the_oldest_make_room_and_what_was_left_behind_goes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_are_removed_to_make_room_and_so_are_leftovers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         load_model(str(file), dtype)
     os.utime(converted_models.models_folder() / converted_models.entries()[0].name, (1, 1))
@@ -95,7 +95,7 @@ def test_the_oldest_make_room_and_what_was_left_behind_goes(file: Path, monkeypa
     assert not list(converted_models.models_folder().iterdir())
 
 
-def test_nothing_is_kept_without_a_limit_and_too_large_a_model_is_said(
+def test_without_a_limit_nothing_is_stored_and_a_model_that_is_too_large_is_reported(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHOPT_MODELS_GB", "0")

@@ -1,4 +1,4 @@
-"""Reading GGUF files."""
+"""Loading GGUF files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fhopt.models import gguf_files
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q5_0", "Q4_1"])
-def test_rows_are_dequantized_a_few_at_a_time_as_all_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_dequantized_in_parts_equal_all_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf: Any = pytest.importorskip("gguf")
     quantization = gguf.GGMLQuantizationType[kind]
     blocks = gguf.quantize(torch.randn(11, 64).numpy(), quantization)
@@ -32,7 +32,7 @@ def test_rows_are_dequantized_a_few_at_a_time_as_all_at_once(kind: str, monkeypa
     assert calls == [4, 4, 3] and found.dtype == expected.dtype and (found == expected).all()
 
 
-def test_the_model_read_is_one_like_any_other(tmp_path: Path) -> None:
+def test_the_loaded_model_is_an_ordinary_one(tmp_path: Path) -> None:
     save_text_gguf(tmp_path / "text.gguf")
     model, tokenizer = gguf_files.read_gguf(tmp_path / "text.gguf", torch.bfloat16)
     assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
@@ -42,7 +42,7 @@ def test_the_model_read_is_one_like_any_other(tmp_path: Path) -> None:
     assert tokenizer("ab").input_ids
 
 
-def test_metadata_is_read_from_plain_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_is_parsed_from_plain_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf: Any = pytest.importorskip("gguf")
     save_text_gguf(tmp_path / "text.gguf")
     with gguf_files.frugal():
@@ -62,7 +62,7 @@ def test_metadata_is_read_from_plain_slices(tmp_path: Path, monkeypatch: pytest.
     assert [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING] in [field.types for field in plain.fields.values()]
 
 
-def test_strings_are_decoded_as_transformers_does() -> None:
+def test_strings_are_decoded_like_in_transformers() -> None:
     of: Any = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     before, given = of._gguf_parse_value, np.frombuffer("ä b".encode(), np.uint8)
     with gguf_files.frugal():
@@ -72,7 +72,7 @@ def test_strings_are_decoded_as_transformers_does() -> None:
     assert of._gguf_parse_value is before
 
 
-def test_lists_that_go_on_behind_the_file_are_left_to_gguf() -> None:
+def test_lists_longer_than_the_file_are_left_to_gguf() -> None:
     gguf: Any = pytest.importorskip("gguf")
     kinds, scalars = gguf.GGUFValueType, gguf.GGUFReader.gguf_scalar_to_np
 
@@ -96,7 +96,7 @@ def test_lists_that_go_on_behind_the_file_are_left_to_gguf() -> None:
     assert gguf_files._list_at(np.zeros(11, np.uint8), 0, kinds, scalars) is None
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(FhoptError, match="could not be read as a GGUF model"):
         gguf_files.read_gguf(tmp_path / "text.gguf", torch.float32)

@@ -1,4 +1,4 @@
-"""Models by every name that the command line takes for one."""
+"""Models by every kind of name that the command line accepts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_
             pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0), 3),
     ],
 )  # fmt: skip
-def test_a_folder_of_an_encoder_of_text_images_or_sound_is_a_model(
+def test_a_folder_of_an_encoder_of_text_images_or_audio_is_a_model(
     config: str, model: str, options: dict[str, Any], sites: int, tmp_path: Path
 ) -> None:
     import transformers as hf
@@ -50,7 +50,7 @@ def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
 
 
 def save_tiny_gguf(path: Path) -> None:
-    """A Llama of one layer with a tokenizer of six words."""
+    """Save a one-layer Llama with a tokenizer of six words."""
     gguf: Any = pytest.importorskip("gguf")
     words, width, kv_width, inner = ["<s>", *"abcd", "ab"], 32, 16, 48
     writer = gguf.GGUFWriter(path, "llama")
@@ -99,7 +99,7 @@ SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--re
 
 @pytest.mark.usefixtures("without_compiling")
 def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
-    """Saved with its tokenizer, loaded, fitted, evaluated: the way a user's own model takes."""
+    """Save a model with its tokenizer, load it, fit and evaluate a plan, like a user's own model."""
     save_tiny_model(tmp_path / "model")
     picture = str(tmp_path / "plan.png")
     result = call(
@@ -110,7 +110,7 @@ def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
     exact = 2 * 2 * 2 * 2 * 16  # layers, sides, kv heads, head size, bytes
     assert exact / 100 <= json.loads(result.stdout)["ratio"] < exact / 100 * 1.1
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(tmp_path)) == ["model", "plan", "plan.png"]  # no checkpoint is left
+    assert sorted(os.listdir(tmp_path)) == ["model", "plan", "plan.png"]  # the checkpoint is removed
     options = ["--plan", str(tmp_path / "plan"), "--data", "license", "--context", "300", "--json"]
     result = call("eval", str(tmp_path / "model"), *options)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""What is known of a model of transformers: whose code computes its attention."""
+"""Facts about transformers models: whose code computes their attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fhopt.models.model_facts import check_segments, counts_in_images, uses_inte
 
 
 def tiny_git() -> Any:
-    """GIT: a decoder that computes attention by hand, and an image encoder in the same file that does not."""
+    """GIT: a decoder with explicit attention, and in the same file an image encoder without."""
     from transformers import GitConfig, GitForCausalLM
 
     torch.manual_seed(0)
@@ -31,15 +31,15 @@ def tiny_git() -> Any:
     return GitForCausalLM(config).eval()
 
 
-def test_the_code_of_a_module_says_whose_attention_it_is_not_that_of_its_file() -> None:
+def test_the_code_of_a_module_decides_not_its_file() -> None:
     assert uses_interface(tiny_llama().model.layers[0].self_attn) and uses_interface(tiny_gpt2().transformer.h[0].attn)
     git = tiny_git()
     assert not uses_interface(git.git.encoder.layer[0].attention)
     assert uses_interface(git.git.image_encoder.vision_model.encoder.layers[0].self_attn)
 
 
-def test_an_exact_plan_on_attention_by_hand_changes_no_number() -> None:
-    """Masks of the interface's kind were added to scores of GIT: its numbers were others."""
+def test_an_exact_plan_on_explicit_attention_changes_no_value() -> None:
+    """Regression: GIT's scores got masks in the format of the attention interface, which changed its results."""
     model, ids = tiny_git(), token_ids(1, 40)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -58,7 +58,7 @@ SECTIONS = {"rope_type": "default", "mrope_section": [16, 24, 24]}
     ("parameters", "expected"),
     [(SECTIONS, True), ({"full_attention": SECTIONS}, True), ({"rope_theta": 1e4}, False), (None, False)],
 )
-def test_positions_in_images_are_told_from_those_of_tokens(parameters: Any, expected: bool) -> None:
+def test_positions_in_images_are_distinguished_from_those_of_tokens(parameters: Any, expected: bool) -> None:
     config = SimpleNamespace(rope_parameters=parameters)
     config.get_text_config = lambda decoder: config
     assert counts_in_images(config) is expected

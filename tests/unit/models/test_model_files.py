@@ -1,4 +1,4 @@
-"""MODEL, looked at before torch is imported."""
+"""Checks of MODEL before torch is imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.models.model_files import check_model, check_pickled_tensors
 
 
 class Runs:
-    """Its pickle makes a folder when it is read."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -78,7 +78,7 @@ def spoil(folder: Path, how: str) -> None:
         ("a list", "holds a list, expected an object"),
     ],
 )
-def test_a_folder_that_cannot_be_read_is_refused(how: str, reason: str, tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_refused(how: str, reason: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     spoil(folder, how)
     with pytest.raises(FhoptError, match=reason):
@@ -131,7 +131,7 @@ def test_a_program_with_pickled_objects_is_refused_and_nothing_is_run(tmp_path: 
         (":f", "is no name"),
     ],
 )
-def test_what_is_no_model_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(name: str, reason: str, tmp_path: Path) -> None:
     for file in ("b.gguf", "b.pt2", "text"):
         (tmp_path / file).write_text("text")
     with pytest.raises(FhoptError, match=reason):

@@ -23,7 +23,7 @@ def folder(path: Path, config: dict[str, Any], **files: Any) -> Path:
     return path
 
 
-def test_demo_is_no_folder_even_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_is_not_a_folder_even_if_one_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert folder_of("demo") is None and folder_of("./demo") == Path("demo")
@@ -41,7 +41,7 @@ def test_demo_is_no_folder_even_where_there_is_one(tmp_path: Path, monkeypatch: 
         ("nowhere_at_all:loads", "cannot be imported"),
     ],
 )
-def test_what_is_no_language_model_is_refused(name: str, message: str, tmp_path: Path) -> None:
+def test_models_other_than_language_models_are_refused(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match=message):
         check_text_model(name.format(tmp=tmp_path))
 
@@ -68,7 +68,7 @@ def test_positions_and_template_are_read_from_files(tmp_path: Path) -> None:
     assert stored_facts("demo") == StoredFacts()
 
 
-def test_files_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
+def test_unreadable_files_give_no_information(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("no JSON")
     assert stored_facts(str(tmp_path)).positions is None
 
@@ -95,5 +95,5 @@ def test_the_dtype_that_a_folder_is_stored_in(tmp_path: Path, config: dict[str, 
     assert is_of_few_bits(name) == (dtype == "bfloat16")
 
 
-def test_gguf_files_are_of_few_bits() -> None:
+def test_gguf_files_are_quantized() -> None:
     assert is_of_few_bits("demo") and is_of_few_bits("some/file.gguf") and not is_of_few_bits("module:function")

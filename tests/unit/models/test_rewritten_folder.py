@@ -1,4 +1,4 @@
-"""Rewritten folders that are damaged or hostile are refused."""
+"""Damaged and hostile rewritten folders are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def forged(folder: Path, tmp_path: Path) -> Path:
-    """A copy to do harm to."""
+    """Return a copy to tamper with."""
     return Path(shutil.copytree(folder, tmp_path / "forged"))
 
 
@@ -160,7 +160,7 @@ def many_layers(path: Path) -> None:
 
 
 def many_labels(path: Path) -> None:
-    """transformers makes a dict of as many names."""
+    """Request a huge dict of label names from transformers."""
     change_json(path, "config.json", lambda x: x.update(num_labels=10**9))
     sign(path)
 
@@ -217,7 +217,7 @@ def test_a_damaged_or_hostile_folder_is_refused_with_one_clear_error(
     assert not (forged / "was-run").exists()
 
 
-# transformers itself fails or looks elsewhere first, or has no need of what was changed
+# transformers fails first by itself, looks elsewhere, or does not need the changed part
 BEFORE_US = (many_layers, many_labels, many_inner_layers, adapter, class_of_another_kind, huge_header, cut_short)
 
 
@@ -232,13 +232,13 @@ def test_transformers_refuses_it_too_once_fhopt_is_imported(harm: Callable[[Path
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "generate.py"])
-def test_pickles_and_code_beside_the_model_are_never_read(name: str, forged: Path) -> None:
+def test_pickles_and_code_next_to_the_model_are_never_loaded(name: str, forged: Path) -> None:
     (forged / name).write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR.")
     with nothing_runs():
         fhopt.load(forged)
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match="not a rewritten model"):
         fhopt.load(tmp_path)
     with pytest.raises(FhoptError, match="not a rewritten model"):

@@ -25,7 +25,7 @@ def plan(llama: Fitted) -> LatentPlan:
 
 
 def altered(folder: Path) -> Path:
-    """The weights in the folder, with other signs."""
+    """Flip the signs of the weights in the folder."""
     from safetensors.torch import load_file
 
     save_file(
@@ -52,7 +52,9 @@ def test_other_weights_are_refused(plan: LatentPlan, llama: Fitted, tmp_path: Pa
         check_stored(plan, altered(tmp_path))
 
 
-def test_what_the_files_do_not_say_is_left_to_the_loader(plan: LatentPlan, llama: Fitted, tmp_path: Path) -> None:
+def test_weights_that_are_not_in_the_files_are_left_to_the_loader(
+    plan: LatentPlan, llama: Fitted, tmp_path: Path
+) -> None:
     llama.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))

@@ -1,4 +1,4 @@
-"""Ops as they are without kernels."""
+"""Run ops without kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fhopt.ops import registry
 
 @pytest.fixture
 def references() -> Iterator[None]:
-    """The ops run their references, whatever a test before has installed; that kernels agree is tested with them."""
+    """Run the reference of every op, even if another test installed kernels, which are tested elsewhere."""
     before = {op: registry.use(op, "cpu", None) for op in ("latent_attention", "pack", "unpack")}
     yield
     for op, kernel in before.items():

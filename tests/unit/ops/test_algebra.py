@@ -1,4 +1,4 @@
-"""Parts of attention merge to the whole."""
+"""Merging parts of attention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("by_loops", [False, True])
-def test_sixteen_bits_are_multiplied_in_float32_where_there_are_loops_alone(
+def test_16_bit_operands_are_multiplied_in_float32_without_native_gemm(
     by_loops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(algebra, "multiplies_by_loops", lambda dtype: by_loops and dtype != torch.float64)

@@ -19,7 +19,7 @@ NO_GROUPS: dict[str, list[Any]] = {
 
 
 def operands(quantized: int) -> list[Any]:
-    """Exact tokens, and uncoded latents of `quantized` tokens, without masks, means and rotation."""
+    """Return full-precision tokens and unquantized latents of `quantized` tokens; no masks, means or rotation."""
     exact = torch.randn(B, H, 1, D), torch.randn(B, G, N, D), torch.randn(B, G, N, E)
     key = torch.randn(B, G, quantized, R), None, torch.randn(G, D, R)
     value = torch.randn(B, G, quantized, R), None, torch.randn(G, E, R)
@@ -31,7 +31,7 @@ def run(*given: Tensor | None) -> Tensor:
     return output
 
 
-def test_it_is_attention_on_exact_tokens_and_on_those_that_latents_decode_to() -> None:
+def test_it_equals_attention_on_exact_tokens_and_decoded_latents() -> None:
     query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, *others = operands(V)
     decoded = key_rows @ key_decode.mT, value_rows @ value_decode.mT
     keys, values = torch.cat([key, decoded[0]], 2), torch.cat([value, decoded[1]], 2)
@@ -40,7 +40,7 @@ def test_it_is_attention_on_exact_tokens_and_on_those_that_latents_decode_to() -
     torch.testing.assert_close(output, expected)
 
 
-def test_a_graph_knows_the_shape_of_its_output() -> None:
+def test_a_graph_infers_the_shape_of_its_output() -> None:
     with FakeTensorMode():
         output = run(*operands(V))
     assert output.shape == (B, H, 1, E) == run(*operands(V)).shape

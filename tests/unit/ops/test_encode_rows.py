@@ -1,4 +1,4 @@
-"""Encoding rows: what no kernel serves, and what is refused."""
+"""Encoding rows: calls without kernel support, and refused calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from needs import needs_triton
 pytestmark = needs_triton
 
 
-def test_what_the_kernel_does_not_serve_runs_the_reference() -> None:
+def test_calls_without_kernel_support_run_the_reference() -> None:
     from fhopt.codegen.gpu.encode_rows import encode, encode_reference
 
     plan = ([4], [16], [0.3])
@@ -41,7 +41,7 @@ CODES, SCALE = torch.zeros(2, 2, 5, 8, dtype=torch.uint8), torch.zeros(2, 2, 5, 
         ({"table": torch.zeros(2, 1, dtype=torch.int64)}, r"table is torch.int64 \(2, 1\); expected torch.int32"),
     ],
 )
-def test_tensors_that_do_not_belong_together_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
+def test_tensors_of_different_calls_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
     from fhopt.codegen.gpu.encode_rows import encode
 
     arguments = {"x": X, "basis": BASIS, "codes": CODES, "scale": SCALE} | change

@@ -1,4 +1,4 @@
-"""fhopt::head_logits: all logits from the reference, the kernel's where one is registered."""
+"""fhopt::head_logits: all logits from the reference, or the kernel's if one is registered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_reference_computes_all_logits_and_counts_hidden_states_as_dense() -
     assert counts.tolist() == [1 + M, M, 7]
 
 
-def test_a_registered_kernel_runs_in_place_of_the_reference() -> None:
+def test_a_registered_kernel_runs_instead_of_the_reference() -> None:
     def twos(hidden: Tensor, weight: Tensor, *others: Any) -> Tensor:
         return hidden.new_full((len(hidden), len(weight)), 2.0)
 

@@ -1,4 +1,4 @@
-"""Attention on latents against slow, obvious references in float64."""
+"""Attention on latents, against slow references in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("references")
 NO_TIERS = algebra.uncoded_options()
 
 
-def test_uncoded_latent_attention_is_grouped_query_attention() -> None:
+def test_unquantized_latent_attention_is_grouped_query_attention() -> None:
     q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 3, 9, 5)
     out, lse = torch.ops.fhopt.latent_attention(q, k, None, v, None, None, **NO_TIERS, scale=0.3)
     torch.testing.assert_close(out.double(), naive_attention(q, k, v, None, 0.3, 0.0), rtol=1e-5, atol=1e-5)
@@ -24,7 +24,7 @@ def test_uncoded_latent_attention_is_grouped_query_attention() -> None:
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_a_query_that_may_see_nothing_gives_zero_and_minus_infinity() -> None:
+def test_a_fully_masked_query_gives_zero_and_minus_infinity() -> None:
     q, k = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 3, 8)
     mask = torch.tensor([[True, False, True], [False, False, False]])
     out, lse = torch.ops.fhopt.latent_attention(q, k, None, k, None, mask, **NO_TIERS, scale=1.0)
@@ -33,8 +33,8 @@ def test_a_query_that_may_see_nothing_gives_zero_and_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_where_there_is_no_token_the_result_is_zero_and_minus_infinity(dtype: torch.dtype) -> None:
-    """As of a window that a crop has emptied."""
+def test_without_tokens_the_result_is_zero_and_minus_infinity(dtype: torch.dtype) -> None:
+    """For example, a window emptied by a crop."""
     q, nothing = torch.randn(1, 2, 3, 8, dtype=dtype), torch.randn(1, 2, 0, 8, dtype=dtype)
     codes = packing.round_rows(nothing)
     byte = algebra.BitGroups([8], [8], [1.0])
@@ -49,7 +49,7 @@ def test_where_there_is_no_token_the_result_is_zero_and_minus_infinity(dtype: to
 
 
 @pytest.mark.parametrize("tiers", [[(8, 8), (4, 16), (2, 8)], [(16, 8), (4, 24)], [(6, 8), (5, 16), (3, 8), (1, 8)]])
-def test_attention_on_codes_equals_attention_on_what_they_stand_for(tiers: list[tuple[int, int]]) -> None:
+def test_attention_on_codes_equals_attention_on_dequantized_latents(tiers: list[tuple[int, int]]) -> None:
     bits, widths = [b for b, _ in tiers], [w for _, w in tiers]
     steps = [STEP.get(b, 1.0) for b in bits]
     q = torch.randn(2, 6, 3, sum(widths))
@@ -64,7 +64,7 @@ def test_attention_on_codes_equals_attention_on_what_they_stand_for(tiers: list[
     torch.testing.assert_close(out.double(), naive_attention(q, k, v, mask, 0.2, 0.0), rtol=1e-4, atol=1e-4)
 
 
-def test_ops_keep_the_rules_of_torch_library() -> None:
+def test_ops_follow_the_rules_of_torch_library() -> None:
     x = torch.randn(1, 1, 4, 16)
     checks = ("test_schema", "test_faketensor")
     for tiers in (([4, 2], [8, 8], [0.3, 0.9]), ([5, 1], [8, 8], [0.2, 1.6])):

@@ -1,4 +1,4 @@
-"""A list of pages is a mask of their tokens."""
+"""A list of pages acts as a mask of their tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.plan.site_plan import Tier
 
 
 def operands(tiers: tuple[Tier, ...], tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `fhopt::latent_attention`: B=2, H=8, J=4 for keys and 2 for values, R=16."""
+    """Operands of `fhopt::latent_attention`: B=2, H=8, J=4 for keys and 2 for values, R=16."""
     query, keys, values = torch.randn(2, 8, 1, 16), torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16)
     shape = algebra.BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
     options = algebra.group_options(shape, shape) | {"scale": 0.3}
@@ -27,7 +27,7 @@ def operands(tiers: tuple[Tier, ...], tokens: int) -> tuple[tuple[Any, ...], dic
 @pytest.mark.parametrize("generated", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
 @pytest.mark.parametrize("units", [1, 2])
-def test_a_list_of_pages_is_a_mask_of_their_tokens(units: int, tiers: tuple[Tier, ...], generated: bool) -> None:
+def test_a_list_of_pages_acts_as_a_mask_of_their_tokens(units: int, tiers: tuple[Tier, ...], generated: bool) -> None:
     x, options = operands(tiers, 58)  # the last page is short
     lists = torch.tensor([[[0, 2, 3], [1, -1, -1]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)[:, :units]
     given = torch.rand(2, 1, 1, 58) > 0.3
@@ -46,7 +46,7 @@ def test_a_list_of_pages_is_a_mask_of_their_tokens(units: int, tiers: tuple[Tier
 
 @pytest.mark.parametrize("generated", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
-def test_a_list_of_all_pages_changes_no_bit(tiers: tuple[Tier, ...], generated: bool) -> None:
+def test_a_list_of_all_pages_is_bit_identical_to_none(tiers: tuple[Tier, ...], generated: bool) -> None:
     x, options = operands(tiers, 160)
     lists = torch.arange(10, dtype=torch.int32).expand(2, 2, 10)
     with kernels(generated):
@@ -55,7 +55,7 @@ def test_a_list_of_all_pages_changes_no_bit(tiers: tuple[Tier, ...], generated: 
     assert torch.equal(found[0], dense[0]) and torch.equal(found[1], dense[1])
 
 
-def test_lists_that_heads_cannot_share_out_are_refused() -> None:
+def test_lists_that_do_not_divide_heads_are_refused() -> None:
     x, options = operands((), 58)
     for lists, tokens in ((torch.zeros(2, 3, 1, dtype=torch.int32), 16), (torch.zeros(2, 2, 1, dtype=torch.int32), 0)):
         with kernels(False), pytest.raises(ValueError, match="U a divisor of the heads, and pages of at least one"):

@@ -1,4 +1,4 @@
-"""Rows of latents as bytes."""
+"""Packing latents into bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_rounded_rows_are_within_half_a_scale_and_round_to_themselves(seed: int,
     codes, scale = packing.round_rows(x)
     assert codes.dtype == torch.uint8 and scale.dtype == torch.float16 and scale.shape == (2, 3, 5)
     found = packing.unround_rows(codes, scale, x.dtype)
-    assert bool(((found - x).abs() <= 0.501 * scale.unsqueeze(-1)).all())  # .501: the division rounds too
+    assert bool(((found - x).abs() <= 0.501 * scale.unsqueeze(-1)).all())  # .501: the division rounds, too
     again = packing.unround_rows(*packing.round_rows(found), x.dtype)
     assert bool(((again - found).abs() <= 0.501 * scale.unsqueeze(-1)).all())
 
@@ -30,7 +30,7 @@ def test_rows_of_zeros_and_no_rows_have_codes_too() -> None:
     for tokens in (2, 0):
         zeros = torch.zeros(1, 2, tokens, 8, dtype=torch.bfloat16)
         found = packing.unround_rows(*packing.round_rows(zeros), zeros.dtype)
-        assert found.dtype == torch.bfloat16 and bool((found.abs() <= 2.0**-25).all())  # half the least float16
+        assert found.dtype == torch.bfloat16 and bool((found.abs() <= 2.0**-25).all())  # half the smallest float16
 
 
 TIERS = st.lists(
@@ -39,7 +39,7 @@ TIERS = st.lists(
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """The bytes of one token with one tier that holds these codes."""
+    """Return the bytes of one token with one bit group of these codes."""
     x = codes.float() - (2**bits - 1) / 2
     size = float(x.square().mean().sqrt())
     rows: Tensor = torch.ops.fhopt.pack(x, [bits], [len(codes)], [1 / size])[0]
@@ -48,7 +48,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 @given(tiers=TIERS, seed=st.integers(0, 1000), size=st.sampled_from([0.01, 1.0, 300.0]))
 @settings(max_examples=40, deadline=None)
-def test_codes_come_back_within_half_a_step_or_at_the_end_of_the_range(
+def test_values_are_restored_within_half_a_step_or_clipped(
     tiers: list[tuple[int, int]], seed: int, size: float
 ) -> None:
     bits, widths = [b for b, _ in tiers], [w for _, w in tiers]
@@ -69,7 +69,7 @@ def test_codes_come_back_within_half_a_step_or_at_the_end_of_the_range(
 
 
 @pytest.mark.parametrize("bits", [b for b in SUPPORTED_BITS if b < 16])
-def test_every_code_comes_back(bits: int) -> None:
+def test_every_code_is_restored(bits: int) -> None:
     codes = torch.randperm(256) % 2**bits
     rows = pack_codes(codes, bits)
     assert rows.shape == (256 * bits // 8,)
@@ -89,7 +89,7 @@ def test_every_code_comes_back(bits: int) -> None:
         (8, [0, 1, 2, 3, 128, 253, 254, 255], [[0, 1, 2, 3, 128, 253, 254, 255]]),
     ],
 )
-def test_a_tier_is_stored_as_bit_planes_with_the_high_order_bits_first(
+def test_a_bit_group_is_stored_as_bit_planes_with_the_high_order_bits_first(
     bits: int, codes: list[int], planes: list[list[int]]
 ) -> None:
     assert pack_codes(torch.tensor(codes), bits).tolist() == [byte for plane in planes for byte in plane]
@@ -112,7 +112,7 @@ def test_float16_channels_may_start_at_an_odd_byte() -> None:
 
 
 @pytest.mark.parametrize("bits", sorted(STEP))
-def test_the_distortion_of_a_gaussian_is_the_one_that_allocation_uses(bits: int) -> None:
+def test_the_distortion_of_a_gaussian_is_the_one_used_by_allocation(bits: int) -> None:
     x = torch.randn(2000, 64)
     codes, scale = torch.ops.fhopt.pack(x, [bits], [64], [STEP[bits]])
     error = (torch.ops.fhopt.unpack(codes, scale, [bits], [64], [STEP[bits]]) - x).square().mean()

@@ -1,4 +1,4 @@
-"""Weights of pages, and which are kept, against plain loops."""
+"""Page weights and page selection, against plain loops."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_the_weight_of_a_page_is_that_of_its_tokens() -> None:
         torch.testing.assert_close(found[..., p], logits[..., tokens].exp().sum(-1).log())
 
 
-# --------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------------------- selection
 
 
 def naive_choice(weights: list[float], share: float, mass: float, lift: float, available: int) -> set[int]:
-    """Pages of one query of one unit, best first. What is read in any case has the rest of the weight, to 1."""
+    """Pages of one query of one unit, best first. Always-visible tokens have the remaining weight, up to 1."""
     most = min(available, max(4, math.floor(available * share)))
     chosen: set[int] = set()
     for page in sorted(range(len(weights)), key=lambda p: -weights[p])[:most]:
@@ -59,7 +59,7 @@ def naive_choice(weights: list[float], share: float, mass: float, lift: float, a
     lift=st.sampled_from([0.0, 0.5, 3.0]),
     near=st.booleans(),
 )
-def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
+def test_the_selected_pages_are_those_of_a_plain_loop(
     seed: int, count: int, hidden: float, share: float, mass: float, lift: float, near: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
             assert lists[b, u].tolist() == wanted + [-1] * (index.most - len(wanted))
 
 
-def test_shares_are_of_all_weight_that_of_open_tokens_included() -> None:
+def test_shares_are_of_all_weight_including_full_precision_tokens() -> None:
     logits, near = torch.randn(2, 4, 3, 9), torch.randn(2, 4, 3)
     both = torch.cat([logits, near.unsqueeze(-1)], -1).softmax(-1)
     torch.testing.assert_close(page_selection.expected_weights(logits, 4, near), both[..., :-1])
@@ -88,7 +88,7 @@ def test_shares_are_of_all_weight_that_of_open_tokens_included() -> None:
     assert page_selection.expected_weights(nothing, 2, near).eq(0).all()
 
 
-def test_units_choose_by_the_weight_that_all_their_heads_expect() -> None:
+def test_units_select_by_the_weight_that_all_their_heads_expect() -> None:
     logits = torch.tensor([[8.0, 0.0, 0.0], [0.0, 0.0, 9.0], [0.0, 8.0, 0.0], [0.0, 8.0, 0.0]]).view(1, 4, 1, 3)
     weights = page_selection.expected_weights(logits, 2)
     assert weights.shape == (1, 2, 1, 3)
@@ -117,10 +117,10 @@ def test_masked_tokens_and_those_beyond_the_length_have_no_weight(additive: bool
 @pytest.mark.parametrize("masked", [None, "bool", "additive"])
 @pytest.mark.parametrize("length", [None, 300])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
-def test_the_mean_is_that_of_values_which_a_query_may_see(
+def test_the_mean_is_of_values_visible_to_a_query(
     tiers: tuple[Tier, ...], length: int | None, masked: str | None
 ) -> None:
-    """Against a plain loop: B=2, H=4, two latent heads of values [R=16], 3 queries."""
+    """Compare with a plain loop: B=2, H=4, two latent heads of values [R=16], 3 queries."""
     shape = algebra.BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
     latents = torch.randn(2, 2, 500, 16) + 1
     rows, scale = packing.pack_reference(latents, *shape) if tiers else (latents, None)
@@ -141,8 +141,8 @@ def test_the_mean_is_that_of_values_which_a_query_may_see(
         torch.testing.assert_close(mean[b, h, s], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_mean_takes_its_part_of_the_odds_as_a_part_of_attention_would() -> None:
-    """The same as merging what was read with the mean, by the log of its weight; nothing read: nothing changes."""
+def test_a_mean_takes_its_share_of_the_odds_like_a_part_of_attention() -> None:
+    """Equal to merging attention with the mean, weighted by the log of its weight; no change if no page was read."""
     output, lse, mean = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 1, 8)
     odds, fill = 3 * torch.randn(2, 4, 3), torch.tensor([0.25, 0.5, 1.0, 0.0])
     lse[0, 0, 0] = odds[0, 0, 0] = -math.inf
@@ -162,11 +162,11 @@ def test_each_process_fills_pages_for_its_own_heads() -> None:
     assert _local_pages(None, ()) is None
 
 
-def test_attention_to_values_that_are_all_the_same_gives_that_value() -> None:
-    """Whatever was read, weights add up to one: of pages, of what stands for the others, of open tokens."""
+def test_attention_to_equal_values_gives_that_value() -> None:
+    """For any selection, weights add up to one: of pages, of the mean for the others, of full-precision tokens."""
     plan = paged(random_plan("head", window_bits=16), fill=True)
     layer = LatentLayer(plan, plan.sites[0])
-    value = layer.site.value.decode.float() @ torch.randn(2, 16, 1)  # [G, E, 1], one that latents can hold
+    value = layer.site.value.decode.float() @ torch.randn(2, 16, 1)  # [G, E, 1], representable by latents
     layer.update(torch.randn(1, 2, 200, 16), value.mT.expand(1, 2, 200, 8))
     side = SideRows(algebra.bit_groups(None), torch.randn(1, 2, 160, 16), None, layer.site.key.decode.float())
     same = replace(side, rows=torch.randn(1, 2, 1, 16).expand(1, 2, 160, 16), decode=layer.site.value.decode.float())
@@ -181,7 +181,7 @@ def test_attention_to_values_that_are_all_the_same_gives_that_value() -> None:
 # --------------------------------------------------------------------------------------------------- the guarantee
 
 
-def test_the_bound_is_never_below_what_is_left_out() -> None:
+def test_the_bound_is_never_below_the_omitted_weight() -> None:
     latents, query = torch.randn(1, 2, 40 * TOKENS, 8), 2 * torch.randn(1, 4, 1, 8)
     index = index_of(latents, limit=0.5)
     logits = attention.grouped_scores(query, latents).flatten(0, 2)  # [H, T]
@@ -202,7 +202,7 @@ def test_the_bound_is_never_below_what_is_left_out() -> None:
 # --------------------------------------------------------------------------------------------------- the kernel
 
 
-def test_a_list_without_room_reads_nothing() -> None:
+def test_a_list_without_room_attends_to_nothing() -> None:
     step = page_step({4: 16}, 200, False, None, most=0, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
     expected = paged_attention.attend_pages_reference(step._replace(query=step.query.double()))
     with kernels(True), page_kernel():

@@ -25,24 +25,24 @@ REFUSED: dict[str, Callable[[paged_attention.PageStep], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_a_step_that_no_kernel_serves_is_left_to_torch(why: str) -> None:
+def test_a_step_without_kernel_support_is_left_to_torch(why: str) -> None:
     step = page_step({4: 16}, 200, False, None)
     step = step._replace(**REFUSED[why](step))
     with kernels(True), page_kernel():
         assert dispatch.attend_pages(step) is None
-        if why in ("channels of 32 bits", "several queries"):  # torch refuses them, too
+        if why in ("channels of 32 bits", "several queries"):  # torch refuses them as well
             return
         found = torch.ops.fhopt.attend_pages(*step)
     expected = paged_attention.attend_pages_reference(step._replace(query=step.query.double()))
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_units_that_do_not_share_out_heads_are_refused() -> None:
+def test_units_that_do_not_divide_heads_are_refused() -> None:
     with kernels(True), page_kernel(), pytest.raises((ValueError, RuntimeError)):
         torch.ops.fhopt.attend_pages(*page_step({4: 16}, 200, False, None, units=3))
 
 
-def test_gradients_go_through_the_pages_that_are_read() -> None:
+def test_gradients_flow_through_the_selected_pages() -> None:
     step = page_step({4: 16}, 200, False, None)
     parts = [x.clone().requires_grad_() for x in (step.query, step.key, step.value)]
     query, key, value = parts

@@ -1,4 +1,4 @@
-"""Attention of many queries: when keys and values are rebuilt, and what attends to open tokens."""
+"""Prefill attention: when keys and values are reconstructed, and how full-precision tokens are attended to."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fhopt.hardware.devices import DEVICES
 from fhopt.ops import algebra, latent_attention, masks, packing, prefill_attention, registry
 from fhopt.plan.kernel_spec import KernelSpec
 
-# --------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------------------- cost model
 
 
-def test_a_conversion_costs_what_the_data_sheets_say() -> None:
+def test_the_cost_of_a_conversion_agrees_with_the_data_sheets() -> None:
     ratios = [DEVICES[name].matrix_tflops / DEVICES[name].vector_tflops for name in ("h100", "a100-80")]
     assert all(abs(ratio - prefill_attention.CONVERSION) < 1.5 for ratio in ratios)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256, 512])
-def test_a_step_unpacks_codes_once_a_tile_of_its_kernel(width: int) -> None:
+def test_a_step_unpacks_codes_once_per_tile_of_its_kernel(width: int) -> None:
     tiers = ((4, width, 0.3),)
     tile = default_config(KernelSpec(tiers, tiers, width, width, "bfloat16", False), 4096).block_m
     side = 1, width
@@ -37,7 +37,7 @@ def test_a_step_unpacks_codes_once_a_tile_of_its_kernel(width: int) -> None:
 
 
 def pays_from(heads: int, groups: int, latent_heads: int, size: int, width: int, coded: bool = True) -> int | None:
-    """The fewest queries from which rebuilding is cheaper, and stays so."""
+    """Return the number of queries from which reconstruction is cheaper and stays so."""
     side, decoder = (latent_heads, width), (groups, size, width)
     found = [
         prefill_attention.reconstructed_operations(heads, s, decoder, decoder, coded)
@@ -47,18 +47,18 @@ def pays_from(heads: int, groups: int, latent_heads: int, size: int, width: int,
     return None if not found[-1] else 4096 - found[::-1].index(False)
 
 
-def test_wide_latents_are_rebuilt_sooner_and_narrow_ones_of_16_bits_never() -> None:
+def test_wide_latents_are_reconstructed_sooner_and_narrow_16_bit_ones_never() -> None:
     assert pays_from(32, 8, 8, 128, 128, coded=False) is None
     assert pays_from(32, 8, 8, 128, 64, coded=False) is None
     per_head, shared = pays_from(32, 8, 8, 128, 128), pays_from(32, 8, 1, 128, 512)
     assert per_head is not None and shared is not None
-    assert 100 < per_head < 200  # M = 4 S: unpacked by each of some 18 tiles, or once
+    assert 100 < per_head < 200  # M = 4 S: unpacked by each of about 18 tiles, or once
     assert shared < 50
     absorbed = pays_from(32, 32, 32, 128, 128)
     assert absorbed is not None and absorbed > per_head  # fewer rows share a kv head
 
 
-def test_operations_are_those_of_the_formula() -> None:
+def test_operations_follow_the_formula() -> None:
     heads, queries, groups, size, width = 8, 64, 2, 32, 48
     m, c = heads // groups * queries, prefill_attention.CONVERSION
     absorbed = prefill_attention.absorbed_operations(heads, queries, (groups, width), (groups, width), True)
@@ -76,7 +76,7 @@ TIERS = algebra.BitGroups([8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7])
 
 
 def sides(dtype: torch.dtype) -> list[Any]:
-    """Rows, scale and decoder of keys and of values."""
+    """Make rows, scale and decoder of keys and of values."""
     found: list[Any] = []
     for size in (D, E):
         found += torch.ops.fhopt.pack(torch.randn(B, J, T, sum(TIERS[1])), *TIERS)
@@ -91,7 +91,7 @@ def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 
 @settings(deadline=None)
 @given(kind=st.integers(0, 3), softcap=st.sampled_from([0.0, 3.0]), length=st.sampled_from([None, 0, 17, 99]))
-def test_rebuilt_attention_is_absorbed_attention(kind: int, softcap: float, length: int | None) -> None:
+def test_rebuilt_attention_equals_absorbed_attention(kind: int, softcap: float, length: int | None) -> None:
     rows, query = sides(torch.float64), torch.randn(B, H, S, D, dtype=torch.float64)
     mask = [None, torch.rand(S, T) > 0.5, torch.randn(B, 1, S, T).double(), torch.rand(B, 1, 1, T) > 0.5][kind]
     lengths = None if length is None else torch.tensor(length)
@@ -123,7 +123,7 @@ def test_fakes_have_the_shapes_and_types_of_results() -> None:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Choices are those of a GPU, in float32; flash attention is that of the CPU. Which ops ran."""
+    """Choose as on a GPU, in float32, with the CPU's flash attention; record which ops run."""
     ran: list[str] = []
 
     def noted(name: str, function: Any) -> Any:
@@ -151,7 +151,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("tokens", [S, S + 1, S + 30])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_open_tokens_are_read_by_flash_attention_where_only_the_newest_are_masked(
+def test_full_precision_tokens_use_flash_attention_if_only_the_newest_are_masked(
     on_a_gpu: list[str], tokens: int, softcap: float
 ) -> None:
     query, key, value = torch.randn(B, H, S, D), torch.randn(B, G, tokens, D), torch.randn(B, G, tokens, D)
@@ -182,7 +182,7 @@ def test_open_tokens_are_read_by_flash_attention_where_only_the_newest_are_maske
         pytest.param({"tokens": 20}, "rebuilt", id="fewer keys than queries"),
     ],
 )
-def test_what_flash_attention_does_not_take_goes_elsewhere(
+def test_calls_that_flash_attention_does_not_support_go_elsewhere(
     on_a_gpu: list[str], change: dict[str, int], way: str
 ) -> None:
     size = {"queries": S, "tokens": T, "size": D, "value_size": D} | change
@@ -205,7 +205,7 @@ def test_what_flash_attention_does_not_take_goes_elsewhere(
 
 
 def held(window: int) -> tuple[cache_view.Latents, Tensor, Tensor]:
-    """A cache of 2 sinks, T latents, `window` tokens of 8 bits and S new tokens, with the open keys and values."""
+    """A cache of 2 sinks, T latents, `window` 8-bit tokens and S new ones, with its full-precision keys and values."""
     rows = sides(torch.float32)
     rounded = [packing.round_rows(torch.randn(B, G, window, n)) if window else None for n in (D, E)]
     key = cache_view.SideRows(TIERS, rows[0], rows[1], rows[2], rounded[0])
@@ -215,7 +215,7 @@ def held(window: int) -> tuple[cache_view.Latents, Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_chunk_gives_the_same_whichever_way_it_goes(
+def test_a_chunk_gives_the_same_on_every_path(
     on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch, window: int, masked: bool
 ) -> None:
     cache, key, value = held(window)
@@ -237,14 +237,14 @@ def test_a_chunk_gives_the_same_whichever_way_it_goes(
     near(other, plain)
 
 
-def test_nothing_changes_on_a_cpu_in_other_types_or_where_something_learns() -> None:
+def test_on_cpus_in_other_dtypes_and_in_training_nothing_changes() -> None:
     query = torch.randn(B, H, S, D)
     rows = sides(torch.float32)
     assert not prefill_attention.should_reconstruct(query, rows[0], rows[2], rows[3], rows[5], None, True)
     assert not prefill_attention.is_gpu_prefill(query.bfloat16())
 
     class There:
-        """A tensor on a GPU, as far as the choice looks."""
+        """A tensor that claims to be on a GPU."""
 
         is_cuda, shape, requires_grad = True, (B, H, S, D), True
 
@@ -262,7 +262,7 @@ def test_nothing_changes_on_a_cpu_in_other_types_or_where_something_learns() -> 
 
 @pytest.fixture
 def on_a_cpu() -> Iterator[list[str]]:
-    """Kernels of a CPU that note that they ran, and compute as the references do."""
+    """CPU kernels that record their calls, and compute like the references."""
     ran: list[str] = []
 
     def opened(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
@@ -283,7 +283,7 @@ def on_a_cpu() -> Iterator[list[str]]:
 
 
 def seen(queries: int, heads: int, window: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention on all parts of a cache of 40 latents and `window` rounded tokens: by kernels, and in float64."""
+    """Attend to a cache of 40 latents and `window` rounded tokens: by kernels, and in float64."""
     torch.manual_seed(queries)
     key = torch.randn(1, 2, 3 + queries, 24)
     rounded = [packing.round_rows(torch.randn(1, 2, window, 24)) if window else None for _ in "kv"]
@@ -309,7 +309,7 @@ def seen(queries: int, heads: int, window: int, causal: bool) -> tuple[Tensor, T
 @pytest.mark.parametrize("window", [0, 24])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("queries", "heads", "runs"), [(96, 4, "ro"), (16, 4, "o"), (15, 4, ""), (16, 24, "ro")])
-def test_many_queries_run_on_keys_and_values_that_are_reconstructed(
+def test_many_queries_use_reconstructed_keys_and_values(
     on_a_cpu: list[str], window: int, causal: bool, queries: int, heads: int, runs: str
 ) -> None:
     found, wanted = seen(queries, heads, window, causal)
@@ -328,7 +328,7 @@ def test_gradients_and_graphs_do_not(on_a_cpu: list[str], monkeypatch: pytest.Mo
     assert not on_a_cpu
 
 
-def test_a_kernel_that_does_not_serve_leaves_it_to_others(on_a_cpu: list[str]) -> None:
+def test_an_unsupported_call_is_left_to_others(on_a_cpu: list[str]) -> None:
     registry.use("open_attention", "cpu", lambda *args, **options: None)
     registry.use("rebuilt_attention", "cpu", lambda *args, **options: None)
     near(*seen(96, 4, 24, True), 1e-4)

@@ -1,4 +1,4 @@
-"""Trellis codes: what a ring of bits stands for, how near the best ring is, and what that leaves of a Gaussian."""
+"""Trellis codes: decoding a ring of bits, optimality of the encoded ring, and its error on a Gaussian."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CODES = [trellis.LEVELS[w // 16 ^ trellis.ORDER[w % 16]] + trellis.OFFSETS[w % 1
 
 
 def values_by_definition(ring: list[int], bits: int) -> list[float]:
-    """The values of a ring of bytes, from the text of the module."""
+    """Decode a ring of bytes by the definition in the module's docstring."""
     stream = [byte >> i & 1 for byte in ring for i in range(8)]
     found = []
     for channel in range(len(stream) // bits):
@@ -37,19 +37,19 @@ def gaussian(rows: int, width: int, seed: int = 0) -> Tensor:
 
 
 @given(bits=st.sampled_from(TRELLIS_BITS), octets=st.integers(1, 5), seed=st.integers(0, 999))
-def test_a_ring_stands_for_what_the_text_says(bits: int, octets: int, seed: int) -> None:
+def test_a_ring_decodes_to_its_definition(bits: int, octets: int, seed: int) -> None:
     ring = torch.randint(0, 256, (3, octets * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     wanted = [values_by_definition(row, bits) for row in ring.tolist()]
     assert trellis.decode(ring, bits).tolist() == wanted
 
 
 def test_other_tables_have_another_number() -> None:
-    """It is part of the digest of plans with trellis codes: with other tables, stored rows stand for other numbers."""
+    """It is part of the digest of plans with trellis codes: other tables decode stored rows to other values."""
     text = repr((trellis.LEVELS, trellis.OFFSETS, trellis.ORDER))
     assert (TRELLIS_TABLES, hashlib.sha256(text.encode()).hexdigest()[:16]) == (2, "70cb37e23aca5775")
 
 
-def test_no_ring_that_is_closed_in_the_same_state_errs_less() -> None:
+def test_no_ring_closed_in_the_same_state_has_a_smaller_error() -> None:
     rings = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
     every = trellis.decode(rings, 1)  # [256, 8]
     states = trellis.windows(rings, 1)[:, -1] >> 1
@@ -61,7 +61,7 @@ def test_no_ring_that_is_closed_in_the_same_state_errs_less() -> None:
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_of_a_gaussian_it_leaves_what_bits_are_allocated_by(bits: int) -> None:
+def test_the_error_on_a_gaussian_is_the_one_used_by_allocation(bits: int) -> None:
     x, step = gaussian(300, 64), codes.STEP[bits]
     kept = trellis.decode(trellis.encode(x / step, bits), bits) * step
     left = float((kept - x).square().mean())
@@ -72,7 +72,7 @@ def test_of_a_gaussian_it_leaves_what_bits_are_allocated_by(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_numbers_that_are_none_spoil_no_others(bits: int) -> None:
+def test_nan_and_inf_affect_no_other_rows(bits: int) -> None:
     x = 40 * gaussian(3, 32)
     spoilt = x.clone()
     spoilt[1, 5], spoilt[2, 7] = torch.nan, torch.inf
@@ -84,7 +84,7 @@ def test_numbers_that_are_none_spoil_no_others(bits: int) -> None:
 
 @given(bits=st.sampled_from(TRELLIS_BITS), shape=st.sampled_from([(), (0,), (2, 3), (1, 2, 0)]))
 @settings(max_examples=20)
-def test_any_number_of_leading_dimensions_will_do(bits: int, shape: tuple[int, ...]) -> None:
+def test_any_number_of_leading_dimensions_is_supported(bits: int, shape: tuple[int, ...]) -> None:
     ring = trellis.encode(torch.zeros(*shape, 16), bits)
     assert ring.shape == (*shape, 2 * bits) and trellis.decode(ring, bits).shape == (*shape, 16)
 

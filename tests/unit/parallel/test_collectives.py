@@ -18,7 +18,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 @pytest.mark.slow
 def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> None:
-    """Two processes on this machine, each with every second batch; 11 batches do not divide evenly."""
+    """Two processes on this machine take every second batch each; 11 batches do not divide evenly."""
     processes.launch(__file__, 2, tmp_path)
     one = run.plan_from_calibration(measure(llama.captured), OPTIONS)
     two, same = (LatentPlan.load(tmp_path / f"plan-{rank}") for rank in (0, 1))
@@ -33,7 +33,7 @@ def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> No
 
 
 def work(folder: Path) -> None:
-    """One of two processes: calibrate its share, save the plan."""
+    """Calibrate one process's share of the batches and save the plan."""
     torch.distributed.init_process_group("gloo")
     captured, _ = found(tiny_llama(), 96)
     options = replace(OPTIONS, checkpoint=folder / "state")

@@ -1,4 +1,4 @@
-"""Device maps in words."""
+"""Device maps given as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_processes_of_a_machine_share_its_gpus_and_its_memory() -> None:
         device_map.share_memory(memory, 0, 8)
 
 
-def test_device_maps_in_words_become_options(tmp_path: Path) -> None:
+def test_device_maps_given_as_text_become_options(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps(PLACES))
     assert device_map.placement(None) == {} and device_map.placement("cpu") == {"device_map": {"": "cpu"}}
     assert device_map.placement(str(tmp_path / "map.json")) == {"device_map": PLACES}
@@ -33,7 +33,7 @@ def test_device_maps_in_words_become_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["warp", "cuda:99", "absent.json"])
-def test_places_that_are_none_are_refused(text: str) -> None:
+def test_unknown_devices_are_refused(text: str) -> None:
     with pytest.raises(FhoptError, match="expected"):
         device_map.placement(text)
 

@@ -1,4 +1,4 @@
-"""Weights that are read from disk."""
+"""Weights loaded from disk on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_weights_are_read_one_at_a_time_and_not_kept(folder: Path) -> None:
+def test_weights_are_loaded_one_at_a_time_and_released(folder: Path) -> None:
     model = offloaded(folder)
     weights, names = Weights(model), [name for name, _ in tiny_llama().named_parameters()]
     assert sorted(names) == list(weights) and not weights.absent
@@ -30,6 +30,6 @@ def test_weights_are_read_one_at_a_time_and_not_kept(folder: Path) -> None:
     assert weights[name] is not weights[name] and model.get_parameter(name).is_meta
 
 
-def test_a_model_without_numbers_is_refused(llama: Fitted) -> None:
+def test_a_model_without_values_is_refused(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match=r"lm_head\.weight of LlamaForCausalLM is on the meta device"):
         fhopt.apply(tiny_llama().to("meta"), llama.plan(4))

@@ -1,4 +1,4 @@
-"""Plans for models whose heads are spread over processes: shares of plans, then real models in 2 and 4 processes."""
+"""Plans for tensor-parallel models: shares of plans, then real models in 2 and 4 processes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SidePlan, SitePlan, SketchPlan, Tier
 
-ROUNDING = 2e-6  # generate gives float32 logits of these float64 models, of magnitude 10
+ROUNDING = 2e-6  # these float64 models return float32 logits of magnitude 10 from generate
 PLAIN: dict[str, Any] = dict(sinks=4, recent=8, block=8)
 
 
 def latents(site: AttentionSite, groups: int, tiers: tuple[Tier, ...] = CODED) -> SitePlan:
-    """Latents of 16 channels of random bases for each side of a site, J = `groups`."""
+    """Latents of 16 channels with random bases for each side of a site, J = `groups`."""
     n, generator = site.kv_heads // groups, torch.Generator().manual_seed(groups)
     sides = []
     for dim in (site.key_dim, site.value_dim):
@@ -76,7 +76,7 @@ def test_a_share_of_a_plan_is_a_plan_with_the_bytes_of_its_latent_heads() -> Non
         assert part.sites[0].token_bytes() == whole.sites[0].token_bytes() * bytes_left
 
 
-def test_the_latent_of_keys_and_values_together_reads_the_heads_of_all_processes() -> None:
+def test_a_joint_latent_of_keys_and_values_uses_the_heads_of_all_processes() -> None:
     whole = random_plan("input", CODED).sites[0]
     part = shard_site(whole, Share(1, 2))
     assert part.gather is not None and part.gather.key_heads == part.gather.value_heads == slice(0, 2)
@@ -104,13 +104,13 @@ def test_more_processes_than_kv_heads_are_refused() -> None:
         shard_site(latents(SITE, 1), Share(0, 4))
 
 
-def test_a_plan_whose_encoders_read_other_heads_is_refused() -> None:
+def test_a_plan_whose_encoders_use_other_heads_is_refused() -> None:
     part = shard_site(latents(replace(SITE, kv_heads=4), 1), Share(1, 2))
     with pytest.raises(FhoptError, match="bases have shapes"):
         LatentPlan((replace(part, gather=None),), **PLAIN)
 
 
-def test_a_model_in_one_process_keeps_its_plan(llama: Any) -> None:
+def test_a_model_in_one_process_has_its_whole_plan(llama: Any) -> None:
     plan = llama.plan(4)
     assert tensor_parallel.local_plan(llama.model, plan) is plan and not tensor_parallel.is_sharded(llama.model)
 
@@ -125,16 +125,16 @@ def whole_model(folder: Path, name: str) -> Any:
 
 
 def spread_model(folder: Path, name: str) -> Any:
-    """The model in all processes, by transformers' own plan."""
+    """Load the model in all processes, with transformers' own tensor-parallel plan."""
     from transformers import AutoModelForCausalLM
 
-    with warnings.catch_warnings():  # spelled `distributed_config` in the newest transformers
+    with warnings.catch_warnings():  # renamed to `distributed_config` in the newest transformers
         warnings.simplefilter("ignore", FutureWarning)
         return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, tp_plan="auto")
 
 
 def generated(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of 12 steps; a block is quantized on the way."""
+    """Generate 12 steps, in which a block is quantized; return tokens and logits."""
     out = model.generate(
         ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
         **options,
@@ -143,7 +143,7 @@ def generated(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def compare(folder: Path, name: str, plan: LatentPlan, gathers: bool) -> None:
-    """The same tokens and logits as of the whole model, with growing and static caches."""
+    """Compare tokens and logits with those of the whole model, with dynamic and static caches."""
     ids, whole, spread = token_ids(2, 40), whole_model(folder, name), spread_model(folder, name)
     fhopt.apply(whole, plan)
     fhopt.apply(spread, plan)
@@ -155,7 +155,7 @@ def compare(folder: Path, name: str, plan: LatentPlan, gathers: bool) -> None:
         assert torch.equal(found[0], expected[0])
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=ROUNDING)
     exact = generated(fhopt.unapply(whole), ids)[1]
-    assert (found[1] - exact).abs().max() > 100 * ROUNDING  # the latents were read
+    assert (found[1] - exact).abs().max() > 100 * ROUNDING  # the latents were used
     torch.testing.assert_close(generated(fhopt.unapply(spread), ids)[1], exact, rtol=0, atol=ROUNDING)
 
 
@@ -255,7 +255,7 @@ def check_fewer_kv_heads_than_processes_are_refused(folder: Path) -> None:
 
 @torch.no_grad()
 def turned(model: Any) -> Any:
-    """Another model: all signs are others."""
+    """Return another model: all weights have the opposite sign."""
     for weight in model.parameters():
         weight.neg_()
     return model
@@ -287,7 +287,7 @@ CHECKS = {2: IN_TWO, 4: IN_FOUR}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, llama: Any) -> Path:
-    """Models and plans, and what became of every check in 2 and in 4 processes."""
+    """A folder with models and plans, and the outcome of every check in 2 and in 4 processes."""
     path = tmp_path_factory.mktemp("sharding")
     for name, make in MODELS.items():
         make().save_pretrained(path / name)

@@ -1,4 +1,4 @@
-"""One attention that cannot be read costs no other."""
+"""A failure at one attention does not affect others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ H, D = 2, 8
 
 
 class Block(nn.Module):
-    """Two attentions in one graph, one after the other."""
+    """Two attentions in one graph, in sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("step", ["match", "rewrite"])
-def test_a_pass_that_fails_at_one_attention_leaves_it_and_finds_the_other(
+def test_a_pass_that_fails_at_one_attention_skips_it_and_finds_the_other(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = getattr(Normalize, step), []

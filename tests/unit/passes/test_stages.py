@@ -1,4 +1,4 @@
-"""What each pass did, in files."""
+"""Dumps of each pass in files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from small_models import Fitted, token_ids
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_pass_is_dumped_with_its_changes(llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FHOPT_DUMP", str(tmp_path))
     with torch.no_grad():
         forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))

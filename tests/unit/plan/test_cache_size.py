@@ -24,7 +24,7 @@ from fhopt.plan.cache_size import (
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 
-NUMBERS = 2 * (16 + 8)  # of a token at SITE
+NUMBERS = 2 * (16 + 8)  # elements of a token at SITE
 FULL = CacheLayer("layers.0", numbers=NUMBERS)
 SLIDING = CacheLayer("layers.1", "sliding", 100, numbers=NUMBERS)
 SHORT = CacheLayer("layers.1", "sliding", 31, numbers=NUMBERS)
@@ -42,7 +42,7 @@ def plan(*indices: int, **provenance: Any) -> LatentPlan:
 
 
 @pytest.mark.parametrize("tokens", [50, 99, 100, 112, 8192])
-def test_a_sliding_window_is_compressed_as_far_as_it_holds_tokens(tokens: int) -> None:
+def test_a_sliding_window_is_compressed_as_far_as_it_stores_tokens(tokens: int) -> None:
     whole = plan(0, 1, **record_of(LAYERS))
     size, full = cache_size(whole, tokens), cache_size(whole, tokens, [FULL, replace(SLIDING, mask="", window=0)])
     assert size.compressed_exact_bytes == 2 * NUMBERS * (tokens + min(tokens, 100)) and size.exact_layers == 2
@@ -57,7 +57,7 @@ def test_a_sliding_window_is_compressed_as_far_as_it_holds_tokens(tokens: int) -
 
 
 @pytest.mark.parametrize("tokens", [50, 100, 8192])
-def test_layers_that_stay_exact_count_what_an_ordinary_cache_keeps(tokens: int) -> None:
+def test_layers_that_stay_exact_count_as_in_an_ordinary_cache(tokens: int) -> None:
     size = cache_size(plan(0), tokens, LAYERS)
     exact = 2 * NUMBERS * min(tokens, 100) + 640
     assert size.compressed_bytes == plan(0).cache_bytes(tokens)
@@ -67,7 +67,7 @@ def test_layers_that_stay_exact_count_what_an_ordinary_cache_keeps(tokens: int) 
     assert size.compressed_ratio == pytest.approx(plan(0).ratio(tokens)) and size.exact_layers == 3
 
 
-def test_a_plan_of_today_that_names_layers_with_windows_gets_the_same_figures() -> None:
+def test_a_current_plan_whose_layers_have_windows_gives_the_same_sizes() -> None:
     layers = (FULL, SHORT, STATE, SHARED)
     assert cache_size(plan(0, 1, 3), 8192, layers) == cache_size(plan(0), 8192, layers)
     assert [p.site.name for p in compressed_sites(plan(0, 1, 3), layers)] == ["layers.0"]
@@ -90,14 +90,14 @@ def test_without_layers_the_sites_are_what_is_counted() -> None:
     assert cache_size(None, 8192, sites=windowed).exact_bytes == 2 * NUMBERS * (8192 + 100)
 
 
-def test_words_and_json_have_both_ratios() -> None:
+def test_text_and_json_have_both_ratios() -> None:
     size = cache_size(plan(0), 8192, LAYERS)
     assert f"{size.ratio:.2f}x" in size.words and "8,192 tokens" in size.words
     assert {"exact_bytes", "plan_bytes", "ratio", "compressed_ratio", "exact_layers"} <= size.as_json().keys()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_next", "gemma3n", "llama4", "mistral", "llama"])
-def test_bytes_of_a_plan_are_those_that_its_cache_allocates(name: str) -> None:
+def test_bytes_of_a_plan_equal_those_its_cache_allocates(name: str) -> None:
     from window_models import windowed
 
     import fhopt
@@ -111,7 +111,7 @@ def test_bytes_of_a_plan_are_those_that_its_cache_allocates(name: str) -> None:
     fhopt.apply(model, made)
     cache = latent_cache(model)
     with torch.no_grad():
-        model(torch.ones(1, 1, dtype=torch.long), **cached(cache), use_cache=True)  # what a linear layer keeps is there
+        model(torch.ones(1, 1, dtype=torch.long), **cached(cache), use_cache=True)  # makes states of linear layers
     before = 1
     for tokens in (512, 8192, 32768):
         for index, layer in enumerate(layers):
@@ -122,7 +122,7 @@ def test_bytes_of_a_plan_are_those_that_its_cache_allocates(name: str) -> None:
     fhopt.unapply(model)
 
 
-def test_a_hypothetical_plan_divides_the_layers_that_it_may_compress() -> None:
+def test_a_hypothetical_plan_reduces_the_layers_that_it_may_compress() -> None:
     layers = [CacheLayer("layers.0", "sliding", 30, numbers=8), CacheLayer("layers.1", numbers=8)]
     found = hypothetical_size(4, sites(0, 1), 1000, layers)
     assert (found.exact_bytes, found.plan_bytes) == (2 * 8 * 1030, 2 * 8 * (30 + 250))
@@ -134,5 +134,5 @@ def test_a_hypothetical_plan_divides_the_layers_that_it_may_compress() -> None:
 
 
 @pytest.mark.parametrize(("room", "tokens"), [(0, 0), (9, 0), (10, 1), (999, 99), (10**9, 500)])
-def test_the_longest_context_within_some_bytes_is_found(room: int, tokens: int) -> None:
+def test_the_longest_context_within_a_byte_limit_is_found(room: int, tokens: int) -> None:
     assert tokens_within(room, lambda count: 10 * count, most=500) == tokens

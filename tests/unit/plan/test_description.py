@@ -1,4 +1,4 @@
-"""plan.json: every field is checked and covered, in plans of this version and of earlier ones."""
+"""plan.json: every field is checked and covered by the digest, in current and earlier versions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def fields(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
-    """Every place in a JSON value, but of long lists the first item only."""
+    """Yield every place in a JSON value, but only the first item of lists."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     for name, item in items:
         yield (*path, name)
@@ -52,7 +52,7 @@ def fields(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(described: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy with another value at one place; `del` there when the value is `...`."""
+    """Return a copy with another value at one place; `...` deletes it."""
     described = copy.deepcopy(described)
     holder = described
     for name in path[:-1]:
@@ -65,7 +65,7 @@ def changed(described: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def nudged(value: Any) -> Any:
-    """Another value of the same kind."""
+    """Return another value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -113,7 +113,7 @@ def test_every_change_of_one_field_is_refused(full: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=repr)
-def test_a_forged_field_ends_in_one_sentence_or_is_a_plan(value: Any, full: Path, tmp_path: Path) -> None:
+def test_a_forged_field_gives_one_sentence_or_a_plan(value: Any, full: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(full, tmp_path / "plan"))
     described = json.loads((full / "plan.json").read_text())
     tensors = (full / "plan.safetensors").read_bytes()
@@ -126,12 +126,12 @@ def test_a_forged_field_ends_in_one_sentence_or_is_a_plan(value: Any, full: Path
             LatentPlan.load(folder)
         except FhoptError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
-        else:  # no number of it has changed: digest and tensors are those of the plan
+        else:  # its values are unchanged: digest and tensors are those of the plan
             assert path[0] == "provenance" or forged == described
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=repr)
-def test_fields_of_an_earlier_version_are_checked_too(value: Any, tmp_path: Path) -> None:
+def test_fields_of_an_earlier_version_are_also_checked(value: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(SAVED, tmp_path / "plan"))
     described = json.loads((SAVED / "plan.json").read_text())
     for path in fields({k: v for k, v in described.items() if k != "provenance"}):
@@ -166,11 +166,11 @@ def test_a_version_cannot_be_lowered(full: Path, tmp_path: Path) -> None:
     for version in (3, 4, 5):
         refusal(written(folder, described | {"version": version}))
         bare = {k: v for k, v in described.items() if k not in ("checksum", "tensors_sha256")}
-        if version != 4:  # with pages it is of version 4, as whoever wrote it could have said
+        if version != 4:  # a plan with pages is version 4, so its writer may have stated that
             refusal(written(folder, bare | {"version": version}))
 
 
-def test_a_name_that_stands_twice_is_refused(full: Path, tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused(full: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(full, tmp_path / "plan"))
     text = (full / "plan.json").read_text()
     (folder / "plan.json").write_text(text.replace('"sinks": 4', '"sinks": 4, "sinks": 4', 1))
@@ -187,7 +187,7 @@ def test_tensors_that_belong_to_no_site_are_refused(tmp_path: Path) -> None:
     assert "belongs to none of its sites" in refusal(written(folder, described | {"digest": digest}))
 
 
-def test_a_plan_of_an_earlier_version_becomes_one_of_this_version_with_the_same_digest(tmp_path: Path) -> None:
+def test_a_plan_of_an_earlier_version_is_upgraded_with_the_same_digest(tmp_path: Path) -> None:
     before = LatentPlan.load(SAVED)
     folder = before.save(tmp_path / "plan")
     assert json.loads((folder / "plan.json").read_text())["version"] == 6
@@ -209,7 +209,7 @@ assert "torch" not in sys.modules
 
 
 def test_other_tables_make_another_plan_of_one_with_trellis_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stored by them stands for other numbers: a file of a prompt, say."""
+    """Data stored with such a plan, such as a prompt cache, would decode to other values."""
     plans = [{"sites": [{"key": [[2, 64, step]], "value": [[16, 8, 0.0]]}]} for step in (-0.02, 0.9)]
     before = [description.numbers_of(plan) for plan in plans]
     monkeypatch.setattr(description, "TRELLIS_TABLES", 3)

@@ -9,7 +9,7 @@ from fhopt.backend.compile_report import CompileReport
 from fhopt.plan import display
 
 
-def test_notebooks_show_plans_and_journals_with_everything_escaped() -> None:
+def test_notebooks_show_plans_and_reports_with_everything_escaped() -> None:
     plan = sample_reports.synthetic_plan(2).with_provenance(model=sample_reports.HOSTILE)
     shown = display.plan_html(plan) + CompileReport(sample_reports.HOSTILE, events=[sample_reports.LINE])._repr_html_()
     assert "<script" not in shown and "<img" not in shown and "model.layers.1.self_attn" in shown

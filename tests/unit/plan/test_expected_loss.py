@@ -1,4 +1,4 @@
-"""What a plan is expected to lose, in words."""
+"""The expected loss of a plan as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from small_models import Fitted
 from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
 
 
-def test_a_plan_of_an_older_version_prints_what_it_has(llama: Fitted) -> None:
+def test_a_plan_of_an_older_version_prints_its_available_data(llama: Fitted) -> None:
     plan = llama.plan(4)
     loss = expected_loss(plan)
     assert loss is not None and loss.interval is None and loss.nats == plan.provenance["predicted_nats"]
@@ -27,11 +27,11 @@ def test_a_checked_plan_prints_an_interval(llama: Fitted) -> None:
 
 @pytest.mark.parametrize(("sequences", "warns"), [(1, True), (2, True), (3, False)])
 def test_few_tokens_for_the_width_of_latents_are_warned_of(llama: Fitted, sequences: int, warns: bool) -> None:
-    """Two kv heads of 16 numbers are mixed: 256 tokens at least."""
+    """Two kv heads of 16 channels are mixed: at least 256 tokens are needed."""
     plan = llama.plan(4).with_provenance(sequences=sequences, context=96)
     warning = calibration_warning(plan)
     assert (warning is not None) == warns
     if warning:
         assert f"fitted to {96 * sequences} tokens; expected at least 256" in warning
         assert "Calibrate with --sequences 3." in warning
-    assert calibration_warning(llama.plan(4)) is None  # nobody knows
+    assert calibration_warning(llama.plan(4)) is None  # unknown

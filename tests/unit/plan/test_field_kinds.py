@@ -1,4 +1,4 @@
-"""Kinds of attention sites and provenance: what fits have passes, and what no model has is refused by its place."""
+"""Checks of attention sites and provenance: results of fits pass, impossible values are refused with their place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_sites_of_models_pass(site: AttentionSite) -> None:
     site_kind(described(site), "sites.0")
 
 
-def test_sites_that_are_found_pass(fitted: Fitted) -> None:
+def test_found_sites_pass(fitted: Fitted) -> None:
     for site in fitted.outcome.sites.values():
         site_kind(described(site), "sites.0")
     provenance_kind(json.loads(json.dumps(dict(fitted.plan(4).provenance))), "provenance")
@@ -53,12 +53,12 @@ def test_sites_that_are_found_pass(fitted: Fitted) -> None:
         ({"key_dim": 8}, r"s\.rope\.rotary_dim is 12 from channel 2; expected a multiple of 2 within 8 channels"),
     ],
 )
-def test_sites_that_no_model_has_are_refused(changes: dict[str, Any], reason: str) -> None:
+def test_impossible_sites_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(WrongField, match=reason):
         site_kind(described(replace(SITE, rope=ROPE)) | changes, "s")
 
 
-def test_layers_that_were_recorded_pass() -> None:
+def test_recorded_layers_pass() -> None:
     record = record_of([CacheLayer("a.0", numbers=48), CacheLayer("a.1", "sliding", 64, False, 48, 1 << 40)])
     provenance_kind(json.loads(json.dumps(record)), "p")
     with pytest.raises(WrongField, match=r"p\.cache_layers\.0\.name is missing"):

@@ -1,4 +1,4 @@
-"""A plan knows its model."""
+"""Fingerprints tie a plan to its model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fhopt.errors import FhoptError
 from fhopt.plan import fingerprint
 
 
-def test_a_plan_knows_its_model_in_any_dtype_and_refuses_another(llama: Fitted) -> None:
+def test_a_plan_recognizes_its_model_in_any_dtype_and_refuses_another(llama: Fitted) -> None:
     sites = [s.site for s in llama.plan(4).sites]
     own = dict(llama.model.named_parameters())
     plan = llama.plan(4).with_provenance(fingerprint=fingerprint.fingerprint(own, sites))

@@ -1,4 +1,4 @@
-"""Kinds of JSON values: what passes, and the sentence for what does not."""
+"""Kinds of JSON values: accepted values, and messages for others."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ def test_values_of_a_kind_pass(kind: kinds.Kind, value: Any) -> None:
         (PERSON, {"name": "a", "\ud800": 3}, r"x\.\\ud800 is not a field of it; expected one of name, age"),
     ],
 )
-def test_other_values_are_refused_by_their_place(kind: kinds.Kind, value: Any, reason: str) -> None:
+def test_other_values_are_refused_with_their_place(kind: kinds.Kind, value: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         kind(value, "x")
 
 
-def test_an_integer_that_python_does_not_print_is_refused() -> None:
+def test_an_integer_too_long_for_python_to_print_is_refused() -> None:
     with pytest.raises(ValueError, match="a number of thousands of digits"):
         kinds.whole()(10**5000, "x")
 
 
-def test_values_that_are_too_deep_are_refused() -> None:
+def test_values_nested_too_deeply_are_refused() -> None:
     deep: Any = 1
     for _ in range(20):
         deep = [deep]

@@ -1,4 +1,4 @@
-"""Which layer of a model a site belongs to."""
+"""The layer index of a site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fhopt.errors import FhoptError
 from fhopt.plan.layer_index import layer_indices
 
 
-def test_the_layer_is_the_number_of_the_path_in_which_sites_differ() -> None:
+def test_the_layer_is_the_number_in_which_the_paths_of_sites_differ() -> None:
     def indices(*names: str) -> list[int]:
         return list(layer_indices([replace(SITE, name=name) for name in names]).values())
 
@@ -25,7 +25,7 @@ def test_the_layer_is_the_number_of_the_path_in_which_sites_differ() -> None:
         indices("attention")
 
 
-def test_names_tell_layers_of_the_decoder_from_those_of_the_encoder() -> None:
+def test_names_distinguish_layers_of_the_decoder_and_the_encoder() -> None:
     plan, config = plan_of("bart", "identity"), model_of("bart").config
     own, cross = LatentCache(plan, config), LatentCache(plan, config, kind="cross")
     assert [layer.site.site.name for layer in own.layers] == [f"model.decoder.layers.{i}.self_attn" for i in range(2)]

@@ -1,4 +1,4 @@
-"""Quality cards: what `fhopt eval` measured, kept in a plan."""
+"""Quality cards: measurements of `fhopt eval`, stored in a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text(kl: float) -> dict[str, Any]:
 TASK = {"exact": {"items": 4, "rate": 0.75, "hits": 3}, "plan": {"items": 4, "rate": 0.5, "hits": 2}}
 
 
-def test_a_card_keeps_what_was_measured_and_says_where_it_is_worst(tmp_path: Path) -> None:
+def test_a_card_stores_measurements_and_names_the_worst(tmp_path: Path) -> None:
     measured = with_measured(plan(1), {"law": text(0.02), "code": text(0.01)}, {"copy": TASK})
     measured.save(tmp_path / "plan")
     found = card(LatentPlan.load(tmp_path / "plan"))
@@ -34,7 +34,7 @@ def test_a_card_keeps_what_was_measured_and_says_where_it_is_worst(tmp_path: Pat
     assert measured.digest() == plan(1).digest()
 
 
-def test_what_is_measured_again_replaces_what_stood_there() -> None:
+def test_a_new_measurement_replaces_the_old_one() -> None:
     once = with_measured(plan(1), {"law": text(0.02), "code": text(0.01)}, {})
     again = card(with_measured(once, {"law": text(0.005)}, {"copy": TASK}))
     assert {t.name: t.kl for t in again.texts} == {"law": 0.005, "code": 0.01} and len(again.tasks) == 1

@@ -1,4 +1,4 @@
-"""Keys relative to their segment: the rotation, and attention by queries that turn."""
+"""Segment-relative keys: their rotation, and attention by rotated queries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def turned_by_hand(x: Tensor, position: int) -> Tensor:
-    """RoFormer, equation 34, of one vector."""
+    """Rotate one vector by RoFormer, equation 34."""
     out = x.clone()
     for (real, imaginary), angle in zip(ROPE.pairs, ROPE.angles, strict=True):
         turned = complex(x[real], x[imaginary]) * complex(math.cos(position * angle), math.sin(position * angle))
@@ -34,7 +34,7 @@ def turned_by_hand(x: Tensor, position: int) -> Tensor:
     return out
 
 
-def test_keys_are_what_they_would_be_if_their_segment_began_at_position_0() -> None:
+def test_relative_keys_are_those_of_a_segment_that_begins_at_position_0() -> None:
     rotation, raw = SegmentRotation.on(ROPE, 64, CPU), torch.randn(8, dtype=torch.float64)
     places = torch.tensor([0, 63, 64, 130, 1000])
     keys = torch.stack([turned_by_hand(raw, int(i)) for i in places])[None, None]
@@ -43,7 +43,7 @@ def test_keys_are_what_they_would_be_if_their_segment_began_at_position_0() -> N
     torch.testing.assert_close(rotation.absolute(expected, places), keys)
 
 
-def test_keys_behind_padding_are_relative_to_the_position_that_they_have() -> None:
+def test_keys_after_padding_are_relative_to_their_own_position() -> None:
     raw, ahead = torch.randn(8, dtype=torch.float64), (0, 70, 300)
     places = torch.tensor([0, 63, 64, 130, 1000])
     rotation = SegmentRotation.on(ROPE, 64, CPU).after_padding(torch.tensor(ahead))
@@ -54,7 +54,7 @@ def test_keys_behind_padding_are_relative_to_the_position_that_they_have() -> No
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_queries_turn_for_each_sequence_behind_its_padding(known: bool) -> None:
+def test_queries_are_rotated_for_each_sequence_after_its_padding(known: bool) -> None:
     rotation, keys, query = SegmentRotation.on(ROPE, 64, CPU), torch.randn(2, 1, 200, 8), torch.randn(2, 1, 1, 8)
     rotation = (rotation.with_phases(4) if known else rotation).after_padding(torch.tensor([0, 100]))
     relative = rotation.relative(keys, torch.arange(200))
@@ -70,7 +70,7 @@ def test_queries_turn_for_each_sequence_behind_its_padding(known: bool) -> None:
                 torch.testing.assert_close(one, expected[b], rtol=1e-4, atol=1e-4)
 
 
-def test_a_turned_query_reads_relative_keys_as_it_would_have_read_the_keys() -> None:
+def test_a_rotated_query_gives_the_same_logits_on_relative_keys() -> None:
     rotation, keys, query = SegmentRotation.on(ROPE, 64, CPU), torch.randn(1, 1, 200, 8), torch.randn(1, 1, 1, 8)
     relative = rotation.relative(keys, torch.arange(200))
     for number in range(rotation.segments(200)):
@@ -81,14 +81,14 @@ def test_a_turned_query_reads_relative_keys_as_it_would_have_read_the_keys() -> 
             torch.testing.assert_close(found, query @ keys[:, :, part].mT, rtol=1e-4, atol=1e-4)
 
 
-def test_positions_far_away_are_as_exact_as_near_ones() -> None:
+def test_distant_positions_are_as_exact_as_near_ones() -> None:
     rotation, key = SegmentRotation.on(ROPE, 512, CPU), torch.randn(1, 1, 1, 8)
     place = torch.tensor([1_000_000])
     torch.testing.assert_close(rotation.absolute(rotation.relative(key, place), place), key)
 
 
-def test_numbers_are_made_once_and_may_be_trained_with() -> None:
-    """Also where the first to ask were in inference mode, or a fake one."""
+def test_phases_are_cached_and_may_be_used_in_training() -> None:
+    """Even if the first call is in inference mode or with fake tensors."""
     rope = Rope("half", 8, (0.7, 0.3, 0.2, 0.1))
     with FakeTensorMode():
         SegmentRotation.on(rope, 64, CPU).phases(3)
@@ -105,7 +105,7 @@ def test_numbers_are_made_once_and_may_be_trained_with() -> None:
 def read(
     plan: LatentPlan, dtype: torch.dtype, count: int, queries: int, padding: int = 0
 ) -> tuple[Any, Any, Any, Tensor]:
-    """What a cache of `count` tokens gives attention, and queries. padding: of the second of two sequences."""
+    """Make a cache of `count` tokens for attention, and queries. padding: of the second of two sequences."""
     torch.manual_seed(0)
     layer, site = LatentLayer(plan, plan.sites[0]), plan.sites[0].site
     if padding:
@@ -122,7 +122,7 @@ def read(
 @pytest.mark.parametrize(("means", "bits"), [(0, 16), (12, 8), (12, 16)])
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("padding", [0, 100])
-def test_attention_is_that_on_reconstructed_keys(
+def test_attention_equals_that_on_reconstructed_keys(
     layout: str, means: int, bits: int, queries: int, padding: int
 ) -> None:
     plan = in_segments(random_plan(layout, CODED, mean_tokens=means, window_bits=bits))
@@ -137,7 +137,7 @@ def test_attention_is_that_on_reconstructed_keys(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("means", [0, 12])
 @pytest.mark.parametrize(("count", "padding"), [(40, 0), (80, 0), (230, 0), (700, 0), (230, 100), (700, 300)])
-def test_a_kernel_turns_queries_as_torch_operations_do(
+def test_a_kernel_rotates_queries_like_torch_operations(
     dtype: torch.dtype, means: int, count: int, padding: int
 ) -> None:
     from fhopt.codegen import dispatch

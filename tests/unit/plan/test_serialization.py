@@ -1,4 +1,4 @@
-"""Plans in folders: whole, not overwritten."""
+"""Saving plans in folders: complete, and without overwriting other files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
 
-def test_a_plan_comes_back_whole(fitted: Fitted, tmp_path: Path) -> None:
+def test_a_plan_is_restored_completely(fitted: Fitted, tmp_path: Path) -> None:
     plan = fitted.plan(4).with_provenance(text="topics")
     again = LatentPlan.load(plan.save(tmp_path / "plan"))
     assert again.digest() == plan.digest()
@@ -25,7 +25,7 @@ def test_a_plan_comes_back_whole(fitted: Fitted, tmp_path: Path) -> None:
     assert again.provenance["text"] == "topics"
 
 
-def test_segments_come_back(tmp_path: Path) -> None:
+def test_segments_are_restored(tmp_path: Path) -> None:
     plan = in_segments(random_plan("head", CODED))
     single = replace(
         plan, sites=tuple(replace(s, key=_single(s.key), value=_single(s.value)) for s in plan.sites)
@@ -40,14 +40,14 @@ def _single(side: SidePlan) -> SidePlan:
     return SidePlan(side.encode.float(), side.decode.float(), side.tiers)
 
 
-def test_a_folder_with_other_things_is_not_overwritten(llama: Fitted, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(llama: Fitted, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FhoptError, match="holds other things"):
         llama.plan(4).save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device", str(self))
 
@@ -57,7 +57,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.listdir(tmp_path) == []
 
 
-def test_tensors_that_share_memory_are_saved_each_for_itself(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_saved_separately(tmp_path: Path) -> None:
     eye = torch.eye(16).expand(2, 16, 16)
     basis = torch.randn(2, 16, 16)
     key, value = SidePlan(eye, basis, ()), SidePlan(basis[:, :, :8], basis[:, 8:], ())

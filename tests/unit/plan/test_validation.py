@@ -1,4 +1,4 @@
-"""Plans with pages: what is refused, saved and counted."""
+"""Plans with pages: validation, saving, and sizes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_plan_with_pages_is_saved_and_loaded(tmp_path: Path) -> None:
     assert len({p.digest() for p in (plan, replace(plan, pages=None), random_plan("head", CODED))}) == 3
 
 
-def test_what_a_site_reads_on_average_is_told_where_calibration_knows() -> None:
+def test_the_average_pages_read_by_a_site_are_shown_if_calibration_recorded_them() -> None:
     plan = paged(random_plan("head", CODED), share=0.5)
     (site,) = plan.sites
     assert plan.page_read(site) == plan.page_share(site) == 0.5
@@ -70,7 +70,7 @@ def test_what_a_site_reads_on_average_is_told_where_calibration_knows() -> None:
     assert whole.page_read(site) == 1.0 and not any("pages" in line for line in drawing._window(site, whole))
 
 
-def test_a_plan_without_pages_has_the_digest_that_it_had_before_there_were_any(tmp_path: Path) -> None:
+def test_a_plan_without_pages_has_the_digest_from_before_pages(tmp_path: Path) -> None:
     plan = random_plan("head", CODED)
     text = (plan.save(tmp_path / "plan") / "plan.json").read_text()
     assert "pages" not in text and "sketch" not in text
@@ -82,7 +82,7 @@ def test_a_plan_without_pages_has_the_digest_that_it_had_before_there_were_any(t
     "tier",
     [Tier(8, 16, math.inf), Tier(8, 16, 0.0), Tier(8, 16, math.nan), Tier(4, math.inf, 1.0)],  # type: ignore[arg-type]
 )
-def test_bit_groups_that_cannot_be_are_refused(tier: Tier) -> None:
+def test_invalid_bit_groups_are_refused(tier: Tier) -> None:
     with pytest.raises(FhoptError, match=r"bit groups|quantization steps"):
         random_plan("head", (tier,))
 
@@ -107,7 +107,7 @@ def test_bit_groups_that_cannot_be_are_refused(tier: Tier) -> None:
         (PagePlan(4, (0.5,), (1.0,)), "no sketches to select pages by"),
     ],
 )
-def test_pages_that_cannot_be_are_refused(pages_of_plan: PagePlan, reason: str) -> None:
+def test_invalid_pages_are_refused(pages_of_plan: PagePlan, reason: str) -> None:
     with pytest.raises(FhoptError, match=reason):
         replace(random_plan("head"), pages=pages_of_plan)
 
@@ -125,13 +125,13 @@ def test_pages_that_cannot_be_are_refused(pages_of_plan: PagePlan, reason: str) 
         ({"tiers": (Tier(2, 8, 1.0), Tier(2, 8, 1.0))}, "sketches have shapes"),
     ],
 )
-def test_sketches_that_cannot_be_are_refused(change: dict[str, Any], reason: str) -> None:
+def test_invalid_sketches_are_refused(change: dict[str, Any], reason: str) -> None:
     site = random_plan("head").sites[0]
     with pytest.raises(FhoptError, match=reason):
         replace(random_plan("head"), sites=(replace(site, sketch=replace(sketch(site.key), **change)),))
 
 
-def test_what_reads_an_encoder_cannot_choose() -> None:
+def test_cross_attention_cannot_select_pages() -> None:
     plan = random_plan("head")
     site = replace(plan.sites[0], site=replace(SITE, kind="cross"))
     with pytest.raises(FhoptError, match="expected a share of 1"):
@@ -156,13 +156,13 @@ def test_what_reads_an_encoder_cannot_choose() -> None:
         (lambda plan: SlidingLatentLayer(plan, plan.sites[0], 64), "not relative to segments"),
     ],
 )
-def test_segments_that_cannot_be_are_refused(change: Callable[[LatentPlan], Any], reason: str) -> None:
+def test_invalid_segments_are_refused(change: Callable[[LatentPlan], Any], reason: str) -> None:
     plan = in_segments(random_plan("head", CODED))
     with pytest.raises(FhoptError, match=reason):
         change(plan)
 
 
-def test_keys_and_values_of_one_latent_must_agree_on_it() -> None:
+def test_keys_and_values_of_one_latent_must_agree() -> None:
     site = random_plan("input", CODED).sites[0]
     other = replace(site, value=replace(site.value, tiers=()))
     with pytest.raises(FhoptError, match="share one latent head and its bit groups"):

@@ -1,4 +1,4 @@
-"""The residual window: counts of tokens and bytes, and numbers that cannot be."""
+"""The residual window: token and byte counts, and invalid numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = st.builds(ResidualWindow, st.integers(0, 5), st.integers(1, 9), st.integ
 
 
 @given(window=SIZES, tokens=st.integers(0, 60))
-def test_blocks_are_quantized_when_they_are_older_than_the_recent_tokens(window: ResidualWindow, tokens: int) -> None:
+def test_blocks_are_quantized_once_they_are_older_than_the_recent_tokens(window: ResidualWindow, tokens: int) -> None:
     quantized = 0
     for length in range(tokens + 1):
         if length - window.sinks - quantized >= window.capacity:
@@ -31,13 +31,13 @@ def test_blocks_are_quantized_when_they_are_older_than_the_recent_tokens(window:
 
 
 @pytest.mark.parametrize("numbers", [(-1, 8, 8), (4, 0, 8), (4, 8, 0), (4, 8, 8, 4)])
-def test_numbers_that_cannot_be_are_refused(numbers: tuple[int, ...]) -> None:
+def test_invalid_numbers_are_refused(numbers: tuple[int, ...]) -> None:
     with pytest.raises(FhoptError, match=r"sinks=.*, window_bits=.*: expected sinks of at least 0"):
         ResidualWindow(*numbers)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_a_plan_has_the_window_of_its_four_numbers(bits: int, llama: Fitted) -> None:
+def test_a_plan_has_the_window_of_its_four_fields(bits: int, llama: Fitted) -> None:
     plan = llama.plan(4, window_bits=bits)
     assert plan.window == ResidualWindow(plan.sinks, plan.recent, plan.block, bits)
     assert replace(plan, recent=24).window.recent == 24

@@ -39,7 +39,7 @@ def loaded(folder: Path) -> LoadedModel:
     return load_model(str(folder))
 
 
-def test_it_takes_what_the_command_takes_with_the_same_defaults() -> None:
+def test_it_accepts_the_options_of_the_command_with_the_same_defaults() -> None:
     named = inspect.signature(fhopt.fit).parameters
     for option in command.params:
         if not isinstance(option, click.Option) or option.name in OF_THE_COMMAND:
@@ -52,10 +52,10 @@ def test_it_takes_what_the_command_takes_with_the_same_defaults() -> None:
             assert not isinstance(default, (int, float, str)) or str(default) == str(field.default), name
 
 
-def test_plan_and_warning_are_those_of_the_command(
+def test_plan_and_warning_equal_those_of_the_command(
     folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fhopt.plan.expected_loss.LEAST_TOKENS", 1000)  # so that a tiny model has too few
+    monkeypatch.setattr("fhopt.plan.expected_loss.MIN_TOKENS", 1000)  # so that a tiny model has too few
     printed = call("fit", str(folder), *FLAGS, "--dtype", "float32", "-o", str(tmp_path / "plan")).output
     with pytest.warns(UserWarning, match="bases were fitted to") as caught:
         plan = fhopt.fit(loaded.module, loaded.tokenizer, **SMALL)
@@ -74,7 +74,7 @@ def test_statistics_give_plans_without_a_model(folder: Path, loaded: LoadedModel
         fhopt.fit(None, statistics=tmp_path / "s.stats", sinks=4)
 
 
-def test_a_largest_loss_and_pages_are_taken(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_maximum_loss_and_pages_are_accepted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = loss_target.smallest_plan
 
     def quicker(model: Any, calibration: Any, options: Any, gate: Any, ids: Any, progress: Any) -> Any:
@@ -84,7 +84,7 @@ def test_a_largest_loss_and_pages_are_taken(loaded: LoadedModel, monkeypatch: py
     monkeypatch.setattr(loss_target, "smallest_plan", quicker)
     plan = fhopt.fit(loaded.module, loaded.tokenizer, max_loss=0.9, gate_text="topics", **SMALL)
     assert plan.provenance["gate"]["texts"] == ["topics"]
-    with pytest.raises(FhoptError, match="positions"):  # of the tiny model are too few to calibrate pages on
+    with pytest.raises(FhoptError, match="positions"):  # the tiny model has too few to calibrate pages
         fhopt.fit(loaded.module, loaded.tokenizer, pages="1/8", **SMALL)
 
 
@@ -97,6 +97,6 @@ def test_a_largest_loss_and_pages_are_taken(loaded: LoadedModel, monkeypatch: py
         (dict(batches=[], ratioo=4), "ratioo: no such option"),
     ],
 )
-def test_what_is_missing_is_named(values: dict[str, Any], message: str) -> None:
+def test_missing_arguments_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(FhoptError, match=message):
         fhopt.fit(torch.nn.Linear(2, 2), **values)

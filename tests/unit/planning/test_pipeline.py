@@ -1,4 +1,4 @@
-"""The steps of the fitting pipeline, in order, and what each takes from the ones before."""
+"""The steps of the fitting pipeline: their order and inputs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(str(folder))
 
 
-def test_bytes_of_a_token_are_those_of_what_windows_hold() -> None:
-    """One layer of all tokens and one of a sliding window, which holds a sixteenth of them."""
+def test_bytes_per_token_count_only_tokens_inside_windows() -> None:
+    """One layer stores all tokens, the other a sliding window of a sixteenth of them."""
     numbers = SITE.exact_numbers_per_token
     sites = {name: replace(SITE, name=name) for name in ("layers.0", "layers.1")}
     layers = [CacheLayer("layers.0", numbers=numbers), CacheLayer("layers.1", "sliding", 512, numbers=numbers)]
@@ -54,12 +54,12 @@ def test_steps_run_in_order_and_a_calibration_is_not_repeated(loaded: LoadedMode
 
     source = pipeline.text_source(loaded)
     fitted = pipeline.fit_plan(source, PlanRequest(FitOptions(**SMALL)), progress, calibration={"dtype": "float32"})
-    assert stages == ["moments", "rates", "losses", "plan"]
+    assert stages == ["moments", "rates", "losses"]
     assert fitted.plan.provenance["calibration"] == {"dtype": "float32"}
     stages.clear()
     request = PlanRequest(FitOptions(**SMALL, ratio=8.0), calibration=fitted.calibration)
     again = pipeline.fit_plan(pipeline.text_source(None), request, progress)
-    assert stages == ["plan"] and again.calibration is fitted.calibration
+    assert stages == [] and again.calibration is fitted.calibration
     assert again.plan.ratio() > 1.5 * fitted.plan.ratio()
 
 

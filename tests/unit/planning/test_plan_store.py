@@ -1,4 +1,4 @@
-"""The store of plans."""
+"""The plan store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "plans"
 
 
-def test_a_plan_is_kept_and_found_by_the_beginning_of_its_name_or_digest() -> None:
+def test_a_plan_is_stored_and_found_by_a_prefix_of_its_name_or_digest() -> None:
     first, second = (plan_store.add(plan(n)) for n in (1, 2))
     assert [e.name for e in plan_store.entries()] == sorted([first.name, second.name])
     assert plan_store.find(first.name[:-2]) == first and plan_store.find(second.digest[:12]) == second
@@ -38,7 +38,7 @@ def test_a_plan_is_kept_and_found_by_the_beginning_of_its_name_or_digest() -> No
             plan_store.find(wrong)
 
 
-def test_a_damaged_plan_is_reported_and_written_anew_when_it_is_added_again() -> None:
+def test_a_damaged_plan_is_reported_and_replaced_when_it_is_added_again() -> None:
     kept = plan_store.add(plan())
     content = (kept.path / "plan.safetensors").read_bytes()
     (kept.path / "plan.safetensors").write_bytes(content[:-1] + b"x")
@@ -56,7 +56,7 @@ def test_plans_of_another_model_are_reported(llama: Fitted, gpt2: Fitted) -> Non
     assert "another model than gpt2" in plan_store.verify(kept, LoadedModel("gpt2", gpt2.model)).fault
 
 
-def test_pruning_removes_the_damaged_the_old_and_what_was_left_behind(own_folder: Path) -> None:
+def test_pruning_removes_the_damaged_the_old_and_leftovers(own_folder: Path) -> None:
     kept = [plan_store.add(plan(n, fingerprint="x" if n < 3 else "y")) for n in range(4)]
     for age, entry in enumerate(reversed(kept)):
         os.utime(entry.path / "plan.json", (time.time() - age, time.time() - age))
@@ -73,7 +73,7 @@ def test_pruning_removes_the_damaged_the_old_and_what_was_left_behind(own_folder
     assert {e.name for e in plan_store.entries()} == {kept[2].name, kept[3].name} and new.exists()
 
 
-def test_pruning_never_removes_what_is_not_a_plan(own_folder: Path, tmp_path: Path) -> None:
+def test_pruning_never_removes_other_files(own_folder: Path, tmp_path: Path) -> None:
     other = own_folder / "letters"
     other.mkdir(parents=True)
     (other / "dear.txt").write_text("dear")
@@ -103,7 +103,7 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
     assert [round(e.ratio) for e in two] == [2, 4] and len(calibrations) == 1
     assert plan_store.fit_ratios(loaded, options, (4, 2)) == two[::-1] and len(calibrations) == 1
     assert plan_store.fit_ratios(loaded, options, (4, 3))[0] == two[1] and len(calibrations) == 2
-    monkeypatch.setattr(plan_store, "__version__", "another")  # asks otherwise, and gets an equal plan
+    monkeypatch.setattr(plan_store, "__version__", "another")  # another request with an equal plan
     names = [entry.name for entry in two]
     for _ in range(2):
         assert [e.name for e in plan_store.fit_ratios(loaded, options, (2, 4))] == names and len(calibrations) == 3
@@ -114,7 +114,7 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
     assert not list(own_folder.glob(".*"))
 
 
-def test_an_interrupted_fit_goes_on(tmp_path: Path, own_folder: Path) -> None:
+def test_an_interrupted_fit_resumes(tmp_path: Path, own_folder: Path) -> None:
     save_tiny_model(tmp_path / "model")
     loaded, options = (
         load_model(str(tmp_path / "model")),
@@ -132,13 +132,15 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path, own_folder: Path) -> None:
     assert list(own_folder.glob(".*.calibration.moments")) and not plan_store.entries()
     resumed: list[tuple[str, int]] = []
     again = plan_store.fit_ratios(loaded, options, (4,), lambda stage, done, total: resumed.append((stage, done)))
-    assert resumed[0] == ("moments", 4)  # what the checkpoint has
+    assert resumed[0] == ("moments", 4)  # contents of the checkpoint
     assert not list(own_folder.glob(".*"))
     whole = pipeline.fit_to_text(loaded, options).plan
     assert again[0].digest == whole.digest()
 
 
-def test_plans_lie_with_the_kernels_where_caches_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plans_are_stored_next_to_the_kernels_in_the_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
     assert plan_store.plans_folder() == tmp_path / "plans" and cache_folder() == tmp_path
     monkeypatch.delenv("FHOPT_CACHE_DIR")

@@ -1,4 +1,4 @@
-"""What a fit is asked for: one size, options that fit together, shares as numbers or text."""
+"""Fit requests: one size, compatible options, shares as numbers or text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def test_the_default_is_a_ratio_of_4() -> None:
     assert request.needs_model and not request.runs_model
 
 
-def test_numbers_and_texts_are_read_alike() -> None:
+def test_numbers_and_texts_are_parsed_identically() -> None:
     assert read(max_loss=0.01).gate == read(max_loss="1%").gate
     assert read(pages=0.125, mass=0.99).pages == read(pages="1/8", mass="99%").pages
-    assert read(pages="1/8").options.segment == 0  # pages are of whole sequences
+    assert read(pages="1/8").options.segment == 0  # pages apply to whole sequences
     assert read(ratio=8).options.ratio == read(ratio=(8.0,)).options.ratio == 8.0
 
 
@@ -49,12 +49,12 @@ def test_numbers_and_texts_are_read_alike() -> None:
         (dict(statistics="none.stats"), "none.stats"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(values: dict[str, Any], message: str) -> None:
+def test_incompatible_options_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(FhoptError, match=message):
         read(**values)
 
 
-def test_the_number_of_sequences_counts_for_texts_only() -> None:
+def test_the_number_of_sequences_counts_only_for_texts() -> None:
     few = {"sequences": 1, "context": 200}
     with pytest.raises(FhoptError, match="more or longer sequences"):
         read(options=few)

@@ -1,4 +1,4 @@
-"""Fixtures of pages for short texts, and of a plan that is healed."""
+"""Fixtures of pages for short texts, and of a plan to heal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fhopt.refine import page_options, page_probes, page_sketches
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read in small pieces, so that a few hundred tokens are a context."""
+    """Prefill in small chunks, so that a few hundred tokens are a context."""
     for module in (page_options, page_probes, page_sketches):
         monkeypatch.setattr(module, "PIECE", 64)
     for module in (page_options, page_probes):

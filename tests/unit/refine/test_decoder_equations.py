@@ -26,13 +26,13 @@ pytestmark = pytest.mark.usefixtures("without_compiling")
 
 @functools.cache
 def site_plan(make: Callable[[], Any] = tiny_llama) -> SitePlan:
-    """Two heads of queries to a kv head in the llama; one latent for keys and values in the gpt2."""
+    """Two query heads per kv head in the llama; one latent for keys and values in the gpt2."""
     _, outcome = found(make(), CONTEXT)
     return shared_plan(outcome, 16, CODED, **FAR).sites[0]
 
 
 def inputs(plan: SitePlan, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in float64 of two sequences."""
+    """Make float64 q, k and v of two sequences."""
     site, generator = plan.site, torch.Generator().manual_seed(0)
     shapes = ((site.heads, site.key_dim), (site.kv_heads, site.key_dim), (site.kv_heads, site.value_dim))
     q, k, v = (torch.randn(2, n, tokens, d, generator=generator, dtype=torch.float64) for n, d in shapes)
@@ -46,7 +46,7 @@ def taken(plan: SitePlan, q: Tensor, k: Tensor, v: Tensor, exact: tuple[int, int
 
 
 def rows_of(plan: SitePlan, q: Tensor, k: Tensor, v: Tensor, exact: tuple[int, int]) -> dict[str, list[list[Any]]]:
-    """One query at a time: (weight, latent, number that it stands for) of every kv head, keys and values."""
+    """Return the rows of every kv head, keys and values, one query at a time: (weight, latent, target)."""
     (z_k, _), (z_v, _) = decoder_equations._coded(plan, k, v)
     groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
     keys: list[list[Any]] = [[] for _ in range(groups)]
@@ -66,7 +66,7 @@ def rows_of(plan: SitePlan, q: Tensor, k: Tensor, v: Tensor, exact: tuple[int, i
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_the_solution_is_the_weighted_least_squares(make: Callable[[], Any]) -> None:
-    """Against `lstsq` on rows that are written out one query at a time; the ridge is rows of its own."""
+    """Compare with `lstsq` on rows written out one query at a time; the ridge adds rows."""
     plan, exact, ridge = site_plan(make), (2, 3), 0.1
     q, k, v = inputs(plan, 24)
     equations, rows = taken(plan, q, k, v, exact, is_causal=True), rows_of(plan, q, k, v, exact)
@@ -77,7 +77,7 @@ def test_the_solution_is_the_weighted_least_squares(make: Callable[[], Any]) -> 
             z, x = (torch.stack([row[i] for row in rows_g]) * root for i in (1, 2))
             drawn = (ridge * z.square().sum(0).mean()).sqrt() * torch.eye(z.shape[1], dtype=torch.float64)
             wanted = torch.linalg.lstsq(torch.cat([z, drawn]), torch.cat([x, drawn @ decode.T])).solution.T
-            torch.testing.assert_close(mine_g, wanted, rtol=1e-6, atol=1e-8)  # conditions of normal equations
+            torch.testing.assert_close(mine_g, wanted, rtol=1e-6, atol=1e-8)  # conditioning of the normal equations
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mask_hides_tokens() -> None:
-    """What no query sees is as good as absent, and a query that sees nothing adds nothing."""
+    """A token visible to no query counts as absent, and a fully masked query adds nothing."""
     plan = site_plan()
     q, k, v = inputs(plan, 24)
     mask = torch.ones(24, 24, dtype=torch.bool).tril()
@@ -102,7 +102,7 @@ def test_a_mask_hides_tokens() -> None:
         torch.testing.assert_close(mine, wanted)
 
 
-def test_a_softcap_that_caps_nothing_changes_nothing() -> None:
+def test_a_softcap_without_effect_changes_nothing() -> None:
     plan = site_plan()
     q, k, v = inputs(plan, 24)
     plain, capped = (taken(plan, q, k, v, (2, 3), is_causal=True, softcap=cap) for cap in (0.0, 1e6))
@@ -127,8 +127,8 @@ def test_a_strong_ridge_keeps_the_decoders() -> None:
     assert moves[0] > moves[1] > 0 and moves[2] < 1e-6
 
 
-def test_channels_that_reach_nothing_in_common_stay_apart() -> None:
-    """So a plan of the layout identity stays one."""
+def test_channels_without_correlation_stay_separate() -> None:
+    """So a plan with the layout identity keeps it."""
     equations, decode = Equations(), torch.block_diag(torch.ones(2, 2), torch.eye(2))[None]
     equations.add("x", torch.randn(1, 50, 4), torch.randn(1, 50, 4))
     changed = equations.solution("x", decode, 0.1)
@@ -139,7 +139,7 @@ def test_channels_that_reach_nothing_in_common_stay_apart() -> None:
     torch.testing.assert_close(changed[:, 3:, 3:], one.solution("x", decode[:, 3:, 3:], 0.1 * float(mean)))
 
 
-def test_equations_of_a_text_are_those_of_its_sequences(model: LoadedModel, plan: LatentPlan) -> None:
+def test_equations_of_a_text_are_sums_over_its_sequences(model: LoadedModel, plan: LatentPlan) -> None:
     reader, ids = Reader.of(model.capture(CONTEXT), plan), token_ids(4, CONTEXT)
     checkpoint = Checkpoint(None, {}, HEALING)
     whole, backwards = read(reader, ids, checkpoint), read(reader, ids.flip(0), checkpoint)
@@ -148,7 +148,7 @@ def test_equations_of_a_text_are_those_of_its_sequences(model: LoadedModel, plan
     assert set(whole.error) == {f"{p.site.name}.{side}" for p in plan.sites for side in ("key", "value")}
 
 
-def test_equations_come_back_from_their_tensors() -> None:
+def test_equations_are_restored_from_their_tensors() -> None:
     plan = site_plan()
     equations = taken(plan, *inputs(plan, 24), (2, 3), is_causal=True)
     again = Equations.of(equations.tensors())

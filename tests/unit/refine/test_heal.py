@@ -1,4 +1,4 @@
-"""Healing: the loss falls, the size stays, an interruption goes on."""
+"""Healing: the loss falls, the size stays, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_loss_falls_and_the_plan_keeps_its_size(model: LoadedModel, plan: La
             assert torch.equal(a.encode, b.encode) and not torch.equal(a.decode, b.decode)
 
 
-def test_nothing_of_the_model_changes(model: LoadedModel, plan: LatentPlan) -> None:
+def test_the_model_is_not_changed(model: LoadedModel, plan: LatentPlan) -> None:
     network = model.language_model().requires_grad_(True)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     kept = plan.digest()
@@ -70,17 +70,17 @@ def test_one_latent_for_keys_and_values_heals_too() -> None:
         assert not torch.equal(old.value.decode, new.value.decode)
 
 
-def test_a_site_that_is_exact_is_left_alone(model: LoadedModel, plan: LatentPlan) -> None:
+def test_an_exact_site_is_not_changed(model: LoadedModel, plan: LatentPlan) -> None:
     _, outcome = found(model.language_model())
     exact = fit_plan.exact_plan(outcome.sites.values(), recent=plan.recent).sites[0]
     mixed = replace(plan, sites=(exact, *plan.sites[1:]))
-    healed = heal(model, mixed, replace(OPTIONS, tokens=4 * OPTIONS.tokens))  # one site alone has less to gain
+    healed = heal(model, mixed, replace(OPTIONS, tokens=4 * OPTIONS.tokens))  # a single site has less to gain
     assert torch.equal(healed.sites[0].key.decode, exact.key.decode)
     assert not torch.equal(healed.sites[1].key.decode, mixed.sites[1].key.decode)
 
 
 @pytest.mark.slow
-def test_a_healed_plan_is_saved_and_read(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
+def test_a_healed_plan_is_saved_and_loaded(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
     healed = heal(model, plan.with_provenance(gate={"kl": 1.0}), OPTIONS)
     again = LatentPlan.load(healed.save(tmp_path / "plan"))
     assert again.digest() == healed.digest()
@@ -92,7 +92,7 @@ def test_a_healed_plan_is_saved_and_read(model: LoadedModel, plan: LatentPlan, t
 
 
 def interrupted(model: LoadedModel, plan: LatentPlan, folder: Path) -> HealOptions:
-    """Options of a healing that was interrupted with 4 sequences in its checkpoint."""
+    """Return options of a healing interrupted with 4 sequences in its checkpoint."""
     options = replace(OPTIONS, checkpoint=folder / "state")
     with pytest.raises(Interrupted):
         heal(model, plan, options, stop_at("heal", 6))
@@ -100,7 +100,7 @@ def interrupted(model: LoadedModel, plan: LatentPlan, folder: Path) -> HealOptio
 
 
 @pytest.mark.slow
-def test_an_interrupted_healing_goes_on_and_gives_the_same_plan(
+def test_an_interrupted_healing_resumes_and_gives_the_same_plan(
     model: LoadedModel, plan: LatentPlan, tmp_path: Path
 ) -> None:
     options = interrupted(model, plan, tmp_path)
@@ -160,7 +160,7 @@ def test_options_that_cannot_work_are_refused(
         heal(model, plan, replace(OPTIONS, **tokens))
 
 
-def test_a_plan_that_loses_nothing_is_refused(model: LoadedModel) -> None:
+def test_a_plan_without_loss_is_refused(model: LoadedModel) -> None:
     _, outcome = found(model.language_model())
     plan = fit_plan.exact_plan(outcome.sites.values(), recent=8)
     with pytest.raises(FhoptError, match="there is nothing to heal: every site of the plan is exact"):

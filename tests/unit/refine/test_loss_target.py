@@ -1,4 +1,4 @@
-"""The search for the smallest plan that passes."""
+"""The search for the smallest plan within a loss limit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def loaded(llama: Fitted) -> LoadedModel:
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02), ("1/50", 0.02)])
-def test_a_loss_is_read_in_percent_or_as_a_number(text: str, share: float) -> None:
+def test_a_loss_is_parsed_as_percent_or_number(text: str, share: float) -> None:
     assert read_loss(text) == pytest.approx(share)
 
 
@@ -46,7 +46,7 @@ def test_a_text_that_is_not_a_loss_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.0, float("nan")])
-def test_a_limit_that_says_nothing_is_refused(share: float) -> None:
+def test_a_meaningless_limit_is_refused(share: float) -> None:
     with pytest.raises(FhoptError, match=r"a loss of .* is not possible"):
         Gate(share).check()
 
@@ -75,7 +75,7 @@ def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel
     assert plan.provenance["gate"]["increase_percent_ci"][1] <= 2
 
 
-def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
+def test_a_gate_that_no_plan_passes_reports_the_smallest_loss(
     loaded: LoadedModel, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dear(model: Any, ids: torch.Tensor, plan: Any) -> TokenCosts:
@@ -87,14 +87,14 @@ def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
         smallest_plan(loaded, calibration, OPTIONS, SMALL, loss_target.held_out(loaded, OPTIONS, SMALL))
 
 
-def test_a_size_that_cannot_be_had_does_not_pass(loaded: LoadedModel, calibration: Calibration) -> None:
-    """At 400 tokens sinks and window alone are a twentieth of the cache; every size that exists passes a loose gate."""
+def test_an_unavailable_size_does_not_pass(loaded: LoadedModel, calibration: Calibration) -> None:
+    """At 400 tokens, sinks and window take a twentieth of the cache; every available size passes a loose gate."""
     options, limit = replace(OPTIONS, tokens=400, window_bits=16), replace(SMALL, max_loss=0.99)
     plan, trials = smallest_plan(loaded, calibration, options, limit, loss_target.held_out(loaded, options, limit))
     assert plan.provenance["ratio"] == max(trials) < RATIOS[-1]
 
 
-def test_a_model_with_few_positions_is_read_as_far_as_it_goes(loaded: LoadedModel) -> None:
+def test_a_model_with_few_positions_is_evaluated_as_far_as_they_go(loaded: LoadedModel) -> None:
     assert loss_target.held_out(loaded, OPTIONS, replace(SMALL, context=2048)).shape == (2, 512)
 
 

@@ -1,4 +1,4 @@
-"""Options of healing and of a loss target, which are checked without torch."""
+"""Options of healing and of a loss target, checked without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_losses_are_shares() -> None:
         (HealOptions(ridge=math.inf), "expected a finite share"),
     ],
 )
-def test_a_healing_that_cannot_work_is_refused(options: HealOptions, reason: str) -> None:
+def test_an_invalid_healing_is_refused(options: HealOptions, reason: str) -> None:
     with pytest.raises(FhoptError, match=reason):
         options.check()
 

@@ -1,4 +1,4 @@
-"""Pages shared out among sites."""
+"""Page budgets of sites."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 # --------------------------------------------------------------------------------------------------- curves
 
 
-def test_the_least_mass_that_keeps_enough_is_taken() -> None:
+def test_the_smallest_sufficient_mass_is_chosen() -> None:
     curves = Curves(by_mass=torch.linspace(1.2, 0, len(MASSES), dtype=torch.float64), count=2)
     for at in range(len(MASSES)):
         assert curves.mass_for(float(curves.by_mass[at]) / 2 + 1e-9) == at
@@ -50,12 +50,12 @@ def test_budgets_stay_within_the_share_and_above_half_of_it(seed: int, share: fl
 
 
 @pytest.mark.parametrize("where", ["text", "probe"])
-def test_a_site_that_costs_more_gets_more(where: str) -> None:
+def test_a_site_with_a_higher_cost_gets_more(where: str) -> None:
     plan = _plan()
     a, b = [s.site.name for s in plan.sites]
     generator = torch.Generator().manual_seed(0)
     same = falling(1.0, 0.1, generator)
-    repeated = replace(same, read=torch.zeros(len(LIFTS)))  # what is read of a probe does not count in budgets
+    repeated = replace(same, read=torch.zeros(len(LIFTS)))  # reads of a probe do not count in budgets
     same = replace(same, repeated=repeated)
     dear = replace(same, cost=20.0) if where == "text" else replace(same, repeated=replace(repeated, cost=20.0))
     lifts = allocate_lifts({a: same, b: dear}, plan.sites, 1 / 4)
@@ -63,7 +63,7 @@ def test_a_site_that_costs_more_gets_more(where: str) -> None:
     assert dear.loss(3) == pytest.approx(10.5 * float(same.squares[3])) and dear.loss(ALL) == 0
 
 
-def test_sites_that_were_not_measured_read_everything_and_leave_less_to_others() -> None:
+def test_unmeasured_sites_read_everything_and_leave_less_for_others() -> None:
     plan = _plan()
     a, b = [s.site.name for s in plan.sites]
     curves = {a: falling(1.0, 0.1, torch.Generator().manual_seed(0)), b: Curves()}

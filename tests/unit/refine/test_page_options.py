@@ -1,4 +1,4 @@
-"""Options of paging."""
+"""Page options."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ SMALL: dict[str, Any] = dict(tokens=4, sketch=4, context=480, sequences=1, least
         ({"sequences": 0}, "Use longer sequences"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(FhoptError, match=message):
         PagingOptions(**(SMALL | options)).check(8, 20)
 
 
 @pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("0.125", 0.125), ("12.5%", 0.125), ("1", 1.0)])
-def test_shares_are_read_in_three_ways(text: str, share: float) -> None:
+def test_shares_are_parsed_from_three_notations(text: str, share: float) -> None:
     assert read_page_share(text) == share
 
 
 @pytest.mark.parametrize("text", ["0", "1/0", "9/8", "-1", "all", "nan", ""])
-def test_a_text_that_is_not_a_share_is_refused(text: str) -> None:
+def test_invalid_shares_are_refused(text: str) -> None:
     with pytest.raises(FhoptError, match="is not a share"):
         read_page_share(text)
 
 
 def test_sequences_are_as_long_as_the_model_and_the_texts_allow(lettered: Any) -> None:
-    """The options' 4,096 tokens where there are so many positions, fewer where there are not; too few are refused."""
+    """4,096 tokens by default, fewer if the model has fewer positions; too few are refused."""
     exact = 20
     needed = PagingOptions().needed(exact, 64)
     for positions, context in ((8192, 4096), (needed, needed)):

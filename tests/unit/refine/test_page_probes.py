@@ -1,4 +1,4 @@
-"""What a selection of pages leaves out, as probes see it."""
+"""Probes of the attention weight that page selection leaves out."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SMALL: dict[str, Any] = dict(tokens=4, sketch=4, context=480, sequences=1, least
 
 
 def naive_left_out(expected: Tensor, weights: Tensor, count: int) -> float:
-    """Sum the weight of all but the `count` pages that are expected to have most, of one query."""
+    """Sum one query's weight of all but the `count` pages with the largest expected weight."""
     best = sorted(range(len(expected)), key=lambda p: -float(expected[p]))[:count]
     return float(weights.sum()) - sum(float(weights[p]) for p in best)
 
 
-def test_curves_are_sums_over_queries_of_what_a_plain_loop_leaves_out() -> None:
-    """Of all weight pages have seven tenths; a list has room for half of them."""
+def test_curves_are_sums_over_queries_of_the_weight_omitted_by_a_plain_loop() -> None:
+    """Pages have 70% of all weight; a list has room for half of them."""
     expected, weights = (torch.randn(2, 2, 3, 4, 40).softmax(-1) * 0.7).unbind(0)
     curves = Curves()
     curves.add(expected, weights, 0.5)
@@ -62,8 +62,8 @@ def test_curves_are_sums_over_queries_of_what_a_plain_loop_leaves_out() -> None:
     assert (curves.share(ALL), curves.left_out(ALL), curves.loss(ALL)) == (1.0, 0.0, 0.0)
 
 
-def test_curves_count_what_a_choice_reads() -> None:
-    """Pages that `top_pages` selects, with the lift and the room of a plan."""
+def test_curves_count_the_pages_that_selection_reads() -> None:
+    """Compare with the pages selected by `top_pages`, for each lift and list size of a plan."""
     expected = torch.randn(2, 2, 4, 40).softmax(-1) * 0.8
     curves = Curves()
     curves.add(expected, expected, 0.3)
@@ -74,8 +74,8 @@ def test_curves_count_what_a_choice_reads() -> None:
         assert curves.left_out(at) == pytest.approx(float((expected * ~kept).sum(-1).mean()), abs=1e-6)
 
 
-def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> None:
-    """Against one softmax over dequantized keys."""
+def test_page_weights_equal_those_of_full_attention(llama: Fitted) -> None:
+    """Compare with one softmax over dequantized keys."""
     plan, seen = llama.plan(4, window_bits=16), []
     model = llama.model
     with torch.no_grad(), switched(model, plan):
@@ -98,7 +98,7 @@ def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> Non
 
 
 @pytest.mark.parametrize("length", [10, 11])
-def test_a_repeated_token_probe_has_tokens_of_a_text_twice(length: int) -> None:
+def test_a_repeated_token_probe_repeats_tokens_of_a_text(length: int) -> None:
     ids = torch.arange(100, 100 + length)
     probe = page_probes.repeated_tokens(ids)
     half = length // 2
@@ -111,7 +111,7 @@ def test_a_repeated_token_probe_has_tokens_of_a_text_twice(length: int) -> None:
 # --------------------------------------------------------------------------------------------------- the whole
 
 
-def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
+def test_calibrated_pages_record_the_omitted_weight(llama: Fitted) -> None:
     plan, ids = llama.plan(4), token_ids(1, 480)
     options = PagingOptions(share=0.5, **SMALL)
     sketched = page_sketches.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
@@ -131,8 +131,8 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
     assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
 
 
-def test_value_mean_fill_takes_the_part_that_brings_each_head_closest(llama: Fitted) -> None:
-    """Errors of probes are those of attention itself; the chosen part has the least, and some heads want some of it."""
+def test_value_mean_fill_uses_the_factor_with_the_least_error_per_head(llama: Fitted) -> None:
+    """Compare errors of probes with those of attention; some heads need a nonzero factor."""
     plan, ids = llama.plan(4, window_bits=16), token_ids(1, 480)
     options, seen = PagingOptions(share=0.25, **SMALL), []
     sketched = page_sketches.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
@@ -162,7 +162,7 @@ def test_value_mean_fill_takes_the_part_that_brings_each_head_closest(llama: Fit
         patch.setattr(page_probes, "fill_errors", watch)
         patch.setattr(page_probes._Probe, "__call__", remember)
         curves = page_probes.measure(llama.model, sketched, ids, options)
-    assert len(seen) == 2 * 6  # probes of 64 tokens each, from the first with pages enough
+    assert len(seen) == 2 * 6  # probes of 64 tokens each, from the first one with enough pages
     made = with_pages(sketched, curves, options).pages
     assert made is not None and max(max(heads) for heads in made.fill) > 0
     for site, heads in zip(sketched.sites, made.fill, strict=True):
@@ -174,8 +174,8 @@ def test_value_mean_fill_takes_the_part_that_brings_each_head_closest(llama: Fit
     assert bounded is not None and bounded.fill == ()
 
 
-def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
-    """More pages leave out less, and less than pages taken by lot would."""
+def test_probes_predict_the_weight_that_selection_omits(llama: Fitted) -> None:
+    """More pages omit less weight, and less than randomly selected pages."""
     ids, options = token_ids(1, 480), PagingOptions(share=0.5, **SMALL)
     sketched = page_sketches.with_sketches(llama.model, llama.plan(2), ids[:, :200], 8)
     for curves in page_probes.measure(llama.model, sketched, ids, options).values():

@@ -13,7 +13,7 @@ from fhopt.refine import page_sketches
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-def test_a_sketch_keeps_the_channels_in_which_errors_would_matter_most() -> None:
+def test_a_sketch_has_the_channels_in_which_errors_matter_most() -> None:
     plan = _plan()
     layer = LatentLayer(plan, plan.sites[0])
     size = torch.arange(1.0, 17).roll(5)
@@ -37,8 +37,8 @@ def test_a_sketch_keeps_the_channels_in_which_errors_would_matter_most() -> None
 
 @pytest.mark.parametrize("size", [4, 8, 12, 16])
 @pytest.mark.parametrize("falls", [0.0, 0.5, 1.0, 3.0])
-def test_bits_of_sketches_are_those_that_lose_least(falls: float, size: int) -> None:
-    """Against all ways to give channels bits in steps of 8 (16 of 2 bits), by a plain loop."""
+def test_bits_of_sketches_minimize_the_loss(falls: float, size: int) -> None:
+    """Compare with all allocations of bits in steps of 8 channels (16 with 2 bits), by a plain loop."""
     wrong = torch.logspace(0, -falls, 40, dtype=torch.float64)
     best = None
     for four in range(0, 41, 8):

@@ -1,4 +1,4 @@
-"""Shares in the three ways in which users write them."""
+"""Shares in the three notations that users write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How blocks of a residual window and of first tokens are lent, freed and found, in vLLM's own pool."""
+"""Allocating, freeing and finding blocks of a residual window and of first tokens, in vLLM's own pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm.v1.core.block_pool import BlockPool
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.block_groups import FirstManager, FirstSpec, WindowManager, WindowSpec
 
-WINDOW = ResidualWindow(4, 8, 4)  # from 16 tokens on, 4 are quantized
+WINDOW = ResidualWindow(4, 8, 4)  # 4 tokens are quantized from 16 tokens on
 SIZE, FIRST = 4, 8
 PACKED: dict[str, Any] = dict(num_kv_heads=1, head_size=8, dtype=torch.uint8, num_head_slots=1, dcp_sharded=False)
 SPEC = WindowSpec(block_size=SIZE, sliding_window=WINDOW.capacity, window=WINDOW, state_content_bytes=8, **PACKED)
@@ -36,13 +36,13 @@ def request(name: str, tokens: int) -> Any:
 
 
 def lend(manager: Any, name: str, tokens: int, computed: int = 0) -> list[bool]:
-    """Give a request `tokens` tokens; which of its new blocks are the null block."""
+    """Allocate `tokens` tokens for a request; return which of its new blocks are the null block."""
     manager.remove_skipped_blocks(name, computed)
     needed = manager.get_num_blocks_to_allocate(name, tokens, [], computed, computed, tokens)
     free = manager.block_pool.get_num_free_blocks()
     new = manager.allocate_new_blocks(name, tokens, tokens)
     manager.cache_blocks(request(name, tokens), tokens, replay_boundaries=())
-    assert free - manager.block_pool.get_num_free_blocks() >= needed  # never less than was asked for
+    assert free - manager.block_pool.get_num_free_blocks() >= needed  # never less than requested
     return [block.is_null for block in new]
 
 
@@ -53,17 +53,17 @@ def found(manager: Any, kind: Any, spec: Any, tokens: int) -> tuple[list[bool], 
     return [block.is_null for block in blocks[0]], length
 
 
-def test_with_plenty_of_room_a_prompt_keeps_all_blocks_until_it_was_computed() -> None:
+def test_with_enough_room_a_prompt_holds_all_blocks_until_it_is_computed() -> None:
     manager = manager_of(WindowManager, SPEC, pool_of(100))
     assert lend(manager, "a", 40) == [False] * 10
     assert found(manager, WindowManager, SPEC, 40) == ([True] * 8 + [False] * 2, 40)
     assert found(manager, WindowManager, SPEC, 24) == ([True] * 4 + [False] * 2, 24)
     lend(manager, "a", 41, computed=40)
     assert [b.is_null for b in manager.req_to_blocks["a"]] == [True] * 8 + [False] * 3
-    assert found(manager, WindowManager, SPEC, 24)[1] == 24  # freed blocks are found as long as nobody takes them
+    assert found(manager, WindowManager, SPEC, 24)[1] == 24  # freed blocks are found until they are reused
 
 
-def test_in_a_small_pool_a_prompt_gets_only_the_blocks_that_are_read_later() -> None:
+def test_in_a_small_pool_a_prompt_gets_only_the_blocks_needed_later() -> None:
     manager = manager_of(WindowManager, SPEC, pool_of(10))
     assert lend(manager, "a", 40) == [True] * 8 + [False] * 2
     assert found(manager, WindowManager, SPEC, 40)[1] == 40
@@ -72,10 +72,10 @@ def test_in_a_small_pool_a_prompt_gets_only_the_blocks_that_are_read_later() -> 
     lend(manager, "a", 84, computed=80)
     assert [b.is_null for b in manager.req_to_blocks["a"]] == [True] * 18 + [False] * 3
     manager.free("a")
-    assert manager.block_pool.get_num_free_blocks() == 9  # the null block is not lent
+    assert manager.block_pool.get_num_free_blocks() == 9  # all but the null block
 
 
-def test_a_request_holds_what_was_reserved_for_it() -> None:
+def test_a_request_stays_within_its_reservation() -> None:
     manager = manager_of(WindowManager, SPEC, pool_of(60))
     lend(manager, "a", 20)
     for tokens in range(21, 200):

@@ -1,4 +1,4 @@
-"""Tokens of a block of each cache, so that blocks are full."""
+"""Tokens per block of each cache, chosen so that blocks are full."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fhopt.serving.block_sizes import (
     window_blocks,
 )
 
-# SmolLM2-135M with a plan of 4x: 30 layers of 3 heads of 64, in bfloat16 23,040 bytes a token.
+# SmolLM2-135M with a 4x plan: 30 layers, 3 heads of size 64; in bfloat16 23,040 bytes per token.
 NEEDS = CacheNeeds(30, 5490, 396, 13824, ResidualWindow(16, 256, 64, 8), 272, 8192)
 EXACT = 23040 * 8192
 
 
 def least(needs: CacheNeeds) -> int:
-    """Bytes of a request where nothing is lost between blocks."""
+    """Return the bytes of a request without padding between blocks."""
     window = needs.window.capacity * needs.window_bytes * needs.layers
     return needs.tokens * needs.latent_bytes + window + needs.first_bytes * needs.layers
 
 
 @pytest.mark.parametrize(("latent_bytes", "ratio"), [(5490, 3.8), (2480, 7.5)])
-def test_a_request_of_8192_tokens_is_as_much_smaller_as_was_promised(latent_bytes: int, ratio: float) -> None:
+def test_a_request_of_8192_tokens_has_the_promised_ratio(latent_bytes: int, ratio: float) -> None:
     needs = replace(NEEDS, latent_bytes=latent_bytes)
     assert EXACT / request_bytes(needs, choose(needs)) > ratio
 
 
 @pytest.mark.parametrize("latent_bytes", [700, 2480, 5490, 12000])
 @pytest.mark.parametrize("window", [ResidualWindow(16, 256, 64), ResidualWindow(4, 32, 16), ResidualWindow(0, 100, 7)])
-def test_little_is_lost_between_blocks(latent_bytes: int, window: ResidualWindow) -> None:
+def test_padding_between_blocks_is_small(latent_bytes: int, window: ResidualWindow) -> None:
     needs = replace(NEEDS, latent_bytes=latent_bytes, window=window)
     sizes = choose(needs)
     assert request_bytes(needs, sizes) < 1.15 * least(needs)
@@ -45,7 +45,7 @@ def test_little_is_lost_between_blocks(latent_bytes: int, window: ResidualWindow
     assert sizes.alignment == sizes.first
 
 
-def test_a_given_block_size_is_kept() -> None:
+def test_a_given_block_size_is_used() -> None:
     assert choose(NEEDS, 64).latents == 64
 
 
@@ -55,7 +55,7 @@ def test_few_groups_of_layers_are_made() -> None:
     assert sum(-(-NEEDS.layers // (block // page)) for page in pages) <= MOST_GROUPS
 
 
-def test_blocks_of_a_window_are_counted_wherever_it_stands() -> None:
+def test_blocks_of_a_window_are_counted_for_any_start() -> None:
     window = ResidualWindow(16, 256, 64)
     assert window_blocks(window, 16) == 20  # blocks begin where the window does
     assert window_blocks(window, 12) == 28
@@ -78,6 +78,6 @@ def test_block_sizes_have_one_alignment() -> None:
         ([8, 8, 12, 12], [12, 8, 12, 12]),
     ],
 )
-def test_sizes_that_occur_equally_often_are_made_unequal(sizes: list[int], expected: list[int]) -> None:
+def test_equally_frequent_sizes_are_made_unequal(sizes: list[int], expected: list[int]) -> None:
     named = {f"layer {i}": size for i, size in enumerate(sizes)}
     assert list(uneven(named).values()) == expected

@@ -1,4 +1,4 @@
-"""Decode steps in one call of machine code, against those of torch operations on the same blocks."""
+"""Native decode steps in one call, against torch operations on the same blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fhopt.serving.block_sizes import BlockSizes
 
 SIZES = BlockSizes(12, 4, 24)
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # torch rounds between operations
-FLIPS = 0.001  # of bytes: latents on the border of two values, whose sums are in another order
+FLIPS = 0.001  # share of bytes: latents near a rounding boundary, summed in another order
 
 RINGS = (Tier(4, 8, -0.031), Tier(4, 8, -0.031))
 pytestmark = needs_compiler
@@ -35,7 +35,7 @@ def two_threads() -> Iterator[None]:
 
 
 def plan_of(layout: str = "head", tiers: Any = CODED, **options: Any) -> LatentPlan:
-    """A plan by hand in float32, as plans of models are. layout "joint": one latent for the heads of a side."""
+    """A handmade float32 plan, as plans of models are. layout "joint": one latent for all heads of a side."""
     plan = random_plan("head" if layout == "joint" else layout, tiers, **options)
 
     def single(side: SidePlan) -> SidePlan:
@@ -64,7 +64,7 @@ PLANS: dict[str, LatentPlan] = {
 
 
 def engines(plan: LatentPlan, dtype: torch.dtype, **options: Any) -> tuple[Engine, Engine]:
-    """Two engines with the same blocks, one of them compiled."""
+    """Make two engines with the same blocks, one of them compiled."""
     codegen.install()
     made = []
     for _ in range(2):
@@ -93,12 +93,12 @@ CASES = [(name, torch.float32) for name in PLANS] + [
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_it_gives_what_torch_operations_give(name: str, dtype: torch.dtype) -> None:
+def test_it_agrees_with_torch_operations(name: str, dtype: torch.dtype) -> None:
     plan = PLANS[name]
     torch.manual_seed(0)
     tokens = [tuple(x.to(dtype) for x in random_tokens(plan, 180)) for _ in range(3)]
     reference, compiled = engines(plan, dtype)
-    lengths = [150, 1, 70]  # of the second nothing is quantized at first
+    lengths = [150, 1, 70]  # the second has no quantized tokens at first
     spans = [(0, length) for length in lengths]
     for step in range(20):
         expected = reference.step(tokens, spans)  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def test_it_gives_what_torch_operations_give(name: str, dtype: torch.dtype) -> N
         same_blocks(compiled, reference)
 
 
-def test_sequences_with_one_new_token_stand_beside_others() -> None:
+def test_sequences_with_one_new_token_are_mixed_with_others() -> None:
     plan = PLANS["means, window of 8 bits"]
     tokens = [random_tokens(plan, 90) for _ in range(3)]
     reference, compiled = engines(plan, torch.float32)
@@ -119,7 +119,7 @@ def test_sequences_with_one_new_token_stand_beside_others() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("layout", ["head", "joint"])
-def test_long_sequences_are_read_in_ranges(layout: str) -> None:
+def test_long_sequences_are_processed_in_ranges(layout: str) -> None:
     plan = plan_of(layout, window_bits=8, mean_tokens=12)
     tokens = [random_tokens(plan, 6005), random_tokens(plan, 205)]
     reference, compiled = engines(plan, torch.float32, most=6016, count=2)
@@ -144,7 +144,7 @@ def test_tokens_without_a_block_are_not_written() -> None:
     assert torch.equal(compiled.caches[1], before)
 
 
-def test_other_numbers_are_left_to_torch() -> None:
+def test_other_dtypes_are_left_to_torch() -> None:
     _, compiled = engines(PLANS["a latent for each head"], torch.float32)
     step = compiled.layer.compiled
     caches = compiled.caches_of([0, 1], [40])
@@ -154,7 +154,7 @@ def test_other_numbers_are_left_to_torch() -> None:
     assert not step.serves(compiled.caches_of([0, 2], [40]), query)  # no sequence has one new token
 
 
-def test_a_step_in_which_means_come_is_written_by_torch() -> None:
+def test_the_step_that_computes_means_is_written_by_torch() -> None:
     _, compiled = engines(PLANS["means, window of 8 bits"], torch.float32)
     step = compiled.layer.compiled
     assert step is not None

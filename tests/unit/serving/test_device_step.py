@@ -1,4 +1,4 @@
-"""Decode steps by Triton kernels on an engine's blocks: what they take on, under Triton's interpreter."""
+"""Triton decode steps on an engine's blocks: which ones they run, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layer_of(plan: LatentPlan, dtype: torch.dtype = torch.float32) -> LayerCache
         ("cuda", torch.float32, False, "pip install 'triton"),
     ],
 )
-def test_a_layer_without_kernels_says_why_and_runs_on_torch_operations(
+def test_a_layer_without_kernels_gives_a_reason_and_runs_on_torch_operations(
     device: str, dtype: torch.dtype, has_triton: bool, reason: str,
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writing and attention of one layer on an engine's blocks, against fhopt's own cache and against plain attention."""
+"""Writes and attention of one layer on an engine's blocks, against fhopt's own cache and plain attention."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from fhopt.serving.block_sizes import BlockSizes
 
 SIZES = BlockSizes(12, 4, 24)
 COUNT = 90
-ROUNDING = 2e-5  # sums in another order, in float32
+ROUNDING = 2e-5  # float32 sums in another order
 
 
 def plan_of(layout: str = "head", tiers: Any = CODED, **options: Any) -> LatentPlan:
-    """A plan by hand in float32, as plans of models are."""
+    """A handmade float32 plan, as plans of models are."""
     plan = random_plan(layout, tiers, **options)
 
     def single(side: SidePlan) -> SidePlan:
@@ -43,7 +43,7 @@ def plan_of(layout: str = "head", tiers: Any = CODED, **options: Any) -> LatentP
 
 
 def own_cache(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """What fhopt's own cache gives, one token at a time."""
+    """Attend via fhopt's own cache, one token at a time."""
     layer, site, out = LatentLayer(plan, plan.sites[0]), plan.sites[0].site, []
     for query, key, value in zip(*tokens, strict=True):
         keys: Any
@@ -58,7 +58,7 @@ def own_cache(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor
 
 
 def by_hand(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The rule of reading, in plain attention on whole keys and values."""
+    """Attend by the rule of the engine, in plain attention on whole keys and values."""
     query, key, value = tokens
     site, window, start = plan.sites[0], plan.window, means_from(plan)
     as_read = []
@@ -113,7 +113,7 @@ SEGMENTS = in_segments(plan_of(window_bits=16))
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_every_query_reads_by_the_rule(name: str) -> None:
+def test_every_query_attends_by_the_rule(name: str) -> None:
     plan = PLANS[name]
     tokens = random_tokens(plan, COUNT)
     expected = by_hand(plan, tokens)
@@ -123,12 +123,12 @@ def test_every_query_reads_by_the_rule(name: str) -> None:
 
 
 @pytest.mark.parametrize("plan", [plan_of(window_bits=16), plan_of("input", window_bits=16), SEGMENTS])
-def test_it_is_what_the_own_cache_gives_token_by_token(plan: LatentPlan) -> None:
+def test_it_agrees_with_the_own_cache_token_by_token(plan: LatentPlan) -> None:
     tokens = random_tokens(plan, COUNT)
     close(in_pieces(plan, tokens, *range(1, COUNT)), own_cache(plan, tokens))
 
 
-def test_sequences_of_one_batch_do_not_touch_each_other() -> None:
+def test_sequences_of_one_batch_are_independent() -> None:
     plan = PLANS["means, window of 8 bits"]
     several = [random_tokens(plan, COUNT) for _ in range(3)]
     alone = [by_hand(plan, one) for one in several]
@@ -139,11 +139,11 @@ def test_sequences_of_one_batch_do_not_touch_each_other() -> None:
             close(result, expected[start:stop])
 
 
-def test_bytes_of_a_former_owner_are_no_means() -> None:
+def test_bytes_of_a_previous_owner_are_not_used_as_means() -> None:
     plan = plan_of(sinks=0, mean_tokens=12)
     engine, several = Engine(plan, SIZES), [random_tokens(plan, 60) for _ in range(2)]
     for cache in engine.caches:
-        cache.fill_(255)  # not a number, as float32
+        cache.fill_(255)  # NaN as float32
     engine.step(several, [(0, 50), (0, 3)])
     for result, one, at in zip(engine.step(several, [(50, 51), (3, 4)]), several, (50, 3), strict=True):
         close(result, by_hand(plan, one)[at : at + 1])
@@ -152,7 +152,7 @@ def test_bytes_of_a_former_owner_are_no_means() -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("ends", [(), (20,), (3, 40, 57)])
-def test_a_prompt_is_read_in_two_calls_of_a_kernel(
+def test_a_prompt_is_prefilled_in_two_kernel_calls(
     name: str, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -174,10 +174,10 @@ def test_a_prompt_is_read_in_two_calls_of_a_kernel(
     assert [n for n in calls if n] == [n for n in pieces if n >= CPU_QUERIES for _ in ("window", "latents")]
 
 
-def test_encoders_of_a_model_of_16_bits_are_of_float16_where_it_holds_them() -> None:
+def test_encoders_of_a_16_bit_model_are_float16_if_in_range() -> None:
     plan = plan_of()
     site = plan.sites[0]
-    large = replace(site, key=replace(site.key, encode=site.key.encode * 1e6))  # float16 ends at 65,504
+    large = replace(site, key=replace(site.key, encode=site.key.encode * 1e6))  # the maximum of float16 is 65,504
     for one, dtype, expected in (
         (site, torch.bfloat16, torch.float16),
         (site, torch.float32, torch.float32),

@@ -1,4 +1,4 @@
-"""What is refused before an engine reserves memory: each with one sentence."""
+"""Refusals before an engine reserves memory, each in one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN = random_plan("head", CODED)
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    """vLLM's configuration, as far as it is looked at."""
+    """The checked part of vLLM's configuration."""
     known: dict[str, Any] = dict(
         cache_dtype="auto", pipeline_parallel_size=1, decode_context_parallel_size=1, tensor_parallel_size=1,
         disable_hybrid_kv_cache_manager=False, method=None, kv_transfer_config=None, max_model_len=4096,
@@ -63,13 +63,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_options_that_a_plan_has_no_part_in_are_refused(message: str) -> None:
+def test_options_that_a_plan_does_not_support_are_refused(message: str) -> None:
     with pytest.raises(FhoptError, match=message) as raised:
         refusals.check_engine(PLAN, config(**REFUSED[message]))
     assert "\n" not in str(raised.value)
 
 
-def test_sequences_are_as_long_as_queries_can_be_turned() -> None:
+def test_the_maximum_sequence_length_is_that_of_rotated_queries() -> None:
     long = config(max_model_len=2_000_000)
     refusals.check_engine(PLAN, long)
     with pytest.raises(FhoptError, match=r"--max-model-len 2000000.*fhopt fit MODEL --segment 0"):

@@ -24,7 +24,7 @@ def site_of(plan: LatentPlan) -> SitePlan:
 @pytest.mark.parametrize("layout", ["head", "input"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_latents_are_read_as_they_were_packed(layout: str, case: str, dtype: torch.dtype) -> None:
+def test_latents_are_restored_as_packed(layout: str, case: str, dtype: torch.dtype) -> None:
     site = site_of(random_plan(layout, CASES[case]))
     codec = LatentRows(site, dtype)
     rows = torch.zeros(7, codec.size, dtype=torch.uint8)
@@ -41,7 +41,7 @@ def test_latents_are_read_as_they_were_packed(layout: str, case: str, dtype: tor
             assert scale is None and torch.equal(latents, expected.to(dtype))
 
 
-def test_a_row_has_the_bytes_that_the_plan_says() -> None:
+def test_a_row_has_the_bytes_of_the_plan() -> None:
     site = site_of(random_plan("head", CODED))
     assert LatentRows(site, torch.bfloat16).size == site.token_bytes()
     assert WindowRows(site, 8, torch.bfloat16).size == site.window_bytes(8)
@@ -49,14 +49,14 @@ def test_a_row_has_the_bytes_that_the_plan_says() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_window_is_read_as_it_was_written(bits: int) -> None:
+def test_a_window_is_restored_as_written(bits: int) -> None:
     codec = WindowRows(site_of(random_plan("head", CODED)), bits, torch.float32)
     found = codec.read(codec.rows(KEYS, VALUES), torch.float32)
     for x, read in zip((KEYS, VALUES), found, strict=True):
         assert torch.equal(read, packing.unround_rows(*packing.round_rows(x), torch.float32) if bits == 8 else x)
 
 
-def test_sinks_come_in_pieces_and_means_afterwards() -> None:
+def test_sinks_are_written_in_parts_and_means_afterwards() -> None:
     codec = FirstRows(site_of(random_plan("head", CODED)), 5, True, torch.bfloat16)
     page = torch.zeros(1, codec.size, dtype=torch.uint8)
     codec.write_sinks(page, 0, KEYS[:2], VALUES[:2])
@@ -69,7 +69,7 @@ def test_sinks_come_in_pieces_and_means_afterwards() -> None:
         assert torch.equal(mean[0], x[6])
 
 
-def test_a_plan_without_sinks_and_means_has_a_page_all_the_same() -> None:
+def test_a_plan_without_sinks_and_means_still_has_a_page() -> None:
     codec = FirstRows(site_of(random_plan("head", CODED)), 0, False, torch.float32)
     key, value = codec.read_sinks(torch.zeros(1, codec.size, dtype=torch.uint8))
     assert codec.size > 0 and key.shape == (1, 2, 0, 16) and value.shape == (1, 2, 0, 8)

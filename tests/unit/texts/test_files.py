@@ -29,7 +29,7 @@ def test_a_file_of_any_name_is_one_document(tmp_path: Path) -> None:
     assert tokens.read_text(written(tmp_path / "poem", "two\n\n\nparts\n")) == "two\n\n\nparts"
 
 
-def test_a_mark_of_byte_order_is_dropped_and_wrong_bytes_are_replaced(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_dropped_and_invalid_bytes_are_replaced(tmp_path: Path) -> None:
     assert tokens.read_text(written(tmp_path / "a.txt", b"\xef\xbb\xbfcaf\xe9 noir")) == "caf\ufffd noir"
     record = b'\xef\xbb\xbf{"text": "caf\xe9"}\n'
     assert tokens.read_text(written(tmp_path / "a.jsonl", record)) == "caf\ufffd"
@@ -48,7 +48,7 @@ def test_a_folder_is_read_in_the_order_of_names_with_one_blank_line_between(tmp_
     assert tokens.read_text(str(tmp_path)).split("\n\n") == ["first", "second", "third", "fourth", "fifth", "sixth"]
 
 
-def test_a_folder_with_the_name_of_a_built_in_text_has_to_be_given_as_a_path(
+def test_a_folder_named_like_a_built_in_text_must_be_given_as_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path / "topics" / "a.txt", "mine")
@@ -66,9 +66,7 @@ def test_binary_files_are_refused(name: str, content: bytes, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name", ["nowhere", "owner/corpus", "~no-such-user/a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"]
 )
-def test_an_unknown_name_gets_the_list_of_what_is_possible(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_name_gets_the_list_of_options(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     expected = (
         rf"cannot read {name}: No such file.*text file.*one of topics, source, license, docstrings, mixture, scripture"
@@ -94,13 +92,13 @@ def test_a_line_is_a_string_or_an_object_or_a_chat(suffix: str, tmp_path: Path) 
     assert tokens.read_text(written(tmp_path / f"x{suffix}", packed)) == f"a\n\nb\n\nc\n\n{CHAT_TEXT}"
 
 
-def test_null_is_as_good_as_absent(tmp_path: Path) -> None:
+def test_null_counts_as_absent(tmp_path: Path) -> None:
     chat = [*CHAT, {"role": "assistant", "content": None, "tool_calls": []}]
     content = lines({"text": None, "messages": chat}, {"text": None}, {"messages": []}, "end")
     assert tokens.read_text(written(tmp_path / "x.jsonl", content)) == f"{CHAT_TEXT}\n\nassistant\n\nend"
 
 
-def test_half_a_character_is_replaced(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     assert tokens.read_text(written(tmp_path / "x.jsonl", '{"text": "a\\ud800b"}\n')) == "a?b"
 
 
@@ -122,7 +120,7 @@ BAD_LINES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_named_with_what_it_is_and_what_was_expected(case: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_named_with_its_content_and_the_expected_one(case: str, tmp_path: Path) -> None:
     line, message = BAD_LINES[case]
     path = written(tmp_path / "x.jsonl", f'"good"\n\n{line}\n')
     with pytest.raises(FhoptError, match=message) as caught:
@@ -131,9 +129,7 @@ def test_a_bad_line_is_named_with_what_it_is_and_what_was_expected(case: str, tm
     assert case != "a message without role" or "message 2 in line 3" in str(caught.value)
 
 
-def test_a_file_that_is_one_endless_line_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LONGEST_LINE", 100)
     path = written(tmp_path / "x.json", json.dumps(["word"] * 1000))
     with pytest.raises(FhoptError, match=r"line 1 of .* has 100 characters or more.*jq -c"):
@@ -141,7 +137,7 @@ def test_a_file_that_is_one_endless_line_is_not_read_to_its_end(
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "not packed"])
-def test_a_damaged_archive_is_an_error_of_the_user(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_archive_is_a_user_error(damage: str, tmp_path: Path) -> None:
     packed = gzip.compress(lines(*map(str, range(1000))).encode())
     damaged = {"cut": packed[:200], "changed": packed[:99] + b"\xff" * 99 + packed[198:], "not packed": b'"a"\n'}
     with pytest.raises(FhoptError, match=r"cannot read .*x\.jsonl\.gz"):
@@ -154,7 +150,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.lists(st.text().filter(str.strip), min_size=1), st.booleans(), st.integers(1, 60))
-def test_what_is_written_as_json_lines_is_what_is_read(folder: Path, texts: list[str], plain: bool, limit: int) -> None:
+def test_text_written_as_json_lines_is_read_unchanged(folder: Path, texts: list[str], plain: bool, limit: int) -> None:
     records = texts if plain else [{"text": t} for t in texts]
     path = written(folder / "x.jsonl", "\n".join(json.dumps(r, ensure_ascii=plain) for r in records))
     expected = "\n\n".join(t.strip("\n") for t in texts)
@@ -163,10 +159,10 @@ def test_what_is_written_as_json_lines_is_what_is_read(folder: Path, texts: list
     assert min(limit, len(expected)) - 2 <= len(tokens.read_text(path, limit)) <= limit
 
 
-# -------------------------------------------------------------------------------------------------- how much is read
+# -------------------------------------------------------------------------------------------------- limits
 
 
-def test_no_more_is_read_than_the_limit_takes(tmp_path: Path) -> None:
+def test_no_more_is_read_than_the_limit(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", lines("x" * 30, "y" * 30) + "neither read nor checked\n")
     assert tokens.read_text(path, limit=50) == "x" * 30 + "\n\n" + "y" * 18
     written(tmp_path / "b.txt", b"\0")
@@ -175,7 +171,7 @@ def test_no_more_is_read_than_the_limit_takes(tmp_path: Path) -> None:
     assert tokens.read_text("topics", limit=50) == tokens.read_text("topics")[:50]
 
 
-def test_the_limit_reaches_over_the_files_of_a_folder(tmp_path: Path) -> None:
+def test_the_limit_applies_across_the_files_of_a_folder(tmp_path: Path) -> None:
     for name in "abc":
         written(tmp_path / f"{name}.txt", name * 10)
     assert tokens.read_text(str(tmp_path), limit=17) == "a" * 10 + "\n\n" + "b" * 5
@@ -194,7 +190,7 @@ def datasets() -> Any:
 
 @pytest.fixture(params=["folder", "splits", "Parquet", "folder of Parquet"])
 def save(request: pytest.FixtureRequest, datasets: Any, tmp_path: Path) -> Save:
-    """Write columns in one of the forms of a table, and return its name."""
+    """Write columns in one of the table formats, and return the file name."""
 
     def written_as_table(columns: dict[str, list[Any]]) -> str:
         table, path = datasets.Dataset.from_dict(columns), tmp_path / "table"
@@ -217,11 +213,11 @@ def test_a_row_of_a_table_is_a_document(column: str, save: Save) -> None:
     assert tokens.read_text(name, limit=1) == "a"
 
 
-def test_a_chat_in_a_table_is_read_like_one_in_json(save: Save) -> None:
+def test_a_chat_in_a_table_is_parsed_like_one_in_json(save: Save) -> None:
     assert tokens.read_text(save({"messages": [CHAT, CHAT[:1]]})) == f"{CHAT_TEXT}\n\nuser\nWho?"
 
 
-def test_a_table_gives_no_more_than_the_limit_takes(save: Save) -> None:
+def test_a_table_gives_no_more_than_the_limit(save: Save) -> None:
     name = save({"text": [f"{i:05}" for i in range(3000)]})
     assert tokens.read_text(name, limit=12) == "00000\n\n00001"
     assert tokens.read_text(name).endswith("\n\n02999")
@@ -236,7 +232,7 @@ def test_a_table_gives_no_more_than_the_limit_takes(save: Save) -> None:
     ],
     ids=["no column", "numbers", "no role"],
 )
-def test_a_table_without_text_says_what_it_has(columns: dict[str, list[Any]], message: str, save: Save) -> None:
+def test_a_table_without_text_lists_its_columns(columns: dict[str, list[Any]], message: str, save: Save) -> None:
     with pytest.raises(FhoptError, match=message):
         tokens.read_text(save(columns))
 
@@ -257,7 +253,7 @@ def test_splits_without_train_are_listed(datasets: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "data-00000-of-00001.arrow", "x.parquet"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"PAR1 nothing PAR1"])
-def test_a_damaged_table_is_an_error_of_the_user(name: str, content: bytes, datasets: Any, tmp_path: Path) -> None:
+def test_a_damaged_table_is_a_user_error(name: str, content: bytes, datasets: Any, tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path))
     path = written(tmp_path / name, content)
     with pytest.raises(FhoptError, match=r"could not be read: .* Write it again") as caught:
@@ -265,7 +261,7 @@ def test_a_damaged_table_is_an_error_of_the_user(name: str, content: bytes, data
     assert "\n" not in str(caught.value)
 
 
-def test_a_dataset_of_which_a_file_is_missing_is_an_error_of_the_user(datasets: Any, tmp_path: Path) -> None:
+def test_a_dataset_with_a_missing_file_is_a_user_error(datasets: Any, tmp_path: Path) -> None:
     written(tmp_path / "dataset_info.json", "{}")
     with pytest.raises(FhoptError, match=r"could not be read: .* Write it again"):
         tokens.read_text(str(tmp_path))
@@ -281,7 +277,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
         tokens.read_text(path if name == "x.parquet" else str(tmp_path))
 
 
-def test_reading_files_needs_no_library_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_files_need_no_library_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     assert tokens.read_text(written(tmp_path / "x.jsonl", lines("a"))) == "a"

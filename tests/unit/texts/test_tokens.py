@@ -11,7 +11,7 @@ from text_files import lines, words, written
 from fhopt.errors import FhoptError
 from fhopt.texts import tokens
 
-# -------------------------------------------------------------------------------------------------- how much is read
+# -------------------------------------------------------------------------------------------------- halves
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_halves_are_cut_at_a_line_or_word_and_lose_nothing(text: str, calibratio
 # ------------------------------------------------------------------------------------------------ calibration tokens
 
 
-def test_calibration_takes_the_first_halves_of_the_texts_in_turn(tmp_path: Path) -> None:
+def test_calibration_alternates_between_the_first_halves_of_the_texts(tmp_path: Path) -> None:
     texts = [
         written(tmp_path / "a.txt", "1 2 3 4 5 6 7 8\n" + "9 " * 8),
         written(tmp_path / "b.jsonl", lines("11 12 13 14", "99 99 99 99")),
@@ -46,13 +46,13 @@ def test_only_the_start_of_a_long_text_is_tokenized_unless_its_words_are_long() 
     assert lengths == [128, 128, 800]
 
 
-def test_a_text_too_short_for_its_share_says_how_many_tokens_it_has_and_the_cure(tmp_path: Path) -> None:
+def test_a_text_too_short_for_its_share_reports_its_tokens_and_a_fix(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "1 2 3\n4 5")
     message = r"first half of '.*a\.txt' has 3 tokens; expected at least 8 \(2 sequences of 4\).*longer text.*fewer"
     with pytest.raises(FhoptError, match=message):
         tokens.calibration_ids(words, [path, path], count=4, length=4)
 
 
-def test_no_text_at_all_is_refused() -> None:
+def test_an_empty_list_of_texts_is_refused() -> None:
     with pytest.raises(FhoptError, match="no text to read; expected at least one"):
         tokens.calibration_ids(words, [], count=4, length=4)

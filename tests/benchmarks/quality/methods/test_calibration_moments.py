@@ -1,4 +1,4 @@
-"""Moments that calibrated codecs are made from."""
+"""Moments from which calibrated codecs are made."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def llama() -> Any:
     return tiny_llama("eager")
 
 
-def test_token_rows_are_undone() -> None:
+def test_token_rows_are_inverted() -> None:
     x = torch.randn(3, 2, 4, 5, 8)
     assert token_rows(x).shape == (2, 5, 96) and torch.equal(from_token_rows(token_rows(x), 3, 4), x)
 
 
-def test_moments_of_tokens_are_those_of_all_heads_side_by_side(llama: Any) -> None:
+def test_moments_of_tokens_are_those_of_all_concatenated_heads(llama: Any) -> None:
     ids = token_ids(3, 40)
     keys, values = token_moments(llama, ids, SINKS)
     heads = head_moments(llama, ids, SINKS)
@@ -38,14 +38,14 @@ def test_moments_of_tokens_are_those_of_all_heads_side_by_side(llama: Any) -> No
     whole = values.covariance + values.mean.outer(values.mean)
     torch.testing.assert_close(whole[16:32, 16:32] * 108, heads[0][1][1], rtol=1e-4, atol=1e-4)  # float32 sums
     torch.testing.assert_close(values.sample.double().mean(0), values.mean, rtol=1e-4, atol=1e-5)
-    # rotation keeps the length of a head's key
+    # rotation preserves the norm of a head's key
     lengths = torch.stack([key.diagonal(dim1=1, dim2=2).sum(1) for key, _ in heads]).flatten()
     whole = keys.covariance + keys.mean.outer(keys.mean)
     torch.testing.assert_close(whole.diagonal().view(4, 16).sum(1) * 108, lengths, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_moments_of_attention_are_those_of_a_slow_reference(llama: Any) -> None:
+def test_moments_of_attention_agree_with_a_slow_reference(llama: Any) -> None:
     ids = token_ids(1, 24)
     found = attention_moments(llama, ids, SINKS)[1]
     cache = DynamicCache()
@@ -63,15 +63,15 @@ def test_moments_of_attention_are_those_of_a_slow_reference(llama: Any) -> None:
 
 
 @torch.no_grad()
-def test_weights_of_keys_predict_what_an_error_does_to_the_output() -> None:
-    """The expected squared change of a layer's output when one channel of all keys has a little noise."""
+def test_weights_of_keys_predict_the_output_error() -> None:
+    """Compare with the mean squared change of a layer's output when one channel of all keys has a little noise."""
     model, ids, channel, size = tiny_gpt2(), token_ids(1, 40), 5, 1e-3
     weight = float(attention_moments(model, ids, 0)[0].key_weights[:, channel].sum())
     module = model.transformer.h[0].attn
     outputs: list[torch.Tensor] = []
     module.register_forward_hook(lambda m, i, output: outputs.append(output[0].double()))
     model(ids)
-    bias = 64 + torch.arange(4) * 16 + channel  # this channel of the keys of all heads
+    bias = 64 + torch.arange(4) * 16 + channel  # this channel in the keys of all heads
     changes = []
     for _ in range(60):
         noise = torch.randn(1, 40, 4) * size
@@ -80,5 +80,5 @@ def test_weights_of_keys_predict_what_an_error_does_to_the_output() -> None:
         hook.remove()
         changes.append(float((outputs[-1] - outputs[0]).square().sum()))
     expected = weight * size**2
-    # 60 draws of 160 numbers; heads add up in the output, which the weights take to be independent
+    # 60 draws of 160 elements; heads are summed in the output, and the weights assume them independent
     assert sum(changes) / 60 == pytest.approx(expected, rel=0.2)

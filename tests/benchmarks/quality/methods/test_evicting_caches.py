@@ -1,4 +1,4 @@
-"""SnapKV and Expected Attention: which tokens stay, and their bytes."""
+"""SnapKV and Expected Attention: which tokens are retained, and their bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def eviction(scorer: Any, share: float, schedule: Schedule = SCHEDULE) -> Evicti
 
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_keeping_all_changes_nothing(scorer: Any, make: Any) -> None:
+def test_retaining_all_tokens_changes_nothing(scorer: Any, make: Any) -> None:
     model, ids = make(), token_ids(1, 170)
     found, cache = read(model, eviction(scorer, 1.0), ids)
     torch.testing.assert_close(found, exact_logits(model, ids), rtol=1e-4, atol=1e-4)  # float32 sums
@@ -38,7 +38,7 @@ def test_keeping_all_changes_nothing(scorer: Any, make: Any) -> None:
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_fewer_tokens_cost_more(llama: Any, scorer: Any) -> None:
+def test_fewer_tokens_increase_the_loss(llama: Any, scorer: Any) -> None:
     ids = token_ids(1, 298)
     expected = exact_logits(llama, ids)
     errors = [relative_error(read(llama, eviction(scorer, share), ids)[0], expected) for share in (0.1, 0.5, 0.9)]
@@ -46,17 +46,17 @@ def test_fewer_tokens_cost_more(llama: Any, scorer: Any) -> None:
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_what_is_held_are_exact_tokens_in_their_order_and_the_bytes_are_theirs(llama: Any, scorer: Any) -> None:
+def test_retained_tokens_are_exact_and_in_order_and_the_bytes_are_theirs(llama: Any, scorer: Any) -> None:
     ids = token_ids(1, 298)
     baseline = eviction(scorer, 0.3)
     _, cache = read(llama, baseline, ids)
     _, whole = read(llama, eviction(scorer, 1.0), ids)
-    layer, exact = cache.layers[0], whole.layers[0]  # the first layer reads no cache
+    layer, exact = cache.layers[0], whole.layers[0]  # the first layer's inputs do not depend on a cache
     passed = SCHEDULE.quantized(298)
     held = layer.keys.shape[2]
     assert passed == 256 and held == round(0.3 * 256) + 298 - 256
     shape = Shape.of(llama)
-    # two numbers of 16 bits, where the test's have 32
+    # two 16-bit elements, which have 32 bits in this test
     assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2 == baseline.cache_bytes(shape, 298)
     for head in range(2):
         distance = (layer.keys[0, head][:, None] - exact.keys[0, head]).abs().amax(2)
@@ -65,8 +65,8 @@ def test_what_is_held_are_exact_tokens_in_their_order_and_the_bytes_are_theirs(l
         assert at[:4].tolist() == [0, 1, 2, 3] and at[-38:].tolist() == list(range(260, 298))
 
 
-def test_a_call_of_one_token_sees_what_is_held(llama: Any) -> None:
-    """Decoding token by token against attention on the tokens that are held."""
+def test_a_call_of_one_token_attends_to_the_retained_tokens(llama: Any) -> None:
+    """Compare token-by-token decoding with attention on the retained tokens."""
     ids = token_ids(1, 210)
     baseline = eviction(SnapKV, 0.2)
     _, cache = read(llama, baseline, ids)
@@ -100,19 +100,19 @@ def expected_attention(queries: Tensor, rotary: Rotary, sinks: int = 0) -> Expec
 
 
 def test_expected_attention_is_the_mean_over_normal_queries() -> None:
-    """exp(k m s + k C k s^2 / 2) is the mean of exp(k q s) over normal q: against the mean over drawn ones."""
+    """exp(k m s + k C k s^2 / 2) is the mean of exp(k q s) over normal q: compare with the mean over samples."""
     queries = torch.randn(1, 2, 4000, 8) * 0.5 + torch.randn(1, 2, 1, 8)
     keys, values = torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 8)
     found = expected_attention(queries, Rotary(None)).scores(keys, values, 0.35)
     drawn = (queries @ keys.mT * 0.35).exp().mean(2)  # [B, H, T]
     expected = (drawn / drawn.sum(-1, keepdim=True)).mean(1, keepdim=True) * values.norm(dim=-1)
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)  # 4,000 draws
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)  # 4,000 samples
 
 
-def test_expected_attention_turns_queries_to_the_next_positions(llama: Any) -> None:
+def test_expected_attention_rotates_queries_to_the_next_positions(llama: Any) -> None:
     rotary = Rotary.of(llama)
     base = torch.randn(1, 4, 1, 16).expand(1, 4, 200, 16)
-    queries = rotary.redo(base, torch.arange(200))  # all the same before rotation
+    queries = rotary.redo(base, torch.arange(200))  # equal before rotation
     keys, values = torch.randn(1, 2, 30, 16), torch.ones(1, 2, 30, 16)
     found = expected_attention(queries, rotary).scores(keys, values, 0.25)
     mean = rotary.redo(base[:, :, :1].expand(1, 4, 512, 16), torch.arange(200, 712)).mean(2)
@@ -120,7 +120,7 @@ def test_expected_attention_turns_queries_to_the_next_positions(llama: Any) -> N
     torch.testing.assert_close(found, weights * 4, rtol=1e-3, atol=1e-5)  # the norm of 16 ones
 
 
-def test_queries_of_sinks_are_left_out_of_expected_attention() -> None:
+def test_queries_of_sinks_are_excluded_from_expected_attention() -> None:
     queries = torch.randn(1, 2, 150, 8)
     other = queries.clone()
     other[:, :, :4] = 1e3
@@ -130,7 +130,7 @@ def test_queries_of_sinks_are_left_out_of_expected_attention() -> None:
 
 
 @pytest.mark.parametrize("ratio", [3.2, 8, 12])
-def test_the_share_makes_the_bytes_of_a_plan(ratio: float) -> None:
+def test_the_share_gives_the_bytes_of_a_plan(ratio: float) -> None:
     target = int(AT * SMOLLM2.exact_token_bytes / ratio)
     share = share_for(target, SMOLLM2, Schedule(), AT)
     assert share is not None
@@ -138,5 +138,5 @@ def test_the_share_makes_the_bytes_of_a_plan(ratio: float) -> None:
     assert target <= held < target + SMOLLM2.exact_token_bytes
 
 
-def test_a_plan_that_is_smaller_than_the_window_has_no_share() -> None:
+def test_a_plan_smaller_than_the_window_has_no_share() -> None:
     assert share_for(AT * SMOLLM2.exact_token_bytes // 100, SMOLLM2, Schedule(recent=256), AT) is None

@@ -1,4 +1,4 @@
-"""FP8 and NVFP4: their numbers and their bytes."""
+"""FP8 and NVFP4: values and bytes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def test_e4m3_has_three_bits_of_mantissa_and_no_infinity() -> None:
 
 @pytest.mark.parametrize("codec", [Fp8(32), Nvfp4(32)], ids=lambda codec: codec.name)
 @pytest.mark.parametrize("structured", [True, False])
-def test_errors_are_those_of_the_format(codec: Codec, structured: bool) -> None:
+def test_errors_agree_with_the_format(codec: Codec, structured: bool) -> None:
     x = keys_with_outliers() if structured else torch.randn(1, 2, 64, 64)
     found = codec.key(x, 0)
     assert torch.equal(found, codec.value(x, 0)) and found.shape == x.shape
-    # numbers of relative steps 2^-3 to 2^-4: an error of 1/8 a step; e2m1 of 1/4 to 1/2
+    # relative steps are 2^-3 to 2^-4, an error of 1/8 of a step; in e2m1 1/4 to 1/2
     assert relative_error(found, x) < (2e-3 if isinstance(codec, Fp8) else 2e-2)
 
 
 @pytest.mark.parametrize("codec", [Fp8(32), Nvfp4(32)], ids=lambda codec: codec.name)
-def test_rounding_again_changes_nothing(codec: Codec) -> None:
+def test_rounding_is_idempotent(codec: Codec) -> None:
     once = codec.key(torch.randn(1, 2, 64, 64), 0)
     torch.testing.assert_close(codec.key(once, 0), once, rtol=1e-5, atol=1e-6)  # float32 scales
     assert torch.equal(codec.key(torch.zeros(1, 2, 32, 64), 0), torch.zeros(1, 2, 32, 64))
 
 
-def test_blocks_of_tokens_do_not_share_a_scale() -> None:
+def test_blocks_of_tokens_have_separate_scales() -> None:
     x = torch.randn(1, 1, 64, 16)
     x[:, :, :32] *= 1e6
     assert relative_error(Fp8(32).key(x, 0)[:, :, 32:], x[:, :, 32:]) < 2e-3
@@ -46,6 +46,6 @@ def test_blocks_of_tokens_do_not_share_a_scale() -> None:
 def test_bytes_by_hand() -> None:
     x = torch.randn(1, 1, 64, 64)
     codes = x.to(torch.float8_e4m3fn)
-    assert Fp8(64).token_bytes(64) * 64 == 2 * (codes.nbytes + 4)  # a scale for the block
+    assert Fp8(64).token_bytes(64) * 64 == 2 * (codes.nbytes + 4)  # one scale per block
     assert Nvfp4(64).token_bytes(64) * 64 == 2 * (64 * 64 // 2 + codes[..., ::16].nbytes + 4)
     assert Nvfp4(64).token_bytes(64) * 8 / 128 == pytest.approx(4.5, abs=0.01)

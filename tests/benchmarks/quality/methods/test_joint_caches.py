@@ -15,7 +15,7 @@ from benchmarks.quality.methods.quantized_caches import Schedule, Shape
 
 
 class Recorded:
-    """A codec that changes nothing, or makes everything zero, and remembers what it was given."""
+    """A lossless codec, or one that returns zeros, which records its inputs."""
 
     family = name = "recorded"
 
@@ -40,17 +40,17 @@ def llama() -> Any:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_a_codec_that_changes_nothing_changes_nothing(make: Any) -> None:
+def test_a_lossless_codec_changes_nothing(make: Any) -> None:
     model, ids = make(), token_ids(1, 170)
     codec = Recorded()
     found, cache = read(model, JointBlocks(codec, SCHEDULE), ids)
-    torch.testing.assert_close(found, exact_logits(model, ids), rtol=1e-4, atol=1e-4)  # keys turned there and back
+    torch.testing.assert_close(found, exact_logits(model, ids), rtol=1e-4, atol=1e-4)  # keys rotated and back
     assert cache.quantized == SCHEDULE.quantized(170) == 128
     heads = Shape.of(model).kv_heads
     assert [x.shape for x in codec.seen] == [(2, 1, heads, 32, 16)] * 4
 
 
-def test_only_tokens_between_sinks_and_window_are_coded(llama: Any) -> None:
+def test_only_tokens_between_sinks_and_window_are_quantized(llama: Any) -> None:
     ids = token_ids(1, 170)
     _, cache = read(llama, JointBlocks(Recorded(0.0), SCHEDULE), ids)
     for layer in cache.layers:
@@ -58,7 +58,7 @@ def test_only_tokens_between_sinks_and_window_are_coded(llama: Any) -> None:
         assert bool(zero[4:132].all()) and not bool(zero[:4].any()) and not bool(zero[132:].any())
 
 
-def test_the_tokens_of_a_call_are_exact_to_each_other(llama: Any) -> None:
+def test_the_tokens_of_a_call_attend_to_each_other_exactly(llama: Any) -> None:
     ids = token_ids(1, 170)
     found, _ = read(llama, JointBlocks(Recorded(0.0), SCHEDULE), ids)
     first = SCHEDULE.first_step

@@ -1,4 +1,4 @@
-"""KVTC: its allocation, its coder and its bytes."""
+"""KVTC: allocation, coder and bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def moments(rows: Tensor) -> TokenMoments:
 
 
 def structured(rows: int = 512) -> Tensor:
-    """[N, 128] of falling variances in a random basis."""
+    """[N, 128] with falling variances in a random basis."""
     basis = torch.linalg.qr(torch.randn(128, 128))[0]
     return torch.randn(rows, 128) * torch.logspace(1, -2, 128) @ basis + 3
 
@@ -50,8 +50,8 @@ def test_groups_are_contiguous_and_within_the_budget(budget: int) -> None:
     assert [group.start for group in groups] == [0, *ends][: len(groups)]
 
 
-def test_the_allocation_is_the_best_of_all() -> None:
-    """Dynamic programming against every way to cut 4 units into groups."""
+def test_the_allocation_is_optimal() -> None:
+    """Compare dynamic programming with every way to split 4 units into groups."""
     sample = torch.randn(50, 64) * torch.logspace(1, -1, 64)
     variances = sample.square().mean(0)
     budget = 260
@@ -87,13 +87,13 @@ def test_leading_components_get_more_bits() -> None:
 
 
 @pytest.mark.parametrize("random", [True, False])
-def test_more_bits_cost_less(random: bool) -> None:
+def test_more_bits_reduce_the_error(random: bool) -> None:
     rows = torch.randn(512, 128) if random else structured()
     errors = [relative_error(fitted(rows, bits).keys(as_heads(rows)), as_heads(rows)) for bits in (1.5, 2, 3, 4, 8)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3
 
 
-def test_sixteen_bits_are_nearly_exact_and_nothing_is_the_mean() -> None:
+def test_sixteen_bits_are_nearly_exact_and_zero_bits_give_the_mean() -> None:
     rows = structured()
     whole, none = fitted(rows, 16), fitted(rows, 0)
     torch.testing.assert_close(whole.values(as_heads(rows)), as_heads(rows), rtol=0, atol=0.1)  # float16 of up to 100
@@ -101,7 +101,7 @@ def test_sixteen_bits_are_nearly_exact_and_nothing_is_the_mean() -> None:
     torch.testing.assert_close(none.values(as_heads(rows)), as_heads(mean), rtol=0, atol=1e-4)
 
 
-def test_bytes_are_those_of_packed_codes() -> None:
+def test_bytes_equal_those_of_packed_codes() -> None:
     rows = structured()
     codec = fitted(rows, 3)
     side = codec.key_transform
@@ -111,7 +111,7 @@ def test_bytes_are_those_of_packed_codes() -> None:
     assert codec.token_bytes(SHAPE) == side.token_bytes + codec.value_transform.token_bytes
 
 
-def test_packed_codes_stand_in_order_of_their_components() -> None:
+def test_packed_codes_are_in_order_of_their_components() -> None:
     rows = torch.randn(512, 128) * torch.logspace(2, -2, 128)
     side = fitted(rows, 8).key_transform
     first = side.groups[0]
@@ -121,7 +121,7 @@ def test_packed_codes_stand_in_order_of_their_components() -> None:
     assert packed[:128] == x[:, 0].half().numpy().tobytes()
 
 
-def test_deflate_takes_its_share_of_codes_only() -> None:
+def test_deflate_compresses_only_codes() -> None:
     rows = structured()
     plain = fitted(rows, 3)
     coded = plain.deflated((rows, rows))
@@ -135,12 +135,12 @@ def test_deflate_takes_its_share_of_codes_only() -> None:
     assert torch.equal(coded.keys(as_heads(rows)), plain.keys(as_heads(rows)))
 
 
-def test_deflate_never_adds() -> None:
+def test_deflate_never_increases_the_size() -> None:
     noise = bytes(torch.randint(0, 256, (500,), dtype=torch.uint8).tolist())
     assert deflate_share([noise]) == 1 and deflate_share([b"a" * 500]) < 0.1 and deflate_share([]) == 1
 
 
-def test_it_codes_a_model() -> None:
+def test_it_quantizes_a_model() -> None:
     model = tiny_llama()
     keys, values = token_moments(model, token_ids(6, 200), 4)
     sides = Components.of(keys), Components.of(values)
@@ -152,4 +152,4 @@ def test_it_codes_a_model() -> None:
         found, _ = read(model, baseline, text)
         errors.append(relative_error(found, expected))
     assert errors[0] > 2 * errors[1] > 8 * errors[2]
-    assert errors[2] < 1e-5  # float16 components, all of them
+    assert errors[2] < 1e-5  # all components in float16

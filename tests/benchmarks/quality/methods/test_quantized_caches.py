@@ -1,4 +1,4 @@
-"""Other small caches: their numbers and their bytes."""
+"""Other KV-cache quantization methods: values and bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.quality.methods.quantized_caches import (
 
 SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)
 AT = 8192
-SEALED, OPEN = 8064, 128  # 126 blocks of 64 behind 4 sinks and before at least 64 recent tokens
+SEALED, OPEN = 8064, 128  # 126 blocks of 64 after 4 sinks and before at least 64 recent tokens
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,16 @@ def read(model: Any, codec: Codec, ids: Tensor, schedule: Schedule = SCHEDULE) -
 
 
 @pytest.mark.parametrize("codec", [Kivi(12), RoundToNearest(14)])
-def test_many_bits_change_nearly_nothing(llama: Any, codec: Codec) -> None:
+def test_many_bits_change_almost_nothing(llama: Any, codec: Codec) -> None:
     ids = token_ids(1, 170)
     expected = exact_logits(llama, ids)
     found, _ = read(llama, codec, ids)
-    # 12 bits of a range are 1.2e-4 of it, float16 scales 5e-4 of the code: logits of size 5 move by about 2e-2
+    # a 12-bit step is 1.2e-4 of the range, float16 scales err by 5e-4 of the code: logits of size 5 move by about 2e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-2)
     assert not torch.equal(found, expected)
 
 
-def test_a_codec_computes_in_float32_whatever_the_model_does() -> None:
+def test_a_codec_computes_in_float32_for_any_model_dtype() -> None:
     class Seen(Kivi):
         dtypes: ClassVar[set[torch.dtype]] = set()
 
@@ -60,7 +60,7 @@ def test_a_codec_computes_in_float32_whatever_the_model_does() -> None:
 
 
 @pytest.mark.parametrize("make", [Kivi, RoundToNearest])
-def test_fewer_bits_cost_more(llama: Any, make: Any) -> None:
+def test_fewer_bits_increase_the_loss(llama: Any, make: Any) -> None:
     ids = token_ids(1, 170)
     expected = exact_logits(llama, ids)
     errors = [float((read(llama, make(bits), ids)[0] - expected).square().mean()) for bits in (2, 4, 8)]
@@ -77,13 +77,13 @@ def test_sinks_and_window_are_exact_and_quantized_tokens_are_not(llama: Any) -> 
         found, expected = (
             getattr(cache.layers[0], side),
             getattr(exact.layers[0], side),
-        )  # the first layer reads no cache
-        close = (found - expected).abs().amax((0, 1, 3)) < 1e-5  # float32, steps of other sizes
+        )  # the first layer's inputs do not depend on a cache
+        close = (found - expected).abs().amax((0, 1, 3)) < 1e-5  # float32, calls of other sizes
         assert close[: SCHEDULE.sinks].all() and close[SCHEDULE.sinks + quantized :].all()
         assert not close[SCHEDULE.sinks : SCHEDULE.sinks + quantized].any()
 
 
-def test_a_step_reads_its_own_tokens_exactly(llama: Any) -> None:
+def test_a_call_attends_to_its_own_tokens_exactly(llama: Any) -> None:
     ids = token_ids(1, 170)
     found, _ = read(llama, Kivi(2), ids)
     expected = exact_logits(llama, ids)
@@ -94,13 +94,13 @@ def test_a_step_reads_its_own_tokens_exactly(llama: Any) -> None:
 
 def test_asymmetric_rounding_by_hand() -> None:
     x = torch.tensor([1.0, 2.0, 3.5, 4.0])
-    assert asymmetric(x, 2, 0).tolist() == [1.0, 2.0, 3.0, 4.0]  # levels 1, 2, 3, 4; 2.5 goes to the even code 2
+    assert asymmetric(x, 2, 0).tolist() == [1.0, 2.0, 3.0, 4.0]  # levels 1, 2, 3, 4; 2.5 rounds to the even code 2
     assert asymmetric(torch.full((4,), 0.5), 2, 0).tolist() == [0.5] * 4
 
 
 def test_kivi_groups_keys_over_tokens_and_values_over_channels() -> None:
     x = torch.randn(1, 1, 64, 64)
-    x[..., 5] *= 1000  # one large channel, as keys have
+    x[..., 5] *= 1000  # one large channel, like outlier channels of real keys
     by_channel, by_token = (function(x, 0) - x for function in (Kivi(4).key, Kivi(4).value))
     others = torch.arange(64) != 5
     assert float(by_channel[..., others].abs().max()) < 0.5 < float(by_token[..., others].abs().max())
@@ -109,10 +109,10 @@ def test_kivi_groups_keys_over_tokens_and_values_over_channels() -> None:
 @pytest.mark.parametrize(
     ("codec", "token_bytes", "ratio"),
     [
-        (Kivi(4), 80, 3.09),  # 128 numbers of 5 bits
+        (Kivi(4), 80, 3.09),  # 128 elements of 5 bits
         (Kivi(3), 64, 3.82),
         (Kivi(2), 48, 5.00),
-        (RoundToNearest(8), 132, 1.91),  # 128 codes of a byte, two scales
+        (RoundToNearest(8), 132, 1.91),  # 128 one-byte codes, two scales
         (RoundToNearest(4), 68, 3.61),
     ],
 )
@@ -134,7 +134,7 @@ def test_short_caches_are_exact() -> None:
     assert QuantizedBlocks(Kivi(2), Schedule()).cache_bytes(SMOLLM2, 131) == 131 * 23_040
 
 
-def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.quality.methods.quantized_caches.PACKAGES", {"quanto": "no-such-package"})
     message = Transformers("quanto", 4, first_step=132).missing
     assert message is not None and "no-such-package" in message and "pip install" in message

@@ -1,4 +1,4 @@
-"""Rotary embedding undone, and attention watched."""
+"""Undoing RoPE, and recording attention."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def test_redo_undoes_undo(llama: Any) -> None:
     assert float((rotary.undo(x, positions) - x).abs().max()) > 0.1
 
 
-def test_keys_of_16_bits_are_turned_in_32(llama: Any) -> None:
+def test_16_bit_keys_are_rotated_in_float32(llama: Any) -> None:
     x, positions = torch.randn(2, 20, 16).bfloat16(), torch.arange(200, 220)
     found = Rotary.of(llama).undo(x, positions)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, Rotary.of(llama).undo(x.float(), positions).bfloat16())
 
 
-def test_a_scale_of_the_embedding_is_left_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scaled_embedding_is_supported(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, positions = torch.randn(2, 20, 16), torch.arange(20)
     expected = Rotary.of(llama).undo(x, positions)
-    monkeypatch.setattr(llama.model.rotary_emb, "attention_scaling", 1.7)  # as YaRN has one
+    monkeypatch.setattr(llama.model.rotary_emb, "attention_scaling", 1.7)  # like YaRN's
     torch.testing.assert_close(Rotary.of(llama).undo(x, positions), expected, rtol=0, atol=1e-5)
 
 
-def test_a_model_without_rotary_embedding_is_left_alone() -> None:
+def test_a_model_without_rotary_embedding_is_not_changed() -> None:
     x = torch.randn(1, 4, 5, 16)
     assert torch.equal(Rotary.of(tiny_gpt2()).undo(x, torch.arange(5)), x)
 
 
-def test_a_part_of_the_channels_may_be_rotated(llama: Any) -> None:
+def test_partial_rotation_is_supported(llama: Any) -> None:
     x, positions = torch.randn(1, 1, 5, 20), torch.arange(5)
     found = Rotary.of(llama).undo(x, positions)
     assert torch.equal(found[..., 16:], x[..., 16:])
     torch.testing.assert_close(found[..., :16], Rotary.of(llama).undo(x[..., :16], positions))
 
 
-def test_watched_attention_is_the_same_and_shows_what_it_reads(llama: Any) -> None:
+def test_recorded_attention_is_unchanged_and_exposes_its_operands(llama: Any) -> None:
     ids = token_ids(1, 30)
     expected = exact_logits(llama, ids)
     seen: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""QuaRot, the formats of ggml, TurboQuant and OSCAR: their numbers and their bytes."""
+"""QuaRot, the formats of ggml, TurboQuant and OSCAR: values and bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CODECS = [
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_a_codec_is_deterministic_and_keeps_shape_and_dtype(codec: Codec) -> None:
+def test_a_codec_is_deterministic_and_preserves_shape_and_dtype(codec: Codec) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = keys_with_outliers().to(dtype)
         first, second = codec.key(x, 0), codec.key(x.clone(), 0)
@@ -54,7 +54,7 @@ def test_zeros_stay_finite(codec: Codec) -> None:
     ids=["quarot", "turboquant", "oscar"],
 )
 @pytest.mark.parametrize("structured", [True, False])
-def test_fewer_bits_cost_more(make: Any, sizes: tuple[float, ...], structured: bool) -> None:
+def test_fewer_bits_increase_the_error(make: Any, sizes: tuple[float, ...], structured: bool) -> None:
     x = keys_with_outliers() if structured else torch.randn(1, 2, 64, 64)
     torch.manual_seed(1)
     errors = []
@@ -67,10 +67,10 @@ def test_fewer_bits_cost_more(make: Any, sizes: tuple[float, ...], structured: b
 @pytest.mark.parametrize(
     ("codec", "token_bytes"),
     [
-        (QuaRot(4), 72),  # 64 codes of half a byte, scale and zero point; twice
+        (QuaRot(4), 72),  # 64 half-byte codes, scale and zero point; keys and values
         (QuaRot(2), 40),
-        (GgmlBlocks(8), 136),  # 2 blocks of 34 bytes; twice
-        (GgmlBlocks(4), 72),  # of 18 bytes
+        (GgmlBlocks(8), 136),  # 2 blocks of 34 bytes; keys and values
+        (GgmlBlocks(4), 72),  # 2 blocks of 18 bytes
         (GgmlBlocks(4, True), 72),
         (TurboQuant(4), 68),
         (TurboQuant(3.5), 60),
@@ -88,7 +88,7 @@ def test_quarot_at_128_channels_has_a_quarter_of_a_bit_more() -> None:
     assert QuaRot(2).token_bytes(256) == 2 * QuaRot(2).token_bytes(128)  # two groups
 
 
-def test_bytes_are_those_of_packed_codes() -> None:
+def test_bytes_equal_those_of_packed_codes() -> None:
     x = torch.randn(1, 1, 10, 64)
     packed = AsymmetricCodes.of(x @ hadamard(64, 0).float(), 4, 3)
     codes = packed.codes.to(torch.uint8)
@@ -107,7 +107,7 @@ def test_a_rotation_is_undone() -> None:
     assert relative_error(GgmlBlocks(8, True).key(x, 0), x) < 1e-4
 
 
-def test_a_rotation_spares_channels_beside_outliers() -> None:
+def test_a_rotation_protects_channels_next_to_outliers() -> None:
     x = keys_with_outliers()
     others = [c for c in range(64) if c not in (3, 17)]
     plain, rotated = (GgmlBlocks(4, rotated).key(x, 0)[..., others] for rotated in (False, True))
@@ -117,17 +117,17 @@ def test_a_rotation_spares_channels_beside_outliers() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_ggml_blocks_are_idempotent(bits: int) -> None:
     once = GgmlBlocks(bits).key(torch.randn(1, 2, 16, 64), 0)
-    torch.testing.assert_close(GgmlBlocks(bits).key(once, 0), once, rtol=1e-3, atol=0)  # scales are of 16 bits
+    torch.testing.assert_close(GgmlBlocks(bits).key(once, 0), once, rtol=1e-3, atol=0)  # scales have 16 bits
 
 
 def test_q4_0_by_hand() -> None:
     x = torch.zeros(1, 1, 1, 32)
     x[..., :4] = torch.tensor([-8.0, 7.0, 3.4, 8.0])
-    # the largest magnitude is the first: scale 1; 8 is clipped to 7
+    # the largest magnitude comes first: scale 1; 8 is clipped to 7
     assert GgmlBlocks(4).key(x, 0)[0, 0, 0, :5].tolist() == [-8, 7, 3, 7, 0]
 
 
-def test_a_ggml_block_goes_on_in_the_next_head() -> None:
+def test_a_ggml_block_continues_in_the_next_head() -> None:
     x = torch.randn(1, 2, 5, 16)
     rows = x.transpose(1, 2).reshape(1, 1, 5, 32)
     expected = GgmlBlocks(8).key(rows, 0).reshape(1, 5, 2, 16).transpose(1, 2)
@@ -145,10 +145,10 @@ def unit_vectors(count: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("bits", "published"), [(1, 0.36), (2, 0.117), (3, 0.03), (4, 0.009)])
-def test_turboquant_has_the_distortion_that_its_paper_prints(bits: int, published: float) -> None:
+def test_turboquant_has_the_distortion_of_its_paper(bits: int, published: float) -> None:
     x = unit_vectors(4000, 512)
     found = float((TurboQuant(bits).value(x, 0) - x).square().sum(-1).mean())
-    # arXiv 2504.19874, theorem 1, whose figures are cut to a digit or two: 0.0345 is printed as 0.03
+    # arXiv 2504.19874, theorem 1, prints one or two digits, truncated: 0.0345 is printed as 0.03
     assert published * 0.99 < found < published * 1.16
 
 
@@ -166,26 +166,26 @@ def test_a_code_book_is_symmetric_and_ascending(bits: int) -> None:
     torch.testing.assert_close(book, -book.flip(0), rtol=0, atol=1e-4)  # a grid of 100,001 points
 
 
-def test_norms_are_kept_to_16_bits() -> None:
+def test_norms_are_stored_in_16_bits() -> None:
     x = torch.randn(1, 1, 50, 64) * 37
     found = TurboQuant(4).key(x, 0).norm(dim=-1)
-    assert float((found / x.norm(dim=-1) - 1).abs().max()) < 0.05  # centroids are shorter than what they stand for
+    assert float((found / x.norm(dim=-1) - 1).abs().max()) < 0.05  # centroids are shorter than their vectors
 
 
-def test_products_with_the_inner_product_variant_are_unbiased() -> None:
+def test_dot_products_with_the_inner_product_variant_are_unbiased() -> None:
     x = unit_vectors(4000, 128)
     shrunk = float((TurboQuant(2).value(x, 0) * x).sum(-1).mean())
     unbiased = float((TurboQuant(2, inner_product=True).key(x, 0) * x).sum(-1).mean())
     assert shrunk == pytest.approx(1 - 0.117, abs=0.005)
-    assert unbiased == pytest.approx(1, abs=0.01)  # one projection for all: it is unbiased over projections
+    assert unbiased == pytest.approx(1, abs=0.01)  # all use one projection: unbiased on average over projections
 
 
-def test_values_of_the_inner_product_variant_are_rounded_for_squared_error() -> None:
+def test_values_of_the_inner_product_variant_minimize_squared_error() -> None:
     x = torch.randn(1, 1, 20, 64)
     assert torch.equal(TurboQuant(3, inner_product=True).value(x, 0), TurboQuant(3).value(x, 0))
 
 
-def test_half_a_bit_lies_between() -> None:
+def test_half_a_bit_gives_an_error_in_between() -> None:
     x = unit_vectors(1000, 128)
     errors = [relative_error(TurboQuant(bits).value(x, 0), x) for bits in (3, 3.5, 4)]
     assert errors[1] == pytest.approx((errors[0] + errors[2]) / 2, rel=0.05)
@@ -206,7 +206,7 @@ def test_rotations_of_oscar_are_orthogonal_and_undone() -> None:
     assert kept.float().mean() == pytest.approx(62 / 64)
 
 
-def test_oscar_spreads_the_directions_that_queries_read() -> None:
+def test_oscar_spreads_the_directions_of_queries() -> None:
     direction = torch.linalg.qr(torch.randn(64, 64))[0][:, 0]
     queries = torch.eye(64).double() + 1e4 * direction.double().outer(direction.double())
     rotation = oscar([(queries[None], queries[None])]).rotations[0][0][0]

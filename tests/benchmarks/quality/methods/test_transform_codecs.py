@@ -1,4 +1,4 @@
-"""Low rank and attention-aware transform coding: their numbers and their bytes."""
+"""Low rank and attention-aware transform coding: values and bytes."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def llama() -> Any:
 # --------------------------------------------------------------------------------------------------- low rank
 
 
-def test_full_rank_changes_nothing_and_a_low_one_does(llama: Any) -> None:
+def test_full_rank_is_lossless_and_a_low_one_is_not(llama: Any) -> None:
     ids = token_ids(1, 170)
     moments = head_moments(llama, token_ids(3, 60), sinks=4)
     expected = exact_logits(llama, ids)
     full, _ = read(llama, QuantizedBlocks(low_rank(moments, 16), SCHEDULE), ids)
-    # float32: two more products with orthonormal bases
+    # float32: two more matmuls with orthonormal bases
     torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-4)
     low, _ = read(llama, QuantizedBlocks(low_rank(moments, 4), SCHEDULE), ids)
     assert float((low - expected).abs().max()) > 1e-2
 
 
-def test_a_low_rank_basis_keeps_what_it_was_made_from() -> None:
+def test_a_low_rank_basis_preserves_its_training_rows() -> None:
     directions = torch.linalg.qr(torch.randn(2, 16, 3))[0]  # [G, D, 3]
     rows = torch.randn(2, 50, 3) @ directions.mT
     moment = (rows.mT @ rows).double()
@@ -54,7 +54,7 @@ def test_a_low_rank_basis_keeps_what_it_was_made_from() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "rank"), [(3.2, 20), (4, 16), (8, 8), (12, 5)])
-def test_the_rank_is_the_least_that_is_not_smaller_than_the_ratio(ratio: float, rank: int) -> None:
+def test_the_rank_is_the_smallest_that_reaches_the_ratio(ratio: float, rank: int) -> None:
     assert rank_for(ratio, SMOLLM2, Schedule(), AT) == rank
     basis = torch.zeros(3, 64, rank)
     held = QuantizedBlocks(LowRank([(basis, basis)]), Schedule()).cache_bytes(SMOLLM2, AT)
@@ -72,7 +72,7 @@ def test_water_bits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.5, 2, 3, 4])
-def test_the_water_level_spends_the_bits_it_is_given(bits: float) -> None:
+def test_the_water_level_spends_the_given_bits(bits: float) -> None:
     energies = torch.randn(5000).mul(3).exp()
     mean = float(water_bits(energies, water_level(energies, bits)).mean())
     assert bits - 0.01 < mean <= bits
@@ -89,7 +89,7 @@ SHAPE = Shape(layers=2, kv_heads=2, head_dim=16)
 
 
 def structured(rows: int = 400) -> Tensor:
-    """[N, 64] of falling variances in a random basis."""
+    """[N, 64] with falling variances in a random basis."""
     basis = torch.linalg.qr(torch.randn(64, 64))[0]
     return torch.randn(rows, 64) * torch.logspace(1, -2, 64) @ basis + 3
 
@@ -113,14 +113,14 @@ def as_heads(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("random", [True, False])
-def test_more_bits_cost_less(random: bool) -> None:
+def test_more_bits_reduce_the_error(random: bool) -> None:
     rows = torch.randn(400, 64) if random else structured()
     x = as_heads(rows)
     errors = [relative_error(fitted(bits, rows).keys(x), x) for bits in (1.5, 2, 3, 4, 6)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
 
 
-def test_a_transform_beats_none_where_channels_hang_together() -> None:
+def test_a_transform_helps_if_channels_are_correlated() -> None:
     rows = structured()
     x = as_heads(rows)
     spread = as_heads(torch.randn(400, 64) * rows.std(0) + 3)
@@ -128,7 +128,7 @@ def test_a_transform_beats_none_where_channels_hang_together() -> None:
     assert together < 0.5 * alone
 
 
-def test_bytes_are_those_of_the_channels_and_of_a_scale_for_each_group_of_heads() -> None:
+def test_bytes_include_the_channels_and_a_scale_per_group_of_heads() -> None:
     codec = fitted(3, structured())
     bits = [
         int(t.bits.sum()) for side in (codec.key_transforms, codec.value_transforms) for layer in side for t in layer
@@ -138,11 +138,11 @@ def test_bytes_are_those_of_the_channels_and_of_a_scale_for_each_group_of_heads(
     assert all(float(t.bits.max()) <= 8 and bool((t.bits == t.bits.round()).all()) for t in codec.key_transforms[0])
 
 
-def test_what_attention_weighs_more_gets_more_bits() -> None:
+def test_channels_with_more_attention_weight_get_more_bits() -> None:
     codec = fitted(3, structured(), value_weight=16.0)
     keys, values = (sum(float(t.bits.sum()) for layer in side for t in layer)
                     for side in (codec.key_transforms, codec.value_transforms))  # fmt: skip
-    assert values > keys + 40  # two bits for each channel above the water
+    assert values > keys + 40  # two bits per channel above the water level
 
 
 def test_channels_without_bits_become_their_mean() -> None:
@@ -155,7 +155,7 @@ def test_channels_without_bits_become_their_mean() -> None:
         torch.testing.assert_close(transform(rows[:, :32]), transform.mean.expand(400, 32), rtol=0, atol=1e-5)
 
 
-def test_it_is_deterministic_and_exact_tokens_stay(llama: Any) -> None:
+def test_it_is_deterministic_and_exact_tokens_are_unchanged(llama: Any) -> None:
     ids = token_ids(4, 200)
     tokens, attention = token_moments(llama, ids, 4), attention_moments(llama, ids, 4)
     shape = Shape.of(llama)

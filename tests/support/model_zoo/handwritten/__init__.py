@@ -1,4 +1,4 @@
-"""Whole small models in the styles that people write them, two layers where not said otherwise."""
+"""Complete small models in common handwritten styles, two layers unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _model(
     finish: Callable[[Any], None] | None = None,
     **traits: Any,
 ) -> Entry:
-    """Make an entry of `make()`, settled and then finished."""
+    """Make an entry of `make()`: settle the module, then apply `finish`."""
 
     def build() -> Case:
         torch.manual_seed(1)
@@ -67,7 +67,7 @@ def _model(
 def _both(
     name: str, make: Callable[[bool], nn.Module], inputs: Callable[[], tuple[Any, ...]], sites: int
 ) -> list[Entry]:
-    """Make an entry with a softmax and one with sdpa."""
+    """Make two entries, one with a softmax and one with SDPA."""
     return [
         _model(name, partial(make, fused), inputs, sites, implementation=implementation)
         for implementation, fused in (("eager", False), ("sdpa", True))

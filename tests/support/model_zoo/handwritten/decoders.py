@@ -78,7 +78,7 @@ class KVCache(nn.Module):
 
 
 class FastAttention(nn.Module):
-    """Grouped heads, fused wqkv, real pairs for RoPE, a cache module."""
+    """Grouped heads, fused wqkv, RoPE on real pairs, a cache module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class FastBlock(nn.Module):
 
 
 class GPTFast(nn.Module):
-    """Tables of angles and masks as buffers, both read at input_pos [S]."""
+    """Tables of angles and masks as buffers, both indexed by input_pos [S]."""
 
     freqs_cis: Tensor
     causal_mask: Tensor
@@ -144,7 +144,7 @@ class GPTFast(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Complex RoPE, caches [B, M, G, D] that are sliced to be written and to be read, repeat_kv."""
+    """Complex RoPE, caches [B, M, G, D] written and read by slices, repeat_kv."""
 
     cache_k: Tensor
     cache_v: Tensor
@@ -195,7 +195,7 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Start position as a number; a mask only where there is more than one token."""
+    """Start position as a number; a mask only if there is more than one token."""
 
     freqs_cis: Tensor
 
@@ -217,7 +217,7 @@ class Llama(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """One projection for q, one k, one v and the gated perceptron; attention and perceptron are added: PaLM."""
+    """One projection each for q, k, v and the gated MLP; attention and MLP are added: PaLM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class ParallelBlock(nn.Module):
 
 
 class SharedCache(nn.Module):
-    """The second layer reads the keys and values of the first: YOCO, Gemma 3n."""
+    """The second layer attends to the keys and values of the first: YOCO, Gemma 3n."""
 
     def __init__(self) -> None:
         super().__init__()

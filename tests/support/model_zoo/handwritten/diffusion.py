@@ -30,7 +30,7 @@ class PixelAttention(nn.Module):
 
 
 class ChannelFirstAttention(nn.Module):
-    """qkv as Conv1d, heads in the batch, "bct,bcs->bts", the root of the scale on both sides: guided diffusion."""
+    """qkv as Conv1d, heads in the batch, "bct,bcs->bts", square root of the scale on both sides: guided diffusion."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class ChannelFirstAttention(nn.Module):
 
 
 class SelfOrCross(nn.Module):
-    """to_q, to_k, to_v; keys and values from `context` where there is one; heads in the batch, or sdpa."""
+    """to_q, to_k, to_v; keys and values from `context` if there is one; heads in the batch, or SDPA."""
 
     def __init__(self, context: int, fused: bool) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class ConditionedBlock(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """adaLN: shift, scale and gate of both branches come from the condition: DiT."""
+    """adaLN: the condition gives shift, scale and gate of both branches: DiT."""
 
     def __init__(self) -> None:
         super().__init__()

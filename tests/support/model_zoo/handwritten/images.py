@@ -1,4 +1,4 @@
-"""Models of images, and attention in the style of einops."""
+"""Image models, and attention in the style of einops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from model_zoo.handwritten.parts import C, D, H, PreNorm, layers
 
 
 class RearrangedAttention(nn.Module):
-    """What `rearrange(t, "b n (h d) -> b h n d")` leaves; to_qkv, attend, to_out."""
+    """The ops of `rearrange(t, "b n (h d) -> b h n d")`; to_qkv, attend, to_out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class NullKeyAttention(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """qkv.reshape.permute.unbind, norms that may be identities, a switch between sdpa and scores."""
+    """qkv.reshape.permute.unbind, norms that may be identities, a switch between SDPA and explicit scores."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Sizes, inputs and layers that the hand-written models share.
+"""Sizes, inputs and layers shared by the handwritten models.
 
-Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D channels, V words, M the tokens
-that a cache has room for.
+Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D channels, V words, M token
+capacity of a cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def layers(make: Callable[[], nn.Module], count: int = LAYERS) -> nn.ModuleList:
 
 
 class PreNorm(nn.Module):
-    """x + attention(norm(x)), x + perceptron(norm(x))."""
+    """x + attention(norm(x)), x + mlp(norm(x))."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PreNorm(nn.Module):
 
 
 class Threaded(nn.Module):
-    """Layers that each take what the last one gave, and the same condition."""
+    """Layers in sequence, all with the same condition."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Encoders of sets, texts and sound, and an encoder-decoder."""
+"""Encoders of sets, text and audio, and an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model_zoo.handwritten.parts import LAYERS, C, D, H, PreNorm, T, V, layers, 
 
 
 class Latents(nn.Module):
-    """Learned latents read the input, attend to each other, and are read by output queries: Perceiver IO."""
+    """Learned latents attend to the input, then to each other; output queries attend to them: Perceiver IO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SetBlock(nn.Module):
 
 
 class SetTransformer(nn.Module):
-    """Induced attention (two sites through 5 learned points), then pooling by 2 learned seeds (one)."""
+    """Induced attention (two sites via 5 learned points), then pooling by 2 learned seeds (one site)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class SetTransformer(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """No scale; logarithmic buckets, a bias that the first layer makes for all: T5's encoder."""
+    """No scale; a logarithmically bucketed bias that the first layer computes for all: T5's encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class RelativeBias(nn.Module):
 
 
 def scale_into_weights(model: RelativeBias) -> None:
-    """T5 has its scale in the initialisation."""
+    """Fold T5's scale into the initialization."""
     with torch.no_grad():
         for q in model.q:
             q.weight *= D**-0.5
@@ -122,7 +122,7 @@ class ShiftedRelativeAttention(nn.Module):
 
 
 class Conformer(nn.Module):
-    """One block: half a perceptron, relative attention, a gated convolution, half a perceptron."""
+    """One block: half an MLP, relative attention, a gated convolution, half an MLP."""
 
     positions: Tensor
 
@@ -144,7 +144,7 @@ class Conformer(nn.Module):
 
 
 class OneLayerManyTimes(nn.Module):
-    """The same module twice: ALBERT."""
+    """The same module applied twice: ALBERT."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,9 +27,9 @@ class Projected(nn.Module):
 
 
 class Nystrom(Projected):
-    """Three softmaxes around landmarks, the middle one inverted by iteration: Nystromformer.
+    """Three softmaxes via landmarks, the middle one inverted by iteration: Nystromformer.
 
-    The last kernel times the values is an attention of the landmarks; the other two softmaxes are none.
+    The last kernel times the values is attention of the landmarks; the other two softmaxes are not attention.
     """
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Nystrom(Projected):
 
 
 class Agents(Projected):
-    """Pooled queries read all tokens, all tokens read the pooled: two attentions in a row: Agent Attention."""
+    """Pooled queries attend to all tokens, then all tokens to the pooled: two attentions in a row: Agent Attention."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         agents = q.reshape(B, H, 4, T // 4, D).mean(-2) * D**0.5
@@ -57,7 +57,7 @@ class Agents(Projected):
 
 
 class UnfoldedNeighbours(Projected):
-    """Each query has five keys of its own, unfolded out of the padded text: local attention for images and sound."""
+    """Each query has its own five keys, unfolded from the padded sequence: local attention for images and audio."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (F.pad(t, (0, 0, 2, 2)).unfold(2, 5, 1) for t in (k, v))  # [B, H, T, D, 5]
@@ -67,7 +67,7 @@ class UnfoldedNeighbours(Projected):
 
 
 class BucketsAndBefore(Projected):
-    """Buckets of four queries; keys of their own bucket and of the one before: lucidrains' local attention."""
+    """Buckets of four queries attend to their own bucket and the previous one: lucidrains' local attention."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q.reshape(B * H, 3, 4, D)
@@ -80,7 +80,7 @@ class BucketsAndBefore(Projected):
 
 
 class ChunkedQueries(Projected):
-    """A loop over chunks of queries, joined by cat: sliced attention, one site a chunk."""
+    """A loop over chunks of queries, concatenated: sliced attention, one site per chunk."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([(part @ k.mT).softmax(-1) @ v for part in q.split(4, dim=2)], dim=2)
@@ -100,7 +100,7 @@ class OnlineSoftmax(Projected):
 
 
 class Slots(nn.Module):
-    """Softmax over queries, then weights normalised over keys; twice: Slot Attention."""
+    """Softmax over queries, then weights normalized over keys; twice: Slot Attention."""
 
     def __init__(self) -> None:
         super().__init__()

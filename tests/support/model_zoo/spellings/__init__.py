@@ -1,11 +1,11 @@
-"""Spellings of attention, a function each: contractions, scale, softmax, masks, heads, projections, rotations, caches.
+"""Spellings of attention, one function each: contractions, scale, softmax, masks, heads, projections, RoPE, caches.
 
     core    f(m, q, k, v) -> o     between the projections of a Block; all are [B, heads, T, D]
     heads   f(m, x) -> q, k, v     before a causal scaled_dot_product_attention; the same shapes
-    whole   f(m, x) -> y           the Block gives no more than its weights
+    whole   f(m, x) -> y           uses only the weights of the Block
 
-A function's name is the name of its entry. Its first line says what is spelled, and where such code is seen. Each
-module decorates its functions with the `Spellings` of its own, whose entries stand here in the order of modules.
+A function's name is the name of its entry. Its docstring names the spelling and code that uses it. Each module
+decorates its functions with its own `Spellings`, whose entries are listed here in the order of modules.
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D channels, N = H // G.
 """
 

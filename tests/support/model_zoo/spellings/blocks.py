@@ -1,4 +1,4 @@
-"""The block around every spelling, the decorators that turn functions into entries, and what several spellings share.
+"""The block around every spelling, decorators that turn functions into entries, and shared helpers.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, C = H * D channels, N = H // G.
 """
@@ -24,14 +24,14 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class Block(Functional):
-    """Projections q, k, v, o and a causal triangle [T, T]. What a spelling does not use does not enter its graph."""
+    """Projections q, k, v, o and a causal triangle [T, T]. Unused members do not enter a spelling's graph."""
 
     def __init__(self, run: Run, has: Has, kv_heads: int) -> None:
         super().__init__(run, {})
         self.q, self.o = nn.Linear(C, C), nn.Linear(C, C)
         self.k, self.v = nn.Linear(C, kv_heads * D), nn.Linear(C, kv_heads * D)
         self.register_buffer("triangle", torch.ones(T, T, dtype=torch.bool).tril())
-        self.hold(has)  # may put other modules in the place of these
+        self.hold(has)  # may replace these modules
 
     def split(self, x: Tensor) -> Heads:
         """Project x [B, T, C] to q [B, H, T, D], k and v [B, G, T, D]."""
@@ -52,22 +52,22 @@ class Spellings:
     """The spellings of one module as entries, in the order in which its functions are decorated.
 
     Options of the decorators: `has` (makers of parameters, buffers and modules of the Block), `inputs` (maker of the
-    arguments), `read_heads` (key heads that a site says, where they are not those of the Block), and fields of Entry.
+    arguments), `read_heads` (key heads of a site, if they differ from the Block's), and fields of Entry.
     """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
 
     def core(self, **options: Any) -> Callable[[Run], Run]:
-        """Add an entry for f(m, q, k, v) -> o, which stands between the projections of a Block."""
+        """Add an entry for f(m, q, k, v) -> o, called between the projections of a Block."""
         return self._add(lambda f: lambda m, x, *more: m.join(f(m, *m.split(x), *more)), options)
 
     def heads(self, **options: Any) -> Callable[[Run], Run]:
-        """Add an entry for f(m, x) -> q, k, v, which stands before a causal scaled_dot_product_attention."""
+        """Add an entry for f(m, x) -> q, k, v, called before a causal scaled_dot_product_attention."""
         return self._add(lambda f: lambda m, x, *more: m.join(attend(*f(m, x, *more), is_causal=True)), options)
 
     def whole(self, **options: Any) -> Callable[[Run], Run]:
-        """Add an entry for f(m, x) -> y, to which the Block gives no more than its weights."""
+        """Add an entry for f(m, x) -> y, which uses only the weights of the Block."""
         return self._add(lambda f: f, options)
 
     def _add(self, around: Callable[[Run], Run], options: Mapping[str, Any]) -> Callable[[Run], Run]:

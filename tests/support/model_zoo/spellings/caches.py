@@ -19,14 +19,14 @@ whole = SPELLINGS.whole
 def decode_step(
     kv_heads: int, *more: Callable[[], Tensor], layout: str = "heads first"
 ) -> Callable[[], tuple[Any, ...]]:
-    """Maker of a new token, keys and values of P earlier ones (or room for P, the last two free), and `more`."""
+    """Maker of a new token, keys and values of P earlier ones (or P slots, the last two free), and `more`."""
     shape = (B, kv_heads, P, D) if layout == "heads first" else (B, P, kv_heads, D)
     return lambda: (torch.randn(B, 1, C), torch.randn(shape), torch.randn(shape), *(make() for make in more))
 
 
 @whole(inputs=decode_step(G), kv_heads=G, step="decode")
 def cache_by_cat(m: Any, x: Tensor, past_k: Tensor, past_v: Tensor) -> Heads:
-    """Take the past as an input, return the longer one: GPT-2, DynamicCache."""
+    """Take the past as an input, return it with the new token: GPT-2, DynamicCache."""
     q, k, v = m.split(x)
     k, v = torch.cat([past_k, k], dim=-2), torch.cat((past_v, v), dim=-2)
     return m.join(attend(q, k, v)), k, v
@@ -43,7 +43,7 @@ def cache_by_cat_and_eager_scores(m: Any, x: Tensor, past_k: Tensor, past_v: Ten
 
 @whole(inputs=decode_step(H, layout="tokens first"), step="decode")
 def cache_by_cat_tokens_first(m: Any, x: Tensor, past_k: Tensor, past_v: Tensor) -> Heads:
-    """[B, T, H, D] is what is kept: TransformerLens, Flax habits."""
+    """Cache in the layout [B, T, H, D]: TransformerLens, Flax habits."""
     q, k, v = (p(x).view(B, 1, H, D) for p in (m.q, m.k, m.v))
     k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
     weights = (torch.einsum("bshd,bthd->bhst", q, k) * SCALE).softmax(-1)
@@ -52,7 +52,7 @@ def cache_by_cat_tokens_first(m: Any, x: Tensor, past_k: Tensor, past_v: Tensor)
 
 @whole(inputs=decode_step(H, lambda: torch.tensor([P - 2])), step="decode static")
 def cache_by_index_copy(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
-    """index_copy_ into a buffer, which is then read: StaticCache."""
+    """index_copy_ into a buffer, then attend to it: StaticCache."""
     q, k, v = m.split(x)
     cache_k.index_copy_(2, position, k)
     cache_v.index_copy_(2, position, v)
@@ -71,7 +71,7 @@ def cache_by_index_put(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor, posi
 
 @whole(inputs=decode_step(H, layout="heads first"), step="decode static")
 def cache_by_slice(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor) -> Tensor:
-    """cache[:, :, p:p+1] = k with a number as position; only what is filled is read."""
+    """cache[:, :, p:p+1] = k with a number as position; attend to the filled part only."""
     q, k, v = m.split(x)
     position = P - 2
     cache_k[:, :, position : position + 1] = k
@@ -81,7 +81,7 @@ def cache_by_slice(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor) -> Tenso
 
 @whole(inputs=decode_step(H), step="decode static")
 def cache_rolled(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor) -> Tensor:
-    """Drop the oldest token, copy the rolled window back by copy_: sliding StaticCache."""
+    """Drop the oldest token and copy_ the rolled window back: sliding StaticCache."""
     q, k, v = m.split(x)
     window_k, window_v = cache_k.roll(-1, dims=2), cache_v.roll(-1, dims=2)
     window_k[:, :, -1:] = k
@@ -93,13 +93,13 @@ def cache_rolled(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor) -> Tensor:
 
 @whole(inputs=lambda: (*tokens(), torch.randn(B, P, C)))
 def cross(m: Any, x: Tensor, memory: Tensor) -> Tensor:
-    """Keys and values are projected from another sequence."""
+    """Project keys and values from another sequence."""
     return m.join(scores(split(m.q(x)), split(m.k(memory))).softmax(-1) @ split(m.v(memory)))
 
 
 @whole(inputs=lambda: (*tokens(), torch.randn(B, H, P, D), torch.randn(B, H, P, D)))
 def cross_with_bare_keys(m: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values come projected: decoding with a cross-attention cache."""
+    """Keys and values are already projected: decoding with a cross-attention cache."""
     return m.join(attend(split(m.q(x)), k, v))
 
 
@@ -112,5 +112,5 @@ def learned_queries(m: Any, x: Tensor) -> Tensor:
 
 @whole(has=dict(seeds=weight(H, 5, D, fan=1)))
 def bare_learned_queries(m: Any, x: Tensor) -> Tensor:
-    """Take a parameter as queries, unprojected: pooling by learned queries."""
+    """Use a parameter as queries, without projection: pooling by learned queries."""
     return m.join(attend(m.seeds.expand(B, -1, -1, -1), split(m.k(x)), split(m.v(x))))

@@ -45,7 +45,7 @@ def at_operator(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def matmul_method(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Methods all the way."""
+    """Tensor methods throughout."""
     return q.matmul(k.permute(0, 1, 3, 2)).mul(SCALE).softmax(dim=-1).matmul(v)
 
 
@@ -73,7 +73,7 @@ def baddbmm_with_keywords(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def baddbmm_on_nothing(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Set beta = 0 on uninitialized memory, for the sake of alpha: Megatron, diffusers without a mask."""
+    """Set beta = 0 on uninitialized memory, to use alpha: Megatron, diffusers without a mask."""
     nothing = torch.empty(B * H, T, T, dtype=q.dtype, device=q.device)
     weights = torch.baddbmm(nothing, fold(q), fold(k).transpose(-1, -2), beta=0, alpha=SCALE).softmax(-1)
     return torch.bmm(weights, fold(v)).view(B, H, T, D)
@@ -88,14 +88,14 @@ def einsum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def einsum_with_spaces(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Spaces in the equation: x-transformers and what was written after it."""
+    """Spaces in the equation: x-transformers and code derived from it."""
     weights = (torch.einsum("b h i d, b h j d -> b h i j", q, k) * SCALE).softmax(dim=-1)
     return torch.einsum("b h i j, b h j d -> b h i d", weights, v)
 
 
 @whole()
 def einsum_without_transpose(m: Any, x: Tensor) -> Tensor:
-    """Heads stay behind tokens: Flax habits, the plain path of flash-attention's tests."""
+    """Keep heads after tokens: Flax habits, the plain path of flash-attention's tests."""
     q, k, v = (p(x).view(B, T, H, D) for p in (m.q, m.k, m.v))
     weights = torch.softmax(torch.einsum("bshd,bthd->bhst", q, k) * SCALE, dim=-1)
     return m.o(torch.einsum("bhst,bthd->bshd", weights, v).reshape(B, T, C))
@@ -117,14 +117,14 @@ def einsum_with_sublists(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(kv_heads=G)
 def einsum_grouped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Put the queries of a group on an axis of their own; keys are never repeated: T5X, Gemma in JAX style."""
+    """Put the queries of a group on a separate axis, without repeating keys: T5X, Gemma in JAX style."""
     weights = (torch.einsum("bgnsd,bgtd->bgnst", q.view(B, G, N, T, D), k) * SCALE).softmax(-1)
     return torch.einsum("bgnst,bgtd->bgnsd", weights, v).reshape(B, H, T, D)
 
 
 @core()
 def multiply_and_sum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Both contractions as a broadcast product and a sum: code that teaches."""
+    """Both contractions as a broadcast product and a sum: teaching code."""
     weights = ((q[..., None, :] * k[..., None, :, :]).sum(-1) * SCALE).softmax(-1)
     return (weights[..., None] * v[..., None, :, :]).sum(-2)
 
@@ -138,7 +138,7 @@ def inner_and_tensordot(m: Any, x: Tensor) -> Tensor:
 
 @whole(heads=1, kv_heads=1, head_dim=C, inputs=lambda: (torch.randn(T, C),))
 def linear_on_activations(m: Any, x: Tensor) -> Tensor:
-    """F.linear whose weight is the keys, then mm; one sequence, one head, no batch."""
+    """F.linear with the keys as weight, then mm; one sequence, one head, no batch."""
     weights = (F.linear(m.q(x), m.k(x)) / C**0.5).softmax(dim=1)
     return m.o(torch.mm(weights, m.v(x)))
 
@@ -168,14 +168,14 @@ def key_major_einsum(m: Any, x: Tensor) -> Tensor:
 
 @core(has=dict(table=weight(2 * T - 1, D, fan=1), index=table_index))
 def relative_key_embeddings(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Multiply queries by an embedding of the distance as well: Shaw et al. 2018, BERT's relative_key."""
+    """Add the product of queries and distance embeddings: Shaw et al. 2018, BERT's relative_key."""
     distances = m.table[m.index]  # [S, T, D]
     return ((q @ k.mT + torch.einsum("bhid,ijd->bhij", q, distances)) / math.sqrt(D)).softmax(-1) @ v
 
 
 @whole()
 def einsum_into_tokens_first(m: Any, x: Tensor) -> Tensor:
-    """Put heads behind tokens in the second contraction."""
+    """Put heads after tokens in the second contraction."""
     q, k, v = m.split(x)
     return m.o(torch.einsum("bhst,bhtd->bshd", scores(q, k).softmax(-1), v).flatten(2))
 
@@ -195,6 +195,6 @@ def einsum_with_output_projection(m: Any, x: Tensor) -> Tensor:
 
 @core()
 def weights_zeroed_again(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Weights in which some entries are set to zero again after the softmax: DeBERTa's XSoftmax."""
+    """Set some weights to zero after the softmax: DeBERTa's XSoftmax."""
     weights = scores(q, k).masked_fill(~m.triangle, LEAST).softmax(-1)
     return weights.masked_fill(~m.triangle, 0.0) @ v

@@ -30,14 +30,14 @@ def split_by_unflatten(m: Any, x: Tensor) -> Heads:
 
 @heads()
 def split_by_chunk(m: Any, x: Tensor) -> Heads:
-    """Chunks of the channels, joined on a new axis."""
+    """Chunks of the channels, stacked on a new axis."""
     q, k, v = (torch.stack(p(x).chunk(H, dim=-1), dim=1) for p in (m.q, m.k, m.v))
     return q, k, v
 
 
 @whole()
 def split_by_chunk_into_batch(m: Any, x: Tensor) -> Tensor:
-    """Heads become batch by chunk and cat, and return the same way: the Transformer in TensorFlow style."""
+    """Move heads into the batch by chunk and cat, and back: the Transformer in TensorFlow style."""
     q, k, v = (torch.cat(p(x).chunk(H, dim=2), dim=0) for p in (m.q, m.k, m.v))  # [H*B, T, D]
     o = torch.bmm(scores(q, k).softmax(-1), v)
     return m.o(torch.cat(o.chunk(H, dim=0), dim=2))
@@ -84,7 +84,7 @@ def fused_key_first(m: Any, x: Tensor) -> Heads:
 
 @heads(has=fused())
 def fused_per_head(m: Any, x: Tensor) -> Heads:
-    """[H, 3, D]: q, k, v of a head lie together: GPT-NeoX, Bloom."""
+    """[H, 3, D]: q, k, v of a head are adjacent: GPT-NeoX, Bloom."""
     q, k, v = m.qkv(x).view(B, T, H, 3 * D).transpose(1, 2).chunk(3, dim=-1)
     return q, k, v
 
@@ -106,6 +106,6 @@ def fused_uneven_split(m: Any, x: Tensor) -> Heads:
 
 @heads(has=dict(kv=lambda: nn.Linear(C, 2 * C)))
 def fused_key_value(m: Any, x: Tensor) -> Heads:
-    """to_q alone, to_kv together: lucidrains, PVT."""
+    """to_q separately, to_kv together: lucidrains, PVT."""
     k, v = m.kv(x).chunk(2, dim=-1)
     return split(m.q(x)), split(k), split(v)

@@ -36,19 +36,19 @@ def repeat_on_new_axis(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(kv_heads=0)
 def tiled_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Repeat on axis 1: query head h reads kv head h % G, not h // N."""
+    """Repeat on axis 1: query head h uses kv head h % G, not h // N."""
     return scores(q, k.repeat(1, N, 1, 1)).softmax(-1) @ v.repeat(1, N, 1, 1)
 
 
 @core(kv_heads=G, read_heads=H, has=dict(owner=lambda: torch.arange(H) // N))
 def heads_by_index_select(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """index_select with a buffer that names each query's head, and may name others: Bark, tensor-parallel code."""
+    """index_select with a buffer of each query's head, which may change: Bark, tensor-parallel code."""
     return attend(q, k.index_select(1, m.owner), v.index_select(1, m.owner))
 
 
 @core(kv_heads=G)
 def heads_by_indexing(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Indexing with numbers made in the graph."""
+    """Index with numbers made in the graph."""
     owner = torch.arange(H) // N
     return scores(q, k[:, owner]).softmax(-1) @ v[:, owner]
 
@@ -76,7 +76,7 @@ def heads_repeated_as_by_einops(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 @core(kv_heads=G)
 def broadcast_over_groups(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, G, N, S, D] @ [B, G, 1, D, T]: keys broadcast in the product."""
+    """[B, G, N, S, D] @ [B, G, 1, D, T]: keys broadcast in the matmul."""
     s = (q.view(B, G, N, T, D) @ k.unsqueeze(2).transpose(-1, -2)) * SCALE
     return (s.masked_fill(~m.triangle, -math.inf).softmax(-1) @ v.unsqueeze(2)).flatten(1, 2)
 
@@ -104,7 +104,7 @@ def multi_query_einsum(m: Any, x: Tensor) -> Tensor:
 
 @whole(kv_heads=1)
 def multi_query_folded_into_tokens(m: Any, x: Tensor) -> Tensor:
-    """Heads are more queries of one kv head, tokens first: GPT-BigCode."""
+    """Fold heads into queries of one kv head, tokens first: GPT-BigCode."""
     q, k, v = m.q(x).view(B, T * H, D), m.k(x), m.v(x)
     s = torch.bmm(q, k.transpose(1, 2)).view(B, T, H, T) * SCALE
     weights = s.masked_fill(~m.triangle[:, None, :], LEAST).softmax(-1)

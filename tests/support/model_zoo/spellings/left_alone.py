@@ -1,4 +1,4 @@
-"""Spellings that are left alone, for a reason that the finder reports."""
+"""Spellings that are not rewritten, for a reason that the finder reports."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def head_mask(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(sites=0, has=dict(decay=lambda: 0.9 ** (torch.arange(T)[:, None] - torch.arange(T)).abs()))
 def gate_after_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Weights times a decay with the distance, not normalised again."""
+    """Weights times a decay with the distance, not renormalized."""
     return (scores(q, k).softmax(-1) * m.decay) @ v
 
 
@@ -50,7 +50,7 @@ def masked_and_normalised_again(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 @core(sites=0)
 def sigmoid_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """sigmoid(s - log T) in the place of a softmax."""
+    """sigmoid(s - log T) instead of a softmax."""
     return torch.sigmoid(scores(q, k) - math.log(T)) @ v
 
 
@@ -62,7 +62,7 @@ def squared_relu_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(sites=0)
 def top_k_sparse(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Only the four best keys of a query count."""
+    """Keep only the four best keys of a query."""
     s = scores(q, k)
     least = s.topk(4, dim=-1).values[..., -1:]
     return s.masked_fill(s < least, float("-inf")).softmax(-1) @ v

@@ -52,7 +52,7 @@ def mask_added_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(mask=float_triangle))
 def mask_added_and_clamped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keep sums of masks finite by a maximum with the least number: OPT, XGLM."""
+    """Clamp sums of masks to the least finite number: OPT, XGLM."""
     least = torch.tensor(torch.finfo(q.dtype).min)
     return torch.max(scores(q, k) + m.mask, least).softmax(-1) @ v
 
@@ -90,7 +90,7 @@ def where_with_tensor(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """masked_fill_ whose result nobody takes."""
+    """masked_fill_ whose result is not used."""
     s = scores(q, k)
     s.masked_fill_(~m.triangle, float("-inf"))
     return s.softmax(-1) @ v
@@ -119,13 +119,13 @@ def masked_exponentials(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(bias=lambda: torch.tril(torch.ones(2 * T, 2 * T)).view(1, 1, 2 * T, 2 * T)))
 def triangle_buffer_sliced(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Slice a buffer for the longest text to this one: minGPT, GPT-2."""
+    """Slice a buffer made for the maximum length: minGPT, GPT-2."""
     return scores(q, k).masked_fill(m.bias[:, :, :T, :T] == 0, float("-inf")).softmax(-1) @ v
 
 
 @core()
 def causal_from_positions(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Positions are compared in the graph."""
+    """Compare positions in the graph."""
     position = torch.arange(T, device=q.device)
     return scores(q, k).masked_fill(position[None, :] > position[:, None], -1e9).softmax(-1) @ v
 
@@ -145,7 +145,7 @@ def sliding_window(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(inputs=with_padding)
 def key_padding(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """Mask by keep [B, T], which tells words from padding: [B, 1, 1, T] on the scores."""
+    """Mask padding by keep [B, T]: [B, 1, 1, T] on the scores."""
     return scores(q, k).masked_fill(~keep[:, None, None, :], float("-inf")).softmax(-1) @ v
 
 
@@ -158,21 +158,21 @@ def key_padding_as_extended_mask(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: 
 
 @core(inputs=with_padding)
 def padding_and_causal(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """Two masks one after the other."""
+    """Apply two masks in sequence."""
     s = scores(q, k).masked_fill(~m.triangle, -1e9)
     return s.masked_fill(~keep[:, None, None, :], -1e9).softmax(-1) @ v
 
 
 @core(has=dict(packs=packs))
 def packed_sequences(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Several texts in a row of tokens: a block-diagonal mask out of their numbers."""
+    """Several texts packed into one sequence: a block-diagonal mask from their numbers."""
     same = m.packs[:, None] == m.packs[None, :]
     return attend(q, k, v, attn_mask=same & m.triangle)
 
 
 @core()
 def alibi_in_the_graph(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Slopes and distances are computed with the scores: MPT, Bloom."""
+    """Compute slopes and distances in the graph: MPT, Bloom."""
     slopes = torch.pow(2.0, -torch.arange(1, H + 1, dtype=torch.float32) * 8.0 / H)
     distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
     s = scores(q, k) + slopes.view(1, H, 1, 1) * distance
@@ -197,12 +197,12 @@ def relative_bias_embedding(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def window_mask() -> Tensor:
     near = torch.zeros(WINDOWS, WINDOW, WINDOW)
     near[-1, :2, 2:] = near[-1, 2:, :2] = -100.0
-    return near  # [windows, N, N]: the last window holds two neighbourhoods
+    return near  # [windows, N, N]: the last window holds two neighborhoods
 
 
 @core(has=dict(mask=window_mask), inputs=lambda: (torch.randn(B * WINDOWS, WINDOW, C),))
 def mask_added_after_view(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Windows leave the batch for the addition and return: Swin."""
+    """Split windows from the batch for the addition, then merge them: Swin."""
     s = scores(q, k).view(B, WINDOWS, H, WINDOW, WINDOW) + m.mask.unsqueeze(1).unsqueeze(0)
     return s.view(-1, H, WINDOW, WINDOW).softmax(-1) @ v
 
@@ -230,7 +230,7 @@ def learned_distance_decay(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @whole(has=dict(gate=lambda: nn.Linear(C, H)))
 def forget_gate(m: Any, x: Tensor) -> Tensor:
-    """Add a bias out of cumulated gates of the tokens between query and key: the Forgetting Transformer."""
+    """Add a bias from accumulated gates of the tokens between query and key: the Forgetting Transformer."""
     q, k, v = m.split(x)
     past = F.logsigmoid(m.gate(x)).cumsum(1).transpose(1, 2)  # [B, H, T]
     bias = (past[..., :, None] - past[..., None, :]).masked_fill(~m.triangle, float("-inf"))

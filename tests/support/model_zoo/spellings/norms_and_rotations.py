@@ -52,7 +52,7 @@ def turns(size: int = D) -> dict[str, Callable[[], Tensor]]:
 
 
 def rotate_half(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels i and i + D/2. cos, sin: [T, D / 2]."""
+    """Rotate pairs of channels i and i + D/2. cos, sin: [T, D / 2]."""
     first, second = t.chunk(2, dim=-1)
     return t * torch.cat([cos, cos], -1) + torch.cat([-second, first], -1) * torch.cat([sin, sin], -1)
 
@@ -92,7 +92,7 @@ def rope_interleaved(m: Any, x: Tensor) -> Heads:
 
 @heads(has=turns())
 def rope_before_transpose(m: Any, x: Tensor) -> Heads:
-    """Pairs [.., D/2, 2] on heads behind tokens: gpt-fast."""
+    """Rotate pairs [.., D/2, 2] with heads after tokens: gpt-fast."""
     cos, sin = m.cos[:, None], m.sin[:, None]  # [T, 1, D / 2]
 
     def rotate(t: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def rope_complex(m: Any, x: Tensor) -> Heads:
 
 @heads(has=turns())
 def rope_written_in_place(m: Any, x: Tensor) -> Heads:
-    """Results are written to every second channel of an empty tensor."""
+    """Write the results to every second channel of an empty tensor."""
 
     def rotate(t: Tensor) -> Tensor:
         out, even, odd = torch.empty_like(t), t[..., ::2], t[..., 1::2]
@@ -130,7 +130,7 @@ def rope_written_in_place(m: Any, x: Tensor) -> Heads:
 
 @heads(has=turns(4))
 def rope_partial(m: Any, x: Tensor) -> Heads:
-    """Only the first 4 of 8 channels turn: GPT-NeoX, Phi, StableLM."""
+    """Rotate only the first 4 of 8 channels: GPT-NeoX, Phi, StableLM."""
 
     def rotate(t: Tensor) -> Tensor:
         return torch.cat([rotate_half(t[..., :4], m.cos, m.sin), t[..., 4:]], dim=-1)
@@ -150,7 +150,7 @@ def rope_gathered(m: Any, x: Tensor) -> Heads:
 
 @heads(has=turns(4))
 def rope_axial(m: Any, x: Tensor) -> Heads:
-    """Turn half of the channels by row, half by column, on a grid of 3 rows and 4 columns: vision RoPE."""
+    """Rotate half of the channels by row, half by column, on a grid of 3 rows and 4 columns: vision RoPE."""
     row, column = torch.arange(T) // WINDOW, torch.arange(T) % WINDOW
 
     def rotate(t: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def rope_axial(m: Any, x: Tensor) -> Heads:
     reason="already latent",
 )  # fmt: skip
 def latent_keys(m: Any, x: Tensor) -> Tensor:
-    """Keys of 8 + 4 channels written into an empty tensor; the rotated 4 are shared by the heads: DeepSeek."""
+    """Write keys of 8 + 4 channels into an empty tensor; all heads share the rotated 4: DeepSeek."""
     q = m.q(x).view(B, T, H, 12).transpose(1, 2)
     latent, shared = m.kv_a(x).split([16, 4], dim=-1)
     k_plain, v = m.kv_b(m.norm(latent)).view(B, T, H, 16).transpose(1, 2).split([8, 8], dim=-1)

@@ -25,7 +25,7 @@ def slices_of_one_weight(m: Any, x: Tensor) -> Heads:
 
 @heads()
 def concatenated_weights(m: Any, x: Tensor) -> Heads:
-    """torch.cat of three weights, one product: pipelines that fuse when they run."""
+    """torch.cat of three weights, one matmul: pipelines that fuse at run time."""
     w, b = torch.cat([m.q.weight, m.k.weight, m.v.weight]), torch.cat([m.q.bias, m.k.bias, m.v.bias])
     q, k, v = (split(t) for t in F.linear(x, w, b).chunk(3, dim=-1))
     return q, k, v
@@ -33,14 +33,14 @@ def concatenated_weights(m: Any, x: Tensor) -> Heads:
 
 @heads(has=dict(w=weight(C, 3 * C), b=weight(3 * C)))
 def addmm_projection(m: Any, x: Tensor) -> Heads:
-    """Use addmm on flattened tokens, the weight is [in, out]: GPT-2's Conv1D."""
+    """Use addmm on flattened tokens with a weight [in, out]: GPT-2's Conv1D."""
     q, k, v = torch.addmm(m.b, x.view(-1, C), m.w).view(B, T, 3 * C).split(C, dim=2)
     return split(q), split(k), split(v)
 
 
 @heads(has=dict(w=weight(3, C, C)))
 def matmul_projection(m: Any, x: Tensor) -> Heads:
-    """Compute x @ W with the matrices of q, k, v in one parameter."""
+    """Compute x @ W with the matrices of q, k and v in one parameter."""
     q, k, v = split(x @ m.w[0]), split(x @ m.w[1]), split(torch.matmul(x, m.w[2]))
     return q, k, v
 
@@ -76,7 +76,7 @@ def image() -> tuple[Any, ...]:
     inputs=image, heads=1, kv_heads=1,
 )  # fmt: skip
 def conv2d_projection(m: Any, x: Tensor) -> Tensor:
-    """Pixels attend, keys narrower than values, no scale, bmm(v, weights^T), no output projection: SAGAN, non-local."""
+    """Attention over pixels, keys narrower than values, no scale, bmm(v, weights^T), no output projection: SAGAN."""
     q, k, v = m.q(x).flatten(2).transpose(1, 2), m.k(x).flatten(2), m.v(x).flatten(2)
     weights = torch.softmax(torch.bmm(q, k) * SCALE, dim=-1)  # [B, S, T]
     return m.gamma * torch.bmm(v, weights.permute(0, 2, 1)).view_as(x) + x
@@ -84,7 +84,7 @@ def conv2d_projection(m: Any, x: Tensor) -> Tensor:
 
 @whole(has=dict(qkv=lambda: nn.Conv2d(C, 3 * C, 1, bias=False), o=lambda: nn.Conv2d(C, C, 1)), inputs=image)
 def channels_before_pixels(m: Any, x: Tensor) -> Tensor:
-    """[B, H, D, pixels] all the way, "bhdi,bhdj->bhij": attention in lucidrains' diffusion models."""
+    """[B, H, D, pixels] throughout, "bhdi,bhdj->bhij": attention in lucidrains' diffusion models."""
     q, k, v = (t.reshape(B, H, D, T) for t in m.qkv(x).chunk(3, dim=1))
     weights = torch.einsum("b h d i, b h d j -> b h i j", q * SCALE, k).softmax(dim=-1)
     o = torch.einsum("b h i j, b h d j -> b h i d", weights, v)
@@ -97,7 +97,7 @@ def normed_linear() -> nn.Module:
 
 @heads(has=dict.fromkeys("qk", normed_linear))
 def weight_norm(m: Any, x: Tensor) -> Heads:
-    """Weights that a parametrisation computes."""
+    """Weights computed by a parametrization."""
     return m.split(x)
 
 
@@ -111,28 +111,28 @@ def low_rank_adapters(m: Any, x: Tensor) -> Heads:
 
 @heads(has=dict(codes=lambda: torch.randint(-127, 128, (3 * C, C), dtype=torch.int8), steps=weight(3 * C, 1)))
 def dequantised_weights(m: Any, x: Tensor) -> Heads:
-    """Weights of 8 bits times a learned step per row, multiplied out in the graph."""
+    """Dequantize 8-bit weights with a learned step per row in the graph."""
     q, k, v = F.linear(x, m.codes.to(x.dtype) / 73.0 * m.steps.abs()).chunk(3, dim=-1)
     return split(q), split(k), split(v)
 
 
 @heads(has=dict(where=weight(T, C, fan=4)))
 def positions_on_queries_and_keys(m: Any, x: Tensor) -> Heads:
-    """Positions are added before q and k, not before v: DETR."""
+    """Add positions before q and k, not before v: DETR."""
     q, k, _ = m.split(x + m.where)
     return q, k, split(m.v(x))
 
 
 @whole()
 def shared_keys_and_values(m: Any, x: Tensor) -> Tensor:
-    """One projection is both key and value: Reformer's cousins."""
+    """Use one projection as both key and value: Reformer's cousins."""
     q, kv = split(m.q(x)), split(m.k(x))
     return m.join(scores(q, kv).softmax(-1) @ kv)
 
 
 @whole()
 def shared_queries_and_keys(m: Any, x: Tensor) -> Tensor:
-    """One projection is both query and key: Reformer; a token may not see itself unless it must."""
+    """Use one projection as both query and key, each token masked from itself unless it is its only key: Reformer."""
     q, v = split(m.q(x)), split(m.v(x))
     s = (q @ F.normalize(q, dim=-1).mT).masked_fill(torch.eye(T, dtype=torch.bool), -5e4)
     return m.join(s.softmax(-1) @ v)
@@ -140,27 +140,27 @@ def shared_queries_and_keys(m: Any, x: Tensor) -> Tensor:
 
 @whole(has=dict(v=lambda: nn.Linear(C, H * 6), o=lambda: nn.Linear(H * 6, C)))
 def values_of_another_size(m: Any, x: Tensor) -> Tensor:
-    """Values have 6 channels a head, keys 8."""
+    """6 channels per value head, 8 per key head."""
     q, k, v = split(m.q(x)), split(m.k(x)), m.v(x).view(B, T, H, 6).transpose(1, 2)
     return m.o((scores(q, k).softmax(-1) @ v).transpose(1, 2).reshape(B, T, H * 6))
 
 
 @heads(has=dict(k=lambda: nn.Conv1d(C, C, 3, padding=1, groups=C)))
 def convolved_keys(m: Any, x: Tensor) -> Heads:
-    """Keys see their neighbours: a depth-wise convolution before attention, as in CvT."""
+    """Convolve keys depth-wise before attention, as in CvT."""
     return split(m.q(x)), split(m.k(x.transpose(1, 2)).transpose(1, 2)), split(m.v(x))
 
 
 @whole(has=dict(shrink=lambda: nn.Conv1d(C, C, 2, stride=2), norm=lambda: nn.LayerNorm(C)))
 def strided_keys(m: Any, x: Tensor) -> Tensor:
-    """Every second token is a key: spatial reduction of PVT and Segformer."""
+    """Use every second token as a key: spatial reduction of PVT and Segformer."""
     fewer = m.norm(m.shrink(x.transpose(1, 2)).transpose(1, 2))
     return m.join(scores(split(m.q(x)), split(m.k(fewer))).softmax(-1) @ split(m.v(fewer)))
 
 
 @whole(has=dict(e=weight(T, 5, fan=T), f=weight(T, 5, fan=T)))
 def projected_tokens(m: Any, x: Tensor) -> Tensor:
-    """12 keys are mixed into 5: Linformer."""
+    """Mix 12 keys into 5: Linformer."""
     q, k, v = m.split(x)
     k, v = torch.einsum("bhtd,tr->bhrd", k, m.e), torch.einsum("bhtd,tr->bhrd", v, m.f)
     return m.join(scores(q, k * 2).softmax(-1) @ v)

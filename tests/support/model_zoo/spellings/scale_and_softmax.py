@@ -18,25 +18,25 @@ core, whole = SPELLINGS.core, SPELLINGS.whole
 
 @core()
 def scale_on_queries(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scale queries before the product: OPT, Whisper, fairseq."""
+    """Scale queries before the matmul: OPT, Whisper, fairseq."""
     return ((q * SCALE) @ k.mT).softmax(-1) @ v
 
 
 @core()
 def scale_on_keys(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keys are divided after their transpose."""
+    """Divide keys after their transpose."""
     return (q @ (k.transpose(-1, -2) / D**0.5)).softmax(-1) @ v
 
 
 @core()
 def scale_on_both(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """D**-0.25 on each side, which half precision likes: Whisper by OpenAI, GLIDE."""
+    """D**-0.25 on each side, for the range of half precision: Whisper by OpenAI, GLIDE."""
     return torch.softmax((q * D**-0.25) @ (k * D**-0.25).mT, -1) @ v
 
 
 @core()
 def scale_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """mul_ on the scores, its result used."""
+    """mul_ on the scores, using its result."""
     return (q @ k.mT).mul_(SCALE).softmax(-1) @ v
 
 
@@ -50,7 +50,7 @@ def scale_by_augmented_division(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 @core()
 def scale_by_tensor(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Divide by the root of a tensor that is made in the graph: GPT-J, course notes."""
+    """Divide by the root of a tensor made in the graph: GPT-J, course notes."""
     return ((q @ k.mT) / torch.sqrt(torch.tensor(k.shape[-1], dtype=torch.float32))).softmax(-1) @ v
 
 
@@ -62,7 +62,7 @@ def scale_by_buffer(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @whole(has=dict(w_q=weight(C, C, fan=C * D)))
 def scale_in_weight(m: Any, x: Tensor) -> Tensor:
-    """No scale at all: it is folded into W_q, or into the initialisation as in T5."""
+    """No explicit scale: folded into W_q, or into the initialization as in T5."""
     _, k, v = m.split(x)
     return m.join((split(F.linear(x, m.w_q)) @ k.mT).softmax(-1) @ v)
 
@@ -127,14 +127,14 @@ def softmax_by_hand(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(sites=0, reason="overflow for large scores")
 def softmax_by_hand_without_maximum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """exp(s) over its sum: lessons, and code that trusts its scores."""
+    """exp(s) over its sum, without subtracting the maximum: lessons."""
     e = scores(q, k).exp()
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
 @core()
 def softmax_of_base_2(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """exp2 with log2(e) in the scale, as kernels do it."""
+    """exp2 with log2(e) in the scale, as in kernels."""
     s = (q @ k.mT) * (SCALE * math.log2(math.e))
     e = torch.exp2(s - s.amax(-1, keepdim=True))
     return (e / e.sum(-1, keepdim=True)) @ v
@@ -149,14 +149,14 @@ def softmax_by_logsumexp(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_of_centred_scores(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Subtract the maximum before a softmax that would do so itself: GPT-NeoX's past, CogView."""
+    """Subtract the maximum before a softmax, which does so itself: early GPT-NeoX, CogView."""
     s = scores(q, k)
     return (s - s.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1) @ v
 
 
 @core()
 def softmax_divided_at_the_end(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Division after the second contraction: the online softmax of flash attention, in one block."""
+    """Divide after the second contraction: the online softmax of flash attention, in one block."""
     s = scores(q, k)
     e = torch.exp(s - s.amax(-1, keepdim=True))
     return (e @ v) / e.sum(-1, keepdim=True)
@@ -171,7 +171,7 @@ def softmax_plus_one(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_plus_one_stable(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute exp(s) / (1 + sum) with a maximum that is at least zero."""
+    """Compute exp(s) / (1 + sum) with the maximum clamped to at least zero."""
     s = scores(q, k)
     top = s.amax(-1, keepdim=True).clamp(min=0)
     e = (s - top).exp()
@@ -180,13 +180,13 @@ def softmax_plus_one_stable(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_with_padded_column(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Pad a sink logit of zero as a column that is cut off again."""
+    """Append a sink logit of zero as a column, and drop it afterwards."""
     return F.pad(scores(q, k), (1, 0)).softmax(-1)[..., 1:] @ v
 
 
 @core(has=dict(sinks=weight(H, fan=1)))
 def learned_sinks(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Join a learned sink logit per head, whose column is cut off after the softmax: gpt-oss."""
+    """Append a learned sink logit per head, and drop its column after the softmax: gpt-oss."""
     s = scores(q, k).masked_fill(~m.triangle, LEAST)
     joined = torch.cat([s, m.sinks.reshape(1, -1, 1, 1).expand(B, -1, T, -1)], dim=-1)
     joined = joined - joined.max(dim=-1, keepdim=True).values
@@ -195,5 +195,5 @@ def learned_sinks(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_without_nan(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """nan_to_num for rows that see nothing."""
+    """nan_to_num for fully masked rows."""
     return torch.nan_to_num(scores(q, k).masked_fill(~m.triangle, -math.inf).softmax(-1)) @ v

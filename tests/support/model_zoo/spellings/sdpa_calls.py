@@ -1,4 +1,4 @@
-"""Spellings of calls of scaled_dot_product_attention."""
+"""Spellings of scaled_dot_product_attention calls."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ core, whole = SPELLINGS.core, SPELLINGS.whole
 
 @core(has=dict(mask=float_triangle))
 def sdpa_positional(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every argument by position but the scale."""
+    """Pass every argument but the scale by position."""
     return F.scaled_dot_product_attention(q, k, v, m.mask, 0.0, False, scale=0.3)
 
 
 @core()
 def sdpa_keywords(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every argument by name."""
+    """Pass every argument by name."""
     return F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=m.triangle, dropout_p=0.0)
 
 
@@ -45,26 +45,26 @@ def sdpa_grouped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @whole(heads=1, kv_heads=1, head_dim=C)
 def sdpa_of_rank_3(m: Any, x: Tensor) -> Tensor:
-    """One head, [B, T, D] without an axis for it."""
+    """One head without a head axis: [B, T, D]."""
     return m.o(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x)))
 
 
 @core()
 def sdpa_on_folded_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B*H, T, D]: BART's habits on a new function."""
+    """[B*H, T, D]: BART's layout with SDPA."""
     return F.scaled_dot_product_attention(fold(q), fold(k), fold(v)).view(B, H, T, D)
 
 
 @core(kv_heads=G)
 def sdpa_of_rank_5(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keys that broadcast over the queries of their group."""
+    """Broadcast keys over the queries of their group."""
     o = F.scaled_dot_product_attention(q.view(B, G, N, T, D), k.unsqueeze(2), v.unsqueeze(2))
     return o.reshape(B, H, T, D)
 
 
 @whole()
 def sdpa_between_transposes(m: Any, x: Tensor) -> Tensor:
-    """Heads behind tokens; the transposes stand in the call."""
+    """Heads after tokens; transposes in the call."""
     q, k, v = (p(x).view(B, T, H, D) for p in (m.q, m.k, m.v))
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return m.o(o.contiguous().view(B, T, C))
@@ -72,6 +72,6 @@ def sdpa_between_transposes(m: Any, x: Tensor) -> Tensor:
 
 @core()
 def sdpa_of_chosen_backend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Inside the context that chooses a kernel."""
+    """Call inside the context manager that chooses a kernel."""
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""Spellings of what stands around the core: loops, gates, layouts, extra keys."""
+"""Spellings of the code around core attention: loops, gates, layouts, extra keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ core, whole = SPELLINGS.core, SPELLINGS.whole
 
 @whole(sites=H, heads=1, kv_heads=1)
 def loop_over_heads(m: Any, x: Tensor) -> Tensor:
-    """Loop over heads in Python, results concatenated: one site for each head."""
+    """Loop over heads in Python and concatenate the results: one site per head."""
     q, k, v = m.q(x).chunk(H, -1), m.k(x).chunk(H, -1), m.v(x).chunk(H, -1)
     return m.o(torch.cat([scores(q[h], k[h]).softmax(-1) @ v[h] for h in range(H)], dim=-1))
 
@@ -31,13 +31,13 @@ def gated_output(m: Any, x: Tensor) -> Tensor:
 
 @whole()
 def no_output_projection(m: Any, x: Tensor) -> Tensor:
-    """Heads are concatenated and added to the input."""
+    """Concatenate heads and add them to the input."""
     return x + attend(*m.split(x)).transpose(1, 2).flatten(2)
 
 
 @whole()
 def weights_returned(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention weights are a second output: need_weights, output_attentions."""
+    """Return attention weights as a second output: need_weights, output_attentions."""
     q, k, v = m.split(x)
     weights = scores(q, k).softmax(-1)
     return m.join(weights @ v), weights
@@ -82,7 +82,7 @@ def pair_bias(m: Any, x: Tensor, pairs: Tensor) -> Tensor:
 
 @core(has=dict(memory=weight(2, H, 3, D, fan=1)))
 def learned_prefix(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Learned keys and values stand before those of the text: prefix tuning, persistent memory."""
+    """Prepend learned keys and values to those of the text: prefix tuning, persistent memory."""
     k = torch.cat([m.memory[0].expand(B, -1, -1, -1), k], dim=2)
     return attend(q, k, torch.cat([m.memory[1].expand(B, -1, -1, -1), v], dim=2))
 

@@ -1,4 +1,4 @@
-"""The C++ kernel of latent attention, and the one on torch operations, against the reference."""
+"""The C++ latent-attention kernel, and the one on torch operations, against the reference."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ TARGETS = [pytest.param(build_cpp, id="cpp", marks=needs_compiler), pytest.param
 
 @pytest.fixture(params=["", "x86-64-v3"], ids=["this CPU", "AVX2"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The instruction set that kernels are compiled for, the CPU's own or AVX2: quantized values as bytes, as words."""
+    """Compile kernels for the CPU's own instruction set or AVX2, so that codes are unpacked as bytes or as words."""
     if request.param and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
     monkeypatch.setenv("FHOPT_ISA", request.param)
     return str(request.param)
 
 
-# --------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("make", TARGETS)
@@ -79,7 +79,7 @@ def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Ma
 def test_trellis_codes_are_looked_up_as_by_the_reference(
     name: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As bytes, as words, by eights, and one by one."""
+    """Look codes up as bytes, as words, by eights, and one by one."""
     if target and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
     monkeypatch.setenv("FHOPT_ISA", target)
@@ -89,7 +89,7 @@ def test_trellis_codes_are_looked_up_as_by_the_reference(
         assert_same(kernel(*x, mask, **case.options()), expected(case, x, mask))
 
 
-def test_without_a_compiler_the_reference_reads_trellis_codes() -> None:
+def test_without_a_compiler_the_reference_decodes_trellis_codes() -> None:
     case = TRELLIS_CASES["trellis codes beside others"]
     x = inputs(case)
     assert_same(without_compiler(case.spec())(*x, None, **case.options()), expected(case, x, None))
@@ -105,7 +105,7 @@ def test_trellis_codes_of_more_bits_are_refused(bits: int) -> None:
 
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dtype, tolerance: float) -> None:
+def test_half_precision_latents_are_loaded_without_conversion(make: Make, dtype: torch.dtype, tolerance: float) -> None:
     case = Case(UNCODED, EIGHT, 6, 2, 1, 2, 50, dtype=dtype)
     x = inputs(case)
     output, lse = make(case.spec())(*x, None, **case.options())
@@ -119,7 +119,7 @@ def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dt
 @pytest.mark.parametrize("tiers", [PLANES, MIXED, FOUR, RINGS], ids=["planes", "mixed", "four", "rings"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("isa")
-def test_what_one_digit_rounds_away_is_little_beside_what_quantization_did(
+def test_int8_rounding_error_is_small_compared_with_the_quantization_error(
     tiers: Tiers, dtype: torch.dtype, queries: int
 ) -> None:
     case = Case(tiers, tiers, 9, 1, 1, queries, 400, dtype=dtype)
@@ -133,7 +133,7 @@ def test_what_one_digit_rounds_away_is_little_beside_what_quantization_did(
     uncoded = replace(case, key_tiers=UNCODED, value_tiers=UNCODED)
     exact, _ = expected(uncoded, (query, latents[0], None, latents[1], None), None)
     rounded_away, quantized_away = (found.double() - wanted).norm(), (wanted - exact).norm()
-    assert rounded_away < 0.15 * quantized_away  # 1.01 times as much noise
+    assert rounded_away < 0.15 * quantized_away  # 1.01 times the total noise
 
 
 WIDE: Tiers = ((16, 8, 0.0), (8, 16, 0.01), (6, 72, 0.04), (5, 24, 0.09), (3, 56, 0.3), (2, 16, 0.6))
@@ -149,7 +149,7 @@ WIDE: Tiers = ((16, 8, 0.0), (8, 16, 0.01), (6, 72, 0.04), (5, 24, 0.09), (3, 56
     ids=["mixed", "wide", "rings", "eight"],
 )
 @pytest.mark.usefixtures("isa")
-def test_few_queries_of_16_bits_get_what_they_get_among_many(
+def test_few_16_bit_queries_give_the_same_results_as_among_many(
     keys: Tiers, values: Tiers, rows: int, queries: int, heads: tuple[int, int], tokens: int
 ) -> None:
     few = Case(keys, values, 3 * rows, *heads, queries, tokens, dtype=torch.bfloat16)
@@ -161,7 +161,7 @@ def test_few_queries_of_16_bits_get_what_they_get_among_many(
         among_many = build_cpp(many.spec())(twice, *cache, wide, **many.options())
         alone = build_cpp(few.spec())(query, *cache, mask, **few.options())
         first = [x.unflatten(1, (3, 2 * rows))[:, :, :rows].flatten(1, 2) for x in among_many]
-        torch.testing.assert_close(alone[0], first[0], rtol=2**-7, atol=1e-5)  # a step of bfloat16
+        torch.testing.assert_close(alone[0], first[0], rtol=2**-7, atol=1e-5)  # one unit in the last place of bfloat16
         torch.testing.assert_close(alone[1], first[1], rtol=1e-6, atol=2e-5)
 
 
@@ -176,8 +176,8 @@ def test_many_small_weights_are_not_rounded_away_together() -> None:
     case = Case(tiers, tiers, 4, 1, 1, 1, tokens, dtype=dtype)
     bits, widths, steps = (list(x) for x in zip(*tiers, strict=True))
     key = torch.zeros(2, 1, tokens, 64)
-    key[:, :, 5, :8] = 1.0  # one token of a weight that is 400 times those of the others
-    value = 0.2 * torch.randn(2, 1, tokens, 64) + torch.randn(2, 1, 1, 64)  # which share a mean
+    key[:, :, 5, :8] = 1.0  # one token with 400 times the weight of the others
+    value = 0.2 * torch.randn(2, 1, tokens, 64) + torch.randn(2, 1, 1, 64)  # the others share a mean
     (key, key_scale), (value, value_scale) = (pack_reference(z, bits, widths, steps) for z in (key, value))
     query = torch.zeros(2, 4, 1, 64)
     unpacked = unpack_reference(key, key_scale, bits, widths, steps)
@@ -189,7 +189,7 @@ def test_many_small_weights_are_not_rounded_away_together() -> None:
 
 
 @pytest.mark.parametrize("make", TARGETS)
-def test_kernels_give_zero_and_minus_infinity_where_there_is_no_token(make: Make) -> None:
+def test_without_tokens_kernels_give_zero_and_minus_infinity(make: Make) -> None:
     case = Case(ODD, ODD, 4, 2, 2, 1, 5)
     query, *rest = inputs(case)
     empty = [None if x is None else x[:, :, :0] for x in rest]
@@ -199,16 +199,16 @@ def test_kernels_give_zero_and_minus_infinity_where_there_is_no_token(make: Make
 
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize("tokens", [1, 15, 17])
-def test_codes_of_every_width_are_read_right(make: Make, tokens: int) -> None:
+def test_codes_of_every_width_are_decoded_correctly(make: Make, tokens: int) -> None:
     case = Case(ODD, EVERY, tokens, tokens, tokens, 1, tokens)
     query, key, key_scale, value, value_scale = inputs(case)
     assert value_scale is not None
-    only_own = torch.eye(tokens, dtype=torch.bool).view(1, tokens, 1, tokens)  # head t sees token t and nothing else
+    only_own = torch.eye(tokens, dtype=torch.bool).view(1, tokens, 1, tokens)  # head t attends only to token t
     output, _ = make(case.spec())(query, key, key_scale, value, value_scale, only_own, **case.options())
     bits, widths, steps = zip(*EVERY, strict=True)
     unpacked = unpack_reference(value, value_scale, bits, widths, steps)
     wanted = unpacked.diagonal(dim1=1, dim2=2).mT.unsqueeze(2)  # [B, H, 1, R_V]
-    torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)  # one product with the step, one with the scale
+    torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)  # one multiplication by the step, one by the scale
 
 
 @pytest.mark.parametrize("make", TARGETS)
@@ -225,7 +225,7 @@ def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -
 @pytest.mark.parametrize("bits", sampled(SUPPORTED_BITS[::-1], 2))
 @pytest.mark.usefixtures("isa")
 def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> None:
-    """Keys of one width, values of another; in every second tier the wide ones are the values."""
+    """Keys of one width, values of another; in every second bit group, the values are wider."""
     step = 2 / 2**bits
     narrow, wide = ((bits, 8, step),), ((bits, 256, step),)
     if SUPPORTED_BITS.index(bits) % 2:
@@ -270,7 +270,7 @@ def test_random_rings_of_trellis_codes_agree_with_the_reference(seed: int) -> No
 
 
 def random_rings(draw: random.Random) -> Tiers:
-    """Bit groups of which most have trellis codes, of any width."""
+    """Bit groups of any width, most of them with trellis codes."""
     codes = [(b, 8 * draw.randint(1, 12), -0.03 if b in TRELLIS_BITS else 0.1) for b in (5, 4, 3, 2, 1)]
     return tuple(draw.sample([*codes, (2, 8, 0.9)], draw.randint(1, 6)))
 
@@ -281,7 +281,7 @@ def random_tiers(draw: random.Random) -> Tiers:
 
 
 def assert_bytes_and_floats_agree(case: Case) -> None:
-    """The two ways to multiply codes in C++ (the same one on a CPU without AVX2) and the reference."""
+    """Compare the byte and float paths in C++ (the same path without AVX2) with the reference."""
     x, spec = inputs(case), case.spec()
     floats: LatentKernel = LibraryKernel(load("attention", library(), ("-DFHOPT_FLOAT",)), spec)
     for mask in masks(case):
@@ -294,7 +294,7 @@ def assert_bytes_and_floats_agree(case: Case) -> None:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("tokens", [1, 19, 48])
 @pytest.mark.parametrize(("keys", "values"), [(PLANES, ODD), (RING, RINGS)], ids=["planes", "rings"])
-def test_nothing_is_read_outside_of_the_rows(keys: Tiers, values: Tiers, tokens: int) -> None:
+def test_kernels_load_nothing_outside_the_rows(keys: Tiers, values: Tiers, tokens: int) -> None:
     for heads, dtype, tolerance in ((9, torch.float32, 1e-5), (3, torch.bfloat16, 0.05)):
         case = Case(keys, values, heads, 1, 1, 1, tokens, dtype=dtype)
         query, *stored = (x[:1] for x in inputs(case) if x is not None)
@@ -303,7 +303,7 @@ def test_nothing_is_read_outside_of_the_rows(keys: Tiers, values: Tiers, tokens:
 
 
 def at_end_of_page(x: Tensor) -> Tensor:
-    """A copy of `x` that ends where memory ends: the next page may not be read."""
+    """Return a copy of `x` that ends at a page boundary; loads from the next page fault."""
     size = (x.nbytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -315,8 +315,8 @@ def at_end_of_page(x: Tensor) -> Tensor:
 @needs_compiler
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_sums_of_many_of_the_largest_codes_stay_right(bits: int) -> None:
-    """Integers of 32 bits hold the products of 256 codes of 8 bits: of more channels they become floats on the way."""
+def test_sums_of_many_of_the_largest_codes_do_not_overflow(bits: int) -> None:
+    """32-bit integers hold the products of 256 8-bit codes; with more channels, partial sums are converted to float."""
     tiers = ((bits, 1024, 1.0),)
     case = Case(tiers, tiers, 2, 1, 1, 1, 300)
     query, key, key_scale, value, value_scale = inputs(case)
@@ -338,7 +338,7 @@ def test_sums_of_many_of_the_largest_codes_stay_right(bits: int) -> None:
     ],
     ids=["one head", "long", "many queries", "uncoded"],
 )
-def test_threads_over_ranges_of_tokens_give_the_same_numbers(case: Case, threads: int) -> None:
+def test_threads_over_ranges_of_tokens_agree_with_the_reference(case: Case, threads: int) -> None:
     x, kernel = inputs(case), build_cpp(case.spec())
     with torch_threads(threads):
         for mask in masks(case):
@@ -380,7 +380,7 @@ def assert_only_listed_pages_are_attended_to(case: Case, page_tokens: int) -> No
 
 
 def page_lists(heads: int, tokens: int, page_tokens: int) -> Tensor:
-    """Lists [2, heads, N] of a third of the pages, of different lengths; the last is empty, one has a short page."""
+    """Lists [2, heads, N] of a third of the pages, of different lengths; one is empty, one has a short page."""
     count = -(-tokens // page_tokens)
     lists = torch.full((2, heads, count // 3 + 2), -1, dtype=torch.int32)
     for index, row in enumerate(lists.flatten(0, 1)):
@@ -393,7 +393,7 @@ def page_lists(heads: int, tokens: int, page_tokens: int) -> Tensor:
 
 
 def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
-    """[B, H, 1, T]: is the token in a listed page?"""
+    """[B, H, 1, T], true for tokens in listed pages."""
     page_of = torch.arange(case.tokens) // page_tokens
     listed = (pages.unsqueeze(-1) == page_of).any(2)  # [B, U, T]
     return listed.repeat_interleave(case.heads // pages.shape[1], 1).unsqueeze(2)
@@ -401,8 +401,8 @@ def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
 
 @needs_compiler
 @pytest.mark.usefixtures("isa")
-def test_what_is_no_number_stays_in_its_own_sequence() -> None:
-    """Also behind a list that ends in the middle of 16 tokens, where nothing is read."""
+def test_nan_stays_in_its_own_sequence() -> None:
+    """The list may end within a chunk of 16 tokens, whose other tokens must not be loaded."""
     case = Case(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
     query, key, key_scale, value, value_scale = inputs(case)
     assert value_scale is not None
@@ -417,7 +417,7 @@ def test_what_is_no_number_stays_in_its_own_sequence() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("name", [*PAGED, "few queries of 16 bits"])
-def test_all_pages_are_the_same_bits_as_no_list(name: str) -> None:
+def test_listing_all_pages_is_bit_identical_to_no_list(name: str) -> None:
     case = PAGED.get(name, Case(WIDE, MIXED, 9, 3, 3, 1, 1000, dtype=torch.bfloat16))
     x, kernel = inputs(case), build_cpp(case.spec())
     heads = math.gcd(case.key_heads, case.value_heads)
@@ -446,7 +446,7 @@ def test_page_lists_that_the_kernel_cannot_read_are_refused(pages: Tensor, page_
 
 
 @pytest.mark.parametrize("make", TARGETS)
-def test_views_into_larger_tensors_are_read_in_place(make: Make) -> None:
+def test_views_into_larger_tensors_are_used_in_place(make: Make) -> None:
     case = CASES["9 heads read one latent"]
     query, key, key_scale, value, value_scale = inputs(case)
     assert key_scale is not None and value_scale is not None
@@ -459,11 +459,11 @@ def test_views_into_larger_tensors_are_read_in_place(make: Make) -> None:
     assert_same(found, expected(case, (query, key, key_scale, value, value_scale), None))
 
 
-# --------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------- masks and bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype) -> None:
+def test_a_row_masked_entirely_by_a_finite_value_attends_uniformly(dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (3, 300, 300))
     mask = torch.zeros(1, 1, 3, 300, dtype=dtype)
     mask[:, :, 1] = torch.finfo(dtype).min
@@ -473,7 +473,7 @@ def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype)
     )
     kernel = build_cpp(KernelSpec((), (), 16, 16, str(dtype).removeprefix("torch."), False))
     found, _ = kernel(query, key, None, value, None, mask, scale=0.25)
-    bound = 1e-5 if dtype == torch.float32 else 2e-2  # of a mean, rounded to bfloat16
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # for a mean rounded to bfloat16
     torch.testing.assert_close(found, expected.to(dtype), rtol=bound, atol=bound)
 
 
@@ -481,7 +481,7 @@ def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype)
 @pytest.mark.parametrize("rows", [1, 3, 4])
 @pytest.mark.parametrize("is_bfloat16", [True, False], ids=["queries in bfloat16", "others"])
 def test_keys_in_bfloat16_are_multiplied_without_further_rounding(is_bfloat16: bool, rows: int) -> None:
-    """With AVX512-BF16 32 at a time, where queries are such numbers; sums are of float32 in any case."""
+    """AVX512-BF16 multiplies 32 at a time if queries are bfloat16 values; sums are always float32."""
     query = torch.randn(2, 2 * rows, 1, 64)
     query = query.to(torch.bfloat16).float() if is_bfloat16 else query
     keys, values = (torch.randn(2, 2, 200, 64).to(torch.bfloat16) for _ in range(2))

@@ -15,7 +15,7 @@ from fhopt.codegen.cpu.block_tables import attention_of, step_of, table_of
 from fhopt.ops import packing
 from fhopt.plan.window import ResidualWindow
 
-H, G, D, SIZE = 4, 2, 16, 8  # query heads, kv heads, head size, tokens of a block
+H, G, D, SIZE = 4, 2, 16, 8  # query heads, kv heads, head size, tokens per block
 LENGTHS = (37, 20, 5)
 QUANTIZED = (24, 8, 0)
 
@@ -23,7 +23,7 @@ pytestmark = needs_compiler
 
 
 def layout() -> BlockLayout:
-    """Latents that are keys and values themselves, in float32; a window as it came; no sinks."""
+    """Latents that are the keys and values, in float32; an unquantized window; no sinks."""
     one = torch.eye(D).expand(G, D, D)
     key, value = (SideLayout(one, one, (), 4 * D, start, 0) for start in (0, 4 * G * D))
     return BlockLayout(
@@ -41,7 +41,7 @@ def test_it_attends_through_block_tables() -> None:
     caches = [torch.zeros(1 + count * blocks, 1, SIZE, 2 * 4 * G * D, dtype=torch.uint8) for _ in range(3)]
     tables = [1 + torch.randperm(count * blocks).view(count, blocks).int() for _ in range(3)]
     for b, length in enumerate(LENGTHS):
-        for t in range(length - 1):  # the last is written by the step
+        for t in range(length - 1):  # the step writes the last token
             row = torch.cat([key[b, :, t].flatten(), value[b, :, t].flatten()]).view(torch.uint8)
             for cache, table in zip(caches, tables, strict=True):
                 cache[table[b, t // SIZE], 0, t % SIZE] = row
@@ -57,28 +57,28 @@ def test_it_attends_through_block_tables() -> None:
         assert torch.allclose(output[b], expected[0, :, 0], atol=1e-5)
 
 
-def test_numbers_that_kernels_do_not_know_are_left_to_torch() -> None:
+def test_dtypes_without_kernels_are_left_to_torch() -> None:
     assert attention_of(replace(layout(), dtype=torch.float64)) is None
     attention = attention_of(layout())
     rows = torch.zeros(2, 1, SIZE, 12, dtype=torch.uint8)
     assert attention is not None and attention.serves(torch.zeros(1, H, D), rows, rows, rows)
     assert not attention.serves(torch.zeros(1, H, D).half(), rows, rows, rows)
-    odd = rows[..., :10].contiguous()  # numbers would not be aligned
+    odd = rows[..., :10].contiguous()  # elements would not be aligned
     assert not attention.serves(torch.zeros(1, H, D), rows, odd, rows)
-    assert attention.serves(torch.zeros(1, H, D), rows, rows, rows)  # caches may be others at the next call
+    assert attention.serves(torch.zeros(1, H, D), rows, rows, rows)  # later calls may pass other caches
 
 
-def test_the_file_is_always_the_same_and_compiled_once() -> None:
+def test_the_file_is_reproducible_and_compiled_once() -> None:
     assert block_tables.render() == block_tables.render()
     assert attention_of(layout()) is not None
-    assert not block_tables.compiles_library()  # it is there now
+    assert not block_tables.compiles_library()  # the file exists now
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 2000])  # of 2,000, several threads take some each
-def test_rows_of_a_window_are_rounded_as_by_torch(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2000])  # with 2,000, the work is split over several threads
+def test_rows_of_a_window_are_rounded_like_torch(dtype: torch.dtype, tokens: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(tokens, 2 * G, 40).to(dtype)[:, ::2]  # heads of an engine stand beside those of queries
+    x = torch.randn(tokens, 2 * G, 40).to(dtype)[:, ::2]  # in engines, key heads are interleaved with query heads
     x[0, 0] = 0
     x[-1, -1, 3] = torch.nan
     codes, scale = torch.zeros(1, G, tokens, 40, dtype=torch.uint8), torch.zeros(1, G, tokens, dtype=torch.float16)
@@ -95,7 +95,7 @@ def test_rows_of_a_window_are_rounded_as_by_torch(dtype: torch.dtype, tokens: in
 
 def test_rows_are_placed_in_blocks() -> None:
     torch.manual_seed(0)
-    cache = torch.zeros(40, 3, SIZE, 150, dtype=torch.uint8)[:, 1:2]  # between those of other layers
+    cache = torch.zeros(40, 3, SIZE, 150, dtype=torch.uint8)[:, 1:2]  # interleaved with those of other layers
     places = torch.randperm(40 * SIZE)[: 30 * SIZE]
     blocks, offsets = places // SIZE, places % SIZE
     rows = torch.randint(1, 256, (len(places), 160), dtype=torch.uint8)[:, :140]

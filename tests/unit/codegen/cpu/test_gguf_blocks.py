@@ -1,4 +1,4 @@
-"""Weights in the blocks of GGUF files (cpu/gguf_blocks.py): the numbers of gguf, and products with them."""
+"""Weights in GGUF blocks (cpu/gguf_blocks.py): dequantized as gguf does, and matmuls with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fhopt.hardware.this_cpu import vector_units
 
 gguf: Any = pytest.importorskip("gguf")
 pytestmark = needs_compiler
-# Of the norm of a product: 15 bits of an input, or one rounding to the type.
+# Relative to the norms of the operands: 15-bit inputs, or one rounding to the dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FORMATS = sorted(HALVES)
 SKINNY = struct.Struct("@5qPqPqPPPq")  # of skinny_call.h
@@ -57,8 +57,8 @@ def test_all_formats_are_tested_and_have_the_sizes_of_gguf() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 29])
 @pytest.mark.parametrize("format", FORMATS)
-def test_rows_side_by_side_are_those_of_the_file(format: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers below are compared with what is brought back into the order of the file."""
+def test_rearranged_rows_restore_the_file_order(format: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests compare values after restoring the file's order."""
     monkeypatch.setattr(gguf_blocks, "_PART", 8 * gguf_blocks.row_bytes(format, 512))  # parts of eight rows
     given_ = random_rows(format, rows, 512)
     blocks = gguf_blocks.arranged(given_, format, 512)
@@ -69,7 +69,7 @@ def test_rows_side_by_side_are_those_of_the_file(format: int, rows: int, monkeyp
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_numbers_are_those_of_gguf(format: int, dtype: torch.dtype) -> None:
+def test_dequantized_values_equal_those_of_gguf(format: int, dtype: torch.dtype) -> None:
     blocks = random_blocks(format, 37, 512)
     expected = numbers_of(blocks)
     found = gguf_blocks.unpack(blocks, dtype)
@@ -91,7 +91,7 @@ def test_numbers_are_those_of_gguf(format: int, dtype: torch.dtype) -> None:
     st.sampled_from(FORMATS), st.sampled_from(sorted(TOLERANCES, key=str)), st.integers(1, 3 * MOST_ROWS),
     st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_products_are_those_of_float64(
+def test_matmuls_agree_with_float64(
     format: int, dtype: torch.dtype, rows: int, columns: int, blocks_of_row: int, has_bias: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -109,8 +109,8 @@ def test_products_are_those_of_float64(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_number_of_any_size_counts_beside_others(format: int) -> None:
-    """Each group of an input has a unit of its own: an outlier takes nothing from the others."""
+def test_small_elements_stay_accurate_next_to_outliers(format: int) -> None:
+    """Each group of an input has its own scale, so an outlier does not affect other groups."""
     blocks = random_blocks(format, 40, 512)
     x = torch.randn(1, 512)
     x[:, :32] *= 1e4
@@ -125,7 +125,7 @@ def test_a_number_of_any_size_counts_beside_others(format: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_number_depends_on_neither_threads_nor_other_rows(format: int, dtype: torch.dtype) -> None:
+def test_results_depend_on_neither_threads_nor_other_rows(format: int, dtype: torch.dtype) -> None:
     blocks, x = random_blocks(format, 700, 768), torch.randn(7, 768).to(dtype)
     before = torch.get_num_threads()
     try:
@@ -140,7 +140,7 @@ def test_a_number_depends_on_neither_threads_nor_other_rows(format: int, dtype: 
 @pytest.mark.parametrize("rows", [[1], [0, 4]])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_no_number_is_seen(format: int, broken: float, rows: list[int]) -> None:
+def test_non_finite_inputs_propagate(format: int, broken: float, rows: list[int]) -> None:
     blocks, x = random_blocks(format, 20, 512), torch.randn(5, 512)
     x[rows, 300] = broken
     found = product(x, blocks)
@@ -150,8 +150,8 @@ def test_what_is_no_number_is_seen(format: int, broken: float, rows: list[int]) 
 
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_largest_codes_and_inputs_have_room(format: int, byte: int) -> None:
-    """Sums of products of bytes are of 16 bits for a while."""
+def test_the_largest_codes_and_inputs_do_not_overflow(format: int, byte: int) -> None:
+    """Sums of products of bytes are 16-bit for a few steps."""
     rows = np.full((25, gguf_blocks.row_bytes(format, 512)), byte, np.uint8)
     blocks_of_rows = rows.reshape(-1, gguf_blocks.FORMATS[format][1])
     for at in HALVES[format]:
@@ -167,10 +167,10 @@ def test_the_largest_codes_and_inputs_have_room(format: int, byte: int) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows", [3, 5, 40])
 @pytest.mark.parametrize("is_float", [False, True])
-def test_products_of_one_input_with_several_weights(is_float: bool, rows: int, threads: int) -> None:
-    """As layer programs ask for them. Numbers of the input are of floats where a program computed them."""
+def test_several_weights_multiply_one_input(is_float: bool, rows: int, threads: int) -> None:
+    """Layer programs call it like this. Inputs computed by a program are float32."""
     format, width = 12, 1024
-    weights = [random_blocks(format, columns, width, columns) for columns in (210, 80, 135)]  # worth three threads
+    weights = [random_blocks(format, columns, width, columns) for columns in (210, 80, 135)]  # enough for three threads
     x = torch.randn(rows, width).bfloat16()
     given = x.float() if is_float else x
     made = [torch.zeros(rows, len(b.values), dtype=given.dtype) for b in weights]
@@ -188,7 +188,7 @@ def test_products_of_one_input_with_several_weights(is_float: bool, rows: int, t
         assert torch.equal(y.bfloat16(), expected)
 
 
-def test_rows_are_unpacked_into_memory_where_there_is_room() -> None:
+def test_rows_are_unpacked_into_given_memory_if_they_fit() -> None:
     blocks = random_blocks(12, 37, 512)
     expected, memory = gguf_blocks.unpack(blocks, torch.float32), torch.zeros(20 * 512)
     some = gguf_blocks.unpack(blocks, torch.float32, 5, 25, memory=memory)
@@ -205,7 +205,7 @@ def test_rows_are_unpacked_into_memory_where_there_is_room() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86-64")
 @pytest.mark.parametrize("isa", ["x86-64", "x86-64-v2", "x86-64-v3", "alderlake", "x86-64-v4", "cascadelake"])
-def test_products_of_another_instruction_set_are_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_agree_between_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = {"alderlake": "AVX-VNNI", "x86-64-v4": "AVX-512", "cascadelake": "AVX-512 VNNI", "x86-64-v3": "AVX2"}
     if needed.get(isa, "") not in ("", *vector_units()):
         pytest.skip(f"this CPU has no {needed[isa]}")
@@ -226,7 +226,7 @@ def test_products_of_another_instruction_set_are_the_same(isa: str, monkeypatch:
         assert float((made - expected).norm()) <= 1e-5 * float(x.norm() * unpacked.norm())
 
 
-def test_programs_and_kernels_name_formats_alike() -> None:
+def test_programs_and_kernels_use_the_same_format_names() -> None:
     text = read_source("fhopt.codegen.cpu", "block_linear.cpp").template
     assert f"constexpr int64_t FORMATS = {emitter._FORMATS};" in text
     for format, (numbers, size) in gguf_blocks.FORMATS.items():
@@ -234,7 +234,7 @@ def test_programs_and_kernels_name_formats_alike() -> None:
         assert f"{name} = {format}" in text and f"case {name}: return {{{numbers}, {size}}};" in text
 
 
-def test_nothing_is_nothing() -> None:
+def test_zero_and_empty_inputs_give_zero_and_empty_outputs() -> None:
     blocks = random_blocks(12, 9, 256)
     assert torch.equal(product(torch.zeros(2, 256), blocks), torch.zeros(2, 9))
     assert product(torch.zeros(0, 256), blocks).shape == (0, 9)
@@ -247,17 +247,17 @@ def test_nothing_is_nothing() -> None:
         lambda x, b: (x, Blocks(b.values[:, :-1].contiguous(), b.format, b.width)),
         lambda x, b: (x, Blocks(b.values.to(torch.int8), b.format, b.width)),
         lambda x, b: (x, Blocks(b.values, 7, b.width)),
-        lambda x, b: (x, Blocks(b.values[::2], b.format, b.width)),  # eight rows are dense
+        lambda x, b: (x, Blocks(b.values[::2], b.format, b.width)),  # blocks of eight rows must be dense
         lambda x, b: (x[:, :128], Blocks(b.values[:, :72].contiguous(), b.format, 128)),  # half a block
     ],
 )
-def test_what_does_not_fit_is_refused(change: Any) -> None:
+def test_operands_that_do_not_fit_are_refused(change: Any) -> None:
     x, blocks = change(torch.randn(1, 512), random_blocks(12, 9, 512))
     with pytest.raises(RuntimeError, match="weight"):
         product(x, blocks)
 
 
-def test_blocks_are_random_bytes_with_sound_scales() -> None:
-    """So that all codes, and all scales of a block, are met."""
+def test_random_blocks_have_every_byte_and_finite_scales() -> None:
+    """So that tests cover all codes, and all scales of a block."""
     values = random_blocks(12, 64, 4096).values.numpy()
     assert len(np.unique(values)) == 256 and bool(numbers_of(random_blocks(12, 64, 4096)).isfinite().all())

@@ -1,4 +1,4 @@
-"""Kernels of compiled graphs, called from C++ (codegen/cpu/graph_kernels.py), against the ops that they stand for."""
+"""Kernels of compiled graphs, called from C++ (codegen/cpu/graph_kernels.py), against the ops they replace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECS = [
     *((TIERS[0], TIERS[0], False, dtype) for dtype in DTYPES),
     (TIERS[1], TIERS[0], False, torch.bfloat16),
     *((TIERS[2], TIERS[3], softcap, dtype) for softcap in (False, True) for dtype in DTYPES),
-]  # of keys, of values, whether softcap; a kernel of codes on both sides serves every dtype
+]  # keys, values, softcap; a kernel with codes on both sides supports every dtype
 
 pytestmark = needs_compiler
 dispatch.install()
@@ -62,7 +62,7 @@ def masks(kind: str) -> Tensor | None:
     st.sampled_from(SPECS), st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]),
     st.sampled_from([None, (0,), (1,), (0, 1, -1)]), st.integers(0, 99),
 )  # fmt: skip
-def test_a_kernel_gives_what_its_op_gives(
+def test_a_kernel_agrees_with_its_op(
     of: Any, kind: str, length: int | None, listed: tuple[int, ...] | None, seed: int
 ) -> None:
     key_tiers, value_tiers, softcap, dtype = of
@@ -87,7 +87,7 @@ def test_a_kernel_gives_what_its_op_gives(
 
 @settings(deadline=None)
 @given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
-def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
+def test_packing_agrees_with_its_op(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
     assert graph_kernels.library() is not None
     torch.manual_seed(seed)
     arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
@@ -101,7 +101,7 @@ def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int
 
 @pytest.mark.parametrize("length", [0, 5, T, T + 3, -1])
 @pytest.mark.parametrize("several", [False, True])
-def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> None:
+def test_lengths_mask_later_tokens(length: int, several: bool) -> None:
     torch.manual_seed(0)
     (tiers, rows, _), query = side(TIERS[2], torch.float32), torch.randn(B, H, S, 32)
     lengths = torch.tensor([length, 7] if several else length)
@@ -120,7 +120,7 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
     st.sampled_from([0, 1, 20, T, None]), st.booleans(), st.booleans(), st.sampled_from(["", "half", "interleaved"]),
     st.integers(0, 99),
 )  # fmt: skip
-def test_attention_on_a_cache_is_the_attention_on_its_parts(
+def test_attention_on_a_cache_equals_attention_on_its_parts(
     dtype: torch.dtype,
     window: bool,
     masked: bool,
@@ -130,14 +130,13 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     segments: str,
     seed: int,
 ) -> None:
-    """Every part may be hidden whole; then the others count alone. Latents may be differences from means, their keys
-    relative to segments.
+    """Each part may be masked entirely. Latents may be differences from means, their keys relative to segments.
 
-    length: of latents that are seen; None: there are none. segments: the order of channels in rotations of keys that
-    are relative to them.
+    length: number of visible latents; None: no latents. segments: channel order of the RoPE of segment-relative keys;
+    "": no segments.
     """
     torch.manual_seed(seed)
-    d, e, heads = 24, 24, 1 if shared else J  # the uncoded kernels are those of the test above
+    d, e, heads = 24, 24, 1 if shared else J  # the test above covers unquantized kernels
     tokens = 0 if length is None else T
     key_tiers, value_tiers = (
         algebra.BitGroups([b for b, _ in t], [w for _, w in t], [STEPS[b] for b, _ in t]) for t in TIERS[2:]
@@ -151,7 +150,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     )
     masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, tokens)]
     turning: tuple[Any, ...] = (None, None, 0)
-    if segments:  # of 8 tokens, so that there are several
+    if segments:  # 8 tokens per segment, for several segments
         rotation = SegmentRotation.on(Rope(segments, 8, (0.9, 0.3, 0.1, 0.03), offset=4), 8, torch.device("cpu"))
         turning = rotation.pairs, rotation.phases(T // 8 + 1), 8
     operands: Any = (
@@ -172,7 +171,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     assert found.dtype == dtype
     if dtype == torch.float32:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    else:  # parts are rounded in between, and codes of few bits are multiplied by 8 bits
+    else:  # parts are rounded in between, and low-bit codes are multiplied in int8
         assert (found - expected).float().norm() <= 0.015 * expected.float().norm()
 
 
@@ -180,7 +179,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_rows_are_rounded_into_a_window_to_the_same_bits(dtype: torch.dtype, centred: bool, tokens: int) -> None:
+def test_rows_are_rounded_into_a_window_bit_identically(dtype: torch.dtype, centred: bool, tokens: int) -> None:
     torch.manual_seed(0)
     assert graph_kernels.library() is not None
     x = 3 * torch.randn(B, tokens, J, 24, dtype=dtype).transpose(1, 2)
@@ -195,7 +194,7 @@ def test_rows_are_rounded_into_a_window_to_the_same_bits(dtype: torch.dtype, cen
         assert torch.equal(a, b)
 
 
-def test_a_row_with_an_unknown_number_has_an_unknown_scale_and_a_window_that_is_too_short_is_refused() -> None:
+def test_a_row_with_nan_has_a_nan_scale_and_a_window_that_is_too_short_is_refused() -> None:
     assert graph_kernels.library() is not None
     codes, scale = torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4, dtype=torch.float16)
     x = torch.ones(1, 1, 2, 8)
@@ -206,11 +205,11 @@ def test_a_row_with_an_unknown_number_has_an_unknown_scale_and_a_window_that_is_
         torch.ops.fhopt.round_rows_into(x, None, codes, scale, 3)
 
 
-D, TOKENS, AT = 24, 20, 44  # head size, tokens of a window that are packed, and how many are packed already
+D, TOKENS, AT = 24, 20, 44  # head size, window tokens to pack, tokens packed before
 
 
 def turning(kind: str) -> tuple[Tensor, Tensor, int] | None:
-    """How keys turn: in channels that stand side by side or not, of sequences that begin with padding or not."""
+    """Rotations of keys by kind: neighboring channel pairs or halves, with or without left padding."""
     if kind == "none":
         return None
     pairing, width = ("interleaved", 16) if kind == "neighbours" else ("half", D)
@@ -236,11 +235,11 @@ def places(tiers: algebra.BitGroups, heads: int) -> tuple[Tensor, Tensor]:
 def test_rows_of_every_kind_are_packed_on_several_threads(name: str, tokens: int) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    width = 4 * D  # so that there is work for threads
+    width = 4 * D  # enough work for threads
     rounded = packing.round_rows(torch.randn(B, J, tokens, width))
     tiers, basis = ROW_TIERS[name], torch.randn(J, 32, width) / 8
     found, expected = places(tiers, J), places(tiers, J)
-    for _ in range(3):  # memory is kept from call to call
+    for _ in range(3):  # memory is reused from call to call
         assert dispatch.pack_window(rounded, None, torch.float32, basis, found, AT, tiers, None) is not None
     encode_rows.pack_window_reference(rounded, None, torch.float32, basis, expected, AT, tiers, None)
     one, other = (torch.ops.fhopt.unpack(*[p[:, :, AT : AT + tokens] for p in x], *tiers) for x in (found, expected))
@@ -251,7 +250,7 @@ def test_rows_of_every_kind_are_packed_on_several_threads(name: str, tokens: int
 @pytest.mark.parametrize("kind", ["none", "halves", "neighbours", "padded"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centred", [False, True])
-def test_tokens_of_a_window_are_encoded_and_packed_behind_others(
+def test_window_tokens_are_encoded_and_packed_after_others(
     centred: bool, dtype: torch.dtype, kind: str, heads: int
 ) -> None:
     torch.manual_seed(0)
@@ -264,10 +263,10 @@ def test_tokens_of_a_window_are_encoded_and_packed_behind_others(
     energy = dispatch.pack_window(rounded, mean, dtype, basis, found, AT, tiers, turning(kind))
     reference = encode_rows.pack_window_reference(rounded, mean, dtype, basis, expected, AT, tiers, turning(kind))
     assert energy == pytest.approx(reference, rel=1e-4)
-    for a, b in zip(found, expected, strict=True):  # others stay as they were
+    for a, b in zip(found, expected, strict=True):  # other rows are unchanged
         assert torch.equal(a[:, :, :AT], b[:, :, :AT]) and torch.equal(a[:, :, AT + TOKENS :], b[:, :, AT + TOKENS :])
     one, other = (torch.ops.fhopt.unpack(*[p[:, :, AT : AT + TOKENS] for p in x], *tiers) for x in (found, expected))
-    assert float((one - other).abs().mean()) < 1e-3 * float(other.abs().mean())  # sums in another order: few codes
+    assert float((one - other).abs().mean()) < 1e-3 * float(other.abs().mean())  # another sum order: few codes
 
 
 def test_a_window_that_does_not_fit_is_not_packed() -> None:
@@ -287,7 +286,7 @@ def test_a_window_that_does_not_fit_is_not_packed() -> None:
 
 
 class Latent(torch.nn.Module):
-    """Codes a latent and attends to it, as a compiled cache layer does."""
+    """A module that encodes a latent and attends to it, like a compiled cache layer."""
 
     def forward(self, query: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
         tiers = algebra.BitGroups([b for b, _ in TIERS[2]], [w for _, w in TIERS[2]], [STEPS[b] for b, _ in TIERS[2]])
@@ -301,7 +300,7 @@ def called(module: fx.GraphModule) -> list[str]:
 
 
 def graphs_of(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """(graph before, graph after)."""
+    """Return the graph before and after."""
     found: list[tuple[fx.GraphModule, fx.GraphModule]] = []
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -315,20 +314,20 @@ def graphs_of(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[
     return found[0]
 
 
-def test_a_graph_calls_its_kernels_from_c() -> None:
+def test_a_graph_calls_its_kernels_from_cpp() -> None:
     before, after = graphs_of(torch.rand(T) > 0.4)
     assert called(after) == ["fhopt.pack_kernel.default", "fhopt.latent_kernel.default"]
     assert called(before) != called(after), "the graph that Dynamo keeps is not touched"
 
 
-def test_a_graph_keeps_what_no_kernel_takes_as_it_is() -> None:
-    before, after = graphs_of(torch.randn(T, dtype=torch.float64))  # a mask that would have to be converted
+def test_a_graph_leaves_unsupported_calls_unchanged() -> None:
+    before, after = graphs_of(torch.randn(T, dtype=torch.float64))  # a mask that would need a conversion
     assert called(after) == ["fhopt.pack_kernel.default", "fhopt.latent_attention"]
     before, after = graphs_of(None, torch.float64)
     assert after is before
 
 
-def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_a_graph_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_kernels, "library", lambda: None)
     graph_kernels._served.clear()
     before, after = graphs_of(None)
@@ -350,7 +349,7 @@ def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> Non
         (dict(pages=torch.zeros(B, 1, 1, dtype=torch.int32), page_tokens=20), "lists of pages that do not fit"),
     ],
 )
-def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any], what: str) -> None:
+def test_operands_that_native_code_would_misread_are_refused(change: dict[str, Any], what: str) -> None:
     spec = KernelSpec((), (), 24, 24, "float32", False)
     assert graph_kernels.serve(spec)
     rows = torch.randn(B, J, T, 24)
@@ -363,13 +362,13 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
         torch.ops.fhopt.latent_kernel(**{**given, **change})
 
 
-# A window in 8 bits rounds a number in thousands otherwise where sums differ in their last bits, more if it is centred.
+# An 8-bit window rounds 0.1% of elements differently if sums differ in their last bits, and more if it is centered.
 @pytest.mark.slow
 @pytest.mark.parametrize(("window_bits", "mean_tokens", "tolerance"), [(8, 0, 1e-2), (16, 16, 1e-5)])
-def test_a_compiled_cache_step_calls_its_kernels_from_c(
+def test_a_compiled_cache_step_calls_its_kernels_from_cpp(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch, window_bits: int, mean_tokens: int, tolerance: float
 ) -> None:
-    """Every layer: its attention, and what it codes, keys and values."""
+    """Check every layer: attention, and the encoding of keys and values."""
     seen: list[str] = []
 
     def compile_fx(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:

@@ -24,7 +24,7 @@ pytestmark = needs_compiler
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 2, 7, 8, 9, 16])
-def test_with_every_row_scored_it_is_the_dense_head_bit_for_bit(dtype: torch.dtype, batch: int) -> None:
+def test_with_every_row_scored_it_is_bit_identical_to_the_dense_head(dtype: torch.dtype, batch: int) -> None:
     weight, hidden = weights("random", 203, 37, dtype), torch.randn(batch, 37).to(dtype)
     head = made(weight)
     asked = head.search(keep=203, budget=203, probes=0, logits=True)
@@ -112,7 +112,7 @@ def test_logits_that_become_equal_by_rounding_are_all_computed(softcap: float) -
         assert torch.equal(ours.argmax(-1)[searched], theirs.argmax(-1)[searched])
 
 
-def test_a_margin_brings_all_logits_within_it() -> None:
+def test_a_margin_includes_all_logits_within_it() -> None:
     weight, hidden = weights("random", 500, 32), torch.randn(3, 32)
     head = made(weight)
     found = search(hidden, weight, None, head.codes, head.search(margin=2.0, budget=500, logits=True))
@@ -122,7 +122,7 @@ def test_a_margin_brings_all_logits_within_it() -> None:
     assert int((found.logits > -math.inf).sum()) < 1500
 
 
-def test_hidden_states_that_need_more_rows_than_the_budget_are_left_to_the_dense_head() -> None:
+def test_hidden_states_that_exceed_the_row_budget_are_left_to_the_dense_head() -> None:
     weight = weights("nearly equal", 300, 16)
     head = made(weight, bits="4")
     found = search(torch.randn(4, 16), weight, None, head.codes, head.search(margin=1e3, budget=299))
@@ -141,7 +141,7 @@ def test_several_threads_find_the_same() -> None:
 
 
 @pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=["avx2", "sse"])
-def test_other_vector_units_find_the_same_rows(flags: tuple[str, ...]) -> None:
+def test_other_instruction_sets_find_the_same_rows(flags: tuple[str, ...]) -> None:
     other = lm_head.compiled(*flags)
     if other is None:
         pytest.skip("this compiler has no such flags")
@@ -192,7 +192,7 @@ def test_the_op_is_sound() -> None:
 # --------------------------------------------------------------------------------------------------- files
 
 
-def test_the_kernel_is_the_same_text_every_time() -> None:
+def test_the_kernel_source_is_reproducible() -> None:
     assert lm_head.render() == lm_head.render()
     module = importlib.import_module("fhopt.codegen.cpu.lm_head")
     assert "$" not in module.render()

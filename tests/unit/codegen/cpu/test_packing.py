@@ -1,4 +1,4 @@
-"""The C++ kernel of packing against the reference, byte by byte."""
+"""The C++ packing kernel against the reference, byte by byte."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ mixed_tiers = pytest.mark.parametrize("plan", MIXED, ids=named)
 
 
 def assert_packed(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
-    """The same bytes; where torch adds squares in another order than on x86, scales within one float16."""
+    """Require equal bytes; off x86, torch sums squares in another order, so scales may differ by one float16 step."""
     (codes, scale), (wanted_codes, wanted_scale) = found, wanted
     assert (codes.dtype, codes.shape) == (torch.uint8, wanted_codes.shape)
     assert (scale.dtype, scale.shape) == (torch.float16, wanted_scale.shape)
@@ -49,7 +49,7 @@ def assert_packed(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing installed or said before the test counts."""
+    """Uninstall kernels and forget warnings before each test."""
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", Builder(waits=True))
     before = {(op, on): registry.use(op, on, None) for op in ("pack", "unpack") for on in ("cpu", "cuda")}
@@ -62,13 +62,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def compiled() -> None:
-    """The kernel, not the reference, is what the test tries."""
+    """Require the compiled kernel, so that the test does not run the reference."""
     if not has_compiler():
         pytest.skip("there is no C++ compiler")
     assert library() is not None
 
 
-# --------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------- results
 
 
 RINGS: list[Tiers] = [
@@ -80,7 +80,7 @@ RINGS: list[Tiers] = [
 
 @pytest.mark.parametrize("plan", RINGS, ids=named)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rings_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
+def test_trellis_codes_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
     z = latents(plan, 2, 3, 5).to(dtype)
     z[0, 0, 0, 3], z[1, 1, 1, 5] = torch.nan, torch.inf
     codes, scale = pack(z, *plan)
@@ -99,10 +99,10 @@ def test_packed_rows_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype,
 @every_tiers
 def test_unpacked_rows_are_those_of_the_reference(plan: Tiers, compiled: None) -> None:
     codes = torch.randint(0, 256, (2, 3, 11, sum(b * w for b, w in zip(plan[0], plan[1], strict=True)) // 8)).byte()
-    scale = (10.0 ** torch.empty(2, 3, 11).uniform_(-7, 4)).half()  # subnormals among them
+    scale = (10.0 ** torch.empty(2, 3, 11).uniform_(-7, 4)).half()  # including subnormals
     found, wanted = unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)  # random float16 are NaN at times
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)  # random float16 bits are sometimes NaN
 
 
 def test_many_scales_all_agree(compiled: None) -> None:
@@ -112,7 +112,7 @@ def test_many_scales_all_agree(compiled: None) -> None:
 
 
 @mixed_tiers
-def test_rows_of_odd_sizes_keep_their_meaning(plan: Tiers, compiled: None) -> None:
+def test_rows_of_odd_sizes_are_unpacked_correctly(plan: Tiers, compiled: None) -> None:
     sizes = torch.tensor([0.0, 1e-45, 1e-30, 1e-7, 6e-5, 65504.0, 1e6, 1e30, 3e38])
     z = torch.randn(sizes.numel(), sum(plan[1])).clamp(-1, 1) * sizes.unsqueeze(1)
     assert_packed(pack(z, *plan), pack_reference(z, *plan))
@@ -120,7 +120,7 @@ def test_rows_of_odd_sizes_keep_their_meaning(plan: Tiers, compiled: None) -> No
 
 
 @mixed_tiers
-def test_a_row_with_nan_or_inf_spoils_no_other(plan: Tiers, compiled: None) -> None:
+def test_a_row_with_nan_or_inf_affects_no_other(plan: Tiers, compiled: None) -> None:
     z = latents(plan, 5)
     wanted = pack_reference(z, *plan)
     z[1, 3], z[3, 2] = math.nan, -math.inf
@@ -135,7 +135,7 @@ def test_a_row_with_nan_or_inf_spoils_no_other(plan: Tiers, compiled: None) -> N
 
 @mixed_tiers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strided_latents_are_read_where_they_are(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
+def test_strided_latents_are_used_in_place(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
     width = sum(plan[1])
     z = latents(plan, 2, 5, 3).to(dtype)  # [B, T, J, R]
     wide = torch.cat((z, z, z), -1)
@@ -154,7 +154,7 @@ def test_strided_latents_are_read_where_they_are(plan: Tiers, dtype: torch.dtype
 
 
 @mixed_tiers
-def test_codes_are_read_out_of_a_longer_cache(plan: Tiers, compiled: None) -> None:
+def test_codes_are_unpacked_from_a_longer_cache(plan: Tiers, compiled: None) -> None:
     codes, scale = pack_reference(latents(plan, 2, 9, 3), *plan)
     codes, scale = codes.transpose(1, 2)[:, :, 1:8], scale.transpose(1, 2)[:, :, 1:8]
     assert torch.equal(unpack(codes, scale, *plan), unpack_reference(codes.contiguous(), scale.contiguous(), *plan))
@@ -164,7 +164,7 @@ def test_codes_are_read_out_of_a_longer_cache(plan: Tiers, compiled: None) -> No
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (0,), (2, 3, 0), (0, 3, 2), (1, 2, 3, 4, 5), (1, 2, 3, 0, 5)])
-def test_any_number_of_leading_dimensions_will_do(shape: tuple[int, ...], compiled: None) -> None:
+def test_any_number_of_leading_dimensions_is_supported(shape: tuple[int, ...], compiled: None) -> None:
     plan = MIXED[2]
     z = latents(plan, *shape)
     codes, scale = pack_reference(z, *plan)
@@ -177,7 +177,7 @@ def test_any_number_of_threads_gives_the_same_bytes(compiled: None) -> None:
     z = latents(plan, 2, 3, 900)  # enough for 9 threads
     found = []
     for threads in (1, 2, 3):
-        torch.set_num_threads(threads)  # set back for every test by the fixture `clean_state`
+        torch.set_num_threads(threads)  # the fixture `clean_state` resets it
         codes, scale = pack(z, *plan)
         found.append((codes, scale, unpack(codes, scale, *plan)))
     for other in found[1:]:
@@ -206,7 +206,7 @@ def test_any_plan_gives_the_bytes_of_the_reference(plan: Tiers, seed: int, size:
 
 @settings(max_examples=60, deadline=None)
 @given(plan=a_plan, seed=st.integers(0, 1000))
-def test_a_number_in_range_comes_back_within_half_a_step(plan: Tiers, seed: int) -> None:
+def test_a_value_in_range_is_restored_within_half_a_step(plan: Tiers, seed: int) -> None:
     torch.manual_seed(seed)
     z = torch.randn(7, sum(plan[1]))
     codes, scale = pack(z, *plan)
@@ -222,11 +222,11 @@ def test_a_number_in_range_comes_back_within_half_a_step(plan: Tiers, seed: int)
         assert bool((after.sign() == before.sign()).all())
 
 
-# --------------------------------------------------------------------------------------------------- who is served
+# --------------------------------------------------------------------------------------------------- dispatch
 
 
 class Asked(Exception):
-    """The kernel was wanted."""
+    """Raised when a call requests the kernel."""
 
 
 def fail() -> None:
@@ -262,7 +262,7 @@ def test_scales_of_other_types_run_the_reference(dtype: torch.dtype, monkeypatch
 
 
 @pytest.mark.parametrize("plan", [tiers((4, 24)), ([4, 4], [8], [0.1, 0.1]), ([], [], [])])
-def test_tiers_that_do_not_fit_are_refused_as_the_reference_does(plan: Tiers, compiled: None) -> None:
+def test_invalid_tiers_are_refused_like_in_the_reference(plan: Tiers, compiled: None) -> None:
     z = torch.randn(2, 16)
     with pytest.raises((RuntimeError, ValueError)) as wanted:
         pack_reference(z, *plan)
@@ -305,7 +305,7 @@ def test_installed_kernels_serve_the_ops(monkeypatch: pytest.MonkeyPatch, compil
     assert_packed(torch.ops.fhopt.pack(z, *plan), pack_reference(z, *plan))
 
 
-def test_the_file_is_the_same_every_time_and_says_how_codes_are_stored() -> None:
+def test_the_file_is_reproducible_and_documents_the_code_layout() -> None:
     assert render() == render()
     assert "A tier is stored as bit planes" in render()
     assert "$" not in render()
@@ -313,8 +313,8 @@ def test_the_file_is_the_same_every_time_and_says_how_codes_are_stored() -> None
 
 
 @needs_compiler
-def test_the_reference_serves_until_it_is_compiled(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
-    """With the same bytes."""
+def test_the_reference_runs_until_the_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """The bytes are the same."""
     may = threading.Event()
     builder = Builder()
     monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", builder)

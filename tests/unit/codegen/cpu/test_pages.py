@@ -1,4 +1,4 @@
-"""The C++ kernel of page selection against the reference."""
+"""The C++ page-selection kernel against the reference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fhopt.plan.site_plan import Tier
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_the_kernel_weighs_pages_as_the_reference_does(
+def test_the_kernel_weighs_pages_like_the_reference(
     rows: int, tokens: int, length: int | None, masked: bool, size: int, tiers: dict[int, int]
 ) -> None:
     (weights, constant), options = page_operands(tiers, rows, tokens, masked, length, size)
@@ -40,7 +40,7 @@ def test_the_kernel_weighs_pages_as_the_reference_does(
 
 
 def attended(step: paged_attention.PageStep) -> tuple[Tensor, Tensor, Tensor]:
-    """By the kernel, which has to serve."""
+    """Attend by the kernel, which must accept the call."""
     with kernels(True), page_kernel(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged_attention, "attend_pages_reference", None)
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)
@@ -61,7 +61,7 @@ def attended(step: paged_attention.PageStep) -> tuple[Tensor, Tensor, Tensor]:
         (90, 40, True, 24),
     ],
 )
-def test_the_kernel_reads_the_pages_that_the_reference_chooses(
+def test_the_kernel_attends_to_the_pages_selected_by_the_reference(
     tokens: int, length: int | None, masked: bool, size: int, units: int, mass: float, lift: float, near: bool
 ) -> None:
     step = page_step({4: 16, 2: 16}, tokens, masked, length, size, units=units, mass=mass, lift=lift)
@@ -75,14 +75,14 @@ def test_the_kernel_reads_the_pages_that_the_reference_chooses(
         torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-3)
         assert found[2].tolist() == expected[2].tolist()
-    assert found[2][2] > 0 or mass == 0.5  # what is read in any case may suffice
+    assert found[2][2] > 0 or mass == 0.5  # the always-selected pages may suffice
     if mass == 1 and not masked and not lift:
         assert found[2][2] == 2 * units * page_selection.pages_read(-(-tokens // size), 0.2, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=["avx2", "sse"])
-def test_other_instruction_sets_read_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_instruction_sets_select_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
     expected = attended(step)
     monkeypatch.setattr(pages, "load", lambda name, text: load(name, text, flags))
@@ -91,7 +91,7 @@ def test_other_instruction_sets_read_the_same_pages(flags: tuple[str, ...], monk
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_queries_of_16_bits_read_what_the_same_numbers_read(dtype: torch.dtype) -> None:
+def test_16_bit_queries_select_the_same_pages_as_float32(dtype: torch.dtype) -> None:
     values = torch.randn(2, 4, 1, 16).to(dtype)
     step = page_step({4: 16}, 500, False, None, fill=torch.zeros(12), values=values)
     step = step._replace(query=step.query.to(dtype))
@@ -101,7 +101,7 @@ def test_queries_of_16_bits_read_what_the_same_numbers_read(dtype: torch.dtype) 
     assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
 
 
-def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
+def test_a_fully_masked_sequence_has_an_empty_list() -> None:
     step = page_step({4: 16}, 200, True, None, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
     assert step.far is not None
     step.far[1] = False
@@ -113,7 +113,7 @@ def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
     assert int(counts[2]) == int((lists >= 0).sum())
 
 
-def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
+def test_the_kernel_declines_unsupported_calls() -> None:
     weights, constant = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 1)
     codes, scales = torch.zeros(1, 1, 20, 4, dtype=torch.uint8), torch.ones(1, 1, 20, dtype=torch.float16)
 
@@ -128,8 +128,8 @@ def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
-def test_other_layouts_of_operands_are_read_right(tiers: tuple[Tier, ...]) -> None:
-    """Values of fewer latent heads, operands that are views, a fill in float64, two threads."""
+def test_other_layouts_of_operands_are_supported(tiers: tuple[Tier, ...]) -> None:
+    """Values with fewer latent heads, views as operands, a float64 fill, two threads."""
     step = page_step({4: 16, 2: 16}, 1000, True, None, units=2, fill=torch.rand(12).double().log())
     value, shape = torch.randn(2, 2, 1000, 16), [[getattr(t, x) for t in tiers] for x in ("bits", "width", "step")]
     rows: dict[str, Any] = dict(value=value)

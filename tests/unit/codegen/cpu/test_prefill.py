@@ -1,4 +1,4 @@
-"""The C++ kernel of many queries against the reference, in every type, for any sizes, strides and masks."""
+"""The C++ prefill kernel against the reference, for every dtype, size, stride and mask."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNITS = {"this CPU": "", "AVX-512 BF16": "cooperlake", "AVX2": "x86-64-v3", "SSE
 
 @pytest.fixture(autouse=True, params=UNITS.values(), ids=list(UNITS))
 def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls wait for the kernel, for this CPU or a lesser one, though with vectors of 4 floats it would not pay."""
+    """Wait for the kernel, for this CPU or a lesser one, even if 4-float vectors would not pay."""
     if request.param and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
     if request.param == UNITS["AVX-512 BF16"] and "AVX-512 BF16" not in vector_units():
@@ -47,7 +47,7 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def expected(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention in float64."""
+    """Attend in float64."""
     if causal:
         queries, keys = query.shape[2], key.shape[2]
         mask = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
@@ -58,7 +58,7 @@ def expected(
 
 
 def assert_near(found: tuple[Tensor, Tensor] | None, wanted: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    """Outputs within the rounding of the type; log-sum-exps within that of float32, and -inf at the same places."""
+    """Require outputs within the rounding of the dtype, LSEs within that of float32, and -inf at the same places."""
     assert found is not None
     (output, lse), tolerance = found, TOLERANCES[dtype]
     assert output.dtype == dtype and output.shape == wanted[0].shape and lse.dtype == torch.float32
@@ -67,7 +67,7 @@ def assert_near(found: tuple[Tensor, Tensor] | None, wanted: tuple[Tensor, Tenso
 
 
 def masks(kind: str, b: int, h: int, s: int, t: int) -> Tensor | None:
-    """A mask of that kind."""
+    """Make a mask of that kind."""
     if kind == "bool":
         return torch.rand(b, 1, s, t) < 0.6
     if kind == "additive":
@@ -76,7 +76,7 @@ def masks(kind: str, b: int, h: int, s: int, t: int) -> Tensor | None:
         return torch.rand(b, 1, 1, t) < 0.5
     if kind == "queries":
         return torch.rand(s, 1) < 0.7
-    if kind == "window":  # whole tiles are hidden
+    if kind == "window":  # whole tiles are masked
         return (torch.arange(t) >= t - 40).expand(s, t)
     return torch.zeros(s, t, dtype=torch.bool) if kind == "nothing" else None
 
@@ -91,7 +91,7 @@ def masks(kind: str, b: int, h: int, s: int, t: int) -> Tensor | None:
     softcap=st.sampled_from([0.0, 0.0, 5.0]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_it_is_attention(
+def test_it_equals_attention(
     sizes: tuple[int, tuple[int, int], int, int], heads: tuple[int, int], kind: str, softcap: float, dtype: torch.dtype
 ) -> None:
     (b, (h, g), s, t), (d, e) = sizes, heads
@@ -120,7 +120,7 @@ def test_each_query_has_a_span_of_keys(shape: tuple[int, int], width: int, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_are_read(dtype: torch.dtype) -> None:
+def test_strided_operands_are_supported(dtype: torch.dtype) -> None:
     projected = torch.randn(2, 70, 4 + 2 + 2, 64).to(dtype).transpose(1, 2)
     query, key, value = projected.split([4, 2, 2], 1)
     mask = torch.rand(70, 2, 70)[:, 0] < 0.5
@@ -131,7 +131,7 @@ def test_strides_are_read(dtype: torch.dtype) -> None:
     assert_near(odd, expected(query, key, value[..., ::2], reversed_mask, False, scale=0.1), dtype)
 
 
-def test_output_has_the_memory_of_tokens_and_heads() -> None:
+def test_output_is_laid_out_as_tokens_then_heads() -> None:
     query, key = torch.randn(2, 4, 20, 32), torch.randn(2, 2, 30, 32)
     found = prefill.open_attention(query, key, key, None, scale=0.1)
     assert found is not None and found[0].transpose(1, 2).is_contiguous()
@@ -149,7 +149,7 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=0.0, atol=1e-2)
 
 
-def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_brought_in_order_at_once(
+def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_packed_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     query, key = torch.randn(2, 8, 200, 64), torch.randn(2, 8, 300, 64)
@@ -168,7 +168,7 @@ def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_brought_in_o
 
 
 @pytest.mark.parametrize("case", ["float64", "types", "empty", "no keys", "heads", "meta"])
-def test_other_tensors_are_not_served(case: str) -> None:
+def test_other_tensors_are_refused(case: str) -> None:
     query, key, value = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
     if case == "float64":
         query, key, value = query.double(), key.double(), value.double()
@@ -218,7 +218,7 @@ def test_keys_and_values_are_reconstructed(
     torch.testing.assert_close(found[1].double(), wanted[1].double(), rtol=tolerance, atol=5 * tolerance)
 
 
-def test_keys_and_values_may_come_as_codes_of_their_own() -> None:
+def test_keys_and_values_may_have_different_codes() -> None:
     keys, values = torch.randn(2, 1, 2, 300, 32)
     query, groups = torch.randn(1, 4, 33, 32), algebra.BitGroups([8], [32], [0.02])
     rows: Any = [*torch.ops.fhopt.pack(keys, *groups), None, *torch.ops.fhopt.pack(values, *groups), None]

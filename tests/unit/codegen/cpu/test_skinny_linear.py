@@ -1,4 +1,4 @@
-"""Products of few rows (cpu/skinny_linear.py): right numbers, and only where they stand for what the graph says."""
+"""Skinny GEMMs (cpu/skinny_linear.py): accuracy, and which matmuls of a graph they replace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fhopt.codegen.cpu.graph_kernels import call_kernels
 
 pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the largest product: a sum of at most 600 in float32, then one rounding to the type.
+# Relative to the largest product: a float32 sum of at most 600 terms, then one rounding to the dtype.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -27,7 +27,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**
     st.sampled_from(DTYPES), st.integers(1, skinny_linear.MOST_ROWS), st.integers(1, 600), st.integers(1, 70),
     st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_products_are_those_of_float64(
+def test_matmuls_agree_with_float64(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, is_strided: bool, seed: int
 ) -> None:
     assert graph_kernels.serve_linear()
@@ -51,7 +51,7 @@ def test_products_are_those_of_float64(
     st.booleans(),
     st.integers(0, 99),
 )
-def test_weights_of_signed_bytes_have_a_scale_for_each_row(
+def test_int8_weights_have_a_scale_per_row(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, seed: int
 ) -> None:
     assert graph_kernels.serve_linear()
@@ -76,7 +76,7 @@ def test_scales_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "bytes", "bytes and bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_depends_on_neither_threads_nor_other_rows(dtype: torch.dtype, kind: str) -> None:
+def test_results_depend_on_neither_threads_nor_other_rows(dtype: torch.dtype, kind: str) -> None:
     assert graph_kernels.serve_linear()
     x, bias = torch.randn(12, 300).to(dtype), torch.randn(1003).to(dtype) if "bias" in kind else None
     weight, scale = torch.randn(1003, 300).to(dtype), None
@@ -91,7 +91,7 @@ def test_a_number_depends_on_neither_threads_nor_other_rows(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+def test_non_finite_inputs_propagate(dtype: torch.dtype) -> None:
     assert graph_kernels.serve_linear()
     weight = torch.ones(40, 64, dtype=dtype)
     x = torch.ones(2, 64, dtype=dtype)
@@ -116,7 +116,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
 
 class Layer(nn.Module):
-    """Two products, of 300 KB of weights each."""
+    """Two linear layers with 300 KB of weights each."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Layer(nn.Module):
 
 
 def products(model: Callable[..., Any], *inputs: Tensor, allowed: bool = True) -> tuple[int, Tensor]:
-    """(how many products of the graph went to the kernel, what it gives)."""
+    """Return how many matmuls of the graph went to the kernel, and its output."""
     graphs: list[fx.GraphModule] = []
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
@@ -143,7 +143,7 @@ def products(model: Callable[..., Any], *inputs: Tensor, allowed: bool = True) -
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "expected"), [(1, 2), (skinny_linear.MOST_ROWS, 2), (skinny_linear.MOST_ROWS + 1, 0)])
-def test_products_of_few_rows_go_to_the_kernel(rows: int, expected: int) -> None:
+def test_skinny_gemms_go_to_the_kernel(rows: int, expected: int) -> None:
     model, x = Layer(), torch.randn(rows, 1, 256)
     found, output = products(model, x)
     assert found == expected
@@ -158,17 +158,17 @@ def test_rows_are_counted_over_all_leading_dimensions() -> None:
 
 
 @torch.no_grad()
-def test_what_is_no_plain_product_is_left_alone() -> None:
+def test_other_operations_are_not_replaced() -> None:
     x = torch.randn(2, 256)
     small, weight = nn.Linear(256, 8), torch.randn(256, 300)
-    assert products(small, x)[0] == 0  # stays in the cache
-    assert products(lambda y: F.linear(y, weight.t()), x)[0] == 0  # rows of the weight are not dense
+    assert products(small, x)[0] == 0  # fits into the CPU cache
+    assert products(lambda y: F.linear(y, weight.t()), x)[0] == 0  # rows of the weight are not contiguous
     assert products(Layer(torch.float64), x.double())[0] == 0
     assert products(Layer(), x, allowed=False)[0] == 0
 
 
 @torch.no_grad()
-def test_under_autocast_products_stay_what_they_are() -> None:
+def test_under_autocast_matmuls_are_unchanged() -> None:
     model, x = Layer(), torch.randn(2, 256)
 
     def inside(y: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_under_autocast_products_stay_what_they_are() -> None:
 
 
 @torch.no_grad()
-def test_the_option_leaves_them_to_inductor() -> None:
+def test_the_option_leaves_matmuls_to_inductor() -> None:
     model, x = Layer(), torch.randn(2, 256)
     expected = model(x)
     chosen: list[dict[str, Any]] = [{"ratio": 1}, {"ratio": 1, "skinny_products": False}]
@@ -193,7 +193,7 @@ def test_the_option_leaves_them_to_inductor() -> None:
 
 
 @pytest.mark.slow
-def test_training_keeps_products_that_have_gradients() -> None:
+def test_training_leaves_matmuls_with_gradients_unchanged() -> None:
     model, x = Layer(), torch.randn(2, 256)
     compiled = torch.compile(model, backend="flashhead", options={"ratio": 1})
     compiled(x).sum().backward()

@@ -1,4 +1,4 @@
-"""Products of many rows (cpu/wide_linear.py): right numbers, and only where torch multiplies by loops."""
+"""GEMMs with many rows (cpu/wide_linear.py): accuracy, and use only where torch lacks native GEMM."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from fhopt.codegen.cpu.graph_kernels import call_kernels
 
 pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the largest product: a sum of at most 900 in float32, then one rounding to the type.
+# Relative to the largest product: a float32 sum of at most 900 terms, then one rounding to the dtype.
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
 def served() -> None:
-    """The op of linear layers multiplies many rows by the kernel, whatever CPU this is."""
+    """Make the linear op run the kernel for many rows, on any CPU."""
     assert graph_kernels.serve_linear() and graph_kernels.serve_wide()
 
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CPU on which torch multiplies numbers of 16 bits by loops."""
+    """Pretend that the CPU has no native 16-bit GEMM."""
     monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype: True)
     yield
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
-    """Compare a product by the op with that of float64."""
+    """Compare a matmul by the op with float64."""
     found = torch.ops.fhopt.linear_kernel(x, weight, bias, scale)
     exact = weight.double() if scale is None else weight.double() * scale.double()
     expected = F.linear(x.double(), exact, None if bias is None else bias.double())
@@ -53,7 +53,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) 
     st.sampled_from(DTYPES), st.booleans(), st.integers(17, 60), st.integers(0, 900), st.integers(0, 300),
     st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_products_are_those_of_float64(
+def test_matmuls_agree_with_float64(
     dtype: torch.dtype, bytes: bool, rows: int, width: int, columns: int, has_bias: bool, is_strided: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -66,14 +66,14 @@ def test_products_are_those_of_float64(
 
 
 @pytest.mark.parametrize("rows", [17, 767, 768, 769, 1600])
-def test_rows_are_cut_into_parts_of_one_size(rows: int) -> None:
+def test_rows_are_split_into_equal_parts(rows: int) -> None:
     x, weight = torch.randn(rows, 400).bfloat16(), torch.randn(150, 400).bfloat16()
     check(x, weight, None, None)
 
 
 @pytest.mark.parametrize("kind", ["plain", "bytes and bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_depends_on_neither_threads_nor_other_rows(dtype: torch.dtype, kind: str) -> None:
+def test_results_depend_on_neither_threads_nor_other_rows(dtype: torch.dtype, kind: str) -> None:
     x, bias = torch.randn(900, 500).to(dtype), torch.randn(203).to(dtype) if "bias" in kind else None
     weight, scale = torch.randn(203, 500).to(dtype), None
     if "bytes" in kind:
@@ -90,7 +90,7 @@ def test_a_number_depends_on_neither_threads_nor_other_rows(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_stays_so_and_stays_in_its_row_and_column(dtype: torch.dtype) -> None:
+def test_non_finite_values_propagate_only_in_their_row_and_column(dtype: torch.dtype) -> None:
     x, weight = torch.ones(20, 64, dtype=dtype), torch.ones(41, 64, dtype=dtype)
     x[0, 3], x[1, 5], weight[40, 0] = float("nan"), float("inf"), float("inf")
     found = torch.ops.fhopt.linear_kernel(x, weight, None)
@@ -100,12 +100,12 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row_and_column(dtype: torc
     assert bool((torch.ops.fhopt.linear_kernel(large, weight, None) == float("inf")).all())
 
 
-def test_it_serves_many_rows_of_16_bits_where_torch_has_loops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_serves_many_16_bit_rows_where_torch_lacks_native_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype: dtype == torch.bfloat16)
     assert wide_linear.serves(skinny_linear.MOST_ROWS + 1, torch.bfloat16) and wide_linear.is_wanted()
     assert not wide_linear.serves(skinny_linear.MOST_ROWS, torch.bfloat16)
     assert not wide_linear.serves(1000, torch.float16) and not wide_linear.serves(1000, torch.float32)
-    for loops in ((), (torch.float16,)):  # AVX-512 without float16: products of float32 have as wide vectors there
+    for loops in ((), (torch.float16,)):  # AVX-512 without float16: float32 matmuls have equally wide vectors
         monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype, loops=loops: dtype in loops)
         assert not wide_linear.is_wanted() and not wide_linear.serves(1000, torch.float16)
 
@@ -113,20 +113,20 @@ def test_it_serves_many_rows_of_16_bits_where_torch_has_loops_alone(monkeypatch:
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_eager_calls_go_to_the_kernel_where_torch_has_loops_alone(dtype: torch.dtype) -> None:
+def test_eager_calls_go_to_the_kernel_where_torch_lacks_native_gemm(dtype: torch.dtype) -> None:
     fhopt.codegen.prepare_linear()
     x, weight, bias = torch.randn(3, 20, 64).to(dtype), torch.randn(30, 64).to(dtype), torch.randn(30).to(dtype)
     found = fhopt.codegen.linear(x, weight, bias)
     assert (found is None) == (dtype == torch.float32)
     if found is not None:
         assert torch.equal(found, torch.ops.fhopt.linear_kernel(x, weight, bias))
-    assert fhopt.codegen.linear(x[0, :5], weight, bias) is None  # few rows, and a weight that stays in the cache
+    assert fhopt.codegen.linear(x[0, :5], weight, bias) is None  # few rows, and a weight that fits into the cache
     assert fhopt.codegen.linear(x, weight.t().contiguous().t(), bias) is None
 
 
 @pytest.mark.usefixtures("loops")
 @torch.no_grad()
-def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiled_kernel_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_kernels, "serve_wide", lambda: False)
     fhopt.codegen.prepare_linear()
     x, weight = torch.randn(30, 64).bfloat16(), torch.randn(30, 64).bfloat16()
@@ -135,7 +135,7 @@ def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch: pytest.MonkeyPatc
 
 
 def targets(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> tuple[list[Any], Tensor]:
-    """What the graph of a function calls once kernels are in it, and what it gives."""
+    """Return what the graph of a function calls once kernels are in it, and its output."""
     graphs: list[fx.GraphModule] = []
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Any:
@@ -151,7 +151,7 @@ def targets(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
-def test_graphs_call_it_for_many_rows_and_for_a_number_that_varies(dynamic: bool) -> None:
+def test_graphs_call_it_for_many_rows_and_for_a_dynamic_number(dynamic: bool) -> None:
     for dtype, expected in ((torch.bfloat16, torch.ops.fhopt.linear_kernel.default), (torch.float32, F.linear)):
         x, layer = torch.randn(2, 20, 256).to(dtype), torch.nn.Linear(256, 300, bias=False, dtype=dtype)
         found, output = targets(layer, x, dynamic=dynamic)
@@ -172,7 +172,7 @@ def test_a_bias_that_is_broadcast_is_left_to_torch(shape: tuple[int, ...]) -> No
 
 
 @torch.no_grad()
-def test_elsewhere_graphs_keep_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_graphs_leave_many_rows_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype: False)
     layer = torch.nn.Linear(256, 300).bfloat16()
     for dynamic in (False, True):

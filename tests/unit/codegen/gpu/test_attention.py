@@ -1,4 +1,4 @@
-"""The Triton kernel of latent attention: its numbers, its machine code and its text."""
+"""The Triton latent-attention kernel: results, native code and source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fhopt.errors import FhoptError
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
 
-# --------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------- results
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def test_under_the_interpreter(check: str, failed: dict[str, str]) -> None:
     assert check not in failed, failed[check]
 
 
-# --------------------------------------------------------------------------------------------------- machine code
+# --------------------------------------------------------------------------------------------------- native code
 
 
-SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, "gfx942": 65536}  # bytes a block may have
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, "gfx942": 65536}  # shared memory bytes per block
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_defaults_compile_for_gpus_that_are_not_here(compiled: list[dict[str, Any]]) -> None:
+def test_defaults_compile_for_absent_gpus(compiled: list[dict[str, Any]]) -> None:
     assert {(entry["arch"], entry["kernel"]) for entry in compiled} == {
         (arch, kernel) for arch in SHARED for kernel in ("attention_kernel", "merge_kernel")
     }
@@ -70,7 +70,7 @@ def test_every_feature_compiles(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loop_loads_latent_bytes_and_scales_only(compiled: list[dict[str, Any]]) -> None:
-    """Padded words are masked: they are in the shapes, and are no bytes of memory."""
+    """Padded words are masked: they count in shapes, but are not loaded."""
     entries = [entry for entry in compiled if entry["kernel"] == "attention_kernel"]
     for spec, found in ((INT4, entries[: len(SHARED)]), (PLANED, entries[len(SHARED) :])):
         runs = [*pieces(spec.key_tiers, 128), *pieces(spec.value_tiers, 128)]
@@ -78,13 +78,13 @@ def test_the_loop_loads_latent_bytes_and_scales_only(compiled: list[dict[str, An
         used = sum(len(bytes_of(piece)) for piece in runs)
         assert used == row_size(spec.key_tiers, 128) + row_size(spec.value_tiers, 128)
         for entry in found:
-            scales = 2 * 2  # float16, keys and values
+            scales = 2 * 2  # float16, of keys and values
             assert sum(n * size for n, size in entry["loaded"]) == entry["block_t"] * (row + scales), entry
 
 
 @pytest.mark.slow
-def test_packed_codes_are_the_codes(compiled: list[dict[str, Any]]) -> None:
-    """The inline PTX, run here on random words, against what the words hold; nothing else executes it without a GPU."""
+def test_packed_codes_are_decoded_correctly(compiled: list[dict[str, Any]]) -> None:
+    """Run the inline PTX here on random words, and compare with their contents; no other test runs it without a GPU."""
     words = torch.randint(0, 2**16, (64, 2))
     both = words[:, 0] | words[:, 1] << 16
     for spec, entry in ((INT4, compiled[0]), (PLANED, compiled[2 * len(SHARED)])):
@@ -105,11 +105,11 @@ def test_packed_codes_are_the_codes(compiled: list[dict[str, Any]]) -> None:
         assert seen == wanted
 
 
-# --------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------------- source
 
 
 @pytest.mark.parametrize("spec", [INT4, MIXED, PLANED], ids=lambda spec: spec.name)
-def test_the_file_is_python_that_a_linter_passes_and_always_the_same(spec: KernelSpec, tmp_path: Path) -> None:
+def test_the_file_is_reproducible_python_that_passes_a_linter(spec: KernelSpec, tmp_path: Path) -> None:
     text = render(spec, "triton")
     assert text == render(spec, "triton")
     compile(text, spec.name, "exec")

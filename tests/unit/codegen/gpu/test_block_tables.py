@@ -1,4 +1,4 @@
-"""The Triton kernels of decode steps on an engine's blocks: their numbers, and their machine code."""
+"""The Triton decode-step kernels on an engine's blocks: results and native code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 DEVICES = ("a100-80", "h100", "mi300x")
 
 
-# --------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------- results
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +32,20 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @needs_triton
 @pytest.mark.parametrize("check", CHECKS)
-def test_it_gives_what_torch_operations_give(check: str, failed: dict[str, str]) -> None:
+def test_it_agrees_with_torch_operations(check: str, failed: dict[str, str]) -> None:
     assert check not in failed, failed[check]
 
 
-# --------------------------------------------------------------------------------------------------- machine code
+# --------------------------------------------------------------------------------------------------- native code
 
 
-SIZE = 128  # of a head
+SIZE = 128  # head size
 EIGHT, FOUR = ((8, SIZE, 1.0),), ((4, SIZE, 0.3),)
 MIXED = ((8, 32, 0.02), (4, 64, 0.3), (2, 32, 0.9))
 
 
 def spans(name: str, dtype: str) -> Iterator[Request]:
-    """The attention kernels of a layer: latents, windows of 8 and of 16 bits, sinks."""
+    """Return the attention kernels of a layer: latents, 8-bit and 16-bit windows, sinks."""
     backend = GPUS[name].backend
     parts = ((FOUR, Span.QUANTIZED), (MIXED, Span.QUANTIZED), (EIGHT, Span.OPEN), ((), Span.OPEN), ((), Span.FIRST))
     for tiers, kind in parts:
@@ -58,7 +58,7 @@ def spans(name: str, dtype: str) -> Iterator[Request]:
 
 
 def steps(name: str, dtype: str) -> Iterator[Request]:
-    """What writes, encodes and joins, with means and without, with a window of 8 bits and of 16."""
+    """Return the kernels that write, encode and merge, with and without means, for 8-bit and 16-bit windows."""
     from fhopt.codegen.gpu import block_launch, encode_rows
     from fhopt.codegen.gpu import block_tables as kernels
 
@@ -79,7 +79,7 @@ def steps(name: str, dtype: str) -> Iterator[Request]:
     }
     for rounded, missing in (
         (True, ("y", "y_window", "y_window_scale", "y_means")),
-        (True, ()),  # a latent of keys and values
+        (True, ()),  # one latent for keys and values
         (False, ("y", "y_window", "y_means", "x_means", "means", "key_means", "value_means")),
     ):
         for kernel, chosen in constants.items():
@@ -90,7 +90,7 @@ def steps(name: str, dtype: str) -> Iterator[Request]:
             types = {x: (known | windows).get(x, "i32") for x in names} | dict.fromkeys(fixed, "constexpr")
             if kernel == "join_kernel":
                 types["scale"] = "fp32"
-                if not rounded:  # nor attention sinks
+                if not rounded:  # without attention sinks
                     fixed |= {"first": None, "first_lse": None}
                     types |= {"first": "constexpr", "first_lse": "constexpr"}
             attrs: dict[tuple[int, ...], Any] = {
@@ -102,13 +102,11 @@ def steps(name: str, dtype: str) -> Iterator[Request]:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
-def test_it_compiles_without_spills_for_gpus_that_are_not_here(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_compiles_without_spills_for_absent_gpus(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     asked = [*spans(name, "bfloat16"), *steps(name, "bfloat16")]
     for request, found in zip(asked, compile_kernels(asked, GPUS[name]), strict=True):
         assert not objection(found, GPUS[name]), (request.kernel, request.constexprs, found)
         assert found.tensor_cores or request.kernel in ("write_kernel", "encode_kernel"), (request.kernel, found)
         if request.kernel == "attention_kernel" and name != "mi300x":
-            assert found.loop_copies, found  # rows of any block are copied ahead of their use
+            assert found.loop_copies, found  # rows of any block are prefetched

@@ -1,4 +1,4 @@
-"""Configurations of kernels."""
+"""Kernel configurations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fhopt.codegen.gpu.configs import Config, candidates, default_config
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.plan.kernel_spec import KernelSpec
 
-# --------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------------- candidates
 
 
-def test_candidates_begin_with_the_default_and_none_comes_twice() -> None:
+def test_candidates_begin_with_the_default_and_are_unique() -> None:
     for rows in (1, 8, 20, 500):
         found = candidates(INT4, rows)
         assert found[0] == default_config(INT4, rows)
@@ -24,7 +24,7 @@ def test_candidates_begin_with_the_default_and_none_comes_twice() -> None:
 # --------------------------------------------------------------------------------------------------- calls
 
 
-def test_the_tuned_configuration_is_used_and_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tuned_configuration_is_used_and_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     asked, tuned = [], Config(128, 16, 8, 4)
 

@@ -1,4 +1,4 @@
-"""Keys and values encoded into rows by one Triton kernel, against `encode` and `pack` one after the other."""
+"""One Triton kernel that encodes keys and values into rows, against `encode` followed by `pack`."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ print(json.dumps(failed))
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each program that failed said: all run under Triton's interpreter, in one process of their own."""
+    """Run all programs under Triton's interpreter in one subprocess; return the errors of those that failed."""
     environment = dict(os.environ) | {
         "TRITON_INTERPRET": "1",
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
@@ -229,7 +229,7 @@ def test_under_the_interpreter(name: str, failed: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles_without_spills_for_absent_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.codegen.gpu import encode_rows
     from fhopt.codegen.gpu.gpus import GPUS
     from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
@@ -251,4 +251,4 @@ def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, m
         options = encode_rows.OPTIONS if name == "mi300x" else encode_rows.CUDA_OPTIONS
         for found in compile_kernels([request(page, options) for page in (0, 64)], GPUS[name]):
             assert not objection(found, GPUS[name]), (name, found)
-            assert found.loop_reads.get("16", 0) > 0, (name, found.loop_reads)  # of the basis or of x, whole
+            assert found.loop_reads.get("16", 0) > 0, (name, found.loop_reads)  # 16-byte loads of the basis or of x

@@ -1,4 +1,4 @@
-"""Calls of kernels: splits, types, what does not fit."""
+"""Kernel launches: splits, dtypes, and calls that do not fit."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fhopt.plan.kernel_spec import KernelSpec
 DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
 
-def test_splits_fill_the_device_in_whole_rounds_and_are_never_short() -> None:
+def test_splits_fill_the_device_in_whole_waves_and_are_never_short() -> None:
     places = 132 * 8
-    assert choose_splits(64, 32768, places) == 16  # 17 would leave 32 programs to a second round
-    assert choose_splits(700, 32768, places) == 3  # 2,100 programs in two rounds, not 700 in one
+    assert choose_splits(64, 32768, places) == 16  # 17 would leave 32 programs for a second wave
+    assert choose_splits(700, 32768, places) == 3  # 2,100 programs in two waves, not 700 in one
     assert choose_splits(100 * places, 32768, places) == 1
     assert choose_splits(1, 10**7, places) > 120
     assert choose_splits(1, 300, places) == choose_splits(1, 0, places) == 1
 
 
 class Launched:
-    """A kernel that does nothing, and spilled when it was compiled."""
+    """A kernel without effect, which spilled when it was compiled."""
 
     n_spills = 8
 
@@ -38,7 +38,7 @@ class Launched:
         return lambda *_, **__: self
 
 
-def test_a_kernel_that_spills_is_told_of_once_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_spills_is_reported_once_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhopt.codegen.gpu.launch._warned", set())
     module = Stub("stub")
     module.attention_kernel = module.merge_kernel = Launched()  # type: ignore[assignment]
@@ -50,7 +50,7 @@ def test_a_kernel_that_spills_is_told_of_once_with_the_cure(monkeypatch: pytest.
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        call(even)  # rows as they are fitted for a GPU: another plan would not help
+        call(even)  # rows as fitted for a GPU: another plan would not help
     with pytest.warns(RuntimeWarning, match=r"keeps 32 bytes a thread in memory.* fhopt fit MODEL --device"):
         call(odd)
     with warnings.catch_warnings():
@@ -72,7 +72,7 @@ def test_a_kernel_that_spills_is_told_of_once_with_the_cure(monkeypatch: pytest.
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_operands_that_do_not_fit_are_refused(
     change: dict[str, Callable[[Tensor], Tensor | None]], features: dict[str, Any], message: str
 ) -> None:
     pytest.importorskip("triton")

@@ -1,4 +1,4 @@
-"""The search in a head by a Triton kernel: under the interpreter against float64, and compiled for a GPU."""
+"""The Triton kernel of the head's search: under the interpreter against float64, and compiled for GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of packing against the reference, byte by byte."""
+"""The Triton packing kernel against the reference, byte by byte."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("
 
 
 def run(program: str, folder: Path, **variables: str) -> str:
-    """Output of a program in a process of its own: Triton interprets or compiles, never both."""
+    """Run a program in a subprocess and return its output: Triton interprets or compiles, never both."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "TRITON_CACHE_DIR": str(folder),
@@ -95,11 +95,11 @@ def test_triton_gives_the_bytes_of_the_reference_under_the_interpreter(tmp_path:
 
 
 @pytest.mark.slow
-def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+def test_triton_compiles_for_absent_gpus(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     lines = [line.split() for line in run(COMPILED, tmp_path).splitlines()]
     assert [line[:3] for line in lines] == [[arch, "True", "True"] for arch in ("80", "90", "gfx942")]
-    assert all(int(line[3]) <= 48 * 1024 for line in lines)  # shared memory that every GPU has
+    assert all(int(line[3]) <= 48 * 1024 for line in lines)  # shared memory of every GPU
 
 
 @pytest.mark.gpu
@@ -114,7 +114,7 @@ def test_a_gpu_gives_the_bytes_of_the_reference(dtype: torch.dtype) -> None:
         codes, scale = pack_reference(z, *plan)
         found, found_scale = (x.cpu() for x in torch.ops.fhopt.pack(z.cuda(), *plan))
         apart = (bits_of(found_scale) - bits_of(scale)).abs()
-        assert int(apart.max()) <= 1  # sums have another order there
+        assert int(apart.max()) <= 1  # sums in another order
         assert int(apart.sum()) <= 2
         assert torch.equal(found[apart == 0], codes[apart == 0])
         back = torch.ops.fhopt.unpack(codes.cuda(), scale.cuda(), *plan).cpu()

@@ -1,4 +1,4 @@
-"""The Triton kernel of prefill: its numbers, its machine code and its text."""
+"""The Triton prefill kernel: results, native code and source."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 STEPS = {8: 0.02, 4: 0.3, 2: 0.9}
 
 
-# --------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------- results
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def test_under_the_interpreter(check: str, failed: dict[str, str]) -> None:
     assert check not in failed, failed[check]
 
 
-# --------------------------------------------------------------------------------------------------- machine code
+# --------------------------------------------------------------------------------------------------- native code
 
 
 def planned(size: int, *bits: int) -> KernelSpec:
-    """A spec of latents as wide as a head of `size`, in equal parts of these bits."""
+    """A spec with latents as wide as a head of `size`, in equal parts of these bits."""
     tiers = tuple((b, size // len(bits), STEPS[b]) for b in bits)
     return KernelSpec(tiers, tiers, size, size, "bfloat16", False)
 
@@ -62,14 +62,14 @@ WIDE = [planned(256, 8, 4), *(planned(512, *bits) for bits in ((4,), (8, 4), (8,
 
 
 def of_each_kind(name: str, found: list[Any], fewer: list[Any]) -> list[Any]:
-    """An A100 has the configurations and the instructions of an L4, and more room: it gets the fullest ones."""
+    """An A100 has the configurations and instructions of an L4, and more room: it gets only the fullest ones."""
     return fewer if name == "a100-80" else found
 
 
 def requests(
     spec: KernelSpec, gpu: str, rows: int = 512, rebuilds: bool = True, size: int = 0, **features: Any
 ) -> list[Request]:
-    """The kernels of a spec, as they are launched with their default configurations; size: D, R unless given."""
+    """Return the kernels of a spec with their default launch configurations; size: D, R unless given."""
     size = size or spec.key_width
     config = prefill_config(spec, rows, size, size, rebuilds, int(GPUS[gpu].arch))
     text, found = render(spec), []
@@ -84,7 +84,7 @@ def requests(
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
-def test_defaults_fit_gpus_that_are_not_here_and_use_tensor_cores(name: str) -> None:
+def test_defaults_fit_absent_gpus_and_use_tensor_cores(name: str) -> None:
     asked = [request for spec in of_each_kind(name, SHAPES, SHAPES[3:4]) for request in requests(spec, name)]
     assert {request.kernel for request in asked} == {"chunk_kernel", "rebuild_kernel"}
     for request, found in zip(asked, compile_kernels(asked, GPUS[name]), strict=True):
@@ -92,7 +92,7 @@ def test_defaults_fit_gpus_that_are_not_here_and_use_tensor_cores(name: str) -> 
         assert found.spilled == 0 and found.shared <= GPUS[name].block_shared
         assert found.tensor_cores.get("wgmma.mma_async" if name == "h100" else "mma.sync", 0) > 0, (request, found)
     widest = of_each_kind(name, WIDE, WIDE[-1:])
-    wide = [request for spec in widest for request in requests(spec, name, size=128)[1:]]  # too wide for the other
+    wide = [request for spec in widest for request in requests(spec, name, size=128)[1:]]  # too wide for chunk_kernel
     for request, found in zip(wide, compile_kernels(wide, GPUS[name]), strict=True):
         assert not objection(found, GPUS[name]) and found.tensor_cores, (request.kernel, request.text[:60], found)
 
@@ -111,17 +111,15 @@ def test_attention_on_rebuilt_keys_fits_with_every_feature(name: str) -> None:
     ]
     for request, found in zip(asked, compile_kernels(asked, GPUS[name]), strict=True):
         assert not objection(found, GPUS[name]), (request.constexprs, found)
-        assert found.tensor_cores and found.loop_copies, found  # rows are copied ahead of their use
+        assert found.tensor_cores and found.loop_copies, found  # rows are prefetched
 
 
-# --------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------------- source
 
 
 @pytest.mark.parametrize("spec", SHAPES[:4], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_file_is_python_that_a_linter_passes_and_always_the_same(
-    spec: KernelSpec, dtype: str, tmp_path: Path
-) -> None:
+def test_the_file_is_reproducible_python_that_passes_a_linter(spec: KernelSpec, dtype: str, tmp_path: Path) -> None:
     text = render(replace(spec, dtype=dtype))
     assert text == render(replace(spec, dtype=dtype))
     path = tmp_path / "kernel.py"
@@ -153,7 +151,7 @@ def test_a_lane_of_words_is_multiplied_by_its_rows_of_the_decoder() -> None:
     torch.testing.assert_close(bias, torch.full((1, 128), 0.3 * 16 * (1.5 - 1 / 32)))
 
 
-def test_heads_are_padded_to_what_products_want() -> None:
+def test_heads_are_padded_to_matmul_sizes() -> None:
     assert [padded(n) for n in (1, 16, 17, 64, 80, 128, 160)] == [16, 16, 32, 64, 128, 128, 256]
     rows, bias = decoder_rows(torch.randn(2, 80, 24), ((8, 24, 0.1),), torch.bfloat16)
     assert rows.shape[::2] == (2, 128) and rows.dtype == torch.bfloat16 and bias.shape == (2, 128)
@@ -180,7 +178,7 @@ def test_other_tiers_are_refused() -> None:
         pytest.param({2: None}, "key_scale is none", id="scale"),
     ],
 )
-def test_tensors_that_do_not_belong_together_are_refused(change: dict[int, Tensor | None], message: str) -> None:
+def test_tensors_of_different_calls_are_refused(change: dict[int, Tensor | None], message: str) -> None:
     chunk = Chunk(FOUR, FOUR)
     kernel = prefill_launch.PrefillKernel(Stub("stub"), chunk.spec())
     x: Any = [change.get(i, t) for i, t in enumerate(chunk.tensors())]
@@ -189,7 +187,7 @@ def test_tensors_that_do_not_belong_together_are_refused(change: dict[int, Tenso
 
 
 class Stub(ModuleType):
-    """A module with kernels that are never launched."""
+    """A module whose kernels are never launched."""
 
     chunk_kernel = rebuild_kernel = None
 

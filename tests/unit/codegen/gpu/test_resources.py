@@ -1,4 +1,4 @@
-"""What a kernel takes of a GPU: limits, occupancy, what the compiler says."""
+"""GPU resources of a kernel: limits, occupancy, compiler reports."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def test_an_unknown_gpu_gets_the_names() -> None:
     ("name", "warps", "registers", "shared", "blocks", "limit"),
     [
         ("h100", 4, 128, 0, 4, "registers"),  # 16 warps of 4,096 registers
-        ("h100", 4, 32, 0, 16, "registers"),  # as many as there are warps: 64
+        ("h100", 4, 32, 0, 16, "registers"),  # the maximum of 64 warps
         ("h100", 4, 16, 0, 16, "warps"),
         ("h100", 1, 16, 0, 32, "blocks"),
-        ("h100", 4, 129, 0, 3, "registers"),  # 136 are taken: 15 warps, in whole ones of a quarter 12
+        ("h100", 4, 129, 0, 3, "registers"),  # 136 registers allocated: 15 warps, of which 12 fill blocks of 4
         ("h100", 4, 32, 100 * 1024, 2, "shared memory"),  # 228 KB; a block takes 1 KB more
         ("h100", 4, 32, 113 * 1024 + 1, 1, "shared memory"),
         ("4090", 8, 32, 0, 6, "warps"),
         ("4090", 4, 32, 49 * 1024, 2, "shared memory"),
-        ("mi300x", 4, 128, 0, 4, "registers"),  # 512 registers a lane of each SIMD
+        ("mi300x", 4, 128, 0, 4, "registers"),  # 512 registers per lane of each SIMD
         ("mi300x", 4, 64, 32 * 1024, 2, "shared memory"),
     ],
 )
-def test_occupancy_is_that_of_the_vendors(
+def test_occupancy_agrees_with_the_vendors(
     name: str, warps: int, registers: int, shared: int, blocks: int, limit: str
 ) -> None:
     held = occupancy(Resources(num_warps=warps, registers=registers, shared=shared), GPUS[name])
@@ -101,7 +101,7 @@ def test_tensor_memory_limits_blocks_of_blackwell() -> None:
         ({"error": "CompilationError: no"}, "does not compile: CompilationError: no"),
     ],
 )
-def test_what_speaks_against_a_kernel_is_said(change: dict[str, Any], reason: str) -> None:
+def test_objections_to_a_kernel_are_reported(change: dict[str, Any], reason: str) -> None:
     assert not objection(SMALL, H100)
     wanting = dataclasses.replace(SMALL, **change)
     assert objection(wanting, H100) == reason
@@ -111,7 +111,7 @@ def test_what_speaks_against_a_kernel_is_said(change: dict[str, Any], reason: st
 
 
 @needs_triton
-def test_kernels_are_compiled_for_gpus_that_are_not_here() -> None:
+def test_kernels_are_compiled_for_absent_gpus() -> None:
     found = {name: compile_kernels([product()], GPUS[name])[0] for name in ("a100-80", "h100", "mi300x")}
     for name, resources in found.items():
         assert not objection(resources, GPUS[name]), resources
@@ -120,7 +120,7 @@ def test_kernels_are_compiled_for_gpus_that_are_not_here() -> None:
     assert set(found["a100-80"].tensor_cores) == {"mma.sync"}
     assert set(found["h100"].tensor_cores) == {"wgmma.mma_async"}
     assert set(found["mi300x"].tensor_cores) == {"v_mfma"}
-    for name in ("a100-80", "h100"):  # 64 x 64 float16 of 128 threads: 4 reads of 16 bytes each of x and y
+    for name in ("a100-80", "h100"):  # 64 x 64 float16 by 128 threads: 4 loads of 16 bytes each of x and y
         assert found[name].loop_reads == found[name].loop_copies == {"16": 8}
         assert found[name].copied_share == 1.0
     assert found["mi300x"].loop_reads == {"16": 4} and not found["mi300x"].loop_copies  # 256 threads
@@ -129,7 +129,7 @@ def test_kernels_are_compiled_for_gpus_that_are_not_here() -> None:
 
 @pytest.mark.slow
 @needs_triton
-def test_what_the_compiler_refuses_is_a_result_beside_the_others() -> None:
+def test_a_compile_error_is_a_result_like_others() -> None:
     bad, missing, good = compile_kernels([product(kernel="wrong"), product(kernel="absent"), product(32)], H100)
     assert "CompilationError" in bad.error or "ValueError" in bad.error, bad
     assert objection(bad, H100).startswith("does not compile: ")
@@ -139,7 +139,7 @@ def test_what_the_compiler_refuses_is_a_result_beside_the_others() -> None:
 
 @pytest.mark.slow
 @needs_triton
-def test_a_kernel_that_kills_the_compiler_is_a_result_and_is_not_remembered(own_cache: Path) -> None:
+def test_a_kernel_that_crashes_the_compiler_is_a_result_and_is_not_cached(own_cache: Path) -> None:
     deadly = product(text=KERNELS + "\nimport os, sys\nsys.stderr.write('that was it')\nos._exit(3)\n")
     first, dead, last = compile_kernels([product(), deadly, product(32)], H100)
     assert dead.error == "the compiler died: that was it"
@@ -149,7 +149,7 @@ def test_a_kernel_that_kills_the_compiler_is_a_result_and_is_not_remembered(own_
 
 @pytest.mark.slow
 @needs_triton
-def test_what_was_found_is_kept_by_text_arguments_and_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_cached_by_source_arguments_and_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [product(), dataclasses.replace(product(32), texts=("ttir", "ptx"))]
     before = compile_kernels(requests, H100)
     assert "tt.dot" in before[1].texts["ttir"] and ".target sm_90" in before[1].texts["ptx"]
@@ -159,7 +159,7 @@ def test_what_was_found_is_kept_by_text_arguments_and_architecture(monkeypatch: 
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     assert compile_kernels(requests, H100) == before
-    assert compile_kernels(requests[:1], GPUS["h200"]) == before[:1]  # of the same architecture
+    assert compile_kernels(requests[:1], GPUS["h200"]) == before[:1]  # the same architecture
     for other in (product(num_stages=2), product(16), product(text=KERNELS + "\n")):
         with pytest.raises(AssertionError, match="nothing is left"):
             compile_kernels([other], H100)
@@ -180,7 +180,7 @@ def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @needs_triton
-def test_what_asks_for_more_shared_memory_than_exists_is_found() -> None:
+def test_a_request_for_more_shared_memory_than_exists_is_noticed() -> None:
     large, small = compile_kernels([product(128, num_stages=8), product(128, num_stages=2)], H100)
     assert not large.error and large.shared > H100.block_shared
     assert objection(large, H100) == f"needs {large.shared:,} bytes of shared memory, a block may have 232,448"

@@ -1,4 +1,4 @@
-"""Where the channels of a row lie."""
+"""The byte layout of a row's channels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_planes_of_whole_16_bytes_need_no_padding(bits: int) -> None:
         spec = KernelSpec(tiers, tiers, row_width(tiers), row_width(tiers), "bfloat16", False)
         found = pieces(tiers, row_width(tiers))
         assert all(piece.used == piece.size for piece in found) and not is_crowded(spec)
-        assert sum(piece.word == 8 for piece in found) <= 2  # the first tier, and what is left of the second
+        assert sum(piece.word == 8 for piece in found) <= 2  # the first bit group, and the rest of the second
 
 
 def row_width(tiers: Tiers) -> int:

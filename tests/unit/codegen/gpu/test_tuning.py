@@ -1,4 +1,4 @@
-"""Choosing a configuration, and tuning it."""
+"""Choosing and tuning a kernel configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPECS = (
     KernelSpec(((8, 32, 0.02), (4, 64, 0.2), (2, 32, 0.5)), ((4, 64, 0.2), (2, 64, 0.5)), 128, 128, "bfloat16", False),
     KernelSpec(((4, 256, 0.2),), ((4, 256, 0.2),), 256, 256, "bfloat16", False),
 )
-# An A100 has the configurations and instructions of an L4, and more room for them: it gets the widest rows only.
+# An A100 has the configurations and instructions of an L4, and more room: it gets only the widest rows.
 PAIRS = [("l4", SPECS[1]), ("h100", SPECS[0]), ("a100-80", SPECS[1])]
 
 
@@ -43,12 +43,12 @@ def test_the_chosen_configuration_fits_and_uses_tensor_cores(spec: KernelSpec, n
     best = choose(spec, 4, GPUS[name], 2).best
     assert best is not None and not objection(best.resources, GPUS[name])
     assert best.resources.spilled == 0 and sum(best.resources.tensor_cores.values()) > 0
-    assert best.resources.loop_copies  # rows are copied ahead of their use
+    assert best.resources.loop_copies  # rows are prefetched
     assert tuned_config(spec, 4, name) == best.config
 
 
 def fitted_rows(key: dict[int, int], value: dict[int, int], dtype: str = "bfloat16") -> KernelSpec:
-    """Tiers (bits: width) as fitting makes them for a GPU."""
+    """Bit groups (bits: width) as fitted for a GPU."""
     sides = [tuple((bits, width, STEPS[bits]) for bits, width in tiers.items()) for tiers in (key, value)]
     return KernelSpec(sides[0], sides[1], sum(key.values()), sum(value.values()), dtype, False)
 
@@ -64,7 +64,7 @@ FITTED = (  # and M
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
-def test_rows_that_are_fitted_for_a_gpu_fit_it_with_the_default(name: str) -> None:
+def test_rows_fitted_for_a_gpu_fit_it_with_the_default(name: str) -> None:
     fitted = {"a100-80": FITTED[3:], "l4": FITTED[::3], "h100": FITTED[1:]}[name]
     for (spec, rows), choice in zip(fitted, choose_each(fitted, GPUS[name], 1), strict=True):
         (verdict,) = choice.verdicts
@@ -76,7 +76,7 @@ PLANED = KernelSpec(((6, 64, 0.08), (3, 64, 0.5)), ((5, 64, 0.15), (16, 64, 0.0)
 
 
 def merge_request(spec: KernelSpec) -> Request:
-    """Request the kernel that merges ranges of tokens, for as many as there may be."""
+    """Request the kernel that merges the maximum number of token ranges."""
     types, constants, attrs = attention_example(spec, default_config(spec, 1))["merge_kernel"]
     return Request(render(spec, "triton"), "merge_kernel", types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
 
@@ -84,10 +84,10 @@ def merge_request(spec: KernelSpec) -> Request:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
-def test_ranges_of_tokens_can_be_merged_whatever_the_rows_are(name: str) -> None:
+def test_ranges_of_tokens_can_be_merged_for_any_rows(name: str) -> None:
     every = (PLANED, *SPECS, *(spec for spec, _ in FITTED))
     first = ("h100", "l4", "a100-80").index(name)
-    specs = every[first::3]  # no tensor cores, little memory: processors hardly matter
+    specs = every[first::3]  # without tensor cores, with little memory: architectures barely matter
     requests = [merge_request(spec) for spec in specs]
     for spec, found in zip(specs, compile_kernels(requests, GPUS[name]), strict=True):
         assert not objection(found, GPUS[name]), (spec.name, found)
@@ -103,7 +103,7 @@ Compiler = Callable[[dict[Config, Resources]], tuple[Config, ...]]
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """Makes given configurations the candidates, with given resources."""
+    """Replace the candidates by given configurations with given resources."""
 
     def plant(found: dict[Config, Resources]) -> tuple[Config, ...]:
         def compile_them(requests: Sequence[Request], *_: Any) -> list[Resources]:
@@ -138,7 +138,7 @@ def test_a_candidate_that_is_too_large_is_rejected_with_its_reason(compiled: Com
     assert reasons[plain] == "uses no tensor core"
 
 
-def test_bytes_under_way_come_first_then_instructions_a_token(compiled: Compiler) -> None:
+def test_bytes_in_flight_come_first_then_instructions_per_token(compiled: Compiler) -> None:
     ahead = dataclasses.replace(SMALL, loop_reads={"16": 4}, loop_copies={"16": 4})
     few, many, busy, idle = compiled(
         {
@@ -153,9 +153,9 @@ def test_bytes_under_way_come_first_then_instructions_a_token(compiled: Compiler
     row = row_bytes(SPECS[0])
     assert row == 32 + 32 + 8 + 2 + 32 + 16 + 2
     assert verdicts[few].bytes_ahead == 2 * 16 * row
-    assert verdicts[many].bytes_ahead == 8 * 32 * 3 * row  # all copied: a stage less than there are
+    assert verdicts[many].bytes_ahead == 8 * 32 * 3 * row  # all prefetched: one stage less than configured
     assert verdicts[busy].token_instructions == 400 * 4 / 64
-    assert verdicts[idle].token_instructions == 50 * 4 / 64  # as compiled: of 4 warps
+    assert verdicts[idle].token_instructions == 50 * 4 / 64  # compiled with 4 warps
     assert choice.best is not None and choice.best.config == idle
 
 
@@ -164,14 +164,14 @@ def test_more_rows_than_a_tile_holds_are_more_work(compiled: Compiler) -> None:
     assert choose(SPECS[0], 33, H100).verdicts[0].token_instructions == 3 * 100 * 4 / 64
 
 
-def test_only_so_many_candidates_are_compiled_evenly_with_the_first(compiled: Compiler) -> None:
+def test_a_limited_number_of_candidates_is_compiled_evenly_spaced_from_the_first(compiled: Compiler) -> None:
     all_of_them = compiled({Config(64, 16, 4, stages): SMALL for stages in range(1, 11)})
     tried = [v.config for v in choose(SPECS[0], 4, H100, 3).verdicts]
     assert tried == [all_of_them[0], all_of_them[3], all_of_them[6]]
     assert len(choose(SPECS[0], 4, H100).verdicts) == len(choose(SPECS[0], 4, H100, 99).verdicts) == 10
 
 
-def test_nothing_is_chosen_where_nothing_fits(compiled: Compiler) -> None:
+def test_nothing_is_chosen_if_nothing_fits(compiled: Compiler) -> None:
     compiled({Config(64, 16, 4, 3): dataclasses.replace(SMALL, spilled=4)})
     choice = choose(SPECS[0], 4, H100)
     assert choice.best is None and [v.reason for v in choice.verdicts] == ["spills 4 bytes a thread"]
@@ -186,7 +186,7 @@ WORKLOAD = Workload(batch=1, heads=4, key_heads=2, value_heads=2, tokens=64)
 
 
 def stopwatch(times: dict[Config, float], calls: list[Config]) -> dict[str, Any]:
-    """A kernel that notes its configuration and a timer that tells the time of it."""
+    """A kernel that records its configuration, and a timer that returns its time."""
 
     def kernel(*_: Any, config: Config, **__: Any) -> None:
         if config not in times:
@@ -200,7 +200,7 @@ def stopwatch(times: dict[Config, float], calls: list[Config]) -> dict[str, Any]
     return {"kernel": kernel, "timer": timer, "device": "cpu", "device_name": H100_NAME}
 
 
-def test_tuning_keeps_the_fastest_for_device_and_spec(compiled: Compiler) -> None:
+def test_tuning_stores_the_fastest_for_device_and_spec(compiled: Compiler) -> None:
     one, two, three, four = compiled(
         {
             Config(16, 16, 4, 3): SMALL,
@@ -211,7 +211,7 @@ def test_tuning_keeps_the_fastest_for_device_and_spec(compiled: Compiler) -> Non
     )
     calls: list[Config] = []
     found = tune(SPECS[0], WORKLOAD, **stopwatch({one: 2.0, two: 1.0, three: 0.5}, calls))
-    assert calls == [one, two]  # what spills is not even tried
+    assert calls == [one, two]  # kernels that spill are not run
     assert found.best == two and found.times_ms == {one: 2.0, two: 1.0}
     assert found.rejected == {three: "spills 4 bytes a thread", four: "does not run: out of resource"}
     assert tuned_config(SPECS[0], WORKLOAD.rows, H100_NAME) == two
@@ -220,7 +220,7 @@ def test_tuning_keeps_the_fastest_for_device_and_spec(compiled: Compiler) -> Non
     assert tuned_config(SPECS[0], WORKLOAD.rows, "NVIDIA A100-SXM4-80GB") is None
 
 
-def test_what_was_chosen_serves_until_something_is_tuned(compiled: Compiler) -> None:
+def test_the_chosen_configuration_is_used_until_one_is_tuned(compiled: Compiler) -> None:
     one, two = compiled({Config(16, 16, 4, 3): SMALL, Config(32, 16, 4, 3): SMALL})
     assert tuned_config(SPECS[0], 2, H100_NAME) is None
     best = choose(SPECS[0], 2, H100).best
@@ -257,6 +257,6 @@ def test_tuning_needs_a_gpu() -> None:
         ("a100-80", "a100-80"),
     ],
 )
-def test_devices_are_known_by_the_names_that_torch_tells(told: str, name: str | None) -> None:
+def test_devices_are_known_by_their_torch_names(told: str, name: str | None) -> None:
     found = gpu_named(told)
     assert (found and found.name) == name

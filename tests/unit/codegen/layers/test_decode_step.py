@@ -1,4 +1,4 @@
-"""A decode step by addresses: attention on a cache by hand, against its parts in torch."""
+"""A decode step by addresses: attention on a handmade cache, against its parts in torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPS = algebra.BitGroups([8, 4], [8, 16], [2 / 64, 0.4])
 
 
 def program_of(dtype: torch.dtype) -> Any:
-    """Query, keys and values are inputs, twice their numbers; attention's result is returned, plus one."""
+    """Program with query, keys and values as inputs, which are doubled; returns the attention output plus one."""
     shapes = (B, H, 1, D), (B, G, 1, D), (B, G, 1, D)
     values = [TracedValue("input", s, torch.empty(s).stride(), dtype) for s in shapes]
     values += [TracedValue("result", s, torch.empty(s).stride(), dtype) for s in shapes]
@@ -40,7 +40,7 @@ def program_of(dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("with_means", [False, True])
 @pytest.mark.parametrize("packed", [PACKED, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_step_attends_and_keeps_its_token(dtype: torch.dtype, packed: int, with_means: bool) -> None:
+def test_a_step_attends_and_appends_its_token(dtype: torch.dtype, packed: int, with_means: bool) -> None:
     program = program_of(dtype)
     inputs = [torch.randn(B, n, 1, D).to(dtype) for n in (H, G, G)]
     new = [torch.empty_like(x) for x in inputs]
@@ -81,7 +81,7 @@ def test_a_step_attends_and_keeps_its_token(dtype: torch.dtype, packed: int, wit
     for number in range(2):
         expected = attend_parts(_operands(inputs, exact, sides, rooms, WINDOW + number, options))
         DecodeSteps([step]).run(spent if number else None)
-        close = 3e-3 if dtype == torch.float32 else 2e-2  # in 16 bits, codes of few bits are multiplied by 8
+        close = 3e-3 if dtype == torch.float32 else 2e-2  # in 16-bit dtypes, low-bit codes are multiplied in int8
         torch.testing.assert_close(output.float() - 1, expected.transpose(1, 2), rtol=close, atol=close)
         for x, side, room in zip(inputs[1:], sides, rooms, strict=True):
             codes, scale = packing.round_rows(2 * x.float() if side.mean is None else 2 * x.float() - side.mean)
@@ -98,7 +98,7 @@ def _operands(
     count: int,
     options: Any,
 ) -> AttentionOperands:
-    """The same attention on tensors, in float32."""
+    """Return the same attention's operands as float32 tensors."""
     query, *tokens = [2 * x.float() for x in inputs]
     opened = [torch.cat([x[:, :, :SINKS].float(), t], 2) for x, t in zip(exact, tokens, strict=True)]
     keys, values = [

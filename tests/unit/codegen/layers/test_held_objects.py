@@ -1,4 +1,4 @@
-"""Machine code sees whatever was changed in dictionaries of Python, and what it looks at lives as long as it looks."""
+"""Native guards notice every change of Python dictionaries, and keep the guarded objects alive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from needs import needs_compiler
 from fhopt.codegen.layers.held_objects import HeldObjects
 
 pytestmark = needs_compiler
-COUNT = 50  # more than are fetched ahead
+COUNT = 50  # more than are prefetched
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def held(holders: list[dict[str, Any]], empty: list[dict[Any, Any]]) -> HeldObje
     return HeldObjects([(holder, name, holder.get(name)) for holder in holders for name in names], empty)
 
 
-def test_what_is_as_it_was(holders: list[dict[str, Any]]) -> None:
+def test_unchanged_dictionaries_pass(holders: list[dict[str, Any]]) -> None:
     empty: list[dict[Any, Any]] = [{}, OrderedDict()]
     objects = held(holders, empty)
     assert objects.are_held()
     holders[0]["other"] = 1
     holders[1]["weight"].add_(1)
-    holders[2]["forward"] = None  # as good as nothing
+    holders[2]["forward"] = None  # None counts as absent
     del holders[3]["bias"]
     assert objects.are_held() is True
 
@@ -42,7 +42,7 @@ def test_what_is_as_it_was(holders: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     "change", [{"weight": torch.zeros(1)}, {"bias": 0}, {"number": 10**9}, {"forward": print}, {"weight": None}]
 )
-def test_another_object_is_seen(holders: list[dict[str, Any]], at: int, change: dict[str, Any]) -> None:
+def test_another_object_is_noticed(holders: list[dict[str, Any]], at: int, change: dict[str, Any]) -> None:
     objects, before = held(holders, []), dict(holders[at])
     holders[at].update(change)
     assert not objects.are_held()
@@ -53,7 +53,7 @@ def test_another_object_is_seen(holders: list[dict[str, Any]], at: int, change: 
 
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict])
-def test_an_item_where_there_was_none_is_seen(kind: type[dict[Any, Any]]) -> None:
+def test_a_new_item_in_an_empty_dictionary_is_noticed(kind: type[dict[Any, Any]]) -> None:
     empty = [kind() for _ in range(COUNT)]
     objects = held([], empty)
     for some in (empty[0], empty[20], empty[-1]):
@@ -64,20 +64,20 @@ def test_an_item_where_there_was_none_is_seen(kind: type[dict[Any, Any]]) -> Non
     assert objects.are_held()
 
 
-def test_nothing_to_look_at_is_held() -> None:
+def test_an_empty_guard_passes() -> None:
     assert HeldObjects([], []).are_held()
 
 
-def test_an_equal_object_is_another_one() -> None:
+def test_an_equal_but_different_object_is_noticed() -> None:
     holder = {"name": ["a"]}
     objects = HeldObjects([(holder, "name", holder["name"])], [])
     holder["name"] = ["a"]
     assert not objects.are_held()
 
 
-def test_its_objects_live_as_long_as_they_are_looked_at() -> None:
+def test_guarded_objects_live_as_long_as_the_guard() -> None:
     class Holder(dict[str, Any]):
-        """A dictionary of which there are weak references."""
+        """A dictionary that supports weak references."""
 
     holder, hooks = Holder(weight=torch.zeros(1)), Holder()
     seen = [weakref.ref(x) for x in (holder, hooks, holder["weight"])]
@@ -91,8 +91,8 @@ def test_its_objects_live_as_long_as_they_are_looked_at() -> None:
     assert all(ref() is None for ref in seen)
 
 
-def test_what_is_no_dictionary_is_an_error_of_python() -> None:
+def test_a_non_dictionary_raises_a_python_error() -> None:
     holder: Any = []
     objects = HeldObjects([(holder, "weight", None)], [])
-    with pytest.raises(SystemError):  # which machine code leaves, and whoever holds Python's lock finds
+    with pytest.raises(SystemError):  # set by native code, raised once the GIL is held
         objects.are_held()

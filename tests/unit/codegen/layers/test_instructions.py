@@ -1,4 +1,4 @@
-"""Values of programs have places in the arena, and strides to four sizes."""
+"""Program values have places in the arena, and strides of up to four dimensions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.trace import UnsupportedError
 
 
-def test_sizes_are_four_and_ones_are_left_out() -> None:
+def test_sizes_have_four_dimensions_without_ones() -> None:
     assert four((3, 1, 5)) == (1, 1, 3, 5) and four(()) == (1, 1, 1, 1)
     assert four((2, 1, 3, 4, 1, 5)) == (2, 3, 4, 5)
     with pytest.raises(UnsupportedError, match="5 dimensions"):
         four((2, 2, 2, 2, 2))
 
 
-def test_rows_that_follow_each_other_are_told() -> None:
+def test_contiguous_rows_are_recognized() -> None:
     x = torch.empty(2, 3, 8)
     assert row_layout(x) == (6, 8) and row_layout(x[..., :5]) == (6, 8) and row_layout(x[:, 0]) == (2, 24)
     assert row_layout(x.transpose(0, 1)) is None
@@ -45,7 +45,7 @@ def test_buffers_that_live_at_once_do_not_overlap() -> None:
 
 
 @needs_compiler
-def test_the_arena_is_used_again() -> None:
+def test_arena_memory_is_reused() -> None:
     def chain(x: Tensor) -> Tensor:
         for _ in range(50):
             x = x * 1.01 + 0.01

@@ -1,4 +1,4 @@
-"""Traces of layers become programs, or it is named what stands against it."""
+"""Lowering layer traces to programs, or naming the obstacle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fhopt.codegen.layers.lowering import Lowering, lower
 from fhopt.codegen.layers.trace import UnsupportedError
 
 
-def test_products_of_one_input_are_one_loop() -> None:
+def test_matmuls_of_one_input_are_one_loop() -> None:
     module = Products(torch.float32, True)
     traced = Traced(module, [torch.randn(1, 1, 48)], module)
     lowering = Lowering(traced.trace)
@@ -38,6 +38,6 @@ def test_products_of_one_input_are_one_loop() -> None:
         (lambda x: x.double().mul(2), "a result of torch.float64"),
     ],
 )
-def test_what_programs_do_not_know_is_named(function: Callable[[Tensor], Tensor], reason: str) -> None:
+def test_unsupported_operations_are_named(function: Callable[[Tensor], Tensor], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         lower(Traced(function, [torch.rand(4, 4)], nn.Module()).trace)

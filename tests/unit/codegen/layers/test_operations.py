@@ -1,4 +1,4 @@
-"""Operations of programs of layers: every one, in every layout, against torch."""
+"""Operations of layer programs: each one, in every layout, against torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As transformers' models spell it out."""
+    """RMSNorm as written in transformers."""
     long = x.to(torch.float32)
     long = long * torch.rsqrt(long.pow(2).mean(-1, keepdim=True) + 1e-6)
     return weight * long.to(x.dtype)
@@ -29,7 +29,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of neighbours."""
+    """RoPE on neighboring channels."""
     return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
 
 
@@ -75,7 +75,7 @@ def _changed_part(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_operations_give_what_torch_gives(name: str, dtype: torch.dtype) -> None:
+def test_operations_agree_with_torch(name: str, dtype: torch.dtype) -> None:
     x, y = torch.randn(3, 5, 64).to(dtype), torch.randn(3, 5, 64).to(dtype)
     traced = Traced(FUNCTIONS[name], [x, y], nn.Module())
     exact = FUNCTIONS[name](x.double(), y.double())
@@ -108,8 +108,8 @@ def test_norms_and_rotations_of_models(rotate: Callable[..., Tensor], dtype: tor
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("rows", [1, 12])
-def test_products_of_one_input_are_shared_out_between_threads(rows: int, threads: int) -> None:
-    """Shares begin and end within weights, of which none is a multiple of what is multiplied at once."""
+def test_matmuls_of_one_input_are_shared_between_threads(rows: int, threads: int) -> None:
+    """Shares begin and end within weights, none of which is a multiple of the tile size."""
     module, x = nn.ModuleList(nn.Linear(300, columns) for columns in (1003, 77, 530)), torch.randn(1, rows, 300)
 
     def layer(x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_products_of_one_input_are_shared_out_between_threads(rows: int, threads
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 48), (3, 5, 48), (48,)])
-def test_products_give_what_torch_gives(shape: tuple[int, ...], dtype: torch.dtype, bias: bool, threads: int) -> None:
+def test_matmuls_agree_with_torch(shape: tuple[int, ...], dtype: torch.dtype, bias: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     module, x = Products(dtype, bias), torch.randn(shape).to(dtype)
     traced = Traced(module, [x], module)

@@ -1,4 +1,4 @@
-"""Programs run on other weights than those that they were made of, and not without a compiler."""
+"""Programs run on other weights than those traced, and require a compiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fhopt.codegen.layers.lowering import lower
 
 
 @needs_compiler
-def test_a_program_serves_other_tensors_of_the_same_trace() -> None:
+def test_a_program_runs_on_other_tensors_of_the_same_trace() -> None:
     first, second = Products(torch.float32, True), Products(torch.float32, True)
     x, y = torch.randn(1, 1, 48), torch.randn(1, 1, 48)
     one, other = Traced(first, [x], first), Traced(second, [y], second)

@@ -1,4 +1,4 @@
-"""Traces are equal where layers do the same."""
+"""Traces are equal if layers run the same operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from traced_functions import Products, Traced
 
 
-def test_traces_do_not_know_the_weights() -> None:
+def test_traces_do_not_depend_on_the_weights() -> None:
     first, second = Products(torch.float32, True), Products(torch.float32, True)
     one = Traced(first, [torch.randn(1, 1, 48)], first).trace
     other = Traced(second, [torch.randn(1, 1, 48)], second).trace
@@ -14,7 +14,7 @@ def test_traces_do_not_know_the_weights() -> None:
     assert one != Traced(first, [torch.randn(2, 1, 48)], first).trace
 
 
-def test_traces_know_constants_types_and_order() -> None:
+def test_traces_depend_on_constants_dtypes_and_order() -> None:
     x, module = torch.randn(4), torch.nn.Module()
     traces = [
         Traced(function, [x], module).trace

@@ -1,4 +1,4 @@
-"""Function transforms in a compiled graph: what runs inside stays as it is written, with a reason."""
+"""Function transforms in a compiled graph: their contents are not rewritten, with a reason."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def inputs() -> tuple[Tensor]:
         (jacfwd, [TANGENT, MAP]), (mapped, [MAP]), (in_place, [GRADIENT]), (of_a_sum, [GRADIENT]),
     ],
 )  # fmt: skip
-def test_attention_inside_a_transform_stays_as_it_is(function: Callable[[Tensor], Any], names: list[str]) -> None:
+def test_attention_inside_a_transform_is_not_rewritten(function: Callable[[Tensor], Any], names: list[str]) -> None:
     sites = compiled_twice(function, inputs(), inputs())
     assert explanations(sites) == [f"it runs inside {' and '.join(names)}{EXPECTED}"] * 2
     assert len(sites) == (4 if function is grad_and_attention else 2)
 
 
-def test_a_composite_inside_a_transform_stays_as_it_is() -> None:
+def test_a_composite_inside_a_transform_is_not_rewritten() -> None:
     layer = nn.MultiheadAttention(D, 2, batch_first=True).eval().requires_grad_(False)
     sites = compiled_twice(
         lambda x: torch.vmap(lambda y: layer(y[None], y[None], y[None])[0][0])(x), inputs(), inputs(), gradients=False
@@ -116,12 +116,12 @@ def written_around_map(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [masked_by_map, biased_by_gradient, written_around_map])
-def test_attention_behind_a_transform_is_found(function: Callable[[Tensor], Tensor]) -> None:
+def test_attention_after_a_transform_is_found(function: Callable[[Tensor], Tensor]) -> None:
     sites = compiled_twice(function, inputs(), inputs())
     assert [site.how for site in sites] == ["torch", "torch"]
 
 
-def test_scores_made_inside_a_transform_are_left() -> None:
+def test_scores_computed_inside_a_transform_are_not_rewritten() -> None:
     def function(x: Tensor) -> Tensor:
         q, k, v = (x @ w for w in WEIGHTS)
         return torch.vmap(lambda a, b: a @ b.mT)(q, k).softmax(-1) @ v
@@ -131,7 +131,7 @@ def test_scores_made_inside_a_transform_are_left() -> None:
 
 
 def test_linear_layers_inside_a_transform_stay_differentiable() -> None:
-    layer = nn.Linear(2048, 2048).requires_grad_(False)  # large enough for a kernel of its own
+    layer = nn.Linear(2048, 2048).requires_grad_(False)  # large enough for fhopt's kernel
     x, y = torch.randn(4, 2048), torch.randn(4, 2048)
     for function in (
         lambda x: torch.func.grad(lambda y: layer(y).square().sum())(x),

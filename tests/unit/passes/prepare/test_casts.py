@@ -1,4 +1,4 @@
-"""Casts to the type of another tensor."""
+"""Casts to the dtype of another tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def to_other_by_name(x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [type_as, to_other, to_other_by_name], ids=lambda f: f.__name__)
-def test_a_cast_to_another_tensor_no_longer_reads_it(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_a_cast_to_another_tensor_no_longer_depends_on_it(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, y = torch.randn(3), torch.randn(2, dtype=torch.float16)
     program = traced(function, x, y)
     resolve_casts(program)
@@ -36,7 +36,7 @@ def test_a_cast_to_another_tensor_no_longer_reads_it(function: Callable[[Tensor,
     assert torch.equal(torch.fx.Interpreter(program.module).run(*program.values.values())[0], function(x, y))
 
 
-def test_a_cast_that_must_copy_stays_as_it_is() -> None:
+def test_a_cast_that_must_copy_is_not_changed() -> None:
     program = traced(lambda x, y: x.to(y, copy=True) + 1, torch.randn(3), torch.randn(2, dtype=torch.float16))
     resolve_casts(program)
     assert any(len(n.all_input_nodes) == 2 for n in program.graph.nodes)

@@ -1,4 +1,4 @@
-"""The plain forms of composites: contractions and the attention calls of other libraries."""
+"""Decomposition of composites: contractions, and attention calls of other libraries."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def a_buffer_that_is_not_read(m: Tensor, q: Tensor, k: Tensor) -> Tensor:
      (a_buffer_that_is_not_read, False)],
     ids=lambda p: getattr(p, "__name__", "dynamic" if p else "static"),
 )  # fmt: skip
-def test_baddbmm_becomes_a_product_and_a_sum(scores: Callable[..., Tensor], dynamic: bool) -> None:
+def test_baddbmm_becomes_a_matmul_and_a_sum(scores: Callable[..., Tensor], dynamic: bool) -> None:
     m, q, k, v = torch.randn(3, S, T), torch.randn(3, S, D), torch.randn(3, T, D), torch.randn(3, T, D)
     inputs = [t.requires_grad_() for t in (m, q, k, v)]
     program = traced(lambda m, q, k, v: scores(m, q, k).softmax(-1) @ v, *inputs, dynamic=dynamic)
@@ -85,7 +85,7 @@ def test_baddbmm_becomes_a_product_and_a_sum(scores: Callable[..., Tensor], dyna
         "bhst,bhtd,hde,ii->bse",
     ],
 )
-def test_einsum_of_many_becomes_a_chain_of_two_at_a_time(equation: str) -> None:
+def test_einsum_of_many_becomes_a_chain_of_pairs(equation: str) -> None:
     shapes = {"b": B, "h": H, "s": S, "t": T, "d": D, "e": D, "i": 3}
 
     def operand(term: str) -> Tensor:
@@ -103,7 +103,7 @@ def test_einsum_of_many_becomes_a_chain_of_two_at_a_time(equation: str) -> None:
     after, missed = decomposed(program)
     found = [n for n in after.graph.nodes if op_name(n) == "einsum"]
     assert missed == [] and [len(n.args[1]) for n in found] == [2] * (len(terms) - 1)
-    close(run(after)[0], run(program)[0], 1e-4)  # sums of many products
+    close(run(after)[0], run(program)[0], 1e-4)  # sums of many terms
 
 
 def test_einsum_of_two_is_not_rewritten() -> None:
@@ -111,7 +111,7 @@ def test_einsum_of_two_is_not_rewritten() -> None:
     assert list(Decompose().candidates(program)) == []
 
 
-def test_a_result_keeps_the_layout_that_a_view_behind_it_needs() -> None:
+def test_a_result_has_the_layout_that_a_following_view_needs() -> None:
     def call(p: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return torch.einsum("bhst,bhtd,hde->ebs", p.softmax(-1), v, w).permute(1, 2, 0).view(B, -1)
 
@@ -137,7 +137,7 @@ CAUSAL = dict(dropout_p=0.0, is_causal=True)
     ids=lambda p: op_name(fx.Graph().call_function(p)) if callable(p) else "",
 )
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "causal"])
-def test_what_dispatch_made_of_sdpa_becomes_sdpa_again(
+def test_sdpa_after_dispatch_becomes_sdpa_again(
     target: Any, mask: str | None, more: dict[str, Any], masked: bool
 ) -> None:
     q, k, v = torch.randn(3, B, H, S, D)
@@ -228,7 +228,7 @@ FLASH_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("keys", [S, T, 3])
 @pytest.mark.parametrize("options", FLASH_OPTIONS, ids=lambda o: ", ".join(o))
-def test_the_plain_form_of_flash_attn_has_its_numbers(options: dict[str, Any], keys: int) -> None:
+def test_the_decomposition_of_flash_attn_agrees_with_it(options: dict[str, Any], keys: int) -> None:
     inputs = tokens_first(keys)
     found = composites.flash_attn_func(*inputs, **options)
     close(found, flash_attn_func(*inputs, **options))
@@ -251,7 +251,7 @@ def test_the_registered_operator_of_flash_attn_becomes_sdpa(dynamic: bool) -> No
 @pytest.mark.parametrize("keys", [S, T, 3])
 @pytest.mark.parametrize("mask_type", [0, 1, 2], ids=["no mask", "from the start", "from the end"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-def test_the_plain_form_of_xformers_has_its_numbers(mask_type: int, biased: bool, keys: int) -> None:
+def test_the_decomposition_of_xformers_agrees_with_it(mask_type: int, biased: bool, keys: int) -> None:
     q, k, v = tokens_first(keys)
     bias = torch.randn(B, H, S, keys) if biased else None
     (found,) = composites.efficient_attention(q, k, v, bias=bias, custom_mask_type=mask_type, max_seqlen_q=S)
@@ -271,13 +271,13 @@ def xformers_call(q: Tensor, k: Tensor, v: Tensor, seqstart: Tensor | None = Non
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_sageattn_becomes_sdpa_without_its_rounding(layout: str, causal: bool) -> None:
+def test_sageattn_becomes_sdpa_without_its_quantization(layout: str, causal: bool) -> None:
     q, k, v = tokens_first(S if causal else T)
     inputs = (q, k, v) if layout == "NHD" else tuple(t.transpose(1, 2) for t in (q, k, v))
     check(traced(lambda q, k, v: sageattn(q, k, v, layout, causal, smooth_k=True), *inputs))
 
 
-# --------------------------------------------------------------------------------------------------- one for each Miss
+# --------------------------------------------------------------------------------------------------- misses
 
 
 @pytest.mark.parametrize(
@@ -293,6 +293,6 @@ def test_sageattn_becomes_sdpa_without_its_rounding(layout: str, causal: bool) -
     ],
     ids=lambda p: p if isinstance(p, str) else "",
 )
-def test_options_without_a_plain_form_are_refused(call: Callable[..., Any], expected: str) -> None:
+def test_options_without_a_decomposition_are_refused(call: Callable[..., Any], expected: str) -> None:
     with pytest.raises(Miss, match=expected):
         call(*tokens_first()[:2])

@@ -1,4 +1,4 @@
-"""Composites and bodies are written out: the numbers and gradients stay."""
+"""Decomposition of composites and bodies: results and gradients stay the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fhopt.passes.prepare.decompose import Decompose
 
 
 class Attention(nn.Module):
-    """nn.MultiheadAttention on one input, or on a query and other keys and values."""
+    """nn.MultiheadAttention on one input, or on a query and separate keys and values."""
 
     def __init__(self, weights: bool = True, average: bool = True, causal: bool = False, **options: Any) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_multi_head_attention_shows_its_projections_and_its_core(
     assert [op_name(n) for n in after.graph.nodes].count("linear") == 2
 
 
-def test_keys_and_values_of_other_widths_have_projections_of_their_own() -> None:
+def test_keys_and_values_of_other_widths_have_separate_projections() -> None:
     module = Attention(False, kdim=12, vdim=10)
     check(traced(module, torch.randn(S, B, E), torch.randn(T, B, 12), torch.randn(T, B, 10)))
 
@@ -84,7 +84,7 @@ def test_static_keys_and_values_replace_the_projected_ones() -> None:
 @pytest.mark.parametrize("weights", [True, False])
 def test_dropout_in_training_stays_dropout(weights: bool) -> None:
     x = torch.randn(S, B, E)
-    after = check(traced(Attention(weights, dropout=0.4).train(), x, x, x))  # the same random numbers, one for one
+    after = check(traced(Attention(weights, dropout=0.4).train(), x, x, x))  # the same random numbers in the same order
     first, second = (fx.Interpreter(after.module).run(*after.values.values())[0] for _ in range(2))
     assert not torch.equal(first, second)
 
@@ -121,7 +121,7 @@ def test_autocast_around_a_composite_is_autocast_around_its_operations() -> None
     assert {fake(n).dtype for n in after.graph.nodes if op_name(n) == "linear"} == {torch.bfloat16}
 
 
-def test_new_nodes_know_the_line_that_made_the_composite() -> None:
+def test_new_nodes_have_the_line_that_made_the_composite() -> None:
     x = torch.randn(S, B, E)
     program = traced(Attention(), x, x, x)
     (node,) = (n for n in program.graph.nodes if op_name(n) == "multi_head_attention_forward")
@@ -144,7 +144,7 @@ def test_new_nodes_know_the_line_that_made_the_composite() -> None:
     ],
     ids=["norm last", "norm first, triangle", "gelu, padding", "all"],
 )
-def test_the_encoder_layer_of_the_fast_path_is_written_out(
+def test_the_encoder_layer_of_the_fast_path_is_decomposed(
     options: dict[str, Any], mask: Tensor | None, padding: Tensor | None
 ) -> None:
     layer = nn.TransformerEncoderLayer(E, H, 48, batch_first=True, **options)
@@ -158,7 +158,7 @@ def test_the_encoder_layer_of_the_fast_path_is_written_out(
 @pytest.mark.parametrize(
     ("inputs", "weights", "average"), [((0, 0, 0), True, True), ((0, 1, 1), True, False), ((0, 1, 2), False, True)]
 )
-def test_native_multi_head_attention_is_written_out(inputs: tuple[int, ...], weights: bool, average: bool) -> None:
+def test_native_multi_head_attention_is_decomposed(inputs: tuple[int, ...], weights: bool, average: bool) -> None:
     def call(x: Tensor, y: Tensor, z: Tensor, w: Tensor, b: Tensor, o: Tensor, p: Tensor) -> Any:
         q, k, v = ((x, y, z)[i] for i in inputs)
         out = torch._native_multi_head_attention(q, k, v, E, H, w, b, o, p, PADDING, weights, average, 1)
@@ -168,7 +168,7 @@ def test_native_multi_head_attention_is_written_out(inputs: tuple[int, ...], wei
     check(traced(call, *torch.randn(3, B, S, E), weight, bias, torch.randn(E, E) / 8, torch.randn(E)))
 
 
-def test_a_row_that_may_attend_to_nothing_is_nan_as_in_the_fast_path() -> None:
+def test_a_fully_masked_row_is_nan_as_in_the_fast_path() -> None:
     layer = nn.TransformerEncoderLayer(E, H, 48, batch_first=True).eval()
     padding = torch.tensor([[True] * S, [False] * S])
     with torch.no_grad():
@@ -180,18 +180,18 @@ def test_a_row_that_may_attend_to_nothing_is_nan_as_in_the_fast_path() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_the_bodies_of_nested_checkpoints_are_written_into_the_graph(dynamic: bool) -> None:
+def test_the_bodies_of_nested_checkpoints_are_inlined(dynamic: bool) -> None:
     program = traced(Checkpointed(), torch.randn(B, S, E), dynamic=dynamic)
     bodies = [m for m in program.module.modules() if isinstance(m, fx.GraphModule) and m is not program.module]
     texts = [print_graph(body.graph) for body in bodies]
     after = check(program)
     assert "checkpoint" not in print_graph(after.graph)
-    assert len(texts) == 2 and [print_graph(body.graph) for body in bodies] == texts  # they are Dynamo's
+    assert len(texts) == 2 and [print_graph(body.graph) for body in bodies] == texts  # the bodies belong to Dynamo
     (softmax,) = (n for n in after.graph.nodes if op_name(n) == "softmax")
     assert "in core" in softmax.meta["stack_trace"]
 
 
-def test_composites_in_a_checkpoint_are_found_behind_it() -> None:
+def test_composites_in_a_checkpoint_are_found() -> None:
     def inner(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flex_attention(q, k, v, score_mod=soft_capped)
 
@@ -200,16 +200,16 @@ def test_composites_in_a_checkpoint_are_found_behind_it() -> None:
     assert any(n.target is flex.score_mod for n in after.graph.nodes)
 
 
-def test_a_checkpoint_without_attention_keeps_its_memory_saving() -> None:
+def test_a_checkpoint_without_attention_still_saves_memory() -> None:
     program = traced(Checkpointed(lambda q, k, v: q * k + v), torch.randn(B, S, E))
     assert list(Decompose().candidates(program)) == []
 
 
-def test_a_region_that_is_compiled_once_and_called_twice_is_written_twice() -> None:
+def test_a_region_compiled_once_and_called_twice_is_inlined_twice() -> None:
     shared, x = nn.Linear(E, E), torch.randn(B, S, E, requires_grad=True)
     program = traced(lambda x: repeated(shared, repeated(shared, x)), x)
     assert [op_name(n) for n in program.graph.nodes].count("invoke_subgraph") == 2
-    after = check(program, gradients=False)  # torch differentiates the original under a compiler only
+    after = check(program, gradients=False)  # torch differentiates the original only under a compiler
     assert [op_name(n) for n in after.graph.nodes].count("softmax") == 2
 
 
@@ -219,7 +219,7 @@ def repeated(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class Mode(nn.Module):
-    """Attention under a mode that export makes a higher-order op of."""
+    """Attention under a mode, which export turns into a higher-order op."""
 
     def __init__(self, mode: Callable[[], Any]) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Mode(nn.Module):
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "autocast"]
 )
-def test_a_body_under_a_mode_of_its_own_keeps_the_mode(mode: Callable[[], Any]) -> None:
+def test_a_body_under_its_own_mode_keeps_the_mode(mode: Callable[[], Any]) -> None:
     program = from_exported(torch.export.export(Mode(mode), (torch.randn(B, S, E),))).program
     assert any(op_name(n).startswith("wrap_with") for n in program.graph.nodes)
     after = check(program)

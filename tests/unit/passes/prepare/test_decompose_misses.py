@@ -1,4 +1,4 @@
-"""What decomposition does not rewrite, with the reason."""
+"""Composites that decomposition does not rewrite, with the reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_nested_tensors_are_not_rewritten() -> None:
     assert "takes nested tensors" in reason(program)
 
 
-def test_attention_in_a_checkpoint_is_not_rewritten_on_demand() -> None:
+def test_attention_in_a_checkpoint_is_not_rewritten_on_request() -> None:
     program = traced(Checkpointed(), torch.randn(B, S, E))
     found = reason(program, inline_checkpoints=False)
     assert found == "attention inside an activation checkpoint is not rewritten while training"
@@ -61,14 +61,14 @@ def test_a_body_with_other_arguments_is_not_rewritten() -> None:
     assert "arguments to its body" in reason(program)
 
 
-def test_a_body_that_is_no_graph_is_not_rewritten() -> None:
+def test_a_body_other_than_a_graph_is_not_rewritten() -> None:
     program = traced(flexible({}, alternating), *operands())
     (node,) = (n for n in program.graph.nodes if op_name(n) == "flex_attention")
     node.args = (*node.args[:3], node.args[0], *node.args[4:])
     assert "is not a graph of the program" in reason(program)
 
 
-def test_results_that_leave_as_one_tuple_are_not_rewritten() -> None:
+def test_results_returned_as_one_tuple_are_not_rewritten() -> None:
     q, k, v = torch.randn(3, B, H, S, D)
     program = hand_made(ATEN._scaled_dot_product_attention_math.default, q, k, v, results=(q, q))
     output = program.graph.output_node()
@@ -95,7 +95,7 @@ def test_a_graph_without_fake_values_is_not_rewritten() -> None:
     assert "has no fake values" in reason(program)
 
 
-def test_a_call_that_its_own_code_refuses_is_not_rewritten() -> None:
+def test_a_call_refused_by_its_own_code_is_not_rewritten() -> None:
     program = traced(lambda m, q, k: torch.baddbmm(m, q, k.mT), *torch.randn(3, 2, S, S))
     (node,) = (n for n in program.graph.nodes if op_name(n) == "baddbmm")
     node.kwargs = {"out_dtype": torch.float64}
@@ -116,6 +116,6 @@ def test_a_composite_that_makes_a_constant_is_not_rewritten() -> None:
         trace_composite(lambda m, q, k: m + torch.tensor([1.0] * S), node, program)
 
 
-def test_the_reason_of_a_composite_says_which_it_is() -> None:
+def test_the_reason_names_the_composite() -> None:
     program = traced(lambda q, k, v: sageattn(q, k, v, "NHD", is_causal=True), *tokens_first())
     assert reason(program) == "sageattn: causal attention of 5 queries on 7 keys; expected equal numbers"

@@ -45,7 +45,7 @@ DOCUMENTS = torch.tensor([0, 0, 0, 1, 1, 1, 1])
 
 
 def within_documents(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return (DOCUMENTS[i] == DOCUMENTS[j]) & (i > j)  # the first query sees nothing
+    return (DOCUMENTS[i] == DOCUMENTS[j]) & (i > j)  # the first query is fully masked
 
 
 @pytest.mark.parametrize(
@@ -66,29 +66,29 @@ def test_flex_attention_becomes_a_softmax_between_contractions(
     after = check(program)
     names = [op_name(n) for n in after.graph.nodes]
     assert names.count("score_mod") == (score is not None) and names.count("mask_mod") == (mask is not None)
-    assert names.count("where") == (mask is not None)  # nothing is left of the block mask either
+    assert names.count("where") == (mask is not None)  # the block mask is gone, too
     assert "setitem" not in names and "flex_attention" not in names
 
 
-def test_flex_attention_in_half_precision_keeps_its_scores_in_float32() -> None:
+def test_flex_attention_in_half_precision_computes_scores_in_float32() -> None:
     after = check(traced(flexible(dict(score_mod=biased)), *operands(torch.bfloat16)))
     (scores,) = (n for n in after.graph.nodes if op_name(n) == "score_mod")
     assert fake(scores).dtype == torch.float32
 
 
-def test_statistics_of_flex_attention_are_given_where_they_are_used() -> None:
+def test_statistics_of_flex_attention_are_provided_if_used() -> None:
     program = traced(flexible(dict(return_lse=True), within_documents), *operands())
     after = check(program)
     out, lse = run(after)
     assert bool((out[:, :, 0] == 0).all()) and bool((lse[:, :, 0] == -math.inf).all())
     (statistic,) = (n for n in program.graph.nodes if n.target is operator.getitem and n.args[1] == 1)
-    statistic.args = (statistic.args[0], 2)  # the largest score, which this device gives to nobody
+    statistic.args = (statistic.args[0], 2)  # the largest score, which CPUs do not return
     assert {"amax", "logsumexp"} & {op_name(n) for n in check(program).graph.nodes} == {"amax"}
 
 
-def test_a_view_behind_flex_attention_still_fits() -> None:
+def test_a_view_after_flex_attention_still_fits() -> None:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, enable_gqa=True).transpose(1, 2).view(B, S, E)  # as its queries lie in memory
+        return flex_attention(q, k, v, enable_gqa=True).transpose(1, 2).view(B, S, E)  # laid out like its queries
 
     check(traced(call, *operands()))
 
@@ -102,7 +102,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bias: Tensor) -> Te
     return weights @ v.repeat_interleave(H // G, 1)
 
 
-def test_gradients_reach_what_score_mod_captured() -> None:
+def test_gradients_reach_tensors_captured_by_score_mod() -> None:
     program, _ = decomposed(traced(flexible(dict(score_mod=biased, scale=0.3), within_documents), *operands()))
     values = [v.detach().clone().requires_grad_(v.is_floating_point()) for v in program.values.values()]
     names = {id(SLOPES): "slopes", id(BIAS): "bias"}
@@ -113,7 +113,7 @@ def test_gradients_reach_what_score_mod_captured() -> None:
     for out in (program.module(*values)[0], compiled(*values)[0]):
         close(out, by_hand(*given))
         for a, b in zip(torch.autograd.grad(out.square().sum(), given), expected, strict=True):
-            close(a, b, 1e-5)  # one is summed by scattering
+            close(a, b, 1e-5)  # one is summed by scatter
 
 
 def test_inductor_compiles_the_result() -> None:
@@ -123,7 +123,7 @@ def test_inductor_compiles_the_result() -> None:
     close(compiled(*after.values.values())[0], run(program)[0])
 
 
-# --------------------------------------------------------------------------------------------------- one for each Miss
+# --------------------------------------------------------------------------------------------------- misses
 
 
 def test_symbolic_heads_of_flex_attention_are_not_rewritten() -> None:

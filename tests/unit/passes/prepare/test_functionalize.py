@@ -1,4 +1,4 @@
-"""Writes become values: the numbers, the gradients and the inputs stay."""
+"""Functionalization of writes: results, gradients and final inputs stay the same."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def views_that_are_copies_or_not(y: Tensor, cache: Tensor, count: Tensor) -> Any
 
 
 def random_numbers(y: Tensor, cache: Tensor, count: Tensor) -> Any:
-    torch.empty(3).uniform_()  # not read, but later numbers depend on it
+    torch.empty(3).uniform_()  # unused, but it advances the random generator
     z = torch.empty(4, 8).uniform_()
     z[:2].normal_()
     z[2:].bernoulli_(0.3)
@@ -131,7 +131,7 @@ def named_by_packet(y: Tensor, cache: Tensor, count: Tensor) -> Any:
 def copied_over(y: Tensor, cache: Tensor, count: Tensor) -> Any:
     z = torch.empty(4, 8)
     z.copy_(y)
-    y.copy_(cache)  # gradients of zero, but gradients
+    y.copy_(cache)  # gradients of zero, but present
     return z, y.add_(1)
 
 
@@ -170,14 +170,14 @@ WRITES = [
 
 
 @pytest.mark.parametrize("core", WRITES, ids=lambda f: f.__name__)
-def test_every_form_of_a_write_becomes_a_value_with_the_same_numbers_and_gradients(core: Callable[..., Any]) -> None:
+def test_every_form_of_a_write_becomes_a_value_with_the_same_results_and_gradients(core: Callable[..., Any]) -> None:
     program = program_of(core)
     assert Functionalize().candidates(program)
     assert functionalized(program, gradients=True).left == ()
 
 
 @pytest.mark.parametrize("core", [through_views, scattered, boolean_index, input_returned, assembled, filled])
-def test_exported_graphs_of_aten_ops_are_served_alike(core: Callable[..., Any]) -> None:
+def test_exported_aten_graphs_are_supported_as_well(core: Callable[..., Any]) -> None:
     program = exported(core)
     assert functionalized(program).left == ()
 
@@ -199,7 +199,7 @@ def tiny_mistral() -> Any:
 
 
 def tiny_deepseek() -> Any:
-    """DeepSeek-V3: keys are assembled in an empty tensor, the cache holds latents."""
+    """DeepSeek-V3: keys are written into an empty tensor, the cache stores latents."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(1)
@@ -214,7 +214,7 @@ def tiny_deepseek() -> Any:
 
 
 @pytest.mark.parametrize(("make", "states"), [(tiny_llama, 3), (tiny_mistral, 2), (tiny_deepseek, 3)])
-def test_decoding_with_a_static_cache_leaves_the_same_cache(make: Callable[[], Any], states: int) -> None:
+def test_decoding_with_a_static_cache_gives_the_same_cache(make: Callable[[], Any], states: int) -> None:
     from transformers import StaticCache
 
     model = make()
@@ -251,7 +251,7 @@ def test_a_compiled_graph_gives_the_same_results() -> None:
 
 
 @pytest.mark.parametrize("base", [torch.zeros(2, 3), torch.zeros(1, 3).expand(2, 3), torch.zeros(2, 6)[:, ::2]])
-def test_a_written_copy_leaves_its_base_alone(base: Tensor) -> None:
+def test_a_write_to_a_copy_does_not_change_its_base(base: Tensor) -> None:
     result = written(base, (("t", (), {}), ("operator.getitem", (0,), {})), "add_", (1.0,))
     assert base.sum() == 0
     assert result.tolist() == [[1, 0, 0], [1, 0, 0]]

@@ -1,4 +1,4 @@
-"""What graphs look like before and after functionalization."""
+"""Graphs before and after functionalization."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def names(program: Program) -> list[str]:
     return [op_name(node) for node in program.graph.nodes if op_name(node)]
 
 
-def test_a_write_that_nothing_else_sees_becomes_the_plain_operation() -> None:
+def test_a_write_seen_by_no_other_node_becomes_the_out_of_place_operation() -> None:
     program = program_of(lambda y, cache, count: torch.relu_(y.mul_(2.0)) + 1)
     functionalized(program)
     assert names(program) == ["linear", "mul", "relu", "add"]
 
 
-def test_a_written_view_of_which_only_the_view_is_read_needs_no_copy() -> None:
+def test_a_written_view_needs_no_copy_if_only_the_view_is_used() -> None:
     program = program_of(lambda y, cache, count: y.view(2, 2, 8).transpose(1, 2).mul_(0.5).exp())
     functionalized(program)
     assert names(program) == ["linear", "view", "transpose", "mul", "exp"]
 
 
-def test_a_part_of_a_tensor_is_written_on_a_copy_and_its_views_are_made_again() -> None:
+def test_a_partial_write_goes_to_a_copy_and_its_views_are_made_again() -> None:
     program = program_of(assembled)
     functionalized(program)
     lines = [line for line in print_graph(program.graph).splitlines() if "written" in line or "exp(" in line]
@@ -50,7 +50,7 @@ def test_a_part_of_a_tensor_is_written_on_a_copy_and_its_views_are_made_again() 
     assert lines[-1].endswith(".exp(%written_1)")
 
 
-def test_an_input_is_read_in_its_new_version_and_written_back_once_at_the_end() -> None:
+def test_a_written_input_is_used_in_its_new_version_and_written_back_once_at_the_end() -> None:
     program = program_of(input_read_again)
     functionalized(program)
     text = print_graph(program.graph)
@@ -65,7 +65,7 @@ def test_views_of_an_input_in_the_output_are_views_of_the_input() -> None:
     *_, copy, view, transposed, output = program.graph.nodes
     assert [n.args[0] for n in (copy, view, transposed)] == [copy.args[0]] * 3
     assert copy.args[0].op == "placeholder"
-    assert output.args[0][1:] == (view, transposed)  # Dynamo itself returns the input
+    assert output.args[0][1:] == (view, transposed)  # Dynamo returns the input itself
 
 
 def test_an_input_in_the_output_is_the_input() -> None:
@@ -80,7 +80,7 @@ def test_an_input_in_the_output_is_the_input() -> None:
     assert exponential.args == (total,)
 
 
-def test_new_nodes_know_the_line_of_the_user_code_they_come_from() -> None:
+def test_new_nodes_have_the_line_of_user_code_they_come_from() -> None:
     program = program_of(multiplied)
     functionalized(program)
     (product,) = [n for n in program.graph.nodes if op_name(n) == "mul"]
@@ -88,7 +88,7 @@ def test_new_nodes_know_the_line_of_the_user_code_they_come_from() -> None:
     assert tuple(product.meta["example_value"].shape) == tuple(product.meta["val"].shape) == (4, 8)
 
 
-def test_copies_into_inputs_at_the_end_are_no_candidates() -> None:
+def test_copies_into_inputs_at_the_end_are_not_candidates() -> None:
     program = program_of(lambda y, cache, count: (cache.copy_(y.detach() * 2), y)[1])
     assert Functionalize().candidates(program) == []
     assert functionalized(program) == Functionalized(0, ())
@@ -101,7 +101,7 @@ def test_graphs_without_writes_do_not_change() -> None:
     assert print_graph(program.graph) == before
 
 
-def test_nodes_that_only_keep_an_order_stay_where_they_are() -> None:
+def test_nodes_that_only_fix_an_order_are_not_moved() -> None:
     def core(y: Tensor, cache: Tensor, count: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             y = F.linear(y, cache)

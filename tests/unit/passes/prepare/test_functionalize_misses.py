@@ -1,4 +1,4 @@
-"""Writes that stay in place, with the reason."""
+"""Writes that are not functionalized, with the reason."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("core", STAYS, ids=lambda f: f.__name__)
-def test_a_write_that_cannot_be_replaced_stays_and_says_why(core: Callable[..., Any]) -> None:
+def test_an_irreplaceable_write_stays_with_a_reason(core: Callable[..., Any]) -> None:
     program = program_of(core)
     result = functionalized(program)
     assert result.left
@@ -143,7 +143,7 @@ def test_without_a_fake_value_nothing_is_assumed(forgotten: str) -> None:
     ]
 
 
-def test_other_tensors_are_still_replaced_beside_one_that_stays() -> None:
+def test_other_tensors_are_replaced_next_to_one_that_is_not() -> None:
     def core(y: Tensor, cache: Tensor, count: Tensor) -> Any:
         by_custom_op(y, cache, count)
         y.mul_(2)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fhopt.passes.prepare.functionalize import Functionalize
 
 
-def test_code_that_is_not_in_the_graph_keeps_its_tensors() -> None:
+def test_tensors_used_outside_the_graph_are_not_replaced() -> None:
     def body(y: Tensor) -> Tensor:
         return y.mul_(2) + 1
 

@@ -48,7 +48,7 @@ class Product(nn.Module):
 
 
 def as_einsum(found: Contraction, left: Tensor, right: Tensor) -> Tensor:
-    """The labels, run: axes of size one that are broadcast are taken away first."""
+    """Compute the contraction as an einsum of its labels, without broadcast axes of size one."""
     sides = []
     for tensor, axes in ((left, found.left_axes), (right, found.right_axes)):
         for position in reversed(range(len(axes))):
@@ -64,7 +64,7 @@ def as_einsum(found: Contraction, left: Tensor, right: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_the_labels_say_what_is_computed(name: str) -> None:
+def test_the_labels_describe_the_computation(name: str) -> None:
     function, a, b = SPELLINGS[name]
     program = capture(Product(function), (a, b)).program
     (found,) = [c for c in map(read_contraction, program.graph.nodes) if c is not None]
@@ -75,5 +75,5 @@ def test_the_labels_say_what_is_computed(name: str) -> None:
 
 
 @pytest.mark.parametrize("equation", ["ii,ij->j", "aa,ab->b"])
-def test_diagonals_are_not_read(equation: str) -> None:
+def test_diagonals_are_not_supported(equation: str) -> None:
     assert parse_einsum(equation, [2, 2]) is None

@@ -1,4 +1,4 @@
-"""Random values for checks: nothing keeps the value of one call, and one computation has one value."""
+"""Random values for checks: no value of the traced call is reused, and equal computations have equal values."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def drawn(draw: str, mask: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_every_input_is_drawn_and_what_is_made_of_literals_is_not(draw: str) -> None:
+def test_every_input_is_drawn_and_values_from_literals_are_not(draw: str) -> None:
     values = drawn(draw, torch.ones(3, 4, dtype=torch.bool))
     floats = [v for v in values.values() if v.is_floating_point() and v.shape == (3, 4)]
     assert any(not torch.equal(v, torch.zeros(3, 4, dtype=v.dtype)) for v in floats)
     assert not any("arange" in name for name in values)
 
 
-def test_one_mask_has_one_value_as_booleans_and_as_numbers() -> None:
+def test_one_mask_has_the_same_value_as_bool_and_as_float() -> None:
     values = drawn(MILD, torch.ones(3, 4, dtype=torch.bool))
     masks = [v for v in values.values() if v.dtype == torch.bool]
     numbers = [v for name, v in values.items() if "to" in name]
@@ -43,10 +43,10 @@ def test_one_mask_has_one_value_as_booleans_and_as_numbers() -> None:
     assert not masks[0].all() and masks[0].any()
 
 
-def test_a_mask_hides_something_however_few_elements_it_has() -> None:
+def test_a_mask_hides_some_element_even_if_it_has_few() -> None:
     assert not drawn(MILD, torch.ones(1, 4, dtype=torch.bool))["invert"].all()
 
 
-def test_large_draws_have_a_row_that_sees_nothing() -> None:
+def test_large_draws_have_a_fully_masked_row() -> None:
     values = drawn(LARGE, torch.ones(1, 4, dtype=torch.bool))
     assert not next(v for v in values.values() if v.dtype == torch.bool).logical_not().any()

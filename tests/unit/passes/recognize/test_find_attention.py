@@ -1,4 +1,4 @@
-"""Sites: names, shapes, rotations, norms, masks and caches, found by running the graph."""
+"""Sites: names, shapes, RoPE, norms, masks and caches, found by running the graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.plan.site import Rope
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_every_layer_of_a_decoder_is_found_and_its_numbers_stay(name: str, attention: str) -> None:
+def test_every_layer_of_a_decoder_is_found_and_results_stay(name: str, attention: str) -> None:
     model = MAKERS[name](attention)
     captured, outcome = found(model)
     assert outcome.missed == []
@@ -30,11 +30,11 @@ def test_every_layer_of_a_decoder_is_found_and_its_numbers_stay(name: str, atten
     ids = captured.program.values[next(iter(captured.inputs))]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(run(captured), expected, rtol=1e-5, atol=1e-5)  # eager sums in another order
+    torch.testing.assert_close(run(captured), expected, rtol=1e-5, atol=1e-5)  # eager mode sums in another order
 
 
 def family(name: str) -> Any:
-    """Tiny decoders whose keys rotate, or are normed, in different ways."""
+    """Tiny decoders with different RoPE and norms of keys."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_the_angles_of_the_rotation_are_measured() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["neox", "gptj", "qwen3", "cohere", "opt", "llama"])
-def test_in_16_bits_the_same_rotation_is_found(name: str, dtype: torch.dtype) -> None:
+def test_in_16_bit_models_the_same_rotation_is_found(name: str, dtype: torch.dtype) -> None:
     """Most models round sines and cosines to the dtype of their weights."""
 
     def rope(model: Any, tokens: int) -> Any:
@@ -110,14 +110,14 @@ def test_in_16_bits_the_same_rotation_is_found(name: str, dtype: torch.dtype) ->
         assert rounded.angles == pytest.approx(exact.angles, rel=2**-8, abs=2**-7 / (tokens - 1))  # so are angles
 
 
-def test_what_moves_a_little_with_the_position_is_no_rotation() -> None:
+def test_a_small_dependence_on_the_position_is_not_a_rotation() -> None:
     positions = torch.arange(64.0, dtype=torch.float64).unsqueeze(1)
     row = torch.randn(1, 16, dtype=torch.float64) + 2
     for rows in (row + 1e-4 * positions * row.flip(1), row * (1 + 1e-3 * torch.rand(64, 16)), row + 1e-3 * positions):
         assert rotation(rows[None, None], 1e-5) is None
 
 
-def test_prefill_and_cached_decode_agree_on_names_and_the_cache_is_seen() -> None:
+def test_prefill_and_cached_decode_agree_on_names_and_the_cache_is_found() -> None:
     from transformers import DynamicCache
 
     model = MAKERS["llama"]()
@@ -168,7 +168,7 @@ def test_a_key_from_two_projections_of_unequal_width_is_found() -> None:
 
 
 def site_of(name: str) -> tuple[Any, passes_outcome.Outcome]:
-    """The first site of a zoo entry, and everything found."""
+    """Return the first site of a zoo entry, and the whole outcome."""
     from model_zoo.checking import entries
 
     case = next(e for e in entries() if e.name == name and e.step in {"forward", "prefill"}).build()
@@ -177,7 +177,7 @@ def site_of(name: str) -> tuple[Any, passes_outcome.Outcome]:
 
 
 @pytest.mark.parametrize("name", ["pixtral_vision", "rope_axial"])
-def test_a_rotation_by_two_coordinates_is_seen(name: str) -> None:
+def test_a_rotation_by_two_coordinates_is_recognized(name: str) -> None:
     site, _ = site_of(name)
     assert site.rope is not None and site.rope.positions == "grid"
     assert len(site.rope.pairs) == site.rope.rotary_dim // 2 == len(site.rope.angles)
@@ -189,7 +189,7 @@ def test_every_channel_of_a_rotation_belongs_to_one_pair() -> None:
         assert sorted(channels) == list(range(rope.offset, rope.offset + rope.rotary_dim))
 
 
-def test_a_model_that_keeps_latents_is_not_rewritten_with_a_reason() -> None:
+def test_a_model_that_caches_latents_is_not_rewritten_with_a_reason() -> None:
     site, outcome = site_of("deepseek_v3")
     assert site is None
     assert {m.reason for m in outcome.missed} == {
@@ -206,31 +206,31 @@ def test_a_model_that_keeps_latents_is_not_rewritten_with_a_reason() -> None:
         ("bert", "self", "padding"),
     ],
 )
-def test_kinds_and_masks_are_told(name: str, kind: str, mask: str) -> None:
+def test_kinds_and_masks_are_recognized(name: str, kind: str, mask: str) -> None:
     site, _ = site_of(name)
     assert (site.kind, site.mask) == (kind, mask)
 
 
-def test_sinks_and_windows_are_told() -> None:
+def test_sinks_and_windows_are_recognized() -> None:
     _, outcome = site_of("gpt_oss")
     assert all(s.sinks for s in outcome.sites.values())
     assert {(s.mask, s.window > 0) for s in outcome.sites.values()} == {("sliding", True), ("causal", False)}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_checks_run_on_few_tokens_whatever_the_length_and_find_the_same(attention: str) -> None:
+def test_checks_run_on_few_tokens_for_any_length_and_agree(attention: str) -> None:
     def described(length: int) -> list[Any]:
         captured = capture(MAKERS["llama"](attention), (), {"input_ids": token_ids(1, length), "use_cache": False})
         return [replace(s, source="") for s in pipeline.find(captured.program).sites.values()]
 
-    long, short = described(63), described(20)  # 63 is more than a check runs on
+    long, short = described(63), described(20)  # 63 tokens are more than a check runs on
     assert [(s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in long] == [
         (s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in short
     ]
 
 
 class Reduced(torch.nn.Module):
-    """Attention to tokens that a convolution has reduced, keys and values from one projection (PVT)."""
+    """Attention to tokens reduced by a convolution, with keys and values from one projection (PVT)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Reduced(torch.nn.Module):
         return ((q @ k.mT * 0.3).softmax(-1) @ v).transpose(1, 2).reshape(b, t, 32)
 
 
-def test_keys_of_reduced_tokens_are_no_latents() -> None:
+def test_keys_of_reduced_tokens_are_not_latents() -> None:
     outcome = pipeline.find(capture(Reduced().eval(), (torch.randn(2, 64, 32),)).program)
     assert outcome.missed == []
     (site,) = outcome.sites.values()

@@ -1,4 +1,4 @@
-"""Finding the head of a language model: which weight, what comes after, and why not."""
+"""Finding the LM head: its weight, the operations after it, and reasons for a miss."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Finish = Callable[["Words", Tensor], Tensor]
 
 
 class Words(nn.Module):
-    """A model without layers: an embedding, a norm, and `finish` from its hidden states to what it returns."""
+    """A model without layers: an embedding, a norm, and `finish` from its hidden states to its output."""
 
     def __init__(self, finish: Finish) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ SPELLINGS: dict[str, tuple[Finish, tuple[str, str, float, float]]] = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_the_head_is_found_however_it_is_written(name: str) -> None:
+def test_the_head_is_found_in_every_spelling(name: str) -> None:
     finish, (weight, bias, scale, softcap) = SPELLINGS[name]
     site = site_of(finish)
     assert (site.weight, site.bias, site.scale, site.softcap) == (weight, bias, scale, softcap)
@@ -122,7 +122,7 @@ MISSES: dict[str, tuple[Finish, str]] = {
 
 
 @pytest.mark.parametrize("name", MISSES)
-def test_what_is_not_a_plain_head_is_not_found_with_a_reason(name: str) -> None:
+def test_other_heads_are_not_found_with_a_reason(name: str) -> None:
     finish, why = MISSES[name]
     found = reason(finish)
     assert re.search(why, found), found
@@ -137,7 +137,7 @@ def test_a_model_without_logits_is_refused() -> None:
         find(capture(Flag(), (torch.randn(3, 4),)))
 
 
-def test_a_bias_is_not_taken_for_another_parameter_of_its_shape() -> None:
+def test_a_bias_is_not_confused_with_another_parameter_of_its_shape() -> None:
     def finish(model: Any, x: Tensor) -> Tensor:
         return x @ model.other.weight.T + model.shift
 

@@ -1,4 +1,4 @@
-"""Axes arranged there and back."""
+"""Permuting axes and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fhopt.passes.recognize.layout import arrange, arrangement
         (((), ("s",), ("d",)), (("b",), (), ("s",), ("d",)), (1, 5, 4)),
     ],
 )
-def test_arranging_there_and_back_changes_nothing(source: object, target: object, shape: tuple[int, ...]) -> None:
+def test_permuting_and_back_changes_nothing(source: object, target: object, shape: tuple[int, ...]) -> None:
     sizes = {"b": 2, "h": 3, "s": 5, "d": 4}
     tensor = torch.randn(shape)
     there = arrangement(source, target, sizes)  # type: ignore[arg-type]

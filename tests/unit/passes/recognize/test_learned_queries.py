@@ -1,4 +1,4 @@
-"""Queries that are a parameter: found with their heads, and routers left."""
+"""Queries that are a parameter: found with their heads; routers are not rewritten."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = H * D
 
 
 class Pooling(nn.Module):
-    """Attention of stored queries on projected tokens, as `form` spells it."""
+    """Attention of parameter queries to projected tokens, in the spelling `form`."""
 
     def __init__(self, form: Callable[[Any, Tensor], Tensor], *queries: int) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ def of_raw_tokens(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("form", [router, of_raw_tokens])
-def test_a_softmax_over_a_projection_is_left(form: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_softmax_over_a_projection_is_not_rewritten(form: Callable[[Any, Tensor], Tensor]) -> None:
     reasons = explanations(compiled_twice(Pooling(form, S, WIDTH).eval(), inputs(), inputs()))
     reason = "it is over the projection by queries; expected a product of queries and keys"
     assert len(reasons) == 2 and all(reason in r for r in reasons)
 
 
-def test_queries_that_heads_share_are_left() -> None:
+def test_queries_shared_by_heads_are_not_rewritten() -> None:
     reasons = explanations(compiled_twice(Pooling(by_head, S, D).eval(), inputs(), inputs()))
     assert reasons == ["the heads of the keys share their learned queries; expected queries of each head"] * 2

@@ -1,4 +1,4 @@
-"""What a mask means is read from its value."""
+"""Classification of masks by their values."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def added(allowed: Tensor, least: float = -math.inf) -> Tensor:
         (CAUSAL, ("causal", 0)),
         (added(CAUSAL), ("causal", 0)),
         (added(CAUSAL, torch.finfo(torch.float32).min)[None, None], ("causal", 0)),
-        (torch.cat((torch.ones(T, 5, dtype=torch.bool), CAUSAL), 1), ("causal", 0)),  # behind five cached tokens
+        (torch.cat((torch.ones(T, 5, dtype=torch.bool), CAUSAL), 1), ("causal", 0)),  # after five cached tokens
         (CAUSAL & (PAST < 4), ("sliding", 4)),
         (added(CAUSAL & (PAST < 4), -1e9), ("sliding", 4)),
         ((torch.arange(T) < 9).expand(2, 1, T, T), ("padding", 0)),
         (TOGETHER, ("block", 0)),
         (TOGETHER & CAUSAL, ("causal block", 0)),
         (CAUSAL & (torch.arange(T) > 2), ("bool", 0)),  # causal and padded on the left
-        (torch.zeros(1, 1, T, T, dtype=torch.bool), ("bool", 0)),  # nothing is seen
-        (CAUSAL[-1:], ("none", 0)),  # one query sees everything
-        ((torch.arange(T) < 9)[None], ("bool", 0)),  # one query tells no pattern
+        (torch.zeros(1, 1, T, T, dtype=torch.bool), ("bool", 0)),  # nothing is visible
+        (CAUSAL[-1:], ("none", 0)),  # one query attends to everything
+        ((torch.arange(T) < 9)[None], ("bool", 0)),  # one query shows no pattern
     ],
 )
-def test_patterns_are_told_apart(mask: Tensor, expected: tuple[str, int]) -> None:
+def test_patterns_are_distinguished(mask: Tensor, expected: tuple[str, int]) -> None:
     assert mask_kind(mask) == expected
 
 
@@ -58,9 +58,9 @@ def test_patterns_are_told_apart(mask: Tensor, expected: tuple[str, int]) -> Non
     ],
 )
 @pytest.mark.parametrize("causal", [False, True])
-def test_biases_are_told_apart_with_and_without_a_triangle(bias: Tensor, expected: str, causal: bool) -> None:
+def test_biases_are_distinguished_with_and_without_a_triangle(bias: Tensor, expected: str, causal: bool) -> None:
     kind, window = mask_kind(bias + added(CAUSAL) if causal else bias)
-    wanted = "alibi" if causal and torch.equal(bias, -0.5 * PAST.abs().float()) else expected  # the same below it
+    wanted = "alibi" if causal and torch.equal(bias, -0.5 * PAST.abs().float()) else expected  # the same there
     assert (kind, window) == (wanted, 0)
 
 
@@ -70,12 +70,12 @@ def test_biases_are_told_apart_with_and_without_a_triangle(bias: Tensor, expecte
         ("causal", CacheLayer("layers.0", "sliding", 8, is_full=False), ("sliding", 8)),
         ("sliding", CacheLayer("layers.0", "sliding", 8, is_full=False), ("sliding", 8)),
         ("causal block", CacheLayer("layers.0", "chunked", 8, is_full=False), ("chunked", 8)),
-        ("alibi", CacheLayer("layers.0", "sliding", 8, is_full=False), ("alibi", 8)),  # the bias is there all the same
+        ("alibi", CacheLayer("layers.0", "sliding", 8, is_full=False), ("alibi", 8)),  # the bias is recognized anyway
         ("causal", CacheLayer("layers.0"), ("causal", 0)),
         ("causal", CacheLayer("layers.1", "sliding", 8, is_full=False), ("causal", 0)),
     ],
 )
-def test_what_a_cache_keeps_of_a_layer_decides_what_a_short_graph_cannot_show(
+def test_the_cache_layer_decides_what_a_short_graph_cannot_show(
     mask: str, layer: CacheLayer, expected: tuple[str, int]
 ) -> None:
     site = windowed(replace(SITE, mask=mask), [layer])

@@ -114,7 +114,7 @@ def as_the_queries(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def decomposed_positions(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores of an image of 3 x 4 places and a bias of rows and columns, made of the queries (SAM)."""
+    """Scores of an image of 3 x 4 positions, with a bias of rows and columns computed from the queries (SAM)."""
     rows, columns = (m.o.weight[:n, :D].expand(n, n, D) for n in (3, 4))
     image = q.reshape(-1, 3, 4, D)
     bias_rows = torch.einsum("bhwc,hkc->bhwk", image, rows)[..., None]
@@ -148,7 +148,7 @@ def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes_outcome.Outc
 
 
 @pytest.mark.parametrize("core", PLAIN + GROUPED, ids=lambda f: f.__name__)
-def test_every_spelling_becomes_one_canonical_node_with_the_same_numbers(core: Callable[..., Tensor]) -> None:
+def test_every_spelling_becomes_one_canonical_node_with_the_same_results(core: Callable[..., Tensor]) -> None:
     kv_heads = G if core in GROUPED else H
     module, x = Block(core, kv_heads).eval(), torch.randn(2, T, H * D)
     captured, result = outcome(module, x)
@@ -159,7 +159,7 @@ def test_every_spelling_becomes_one_canonical_node_with_the_same_numbers(core: C
     assert targets.count("fhopt.attention.default") == 1
     assert not any("softmax" in t or "scaled_dot" in t for t in targets)
     output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
-    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)  # another order of float32 sums
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
 
 def folded_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def folded_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("heads", [1, H])
-def test_in_a_batch_of_one_an_axis_of_batch_and_heads_is_still_both(heads: int) -> None:
+def test_with_batch_size_one_an_axis_of_batch_and_heads_is_recognized(heads: int) -> None:
     def core(m: Any, *heads_of: Tensor) -> Tensor:
         return folded_weights(m, *(t[:, :heads] for t in heads_of)).repeat(1, H // heads, 1, 1)
 
@@ -198,7 +198,7 @@ def test_gradients_are_the_same_after_normalizing(core: Callable[..., Tensor]) -
     ("core", "kind"),
     [(sdpa, "causal"), (sdpa_with_positional_mask, "causal"), (where, "causal"), (scale_after, "none")],
 )
-def test_causality_is_read_from_the_value_of_the_mask(core: Callable[..., Tensor], kind: str) -> None:
+def test_causality_is_determined_from_the_value_of_the_mask(core: Callable[..., Tensor], kind: str) -> None:
     _, result = outcome(Block(core).eval(), torch.randn(1, T, H * D))
     assert [s.mask for s in result.sites.values()] == [kind]
 
@@ -229,7 +229,7 @@ def heads_mixed(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def heads_mixed_after(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As DeepViT's re-attention."""
+    """Mix heads as DeepViT's re-attention does."""
     return torch.einsum("bhst,hg->bgst", (q @ k.mT).softmax(-1), m.o.weight[:H, :H]) @ v
 
 
@@ -238,7 +238,7 @@ def weights_without_values(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def weights_skewed(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As Longformer moves the weights of overlapping chunks."""
+    """Skew the weights of overlapping chunks as Longformer does."""
     weights = torch.nn.functional.pad((q @ k.mT).softmax(-1), (0, T))
     return weights.flatten(2)[..., :-T].unflatten(2, (T, 2 * T - 1))[..., :T] @ v
 
@@ -297,7 +297,7 @@ def between_channels(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (sigmoid_weights, "computed by sigmoid; expected a softmax", "scores, both products"),
     ],
 )
-def test_what_is_not_recognized_is_not_rewritten_with_a_reason(
+def test_unrecognized_spellings_are_not_rewritten_with_a_reason(
     core: Callable[..., Tensor], reason: str, reached: str
 ) -> None:
     module, x = Block(core).eval(), torch.randn(1, T, H * D)
@@ -345,7 +345,7 @@ def test_normalizing_twice_changes_nothing_more() -> None:
 
 def masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
-    scores.masked_fill_(~m.triangle, float("-inf"))  # the result is not used: softmax reads `scores`
+    scores.masked_fill_(~m.triangle, float("-inf"))  # the result is unused: softmax takes `scores`
     return scores.softmax(-1) @ v
 
 
@@ -356,7 +356,7 @@ def masked_by_assignment(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("core", [masked_in_place, masked_by_assignment], ids=lambda f: f.__name__)
-def test_a_mask_written_in_place_is_seen_although_nothing_reads_its_result(core: Callable[..., Tensor]) -> None:
+def test_a_mask_written_in_place_is_recognized_although_its_result_is_unused(core: Callable[..., Tensor]) -> None:
     module, x = Block(core).eval(), torch.randn(1, T, H * D)
     captured, result = outcome(module, x)
     (site,) = result.sites.values()
@@ -380,7 +380,7 @@ def test_in_place_changes_elsewhere_in_the_graph_survive() -> None:
 
 
 class Biased(Block):
-    """A bias that is zero today and is scaled with the scores."""
+    """A bias that is zero in the traced call and scaled with the scores."""
 
     def __init__(self, scale: float) -> None:
         super().__init__(lambda m, q, k, v: F.dropout(((q @ k.mT + m.bias) * scale).softmax(-1), 0.1, m.training) @ v)
@@ -388,7 +388,7 @@ class Biased(Block):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_a_bias_that_is_zero_today_is_kept_for_tomorrow(scale: float) -> None:
+def test_a_bias_that_is_zero_in_the_traced_call_is_not_dropped(scale: float) -> None:
     module, x = Biased(scale).eval(), torch.randn(1, T, H * D)
     captured, result = outcome(module, x)
     assert len(result.sites) == 1
@@ -398,7 +398,7 @@ def test_a_bias_that_is_zero_today_is_kept_for_tomorrow(scale: float) -> None:
     torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_temperature_that_is_one_today_is_kept_for_tomorrow() -> None:
+def test_a_temperature_of_one_in_the_traced_call_is_not_dropped() -> None:
     class Tempered(Block):
         def __init__(self) -> None:
             super().__init__(lambda m, q, k, v: ((q @ k.mT) / m.temperature).softmax(-1) @ v)
@@ -413,7 +413,7 @@ def test_a_temperature_that_is_one_today_is_kept_for_tomorrow() -> None:
     torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
 
 
-def test_two_attentions_of_one_module_have_names_of_their_own() -> None:
+def test_two_attentions_of_one_module_have_different_names() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -429,7 +429,7 @@ def test_two_attentions_of_one_module_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)) == 3 and "first#2" in names
 
 
-def test_one_key_alone_is_no_attention_with_a_reason() -> None:
+def test_attention_to_a_single_key_is_not_rewritten_with_a_reason() -> None:
     _, result = outcome(Block(scale_after).eval(), torch.randn(2, 1, H * D))
     assert not result.sites
     assert "one key alone, whose weight is always 1" in result.missed[0].reason
@@ -449,8 +449,8 @@ def weighed_down_at_the_end(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("core", [padded_at_the_end, weighed_down_at_the_end])
-def test_a_mask_that_begins_behind_the_tokens_of_the_check_is_kept(core: Callable[..., Tensor]) -> None:
-    """It is all zeros on the first tokens, as where a text is filled up to whole blocks."""
+def test_a_mask_that_begins_after_the_checked_tokens_is_not_dropped(core: Callable[..., Tensor]) -> None:
+    """It is zero on the first tokens, as in a text padded to whole blocks."""
     torch.manual_seed(0)
     block, x = Block(core), torch.randn(2, LONG, H * D)
     expected = block(x)
@@ -469,7 +469,7 @@ def masked_by_vmap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
 
 
-def test_a_mask_that_vmap_computes_is_read() -> None:
-    """What begins and ends a traced `vmap` has no data flow: parts of it cannot be run by themselves."""
+def test_a_mask_computed_by_vmap_is_classified() -> None:
+    """The nodes that enter and leave a traced `vmap` have no data flow, so its parts cannot run separately."""
     found = outcome(Block(masked_by_vmap), torch.randn(1, T, H * D))[1]
     assert [(site.mask, site.window) for site in found.sites.values()] == [("sliding", 4)], found.missed

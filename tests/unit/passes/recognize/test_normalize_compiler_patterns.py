@@ -1,4 +1,4 @@
-"""The spellings of attention that torch's own compiler knows: each is found, with projections and without."""
+"""The spellings of attention that torch's compiler knows: each is found, with projections and without."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ PATTERNS = {
     for name, pattern in fuse_attention._get_sfdp_patterns(torch.device("cpu"))
     if name.endswith("_inference")
 }
-ENOUGH = 16  # largest size of an axis: some examples have a thousand
-SOME = "_sfdp_pattern_1", "_sfdp_pattern_21_half"  # through all of inductor
+ENOUGH = 16  # maximum size of an axis: some examples have 1,000
+SOME = "_sfdp_pattern_1", "_sfdp_pattern_21_half"  # run through all of inductor
 
 
 def as_own(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
-    """A function of the compiler as one of this file: Dynamo does not trace the compiler's own."""
+    """Return a copy of a compiler function in this file, because Dynamo does not trace the compiler's own."""
     return types.FunctionType(function.__code__.replace(co_filename=__file__), names, function.__name__)
 
 
-NAMES = dict(vars(fuse_attention))  # of functions that call one another
+NAMES = dict(vars(fuse_attention))  # of functions that call each other
 NAMES |= {n: as_own(f, NAMES) for n, f in NAMES.items() if re.fullmatch(r"_sfdp_pattern_\d+", n)}
 
 
 class Projected(nn.Module):
-    """A pattern on projections of its operands."""
+    """A pattern applied to projections of its operands."""
 
     def __init__(self, pattern: Callable[..., Any], operands: list[Tensor]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Projected(nn.Module):
 
 
 def filled(index: int, example: Any) -> Any:
-    """Numbers in place of an example's memory: operands, or a mask of zeros and ones that leaves a key."""
+    """Fill an example: operands with random values, or a mask with zeros and ones that leaves one key visible."""
     if not isinstance(example, Tensor) or not example.dim():
         return example
     small = example.detach()[tuple(slice(ENOUGH) for _ in example.shape)]
@@ -58,7 +58,7 @@ def filled(index: int, example: Any) -> Any:
 
 
 def attention(name: str, is_projected: bool) -> tuple[Any, list[Any], dict[str, float]]:
-    """A pattern as a function, its arguments and its numbers."""
+    """Return a pattern as a function, its tensor arguments and its number arguments."""
     match = re.match(r"_sfdp_pattern_\d+", name)
     assert match is not None
     function, pattern = NAMES[match[0]], PATTERNS[name]
@@ -71,7 +71,7 @@ def attention(name: str, is_projected: bool) -> tuple[Any, list[Any], dict[str, 
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """Strides of the axes that have several places; those of an axis of one reach nothing."""
+    """Strides of axes larger than one; others have no effect."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
@@ -83,7 +83,7 @@ def check(name: str, is_projected: bool) -> None:
 
     with torch.no_grad():
         expected = call(*inputs)
-        options: Any = {"ratio": 1, "assume_finite": True}  # without it scores in float16 are not rewritten
+        options: Any = {"ratio": 1, "assume_finite": True}  # otherwise float16 scores are not rewritten
         found = torch.compile(call, backend="flashhead", options=options, dynamic=False)(*inputs)
     outcome = last_outcome()
     assert outcome is not None
@@ -92,19 +92,19 @@ def check(name: str, is_projected: bool) -> None:
     results = [expected, found] if isinstance(expected, Tensor) else [expected[0], found[0]]
     assert results[0].dtype == results[1].dtype and strides(results[0]) == strides(results[1])
     is_half = torch.half in (inputs[0].dtype, results[0].dtype)
-    rounding = 2e-2 if is_half else 1e-5  # separate products round scores of 16 to multiples of 1 / 64
+    rounding = 2e-2 if is_half else 1e-5  # separate matmuls round scores of 16 to multiples of 1 / 64
     torch.testing.assert_close(results[1], results[0], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("is_projected", [False, True], ids=["bare", "projected"])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_pattern_of_the_compiler_is_found_and_computes_the_same(name: str, is_projected: bool) -> None:
+def test_a_pattern_of_the_compiler_is_found_and_gives_the_same_result(name: str, is_projected: bool) -> None:
     check(name, is_projected)
 
 
 @pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("name", SOME)
-def test_a_pattern_computes_the_same_through_inductor(name: str) -> None:
+def test_a_pattern_gives_the_same_result_through_inductor(name: str) -> None:
     check(name, False)

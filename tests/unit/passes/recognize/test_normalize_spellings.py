@@ -1,4 +1,4 @@
-"""Rare spellings of the products and the softmax: rewritten, or listed with a reason; none is missed in silence."""
+"""Rare spellings of the matmuls and the softmax: rewritten, or listed with a reason; none is missed silently."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_exponentials_without_a_sum_are_explained(weights: Callable[[Tensor], Te
     assert len(reasons) == 2 and all(r.startswith("no sum of the exponentials divides them") for r in reasons)
 
 
-def test_drawn_weights_are_explained() -> None:
+def test_randomly_drawn_weights_are_explained() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.gumbel_softmax(q @ k.mT, dim=-1) @ v
 

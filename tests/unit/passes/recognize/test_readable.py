@@ -1,4 +1,4 @@
-"""What cannot be read: complex, sparse and nested tensors, and tensors without elements, each left with its reason."""
+"""Unsupported tensors: complex, sparse, nested or without elements; each is not rewritten, with its reason."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [by_real_part, by_magnitude, by_einsum])
-def test_complex_queries_and_keys_are_left(function: Callable[..., Tensor]) -> None:
+def test_complex_queries_and_keys_are_not_rewritten(function: Callable[..., Tensor]) -> None:
     reasons = explanations(compiled_twice(function, operands(), operands()))
     assert len(reasons) == 2
     assert all("has the dtype complex64; expected real floating-point numbers" in r for r in reasons)
 
 
-def test_complex_values_are_left() -> None:
+def test_complex_values_are_not_rewritten() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.view_as_real((q @ k.mT).softmax(-1).to(torch.complex64) @ as_complex(v))
 
@@ -54,7 +54,7 @@ def test_complex_values_are_left() -> None:
     assert len(reasons) == 2 and all("has the dtype complex64" in r for r in reasons)
 
 
-def test_sparse_tensors_are_not_read() -> None:
+def test_sparse_tensors_are_not_rewritten() -> None:
     graph = fx.Graph()
     scores = graph.placeholder("scores")
     weights = graph.call_method("softmax", (scores, -1))
@@ -78,7 +78,7 @@ def test_calls_named_like_attention_are_explained() -> None:
     assert miss.reason == "calls of block_attention are not read; expected softmax or scaled_dot_product_attention"
 
 
-def test_queries_and_keys_of_integers_are_left() -> None:
+def test_integer_queries_and_keys_are_not_rewritten() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ((q * 8).int() @ (k * 8).int().mT / 64).softmax(-1) @ v
 
@@ -86,7 +86,7 @@ def test_queries_and_keys_of_integers_are_left() -> None:
     assert reasons == ["int_1 has the dtype int32; expected real floating-point numbers"]
 
 
-def test_what_was_rounded_to_8_bits_is_read() -> None:
+def test_dequantized_8_bit_operands_are_rewritten() -> None:
     def rounded(x: Tensor) -> Tensor:
         return x.to(torch.float8_e4m3fn).float()
 
@@ -111,14 +111,14 @@ def by_a_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("axis", ["b", "h", "s", "t", "d", "e"])
 @pytest.mark.parametrize("function", [spelled_out, by_exponentials, by_a_call])
-def test_an_attention_without_elements_is_left(function: Callable[..., Tensor], axis: str) -> None:
+def test_an_attention_without_elements_is_not_rewritten(function: Callable[..., Tensor], axis: str) -> None:
     size: dict[str, Any] = {axis: 0}
     reasons = explanations(compiled_twice(function, operands(**size), operands(**size)))
     assert len(reasons) == 2 and all("so no elements; expected some" in r for r in reasons)
 
 
 class Jagged(nn.Module):
-    """Attention of jagged tensors."""
+    """Attention on jagged tensors."""
 
     def __init__(self) -> None:
         super().__init__()

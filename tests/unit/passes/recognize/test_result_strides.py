@@ -1,4 +1,4 @@
-"""The strides of an attention's result, where something sees them."""
+"""Strides of an attention's result, if they are observable."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fhopt.passes import pipeline
 from fhopt.passes.recognize.result_strides import in_order, memory_order
 
 H, D, T = 4, 8, 12
-LONG = 300  # keys of which few queries go to a kernel
+LONG = 300  # number of keys from which few queries use a kernel
 
 
 class Block(nn.Module):
-    """Attention of the last `queries` tokens, and what `after` makes of its result [B, H, S, D]."""
+    """Attention of the last `queries` tokens, with `after` applied to its result [B, H, S, D]."""
 
     def __init__(self, after: Callable[[Tensor], Any], queries: int = T, fused: bool = False) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def strides(result: Any) -> list[tuple[int, ...]]:
         (returned, 1, False), (viewed, 1, True), (viewed, T, True), (added, T, True),
     ],
 )  # fmt: skip
-def test_exact_mode_keeps_the_strides_of_what_is_returned(
+def test_exact_mode_preserves_the_strides_of_outputs(
     after: Callable[[Tensor], Any], queries: int, dynamic: bool
 ) -> None:
     tokens = LONG if queries == 1 else T
@@ -83,7 +83,7 @@ def test_exact_mode_keeps_the_strides_of_what_is_returned(
     outcome = last_outcome()
     assert outcome is not None and len(outcome.lowered) + len(outcome.compressed) == 1
     assert strides(found) == strides(expected)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # another order of float32 sums
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
 
 def kept_orders(module: nn.Module, x: Tensor) -> list[fx.Node]:
@@ -93,7 +93,7 @@ def kept_orders(module: nn.Module, x: Tensor) -> list[fx.Node]:
     return [n for n in captured.program.graph.nodes if n.target is in_order]
 
 
-def test_nothing_is_kept_where_a_copy_follows() -> None:
+def test_no_order_is_enforced_before_a_copy() -> None:
     assert kept_orders(Block(tokens_first).eval(), torch.randn(2, T, H * D)) == []
     (kept,) = kept_orders(Block(viewed).eval(), torch.randn(2, T, H * D))
     assert kept.args[1] == [0, 1, 2, 3]
@@ -144,5 +144,5 @@ def inactive(o: Tensor) -> Tensor:
     return F.dropout(o, 0.4, training=False).transpose(1, 2).reshape(-1)
 
 
-def test_inactive_dropout_sees_no_order() -> None:
+def test_inactive_dropout_has_no_order() -> None:
     assert kept_orders(Block(inactive).eval(), torch.randn(2, T, H * D)) == []

@@ -1,4 +1,4 @@
-"""Sums of exponentials that are held up by a number: exact after a maximum was subtracted, else left."""
+"""Sums of exponentials with a lower bound: exact if a maximum was subtracted before, else not rewritten."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def attention(powers: Callable[[Tensor], Tensor], weights: Callable[[Tensor], Te
 
 
 def of_small_scores() -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of about -60, of which all exponentials are below any floor."""
+    """Scores of about -60, whose exponentials are all below any floor."""
     q, k, v = tensors()
     return q.abs() * 4 + 5, -k.abs() - 4, v
 
@@ -94,7 +94,7 @@ def test_a_floor_below_the_largest_exponential_is_never_reached(
         (masked, clamped), (shifted, clamped_at_two), (shifted, clamped_on_both_sides),
     ],
 )  # fmt: skip
-def test_a_floor_that_small_scores_reach_is_left(
+def test_a_floor_reached_by_small_scores_is_not_rewritten(
     powers: Callable[[Tensor], Tensor], weights: Callable[[Tensor], Tensor]
 ) -> None:
     reasons = explanations(compiled_twice(attention(powers, weights), tensors(), of_small_scores()))

@@ -1,6 +1,6 @@
-"""Rewrites hold for all values: each program is compiled once and called with values that do nothing, then with others.
+"""Rewrites hold for all values: compile each program once, call it with values without effect, then with others.
 
-Left as they are, with a reason, or rewritten: outputs and gradients are eager's either way.
+Whether rewritten or not (with a reason), outputs and gradients must equal those of eager mode.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the secon
 
 
 @pytest.mark.parametrize("name", [*AFTER_SOFTMAX, *IN_SCORES])
-def test_a_value_that_does_nothing_in_the_first_call_is_not_dropped(name: str) -> None:
+def test_a_value_without_effect_in_the_first_call_is_not_dropped(name: str) -> None:
     program, first, second, reason = (AFTER_SOFTMAX | IN_SCORES)[name]
     sites = compiled_twice(program, (*operands(), first), (*operands(1), second), tolerance=1e-12)
     assert sites and all(site.how == "left alone" for site in sites), sites
@@ -105,7 +105,7 @@ def test_kv_heads_by_an_input_are_gathered_in_every_call() -> None:
     compiled_twice(program, *sets, tolerance=1e-12)
 
 
-def test_kv_heads_by_literals_are_read_once() -> None:
+def test_kv_heads_by_literals_are_gathered_once() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = torch.arange(H) // 2
         return scores(q, k[:, :2][:, heads]).softmax(-1) @ v[:, :2][:, heads]
@@ -138,7 +138,7 @@ def by_hand(s: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", REWRITTEN)
-def test_what_is_the_identity_by_structure_is_rewritten(name: str) -> None:
+def test_structural_identities_are_rewritten(name: str) -> None:
     sites = compiled_twice(REWRITTEN[name], operands(), operands(1, 100.0), tolerance=1e-10)
     assert sites and all(site.certificate is not None for site in sites), sites
     assert all(site.certificate.checked.draws == 3 for site in sites if site.certificate and site.certificate.checked)
@@ -169,12 +169,12 @@ WITHOUT_GRADIENT: dict[str, Program] = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
-def test_gradients_end_where_the_model_ends_them(name: str) -> None:
+def test_gradients_stop_where_the_model_stops_them(name: str) -> None:
     sites = compiled_twice(WITHOUT_GRADIENT[name], operands(), operands(1), gradients=True, tolerance=1e-12)
     assert all(site.how == "left alone" for site in sites)
 
 
-def test_a_detached_tensor_is_no_obstacle_without_gradients() -> None:
+def test_a_detached_tensor_is_rewritten_if_there_are_no_gradients() -> None:
     (site,) = compiled_twice(WITHOUT_GRADIENT["weights detached"], operands(), operands(1), gradients=False)
     assert site.certificate is not None
 
@@ -234,7 +234,7 @@ def future() -> Tensor:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_without_keys_gives_what_the_model_gives(name: str) -> None:
+def test_a_row_without_keys_gives_the_same_as_the_model(name: str) -> None:
     program, rows = ROWS[name]
     sets = [(*operands(i), m.expand(B, 1, T, T)) for i, m in enumerate((ONES, NOTHING, SOMETHING))]
     sites = compiled_twice(program, *sets, tolerance=1e-12)
@@ -242,7 +242,7 @@ def test_a_row_without_keys_gives_what_the_model_gives(name: str) -> None:
     assert all(site.certificate.rows.startswith(rows) for site in sites if site.certificate), sites
 
 
-def test_another_mask_after_the_softmax_is_not_taken_for_the_one_before() -> None:
+def test_another_mask_after_the_softmax_is_not_confused_with_the_one_before() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, before: Tensor, after: Tensor) -> Tensor:
         return scores(q, k).masked_fill(~before, -torch.inf).softmax(-1).masked_fill(~after, 0.0) @ v
 
@@ -254,7 +254,7 @@ def test_another_mask_after_the_softmax_is_not_taken_for_the_one_before() -> Non
 
 
 @pytest.mark.parametrize("assume", [False, True])
-def test_scores_that_overflow_are_rewritten_only_where_that_is_asked_for(assume: bool) -> None:
+def test_scores_that_overflow_are_rewritten_only_on_request(assume: bool) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         powers = scores(q, k).exp()
         return powers / powers.sum(-1, keepdim=True) @ v
@@ -280,7 +280,7 @@ def test_scores_in_float16_keep_their_nan() -> None:
 # ------------------------------------------------------------------------------------------------------ sizes
 
 
-def test_a_scale_that_follows_a_symbolic_size_is_computed_in_every_call() -> None:
+def test_a_scale_by_a_symbolic_size_is_computed_in_every_call() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lengths = torch.full((), k.shape[2], dtype=q.dtype)
         return (scores(q, k) * lengths.log()).softmax(-1) @ v

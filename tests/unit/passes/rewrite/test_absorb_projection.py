@@ -1,4 +1,4 @@
-"""Models that keep latents: attention reads them, expanded keys and values never exist, and the numbers stay."""
+"""Models that cache latents: attention runs on them, keys and values are never expanded, and results stay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.rewrite.absorb_projection import AbsorbProjection
 from fhopt.plan.latent_plan import LatentPlan
 
-# ------------------------------------------------------------------------------------------- latents by another hand
+# ------------------------------------------------------------------------------------------- other spellings
 
 
 def biased(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def biased(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_heads(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
-    """One product a head; the rotary part comes first; values are padded to the size of keys and cut again."""
+    """One matmul per head; the rotary part comes first; values are padded to the size of keys and sliced again."""
     latent, rotary = z[..., :R], z[..., R:]
     keys = [torch.cat((rotary, F.linear(latent, module.up[h, :N])), -1) for h in range(H)]
     values = [latent @ module.up[h, N:].T for h in range(H)]
@@ -43,7 +43,7 @@ def by_heads(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def checked(module: Mla, dynamic: bool | None = None) -> Absorbing:
-    """Compiled for one token on T, and compared."""
+    """Compile for one token on T, and compare with eager mode."""
     backend, module = Absorbing(), module.double()
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=backend, dynamic=dynamic)
@@ -66,14 +66,14 @@ def test_one_latent_for_keys_and_values_is_not_copied() -> None:
     assert [line.split(" = ")[1].split("(")[0] for line in joins] == ["cat", ".unsqueeze", ".narrow"]
 
 
-def test_an_offset_of_the_values_is_not_added_where_nothing_is_attended_to() -> None:
+def test_an_offset_of_the_values_is_not_added_to_fully_masked_rows() -> None:
     mask = torch.ones(B, 1, 1, T, dtype=torch.bool)
     mask[0] = False
     backend = checked(Mla(biased, mask=mask))
     assert backend.absorbed
 
 
-def test_a_long_cache_is_checked_on_few_tokens_and_found_alike() -> None:
+def test_a_long_cache_is_checked_on_few_tokens_and_found_as_well() -> None:
     backend, module = Absorbing(), Mla(plain).double()
     with torch.no_grad():
         long = inputs(300)
@@ -81,7 +81,7 @@ def test_a_long_cache_is_checked_on_few_tokens_and_found_alike() -> None:
     assert backend.absorbed and not backend.expanded()
 
 
-def test_where_a_size_means_two_things_everything_is_run_in_full() -> None:
+def test_an_ambiguous_size_makes_checks_run_on_all_tokens() -> None:
     backend, module, tokens = Absorbing(), Mla(by_heads).double(), C
     with torch.no_grad():
         same = inputs(tokens)
@@ -89,7 +89,7 @@ def test_where_a_size_means_two_things_everything_is_run_in_full() -> None:
     assert backend.absorbed
 
 
-def test_the_pass_changes_nothing_the_second_time() -> None:
+def test_a_second_run_of_the_pass_changes_nothing() -> None:
     program = checked(Mla(plain)).outcomes[0].program
     before = print_graph(program.graph)
     outcome = pipeline.absorb_projections(passes_outcome.Outcome(program))
@@ -123,7 +123,7 @@ def all_normed(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mixed(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Each key is made of two tokens."""
+    """Each key is computed from two tokens."""
     key, value = plain(module, z)
     return key + key.roll(1, 2), value
 
@@ -135,7 +135,7 @@ def read_twice(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Which heads are used is an input."""
+    """An input selects the heads."""
     key, value = plain(module, z)
     return key.index_select(1, module.options["heads"]), value
 
@@ -154,7 +154,7 @@ MISSES: list[tuple[Any, dict[str, Any], str]] = [
 
 
 def missed(module: Mla, dynamic: bool | None = None, tokens: int = T) -> str:
-    """The reason of the pass itself for the only attention of the module."""
+    """Return the reason of the pass for the only attention of the module."""
     seen: list[str] = []
 
     def backend(graph: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
@@ -199,8 +199,8 @@ def test_queries_of_another_batch_size_are_a_miss() -> None:
         AbsorbProjection().match(node, program, Roles(program), Evaluator(program))
 
 
-def test_a_site_of_the_plan_is_left_to_it() -> None:
-    """Cross attention to an encoder's output: both the layout `input` and this pass may take it."""
+def test_a_site_of_the_plan_is_left_to_the_plan() -> None:
+    """Cross attention to an encoder's output fits both the layout `input` and this pass."""
 
     class Cross(nn.Module):
         def __init__(self) -> None:

@@ -36,7 +36,7 @@ def compressed() -> dict[str, str]:
 
 
 def caches_in_graph() -> list[str]:
-    """Caches that the last graph reads or writes."""
+    """Return the caches that the last graph reads or writes."""
     outcome = last_outcome()
     assert outcome is not None
     inputs = [n for n in outcome.program.graph.nodes if n.name in outcome.program.buffers]
@@ -54,12 +54,12 @@ def is_by_number(spelling: str) -> bool:
     return spelling.partition(",")[0] in ("slice", "copy_")
 
 
-# --------------------------------------------------------------------------------------------------- exact
+# --------------------------------------------------------------------------------------------------- unquantized
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", sampled(SPELLINGS, 2))
-def test_any_spelling_of_a_write_gives_the_numbers_of_the_module(spelling: str) -> None:
+def test_any_spelling_of_a_write_agrees_with_the_module(spelling: str) -> None:
     from torch._dynamo.utils import counters
 
     is_common, by_number = spelling in ("index", "slice"), is_by_number(spelling)
@@ -84,7 +84,7 @@ def test_any_spelling_of_a_write_gives_the_numbers_of_the_module(spelling: str) 
 
 
 @pytest.mark.parametrize("read", ["some", "no mask"])
-def test_a_buffer_may_be_read_up_to_its_newest_token(read: str) -> None:
+def test_attention_may_use_a_buffer_up_to_its_newest_token(read: str) -> None:
     model = decoder("slice", read)
     plain, ids = copy.deepcopy(model), words(60)
     compiled = compiled_with(model, exact_plan(decoder("slice", "some")))
@@ -108,7 +108,7 @@ def test_a_cache_may_be_a_plain_attribute() -> None:
     assert compressed() and module_buffers.is_released(model.layers[0].k_cache)
 
 
-def test_inference_mode_is_the_same() -> None:
+def test_inference_mode_gives_the_same() -> None:
     model = decoder()
     plain, compiled, ids = copy.deepcopy(model), compiled_with(model, exact_plan(model)), words(30)
     with torch.inference_mode():
@@ -117,12 +117,12 @@ def test_inference_mode_is_the_same() -> None:
             torch.testing.assert_close(compiled(new, at, 0), plain(new, at, 0), **CLOSE)
 
 
-# --------------------------------------------------------------------------------------------------- coded
+# --------------------------------------------------------------------------------------------------- quantized
 
 
 @pytest.mark.slow
 @pytest.mark.inductor
-def test_inductor_compiles_the_same() -> None:
+def test_inductor_gives_the_same() -> None:
     model, ids = decoder(), words(60)
     plan = coded_plan(model)
     reference, compiled = Reference(copy.deepcopy(model), plan), compiled_with(model, plan)

@@ -1,4 +1,4 @@
-"""Keys and values of one latent become both operands of one node."""
+"""Keys and values from one latent become both operands of one node."""
 
 from __future__ import annotations
 

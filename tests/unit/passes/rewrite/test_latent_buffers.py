@@ -1,4 +1,4 @@
-"""Buffers that are not replaced, with the reason."""
+"""Buffers that are not replaced by latents, with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("traced_only")
 
 
 def reasons(model: Any, *args: Any, plan: LatentPlan | None = None) -> str:
-    """Why nothing of a module is replaced."""
+    """Return why no buffer of a module is replaced."""
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="the plan changed nothing"):
         torch._dynamo.reset()
         compiled_with(model, plan or exact_plan(decoder()))(*(args or (words(5), torch.arange(5), 0)))
@@ -29,7 +29,7 @@ def reasons(model: Any, *args: Any, plan: LatentPlan | None = None) -> str:
 
 
 class Changed(Decoder):
-    """A decoder of one changed step."""
+    """A decoder with one step changed."""
 
     def __init__(self, change: Callable[[Any, Tensor, Tensor, Tensor], Tensor], batch: int = 2) -> None:
         super().__init__(batch=batch)
@@ -95,19 +95,19 @@ def reordered(layer: Any, cache: Tensor, new: Tensor, at: Tensor) -> Tensor:
         (reordered, "read through getitem"),
     ],
 )
-def test_what_is_not_tokens_in_slots_is_not_rewritten(change: Any, reason: str) -> None:
+def test_buffers_other_than_tokens_in_slots_are_not_rewritten(change: Any, reason: str) -> None:
     model, batch = Changed(change).eval(), 1 if change is part_of_the_batch else 2
     found = reasons(model, words(5, batch), torch.arange(5), 0)
     assert any(part in found for part in reason.split("|")), found
 
 
-def test_a_graph_that_trains_keeps_its_buffers() -> None:
+def test_a_training_graph_keeps_its_buffers() -> None:
     model = decoder()
     with pytest.warns(RuntimeWarning, match="the graph is compiled for training"):
         compiled_with(model, exact_plan(model))(words(5), torch.arange(5), 0)
 
 
-def test_caches_of_the_caller_are_not_rewritten() -> None:
+def test_caches_passed_by_the_caller_are_not_rewritten() -> None:
     given = (torch.zeros(2, G, SLOTS, D), torch.zeros(2, G, SLOTS, D))
     assert "use LatentCache" in reasons(decoder(), words(5), torch.arange(5), 0, given)
     assert given[0].is_contiguous() and not given[0].isnan().any()

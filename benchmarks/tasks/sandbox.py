@@ -1,16 +1,16 @@
-"""Run a Python program that a language model wrote, in a process of its own.
+"""Sandbox for a Python program that a language model wrote, in a separate process.
 
     run_program("assert 1 + 1 == 2") -> ProgramResult(passed=True, reason="")
 
-The process is an isolated interpreter (standard library only, hash seed 0: equal programs end equally) in a session of
-its own, with an empty temporary folder as working directory and home, no input, no output and no variables but PATH.
-What it may do is limited three times: by the kernel (`setrlimit`: memory, CPU time, size of a file, processes for all
-users but root, no core dumps), by a network namespace without devices where the kernel lets a user have one, and by an
-audit hook (PEP 578) that refuses sockets (so asyncio too), processes, signals, foreign code, and everything that writes
-or deletes outside of the folder. Reading files is not refused.
+The process is an isolated interpreter (standard library only, hash seed 0 for reproducibility) in its own session. It
+has an empty temporary folder as working directory and home, no input, no output, and no environment but PATH. Three
+mechanisms limit it: the kernel (`setrlimit`: memory, CPU time, file size, processes for all users but root, no core
+dumps); a network namespace without devices if the kernel allows it; and an audit hook (PEP 578) that refuses sockets
+(thus asyncio), processes, signals, foreign code, and everything that writes or deletes outside the folder. Reading
+files is not refused.
 
-This guards against accidents of a program, not against an adversary: an audit hook can be worked around, and the secret
-that tells the end of the program is somewhere in the memory of its process.
+This guards against accidents, not against an adversary: an audit hook can be bypassed, and the secret that proves the
+program reached its end is in the memory of its process.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-TAIL = 4096  # bytes of standard error that are kept
-LINE = 200  # characters of its last line in a reason
-FILE_BYTES, WRITES = 4 << 20, 256  # largest file, and how often a program may open one for writing
+TAIL = 4096  # last bytes of standard error that are stored
+LINE = 200  # max characters of its last line in a reason
+FILE_BYTES, WRITES = 4 << 20, 256  # max file size, and max number of times a program may open a file for writing
 LOADER = "import sys; f = sys.argv[1]; exec(compile(open(f, 'rb').read(), f, 'exec'), {'__name__': '__main__'})"
 
 NEW_USER, NEW_NET = 0x10000000, 0x40000000  # CLONE_NEWUSER, CLONE_NEWNET of linux/sched.h
@@ -59,14 +59,14 @@ CHANGED = {
     "os.removexattr": ((0, None),),
     "shutil.rmtree": ((0, 1),),
     "sqlite3.connect": ((0, None),),
-}  # audit event: where its arguments have the paths that change, and the folders (dir_fd) that these are relative to
+}  # audit event: indices of the arguments with modified paths, and of their base folders (dir_fd)
 
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """Whether a program ran to its end, and if not why.
+    """Whether a program ran to its end, and otherwise the reason.
 
-    reason: "" when passed, else "timed out", "out of memory", "ended early with exit code 0", "killed by SIGSEGV" or
+    reason: "" if passed, else "timed out", "out of memory", "ended early with exit code 0", "killed by SIGSEGV" or
     "exit code 1: AssertionError", with the last line of standard error.
     """
 
@@ -75,11 +75,10 @@ class ProgramResult:
 
 
 def run_program(code: str, seconds: float = 3.0, megabytes: int = 1024) -> ProgramResult:
-    """Run `code` as a program; it passes when it reaches its end, and its process then ends with exit code 0.
+    """Run `code` as a program; it passes if it reaches its end and its process exits with code 0.
 
-    seconds: of wall time, the start of the interpreter (some 0.1 s) included. megabytes: of address space. Nothing is
-    left: all processes of its session are killed, its folder is removed. OSError passes through where no process or
-    folder can be made.
+    seconds: wall time, including interpreter startup (about 0.1 s). megabytes: address space. Kills all processes of
+    its session and removes its folder afterwards. Propagates OSError if no process or folder can be created.
     """
     with (
         tempfile.TemporaryDirectory(prefix="fhopt-program-", ignore_cleanup_errors=True) as folder,
@@ -111,14 +110,14 @@ def _run(folder: str, given: Any, token: bytes, seconds: float, megabytes: int) 
 
 
 def _watch(process: subprocess.Popen[bytes], deadline: float) -> tuple[bool, bytes]:
-    """Return whether the process ended in time, and the end of its standard error; its session is killed."""
+    """Return whether the process ended in time, and the end of its standard error; kills its session."""
     assert process.stderr is not None
     errors, tail, poll = process.stderr.fileno(), b"", select.poll()
     poll.register(errors, select.POLLIN)
     try:
         while (left := deadline - time.monotonic()) > 0 and poll.poll(1000 * left):
             piece = os.read(errors, 1 << 16)
-            if not piece:  # all that could write have ended, or closed it
+            if not piece:  # all writers have ended, or closed it
                 break
             tail = (tail + piece)[-TAIL:]
         process.wait(max(0.0, deadline - time.monotonic()))
@@ -130,7 +129,7 @@ def _watch(process: subprocess.Popen[bytes], deadline: float) -> tuple[bool, byt
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody of the session is left
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the session has no process left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if process.stderr is not None:
@@ -165,7 +164,7 @@ def _failed(reason: str) -> ProgramResult:
 
 
 def _child(folder: str, report: int, seconds: float, megabytes: int) -> None:
-    """In the new process: read the secret and the program, give up what can be given up, and run it."""
+    """In the new process: load the secret and the program, drop privileges, and run it."""
     with open(0, "rb", closefd=False) as given:
         token, _, code = given.read().partition(b"\n")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -178,7 +177,7 @@ def _child(folder: str, report: int, seconds: float, megabytes: int) -> None:
     _refuse_processes()
     sys.argv[:] = ["program.py"]
     program = sys.modules["__main__"] = ModuleType("__main__")
-    write = os.write  # whatever the program does to os
+    write = os.write  # saved in case the program modifies os
     sys.addaudithook(_hook(folder))
     try:
         exec(compile(code.decode("utf-8", "surrogatepass"), "program.py", "exec", dont_inherit=True), program.__dict__)  # noqa: S102
@@ -190,16 +189,16 @@ def _child(folder: str, report: int, seconds: float, megabytes: int) -> None:
 
 
 def leave_network() -> bool:
-    """Move this process to a network namespace without devices; returns False where the kernel refuses.
+    """Move this process to a network namespace without devices; returns False if the kernel refuses.
 
-    Also lets the kernel kill it when the thread that started it ends, and take no privileges of programs it becomes.
+    Also makes the kernel kill the process when its parent thread ends, and forbids gaining privileges on exec.
     """
     import ctypes
 
     try:
         library = ctypes.CDLL(None, use_errno=True)
         left = library.unshare(NEW_USER | NEW_NET) == 0
-        library.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)  # unshare would take it back
+        library.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)  # after unshare, which resets it
         library.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     except (OSError, AttributeError):  # not Linux
         return False
@@ -207,11 +206,11 @@ def leave_network() -> bool:
 
 
 def _limit(seconds: float, megabytes: int) -> None:
-    """Set the limits of the kernel. That of processes and threads, none but this one, does not hold for root."""
+    """Set the kernel limits. The limit on processes and threads does not apply to root."""
     cpu = math.ceil(seconds) + 1
     limits = {
         resource.RLIMIT_AS: (megabytes << 20,) * 2,
-        resource.RLIMIT_CPU: (cpu, cpu + 1),  # SIGXCPU, then SIGKILL: where nobody watches the wall time any more
+        resource.RLIMIT_CPU: (cpu, cpu + 1),  # SIGXCPU, then SIGKILL, if the parent no longer watches the wall time
         resource.RLIMIT_FSIZE: (FILE_BYTES,) * 2,
         resource.RLIMIT_CORE: (0, 0),
         resource.RLIMIT_NPROC: (0, 0),
@@ -223,7 +222,7 @@ def _limit(seconds: float, megabytes: int) -> None:
 
 
 def _refuse_processes() -> None:
-    """Close the one way to a new process that raises no audit event; multiprocessing uses it."""
+    """Block the one way to start a process that raises no audit event; multiprocessing uses it."""
     import _posixsubprocess
 
     def refuse(*_: Any) -> int:
@@ -233,7 +232,7 @@ def _refuse_processes() -> None:
 
 
 def _hook(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """Make the audit hook of a program whose folder, without symbolic links, is `folder`."""
+    """Create the audit hook for a program whose folder, without symbolic links, is `folder`."""
     writes = 0
 
     def check(event: str, arguments: tuple[Any, ...]) -> None:
@@ -257,7 +256,7 @@ def _hook(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def _is_inside(folder: str, path: Any, base: int | None = None) -> bool:
-    """Return True when `path` (or an open file, relative to the open folder `base`) is `folder` or lies below it."""
+    """Return whether `path` (or an open file; relative to the open folder `base`) is `folder` or inside it."""
     name = f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path)
     if base not in (None, -1):
         name = os.path.join(f"/proc/self/fd/{base}", name)

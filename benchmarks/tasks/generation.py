@@ -1,11 +1,11 @@
-"""Long generation: how far a plan drifts from the exact model, by the position of the generated token.
+"""Long generation: drift of a plan from the exact model, by position of the generated token.
 
-    text = own_text(model, prompt, tokens)         what the exact model writes, sampled
-    drift = drift_of(model, prompt, text, plan)     both read it; KL and agreement of every position
+    text = own_text(model, prompt, tokens)         sampled from the exact model
+    drift = drift_of(model, prompt, text, plan)    KL and agreement at every position, on the same text
 
-The text is the exact model's own, and both caches read the same one (teacher forcing): errors of a plan then do not
-lead to another text, and their growth with the number of generated tokens shows. Of free greedy decoding this gives the
-first token that would differ. `repeated` finds loops, which small models fall into with any cache.
+Teacher forcing: both caches process the exact model's own text, so a plan's errors do not lead to another text, and
+their growth with the number of generated tokens shows. For free greedy decoding this gives the first token that would
+differ. `repeated` detects loops, which small models fall into with any cache.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fhopt.evaluation.statistics import Interval, bootstrap_interval
 from fhopt.models.model_facts import check_length
 from fhopt.plan.latent_plan import LatentPlan
 
-BLOCK = 64  # generated tokens whose mean is resampled for intervals
-GRAM, NEAR = 4, 256  # a loop: four tokens that stood together within the last 256
+BLOCK = 64  # generated tokens per bootstrap block
+GRAM, NEAR = 4, 256  # a loop: four tokens that also occurred in sequence within the last 256
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A plan beside the exact cache on T generated tokens.
+    """A plan compared with the full-precision cache on T generated tokens.
 
-    kl [T]: KL(exact || plan) of the distribution each was drawn from, in nats, float64. agrees [T]: whether both had
-    the same likeliest token. change [T]: rise of the negative log-likelihood of the token, in nats.
+    kl [T]: KL(exact || plan) of the distribution that each token is drawn from, in nats, float64. agrees [T]: whether
+    both have the same most likely token. change [T]: increase of the token's negative log-likelihood, in nats.
     """
 
     kl: Tensor
@@ -40,12 +40,12 @@ class Drift:
 
     @property
     def first_difference(self) -> int | None:
-        """Number of generated tokens before the first whose likeliest token differs; None where all agree."""
+        """Number of generated tokens before the first whose most likely token differs; None if all agree."""
         differs = (~self.agrees).nonzero()
         return int(differs[0]) if len(differs) else None
 
     def kl_between(self, start: int, stop: int) -> tuple[float, Interval | None]:
-        """Return the mean KL of tokens [start, stop), and its 95 % interval over blocks of 64."""
+        """Return the mean KL of tokens [start, stop), and its 95% interval over blocks of 64."""
         part = self.kl[start:stop]
         blocks = part.split(BLOCK)
         return float(part.mean()), bootstrap_interval([float(b.sum()) for b in blocks], [len(b) for b in blocks])
@@ -56,9 +56,9 @@ def own_text(
     model: Any, prompt: Sequence[int], tokens: int, *, temperature: float = 1.0, seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[int]:  # fmt: skip
-    """Return `tokens` token ids that the model writes behind `prompt` with the exact cache; end tokens do not end it.
+    """Return `tokens` token ids that the exact model generates after `prompt`, continuing past end tokens.
 
-    temperature: of sampling; 0 is greedy. Raises FhoptError when the model has too few positions.
+    temperature: of sampling; 0 is greedy. Raises FhoptError if the model has too few positions.
     """
     check_length(model, len(prompt) + tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -82,10 +82,10 @@ def drift_of(
     model: Any, prompt: Sequence[int], text: Sequence[int], plan: LatentPlan,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Drift:  # fmt: skip
-    """Compare a plan with the exact cache on `text` behind `prompt`, in one pass over both.
+    """Compare a plan with the full-precision cache on `text` after `prompt`, in one pass with both.
 
-    Applies the plan, and leaves the model as it was. Raises FhoptError when the plan is not for this model, or the
-    text longer than it has positions.
+    Applies the plan, and restores the model afterwards. Raises FhoptError if the plan is not for this model, or the
+    text exceeds the model's positions.
     """
     check_length(model, len(prompt) + len(text))
     ids = torch.tensor([[*prompt, *text]])
@@ -103,7 +103,7 @@ def drift_of(
 
 
 def repeated(text: Sequence[int]) -> float:
-    """Return the share of tokens that end four which stood together within the 256 tokens before: loops are near 1."""
+    """Return the share of tokens that complete a 4-gram seen in the previous 256 tokens: near 1 in loops."""
     if len(text) < GRAM:
         return 0.0
     last: dict[tuple[int, ...], int] = {}

@@ -1,4 +1,4 @@
-"""Programs in a process of their own: what passes, what is refused, and that nothing stays behind."""
+"""Programs in a sandboxed subprocess: what passes, what is refused, and that all files and processes are removed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fhopt.evaluation import sandbox
-from fhopt.evaluation.sandbox import LINE, ProgramResult, run_program
+from benchmarks.tasks import sandbox
+from benchmarks.tasks.sandbox import LINE, ProgramResult, run_program
 
-SECONDS = 30.0  # where time is not the point: machines of tests are busy
+SECONDS = 30.0  # where time is not tested: test machines are busy
 REFUSED = "exit code 1: PermissionError: the sandbox refuses "
 
 
@@ -60,7 +60,7 @@ def test_a_program_that_fails_says_why(code: str, reason: str) -> None:
     "code",
     ["while True: pass", "import time\ntime.sleep(60)", "import os, time\nos.close(2)\ntime.sleep(60)"],
 )
-def test_a_program_without_end_is_ended(code: str) -> None:
+def test_an_endless_program_is_stopped(code: str) -> None:
     start = time.monotonic()
     assert run(code, seconds=1) == ProgramResult(False, "timed out")
     assert time.monotonic() - start < 10
@@ -92,10 +92,10 @@ def test_network_processes_and_foreign_code_are_refused(code: str, what: str) ->
     assert not found.passed and f"the sandbox refuses {what}" in found.reason
 
 
-def test_the_network_is_gone_in_the_kernel_too() -> None:
-    """Where it lets a user have a namespace; asked without the audit hook."""
+def test_the_network_is_absent_in_the_kernel_too() -> None:
+    """On systems that allow user namespaces; checked without the audit hook."""
     code = (
-        "from fhopt.evaluation.sandbox import leave_network; left = leave_network(); "
+        "from benchmarks.tasks.sandbox import leave_network; left = leave_network(); "
         "print(left, [line.split(':')[0].strip() for line in open('/proc/net/dev') if ':' in line])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -121,7 +121,7 @@ def test_the_network_is_gone_in_the_kernel_too() -> None:
         "import sqlite3; sqlite3.connect({folder!r} + '/new')",
     ],
 )
-def test_what_stands_outside_is_not_changed(code: str, tmp_path: Path) -> None:
+def test_files_outside_are_not_changed(code: str, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("as it was")
     found = run(code.format(file=str(kept), folder=str(tmp_path)))
@@ -154,21 +154,19 @@ pathlib.Path("left").mkdir(mode=0o000)
 
 
 @pytest.mark.parametrize("code", ["1 / 0", "import time; open('x', 'w').write('x'); time.sleep(60)"])
-def test_a_program_that_fails_leaves_no_folder_behind(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_program_that_fails_leaves_no_folder(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert not run(code, seconds=1).passed
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_output_without_end_is_not_kept(stream: str) -> None:
+def test_endless_output_is_not_stored(stream: str) -> None:
     code = f"import sys\nwhile True: sys.{stream}.write('x' * 65536)"
     assert run(code, seconds=1) == ProgramResult(False, "timed out")
 
 
-def test_of_long_errors_the_last_line_is_told() -> None:
+def test_the_last_line_of_a_long_error_is_reported() -> None:
     found = run("import sys\nsys.stderr.write('x' * (8 << 20))\nraise KeyError('last')")
     assert found == ProgramResult(False, "exit code 1: KeyError: 'last'")
 
@@ -179,7 +177,7 @@ def test_files_are_limited_in_size_and_number() -> None:
     assert run(many).reason == f"{REFUSED}to write '{sandbox.WRITES}'"
 
 
-def test_equal_programs_end_equally() -> None:
+def test_equal_programs_have_equal_results() -> None:
     found = {run("raise ValueError([*{'a', 'b', 'c', 'd', 'e', 'f'}])").reason for _ in range(3)}
     assert len(found) == 1
 
@@ -196,7 +194,7 @@ time.sleep(60)
 
 
 def test_children_are_killed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the audit hook, which refuses them. One that still ran would hold the lock for a minute."""
+    """Without the audit hook, which refuses forks. A surviving child would hold the lock for a minute."""
     file = tmp_path / "lock"
     monkeypatch.setattr(sandbox, "LOADER", FORKING)
     monkeypatch.setattr(sandbox, "__file__", str(file))
