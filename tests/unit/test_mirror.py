@@ -15,6 +15,7 @@ UNIT = ROOT / "tests" / "unit"
 PACKAGES = ("fhopt", "passes", "codegen")
 LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to packages that are listed by their own names
 OF_NO_MODULE = (  # for all modules together
+    "test_durations",
     "test_golden_kernels",
     "test_language",
     "test_layers",
