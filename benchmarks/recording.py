@@ -1,9 +1,9 @@
-"""Record the figures of a benchmark: one JSON file, one table, one picture.
+"""Recording of benchmark results: one JSON file, one table, one plot.
 
     rows = [Row("llama@2048", "fhopt", "time_ms", 1.2, "ms", baseline=1.5, ratio=1.25), ...]
-    record("decode", rows)  ->  benchmarks/results/decode.json, benchmarks/results/decode.png, and a table on the screen
+    record("decode", rows)  ->  benchmarks/results/decode.json, benchmarks/results/decode.png, and a printed table
 
-The file names machine, versions and commit of the measurement. A number that is not finite is null in it.
+The file names machine, versions and commit of the measurement. A value that is not finite is null in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fhopt.codegen.background import builder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-builder.waits = True  # what is measured is kernels, not what stands in for them while they are built
+builder.waits = True  # measure kernels rather than their fallbacks during the build
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("fhopt", "torch", "transformers", "triton", "numpy")
@@ -41,9 +41,9 @@ PACKAGES = ("fhopt", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. baseline: the figure it is compared with, in the same unit. ratio: above 1 where ours is better.
+    """One measurement. baseline: the value it is compared with, in the same unit. ratio: above 1 if ours is better.
 
-    error: why there is no figure; the value is not a number then.
+    error: why there is no value; the value is NaN then.
     """
 
     case: str
@@ -57,7 +57,7 @@ class Row:
 
 
 def is_quick() -> bool:
-    """Tell whether QUICK=1 asks for a small version of the benchmark, of under a minute."""
+    """Return whether QUICK=1 requests a small version of the benchmark, of under a minute."""
     return os.environ.get("QUICK", "") == "1"
 
 
@@ -67,8 +67,8 @@ def record(
 ) -> Path:  # fmt: skip
     """Write `results/<name>.json` and `.png`, print a table, and return the file's path.
 
-    draw: fills the picture; without it, bars show every metric. summary: printed in place of the table of all rows.
-    further: versions of what ran in other processes.
+    draw: fills the plot; without it, bars show every metric. summary: printed instead of the table of all rows.
+    further: versions of packages in other processes.
     """
     path = write(name, rows, further)
     console = screen()
@@ -81,7 +81,7 @@ def record(
 
 
 def kept_rows(name: str, is_measured_anew: Callable[[str], bool]) -> list[Row]:
-    """Return the rows that a former run wrote to `results/<name>.json`, but for cases that are measured anew."""
+    """Return the rows of an earlier run in `results/<name>.json`, except for cases that are re-measured."""
     file = RESULTS / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     return [Row(**row) for row in rows if row["value"] is not None and not is_measured_anew(row["case"])]
@@ -90,7 +90,7 @@ def kept_rows(name: str, is_measured_anew: Callable[[str], bool]) -> list[Row]:
 def process_bytes(trim: bool = True) -> int:
     """Return the anonymous memory of this process, swapped out or not, without the libraries.
 
-    trim: first give back what the C library keeps of freed blocks. On systems without /proc: all resident memory.
+    trim: first return freed blocks that the C library retains. On systems without /proc: all resident memory.
     """
     gc.collect()
     if trim and sys.platform == "linux":
@@ -104,13 +104,13 @@ def process_bytes(trim: bool = True) -> int:
 
 
 def screen() -> Console:
-    """Return a console whose tables keep their columns where the output is piped into a file."""
+    """Return a console whose tables keep their columns if the output is piped into a file."""
     console = Console()
     return console if console.is_terminal else Console(width=240)
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """Return the environment of a child process that runs a module of `benchmarks`, from whatever folder."""
+    """Return the environment of a child process that runs a module of `benchmarks`, from any folder."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
 
@@ -119,11 +119,11 @@ def _shown(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-# --------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------- file
 
 
 def write(name: str, rows: Iterable[Row], further: Mapping[str, str] | None = None) -> Path:
-    """Write `results/<name>.json`, whole or not at all. further: versions of what ran in other processes."""
+    """Write `results/<name>.json` atomically. further: versions of packages in other processes."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     head = json.dumps(
@@ -140,19 +140,19 @@ def write(name: str, rows: Iterable[Row], further: Mapping[str, str] | None = No
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """Return a row as it stands in the file: `error` only where there is one."""
+    """Return a row in the form of the file: `error` only if there is one."""
     return {k: _number(v) for k, v in dataclasses.asdict(row).items() if k != "error" or v is not None}
 
 
 def _number(value: Any) -> Any:
-    """Return what a file has of a value: six digits of a fraction, null for what is no number."""
+    """Return a value in the form of the file: a fraction with six digits, null if not finite."""
     if not isinstance(value, float) or value.is_integer():
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure depends on; nothing that names the machine or its owner."""
+    """Return the machine properties that results depend on; nothing that identifies the machine or its owner."""
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -173,7 +173,7 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of those of PACKAGES that are installed."""
+    """Return the versions of Python and of the installed ones of PACKAGES."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -184,7 +184,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit that was measured, `-dirty` behind it where files differ from it; "unknown" outside of git."""
+    """Return the measured commit, with `-dirty` if files differ from it; "unknown" outside of git."""
     try:
         known = _git("rev-parse", "HEAD")
         return known + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -197,11 +197,11 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-# --------------------------------------------------------------------------------------------------- table, picture
+# --------------------------------------------------------------------------------------------------- table, plot
 
 
 def table(name: str, rows: Iterable[Row]) -> Table:
-    """Format a line for each case and implementation, a column for each metric, ratios behind the values."""
+    """Format a line per case and implementation, a column per metric, ratios after the values."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     metrics: dict[str, str] = {}
     for row in rows:
@@ -219,7 +219,7 @@ def table(name: str, rows: Iterable[Row]) -> Table:
 
 
 def plot(name: str, draw: Callable[[Figure], None]) -> Path | None:
-    """Draw `results/<name>.png`; None where matplotlib is not installed."""
+    """Plot `results/<name>.png`; None if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -233,7 +233,7 @@ def plot(name: str, draw: Callable[[Figure], None]) -> Path | None:
 
 
 def bars(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw a panel for each metric, a group of bars for each case, a bar for each implementation."""
+    """Plot a panel per metric, a group of bars per case, a bar per implementation."""
     metrics = {row.metric: row.unit for row in rows}
     panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
     for panel, (metric, unit) in zip(panels, metrics.items(), strict=True):

@@ -1,12 +1,12 @@
-"""Count the repository's lines by package, and list what makes it hard to read.
+"""Line counts of the repository by package, and lists of what makes it hard to read.
 
     python -m benchmarks.size                        the working tree
     python -m benchmarks.size --commit REV           another commit
     python -m benchmarks.size --against REV          before and after: REV and the working tree
 
-Listed are import cycles between modules (imports under TYPE_CHECKING count) and between packages, late imports that
+The lists: import cycles between modules (imports under TYPE_CHECKING count) and between packages, late imports that
 would close a cycle, long files and functions, public names with several definitions, and limits named MOST_ or LEAST_
-instead of MAX_ or MIN_. Files that a program wrote (GENERATED) count as lines only.
+instead of MAX_ or MIN_. Generated files (GENERATED) only count as lines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.recording import screen
 from benchmarks.source_imports import PRODUCT, Import, late_cycles, module_cycles, package_cycles, read_imports
 
 ROOT = Path(__file__).parents[1]
-LANGUAGES = {".py": "Python", ".py.in": "Python", ".cpp": "C++", ".h": "C++"}  # by the ending of a file's name
+LANGUAGES = {".py": "Python", ".py.in": "Python", ".cpp": "C++", ".h": "C++"}  # by file extension
 FOLDERS = (*PRODUCT, "tests", "benchmarks", "docs", "examples")
 GENERATED = ("tests/golden/",)
 MAX_FILE, WARN_FILE, MAX_FUNCTION = 450, 400, 60  # lines
@@ -74,12 +74,12 @@ def is_source(path: str) -> bool:
 
 
 def language(path: str) -> str:
-    """Return the language of a file by its name; "" for one that is not counted."""
+    """Return the language of a file by its name; "" for a file that is not counted."""
     name = path.rpartition("/")[2]
     return LANGUAGES.get(name[name.find(".") :] if "." in name else "", "")
 
 
-# --------------------------------------------------------------------------------------------------- measures
+# --------------------------------------------------------------------------------------------------- metrics
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class Definition:
 
 
 class Size:
-    """What is counted and listed of a tree. sources: texts by path."""
+    """The counts and lists of a tree. sources: texts by path."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.sources = dict(sorted(sources.items()))
         written = {path: text for path, text in self.sources.items() if not path.startswith(GENERATED)}
-        self.written = {path: text.count("\n") for path, text in written.items()}  # lines of files by hand
+        self.written = {path: text.count("\n") for path, text in written.items()}  # lines of hand-written files
         self.trees = {path: ast.parse(text) for path, text in written.items() if path.endswith(".py")}
 
     @cached_property
@@ -144,7 +144,7 @@ class Size:
         for path, tree in self.trees.items():
             for node in tree.body if path.partition("/")[0] in folders else ():
                 if isinstance(node, kinds) and not (one := _definition(node, path)).name.startswith("_"):
-                    found[one.name].setdefault(path, one)  # overloads have one name in one module
+                    found[one.name].setdefault(path, one)  # overloads share one name in a module
         return {name: list(paths.values()) for name, paths in sorted(found.items()) if len(paths) > 1}
 
     @cached_property
@@ -167,7 +167,7 @@ class Size:
         return python + cpp
 
     def counts(self) -> dict[str, int]:
-        """Return how many entries every list has."""
+        """Return the number of entries of every list."""
         late = sum(one.is_late for one in self.imports)
         return {
             "modules in import cycles": sum(map(len, module_cycles(self.imports))),
@@ -201,11 +201,11 @@ def _assigned(node: ast.stmt) -> Iterator[str]:
         yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
 
 
-# --------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------------------- report
 
 
 def lines_table(now: Size, before: Size | None = None) -> Table:
-    """Tabulate lines by package, and totals; with `before`, what they were."""
+    """Tabulate lines by package, and totals; with `before`, also the earlier values."""
     columns = [
         f"{name}{part}" for name in ("Python", "C++") for part in (("", " before", " change") if before else ("",))
     ]
@@ -223,7 +223,7 @@ def lines_table(now: Size, before: Size | None = None) -> Table:
 
 
 def counts_table(now: Size, before: Size | None = None) -> Table:
-    """Tabulate the number of entries of every list; with `before`, what it was."""
+    """Tabulate the number of entries of every list; with `before`, also the earlier values."""
     table = Table("", "count", *(["before"] if before else []), title="Structure", title_justify="left")
     old = before.counts() if before else {}
     for name, count in now.counts().items():
@@ -232,7 +232,7 @@ def counts_table(now: Size, before: Size | None = None) -> Table:
 
 
 def listing(size: Size) -> Iterator[str]:
-    """Yield the entries of every list that has some, a line each, below its title."""
+    """Yield the entries of every nonempty list, a line each, below its title."""
     late = [f"{one.module}:{one.line} -> {one.target}" for one in late_cycles(size.imports)]
     lists = {
         "Import cycles between modules": [", ".join(group) for group in module_cycles(size.imports)],

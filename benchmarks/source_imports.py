@@ -1,7 +1,7 @@
-"""The imports between modules of fhopt, read from their source, and the cycles that they close.
+"""The imports between fhopt's modules, parsed from their source, and the cycles that they close.
 
-Sources are texts by path, as `size.py` reads them from the working tree or from a commit. A module of passes/ or
-codegen/ has the name that it is installed under: fhopt.passes.pipeline.
+Sources are texts by path, loaded by `size.py` from the working tree or from a commit. A module of passes/ or codegen/
+has its installed name: fhopt.passes.pipeline.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def module_paths(paths: Iterable[str]) -> dict[str, str]:
 
 
 def read_imports(sources: Mapping[str, str]) -> list[Import]:
-    """Return every import of one module of fhopt by another, wherever in the source it is."""
+    """Return every import of one fhopt module by another, at any level of the source."""
     paths = module_paths(sources)
     found = []
     for module, path in paths.items():
@@ -52,7 +52,7 @@ def read_imports(sources: Mapping[str, str]) -> list[Import]:
 
 
 def _imports(node: ast.AST, package: str, is_late: bool = False, for_types: bool = False) -> Iterator[Import]:
-    """Yield the imports below a node. package: of the module, which relative imports start from."""
+    """Yield the imports below a node. package: of the module, for resolving relative imports."""
     for target in _targets(node, package):
         yield Import("", target, getattr(node, "lineno", 0), is_late, for_types)
     is_late = is_late or isinstance(node, FUNCTIONS)
@@ -62,7 +62,7 @@ def _imports(node: ast.AST, package: str, is_late: bool = False, for_types: bool
 
 
 def _targets(node: ast.AST, package: str) -> Iterator[str]:
-    """Yield the dotted names that a node imports; of `from a import b`, a.b."""
+    """Yield the dotted names that a node imports; for `from a import b`, a.b."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -99,7 +99,7 @@ def package_cycles(imports: Iterable[Import]) -> list[list[str]]:
 
 
 def late_cycles(imports: Iterable[Import]) -> list[Import]:
-    """Return the late imports of a module that imports the importing one at module level, at once or by others."""
+    """Return late imports whose target imports the module at module level, directly or indirectly."""
     known = list(imports)
     graph = nx.DiGraph([(one.module, one.target) for one in known if not one.is_late])
     late = [one for one in known if one.is_late and one.module in graph and one.target in graph]

@@ -1,11 +1,11 @@
-"""Libraries of kernels are built beside the work that needs them, which goes on by plain torch operations until then.
+"""Background compilation of kernel libraries; until a library is built, its callers run plain torch operations.
 
-    first call     -> the library is there: it is loaded              -> what was asked for
+    first call     -> the library is in the file cache: load it       -> its kernel
                    -> it is not: a compiler starts                    -> None, until it is built
 
-There are few, and they serve every plan: they are built once on a machine. Compilers are run by threads that do not
-keep a process from ending: where it ends first, they are stopped, what they have finished stays in the file cache, and
-the next process goes on from there.
+There are few libraries, and they serve every plan: they are built once per machine. Compilers are run by daemon
+threads: if the process ends first, they are stopped, finished libraries stay in the file cache, and the next process
+builds the rest.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores
 
-PATIENCE = 5.0  # seconds that a process waits for stopped compilers when it ends
+PATIENCE = 5.0  # seconds to wait at exit for stopped compilers
 log = logging.getLogger(__name__)
 
 
 class Builder:
     """Builds libraries in threads; every method may be called from any thread.
 
-    Each has a name, a function that builds it, and one that says whether building runs a compiler.
+    Each library has a name, a function that builds it, and a function that says whether building runs a compiler.
     """
 
     def __init__(self, waits: bool = False) -> None:
-        self.waits = waits  # every call waits for what it asks for
-        self._built: dict[str, Any] = {}  # an exception where building failed
+        self.waits = waits  # calls block until the library is built
+        self._built: dict[str, Any] = {}  # an exception if building failed
         self.forget_threads()
 
     def forget_threads(self) -> None:
-        """Begin without threads and jobs, as a process does that was forked: it has only the thread that forked."""
+        """Drop threads and jobs in a forked process, which has only the thread that forked."""
         self._lock = threading.Condition()
         self._queue: deque[tuple[str, Callable[[], Any]]] = deque()
         self._asked = set(self._built)
-        self._threads: list[threading.Thread] = []  # that will look into the queue again
+        self._threads: list[threading.Thread] = []  # that will check the queue again
 
     def kernel(self, spec: KernelSpec) -> LatentKernel | None:
-        """Return the kernel of `spec`; None while the library of kernels is being built, in the background.
+        """Return the kernel of `spec`; None while the kernel library is being built in the background.
 
         Raises what `codegen.build` raises.
         """
         return build(spec) if self.has_attention() else None
 
     def has_attention(self) -> bool:
-        """Return whether the library of kernels is there, or cannot be; False while it is being built."""
+        """Return whether the kernel library is built, or failed to build; False while it is being built."""
         return bool(self.get(NAME, _build_attention, needs_compiler))
 
     def get(self, name: str, job: Callable[[], Any], compiles: Callable[[], bool]) -> Any:
-        """Return what the job of that name built; None while it is being built, in the background.
+        """Return the result of the job with that name; None while it is running in the background.
 
-        compiles: whether that takes long; where it does not, it is built at once. Raises what the job raised.
+        compiles: whether the job is slow; if not, it runs at once. Raises what the job raised.
         """
         if name not in self._built and not self.waits and name not in self._asked and not compiles():
             self._built[name] = job()
@@ -76,7 +76,7 @@ class Builder:
         return found
 
     def start(self, name: str, job: Callable[[], Any]) -> None:
-        """Start a job that was not asked for yet."""
+        """Start a job unless it was requested before."""
         with self._lock:
             if name in self._asked or name in self._built:
                 return
@@ -89,11 +89,11 @@ class Builder:
             self._queue.append((name, job))
 
     def start_attention(self) -> None:
-        """Start to build the library of kernels."""
+        """Start to build the kernel library."""
         self.start(NAME, _build_attention)
 
     def wait(self, names: Iterable[str] | None = None) -> None:
-        """Wait until jobs are done, all that were asked for where none are named."""
+        """Wait for jobs, for all requested ones if none are named."""
         with self._lock:
             self._lock.wait_for(lambda: (self._asked if names is None else set(names)) <= self._built.keys())
 
@@ -106,14 +106,14 @@ class Builder:
                 name, job = self._queue.popleft()
             try:
                 built = job()
-            except BaseException as error:  # for whoever asks for it
+            except BaseException as error:  # re-raised by `get`
                 built = error
             with self._lock:
                 self._built[name] = built
                 self._lock.notify_all()
 
     def stop(self) -> None:
-        """Stop compilers, and wait a moment for what they leave to be removed."""
+        """Stop compilers, and wait briefly for the removal of their partial files."""
         with self._lock:
             self._queue.clear()
             threads = list(self._threads)

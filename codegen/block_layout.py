@@ -1,4 +1,4 @@
-"""What the rows of a layer's caches hold in the blocks of a serving engine, and where.
+"""Layout of the rows that a layer's caches store in the blocks of a serving engine.
 
 Letters: H query heads, G kv heads, J latent heads, D and E head size of keys and values, R latent width.
 """
@@ -20,9 +20,9 @@ from fhopt.plan.window import ResidualWindow
 class SideLayout:
     """Packed latents of keys or of values in a token's row.
 
-    encode [J,R,n*D] and decode [G,D,R]: as in `SidePlan`; encoders of both sides are of one type, float32 or of 16
-    bits. tiers: bit groups, none where latents are not quantized. bytes: of one latent head. start, scale: bytes of
-    the row before quantized values, and before scales.
+    encode [J,R,n*D] and decode [G,D,R]: as in `SidePlan`; encoders of both sides have one type, float32 or 16-bit.
+    tiers: bit groups, empty if latents are not quantized. bytes: per latent head. start, scale: byte offsets in the row
+    of quantized values and of scales.
     """
 
     encode: Tensor
@@ -35,13 +35,13 @@ class SideLayout:
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """What the rows of a layer's three caches hold, and how they are read.
+    """Contents of the rows of a layer's three caches, and the kernels' parameters for them.
 
-    key, value: packed latents; with is_shared both are those of `key`. window: which tokens are read as what, and the
-    bits of its rows. window_rows: bytes of such a row before keys, values, scales of keys, scales of values.
-    first_rows: bytes of a page before the attention sinks' keys and values, the means of keys and of values.
-    means_from: tokens from which on a sequence has means, 0: the plan has none. rotation: of keys that are relative to
-    segments; None: they are as they came.
+    key, value: packed latents; with is_shared both are those of `key`. window: which tokens are sinks, recent or
+    latent, and the bits of window rows. window_rows: byte offsets in such a row of keys, values, scales of keys, scales
+    of values. first_rows: byte offsets in a page of the attention sinks' keys and values, the means of keys and of
+    values. means_from: minimum length of a sequence with means, 0: the plan has none. rotation: of keys relative to
+    segments; None: keys are cached as projected.
     """
 
     heads: int
@@ -59,7 +59,7 @@ class BlockLayout:
     rotation: SegmentRotation | None = None
 
     def specs(self) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
-        """Return the specs of the kernels of latents, residual window and attention sinks."""
+        """Return the specs of the kernels for latents, recent window and attention sinks."""
         name = str(self.dtype).removeprefix("torch.")
         widths = self.key.decode.shape[2], self.value.decode.shape[2]
         latents = KernelSpec(self.key.tiers, self.value.tiers, *widths, name, False)

@@ -1,8 +1,8 @@
-"""Build kernels: from a `KernelSpec` to a callable.
+"""Kernel builds: from a `KernelSpec` to a callable.
 
-On a CPU one compiled library serves every spec (cpu/attention.py); Triton and plain torch kernels are rendered for
-their spec. Files go to the file cache (fhopt/system.py). The name of one is a name and a hash of its text, for C++ also
-of compiler and CPU (compiler.py), so a file that exists is right and is never written again.
+On a CPU one compiled library serves every spec (cpu/attention.py); Triton and plain torch kernels are rendered per
+spec. Files go to the file cache (fhopt/system.py). A file is named by its kernel and a hash of its text, for C++ also
+of compiler and CPU (compiler.py), so an existing file is valid and is never rewritten.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -43,12 +43,11 @@ def render(spec: KernelSpec, target: str) -> str:
 
 @functools.cache
 def build(spec: KernelSpec) -> LatentKernel:
-    """Build the kernel of `spec` for CPUs, once in a process.
+    """Build the CPU kernel of `spec`, once per process.
 
-    It has the signature of `fhopt.ops.latent_attention_reference`. Compiled C++ where a compiler is found, else (with
-    one warning) plain torch operations, which are those of the reference where there are trellis codes. The kernel
-    ignores the arguments for bit groups: they are fixed by `spec`.
-    Raises FhoptError for a spec that no kernel serves.
+    It has the signature of `fhopt.ops.latent_attention_reference`. Compiled C++ if a compiler is found, else (with one
+    warning) plain torch operations, for trellis codes the reference. The kernel ignores the arguments for bit groups,
+    which `spec` fixes. Raises FhoptError for a spec without a kernel.
     """
     try:
         return build_cpp(spec)
@@ -58,21 +57,21 @@ def build(spec: KernelSpec) -> LatentKernel:
 
 
 def without_compiler(spec: KernelSpec) -> LatentKernel:
-    """Return what serves `spec` in torch operations: a generated file, or of trellis codes the reference."""
+    """Return the torch implementation of `spec`: a generated file, or for trellis codes the reference."""
     return latent_attention_reference if has_trellis(spec) else build_torch(spec)
 
 
 def needs_compiler() -> bool:
-    """Return whether building a kernel for CPUs runs a compiler, which takes seconds; once on a machine it does."""
+    """Return whether building a CPU kernel runs a compiler, which takes seconds; it does once per machine."""
     try:
         flags = compiler.flags_for_products()
-    except CompileError:  # there is none
+    except CompileError:  # no compiler
         return False
     return compiler.compiles(cpu_attention.NAME, cpu_attention.library(), flags)
 
 
 def load_library() -> None:
-    """Compile and load the library of all kernels for CPUs; where it cannot be, warn once."""
+    """Compile and load the library of all CPU kernels; on failure, warn once."""
     try:
         _library()
     except CompileError as error:
@@ -97,12 +96,12 @@ def build_torch(spec: KernelSpec) -> LatentKernel:
 
 @functools.cache
 def build_triton(spec: KernelSpec) -> TritonKernel:
-    """Build the Triton kernels of `spec`. Raises ImportError where there is no Triton."""
+    """Build the Triton kernels of `spec`. Raises ImportError without Triton."""
     return TritonKernel(load_module(f"{spec.name}_triton", gpu_attention.render(spec)), spec)
 
 
 class _Rendered(SourceFileLoader):
-    """A loader of the text that was rendered: neither of what its file holds by now, nor of bytecode beside it."""
+    """A loader of the rendered text: ignores the current content of its file, and bytecode next to it."""
 
     def __init__(self, name: str, path: str, text: str) -> None:
         super().__init__(name, path)
@@ -114,7 +113,7 @@ class _Rendered(SourceFileLoader):
 
 
 def load_module(name: str, text: str) -> ModuleType:
-    """Import the Python file `text`, which is kept in the file cache (Triton reads it again)."""
+    """Import the Python file `text` from the file cache (Triton reads the file again)."""
     stem = f"{name}-{text_digest(text)}"
     path = cached_file(f"{stem}.py", lambda path: write_text(path, text))
     name = f"fhopt_kernel_{text_digest(stem)}"

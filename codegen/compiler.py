@@ -1,7 +1,7 @@
 """The C++ compiler: find it, compile a generated file for this CPU, load the library.
 
-The name of a library is the name of its kernel and a hash of text, compiler, flags and CPU, since the code is made for
-that CPU: a file that exists is right and is never written again.
+A library is named by its kernel and a hash of text, compiler, flags and CPU, since the code is CPU-specific: an
+existing file is valid and is never rewritten.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 from fhopt.files import appearing
 from fhopt.system import cache_folder, cached_file, text_digest, warn_once, write_text
 
-ISA_VARIABLE = "FHOPT_ISA"  # an instruction set that the compiler knows, such as x86-64-v3: what older CPUs would run
+ISA_VARIABLE = "FHOPT_ISA"  # target instruction set, such as x86-64-v3, to test code for older CPUs
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _running: set[subprocess.Popen[str]] = set()
-_ends = threading.Event()  # this process does: no compiler is started any more
+_ends = threading.Event()  # set at process exit: start no more compilers
 
 
 class CompileError(Exception):
-    """There is no compiler, or it refused the file. The message is a sentence for the user."""
+    """No compiler was found, or it rejected the file. The message is a sentence for the user."""
 
 
 def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> ctypes.CDLL:
@@ -42,11 +42,11 @@ def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ..
 
 
 def compiles(name: str, text: str, flags: tuple[str, ...] = ()) -> bool:
-    """Return whether `load(name, text, flags)` runs a compiler, which takes seconds: not where the library is kept."""
+    """Return whether `load(name, text, flags)` runs a compiler, which takes seconds: not if the library is cached."""
     try:
         file = _file_name(name, text, find_compiler(), (*FLAGS, *flags, native_flag()))
         return not (cache_folder() / file).is_file()
-    except CompileError:  # there is none
+    except CompileError:  # no compiler
         return False
     except (OSError, RuntimeError):  # no folder, no home
         return True
@@ -57,7 +57,7 @@ def _file_name(name: str, text: str, compiler: str, flags: tuple[str, ...]) -> s
 
 
 def warn_without_compiler(error: CompileError) -> None:
-    """Warn, once in a process, that kernels cannot be compiled, and say what follows from it; not where it ends."""
+    """Warn, once per process and not during exit, that kernels cannot be compiled, and of the consequences."""
     if _ends.is_set():
         return
     warn_once(
@@ -81,12 +81,12 @@ def has_compiler() -> bool:
 
 
 def compiler_version(compiler: str) -> str:
-    """Return the first line that a compiler prints about its version. Raises CompileError where it cannot be run."""
+    """Return the first line of a compiler's version output. Raises CompileError if it cannot be run."""
     return _run([compiler, "--version"]).stdout.partition("\n")[0]
 
 
 def check_compiler() -> str:
-    """Compile a function of one line, load it, and return the compiler's version. Raises CompileError."""
+    """Compile a one-line function, load it, and return the compiler's version. Raises CompileError."""
     version = compiler_version(find_compiler())
     load("probe", '#include <cmath>\nextern "C" double probe(double x) { return std::sqrt(x); }\n')
     return version
@@ -106,17 +106,17 @@ def vector_unit() -> str:
 
 
 def flags_for_products() -> tuple[str, ...]:
-    """Return the flags of a file that multiplies quantized values. Raises CompileError without a compiler.
+    """Return the flags for a file that multiplies quantized values. Raises CompileError without a compiler.
 
-    As bytes they are multiplied with AVX-512 VBMI; without it (Skylake, Cascade Lake) as words with AVX2, which takes
-    0.5 to 0.6 of the time of products of 16 floats (measured on SmolLM2's shape), so that AVX-512 is left out there.
+    With AVX-512 VBMI they are multiplied as bytes. Without it (Skylake, Cascade Lake) AVX2 multiplies them as words,
+    1.7 to 2 times faster than 16-float multiplications (measured on SmolLM2's shape), so AVX-512 is disabled there.
     """
     macros = _macros(find_compiler())
     return ("-mno-avx512f",) if "__AVX512F__" in macros and not macros >= _BYTES else ()
 
 
 def _macros(compiler: str) -> frozenset[str]:
-    """Return the macros that a compiler defines for this CPU; none where it fails, as it then does with a file, too."""
+    """Return the macros that a compiler defines for this CPU; none if it fails, as it then does with any file."""
     try:
         return _defined(compiler, native_flag())
     except CompileError:
@@ -131,7 +131,7 @@ def _defined(compiler: str, flag: str) -> frozenset[str]:
     return frozenset(line.split()[1] for line in done.stdout.splitlines() if line.startswith("#define "))
 
 
-# Macros of a compiler, and what kernels compute with where they are defined.
+# Compiler macros, and the vector instructions that kernels use if they are defined.
 _BYTES = {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"}
 _UNITS = (
     (
@@ -148,26 +148,26 @@ _UNITS = (
 
 
 def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ...]) -> None:
-    """Compile to `library` by the command `compiler`, and leave the text beside it. Raises CompileError."""
+    """Compile to `library` with the command `compiler`, and leave the source next to it. Raises CompileError."""
     source = library.with_suffix(".cpp")
     write_text(source, text)
     with appearing(library) as target:
         command = [*compiler, str(source), "-o", str(target), *links]
         failed = _errors([*command, "-fopenmp"])
-        if failed and _errors(command):  # without OpenMP the kernel runs on one thread
+        if failed and _errors(command):  # without OpenMP the kernel is single-threaded
             lines = failed.strip().splitlines()
             message = next((line for line in lines if "error" in line), lines[0])
             raise CompileError(f"{compiler[0]} refused a generated file: {message}.")
 
 
 def _errors(command: list[str]) -> str:
-    """Run the compiler and return what it said when it failed; empty when it did not."""
+    """Run the compiler and return its error output if it failed, else ""."""
     done = _run(command)
     return (done.stderr or "no message") if done.returncode else ""
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the compiler. Raises CompileError where it cannot be started."""
+    """Run the compiler. Raises CompileError if it cannot be started."""
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             _running.add(process)
@@ -185,14 +185,14 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def stop() -> None:
-    """End all compilers that this process has started, and start no more: what they were to make is not made."""
+    """Terminate all compilers that this process has started, and start no more; their outputs are not written."""
     _ends.set()
     for process in list(_running):
         process.terminate()
 
 
 def native_flag() -> str:
-    """Return the flag that compiles for the CPU of this machine, or for the one that FHOPT_ISA names."""
+    """Return the flag that compiles for the CPU of this machine, or for the ISA in FHOPT_ISA."""
     if isa := os.environ.get(ISA_VARIABLE):
         return f"-march={isa}"
     arm = platform.machine().lower() in ("arm64", "aarch64")

@@ -1,4 +1,4 @@
-"""Dispatch: from the arguments of an op to the kernel that serves them, built at the first call.
+"""Dispatch of op calls to kernels, which are built at the first call.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -39,9 +39,9 @@ _kernels: dict[tuple[object, ...], LatentKernel] = {}
 
 
 def install() -> None:
-    """Enter the generated kernels of this machine in `fhopt.ops.registry`: from then on the ops run through them.
+    """Register the generated kernels of this machine in `fhopt.ops.registry`, so that the ops run through them.
 
-    On GPUs without Triton attention runs on plain torch operations, tokens a tile at a time.
+    On GPUs without Triton, attention runs on plain torch operations, one tile of tokens at a time.
     """
     registry.use("latent_attention", "cpu", latent_attention)
     registry.use("latent_attention", "cuda", latent_attention)
@@ -62,7 +62,7 @@ def install() -> None:
 
 
 def start() -> None:
-    """Start to build the libraries that a model with a plan needs on a CPU, where this machine has none yet."""
+    """Start to build the libraries that a model with a plan needs on a CPU, if this machine lacks them."""
     builder.start_attention()
     cpu_packing.start()
     cpu_prefill.start()
@@ -84,7 +84,7 @@ def prepare_linear() -> None:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Wait inside the context for every kernel that a call needs, as measurements do."""
+    """Make every call inside the context wait for the kernels it needs, as in measurements."""
     before, builder.waits = builder.waits, True
     try:
         yield
@@ -93,12 +93,12 @@ def waiting() -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Compute a linear layer by a compiled kernel; None where none serves, or it is not built yet.
+    """Compute a linear layer with a compiled kernel; None if none is applicable, or it is not built yet.
 
-    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may be one of signed bytes, or
-    stand in the blocks of a GGUF file (`skinny_linear.quantized`). Few rows are served (cpu/skinny_linear.py), more of
-    them beside blocks (`gguf_blocks.most_rows`), and many where torch multiplies their type by loops
-    (cpu/wide_linear.py). For calls without gradients.
+    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may also be int8, or in GGUF
+    blocks (`skinny_linear.quantized`). Kernels take few rows (cpu/skinny_linear.py), more with blocks
+    (`gguf_blocks.most_rows`), and many if torch has no native GEMM for their type (cpu/wide_linear.py). For calls
+    without gradients.
     """
     rows, scale, format = x.numel() // max(x.shape[-1], 1) if x.dim() else 0, None, 0
     is_wide = wide_linear.serves(rows, x.dtype)
@@ -122,9 +122,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def attend_latents(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, **options: Any) -> Tensor | None:
-    """Attend to a KV cache in one call of machine code, as `fhopt.attention.attend.attend_latents_reference` does.
+    """Attend to a KV cache in one native call; see `fhopt.attention.attend.attend_latents_reference`.
 
-    None where it does not serve, or its libraries are not built yet.
+    None if it is not applicable, or its libraries are not built yet.
     """
     if not builder.has_attention() or not _has_ops():
         return None
@@ -132,9 +132,9 @@ def attend_latents(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | 
 
 
 def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:
-    """Round rows into a window in one call of machine code, as `ops.packing.round_rows_into_reference` does.
+    """Round rows into a window in one native call; see `ops.packing.round_rows_into_reference`.
 
-    Returns whether it did: not where its library is not built yet, or numbers are of 64 bits.
+    Returns whether it did: not if its library is not built yet, or values are 64-bit.
     """
     if x.dtype not in _DTYPES or not _has_ops():
         return False
@@ -146,9 +146,9 @@ def pack_window(
     rounded: tuple[Tensor, Tensor], mean: Tensor | None, dtype: torch.dtype, basis: Tensor,
     places: tuple[Tensor, Tensor], at: int, tiers: BitGroups, turning: tuple[Tensor, Tensor, int] | None,
 ) -> float | None:  # fmt: skip
-    """Encode and pack tokens of a window in one call of machine code, as `ops.encode_rows.pack_window_reference` does.
+    """Encode and pack window tokens in one native call; see `ops.encode_rows.pack_window_reference`.
 
-    None where its library is not built yet, or a type has no machine code.
+    None if its library is not built yet, or a type has no native code.
     """
     table = cpu_packing.tier_table(tuple(tiers.bits), tuple(tiers.widths), tuple(tiers.steps))
     if table is None or dtype not in _DTYPES or basis.dtype != torch.float32 or not _has_ops():
@@ -161,29 +161,29 @@ def pack_window(
 
 
 def _has_ops() -> bool:
-    """Return whether the C++ ops can be called; while they are built, in the background, they cannot."""
+    """Return whether the C++ ops are callable; not while they are being built in the background."""
     return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_linear, graph_kernels.compiles_linear))
 
 
 def _has_blocks() -> bool:
-    """Return whether products with blocks of GGUF files can be called; while they are built, they cannot."""
+    """Return whether matmuls with GGUF blocks are callable; not while they are being built."""
     return bool(builder.get(gguf_blocks.NAME, graph_kernels.serve_blocks, graph_kernels.compiles_blocks))
 
 
 def start_blocks() -> None:
-    """Start to build what products with blocks of GGUF files need."""
+    """Start to build the libraries for matmuls with GGUF blocks."""
     builder.start(gguf_blocks.NAME, graph_kernels.serve_blocks)
 
 
 def prepare_blocks() -> bool:
-    """Build what products with blocks of GGUF files need, wait for it, and return whether it is there."""
+    """Build the libraries for matmuls with GGUF blocks, wait for them, and return whether they are callable."""
     start_blocks()
     builder.wait([gguf_blocks.NAME])
     return _has_blocks()
 
 
 def layer_programs_are_built() -> bool:
-    """Return whether programs of layers can run; while their library is built, in the background, they cannot."""
+    """Return whether layer programs can run; not while their library is being built in the background."""
     return bool(builder.get(layer_program.NAME, layer_program.is_built, layer_program.compiles_layers))
 
 
@@ -207,9 +207,9 @@ def latent_attention(
     pages: Tensor | None = None,
     page_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention on latents by a generated kernel, as `fhopt.ops.latent_attention_reference` does.
+    """Compute attention on latents with a generated kernel; see `fhopt.ops.latent_attention_reference`.
 
-    Calls that no kernel serves (gradients, float64) run the reference.
+    Calls without a kernel (gradients, float64) run the reference.
     """
     sides = key_bits, key_widths, key_steps, value_bits, value_widths, value_steps
     kernel = _known_kernel(query, key, value, sides, softcap != 0.0)
@@ -234,14 +234,14 @@ def latent_attention(
 def _known_kernel(
     query: Tensor, key: Tensor, value: Tensor, sides: tuple[Sequence[float], ...], softcap: bool
 ) -> LatentKernel:
-    """Return the kernel of these options, built once; plain torch operations until it is there.
+    """Return the kernel of these options, built once; plain torch operations until it is built.
 
     sides: bits, widths and steps of keys, then of values.
     """
     if query.dtype == torch.float64:
         return latent_attention_reference
     tiers = tuple(map(tuple, sides))
-    place = query.is_cpu or query.dtype  # kernels for GPUs multiply in the type of the query
+    place = query.is_cpu or query.dtype  # GPU kernels multiply in the type of the query
     options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap, place, *tiers)
     kernel = _kernels.get(options)
     if kernel is None:
@@ -252,9 +252,9 @@ def _known_kernel(
 
 
 def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Select pages, attend to them and let the mean of values stand for the others, in one call of machine code.
+    """Select pages and attend to them, with mean values for the other pages, in one native call.
 
-    The reference is `fhopt.ops.paged_attention.attend_pages_reference`. None where one of the kernels does not serve.
+    The reference is `fhopt.ops.paged_attention.attend_pages_reference`. None if one of the kernels is not applicable.
     """
     if needs_gradient(step.query, step.key, step.value):
         return None
@@ -266,15 +266,15 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
 ) -> tuple[LatentKernel, bool]:
-    """Return (kernel of these options, True); (what stands in for it, False) while it is being built.
+    """Return (kernel of these options, True), or (its substitute, False) while it is being built.
 
-    The reference where none can be built.
+    The reference if no kernel can be built.
     """
     key_tiers, value_tiers = (tuple(zip(*tiers[i : i + 3], strict=True)) for i in (0, 3))
     uncoded = {x.dtype for x, coded in ((key, key_tiers), (value, value_tiers)) if not coded}
     if not uncoded <= _DTYPES.keys():
         return latent_attention_reference, True
-    dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # the text needs it for uncoded sides only
+    dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # used only for uncoded sides
     width = int(sum(tiers[4])) or value.shape[-1]
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
     if query.is_cpu:
@@ -293,7 +293,7 @@ def _stand_in(spec: KernelSpec) -> LatentKernel:
 def _pack_by_triton(
     latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    from fhopt.codegen.gpu import packing  # late: importing Triton takes a second, and only GPUs need it
+    from fhopt.codegen.gpu import packing  # lazy: importing Triton takes a second, and only GPUs need it
 
     return packing.pack(latent, bits, widths, steps)
 
@@ -309,7 +309,7 @@ def _unpack_by_triton(
 def encode_rows_by_triton(
     x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Encode and pack by one Triton kernel, on a GPU or under Triton's interpreter; see `fhopt.ops.encode_rows`.
+    """Encode and pack with one Triton kernel, on a GPU or under Triton's interpreter; see `fhopt.ops.encode_rows`.
 
     x [B,G,T,D], basis [J,R,n*D] -> codes uint8 [B,J,T,bytes], scale float16 [B,J,T].
     """

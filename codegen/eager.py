@@ -1,7 +1,7 @@
-"""Render the plain torch kernel of a `KernelSpec`: the fallback where there is no compiler.
+"""Rendering of the plain torch kernel of a `KernelSpec`, the fallback without a compiler.
 
-The file holds only what its spec needs: no loop over bit groups, no branch on bits. Tokens are taken 1,024 at a time
-and the tiles merged by their running log-sum-exp, so that unpacked latents of full length never exist.
+The file holds only what its spec needs: no loop over bit groups, no branch on bits. Tokens are processed in tiles of
+1,024, merged by their running log-sum-exp, so that unpacked latents of full length never exist.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -17,7 +17,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 
 def render(spec: KernelSpec) -> str:
-    """Render the Python file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
+    """Render the Python file of `spec`, deterministically. Raises FhoptError for unsupported bit groups."""
     check_uniform(spec, "a generated file of torch operations")
     return read_source("fhopt.codegen", "eager.py.in").substitute(
         name=spec.name,
@@ -36,12 +36,12 @@ def render(spec: KernelSpec) -> str:
 
 
 def _factors_out(tiers: Tiers) -> bool:
-    """Return True when the scale of a token may multiply the product instead of every element: all channels have it."""
+    """Return True if the token scale can multiply the dot product instead of every element: all channels have it."""
     return bool(tiers) and all(bits < 16 for bits, _, _ in tiers)
 
 
 def _is_mixed(tiers: Tiers) -> bool:
-    """Return True when some channels have the scale of the token and others, of 16 bits, do not."""
+    """Return True if some channels have the token scale and others, which are 16-bit, do not."""
     return is_scaled(tiers) and not _factors_out(tiers)
 
 
@@ -54,7 +54,7 @@ def _call(side: str, tiers: Tiers) -> str:
 
 
 def _functions(spec: KernelSpec) -> list[str]:
-    """Render the functions below the kernel: one per side, and the helpers that these call."""
+    """Render the functions below the kernel: one per side, and their helpers."""
     tiers = spec.key_tiers + spec.value_tiers
     scaled = any(_factors_out(side) for side in (spec.key_tiers, spec.value_tiers))
     parts = [_unpack("key", spec.key_tiers), _unpack("value", spec.value_tiers)]
@@ -65,7 +65,7 @@ def _functions(spec: KernelSpec) -> list[str]:
 
 
 def _unpack(side: str, tiers: Tiers) -> str:
-    """Render the function that unpacks the rows of one side, empty for rows that are not quantized."""
+    """Render the function that unpacks the rows of one side, empty for unquantized rows."""
     if not tiers:
         return ""
     mixed = _is_mixed(tiers)
@@ -96,7 +96,7 @@ def _piece(bits: int, rows: str, step: float, factor: str) -> str:
 
 
 def _codes(bits: int) -> str:
-    """Render the function that reads `bits` < 8 bits, from one bit plane or from two with functions of their own."""
+    """Render the function that unpacks `bits` < 8 bits, from one bit plane or from two planes' functions."""
     high, *low = planes(bits)
     if low:
         return _PLANES.substitute(bits=bits, high=high, low=low[0])

@@ -1,4 +1,4 @@
-"""The format of the packed latents that a kernel takes, and checks of the tensors that hold them.
+"""The format of the packed latents that a kernel takes, and checks of their tensors.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fhopt.codegen.tiers import Tiers, is_scaled
 
-PAGE_QUANTUM = 8  # a page has a multiple of so many tokens
-NO_TENSOR = (0, 0, 0, 0)  # address and three strides, in the struct of a call of a C++ kernel
+PAGE_QUANTUM = 8  # the tokens of a page are a multiple of this
+NO_TENSOR = (0, 0, 0, 0)  # address and three strides, in the argument struct of a C++ kernel
 
 
 class RowFormat:
@@ -25,7 +25,7 @@ class RowFormat:
         self.row = sum(bits * w for bits, w, _ in tiers) // 8 or width  # elements
 
     def rows(self, x: Tensor) -> Tensor:
-        """Convert `x` to the type that the kernel reads, its last dimension dense. Raises ValueError."""
+        """Convert `x` to the kernel's type with a dense last dimension. Raises ValueError."""
         if x.dtype != self.dtype:
             if self.coded:
                 raise ValueError(f"{self.name} has type {x.dtype}; codes are torch.uint8. Pass what fhopt::pack gave.")
@@ -33,7 +33,7 @@ class RowFormat:
         return x if x.stride(3) == 1 else x.contiguous()
 
     def check(self, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int) -> None:
-        """Raise ValueError when `x` or `scale` do not fit a query of shape `query` and `tokens` tokens."""
+        """Raise ValueError if `x` or `scale` do not fit a query of shape `query` and `tokens` tokens."""
         batch, heads, rows, width = x.shape
         if batch != query[0] or query[1] % heads or rows != tokens or width != self.row:
             raise ValueError(

@@ -1,11 +1,11 @@
 """Kernel sources: files in the language of the kernel, in the folders `sources`, from which generated files are made.
 
-    $name               what varies
-    $name, alone        whole lines, each with its end, or none
-    #include "name.h"   the text of that file, so that a generated file needs no other
-    //: words           for who reads the source; left out, as are lines that switch clang-format off and on
+    $name                   a placeholder
+    $name on its own line   whole lines including line ends, or nothing
+    #include "name.h"       the text of that file, so that a generated file needs no other
+    //: words               a comment on the source; dropped, as are lines that switch clang-format off and on
 
-In C++ a placeholder that stands for a definition has a semicolon, without which clang-format would join two of them.
+In C++ a placeholder for a definition has a semicolon, without which clang-format would join two of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEFT_OUT = re.compile(r"^ *//(?: clang-format (?:off|on)|:.*)\n", re.MULTILINE)
 
 @functools.cache
 def read_source(package: str, name: str) -> Template:
-    """Read the file `name` of the sources of `package` ("fhopt.codegen.cpu"), with the files that it includes."""
+    """Load the file `name` of the sources of `package` ("fhopt.codegen.cpu"), with its included files."""
     return Template(_LINES.sub(r"${\1}", _text(package, name)))
 
 

@@ -7,12 +7,12 @@ from fhopt.ops import trellis
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
-Tiers = tuple[tuple[int, int, float], ...]  # bit groups (bits, width, step) in channel order; none: not quantized
+Tiers = tuple[tuple[int, int, float], ...]  # bit groups (bits, width, step) in channel order; empty: not quantized
 PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), for the head of a generated file
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )
-TABLES = {  # of trellis codes, for the sources in C++
+TABLES = {  # of trellis codes, for the C++ sources
     name: ", ".join(map(str, table))
     for name, table in (("levels", trellis.LEVELS), ("offsets", trellis.OFFSETS), ("order", trellis.ORDER))
 }
@@ -20,7 +20,7 @@ UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(spec: KernelSpec) -> None:
-    """Raise FhoptError when no kernel can be written for `spec`."""
+    """Raise FhoptError if no kernel can be generated for `spec`."""
     for side, tiers, width in (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width)):
         if any(bits not in SUPPORTED_BITS or w < 1 or w % TIER_QUANTUM for bits, w, _ in tiers):
             raise FhoptError(
@@ -36,19 +36,19 @@ def check(spec: KernelSpec) -> None:
 
 
 def has_trellis(spec: KernelSpec) -> bool:
-    """Return True where channels have a trellis code (fhopt/ops/trellis.py), which kernels for CPUs alone read."""
+    """Return True if channels have a trellis code (fhopt/ops/trellis.py), which only CPU kernels support."""
     return any(is_trellis(bits, step) for bits, _, step in (*spec.key_tiers, *spec.value_tiers))
 
 
 def check_uniform(spec: KernelSpec, what: str) -> None:
-    """Raise FhoptError as `check` does, and where `spec` has trellis codes, which `what` cannot read."""
+    """Raise FhoptError as `check` does, and if `spec` has trellis codes, which `what` does not support."""
     check(spec)
     if has_trellis(spec):
         raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
 
 
 def is_scaled(tiers: Tiers) -> bool:
-    """Return True when a token has a scale that counts: some channels are quantized, not float16."""
+    """Return True if a token has a scale that matters: some channels are quantized, not float16."""
     return any(bits < 16 for bits, _, _ in tiers)
 
 

@@ -1,9 +1,9 @@
-"""Generate the pages of exceptions and of reasons from the code: every message for a user, with its cure.
+"""Generate the pages of exceptions and of reasons from the code: every message for a user, with its fix.
 
     python docs/error_catalogue.py        writes docs/reference/errors.md and docs/reference/left_alone.md
 
 Messages are read from the source text (`ast`), not collected at run time, so every message that can be raised is on
-the page. The last sentences of a message are its cure; a test fails for a message without one.
+the page. The last sentences of a message are its fix; a test fails for a message without one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ERROR, REASON = "FhoptError", "Miss"
 class Message:
     """A message in the source.
 
-    module: its file without suffix, such as `fhopt/models/loader`. text: the message, with ⟨names⟩ in place of values.
+    module: its file without suffix, such as `fhopt/models/loader`. text: the message, with ⟨names⟩ instead of values.
     """
 
     module: str
@@ -237,7 +237,7 @@ _CUT = re.compile(r"[;,:.] (?=[eE]xpected )|; (?=give |choose )|\. (?=[A-Z⟨`'-
 
 
 def split(text: str) -> tuple[str, str]:
-    """Split a message into the problem, and what was expected with the cure; the second is empty without a cure."""
+    """Split a message into the problem, and what was expected with the fix; the second is empty without a fix."""
     depth = 0
     for at, letter in enumerate(text):
         depth += {"(": 1, ")": -1}.get(letter, 0)

@@ -3,7 +3,7 @@
     python docs/readme_figures.py      writes README.md
 
 A block of README.md between `<!-- figures: NAME -->` and `<!-- end -->` holds what the function `NAME` of `BLOCKS`
-returns. Every measured figure of the README stands in such a block, and a test compares them with the files.
+returns. Every measured figure of the README is in such a block, and a test compares them with the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL_WEIGHTS = re.compile("Q4_0|int[48]")  # in names of engines, of 4 or 8 bit
 CALIBRATED = ("source", "docstrings", "topics", "mixture")  # texts of the kinds that calibrated the plans
 FHOPT = "fhopt"
 SIZES = 4.0, 8.0  # times smaller than a 16-bit cache: rivals are compared at the sizes nearest to them
-NEAR = 1.25  # no size is near that is more than so many times another
+NEAR = 1.25  # ratio up to which two sizes are compared
 NAMES = {
     "fhopt": "**fhopt**",
     "kivi": "KIVI",

@@ -1,7 +1,7 @@
-"""The graph compiler: it finds attention in a graph and rewrites it, exactly or by a plan.
+"""The graph compiler: detects attention in a graph and rewrites it, exactly or according to a plan.
 
-`pipeline` runs the passes. `prepare`, `recognize` and `rewrite` hold them, `graph` what they share. README.md has their
-contract.
+`pipeline` runs the passes. `prepare`, `recognize` and `rewrite` contain them, `graph` their shared code. README.md
+describes the contract of a pass.
 """
 
 from fhopt.passes.pipeline import find

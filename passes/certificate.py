@@ -1,4 +1,4 @@
-"""The certificate of a rewrite: what was matched, which nodes the canonical form replaces and why, how it was checked.
+"""The certificate of a rewrite: the match, the replaced nodes with the rule for each, and the numerical check.
 
 decoder.layers.0.self_attn: q [s0, 9, s1, 64], k [s0, 3, s1, 64], v [s0, 3, s1, 64]
   transpose_3   transpose    movement                                 model.py:41
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """A node that the canonical form replaces, and why the form holds whatever the inputs are.
+    """A node that the canonical form replaces, and why the replacement is valid for all inputs.
 
-    node: its name. operation: what it calls. rule: the rule of `recognize.validity`, with what it relies on.
+    node: its name. operation: the op it calls. rule: the rule of `recognize.validity`, with its premises.
     source: the line of the user's code.
     """
 
@@ -30,9 +30,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Checked:
-    """The check by execution. draws: sets of random values. error, gradient_error: largest relative difference.
+    """The numerical check. draws: sets of random values. error, gradient_error: largest relative difference.
 
-    gradient_error: None where no gradient flows through the attention.
+    gradient_error: None if no gradient flows through the attention.
     """
 
     draws: int
@@ -48,9 +48,9 @@ class Checked:
 class Certificate:
     """Evidence that one rewrite holds for all values.
 
-    operands: role and symbolic shape of each operand. steps: the nodes between operands and result. rows: what a query
-    without keys gives, "" where every query has keys. conditions: what is assumed; nothing by default. checked: None
-    for a call that is canonical already.
+    operands: role and symbolic shape of each operand. steps: the nodes between operands and result. rows: the output
+    for a query without keys, "" if every query has keys. conditions: assumptions; none by default. checked: None for a
+    call that is already canonical.
     """
 
     operands: tuple[tuple[str, str], ...]
@@ -61,13 +61,13 @@ class Certificate:
 
     @property
     def summary(self) -> str:
-        """One line: how many nodes are replaced, and the check."""
+        """One-line summary: number of replaced nodes, and the check."""
         how = f"{len(self.steps)} nodes proved; {self.checked}" if self.checked else "a call that is canonical already"
         return "; ".join((how, *self.conditions))
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What layers of one model share: everything but names of nodes and source lines."""
+        """The properties that layers of one model share: everything but node names and source lines."""
         return self.operands, tuple((s.operation, s.rule) for s in self.steps), self.rows, self.conditions
 
     def lines(self, name: str) -> list[str]:
@@ -87,7 +87,7 @@ class Certificate:
 
 
 def by_kind(certificates: Mapping[str, Certificate]) -> dict[str, list[str]]:
-    """Group certificates that say the same of several layers: name of the first -> names of all."""
+    """Group certificates that differ only in node names and source lines: first name -> all names."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, certificate in certificates.items():
         groups.setdefault(certificate.kind, []).append(name)

@@ -1,4 +1,4 @@
-"""The outcome of the pipeline: attention sites, explanations of what was not rewritten, seconds."""
+"""The outcome of the pipeline: attention sites, explanations of misses, time per pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fhopt.plan.site import AttentionSite
 class Explanation:
     """Why a candidate was not rewritten.
 
-    stage: the pass. node: its name. source: the line of the user's code. reached: what was recognized until then.
+    stage: the pass. node: its name. source: the line of the user's code. reached: what was recognized up to then.
     """
 
     stage: str
@@ -25,12 +25,12 @@ class Explanation:
 
 @dataclass
 class Outcome:
-    """What the pipeline did to a program.
+    """The pipeline's result for one program.
 
     sites: by name of the canonical node. compressed: site name -> layout. lowered: name of an exact site, or of the
-    node of an attention without a site -> what runs it. reading: modules whose attention already reads the latents of
-    a cache. missed: candidates that were not rewritten. certificates: evidence for each rewrite, by name of the
-    canonical node. assumed: extra input of a plan -> the weights and caches that it comes from. seconds: by pass.
+    node of an attention without a site -> its implementation. reading: modules whose attention already runs on the
+    latents of a cache. missed: candidates that were not rewritten. certificates: evidence for each rewrite, by name of
+    the canonical node. assumed: extra input of a plan -> the weights and caches it is computed from. seconds: per pass.
     """
 
     program: Program
@@ -45,5 +45,5 @@ class Outcome:
 
     @property
     def proofs(self) -> dict[str, Certificate]:
-        """Certificates by the name of the site, of attention without one by the name of its node."""
+        """Certificates by site name, or by node name for attention without a site."""
         return {self.sites[n].name if n in self.sites else n: found for n, found in self.certificates.items()}

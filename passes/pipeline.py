@@ -12,8 +12,8 @@
               absorb               latent_attention(q, decode(z), ...)  ->  latent_attention(q~, z, ...)
     lower                          fhopt::attention                     ->  scaled_dot_product_attention, or a kernel
 
-Every pass works on a private copy of the graph, a `Program`. It has `candidates`, `match`, which raises `Miss` with a
-reason, and `rewrite`, which cannot fail. Only the pipeline times, verifies and dumps (`stages`).
+Every pass works on a private copy of the graph, a `Program`. A pass has `candidates`, `match`, which raises `Miss` with
+a reason, and `rewrite`, which cannot fail. Only the pipeline times, verifies and dumps (`stages`).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from fhopt.plan.site import AttentionSite
 
 
 def find(program: Program, inline_checkpoints: bool = True, assume_finite: bool = False) -> Outcome:
-    """Find every attention of `program`, in place. Exact: no number changes beyond rounding.
+    """Find every attention of `program`, in place. Exact up to rounding.
 
-    inline_checkpoints: replace activation checkpoints by their contents; else they stay, and are reported.
+    inline_checkpoints: replace activation checkpoints by their contents; if False they stay and are reported.
     assume_finite: see `Normalize`.
     """
     outcome = Outcome(program, reading=readers(program))
@@ -94,7 +94,7 @@ def find(program: Program, inline_checkpoints: bool = True, assume_finite: bool 
 
 
 def readers(program: Program) -> tuple[str, ...]:
-    """Return the paths of modules whose attention already reads the latents of a cache; they need no rewriting."""
+    """Return the paths of modules whose attention already runs on the latents of a cache; they need no rewriting."""
     ops = [getattr(torch.ops.fhopt, name, None) for name in ("latent_attention", "attend_latents")]
     calls = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", n.target) in ops]
     return tuple(dict.fromkeys(module_path(n) for n in calls))
@@ -102,18 +102,18 @@ def readers(program: Program) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _explained(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
-    """Turn a Miss raised within into an explanation; the candidate stays as it is."""
+    """Record a Miss raised within as an explanation; the candidate stays unchanged."""
     at = source_line(node)
     try:
         yield
     except Miss as miss:
-        if miss.reason and not (outcome.reading and is_ours(at)):  # no reason: nothing like an attention
+        if miss.reason and not (outcome.reading and is_ours(at)):  # without a reason: not attention-like
             outcome.missed.append(explain_miss(stage, miss, node, at))
 
 
 @contextlib.contextmanager
 def _isolated(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
-    """Turn whatever is raised within, but for a user's mistake, into an explanation: it must not cost other sites."""
+    """Record any exception raised within, except FhoptError, as an explanation; other sites are still rewritten."""
     at = source_line(node)
     try:
         with _explained(outcome, stage, node):
@@ -135,7 +135,7 @@ def _own_name(name: str, taken: Collection[str]) -> str:
 
 
 def merge(outcomes: list[Outcome]) -> Outcome:
-    """Merge the outcomes of several graphs of one model; the program is that of the graph with the most sites."""
+    """Merge the outcomes of several graphs of one model; the program is taken from the graph with the most sites."""
     if len(outcomes) == 1:
         return outcomes[0]
     merged = Outcome(max(outcomes, key=lambda o: len(o.sites)).program)
@@ -153,10 +153,10 @@ def merge(outcomes: list[Outcome]) -> Outcome:
 def optimize(
     outcome: Outcome, plan: LatentPlan, training: bool = False, trusting: bool = False, keeper: Keeper | None = None
 ) -> Outcome:
-    """Run `compress`, `absorb` and `lower` on what `find` found, by the plan, in place.
+    """Run `compress`, `absorb` and `lower` on the sites of `find`, according to the plan, in place.
 
     training: keep the graph differentiable. trusting: use the plan for weights that have changed since it was fitted.
-    keeper: holds latents in place of K/V buffers of modules; None: these stay as they are.
+    keeper: stores latents instead of the K/V buffers of modules; None: these buffers stay unchanged.
     """
     compress, absorb = Compress(plan, training, trusting), Absorb()
     buffers = None if keeper is None else LatentBuffers(compress, keeper)
@@ -185,9 +185,9 @@ def optimize(
 
 
 def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outcome:
-    """Let attention read the latents that a model already keeps, in place, where it is faster. For inference.
+    """Run attention on the latents that a model already caches, in place, if that is faster. For inference.
 
-    Exact, without a plan; sites of `plan` are left to `optimize`. An absorbed attention is not a site afterwards.
+    Exact, without a plan; sites of `plan` are left to `optimize`. An absorbed attention is no longer a site.
     """
     stage, program = AbsorbProjection(), outcome.program
     planned = {site.site.name for site in plan.sites} if plan is not None else set()
@@ -213,8 +213,8 @@ def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outc
 
 
 def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
-    """Lower every attention exactly, in place; return False, and change nothing, where `original` is as fast."""
-    canonical = FindAttention().candidates(outcome.program)  # those without projections, too, which are no sites
+    """Lower every attention exactly, in place; return False, changing nothing, if `original` is as fast."""
+    canonical = FindAttention().candidates(outcome.program)  # with or without projections (then no site)
     attentions = [n for n in canonical if n.name in outcome.sites or not outcome.reading]
     decodes = not training and any(map(is_decoding, attentions))
     if not outcome.compressed and not (attentions and (decodes or is_spelled_out(original))):
@@ -224,7 +224,7 @@ def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
 
 
 def lower(outcome: Outcome, training: bool = False) -> Outcome:
-    """Lower the canonical ops to torch ops, which inductor fuses, or to kernels where these are faster."""
+    """Lower the canonical ops to torch ops, which inductor fuses, or to kernels if these are faster."""
     stage = Lower(training)
     with run_stage(outcome, stage.name):
         for node in stage.candidates(outcome.program):

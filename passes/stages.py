@@ -1,4 +1,4 @@
-"""Runs of a pass: timing, verification, dumps, explanations of misses."""
+"""Execution of a pass: timing, verification, dumps, explanations of misses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _watcher: ContextVar[Callable[[Outcome, str], None] | None] = ContextVar("watche
 
 @contextlib.contextmanager
 def watched(by: Callable[[Outcome, str], None]) -> Iterator[None]:
-    """Call `by(outcome, pass)` within after every pass, and with "input" before the first pass of a graph."""
+    """Call `by(outcome, pass)` after every pass in this context, and with "input" before a graph's first pass."""
     token = _watcher.set(by)
     try:
         yield
@@ -58,7 +58,7 @@ def explain_miss(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Expla
 
 
 def failure(stage: str, error: Exception, node: fx.Node) -> Miss:
-    """Make a miss of an exception that a pass did not expect at `node`."""
+    """Return a Miss for an unexpected exception of a pass at `node`."""
     text = (str(error).splitlines() or [""])[0]
     return Miss(
         f"pass {stage} failed here, a fault of fhopt ({type(error).__name__}: {text}); it runs as it is written. "
@@ -68,7 +68,7 @@ def failure(stage: str, error: Exception, node: fx.Node) -> Miss:
 
 
 def dump_certificates(outcome: Outcome) -> None:
-    """Write why each rewrite holds to `certificates.txt` in the folder in FHOPT_DUMP, if set."""
+    """Write the certificates to `certificates.txt` in the folder named by FHOPT_DUMP, if set."""
     folder = os.environ.get("FHOPT_DUMP")
     if folder:
         lines = [line for name, found in outcome.proofs.items() for line in (*found.lines(name), "")]
@@ -76,7 +76,7 @@ def dump_certificates(outcome: Outcome) -> None:
 
 
 def dump_stage(outcome: Outcome, name: str) -> None:
-    """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, whose first line sums up the pass."""
+    """Write the graph to `NN-<pass>.txt` in the folder named by FHOPT_DUMP, if set; the first line sums up the pass."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher(outcome, name)

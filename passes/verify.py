@@ -1,4 +1,4 @@
-"""The contract of a pass, checked after each: a valid graph, with fake values on every tensor, and bound inputs."""
+"""The invariants checked after each pass: a valid graph, fake values on fhopt's own calls, values for all inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fhopt.passes.graph.program import Program
 
 
 def verify(program: Program, after: str) -> None:
-    """Check the contract of a pass. Raises PassError, which names the pass, when the graph breaks it."""
+    """Check the invariants of a pass. Raises PassError, which names the pass, if the graph violates one."""
     try:
         program.graph.lint()
     except (RuntimeError, AssertionError) as error:

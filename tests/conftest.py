@@ -74,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that take longest first, so that no worker is left alone with one of them at the end."""
+    """Run the files that take longest first, so that none of them runs last on a single worker."""
     seconds = Durations.load().files
     items.sort(key=lambda item: -seconds.get(item.path.relative_to(TESTS).as_posix(), 0.0))
     for item in items:

@@ -1,1 +1,1 @@
-"""Attention, decode steps and memory of caches on a CPU."""
+"""CPU benchmarks of attention, decode steps and cache memory."""

@@ -1,21 +1,21 @@
-"""Measure attention of one new token on a CPU: latents against every implementation in torch.
+"""Benchmark of single-token attention on a CPU: latents against every implementation in torch.
 
     python -m benchmarks.cpu.attention              benchmarks/results/attention.json, .png and .md; about 25 minutes
     python -m benchmarks.cpu.attention --quick      one shape, 4,096 tokens (also QUICK=1): attention-quick.*
-    python -m benchmarks.cpu.attention --threads 1  and --shape, --tokens, --batch, --dtype: a part of the cases
+    python -m benchmarks.cpu.attention --threads 1  and --shape, --tokens, --batch, --dtype: a subset of the cases
 
-A case is a shape of heads, a number of cached tokens, a batch, a dtype and a number of threads. Its implementations run
-in one process and alternate; the result is the median of their calls. Keys, values and quantized values are random, as
-time does not depend on them. Before it is timed, each implementation is compared with float64 on the same numbers.
+A case is a head shape, a number of cached tokens, a batch size, a dtype and a number of threads. Its implementations
+run in one process, interleaved; the result is the median of their calls. Keys, values and quantized values are random,
+since latency does not depend on them. Before timing, each implementation is compared with float64 on the same values.
 
     torch    scaled_dot_product_attention as models call it; the queries of a kv head as rows of one query; two batched
-             products and a softmax, eager, by inductor, and by inductor without its pattern matcher; flex_attention
-    fhopt    a latent for each kv head: unquantized keys and values ("full"), half of the channels ("half width", also
-             in float16 where keys and values are float32), and quantized latents of so many times fewer bytes, scales
-             included, with bits from a spectrum that falls as calibrated ones do
+             matmuls and a softmax, eager, by inductor, and by inductor without its pattern matcher; flex_attention
+    fhopt    one latent per kv head: unquantized keys and values ("full"), half of the channels ("half width", also in
+             float16 if keys and values are float32), and quantized latents at several compression ratios, scales
+             included, with bits from a decaying spectrum like calibrated ones
 
 The baseline of a case is the fastest implementation in torch. Bytes are those of the keys and values, or of the packed
-latents, that a call reads; GB/s are compared with those of a copy on the same threads, reads and writes both counted.
+latents, that a call loads; GB/s are compared with a copy on the same threads, counting loads and stores.
 
 Letters: B batch, H query heads, G kv heads, T tokens, D head size.
 """
@@ -37,14 +37,14 @@ from benchmarks.recording import Row, is_quick, record
 from fhopt.codegen.dispatch import install
 from fhopt.hardware import this_cpu
 
-SECONDS, LEAST, MOST = 0.5, 5, 30  # of all calls of a contender, and how many there are
-# Numbers have a deviation of about 1, and an output is an average of them. Torch rounds weights to bfloat16.
+SECONDS, LEAST, MOST = 0.5, 5, 30  # total time per contender, min and max calls
+# Inputs have a standard deviation of about 1, and outputs are averages of them. Torch rounds weights to bfloat16.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3}
 
 
 @torch.no_grad()
 def measure(case: Case, seconds: float) -> list[Contender]:
-    """Check each implementation, then time them alternately. Those that fail keep their error."""
+    """Check each implementation, then time them interleaved. Failed ones record their error."""
     torch.set_num_threads(case.threads)
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def measure(case: Case, seconds: float) -> list[Contender]:
 
 
 def rows_of(case: Case, measured: Sequence[Contender], copy_gb_s: float) -> list[Row]:
-    """Return milliseconds against the fastest implementation in torch, bytes read, and the GB/s of a copy."""
+    """Return milliseconds with the fastest torch implementation as baseline, bytes loaded, and the GB/s of a copy."""
     able = [one for one in measured if one.seconds]
     best = min(one.time_ms for one in able if not one.ours)
     rows = [Row(case.name, COPY, "gb_s", copy_gb_s, "GB/s")]
@@ -92,7 +92,7 @@ def main(
     quick: bool, shapes: tuple[str, ...], tokens: tuple[int, ...], batches: tuple[int, ...], dtypes: tuple[str, ...],
     threads: tuple[int, ...], out: str,
 ) -> None:  # fmt: skip
-    """Measure attention of one new token on this CPU."""
+    """Benchmark single-token attention on this CPU."""
     quick = quick or is_quick()
     if quick:
         shapes, tokens, batches, out = ("GQA 9/3x64",), (4096,), (1,), "attention-quick"

@@ -1,4 +1,4 @@
-"""Implementations of attention of one token that are compared on a CPU, each with its reference in float64."""
+"""Implementations of single-token attention to compare on a CPU, each with a float64 reference."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fhopt.codegen.tiers import Tiers
 from fhopt.ops import algebra, attention, latent_attention
 
 Attend = Callable[[], Tensor]
-RATIOS = {"float32": (4, 8, 16), "bfloat16": (2, 4, 8)}  # quantized values have 8 bits at most
-FALL = 9.0  # bits between the loudest and the faintest channel of a spectrum
+RATIOS = {"float32": (4, 8, 16), "bfloat16": (2, 4, 8)}  # max 8 bits per quantized value
+FALL = 9.0  # difference in bits between the strongest and the weakest channel of a spectrum
 
 
 @dataclass
 class Contender:
-    """One implementation. `size`: bytes that a call reads. `error`: why it cannot run, or how its result is wrong."""
+    """One implementation. `size`: bytes loaded per call. `error`: why it cannot run, or how its result is wrong."""
 
     name: str
     attend: Attend
@@ -34,7 +34,7 @@ class Contender:
     error: str = ""
 
     def call(self) -> float:
-        """Time one call, in seconds."""
+        """Return the seconds of one call."""
         start = time.perf_counter()
         self.attend()
         return time.perf_counter() - start
@@ -46,9 +46,9 @@ class Contender:
 
 
 def spectrum_tiers(dim: int, size: int) -> Tiers:
-    """Return bit groups of a packed latent of at most `size` bytes: water-filling of a spectrum that falls by FALL.
+    """Return bit groups of a packed latent of at most `size` bytes: water-filling of a spectrum decaying by FALL bits.
 
-    Eight channels at a time get the bits that are left between their level and the water, 0 to 6 or 8.
+    Each group of eight channels gets the bits between its level and the water level, 0 to 6 or 8.
     """
     levels = [FALL * (1 - i / (dim // 8 - 1)) for i in range(dim // 8)]
 
@@ -62,9 +62,9 @@ def spectrum_tiers(dim: int, size: int) -> Tiers:
 
 
 def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
-    """Return attention on quantized latents of `ratio` times fewer bytes, and the reference."""
+    """Return attention on latents quantized to 1/`ratio` of the bytes, and the reference."""
     _, groups, dim = SHAPES[case.shape]
-    side = dim * query.element_size() // ratio - 2  # a scale has two
+    side = dim * query.element_size() // ratio - 2  # minus 2 bytes for the scale
     tiers = spectrum_tiers(dim, side)
     row, width = sum(b * w for b, w, _ in tiers) // 8, sum(w for _, w, _ in tiers)
     shape = (case.batch, groups, case.tokens)
@@ -112,7 +112,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend by two batched products and a softmax, queries of a kv head as rows."""
+    """Attend with two batched matmuls and a softmax, queries of a kv head as rows."""
     b, h, s, d = query.shape
     g = key.shape[1]
     rows = query.reshape(b * g, h // g * s, d) * d**-0.5

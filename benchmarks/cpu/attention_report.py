@@ -1,4 +1,4 @@
-"""Table, page and picture of benchmarks/cpu/attention.py."""
+"""Table, page and plot of benchmarks/cpu/attention.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.recording import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-PROMISES = {  # times the best of torch, at 32,768 tokens, batch 1, on either number of threads
+PROMISES = {  # speedup over the best of torch, at 32,768 tokens, batch 1, for either number of threads
     ("GQA 32/8x128", "float32", "8x"): 5.0,
     ("GQA 32/8x128", "bfloat16", "8x"): 4.0,
     ("GQA 32/8x128", "float32", "4x"): 5.0,
@@ -28,17 +28,17 @@ PROMISES = {  # times the best of torch, at 32,768 tokens, batch 1, on either nu
 }
 
 
-COPY = "copy"  # the implementation whose row has the speed of a copy
+COPY = "copy"  # the implementation whose row has the copy bandwidth
 
 
 def speed_gb_s(by_key: Mapping[tuple[str, str, str], Row], case: str, name: str) -> float | None:
-    """Return at how many GB/s an implementation reads its keys and values, None where it was not timed."""
+    """Return the GB/s at which an implementation loads its keys and values, None if it was not timed."""
     time_ms, size = by_key.get((case, name, "time_ms")), by_key.get((case, name, "bytes"))
     return size.value / time_ms.value / 1e6 if time_ms and size else None
 
 
 def promised(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Return (case and implementation, promised, measured) of the promises whose cases were measured."""
+    """Return (case and implementation, target, measured) of the targets whose cases were measured."""
     out = []
     for row in rows:
         shape, tokens, batch, dtype, _ = row.case.split(", ")
@@ -49,7 +49,7 @@ def promised(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """Format a row a case, a column an implementation: milliseconds, speed-up over torch, share of a copy's GB/s."""
+    """Format a row per case, a column per implementation: milliseconds, speedup over torch, share of copy bandwidth."""
     names = [name for name in dict.fromkeys(row.impl for row in rows) if name != COPY]
     by_key = {(row.case, row.impl, row.metric): row for row in rows}
     out = Table(title="attention of one token: ms (speed-up over the fastest of torch, share of a copy's GB/s)")
@@ -67,7 +67,7 @@ def summary(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
-    """Return the page of results: a table a shape and dtype, skipped cases, and the promises."""
+    """Return the page of results: a table per shape and dtype, skipped cases, and the targets."""
     versions, about = recording.versions(), recording.machine()
     by_key = {(row.case, row.impl, row.metric): row for row in rows}
     names = [name for name in dict.fromkeys(row.impl for row in rows) if name != COPY]
@@ -115,7 +115,7 @@ def _cell(by_key: dict[tuple[str, str, str], Row], case: str, name: str) -> str:
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw speed-ups over torch, a panel a shape and dtype, at the longest context, a bar an implementation."""
+    """Plot speedups over torch at the longest context: a panel per shape and dtype, a bar per implementation."""
     shown = [row for row in rows if row.metric == "time_ms"]
     longest = max(int(row.case.split(", ")[1][2:]) for row in shown)
     shown = [row for row in shown if f"T={longest}," in row.case and ", B=1, " in row.case]

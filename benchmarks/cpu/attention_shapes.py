@@ -12,7 +12,7 @@ SHAPES = {"MHA 32x128": (32, 32, 128), "GQA 32/8x128": (32, 8, 128), "GQA 9/3x64
 TOKENS = (4096, 16384, 32768)
 BATCHES = (1, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHARE = 0.5  # of the free memory that a case may take
+SHARE = 0.5  # of the free memory that a case may use
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes of the exact keys and values."""
+        """Bytes of the full-precision keys and values."""
         _, groups, dim = SHAPES[self.shape]
         return 2 * self.batch * groups * self.tokens * dim * DTYPES[self.dtype].itemsize
 
@@ -41,7 +41,7 @@ class Case:
 def cases(
     shapes: Sequence[str], tokens: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], threads: Sequence[int]
 ) -> tuple[list[Case], list[str]]:
-    """Return the cases that fit into memory, and a line on each that does not."""
+    """Return the cases that fit into memory, and a line about each that does not."""
     fitting, left_out = [], []
     available = psutil.virtual_memory().available
     for shape in shapes:

@@ -1,19 +1,19 @@
-"""Measure decode steps of SmolLM2 with 8,192 cached tokens on a CPU: latents against every exact implementation.
+"""Benchmark of SmolLM2 decode steps on a CPU at 8,192 cached tokens: latents against every exact implementation.
 
     python -m benchmarks.cpu.decode --plan 4x --plan 8x         results/decode.json and .png; about 25 minutes
     python -m benchmarks.cpu.decode --tokens 640 --tokens 2048  other contexts; decode-contexts.json and .png
     python -m benchmarks.cpu.decode --quick                     1,024 tokens, float32, plain 4 bits (also QUICK=1)
 
-A case is a batch and a dtype. The implementations of a case run in one process and alternate: a round is a few decode
-steps of each, and the result is the median over all decode steps of an implementation. Their caches hold the same
-tokens: one prompt is read once, exactly, and its keys and values are copied into every cache. Exact implementations
-share one cache of fixed size.
+A case is a batch size and a dtype. The implementations of a case run in one process, interleaved: a round is a few
+decode steps of each, and the result is the median over all decode steps of an implementation. Their caches hold the
+same tokens: one prompt is prefilled once with the full-precision cache, and its keys and values are copied into every
+cache. Exact implementations share one static cache.
 
 `best_exact` is the fastest of those that a user of transformers can choose: attention "sdpa" or "eager", compiled by
-inductor or not, inductor's pattern matcher on or off, weights frozen (and laid out for the products) or not. `grouped`,
+inductor or not, inductor's pattern matcher on or off, weights frozen (and repacked for the matmuls) or not. `grouped`,
 compiled without the pattern matcher, is what a user could write by hand (queries that share a kv head become rows of
-one product); it is listed in addition. Of fhopt, "growing" is what `apply` and `generate` do, in eager mode; "static"
-and "exact" are compiled.
+one matmul); it is listed in addition. For fhopt, "growing" (dynamic cache) is what `apply` and `generate` do, in eager
+mode; "static" and "exact" are compiled.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PROMISED = {1: 1.3, 8: 3.0}
 def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attend in the fastest plain torch: q [B,H,S,D] as [B,G,H/G*S,D] against k, v [B,G,T,D], nothing repeated."""
+    """Attend with the fastest plain torch: q [B,H,S,D] as [B,G,H/G*S,D] against k, v [B,G,T,D], nothing repeated."""
     logits = ops_attention.grouped_scores(query * kwargs["scaling"], key)
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask[..., : key.shape[2]], float("-inf"))
@@ -73,13 +73,13 @@ def grouped_attention(
 
 @dataclass
 class Contender:
-    """One implementation of decoding: `call`: the model, compiled or not; `cache`: shared where `rewind` is set."""
+    """One implementation of decoding. `call`: the model, compiled or not; `cache`: shared if `rewind` is set."""
 
     name: str
     call: Callable[..., Any]
     cache: Any
     token: Tensor  # [B, 1]
-    rewind: int = 0  # length to which the cache is set back before each step
+    rewind: int = 0  # length to which the cache is reset before each step
     seconds: list[float] = field(default_factory=list)
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Contender:
 
 @torch.no_grad()
 def prompt_cache(loaded: LoadedModel, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values [1,G,T,D] of every layer, of a real text."""
+    """Return keys and values [1,G,T,D] of every layer for real text."""
     model = loaded.language_model()
     ids = texts_tokens.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=tokens)
     cache = DynamicCache(config=model.config)
@@ -109,7 +109,7 @@ def prompt_cache(loaded: LoadedModel, tokens: int) -> list[tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def fill(cache: Any, prompt: list[tuple[Tensor, Tensor]], batch: int, dtype: torch.dtype) -> Any:
-    """Give the prompt to a cache, once for each sequence."""
+    """Copy the prompt into a cache, once per sequence."""
     for index, pair in enumerate(prompt):
         cache.update(*[x.to(dtype).repeat(batch, 1, 1, 1) for x in pair], index)
     return cache
@@ -136,10 +136,10 @@ def contenders(
         if attention == "grouped":
             made.append(Contender("grouped by hand, inductor", no_matcher, **shared))
             continue
-        if attention == "sdpa":  # eager attention takes 3 s a decode step at batch 8
+        if attention == "sdpa":  # eager attention takes 3 s per decode step at batch 8
             made.append(Contender("eager, sdpa", model, **shared))
             made.append(Contender("inductor, sdpa", plain, **shared))
-        else:  # the matcher would turn it into sdpa, and has nothing to match in that
+        else:  # the matcher would convert it to sdpa, and has nothing to match in sdpa
             made.append(Contender("inductor, no pattern matcher, eager", no_matcher, **shared))
             made.append(Contender("inductor, frozen, eager", frozen, **shared))
     made.append(Contender("fhopt exact", _flashhead(_with_attention(base, "sdpa"), {"ratio": 1}), **shared))
@@ -163,10 +163,10 @@ def _flashhead(model: Any, options: dict[str, Any]) -> Any:
 
 
 def _compiled(model: Any, **options: Any) -> Callable[..., Any]:
-    """Compile a model behind code of its own.
+    """Compile a model as a separate code object.
 
-    Dynamo tries all compiled versions of one code before it comes to the one that it calls: among ten models of one
-    class that cost the last of them 15 ms a step. A user has one.
+    Dynamo tries all compiled versions of one code object before it reaches the one it calls: with ten models of one
+    class, that cost the last one 15 ms per step. A user has one model.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -176,23 +176,23 @@ def _compiled(model: Any, **options: Any) -> Callable[..., Any]:
     return torch.compile(own, **options)
 
 
-# --------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------------------- measurement
 
 
 def measure(implementations: list[Contender], argument: str, rounds: int) -> None:
-    """Time decode steps of all implementations, alternately."""
+    """Time decode steps of all implementations, interleaved."""
     for one in implementations:
         for _ in range(WARM):
             one.step(argument)
     click.echo("compiled, measuring", err=True)
     for _ in range(rounds):
         for one in implementations:
-            one.step(argument)  # not counted: finds the caches full of what others read, and their guards first
+            one.step(argument)  # warm-up: other implementations have evicted its data and guards from the CPU caches
             one.seconds += [one.step(argument) for _ in range(STEPS)]
 
 
 def rows_of(case: str, batch: int, implementations: list[Contender]) -> list[Row]:
-    """Return milliseconds a decode step, against the fastest alternative; tokens a second; bytes of the KV cache."""
+    """Return milliseconds per decode step with the fastest alternative as baseline; tok/s; bytes of the KV cache."""
     times = {one.name: 1e3 * statistics.median(one.seconds) for one in implementations}
     best = min(t for name, t in times.items() if name.startswith(ALTERNATIVES))
     rows = []
@@ -214,11 +214,11 @@ def cases(quick: bool, batches: tuple[int, ...], dtypes: tuple[str, ...]) -> Ite
             yield batch, dtype
 
 
-# --------------------------------------------------------------------------------------------------- what is shown
+# --------------------------------------------------------------------------------------------------- output
 
 
 def summary(rows: list[Row]) -> Table:
-    """Format a row an implementation, a column a case: milliseconds, speed-up over the best exact implementation."""
+    """Format a row per implementation, a column per case: milliseconds, speedup over the best exact implementation."""
     shown = [row for row in rows if row.metric == "step_ms"]
     names, columns = (list(dict.fromkeys(getattr(row, key) for row in shown)) for key in ("impl", "case"))
     out = Table(
@@ -236,7 +236,7 @@ def summary(rows: list[Row]) -> Table:
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
-    """Draw speed-ups over the best exact implementation as bars, a panel a case, with milliseconds a decode step."""
+    """Plot speedups over the best exact implementation as bars, a panel per case, with milliseconds per decode step."""
     shown = [row for row in rows if row.metric == "step_ms"]
     columns = list(dict.fromkeys(row.case for row in shown))
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True, sharex=True)[0]
@@ -267,10 +267,10 @@ def main(
     quick: bool, plan_paths: tuple[Path, ...], batches: tuple[int, ...], dtypes: tuple[str, ...], rounds: int,
     contexts: tuple[int, ...],
 ) -> None:  # fmt: skip
-    """Measure decoding at a long context."""
+    """Benchmark decoding at a long context."""
     quick = quick or is_quick()
     contexts = (1024,) if quick else contexts
-    torch._dynamo.config.recompile_limit = 64  # all contenders share the code of one class
+    torch._dynamo.config.recompile_limit = 64  # all contenders share the code object of one class
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
     loaded = load_model("demo")
@@ -297,7 +297,7 @@ def summary_line(case: str, rows: list[Row]) -> str:
 
 
 def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
-    """Fit plans as `fhopt fit` does; quick ones for this kind of machine."""
+    """Fit plans as `fhopt fit` does; quick ones for the current CPU type."""
     from fhopt.calibration.options import FitOptions
     from fhopt.hardware.this_cpu import most_alike
     from fhopt.planning.pipeline import fit_to_text

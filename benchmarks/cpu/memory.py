@@ -1,12 +1,12 @@
-"""Measure the resident bytes of KV caches of SmolLM2 at 8,192 tokens, from the process.
+"""Benchmark of the resident memory of SmolLM2's KV caches at 8,192 tokens, measured on the process.
 
     python -m benchmarks.cpu.memory          writes benchmarks/results/memory.json and memory.png; about 15 minutes
-    python -m benchmarks.cpu.memory --quick  1,024 tokens, plain 4 bits in place of fitted plans (also QUICK=1)
+    python -m benchmarks.cpu.memory --quick  1,024 tokens, plain 4 bits instead of fitted plans (also QUICK=1)
 
-Every cache has a process of its own. There the model, in bfloat16, reads tokens in prefill calls of 512 and writes the
-last 64 one by one, so that storage grows as in use; the figure is the growth of the process's anonymous memory. It does
-the same once before, so that kernels and workspaces exist. Freed blocks that the C library keeps are returned before
-both readings (`malloc_trim`); `untrimmed_bytes` is the figure without that.
+Every cache has its own process. The model, in bfloat16, prefills in chunks of 512 tokens and decodes the last 64 one by
+one, so that storage grows as in use; the result is the growth of the process's anonymous memory. It does the same once
+before, so that kernels and workspaces exist. Freed blocks retained by the C library are returned before both
+measurements (`malloc_trim`); `untrimmed_bytes` is the result without that.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
 TOKENS, CHUNK, SINGLE = 8192, 512, 64
 RATIOS = (4.0, 5.3, 8.0)
 EXACT = "exact"
-MOST = 1.03  # times the share that a plan promises
+MOST = 1.03  # max ratio of measured to planned share
 
 
-# --------------------------------------------------------------------------------------------------- in a process
+# --------------------------------------------------------------------------------------------------- one process
 
 
 @torch.no_grad()
 def fill(model: Any, cache: Any, ids: torch.Tensor) -> None:
-    """Read `ids` [1, T] into the cache: prefill calls, then single tokens."""
+    """Run `ids` [1, T] through the model into the cache: prefill chunks, then single tokens."""
     many, few = ids[:, : ids.shape[1] - SINGLE], ids[:, ids.shape[1] - SINGLE :]
     for part in (*many.split(CHUNK, 1), *few.split(1, 1)):
         model(part, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
 
 
 def measured(plan_path: str, tokens: int) -> dict[str, Any]:
-    """Measure the memory that a cache of `tokens` tokens takes in this process, and what it reports itself."""
+    """Measure the memory of a cache of `tokens` tokens in this process, and its own report."""
     loaded = load_model("demo", torch.bfloat16)
     model = loaded.language_model()
     plan = None if plan_path == EXACT else LatentPlan.load(plan_path)
@@ -87,7 +87,7 @@ def measured(plan_path: str, tokens: int) -> dict[str, Any]:
 
 
 def plain_plan(loaded: LoadedModel) -> LatentPlan:
-    """Make a plan of 4 bits for every number, without calibration."""
+    """Create a plan with 4 bits for every channel, without calibration."""
 
     def in_four_bits(side: SidePlan) -> SidePlan:
         return replace(side, tiers=(Tier(4, side.width, 0.4),))
@@ -121,7 +121,7 @@ def in_a_process(plan: str, tokens: int) -> dict[str, Any]:
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """Return figures of all caches; a baseline is the exact cache's."""
+    """Return results for all caches, with the full-precision cache as baseline."""
     rows, exact = [], results[EXACT]
     for name, result in results.items():
         for metric in ("resident_bytes", "untrimmed_bytes", "held_bytes", "formula_bytes"):
@@ -135,7 +135,7 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
 
 
 def verdicts(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Tell whether each plan keeps to its share of the exact cache's resident bytes, in words."""
+    """Return a sentence per plan: whether it keeps its share of the full-precision cache's resident bytes."""
     words_by_plan, exact = {}, results[EXACT]["resident_bytes"]
     for name, result in results.items():
         if name != EXACT:
@@ -156,7 +156,7 @@ def summary(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(figure: Figure, results: dict[str, dict[str, Any]]) -> None:
-    """Draw the regions of each cache as bars, and the growth of the process."""
+    """Plot the regions of each cache as bars, and the growth of the process."""
     axes, bottom = figure.subplots(), [0.0] * len(results)
     for region in REGIONS:
         sizes = [r["regions"][region] / 2**20 for r in results.values()]
@@ -178,7 +178,7 @@ def draw(figure: Figure, results: dict[str, dict[str, Any]]) -> None:
 )
 @click.option("--tokens", type=int, help="Tokens to read.")
 def main(quick: bool, only: str | None, plan_paths: tuple[str, ...], tokens: int | None) -> None:
-    """Measure the exact cache and those of plans, each in a process of its own."""
+    """Measure the full-precision cache and those of plans, each in a separate process."""
     quick = quick or is_quick()
     tokens = tokens or (1024 if quick else TOKENS)
     if only is not None:

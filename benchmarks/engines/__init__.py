@@ -1,1 +1,1 @@
-"""Speed and memory of fhopt and of other inference engines on a CPU."""
+"""CPU speed and memory of fhopt and of other inference engines."""

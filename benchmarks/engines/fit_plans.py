@@ -1,9 +1,9 @@
-"""Fit the plans that benchmarks/engines/compare.py measures, in a process of its own, for it takes much memory.
+"""Fitting of the plans that benchmarks/engines/compare.py measures, in a separate process because of its memory use.
 
     python -m benchmarks.engines.fit_plans MODEL FOLDER NAME [--quick]  writes FOLDER/NAME
 
-NAME: `exact`, which needs no calibration, or a ratio, such as `4x`. --quick: 4 bits for every number, uncalibrated.
-The plans of 4x and 8x are fitted together, to one calibration.
+NAME: `exact`, which needs no calibration, or a ratio, such as `4x`. --quick: 4 bits for every channel, uncalibrated.
+The 4x and 8x plans are fitted together, to one calibration.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fhopt.models.sites import find_sites
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.planning.pipeline import calibrate_source, text_source
 
-RATIOS = (4.0, 8.0)  # fitted together: calibration takes longer than all else
+RATIOS = (4.0, 8.0)  # fitted together: calibration dominates the time
 
 
 def fitted(loaded: LoadedModel, ratios: tuple[float, ...]) -> dict[str, LatentPlan]:
@@ -35,7 +35,7 @@ def fitted(loaded: LoadedModel, ratios: tuple[float, ...]) -> dict[str, LatentPl
 
 
 def plans(loaded: LoadedModel, name: str, quick: bool) -> dict[str, LatentPlan]:
-    """Return the plan of this name, and those that come with it."""
+    """Return the plan of this name, and those fitted along with it."""
     if name == "exact":
         return {name: fit_plan.exact_plan(find_sites(loaded).sites.values())}
     if quick:

@@ -1,7 +1,7 @@
-"""Write a GGUF file of a Hugging Face folder: the same weights for llama.cpp, ik_llama and OpenVINO.
+"""Conversion of a Hugging Face folder to a GGUF file: the same weights for llama.cpp, ik_llama and OpenVINO.
 
-For decoders of the Llama and Qwen2 kind, with a tokenizer of byte pairs. llama.cpp's own script does more models, needs
-more packages, and is not in the packages that bring llama.cpp.
+For Llama and Qwen2 decoders with a byte-pair tokenizer. llama.cpp's own script supports more models, needs more
+packages, and is not in the packages that contain llama.cpp.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from fhopt.errors import FhoptError
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-PRE_TOKENIZERS = {"llama": "smollm", "qwen2": "qwen2"}  # ids are given, so it only has to be one that is known
+PRE_TOKENIZERS = {"llama": "smollm", "qwen2": "qwen2"}  # prompts are token ids, so any known one will do
 F16, Q4_0, Q8_0, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F16", "Q4_0", "Q8_0", "F32"))
 
 
@@ -33,7 +33,7 @@ class Source:
 
     @staticmethod
     def read(folder: Path) -> Source:
-        """Read the configuration. Raises FhoptError for an architecture that this file does not write."""
+        """Load the configuration. Raises FhoptError for an unsupported architecture."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = (config.get("architectures") or ["?"])[0]
         if name not in ARCHITECTURES:
@@ -57,9 +57,9 @@ class Source:
 
 
 def write(folder: Path, target: Path, kind: str) -> None:
-    """Write `target`. kind: "f16", or "q4_0" for linear layers in 4 bits (embeddings in 8), as llama-quantize does.
+    """Write `target`. kind: "f16", or "q4_0" for 4-bit linear layers (8-bit embeddings), as llama-quantize does.
 
-    Raises FhoptError for a model that this file does not write.
+    Raises FhoptError for an unsupported model.
     """
     source = Source.read(folder)
     staging = target.with_name(f".{target.name}.part")
@@ -95,7 +95,7 @@ def _type(name: str, data: np.ndarray[Any, Any], kind: str) -> Any:
 
 
 def _permuted(source: Source, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return rows of queries and keys as GGUF's Llama rotates them: neighbours, where transformers rotates halves."""
+    """Permute rows of queries and keys for GGUF's Llama, which rotates neighbors; transformers rotates halves."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     part = next((key for key in heads if f".{key}." in name), None)
     if part is None or source.architecture != "llama":
@@ -124,7 +124,7 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
 
 
 def _add_tokenizer(writer: Any, source: Source) -> None:
-    """Add tokens and merges of tokenizer.json, with unused ones up to the size of the vocabulary."""
+    """Add tokens and merges of tokenizer.json, padded with unused tokens to the vocabulary size."""
     content = json.loads((source.folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = {index: token for token, index in content["model"]["vocab"].items()}
     added = {token["id"]: token["content"] for token in content["added_tokens"]}

@@ -1,7 +1,7 @@
-"""What the programs in runners/ share: they read one measurement, do it, and print one line of JSON.
+"""Shared code of the programs in runners/: they load one request, measure it, and print one line of JSON.
 
-Each runs in the environment of its engine, so this file imports nothing but the standard library (Python 3.10), and
-nothing of fhopt.
+Each runs in the environment of its engine, so this file imports only the standard library (Python 3.10), and nothing
+of fhopt.
 
     request   argument 1: JSON with the fields of `Request`
     report    last line of standard output: JSON with the fields of `Report`
@@ -24,11 +24,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """One measurement: an engine, a model, a context, a batch.
+    """One measurement: an engine, a model, a context, a batch size.
 
-    model: path in the form that the engine reads. prompts: JSON file with a list of token ids for each sequence.
-    started: time.monotonic() of the process that asked, just before it started this one (one clock for all processes
-    of a machine). cores: the CPU cores to run on, one for each thread. warm: decode steps before those that are timed.
+    model: path in the engine's format. prompts: JSON file with a list of token ids per sequence. started:
+    time.monotonic() of the requesting process, just before it started this one (one clock for all processes of a
+    machine). cores: the CPU cores to run on, one per thread. warm: decode steps before the timed ones.
     """
 
     model: str
@@ -48,12 +48,12 @@ class Request:
 
     @property
     def steps(self) -> int:
-        """Return how many tokens each sequence generates: the first one, those before timing, those that are timed."""
+        """Return the tokens that each sequence generates: the first one, warm-up, timed ones."""
         return 1 + self.warm + self.new_tokens
 
     @property
     def most(self) -> int:
-        """Return the positions of a sequence that a cache must have: the prompt and all new tokens."""
+        """Return the required cache positions per sequence: the prompt and all new tokens."""
         return self.context + self.steps
 
     def tokens(self) -> list[list[int]]:
@@ -64,12 +64,12 @@ class Request:
 
 @dataclass
 class Report:
-    """What a program measured: the first call of the model in a process of its own.
+    """The measurement of a program: the first call of the model in a separate process.
 
     first_token_s: from the start of the process until every sequence has its first new token. second_token_s: until it
-    has its second one, which is later where decode steps are compiled first. prefill_s: of the call that reads the
-    prompts. decode_s: seconds of `decode_tokens` further tokens, of all sequences together, behind the first steps.
-    peak_bytes: the most resident memory of the process and its children. tokens: new tokens of the first sequence.
+    has its second one, including compilation of decode steps. prefill_s: of the prefill call. decode_s: seconds of
+    `decode_tokens` further tokens, of all sequences together, after the warm-up steps. peak_bytes: peak resident memory
+    of the process and its children. tokens: new tokens of the first sequence.
     """
 
     first_token_s: float
@@ -84,7 +84,7 @@ class Report:
 
 @dataclass
 class Clock:
-    """Take the times of one measurement: `start` before the prompt, `step` whenever all sequences have a new token."""
+    """Times of one measurement: `start` before the prompt, `step` whenever all sequences have a new token."""
 
     request: Request
     started: float = 0.0
@@ -92,21 +92,21 @@ class Clock:
     counts: list[int] = field(default_factory=list)
 
     def start(self) -> None:
-        """Note that the prompts are about to be read."""
+        """Record the start of prefill."""
         self.started = time.monotonic()
 
     def step(self, count: int | None = None) -> None:
-        """Note that new tokens are there; the first call ends prefill. count: of all sequences, one each by default."""
+        """Record new tokens; the first call ends prefill. count: of all sequences, one each by default."""
         self.times.append(time.monotonic())
         self.counts.append(self.request.batch if count is None else count)
 
     @property
     def is_done(self) -> bool:
-        """Tell whether all steps that are to be timed have been."""
+        """Return whether all timed steps are done."""
         return len(self.times) >= self.request.steps
 
     def report(self, packages: Sequence[str], tokens: Sequence[int]) -> Report:
-        """Return the report. Raises RuntimeError where fewer tokens were generated than asked for."""
+        """Return the report. Raises RuntimeError if fewer tokens were generated than requested."""
         if not self.is_done:
             raise RuntimeError(f"the engine stopped after {len(self.times)} of {self.request.steps} tokens")
         first, second, base = self.times[0], self.times[1], self.request.warm
@@ -119,9 +119,9 @@ class Clock:
 
 @dataclass
 class StepCounter:
-    """Count new tokens of engines that schedule sequences themselves: some generate while other prompts are read.
+    """Counts new tokens of engines with their own scheduling: some generate during prefill of other prompts.
 
-    Prefill ends with the step after which each sequence has a token. What is generated until then counts for nothing.
+    Prefill ends with the step after which each sequence has a token. Tokens generated before that are not counted.
     """
 
     clock: Clock
@@ -133,16 +133,16 @@ class StepCounter:
 
     @staticmethod
     def extra_tokens(request: Request, chunk: int) -> int:
-        """Return how many tokens a sequence may generate while the other prompts are read, `chunk` tokens a step."""
+        """Return the maximum tokens that a sequence generates during prefill of the others, `chunk` tokens per step."""
         return -(-request.batch * request.context // chunk) + request.batch if request.batch > 1 else 0
 
     def add(self, sequence: int, ids: Sequence[int]) -> None:
-        """Note tokens that a sequence gained in this step."""
+        """Record new tokens of a sequence in this step."""
         self.tokens[sequence] += ids
         self._new += len(ids)
 
     def end_step(self) -> None:
-        """Note the end of a step of the engine."""
+        """Record the end of a step of the engine."""
         new, self._new = self._new, 0
         if all(self.tokens) and new:
             self.clock.step(new)
@@ -153,12 +153,12 @@ class StepCounter:
 
 
 def run(measure: Callable[[Request], Report]) -> None:
-    """Read the request, bind the process to its cores, measure, print the report; an error in one line at the end."""
+    """Load the request, bind the process to its cores, measure, print the report; on an error, one line at the end."""
     values = json.loads(sys.argv[1])
     request = Request(**{**values, "cores": tuple(values["cores"])})
     if sys.platform == "linux":
         os.sched_setaffinity(0, request.cores)
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, it is this process that ends
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel kills this process first
     try:
         report = measure(request)
     except Exception as error:
@@ -166,7 +166,7 @@ def run(measure: Callable[[Request], Report]) -> None:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         os._exit(1)
     print(json.dumps(dataclasses.asdict(report)), flush=True)
-    os._exit(0)  # some engines hang in their threads, or crash, when they are torn down
+    os._exit(0)  # some engines hang or crash at shutdown
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
@@ -175,7 +175,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def peak_bytes() -> int:
-    """Return the most resident memory that this process and its living children had, each, added up. Linux only."""
+    """Return the sum of the peak resident memory of this process and its living children. Linux only."""
     return sum(_peak(process) for process in ("self", *_children(os.getpid())))
 
 

@@ -1,4 +1,4 @@
-"""Rows, tables and picture of benchmarks/engines/compare.py."""
+"""Rows, tables and plot of benchmarks/engines/compare.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.recording import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-INSTALLED = "installation"  # case of the sizes of environments
+INSTALLED = "installation"  # case for the sizes of environments
 HIGHER = {metric.name: metric.higher for metric in METRICS}
 MARKERS = "osv^DP*Xph"
 SHOWN = {
@@ -41,7 +41,7 @@ class CaseName:
 
     @staticmethod
     def read(name: str) -> CaseName:
-        """Read `<model>/<context>/<batch>/<vector unit>`."""
+        """Parse `<model>/<context>/<batch>/<vector unit>`."""
         model, context, batch, unit = name.rsplit("/", 3)
         return CaseName(model, int(context), int(batch), unit)
 
@@ -55,7 +55,7 @@ def vector_unit() -> str:
 
 
 def rows_of(outcomes: Outcomes, unit: str) -> list[Row]:
-    """Return the figures of all outcomes; what could not be run is a row without a value, with the error."""
+    """Return the results of all outcomes; a failure is a row without a value, with the error."""
     rows = []
     for (case, engine), outcome in outcomes.items():
         name = case.name(unit)
@@ -68,19 +68,19 @@ def rows_of(outcomes: Outcomes, unit: str) -> list[Row]:
 
 
 def failure(case: Case, engine: str, error: str, unit: str) -> Row:
-    """Return the row of a measurement that could not be done."""
+    """Return the row of a failed measurement."""
     first = METRICS[0]
     return Row(case.name(unit), engine, first.name, math.nan, first.unit, error=error)
 
 
 def merged(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Return earlier rows of cases and implementations that were not measured now, and those that were."""
+    """Return earlier rows of cases and implementations that were not measured now, and the new ones."""
     known = {(row.case, row.impl) for row in rows}
     return [row for row in earlier if (row.case, row.impl) not in known] + list(rows)
 
 
 def earlier(file: Path) -> list[Row]:
-    """Return the rows of a former run, failures among them."""
+    """Return the rows of a former run, including failures."""
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     return [Row(**{**row, "value": math.nan if row["value"] is None else row["value"]}) for row in rows]
 
@@ -88,8 +88,8 @@ def earlier(file: Path) -> list[Row]:
 def compared(rows: Sequence[Row]) -> list[Row]:
     """Give rows of fhopt a baseline: the best of all other engines in the case.
 
-    These are engines whose weights have 16 bits or more, and all of them where its own weights are quantized. The ratio
-    is above 1 where fhopt is better.
+    Engines with 16-bit or wider weights count, or all of them if fhopt's own weights are quantized. The ratio is above
+    1 if fhopt is better.
     """
     of_others = [row for row in rows if not is_ours(row.impl) and math.isfinite(row.value)]
     out = []
@@ -106,7 +106,7 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def is_ours(impl: str) -> bool:
-    """Tell whether an implementation is fhopt's."""
+    """Return whether an implementation is fhopt's."""
     return impl.split()[0] == OURS
 
 
@@ -119,7 +119,7 @@ def installed(sizes: Mapping[str, int]) -> list[Row]:
 
 
 def summary(rows: Sequence[Row], about: str) -> Table:
-    """Format a line for each implementation in each case: all metrics, or the error."""
+    """Format a line per implementation and case: all metrics, or the error."""
     table = Table(title=f"engines on {about}", title_justify="left")
     for heading in ("case", "engine"):
         table.add_column(heading, overflow="fold")
@@ -135,24 +135,24 @@ def summary(rows: Sequence[Row], about: str) -> Table:
 
 
 def cell(row: Row) -> str:
-    """Format a figure, with its ratio to the best other engine."""
+    """Format a value, with its ratio to the best other engine."""
     value = row.value / 2**20 if row.unit == "bytes" else row.value
     ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
     return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + ratio
 
 
 def about(machine: Mapping[str, Any]) -> str:
-    """Name the CPU, its vector unit and the threads."""
+    """Return the CPU name, its vector unit and the number of threads."""
     return f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads"
 
 
-# --------------------------------------------------------------------------------------------------- picture
+# --------------------------------------------------------------------------------------------------- plot
 
 
 def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
-    """Draw decode speed against context, a panel for each model, batch and vector unit, a line for each implementation.
+    """Plot decode speed against context: a panel per model, batch and vector unit, a line per implementation.
 
-    title: what was measured last, where it is one of several.
+    title: the machine of the last measurement, if there are several.
     """
     shown = [r for r in rows if r.metric == METRICS[0].name and math.isfinite(r.value)]
     groups: dict[tuple[str, int, str], list[Row]] = {}
@@ -174,7 +174,7 @@ def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
 
 
 def _lines(panel: Any, rows: Sequence[Row], implementations: Sequence[str]) -> dict[str, Any]:
-    """Draw a line for each implementation: fhopt's are thick, those of one engine have one marker."""
+    """Plot a line per implementation: fhopt's are thick, those of one engine share a marker."""
     engines: dict[str, str] = {}
     lines = {}
     panel.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
@@ -196,7 +196,7 @@ def _lines(panel: Any, rows: Sequence[Row], implementations: Sequence[str]) -> d
 
 
 def shown_failures(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each engine that could not be run, with its error and the contexts."""
+    """Return a line for each engine that failed, with its error and the contexts."""
     by_error: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.error:

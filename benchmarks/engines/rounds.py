@@ -1,4 +1,4 @@
-"""Rounds of measurements, each in a process of its own: which comes when, what came out, and what failed."""
+"""Rounds of measurements, each in a separate process: schedule, results and failures."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ RUNNERS = "benchmarks.engines.runners"
 
 @dataclass(frozen=True)
 class Case:
-    """A model at a context and a batch."""
+    """A model at a context and a batch size."""
 
     model: str
     context: int
     batch: int
 
     def name(self, vector_unit: str) -> str:
-        """Return the case as it stands in results."""
+        """Return the name of the case in results."""
         return f"{self.model}/{self.context}/{self.batch}/{vector_unit}"
 
 
 @dataclass
 class Outcome:
-    """What an engine did in a case: reports of its processes, or why there are none.
+    """The results of an engine in a case: reports of its processes, or the failure.
 
-    cold: of a process that found nothing compiled; it does not count where there are others.
+    cold: of a process that found nothing compiled; ignored if there are others.
     """
 
     reports: list[Report] = field(default_factory=list)
@@ -54,10 +54,10 @@ def run_rounds(
     cases: Sequence[Case], engines: Sequence[EngineConfig], rounds: int, budget_s: float, measure: Measure,
     say: Callable[[str], None], clock: Callable[[], float] = time.monotonic,
 ) -> Outcomes:  # fmt: skip
-    """Measure each engine once in each case, then again, in turns, up to `rounds` times.
+    """Measure each engine in each case, interleaved, up to `rounds` times.
 
-    After the first round, a round of a case is left out where it would end later than `budget_s` seconds after the
-    start. What failed is not tried again in its case; `measure` raises Unavailable for it.
+    After the first round, a round of a case is skipped if it would end later than `budget_s` seconds after the start.
+    Failures are not retried in their case; `measure` raises Unavailable for them.
     """
     outcomes: Outcomes = {(case, engine.name): Outcome() for case in cases for engine in engines}
     start = clock()
@@ -77,7 +77,7 @@ def run_rounds(
 
 
 def _turn(outcome: Outcome, case: Case, engine: EngineConfig, measure: Measure) -> None:
-    """Measure once and note the result."""
+    """Measure once and record the result."""
     try:
         report, is_cold = measure(case, engine)
     except Unavailable as error:
@@ -108,7 +108,7 @@ def line(case: Case, engine: EngineConfig, outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all processes of a run have in common. caches: folder of what engines compile."""
+    """Settings shared by all processes of a run. caches: folder for engines' compiled code."""
 
     caches: Path
     new_tokens: int
@@ -129,7 +129,7 @@ def in_a_process(
 
 
 def cache_folder(setting: Setting, case: Case, engine: EngineConfig) -> Path:
-    """Return the folder of what an engine compiles in a case; one for all that compile nothing."""
+    """Return the folder for an engine's compiled code in a case; a shared one for engines that compile nothing."""
     if not engine.is_compiled:
         return setting.caches / "shared"
     context = "all" if engine.shares_cache else str(case.context)
@@ -137,7 +137,7 @@ def cache_folder(setting: Setting, case: Case, engine: EngineConfig) -> Path:
 
 
 def variables(setting: Setting, cache: Path) -> dict[str, str]:
-    """Return the environment of a process: as many threads as cores, nothing from a network, caches of its own."""
+    """Return the environment of a process: as many threads as cores, no network, separate caches."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     own = {
         "HF_HUB_OFFLINE": "1",
@@ -151,7 +151,7 @@ def variables(setting: Setting, cache: Path) -> dict[str, str]:
 
 
 def communicate(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> str:
-    """Run a program and return its standard output. Raises Unavailable where it fails, or takes too long."""
+    """Run a program and return its standard output. Raises Unavailable if it fails or times out."""
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace",
         start_new_session=True,
@@ -168,7 +168,7 @@ def communicate(command: Sequence[str], environment: Mapping[str, str], limit_s:
 
 
 def parse(output: str) -> Report:
-    """Read the report from the last line of a program's output that is a JSON object. Raises Unavailable."""
+    """Parse the report from the last JSON object line of a program's output. Raises Unavailable."""
     for text in reversed(output.splitlines()):
         if text.startswith("{"):
             try:
@@ -178,12 +178,12 @@ def parse(output: str) -> Report:
     raise Unavailable("the program printed no report; the last line was: " + (output.strip().splitlines() or [""])[-1])
 
 
-# --------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------- metrics
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a report. higher: whether more is better."""
+    """A metric of a report. higher: whether higher is better."""
 
     name: str
     unit: str
@@ -202,7 +202,7 @@ COLD = tuple(replace(m, name=m.name.replace("_s", "_cold_s")) for m in METRICS i
 
 
 def figures(case: Case, outcome: Outcome) -> Iterator[tuple[Metric, float]]:
-    """Yield the median of each metric over the reports of one engine; cold starts by names of their own."""
+    """Yield the median of each metric over the reports of one engine; cold starts under separate names."""
     reports = outcome.reports or ([outcome.cold] if outcome.cold is not None else [])
     for metric in METRICS:
         if reports and not (metric.name.endswith("token_s") and not outcome.reports):
@@ -219,6 +219,6 @@ def _median(values: Iterable[float]) -> float:
 
 
 def packages(outcomes: Mapping[Any, Outcome]) -> dict[str, str]:
-    """Return the versions of all packages that were measured."""
+    """Return the versions of all measured packages."""
     every = [report for outcome in outcomes.values() for report in (*outcome.reports, outcome.cold) if report]
     return {name: version for report in every for name, version in sorted(report.versions.items())}

@@ -1,4 +1,4 @@
-"""Time attention of one new token on a GPU: latents against every dense implementation."""
+"""Timing of single-token attention on a GPU: latents against every dense implementation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE_TOKENS = 16
 
 
 def dense_implementations(shape: Shape, batch: int, tokens: int, machine: Machine) -> dict[str, Attend]:
-    """Return attention of q [B,H,1,D] to k, v [B,G,T,D] by name, of all that is installed; a function may raise."""
+    """Return all installed implementations of attention of q [B,H,1,D] to k, v [B,G,T,D] by name; a call may raise."""
     results: dict[str, Attend] = {}
     backends = (
         SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH,
@@ -48,7 +48,7 @@ def dense_implementations(shape: Shape, batch: int, tokens: int, machine: Machin
 
 
 def by_sdpa(backend: SDPBackend, grouped: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend by torch's scaled_dot_product_attention; grouped: query heads of a kv head become its queries."""
+    """Attend with torch's scaled_dot_product_attention; grouped: query heads of a kv head become its queries."""
     if grouped:
         query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     with sdpa_kernel(backend):
@@ -56,13 +56,13 @@ def by_sdpa(backend: SDPBackend, grouped: bool, query: Tensor, key: Tensor, valu
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend by two products and a softmax, without repeated keys and values."""
+    """Attend with two matmuls and a softmax, without repeated keys and values."""
     logits = ops_attention.grouped_scores(query * query.shape[-1] ** -0.5, key)
     return ops_attention.grouped_mix(torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype), value)
 
 
 def by_flash_attn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend by the package flash-attn, which reads the random keys and values as [B,T,G,D]."""
+    """Attend with the package flash-attn, which interprets the random keys and values as [B,T,G,D]."""
     from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found, unused-ignore]
 
     batch, groups, tokens, dim = key.shape
@@ -122,7 +122,7 @@ def measure_attention(machine: Machine, report: Report, shape: Shape, batch: int
 
 
 def figures(case: str, impl: str, ms: float, size: int, copy: float, best: float | None = None) -> list[Row]:
-    """Return rows: milliseconds, a latent's against the fastest dense implementation; GB/s against those of a copy."""
+    """Return rows: milliseconds, for a latent with the fastest dense implementation as baseline; GB/s versus a copy."""
     ratio = None if best is None else best / ms
     speed = size / ms / 1e6
     return [
@@ -150,14 +150,14 @@ def dense_times(machine: Machine, report: Report, case: str, shape: Shape, batch
         try:
             with torch.no_grad():
                 results[name] = machine.clock([functools.partial(attend, query, *pair) for pair in pairs], turns)
-        except Exception as error:  # whatever an implementation raises that lacks this shape, device or size
+        except Exception as error:  # an implementation that lacks this shape, device or size may raise anything
             report.leave_out(case, name, error)
     torch._dynamo.reset()
     return results
 
 
 def latent_ms(machine: Machine, shape: Shape, latent: Latent, batch: int, tokens: int) -> float:
-    """Measure milliseconds of the generated kernel, in the configuration that it takes by itself."""
+    """Measure milliseconds of the generated kernel in its own configuration."""
     spec = shape.spec(latent, machine.dtype)
     kernel, workload = build_triton(spec), Workload(batch, shape.heads, latent.heads, latent.heads, 1, tokens)
 
@@ -169,7 +169,7 @@ def latent_ms(machine: Machine, shape: Shape, latent: Latent, batch: int, tokens
 
 
 def tune_kernels(machine: Machine, sizes: Sizes) -> None:
-    """Time the configurations of every kernel that is measured; the results are kept in the file cache."""
+    """Time the configurations of every measured kernel; the results are stored in the file cache."""
     batch, tokens = sizes.tuned
     for shape in sizes.shapes:
         for latent in shape.latents:

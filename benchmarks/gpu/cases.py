@@ -1,4 +1,4 @@
-"""Shapes of attention, models and sizes that benchmarks/gpu/suite.py measures.
+"""Attention shapes, models and sizes that benchmarks/gpu/suite.py measures.
 
 Letters: B batch, H query heads, G kv heads, T tokens, D head size, J latent heads, R latent width, L layers.
 """
@@ -19,13 +19,13 @@ SPARE = 128  # positions of static caches after their tokens
 
 
 def tiers(*pairs: tuple[int, int]) -> Tiers:
-    """Return bit groups from (bits, width), with steps at which random values have a deviation of about 1."""
+    """Return bit groups from (bits, width), with steps for random values of standard deviation about 1."""
     return tuple((bits, width, 3.5 / 2**bits) for bits, width in pairs)
 
 
 @dataclass(frozen=True)
 class Latent:
-    """How keys and values are stored: J latent heads, and the bit groups of both sides; none: unquantized."""
+    """Storage of keys and values: J latent heads, and the bit groups of both sides; empty: unquantized."""
 
     heads: int
     key: Tiers = ()
@@ -49,16 +49,16 @@ class Shape:
 
     @property
     def is_mha(self) -> bool:
-        """Whether every query head has keys of its own."""
+        """Whether every query head has its own keys."""
         return self.heads == self.kv_heads
 
     def spec(self, latent: Latent, dtype: torch.dtype) -> KernelSpec:
-        """Return what the kernel of a latent depends on."""
+        """Return the kernel spec of a latent."""
         key_width, value_width = (sum(w for _, w, _ in side) or self.dim for side in (latent.key, latent.value))
         return KernelSpec(latent.key, latent.value, key_width, value_width, dtype_name(dtype), False)
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
-        """Count the bytes of the keys and values of a token."""
+        """Return the bytes of the keys and values of a token."""
         return 2 * self.kv_heads * self.dim * dtype.itemsize
 
     def latent_bytes(self, latent: Latent, dtype: torch.dtype) -> int:
@@ -66,16 +66,16 @@ class Shape:
         return latent.heads * row_bytes(self.spec(latent, dtype))
 
     def label(self, latent: Latent, dtype: torch.dtype) -> str:
-        """Return the name of a latent in tables: how many times smaller it is."""
+        """Return the name of a latent in tables: its compression ratio."""
         ratio = self.dense_bytes(dtype) / self.latent_bytes(latent, dtype)
         return f"fhopt {ratio:.1f}x" if latent.key else "fhopt, uncoded"
 
 
 FOUR = tiers((4, 128))
-# Planes of whole words of 32 bytes or more, as plans for GPUs have them.
-MHA_SIXTH = Latent(8, tiers((8, 32), (4, 128), (2, 256)), tiers((8, 32), (4, 96), (2, 256)))  # each for 4 kv heads
+# Planes of whole words of 32 bytes or more, as in plans for GPUs.
+MHA_SIXTH = Latent(8, tiers((8, 32), (4, 128), (2, 256)), tiers((8, 32), (4, 96), (2, 256)))  # for 4 kv heads each
 MHA_EIGHTH = Latent(8, *[tiers((8, 32), (4, 64), (2, 256))] * 2)
-GQA_FIFTH = Latent(4, *[tiers((8, 32), (4, 64), (2, 128))] * 2)  # each for 2
+GQA_FIFTH = Latent(4, *[tiers((8, 32), (4, 64), (2, 128))] * 2)  # for 2 each
 GQA_EIGHTH = Latent(4, *[tiers((4, 64), (2, 128))] * 2)
 MHA = Shape(32, 32, 128, (Latent(32), Latent(32, FOUR, FOUR), MHA_SIXTH, MHA_EIGHTH))
 GQA = Shape(32, 8, 128, (Latent(8), Latent(8, FOUR, FOUR), GQA_FIFTH, GQA_EIGHTH))
@@ -84,7 +84,7 @@ WIDE_GQA = replace(GQA, heads=64)
 
 @dataclass(frozen=True)
 class Network:
-    """A model by its shapes. `latents`: those of its attention that are measured."""
+    """A model by its shapes. `latents`: those of its attention to measure."""
 
     name: str
     shape: Shape
@@ -105,10 +105,10 @@ class Network:
         )  # fmt: skip
 
     def depth(self, batch: int, tokens: int, numbers: float) -> int:
-        """Return how many layers fit, with weights and exact cache, into memory for so many numbers."""
+        """Return how many layers, with weights and full-precision cache, fit into a memory of `numbers` elements."""
         heads, width = self.shape.heads + self.shape.kv_heads, self.shape.dim
         weights = self.hidden * (2 * heads * width + 3 * self.intermediate)
-        place = 2 * batch * (tokens + SPARE) * width  # of keys and values, for each head
+        place = 2 * batch * (tokens + SPARE) * width  # of keys and values, per head
         rest = 2 * self.vocabulary * self.hidden + 2 * place * self.shape.heads
         return max(0, min(self.layers, int((numbers - rest) // (weights + place * self.shape.kv_heads))))
 
@@ -119,14 +119,14 @@ LLAMA_31_8B = Network("Llama-3.1-8B", GQA, (GQA_FIFTH, GQA_EIGHTH), 32, 4096, 14
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run measures. checked: tokens of the checks, whole pages of `page`."""
+    """The sizes of a run. checked: tokens of the checks, whole pages of `page`."""
 
     shapes: tuple[Shape, ...] = (MHA, GQA, WIDE_GQA)
     batches: tuple[int, ...] = (1, 8, 32, 64)
     tokens: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     networks: tuple[Network, ...] = (LLAMA_2_7B, LLAMA_31_8B)
     step_tokens: tuple[int, ...] = (16384, 32768)
-    tuned: tuple[int, int] = (8, 32768)  # batch and tokens that configurations are timed at
+    tuned: tuple[int, int] = (8, 32768)  # batch and tokens for timing configurations
     checked: int = 1088
     page: int = 64
     check_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)

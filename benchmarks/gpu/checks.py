@@ -1,4 +1,4 @@
-"""Compare every generated GPU kernel with its reference, before anything is measured."""
+"""Comparison of every generated GPU kernel with its reference, before any measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fhopt.ops import packing as ops_packing
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.window import ResidualWindow
 
-# Of float32, sums in another order and exponentials to 22 bits (TF32 would be 3e-4 off); else four roundings.
+# For float32, another summation order and exponentials to 22 bits (TF32 would be 3e-4 off); else four roundings.
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 EVERY = tiers(*[(bits, 16) for bits in (3, 16, 5, 8, 4, 2, 1, 6)])
 OTHER_SHAPE = Shape(4, 2, 24, ())
@@ -31,7 +31,7 @@ OTHER_LATENTS = ((Latent(1, EVERY, tiers((3, 24), (16, 8))), 0.0), (Latent(2, ()
 
 
 class Wrong(click.ClickException):
-    """A kernel gives wrong numbers, or none."""
+    """A kernel gives wrong values, or fails."""
 
     def __init__(self, machine: Machine, what: str, actual: str) -> None:
         super().__init__(
@@ -46,7 +46,7 @@ def check(machine: Machine, sizes: Sizes) -> int:
     for what, compare in checks(machine, sizes):
         try:
             actual = compare()
-        except Exception as error:  # of Triton, CUDA or torch: they have no base in common
+        except Exception as error:  # Triton's, CUDA's and torch's errors have no common base class
             raise Wrong(machine, what, f"it fails ({' '.join(str(error).split())[:300]})") from error
         if actual:
             raise Wrong(machine, what, actual)
@@ -55,10 +55,10 @@ def check(machine: Machine, sizes: Sizes) -> int:
 
 
 def checks(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield names of checks, and functions that return what is wrong.
+    """Yield names of checks, and functions that return a description of the error.
 
-    Every kernel that is measured, as it is measured; what a kernel can do besides on a few others, in every dtype: each
-    feature is a compilation of its own.
+    Every measured kernel is checked as it is measured; other kernel features only on a few, in every dtype: each
+    feature is a separate compilation.
     """
     for shape in sizes.shapes:
         for latent in shape.latents:
@@ -91,17 +91,17 @@ class Question:
 
 
 def one_range(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Read all tokens in one program."""
+    """Process all tokens in one program."""
     return Question(x, {"splits": 1})
 
 
 def merged_ranges(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Read ranges of tokens, one of them empty, and merge them."""
+    """Process ranges of tokens, one of them empty, and merge them."""
     return Question(x, {"splits": 5})
 
 
 def a_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Hide some tokens, from one row all."""
+    """Mask some tokens, and all tokens of one row."""
     query, tokens = x[0], x[1].shape[2]
     mask = torch.rand(query.shape[0], 1, query.shape[2], tokens, device=query.device) > 0.4
     mask[0, 0, 0] = False
@@ -109,21 +109,21 @@ def a_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def an_additive_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Add a number to every logit."""
+    """Add a bias to every logit."""
     query, tokens = x[0], x[1].shape[2]
     bias = torch.randn(*query.shape[:3], tokens, device=query.device)
     return Question((*x[:5], bias), {}, bias)
 
 
 def lengths(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Let sequences end early, the second at once."""
+    """End sequences early, the second one at length 0."""
     tokens = x[1].shape[2]
     ends = torch.tensor([tokens - 7, 0], device=x[0].device)
     return Question(x, {"lengths": ends}, torch.arange(tokens, device=x[0].device) < ends.view(2, 1, 1, 1))
 
 
 def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Read the quantized tokens of `x`, between attention sinks and residual window, from pages of a pool."""
+    """Load the quantized tokens of `x`, between attention sinks and recent window, from pages of a pool."""
     query, page = x[0], sizes.page
     count = x[1].shape[2] // page
     table = torch.randperm(2 * count + 1, device=query.device)[: 2 * count].view(2, count).to(torch.int32)
@@ -136,7 +136,7 @@ def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Let each latent head read its selected pages."""
+    """Select different pages for each latent head."""
     query, page = x[0], sizes.page
     units, count = math.lcm(x[1].shape[1], x[3].shape[1]), x[1].shape[2] // page
     pages = torch.rand(2, units, count, device=query.device).argsort(-1)[..., : count - 1].to(torch.int32)
@@ -147,7 +147,7 @@ def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def chosen_short_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Select pages of less than a tile."""
+    """Select pages smaller than a tile."""
     return chosen_pages(x, replace(sizes, page=8))
 
 
@@ -158,7 +158,7 @@ FEATURES: tuple[Feature, ...] = (
 
 
 def _pooled(x: Tensor, table: Tensor, page: int) -> Tensor:
-    """Turn x [B,J,T,...] into a pool [pages, J, page, ...] whose other pages hold what would spoil a result."""
+    """Convert x [B,J,T,...] to a pool [pages, J, page, ...] whose other pages would corrupt a result."""
     parts = x.unflatten(2, (-1, page)).transpose(1, 2).flatten(0, 1)
     pool = x.new_full((table.numel() + 1, *parts.shape[1:]), 255 if x.dtype == torch.uint8 else math.nan)
     pool[table.flatten().long()] = parts
@@ -168,7 +168,7 @@ def _pooled(x: Tensor, table: Tensor, page: int) -> Tensor:
 def compare_attention(
     machine: Machine, sizes: Sizes, shape: Shape, latent: Latent, spec: KernelSpec, softcap: float, feature: Feature
 ) -> str:
-    """Return what is wrong with one call, in words; empty where nothing is."""
+    """Return a description of the error of one call; "" if it is correct."""
     torch.manual_seed(0)
     queries = 3 if feature is a_mask else 1
     workload = Workload(2, shape.heads, latent.heads, latent.heads, queries, sizes.checked)
@@ -187,7 +187,7 @@ def compare_attention(
 
 
 def random_arguments(spec: KernelSpec, workload: Workload, device: str) -> tuple[Any, ...]:
-    """Return query, key, key_scale, value, value_scale and no mask; unlike those of `random_call`, all are finite."""
+    """Return query, key, key_scale, value, value_scale and no mask; unlike in `random_call`, all are finite."""
     dtype, batch = getattr(torch, spec.dtype), workload.batch
     made: list[Any] = [torch.randn(batch, workload.heads, workload.queries, spec.key_width, dtype=dtype, device=device)]
     for side, width in ((spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)):
@@ -213,7 +213,7 @@ def _columns(side: Tiers) -> algebra.BitGroups:
 
 
 def relative(actual: Tensor, reference: Tensor) -> float:
-    """Return the norm of the difference relative to that of the expected tensor; infinite where it is not finite."""
+    """Return the norm of the difference relative to that of the expected tensor; infinite if it is not finite."""
     apart = float((actual.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
     return apart if math.isfinite(apart) else math.inf
 
@@ -223,7 +223,7 @@ def _most(actual: Tensor, reference: Tensor) -> float:
 
 
 def compare_pack(machine: Machine) -> str:
-    """Check packing of integers, whose squares have exact sums: equal byte for byte."""
+    """Check packing of integers, whose squares have exact sums: byte-identical."""
     from fhopt.codegen.gpu import packing
 
     z = torch.randint(-9, 10, (2, 3, 35, 128)).float()
@@ -232,7 +232,7 @@ def compare_pack(machine: Machine) -> str:
 
 
 def compare_unpack(machine: Machine) -> str:
-    """Check unpacking of random latents: equal number for number."""
+    """Check unpacking of random latents: identical values."""
     from fhopt.codegen.gpu import packing
 
     codes, scale = ops_packing.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
@@ -241,7 +241,7 @@ def compare_unpack(machine: Machine) -> str:
 
 
 def compare_encode(machine: Machine) -> str:
-    """Check rows encoded between others, from whole numbers and a basis of -1, 0 and 1: equal byte for byte."""
+    """Check rows encoded between others, from integers and a basis of -1, 0 and 1: byte-identical."""
     from fhopt.codegen.gpu import encode_rows
 
     x, basis = torch.randint(-2, 3, (2, 4, 21, 16)).float(), torch.randint(-1, 2, (2, 128, 32)).float()

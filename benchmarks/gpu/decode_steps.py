@@ -1,4 +1,4 @@
-"""Time whole decode steps of models with random weights on a GPU."""
+"""Timing of whole decode steps of models with random weights on a GPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
-STEPS, ROUNDS = 10, 5  # of a model
-CHUNK = 1024  # tokens that are added to a cache at once
+STEPS, ROUNDS = 10, 5  # per model
+CHUNK = 1024  # tokens added to a cache at once
 
 
 def measure_steps(machine: Machine, report: Report, network: Network, batch: int, tokens: int) -> None:
@@ -49,7 +49,7 @@ def depths(fitting: int, layers: int) -> tuple[int, ...]:
 
 
 def step_rows(case: str, layers: int, times: dict[int, dict[str, float]]) -> list[Row]:
-    """Return what was measured, and the decode step of all layers, against the fastest exact implementation."""
+    """Return the measurements, and the decode step of all layers, with the fastest exact implementation as baseline."""
     metric, whole = "step_ms", dict(times.get(layers, {}))
     rows = []
     if not whole:
@@ -73,7 +73,7 @@ def scaled(layers: int, n: int, at_n: float, m: int, at_m: float) -> float:
 def step_times(
     machine: Machine, report: Report, network: Network, layers: int, batch: int, tokens: int
 ) -> dict[str, float]:
-    """Measure milliseconds of a decode step of each implementation, one by one: two caches may not fit."""
+    """Measure milliseconds per decode step of each implementation, one by one: two caches may not fit."""
     places = tokens + SPARE
     model = random_model(machine, network, layers, places)
     give = functools.partial(fill, machine, network, batch, tokens)
@@ -89,7 +89,7 @@ def step_times(
         label = network.shape.label(latent, machine.dtype)
         fhopt.apply(model, hand_plan(network, latent, layers))
         cache = give(latent_cache(model, max_cache_len=places))
-        # What mode="reduce-overhead" stands for, which torch takes in place of options only. ratio 1: no second plan.
+        # Equals mode="reduce-overhead", which torch accepts only without options. ratio 1: no second plan.
         compiled = torch.compile(model, backend="flashhead", options={"ratio": 1, "triton.cudagraphs": True})
         times_ms[label] = time_step(compiled, cache, f"{network.name}, {label}")
         fhopt.unapply(model)
@@ -99,7 +99,7 @@ def step_times(
 def step_ms(
     machine: Machine, report: Report, model: Any, batch: int, compiled: Callable[..., Any], cache: Any, what: str
 ) -> float:
-    """Measure milliseconds of a decode step; the median over rounds of STEPS."""
+    """Measure milliseconds per decode step; the median over rounds of STEPS."""
     token = torch.ones(batch, 1, dtype=torch.int64, device=machine.device)
     options = {cache_argument(model): cache, "use_cache": True}
     counters.clear()
@@ -129,7 +129,7 @@ def random_model(machine: Machine, network: Network, layers: int, places: int) -
 
 @torch.no_grad()
 def fill(machine: Machine, network: Network, batch: int, tokens: int, cache: Any) -> Any:
-    """Give a cache random tokens."""
+    """Fill a cache with random tokens."""
     for start in range(0, tokens, CHUNK):
         size = batch, network.shape.kv_heads, min(CHUNK, tokens - start), network.shape.dim
         pair = [torch.randn(size, dtype=machine.dtype, device=machine.device) for _ in range(2)]
@@ -139,7 +139,7 @@ def fill(machine: Machine, network: Network, batch: int, tokens: int, cache: Any
 
 
 def hand_plan(network: Network, latent: Latent, layers: int) -> LatentPlan:
-    """Make a plan with `latent` at every layer and random orthonormal bases for each: right in size alone."""
+    """Create a plan with `latent` at every layer and random orthonormal bases: only its size is realistic."""
     shape = network.shape
     sites = []
     for layer in range(layers):

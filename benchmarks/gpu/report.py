@@ -1,4 +1,4 @@
-"""Figures of benchmarks/gpu/suite.py as they come in, and how they are shown."""
+"""Results of benchmarks/gpu/suite.py, stored incrementally, and their presentation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """Figures so far, stored in a file after every case, and notes on them."""
+    """Results so far, stored in a file after every case, and notes on them."""
 
     file: str
     mark: str
     rows: list[Row] = field(default_factory=list)
-    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # cases by implementation and what is said
+    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # cases by (implementation, note)
     places: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # shape, batch and tokens of a case
 
     def case(self, shape: str, batch: int, tokens: int) -> str:
@@ -39,13 +39,13 @@ class Report:
         recording.write(self.file, self.rows)
 
     def note(self, case: str, impl: str, what: str) -> None:
-        """Note something about one implementation."""
+        """Record a note about one implementation."""
         what = " ".join(what.split())[:200]
         self.notes.setdefault((impl, what), []).append(case)
         click.echo(f"{case}: {impl}: {what}", err=True)
 
     def leave_out(self, case: str, impl: str, error: Exception) -> None:
-        """Note why something is not measured."""
+        """Record why an implementation is not measured."""
         self.note(case, impl, f"left out, {error or type(error).__name__}")
 
 
@@ -60,7 +60,7 @@ COLUMNS = ("case", "implementation", "ms", "times the fastest dense", "GB/s", "o
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return a row of COLUMNS for each case and implementation."""
+    """Return a row of COLUMNS per case and implementation."""
     speeds = {(row.case, row.impl): row for row in rows if row.metric == "gb_s"}
     lines_of_table: list[tuple[str, ...]] = []
     for row in (row for row in rows if row.unit == "ms"):
@@ -102,7 +102,7 @@ def markdown(report: Report, machine: Machine, copy: float) -> str:
 
 
 def draw(figure: Figure, report: Report) -> None:
-    """Draw speed-ups over the fastest dense implementation, over tokens; a panel a shape, a line a latent and batch."""
+    """Plot speedups over the fastest dense implementation by tokens: a panel per shape, a line per latent and batch."""
     shown = [row for row in report.rows if row.metric == "time_ms" and row.ratio is not None]
     names = list(dict.fromkeys(report.places[row.case][0] for row in shown))
     panels = figure.subplots(1, max(1, len(names)), squeeze=False, sharey=True)[0]

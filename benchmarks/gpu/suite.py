@@ -1,25 +1,25 @@
-"""Check kernels and decode steps on a GPU, then measure them.
+"""Checks of kernels and decode steps on a GPU, followed by benchmarks.
 
     python -m benchmarks.gpu.suite          benchmarks/results/gpu.json, gpu.png, gpu.md
     python -m benchmarks.gpu.suite --check  only the first part
     python -m benchmarks.gpu.suite --tune   first time the configurations of each kernel and store the fastest
     python -m benchmarks.gpu.suite --quick  few cases (also QUICK=1), to gpu-quick.*
-    python -m benchmarks.gpu.suite --dry    the same code on a CPU in tiny sizes, under Triton's interpreter: no figures
+    python -m benchmarks.gpu.suite --dry    the same code on a CPU in tiny sizes, under Triton's interpreter: no results
 
 1. Every generated kernel is compared with a reference in float64 (attention), or byte for byte (encode, pack, unpack).
-   The first that is wrong ends the run.
-2. Attention of one new token: latents against every dense implementation that is installed. Calls are recorded in a
-   CUDA graph and rotate over buffers that are together COLD times the L2 cache; a figure is the median over replays.
-   Bytes are those of the keys and values, or of the quantized values and scales; a copy is measured in the same run.
-   The baseline of a case is its fastest dense implementation.
+   The first wrong one ends the run.
+2. Single-token attention: latents against every installed dense implementation. Calls are captured in a CUDA graph and
+   rotate over buffers that together are COLD times the L2 cache; a result is the median over replays. Bytes are those
+   of the keys and values, or of the quantized values and scales; a copy is measured in the same run. The baseline of a
+   case is its fastest dense implementation.
 3. Whole decode steps of models with the shapes of Llama-2-7B and Llama-3.1-8B, random weights and random tokens in the
    KV caches: transformers with a StaticCache against a LatentCache of the same number of tokens, both with CUDA graphs.
-   Where not all layers fit into memory with the exact cache, two smaller numbers of layers are measured and the time is
-   extrapolated, step(L) = step(n) + (L - n) (step(n) - step(m)) / (n - m); such a figure is called
+   If not all layers fit into memory with the full-precision cache, two smaller numbers of layers are measured and the
+   time is extrapolated, step(L) = step(n) + (L - n) (step(n) - step(m)) / (n - m); such a result is called
    step_ms_scaled.
 
---dry differs in device, clock and sizes, and compiles dense implementations with Dynamo alone. It shows that this file
-runs. Its output is marked, and stored only where --out says so.
+--dry differs in device, clock and sizes, and compiles dense implementations only with Dynamo. It shows that this file
+runs. Its output is marked, and stored only with --out.
 
 Letters: B batch, H query heads, G kv heads, S queries, T tokens, D head size, J latent heads, R latent width, L layers.
 """
@@ -30,7 +30,7 @@ import os
 import sys
 
 if __name__ == "__main__" and "--dry" in sys.argv and os.environ.get("TRITON_INTERPRET") != "1":
-    # What Triton does with a kernel, and whether there is a GPU, is settled when the modules below are imported.
+    # Triton's interpreter mode and the visible GPUs are fixed when the modules below are imported.
     _environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _environment)
 
@@ -60,7 +60,7 @@ from benchmarks.recording import Row, is_quick, record
 @click.option("--dry", is_flag=True, help="On a CPU, in tiny sizes, under Triton's interpreter. No figure counts.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results; with --dry, none unless given.")
 def main(quick: bool, only_check: bool, tunes: bool, dry: bool, out: Path | None) -> None:
-    """Check the generated kernels on a GPU, then measure them."""
+    """Check the generated kernels on a GPU, then benchmark them."""
     machine = dry_machine() if dry else this_gpu()
     quick = quick or is_quick()
     sizes = TINY_SIZES if dry else QUICK if quick else Sizes()
@@ -77,7 +77,7 @@ def main(quick: bool, only_check: bool, tunes: bool, dry: bool, out: Path | None
 
 def measure(machine: Machine, sizes: Sizes, report: Report) -> None:
     """Measure everything, and write the files of the report."""
-    torch._dynamo.config.recompile_limit = 64  # all contenders share the code of one class
+    torch._dynamo.config.recompile_limit = 64  # all contenders share the code object of one class
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
     copy = copy_gb_s(machine)

@@ -1,4 +1,4 @@
-"""Clocks of benchmarks/gpu/suite.py: CUDA graphs on a GPU, the clock of the host in a dry run."""
+"""Clocks of benchmarks/gpu/suite.py: CUDA graphs on a GPU, the host clock in a dry run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import torch
 
 T = TypeVar("T")
 Call = Callable[[], object]
-COLD = 4  # times the L2 cache that rotating buffers are together
-LONG = 2 << 30  # bytes that a graph reads at least: starting it takes no part of its time then
+COLD = 4  # total size of rotating buffers, relative to the L2 cache
+LONG = 2 << 30  # min bytes loaded by a graph, so that its launch time is negligible
 REPLAYS, WARM = 20, 3
-SHARE = 0.85  # of the free memory that is used
+SHARE = 0.85  # of the free memory
 NEEDS = "bench-gpu needs a GPU that torch can use (torch.cuda.is_available() is False); --dry runs without one."
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Device and clock of a run: all that --dry changes but the sizes.
+    """Device and clock of a run: everything that --dry changes except the sizes.
 
-    dtype: of models. cold, long: bytes that rotating buffers have together, and that a measurement reads. free: bytes
-    of memory that may be had. clock: milliseconds of one of some calls, gone round so many times. wait: until the
-    device is done. tuner: clock of `tune`, None for its own. compiler: of dense attention. mark: before each case.
+    dtype: of models. cold, long: total bytes of rotating buffers, and bytes loaded by a measurement. free: available
+    bytes of memory. clock: milliseconds per call, given calls and the number of passes over them. wait: until the
+    device is done. tuner: clock of `tune`, None for its own. compiler: of dense attention. mark: prefix of each case.
     """
 
     name: str
@@ -57,7 +57,7 @@ def this_gpu() -> Machine:
 
 
 def dry_machine() -> Machine:
-    """Return a CPU that claims to have so little memory that something is left out."""
+    """Return a CPU that reports so little memory that some cases are skipped."""
     free, cold = 450_000, 2_000
     return Machine(
         "dry", "cpu", torch.float32, cold, 2 * cold, lambda: free, host_ms, lambda: None,
@@ -73,11 +73,11 @@ def gpu_free() -> int:
 
 
 def graph_ms(calls: Sequence[Call], turns: int) -> float:
-    """Return milliseconds of one of the calls: a CUDA graph has all, `turns` times; the median over replays."""
+    """Return milliseconds per call: a CUDA graph contains all, `turns` times; the median over replays."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:  # compiles and plans, which cannot be recorded
+        for call in calls:  # compiles and plans, which cannot be captured
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -96,7 +96,7 @@ def graph_ms(calls: Sequence[Call], turns: int) -> float:
 
 
 def host_ms(calls: Sequence[Call], turns: int) -> float:
-    """Return milliseconds of one of the calls by the host's clock, the median over all calls of all turns."""
+    """Return milliseconds per call by the host clock, the median over all calls of all passes."""
     times = []
     for call in [*calls] * turns:
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def host_ms(calls: Sequence[Call], turns: int) -> float:
 
 
 def copy_gb_s(machine: Machine) -> float:
-    """Measure the gigabytes a second that a copy reads and writes."""
+    """Measure the GB/s at which a copy loads and stores."""
     size = min(int(SHARE * machine.free()) // 4, max(machine.cold, machine.long // 2))
     source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
@@ -114,9 +114,9 @@ def copy_gb_s(machine: Machine) -> float:
 
 
 def rotating(machine: Machine, size: int, make: Callable[[], T]) -> tuple[list[T], int]:
-    """Make buffers of `size` bytes that together exceed the cache; return them and how many turns to time.
+    """Create buffers of `size` bytes that together exceed the cache; return them and the number of passes to time.
 
-    Raises MemoryError, in words, where they do not fit.
+    Raises MemoryError, with a message, if they do not fit.
     """
     count = max(1, math.ceil(machine.cold / size))
     needed, free = count * size, machine.free()

@@ -1,4 +1,4 @@
-"""Offer the methods that plans are compared with, by family; collect from the model what the calibrated ones need."""
+"""The methods that plans are compared with, by family, and the calibration statistics that they need."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRANSFORM_BITS = (4, 3, 2, 1.5)
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A method that cannot run here, and why."""
+    """A method that cannot run here, and the reason."""
 
     name: str
     reason: str
@@ -64,7 +64,7 @@ ABSENT = (
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """A model, its plans by ratio, and its calibration tokens; what methods are fitted to is collected when needed."""
+    """A model, its plans by ratio, and its calibration tokens; calibration statistics are collected on demand."""
 
     model: Any
     plans: dict[float, LatentPlan]
@@ -72,7 +72,7 @@ class Field:
 
     @property
     def schedule(self) -> Schedule:
-        """The exact tokens of the plans."""
+        """The full-precision tokens of the plans."""
         plan = next(iter(self.plans.values()))
         return Schedule(plan.sinks, plan.recent, plan.block)
 
@@ -98,7 +98,7 @@ class Field:
 
     @cached_property
     def attention(self) -> list[AttentionMoments]:
-        """What attention makes of errors in each head."""
+        """The effect of errors on attention in each head."""
         found: list[AttentionMoments] = self._collected(attention_moments, "moments of attention")
         return found
 
@@ -116,7 +116,7 @@ class Field:
 
     @cached_property
     def rotary_size(self) -> int:
-        """How many channels of a head are rotated."""
+        """The number of rotated channels per head."""
         found = Rotary.of(self.model).angles(zeros(1), arange(1))
         return 0 if found is None else found[0].shape[-1]
 
@@ -129,7 +129,7 @@ def _blocks(field: Field, codecs: Iterable[Codec]) -> list[Baseline | LeftOut]:
 
 
 def _kivi_of_128(field: Field) -> Offer:
-    """KIVI with a window of 128 tokens and 4 attention sinks, whatever the plans have."""
+    """Return KIVI with a window of 128 tokens and 4 attention sinks, regardless of the plans."""
     return [QuantizedBlocks(Kivi(bits, family="kivi-w128"), Schedule(sinks=4, recent=128)) for bits in (4, 3, 2)]
 
 
@@ -209,7 +209,7 @@ FAMILIES: dict[str, Callable[[Field], Offer]] = {
 
 
 def check_families(wanted: Iterable[str]) -> set[str]:
-    """Return the families of the wanted names. Raises FhoptError for a name that begins like no family."""
+    """Return the families of the wanted names. Raises FhoptError for a name that begins with no family."""
     named: set[str] = set()
     for name in wanted:
         families = {family for family in FAMILIES if name == family or name.startswith(f"{family}-")}
@@ -220,9 +220,9 @@ def check_families(wanted: Iterable[str]) -> set[str]:
 
 
 def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Baseline], list[LeftOut]]:
-    """Return the methods that are wanted, by family or name, and those that cannot run.
+    """Return the methods selected by family or name, and those that cannot run.
 
-    Where none is named: all, or, when the run is quick, two families. Raises FhoptError for a name that no method has.
+    Without a selection: all, or, in a quick run, two families. Raises FhoptError for an unknown name.
     """
     named = check_families(wanted)
     families = [f for f in FAMILIES if f in (named if wanted else QUICK if quick else FAMILIES)]

@@ -1,4 +1,4 @@
-"""KV caches that benchmarks/quality/perplexity.py measures: plans, and other methods of like size."""
+"""KV caches that benchmarks/quality/perplexity.py measures: plans, and other methods of similar size."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fhopt.texts import tokens
 
 
 def load_plans(folder: Path, ratios: Iterable[float]) -> dict[float, LatentPlan]:
-    """Load the plans `folder`/8x and so on. Raises FhoptError when one is absent."""
+    """Load the plans `folder`/8x and so on. Raises FhoptError if one is missing."""
     return {ratio: LatentPlan.load(folder / f"{ratio:g}x") for ratio in ratios}
 
 
 def fit_plans(
     loaded: LoadedModel, ratios: Iterable[float], options: calibration_options.FitOptions
 ) -> dict[float, LatentPlan]:
-    """Fit a plan for each ratio, from statistics that are collected once."""
+    """Fit a plan for each ratio, from statistics collected once."""
     with progress_bar("calibrate") as bar:
         measured = calibrate_source(text_source(loaded), options, lambda stage, done, total: bar(done, total))
     return {
@@ -39,7 +39,7 @@ def fit_plans(
 
 
 def ours(plans: dict[float, LatentPlan]) -> list[Implementation]:
-    """Return the plans as implementations. Raises FhoptError when they do not keep the same tokens exact."""
+    """Return the plans as implementations. Raises FhoptError if their full-precision tokens differ."""
     if len({(p.sinks, p.recent, p.block) for p in plans.values()}) > 1:
         raise FhoptError("the plans differ in sinks, recent or block; expected the same exact tokens in all of them.")
     return [
@@ -52,13 +52,13 @@ def baseline_caches(
     loaded: LoadedModel, plans: dict[float, LatentPlan], options: calibration_options.FitOptions, quick: bool,
     wanted: Collection[str] = (),
 ) -> list[Implementation]:  # fmt: skip
-    """Return the other methods, with the exact tokens of the plans, and print which are left out and why.
+    """Return the other methods, with the full-precision tokens of the plans, and print the skipped ones and why.
 
-    wanted: families or names, all where none is given. Raises FhoptError for an unknown one.
+    wanted: families or names, all if empty. Raises FhoptError for an unknown one.
     """
 
     def read_ids() -> Tensor:
-        """Return the tokens that calibrate the plans."""
+        """Return the calibration tokens of the plans."""
         return tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
 
     field = Field(loaded.language_model(), plans, read_ids)

@@ -1,12 +1,12 @@
-"""Measure how many tokens calibration needs: loss of plans against the tokens that they were fitted to, and seconds.
+"""Benchmark of calibration size: quality of plans by the number of calibration tokens, and fitting time.
 
     python -m benchmarks.quality.calibration_curve           SmolLM2: benchmarks/results/calibration_curve.json, .png
     python -m benchmarks.quality.calibration_curve --model FOLDER --dtype bfloat16 --texts FILE ...
     python -m benchmarks.quality.calibration_curve --quick   two short calibrations, one text (also QUICK=1)
 
 Half of the sequences of 1,024 tokens fit the bases, the others choose the bits, as by default. Plans are measured with
-real caches on texts of kinds that did not calibrate (measurement.py). A case is "<model>, <dtype>/<tokens>";
-figures of other models and types that a former run wrote stay in the file.
+real caches on texts from domains not used for calibration (measurement.py). A case is "<model>, <dtype>/<tokens>";
+results of other models and dtypes from earlier runs stay in the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT = FitOptions()
 
 
 def options_for(sequences: int, quick: bool) -> FitOptions:
-    """Return the default options with so many sequences in all."""
+    """Return the default options with `sequences` sequences in total."""
     first = max(1, round(sequences * DEFAULT.sequences / (DEFAULT.sequences + DEFAULT.rate_sequences)))
     options = replace(DEFAULT, sequences=first, rate_sequences=sequences - first)
     return replace(options, context=256, recent=64, sequences=5) if quick else options
@@ -72,7 +72,7 @@ def _rows(case: str, result: Result) -> list[Row]:
 @click.option("--count", "counts", type=int, multiple=True, help="Calibration sequences; 2 to 40 when not given.")
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(model: str, dtype: str, texts: tuple[str, ...], context: int, counts: tuple[int, ...], quick: bool) -> None:
-    """Measure plans fitted to few and to many tokens."""
+    """Measure plans by the number of calibration tokens."""
     quick = quick or is_quick()
     try:
         loaded = load_model(model, getattr(torch, dtype))
@@ -90,7 +90,7 @@ def main(model: str, dtype: str, texts: tuple[str, ...], context: int, counts: t
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
-    """Plot KL and seconds against calibration tokens, a line for each model, type and size."""
+    """Plot KL and seconds against calibration tokens: a line per model, dtype and size."""
     figure.set_size_inches(11, 4.5)
     left, right = figure.subplots(1, 2)
     for axes, metric in ((left, "kl_nats"), (right, "seconds")):

@@ -1,4 +1,4 @@
-"""Compare plans with other methods of like size, and make rows of the figures."""
+"""Comparison of plans with other methods of similar size, and the rows of the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.recording import Row
 from fhopt.evaluation.statistics import Comparison
 
 INCREASE = "perplexity_increase_percent"
-COMPARABLE = 1.65  # a method with more bytes than this many times the plan's is listed, but is no baseline
+COMPARABLE = 1.65  # a method with more than this many times the plan's bytes is listed, but is not a baseline
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Contest:
 
     @property
     def is_won(self) -> bool:
-        """Whether the plan costs less by both measures, over all unseen texts."""
+        """Whether the plan is better by both metrics, over all held-out texts."""
         mine, other = self.plan.mean, self.baseline.mean
         return mine.kl < other.kl and mine.increase_percent < other.increase_percent
 
 
 def contests(results: Sequence[Result]) -> list[Contest]:
-    """Pair each plan with each family, those of like size first."""
+    """Pair each plan with each family, those of similar size first."""
     pairs = []
     for plan in results:
         if plan.impl.family != OURS:
@@ -51,7 +51,7 @@ def contests(results: Sequence[Result]) -> list[Contest]:
 
 
 def baselines(results: Sequence[Result]) -> dict[str, Result]:
-    """Return by size of a plan the best by KL of the other methods of comparable size in its contests."""
+    """Return, by size of a plan, the best other method by KL among those of comparable size."""
     best: dict[str, Result] = {}
     for contest in contests(results):
         key = size_name(contest.plan.impl)
@@ -66,13 +66,13 @@ def size_name(impl: Implementation) -> str:
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """Return figures of each implementation on each text; a plan's baseline is that of `baselines`, same text."""
+    """Return results of each implementation on each text; a plan's baseline is from `baselines`, same text."""
     best, out = baselines(results), []
     for result in results:
         baseline = best.get(size_name(result.impl)) if result.impl.family == OURS else None
         for number, (text, comparison) in enumerate(result.by_text.items()):
             out += _text_rows(result.impl, text, comparison, baseline.by_text[text] if baseline is not None else None)
-            if not number:  # the same with every text
+            if not number:  # independent of the text
                 case = f"{text.name}@{size_name(result.impl)}"
                 out.append(Row(case, result.impl.name, "bytes_per_token", result.impl.token_bytes, "B"))
     return out
@@ -95,5 +95,5 @@ def _text_rows(impl: Implementation, text: Text, comparison: Comparison, baselin
 
 
 def gain(baseline: float | None, value: float) -> float | None:
-    """Return baseline / value; None where a ratio of the two means nothing."""
+    """Return baseline / value; None if their ratio is meaningless."""
     return baseline / value if baseline is not None and min(baseline, value) > 0 else None

@@ -1,11 +1,11 @@
-"""Collect further texts for perplexity.py from packages of Debian, so that anyone measures the same ones.
+"""Collection of further texts for perplexity.py from Debian packages, so that anyone can measure the same ones.
 
     apt-get install debian-reference-{en,fr,de,ja,zh-cn} dict-jargon fortunes perl-modules-5.40 tzdata zlib1g-dev
-    python -m benchmarks.quality.debian_texts FOLDER  FOLDER/law.txt, manual.txt, ... and how to give them
+    python -m benchmarks.quality.debian_texts FOLDER  FOLDER/law.txt, manual.txt, ... and the options to pass them
 
-The packages are those of Debian 13. `ja` and `dictionary` were collected when the method stood, and measured once. None
-of the texts calibrates plans. Nothing is downloaded; the texts keep the licences of their packages and are no part of
-fhopt.
+The packages are those of Debian 13. `ja` and `dictionary` were collected after the method was final, and measured
+once. None of the texts calibrates plans. Nothing is downloaded; the texts keep the licenses of their packages and are
+not part of fhopt.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 import click
 
 DOCS = "usr/share/doc/debian-reference-common/docs"
-FEWEST = 8_000  # characters, for 1,024 tokens and more of the half that is measured
+FEWEST = 8_000  # characters, for at least 1,024 tokens in the measured half
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a text lies: the package of Debian, its file below the root, and which characters of it."""
+    """The location of a text: its Debian package, its file below the root, and its character range."""
 
     package: str
     file: str
@@ -47,7 +47,7 @@ SOURCES = {
 
 
 def read(source: Source, root: Path) -> str:
-    """Return a text below `root`. Raises click.ClickException where its package is not installed."""
+    """Return a text below `root`. Raises click.ClickException if its package is not installed."""
     path = root / source.file
     if not path.is_file():
         raise click.ClickException(f"there is no {path}; expected the package {source.package} of Debian. Install it.")
@@ -63,7 +63,7 @@ def read(source: Source, root: Path) -> str:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--root", type=click.Path(exists=True, path_type=Path), default=Path("/"), show_default=True)
 def main(folder: Path, root: Path) -> None:
-    """Write each text to FOLDER, or none where a package is not installed."""
+    """Write each text to FOLDER, or none if a package is not installed."""
     texts = {name: read(source, root) for name, source in SOURCES.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""Results of other methods as a former run measured them, to stand beside plans that are measured anew."""
+"""Results of other methods from an earlier run, reported next to newly measured plans."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks.recording import kept_rows
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import Comparison, Interval
 
-ALIKE = 1e-3  # relative: so near is the exact perplexity of the same texts and the same model
+ALIKE = 1e-3  # relative tolerance for the full-precision perplexity of the same texts and model
 
 _Figures = dict[tuple[str, str], dict[str, dict[str, float]]]  # by method and size, text, metric
 
 
 def check_kept(name: str, exact: Mapping[str, float]) -> None:
-    """Raise FhoptError where `results/<name>.json` is of other texts than these, or of another model.
+    """Raise FhoptError if `results/<name>.json` is for other texts, or another model.
 
-    exact: perplexity with the exact cache, by the name of a text.
+    exact: perplexity with the full-precision cache, by text name.
     """
     for (impl, _), texts in _figures(name).items():
         for text, now in exact.items():
@@ -36,7 +36,7 @@ def check_kept(name: str, exact: Mapping[str, float]) -> None:
 
 
 def kept_results(name: str, measured: Sequence[Result]) -> list[Result]:
-    """Return what `results/<name>.json` has of other methods on the texts of `measured`. Raises FhoptError."""
+    """Return the results of other methods in `results/<name>.json` on the texts of `measured`. Raises FhoptError."""
     texts = measured[0].by_text
     check_kept(name, {text.name: now.exact for text, now in texts.items()})
     results = []
@@ -50,7 +50,7 @@ def kept_results(name: str, measured: Sequence[Result]) -> list[Result]:
 
 
 def _figures(name: str) -> _Figures:
-    """Read what the file has of other methods than plans."""
+    """Load the file's results of methods other than plans."""
     figures: _Figures = {}
     for row in kept_rows(name, lambda case: False):
         text, _, size = row.case.rpartition("@")
@@ -66,7 +66,7 @@ def _exact(row: Mapping[str, float]) -> float:
 
 
 def _family(impl: str) -> str:
-    """Return the family of a method, whose name its own begins with."""
+    """Return the family of a method, a prefix of its name."""
     families = (family for family in FAMILIES if impl == family or impl.startswith(f"{family}-"))
     return max(families, key=len, default=impl)
 
@@ -78,7 +78,7 @@ def _comparison(row: Mapping[str, float], now: Comparison) -> Comparison:
 
 
 def _mean(parts: Sequence[Comparison]) -> Comparison:
-    """Return the mean over all tokens of some texts; without intervals, which tokens alone give."""
+    """Return the mean over all tokens of some texts, without intervals, which require per-token data."""
     count = sum(part.tokens for part in parts)
 
     def mean(values: Sequence[float]) -> float:

@@ -1,13 +1,13 @@
-"""Measure healing: loss of the 8x plan of SmolLM2 before and after reading 50,000 tokens of text.
+"""Benchmark of healing: KL of SmolLM2's 8x plan before and after healing on 50,000 tokens of text.
 
     python -m benchmarks.quality.healing                fits and heals; writes benchmarks/results/healing.json, .png
     python -m benchmarks.quality.healing --plan FOLDER  heals this plan of the demo's model
     python -m benchmarks.quality.healing --quick        plain 2 bits, 2,048 tokens of text (also QUICK=1)
 
-Both plans are measured on the second halves of texts, with the real cache: mean KL from the exact model per token, and
-the increase of perplexity. The share of the KL that remains is measured on the same tokens, so its 95 % interval is
-paired: both plans are resampled together. Healing reads the first half of one text only: a text that it did not read
-shows how far it generalizes. The benchmark's target is that the KL falls by a third on the text that was read.
+Both plans are measured on the second halves of texts, with the real cache: mean KL per token from the full-precision
+model, and the increase of perplexity. The remaining share of the KL is measured on the same tokens, so its 95%
+interval is paired: both plans are resampled together. Healing uses the first half of one text only: an unused text
+shows how far it generalizes. The benchmark's target is a one-third lower KL on the text used for healing.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 RATIO = 8.0
-TEXTS = ("topics", "source")  # measured on; healing reads the first
-SEQUENCES, CONTEXT = 4, 2048  # of each text
+TEXTS = ("topics", "source")  # measured texts; healing uses the first
+SEQUENCES, CONTEXT = 4, 2048  # per text
 PROMISE = 2 / 3  # of the KL before
 PLANS = ("fitted", "healed")
 Results = dict[str, dict[str, TokenCosts]]
 
 
 def two_bits(loaded: LoadedModel) -> LatentPlan:
-    """Return a plan of 2 bits for every number, without calibration, with a large loss."""
+    """Return a plan with 2 bits for every channel, without calibration: a high KL."""
 
     def in_two_bits(side: SidePlan) -> SidePlan:
         return replace(side, tiers=(Tier(2, side.width, 0.9957),))
@@ -59,7 +59,7 @@ def two_bits(loaded: LoadedModel) -> LatentPlan:
 
 
 def measured(loaded: LoadedModel, plans: dict[str, LatentPlan], sequences: int, context: int) -> Results:
-    """Measure each plan against the exact model on each text."""
+    """Measure each plan against the full-precision model on each text."""
     network = loaded.language_model()
     ids = {
         text: texts_tokens.held_out_ids(loaded.tokenizer, (text,), count=sequences, length=context) for text in TEXTS
@@ -78,7 +78,7 @@ def left(costs: dict[str, TokenCosts]) -> tuple[float, Interval | None]:
 
 
 def rows_of(results: Results, seconds: dict[str, float], tokens: int) -> list[Row]:
-    """Return figures of both plans; a baseline is the fitted plan's."""
+    """Return results of both plans, with the fitted plan as baseline."""
     rows = []
     for text, costs_by_plan in results.items():
         before = costs_by_plan["fitted"].compare()
@@ -108,7 +108,7 @@ def _ends(text: str, name: str, metric: str, interval: Interval | None, unit: st
 
 
 def summary(results: Results) -> Table:
-    """Format a line for each text and plan."""
+    """Format a line per text and plan."""
     table = Table("text", "plan", "KL nats/token", "of fitted", "perplexity", title="Held-out text, real cache")
     nothing = (float("nan"), float("nan"))
     for text, costs_by_plan in results.items():
@@ -124,7 +124,7 @@ def summary(results: Results) -> Table:
 
 
 def draw(figure: Figure, results: Results) -> None:
-    """Draw KL and increase of perplexity of each text, before and after, with intervals."""
+    """Plot KL and perplexity increase of each text, before and after, with intervals."""
     first, second = figure.subplots(1, 2)
     for index, name in enumerate(PLANS):
         at = [position + 0.4 * index - 0.2 for position in range(len(results))]
@@ -146,14 +146,14 @@ def draw(figure: Figure, results: Results) -> None:
 
 
 def reporting(stage: str, done: int, total: int) -> None:
-    """Print one line a stage on standard error."""
+    """Print a line per stage on standard error."""
     click.echo(f"\r{stage} {done}/{total}", nl=done == total, err=True)
 
 
 def healed(
     loaded: LoadedModel, plan_path: Path | None, quick: bool, options: HealOptions, progress: Progress
 ) -> tuple[dict[str, LatentPlan], dict[str, float]]:
-    """Return (the plan as fitted and as healed, seconds of both)."""
+    """Return (the fitted and the healed plan, seconds of both)."""
     start = time.perf_counter()
     if plan_path is not None:
         fitted = LatentPlan.load(plan_path)

@@ -1,4 +1,4 @@
-"""Measure the loss of KV caches: implementations, texts, and the costs of one on the other."""
+"""Quality measurement of KV caches: implementations, texts, and per-token costs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fhopt.texts import tokens
 
 OURS = "fhopt"
 TEXTS = ("source", "license", "docstrings", "scripture")
-LEAST_TOKENS = 512  # of a text: with fewer, most of what is read is still exact
+LEAST_TOKENS = 512  # of a text: in a shorter one, most attended tokens are still full-precision
 COUNTED_AT = 8192
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A cache to measure: of a plan or of another method. bytes_held: of one sequence of COUNTED_AT tokens."""
+    """A cache to measure: of a plan or of another method. bytes_held: for one sequence of COUNTED_AT tokens."""
 
     name: str
     family: str
@@ -44,22 +44,22 @@ class Implementation:
         return new_cache(model, self.plan) if self.baseline is None else self.baseline.new_cache(model)
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return the context in which `model` reads into the cache."""
+        """Return the context in which `model` runs with the cache."""
         return nullcontext() if self.baseline is None else self.baseline.reading(model)
 
     @property
     def token_bytes(self) -> float:
-        """Bytes per token, with a share of everything that is held."""
+        """Bytes per token, with a share of all fixed overhead."""
         return self.bytes_held / COUNTED_AT
 
     def is_larger(self, other: Implementation) -> bool:
-        """Tell whether it holds at least as many bytes as `other`."""
+        """Return whether it takes at least as many bytes as `other`."""
         return self.bytes_held >= other.bytes_held
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Token ids [T]; `is_unseen` when its kind is not that of the calibration text."""
+    """Token ids [T]; `is_unseen` if its domain was not used for calibration."""
 
     name: str
     ids: Tensor
@@ -75,12 +75,12 @@ class Result:
 
     @cached_property
     def by_text(self) -> dict[Text, Comparison]:
-        """Comparisons by text; to be read when all are measured."""
+        """Comparisons by text; valid once all are measured."""
         return {text: costs.compare() for text, costs in self.costs.items()}
 
     @cached_property
     def mean(self) -> Comparison:
-        """Comparison over the tokens of all unseen texts."""
+        """Comparison over the tokens of all held-out texts."""
         parts = [costs for text, costs in self.costs.items() if text.is_unseen]
         return TokenCosts(
             torch.cat([c.exact for c in parts], 1),
@@ -90,13 +90,13 @@ class Result:
 
     @property
     def worst(self) -> tuple[Text, Comparison]:
-        """The unseen text with the largest increase of perplexity."""
+        """The held-out text with the largest perplexity increase."""
         return max(((t, c) for t, c in self.by_text.items() if t.is_unseen), key=lambda pair: pair[1].increase_percent)
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yield a function of (done, total) that moves it."""
+    """Show a progress bar; yield a function of (done, total) that advances it."""
     with Progress(transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -105,9 +105,9 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def read_texts(
     loaded: LoadedModel, names: Sequence[str], calibration: Sequence[str], context: int, with_seen: bool
 ) -> list[Text]:
-    """Read the held-out half of each text, all of it where the half is short; at most `context` tokens.
+    """Load the held-out half of each text, or all of it if the half is too short; at most `context` tokens.
 
-    A built-in text that is not installed, or one that is too short, is left out with a message.
+    A built-in text that is not installed, or one that is too short, is skipped with a message.
     """
     texts = []
     for name in dict.fromkeys([*names, *(calibration if with_seen else [])]):
@@ -155,21 +155,21 @@ def measure(model: Any, impls: Sequence[Implementation], texts: Sequence[Text], 
 
 @torch.inference_mode()
 def exact_log_probabilities(model: Any, ids: Tensor, steps: LatentPlan) -> Tensor:
-    """Return log p of every next token [T-1, V] with the exact cache, float32."""
+    """Return log p of every next token [T-1, V] with the full-precision cache, float32."""
     with switched(model, None):
         read = read_steps(model, ids[None, :-1], [new_cache(model, None)], steps)
         return torch.cat([logits[0].double().log_softmax(-1).float() for _, (logits,) in read])
 
 
 def exact_perplexity(model: Any, text: Text, steps: LatentPlan) -> float:
-    """Return the perplexity of a text with the exact cache."""
+    """Return the perplexity of a text with the full-precision cache."""
     log_p = exact_log_probabilities(model, text.ids, steps)
     return float(log_p.gather(1, text.ids[1:, None]).double().mean().neg().exp())
 
 
 @torch.inference_mode()
 def costs(model: Any, ids: Tensor, impl: Implementation, log_p: Tensor, steps: LatentPlan) -> TokenCosts:
-    """Return the cost of each token of ids [T] with the cache of `impl`, and the exact one."""
+    """Return the cost of each token of ids [T] with the cache of `impl`, and with the full-precision cache."""
     with switched(model, impl.plan), impl.reading(model):
         parts = [
             paired(log_p[start : start + logits.shape[1]], logits[0], ids[start + 1 :])

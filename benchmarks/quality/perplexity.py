@@ -1,16 +1,16 @@
-"""Measure loss against bytes: plans and other small KV caches, on the same tokens with the same exact tokens.
+"""Benchmark of quality against bytes: plans and other small KV caches, on the same tokens and full-precision tokens.
 
     python -m benchmarks.quality.perplexity                 benchmarks/results/quality.json and .png, docs/quality.md
     python -m benchmarks.quality.perplexity --quick         one short text, one ratio, two methods (also QUICK=1)
-    python -m benchmarks.quality.perplexity --plans FOLDER  saved plans FOLDER/8x, ... in place of calibration
+    python -m benchmarks.quality.perplexity --plans FOLDER  saved plans FOLDER/8x, ... instead of calibration
     python -m benchmarks.quality.perplexity --model FOLDER  another model: benchmarks/results/quality-NAME.json; no page
     python -m benchmarks.quality.perplexity --kept ...      plans only, other methods from the model's results file
 
-Loss is measured against the exact cache: the increase of perplexity, and KL(exact || other) of the next token. The
-exact model reads each text once; its log-probabilities are stored; every other cache reads it in the same calls.
-Bytes are counted at 8,192 tokens, everything included: quantized values, scales, zero points, attention sinks, residual
+Quality is measured against the full-precision cache: perplexity increase, and KL(exact || other) of the next token. The
+full-precision model processes each text once; its log-probabilities are stored; every other cache gets the same calls.
+Bytes are counted at 8,192 tokens, everything included: quantized values, scales, zero points, attention sinks, recent
 window (methods/quantized_caches.py has the formulas, or says where they are). Plans and other methods are fitted to the
-same calibration tokens; the mean is over texts of other kinds, and the other half of the calibration text is reported
+same calibration tokens; the mean is over held-out domains, and the other half of the calibration text is reported
 separately. Methods that cannot run are named with the reason.
 
 Other methods have fixed sizes. A plan is compared with each method's smallest size that is at least as large.
@@ -62,13 +62,13 @@ def main(
     ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, model: str, dtype: str, context: int,
     families: tuple[str, ...], data: tuple[str, ...], kept: bool, quick: bool,
 ) -> None:  # fmt: skip
-    """Measure plans and other methods on a model, SmolLM2-135M-Instruct if no other, and write the figures."""
+    """Measure plans and other methods on a model, SmolLM2-135M-Instruct by default, and write the results."""
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     )  # ninja: quanto
     quick = quick or is_quick()
     options = calibration_options.FitOptions()
-    if data or model == "demo":  # the page of the demo model is about kinds of text that did not calibrate
+    if data or model == "demo":  # the demo model's page is about domains not used for calibration
         options = dataclasses.replace(options, texts=data or ("topics",))
     if quick:
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
@@ -82,7 +82,7 @@ def main(
         impls = ours(fitted) + ([] if kept else baseline_caches(loaded, fitted, options, quick, families))
         name = "quality" if model == "demo" else f"quality-{Path(model).name.removesuffix('.gguf')}"
         first = next(iter(fitted.values()))
-        if kept:  # before it takes long
+        if kept:  # check before the slow part
             check_kept(name, {text.name: exact_perplexity(loaded.language_model(), text, first) for text in read})
         results = measure(loaded.language_model(), impls, read, first)
         results += kept_results(name, results) if kept else []

@@ -1,13 +1,13 @@
-"""Measure what plans of several codes lose at the same size, on the same tokens with the same exact tokens.
+"""Quality of plans with different codes at the same size, on the same tokens and full-precision tokens.
 
     python -m benchmarks.quality.plan_codes --plan uniform@8x=FOLDER --plan trellis@8x=FOLDER --text FILE ...
                                                        SmolLM2: benchmarks/results/quality-NAME-codes.json
     python -m benchmarks.quality.plan_codes --model FOLDER --dtype bfloat16 ...  another model
 
-Plans of one calibration file: `fhopt fit --statistics FILE --ratio 8 --code trellis -o FOLDER`. Of each text the first
-`--context` tokens of the second half are read, the model in float32 if no other dtype is named; each token attends to
-what it would attend to in decoding. Beside a plan stands the uniform one of its size, where there is one. The file is
-written after each text; figures of texts that a former run measured stay in it.
+Plans of one calibration file: `fhopt fit --statistics FILE --ratio 8 --code trellis -o FOLDER`. The first `--context`
+tokens of the second half of each text are used, with the model in float32 by default; each token attends to the tokens
+it would attend to in decoding. A plan's baseline is the uniform one of its size, if there is one. The file is written
+after each text; results of texts from earlier runs stay in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fhopt.texts import tokens
 
 
 def measured(model: object, ids: Tensor, plans: dict[str, LatentPlan]) -> dict[str, tuple[float, float]]:
-    """Return KL, nats a token, and the increase of perplexity, percent, of each plan on token ids [T]."""
+    """Return KL (nats/token) and perplexity increase (percent) of each plan on token ids [T]."""
     first = next(iter(plans.values()))
     parts: dict[str, list[Tensor]] = {name: [] for name in plans}
     with torch.inference_mode(), switched(model, first):

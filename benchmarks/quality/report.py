@@ -1,4 +1,4 @@
-"""Tables, picture and page of benchmarks/quality/perplexity.py."""
+"""Tables, plot and page of benchmarks/quality/perplexity.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMAND = "make bench-quality"
 
 
 def summary(results: Sequence[Result]) -> Table:
-    """Format a line for each implementation."""
+    """Format a line per implementation."""
     unseen = sum(text.is_unseen for text in results[0].by_text)
     table = Table(title=f"Loss against bytes, {unseen} unseen texts", title_justify="left")
     for heading, justify in zip(SUMMARY, ("left", *("right",) * 6), strict=True):
@@ -88,12 +88,12 @@ def _interval(comparison: Comparison) -> str:
 
 
 def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
-    """Draw both measures of loss over bytes, a line for each family; model: its name."""
+    """Plot both quality metrics against bytes, a line per family; model: its name."""
     left, right = figure.subplots(1, 2, sharex=True)
     _lines(left, results, lambda comparison: comparison.kl)
     _lines(right, results, lambda comparison: comparison.increase_percent)
     left.set(yscale="log", ylabel="KL(exact || cache), nats per token")
-    right.set_yscale("symlog", linthresh=0.1)  # an increase may be below zero by chance
+    right.set_yscale("symlog", linthresh=0.1)  # noise can make an increase negative
     right.set_ylabel("increase of perplexity, % (linear below 0.1)")
     right.set_ylim(bottom=min(-0.1, 1.5 * min(result.mean.increase_percent for result in results)))
     right.axhline(0, color="black", linewidth=0.5)
@@ -109,9 +109,9 @@ def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
 
 
 def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
-    """Draw the points of each family, joined in order of size; fhopt's line is heavier.
+    """Plot the points of each family, joined in order of size; fhopt's line is heavier.
 
-    There are ten colours: an eleventh family has the first one again, with dashes and squares.
+    There are ten colors: an eleventh family reuses the first one, with dashes and squares.
     """
     for number, family in enumerate(dict.fromkeys(result.impl.family for result in results)):
         members = sorted((r for r in results if r.impl.family == family), key=lambda r: r.impl.ratio)
@@ -191,7 +191,7 @@ def _method(results: Sequence[Result]) -> list[str]:
 
 
 def _by_text(results: Sequence[Result]) -> list[str]:
-    """Format the increase of perplexity, with the exact perplexity in the first row."""
+    """Format the perplexity increase, with the full-precision perplexity in the first row."""
     texts = list(results[0].by_text)
     exact = [f"{results[0].by_text[text].exact:.3f}" for text in texts]
     heading = ("cache", "size", *(text.name + ("" if text.is_unseen else " (kind of calibration)") for text in texts))

@@ -1,14 +1,13 @@
-"""Measure what trellis codes leave of Gaussian numbers, and search for their tables.
+"""Error of trellis codes on Gaussian data, and a search for their tables.
 
-    python -m benchmarks.quality.trellis_table              the figures of fhopt/fitting/codes.py, of the tables in use
-    python -m benchmarks.quality.trellis_table --search 60  other tables, searched for during so many minutes
+    python -m benchmarks.quality.trellis_table              the values in fhopt/fitting/codes.py, for the tables in use
+    python -m benchmarks.quality.trellis_table --search 60  other tables, searched for that many minutes
 
 A window's value is LEVELS[h ^ ORDER[l]] + OFFSETS[l], where l and h are its low-order and its high-order half. For an
-order, the means of the numbers that are encoded by each window give levels and offsets by least squares (Lloyd's
-algorithm, all numbers of bits at once). Orders and starts are searched for by simulated annealing: an entry is drawn
-anew, two are exchanged, or values are moved a little; what follows is kept if it errs less, or by chance. The tables in
-use are the better of two runs of 80,000 such moves each, made in C++ within seven minutes; this file makes a few a
-second.
+order, the means of the samples encoded by each window give levels and offsets by least squares (Lloyd's algorithm, all
+bit widths at once). Orders and starts are searched by simulated annealing: an entry is redrawn, two are exchanged, or
+values are perturbed; the result is accepted if its error is lower, or by chance. The tables in use are the better of
+two runs of 80,000 such moves each, made in C++ within seven minutes; this file makes a few per second.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from fhopt.plan.site_plan import TRELLIS_BITS
 
 WINDOWS, HALF = 1 << trellis.WINDOW, 1 << trellis.WINDOW // 2
 LOW, HIGH = torch.arange(WINDOWS) % HALF, torch.arange(WINDOWS) // HALF
-WEIGHTS = {1: 1.0, 2: 3.0, 3: 10.0, 4: 30.0}  # of errors by bits, which are a third for each more
+WEIGHTS = {1: 1.0, 2: 3.0, 3: 10.0, 4: 30.0}  # of errors by bits: each extra bit divides the error by three
 WIDTH = 64  # channels of a bit group
-ROWS = 224  # of numbers that a move is judged by
-FIRST = 0.15  # part of the time in which starts are drawn
+ROWS = 224  # of samples to evaluate a move
+FIRST = 0.15  # share of the time for drawing starts
 HOT, COLD = 0.025, 1e-4  # temperatures, of the sum of logarithms of errors
 
 
 def gaussian(rows: int, width: int, seed: int) -> Tensor:
-    """Return numbers of unit variance."""
+    """Return samples of unit variance."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
 class Tables:
-    """ORDER [16], OFFSETS and LEVELS [16 + 16] as numbers, what they are multiplied by at each number of bits."""
+    """ORDER [16], OFFSETS and LEVELS [16 + 16] as floats, and their step at each bit width."""
 
     order: Tensor
     numbers: Tensor
@@ -58,7 +57,7 @@ class Tables:
 
 
 def settled(tables: Tables, rounds: int) -> Tables:
-    """Move numbers to the means of what is encoded by them; measure what is left."""
+    """Set the table entries to the means of the samples they encode; measure the error."""
     numbers, steps = tables.numbers, dict(tables.steps)
     entries = torch.zeros(WINDOWS, 2 * HALF, dtype=torch.float64)
     entries.scatter_(1, torch.stack([LOW, HALF + (HIGH ^ tables.order[LOW])], 1), 1.0)
@@ -82,7 +81,7 @@ def settled(tables: Tables, rounds: int) -> Tables:
 
 
 def drawn(draw: random.Random) -> Tables:
-    """Return tables to start from, whose values have unit variance."""
+    """Return random initial tables, whose values have unit variance."""
     order = torch.tensor([draw.randrange(HALF) for _ in range(HALF)])
     spread = 0.05 + 0.95 * draw.random()
     numbers = torch.tensor([draw.gauss(0, spread if i < HALF else 1) for i in range(2 * HALF)], dtype=torch.float64)
@@ -92,7 +91,7 @@ def drawn(draw: random.Random) -> Tables:
 
 
 def moved(tables: Tables, draw: random.Random) -> Tables:
-    """Return tables beside these."""
+    """Return a random neighbor of the tables."""
     order, numbers = tables.order.clone(), tables.numbers.clone()
     i, j, kind = draw.randrange(HALF), draw.randrange(HALF), draw.random()
     if kind < 0.225:
@@ -126,15 +125,15 @@ def searched(seconds: float, seed: int) -> Tables:
 
 
 def as_bytes(tables: Tables) -> tuple[list[int], list[int], list[int]]:
-    """Return ORDER, LEVELS and OFFSETS; 127.5 stands for 0."""
+    """Return ORDER, LEVELS and OFFSETS as bytes; 127.5 represents 0."""
     offsets, levels = tables.numbers[:HALF], tables.numbers[HALF:]
-    unit = float(tables.values().abs().max()) / 127.0  # sums of rounded numbers stay bytes
+    unit = float(tables.values().abs().max()) / 127.0  # sums of rounded values stay bytes
     levels = ((levels + offsets.min()) / unit + 127.5).round().int()
     return tables.order.tolist(), levels.tolist(), ((offsets - offsets.min()) / unit).round().int().tolist()
 
 
 def best_step(x: Tensor, bits: int, values: Tensor) -> float:
-    """Return the step in which x [n, W] is encoded with the least error."""
+    """Return the step that encodes x [n, W] with the smallest error."""
 
     def left(step: float) -> float:
         return float((x - step * values[trellis.closed(x, bits, step * values)]).square().mean())
@@ -146,7 +145,7 @@ def best_step(x: Tensor, bits: int, values: Tensor) -> float:
 @click.option("--search", "minutes", type=float, help="Search for tables for so long, and measure them.")
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 def main(minutes: float | None, seed: int) -> None:
-    """Print what trellis codes leave of a unit Gaussian, beside the best uniform quantizer."""
+    """Print the error of trellis codes on a unit Gaussian, next to the best uniform quantizer's."""
     values = trellis.table(torch.device("cpu"))
     if minutes is not None:
         order, levels, offsets = as_bytes(searched(60 * minutes, seed))

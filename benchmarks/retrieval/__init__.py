@@ -1,1 +1,1 @@
-"""Page selection and the retrieval LM head."""
+"""Benchmarks of page selection and the retrieval LM head."""

@@ -1,13 +1,13 @@
-"""Measure the retrieval head against the dense head on a CPU: time, bytes, agreement, certificates.
+"""Benchmark of the retrieval head against the dense head on a CPU: time, bytes, agreement, certificates.
 
     python -m benchmarks.retrieval.lm_head          benchmarks/results/retrieval_head.json and .png; about 20 minutes
     python -m benchmarks.retrieval.lm_head --quick  few positions and a small random head (also QUICK=1)
 
 Cases: the head of SmolLM2 (49,152 x 576) in float32 and bfloat16, with its hidden states on text that was not used for
 calibration, and a random head of 131,072 x 2,048 with random hidden states, which have no structure that a basis or
-clusters could use. The time is from hidden states to the arg-max. The implementations of a case alternate, and between
-two calls 64 MB of other memory are read, as a model's layers would be: no weight is in the CPU's cache. The baseline is
-the fastest dense head: torch's, inductor's, inductor's with the weight frozen, or `fhopt::linear_kernel`.
+clusters could use. The time is from hidden states to the arg-max. The implementations of a case are interleaved, and
+between two calls 64 MB of other memory are loaded, as a model's layers would be, so that no weight is in the CPU cache.
+The baseline is the fastest dense head: torch's, inductor's, inductor's with frozen weights, or `fhopt::linear_kernel`.
 
 Agreement is with the arg-max of torch's dense head in the same dtype, over held-out positions, 16 at a time.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 TEXTS = ("topics", "source", "docstrings")
 BATCHES = (1, 4, 16)
 POSITIONS, CONTEXT, ROUNDS = 5120, 512, 15
-SWEPT = 1 << 24  # float32 numbers read between two calls
+SWEPT = 1 << 24  # float32 elements loaded between two calls
 AT_ONCE = 16
 
 Contender = Callable[[Tensor], Tensor]  # hidden [M, C] -> ids [M]
@@ -68,7 +68,7 @@ def smollm2(dtype: torch.dtype, positions: int) -> Case:
 
 
 def random_head(vocabulary: int, width: int, dtype: torch.dtype, positions: int) -> Case:
-    """Return a head whose rows and hidden states are independent Gaussian numbers."""
+    """Return a head whose rows and hidden states are independent Gaussian samples."""
     generator = torch.Generator().manual_seed(7)
     weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
     hidden = torch.randn(positions, width, generator=generator).to(dtype)
@@ -124,12 +124,12 @@ def ours(case: Case) -> dict[str, Contender]:
     return results
 
 
-# --------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------------------- measurement
 
 
 @torch.no_grad()
 def times(case: Case, batch: int, rounds: int) -> list[Row]:
-    """Measure milliseconds of every implementation, medians of alternating calls."""
+    """Measure milliseconds of every implementation, medians of interleaved calls."""
     dense = dense_contenders(case)
     contenders = dense | ours(case)
     swept = torch.zeros(SWEPT)
@@ -151,7 +151,7 @@ def times(case: Case, batch: int, rounds: int) -> list[Row]:
 
 @torch.no_grad()
 def agreement(case: Case) -> list[Row]:
-    """Measure shares of positions with torch's dense arg-max and with a certificate, and the rows and bytes read."""
+    """Measure the shares of positions with torch's arg-max and with a certificate, and the rows and bytes loaded."""
     parts = case.hidden.split(AT_ONCE)
     expected = torch.cat([F.linear(x, case.weight).argmax(-1) for x in parts])
     rows = []
@@ -183,7 +183,7 @@ def measure(case: Case, rounds: int, batches: Sequence[int] = BATCHES) -> list[R
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """Format times, a line for each case and batch."""
+    """Format times, a line per case and batch."""
     timed = [row for row in rows if row.metric == "time_ms"]
     impls = list(dict.fromkeys(_kind(row) for row in timed))
     table = Table(title="milliseconds to the arg-max (speed-up over the best dense head)", title_justify="left")
@@ -196,7 +196,7 @@ def summary(rows: Sequence[Row]) -> Table:
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw speed-ups over the best dense head, a group of bars for each case and batch."""
+    """Plot speedups over the best dense head, a group of bars per case and batch."""
     timed = [row for row in rows if row.metric == "time_ms"]
     labels = list(dict.fromkeys(row.case for row in timed))
     impls = list(dict.fromkeys(_kind(row) for row in timed))

@@ -1,4 +1,4 @@
-"""Measure page selection with one page in eight: loss and savings, against the same plan with all pages.
+"""Benchmark of page selection at one page in eight: quality and savings, against the same plan with all pages.
 
     python -m benchmarks.retrieval.page_selection                  results/retrieval*.json and .png, a file per part
     python -m benchmarks.retrieval.page_selection --quick          a short context, one text, few items (also QUICK=1)
@@ -7,9 +7,9 @@
 
 Perplexity is measured on the last tokens of texts that were not used for calibration: the tokens before them are a
 prompt; each later query selects its pages as in token-by-token decoding. Tasks ask for strings far back in the context,
-for all strings of a text that can be asked for. Bytes are those that attention of one more token reads of the KV cache.
-The operator is timed by itself, on random quantized values: reading the listed pages; and page selection by sketches,
-reading, and value-mean fill together.
+for all strings of a text that qualify. Bytes are those of the KV cache that attention of one more token loads. The
+operator is timed separately, on random quantized values: attention on given pages; and page selection by sketches,
+attention, and value-mean fill together.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 TEXTS = ("source", "docstrings", "scripture")
-CALIBRATION = ("topics", "source")  # first halves; what is measured on is from second halves
+CALIBRATION = ("topics", "source")  # first halves; measurements use second halves
 SHARE = 1 / 8
-PROMPT = 512  # tokens of a prompt that are read at once
+PROMPT = 512  # prompt tokens per prefill call
 DENSE, PAGED = "all pages", "one page in eight"
-TORCH = "keys and values, torch"  # two batched products: the fastest in torch (benchmarks/cpu/attention.py)
+TORCH = "keys and values, torch"  # two batched matmuls: the fastest in torch (benchmarks/cpu/attention.py)
 SHAPE, RATIO, ROUNDS = "GQA 32/8x128", 4, 31
 PAGE_TOKENS = page_options.PagingOptions.tokens
 
@@ -73,7 +73,7 @@ PAGE_TOKENS = page_options.PagingOptions.tokens
 
 @torch.inference_mode()
 def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int, tail: int) -> list[Row]:
-    """Yield perplexity of the last `tail` tokens with all and with selected pages, KL, and bytes of a decode step."""
+    """Yield perplexity of the last `tail` tokens with all and with selected pages, KL, and bytes per decode step."""
     model, what = loaded.language_model(), f"the second half of {text!r}"
     ids = texts_tokens.sequences(
         loaded.tokenizer, texts_tokens.halves(texts_tokens.read_text(text))[1], count=1, length=context + 1, what=what
@@ -115,7 +115,7 @@ def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
 
 
 def left_out(plan: LatentPlan) -> list[Row]:
-    """Return the mean attention weight that is not read, as measured by calibration."""
+    """Return the mean attention weight of unselected pages, as measured by calibration."""
     shares = plan.provenance["pages"]["left_out"]
     mean = sum(shares.values()) / max(1, len(shares))
     return [Row("calibration, mean of layers", PAGED, "weight_left_out", mean, "")]
@@ -140,9 +140,9 @@ def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], le
 
 
 def _rates(case: str, known: list[list[dict[str, tuple[bool, float]]]]) -> Iterator[Row]:
-    """Yield rates of answers, each whether it is right and its log-probability a token, by text and implementation.
+    """Yield rates of answers from (correct, log-probability per token) by text and implementation.
 
-    What is asked of one text goes together: errors are of the means of texts.
+    Questions about one text are grouped: errors are those of text means.
     """
     every_answer = [answer for some in known for answer in some]
     rates = {impl: statistics.fmean(answer[impl][0] for answer in every_answer) for impl in (DENSE, PAGED)}
@@ -159,9 +159,9 @@ def _rates(case: str, known: list[list[dict[str, tuple[bool, float]]]]) -> Itera
 
 @torch.inference_mode()
 def answers(model: Any, plan: LatentPlan, item: Item) -> list[dict[str, tuple[bool, float]]]:
-    """Return for each question about a text whether the answer is the most likely one, and its log-probability a token.
+    """Return per question about a text whether the answer is the most likely one, and its log-probability per token.
 
-    Questions and answers select pages; what is before is a prompt, read whole and once.
+    Questions and answers select pages; everything before is a prompt, prefilled once without selection.
     """
     name, cache = cache_argument(model), new_cache(model, plan, each_query=False)
     for piece in torch.tensor([item.context[: item.question]]).split(PROMPT, 1):
@@ -184,11 +184,11 @@ def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int,
     return out
 
 
-# --------------------------------------------------------------------------------------------------- the operator
+# --------------------------------------------------------------------------------------------------- operator
 
 
 def operator(tokens: int) -> list[Row]:
-    """Measure attention of one token on `tokens` quantized ones: all pages, listed ones, page selection too."""
+    """Time attention of one token on `tokens` quantized ones: all pages, listed ones, and with page selection."""
     dispatch.install()
     heads, groups, dim = SHAPES[SHAPE]
     query, calls, sizes = torch.randn(1, heads, 1, dim), {}, {}
@@ -236,7 +236,7 @@ def operator(tokens: int) -> list[Row]:
 
 
 def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int) -> PageIndex:
-    """Return random sketches, in bit groups for latents whose variance is four times higher for each further bit."""
+    """Return random sketches, in bit groups for latents whose variance is four times higher per additional bit."""
     variances = torch.cat([torch.full((w,), 4.0**b) for b, w in zip(bits, widths, strict=True)])
     tiers, width = page_sketches.sketch_tiers(variances, page_options.PagingOptions.sketch), len(variances)
     kept = sum(tier.width for tier in tiers)
@@ -250,7 +250,7 @@ def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int)
 
 
 def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Return median milliseconds of each call, measured alternately."""
+    """Return median milliseconds of each call, measured interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS + 2):
         for name, call in calls.items():
@@ -261,11 +261,11 @@ def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     return {name: 1e3 * statistics.median(x) for name, x in seconds.items()}
 
 
-# --------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------- command
 
 
 def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
-    """Return the plan with page selection, calibrated now where it has none."""
+    """Return the plan with page selection, calibrated now if it has none."""
     small: dict[str, Any] = dict(sequences=2, rate_sequences=1) if quick else {}
     plan = LatentPlan.load(path) if path else fit_to_text(loaded, FitOptions(device=most_alike(), **small)).plan
     if plan.pages is not None:
@@ -275,7 +275,7 @@ def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPla
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
-    """Draw the measured metrics, a panel each: perplexity relative to all pages, correct items, milliseconds."""
+    """Plot the measured metrics, a panel each: perplexity relative to all pages, correct items, milliseconds."""
     shown = {m: [r for r in rows if r.metric == m and (m != "perplexity" or r.impl == PAGED)] for m in METRICS}
     shown = {metric: here for metric, here in shown.items() if here}
     panels = figure.subplots(1, len(shown), squeeze=False)[0]

@@ -1,1 +1,1 @@
-"""Plans in serving engines."""
+"""Benchmarks of plans in serving engines."""

@@ -1,26 +1,26 @@
-"""Measure vLLM with plans beside exact vLLM: concurrency, time to the first token, decoded tokens a second.
+"""Benchmark of vLLM with plans against vLLM without: concurrency, time to first token, decode throughput.
 
     .venv-serving/bin/python -m benchmarks.serving.plans_in_vllm --plan 4x=PLAN --plan 8x=PLAN [--model MODEL]
     .venv-serving/bin/python -m benchmarks.serving.plans_in_vllm --quick ...  one short case (also QUICK=1)
 
-`make bench-serve` runs it in the environment of `make test-serving`. Every engine is a process of its own with the same
-bytes for keys and values; the engines take turns, and each figure is the best of all turns. Concurrency is what vLLM
-prints at 8,192 tokens a request and 1 GiB, in bfloat16. A case is a number of requests at once, behind prompts of one
-length, for which there is room in every engine, the exact one too:
+`make bench-serve` runs it in the environment of `make test-serving`. Every engine has its own process with the same
+bytes for keys and values; the engines are interleaved, and each result is the best of all rounds. Concurrency is what
+vLLM prints at 8,192 tokens per request and 1 GiB, in bfloat16. A case is a number of concurrent requests with prompts
+of one length that fit into every engine, including the one without a plan:
 
     time_to_first_token_ms     of all requests together, until each has one token
-    decode_tokens_per_second   of all requests together, behind their prompts, which are found as prefixes: from when
-                               all have their first token to when all have their last
+    decode_tokens_per_second   of all requests together, with prompts cached as prefixes: from the time when all have
+                               their first token until all have their last
 
-The load is `LOAD` requests that come at once, behind prompts of `SPREAD` tokens (evenly spaced lengths on a logarithmic
-scale), for which there is no room at once in the exact engine, so that they wait there:
+The load is `LOAD` concurrent requests with prompts of `SPREAD` tokens (evenly spaced lengths on a logarithmic scale)
+that do not fit at once into the engine without a plan, so that some wait there:
 
     requests_per_minute        until all have their `ANSWER` tokens
-    mean_first_token_ms        from when a request comes, waiting included
-    mean_token_ms              between a request's first token and its last, for each token
+    mean_first_token_ms        from the arrival of a request, waiting included
+    mean_token_ms              per token, between a request's first token and its last
 
-The log-likelihood of `TOKENS` tokens of documentation that calibrated nothing, nats a token in float32, stands beside
-that of fhopt's own cache on the same tokens (the baseline), which reads them in calls of 64.
+The log-likelihood of `TOKENS` tokens of documentation not used for calibration, nats/token in float32, is compared with
+that of fhopt's own cache on the same tokens (the baseline), processed in chunks of 64.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ import click
 from benchmarks.recording import Row, child_environment, is_quick, record
 
 EXACT = "exact"
-LENGTH = 8192  # tokens a request at which concurrency is printed
-BYTES = 1 << 30  # for keys and values, at which concurrency is printed
-ROOM = 2 << 30  # for those of the cases
-CASES = ((1, 512), (8, 512), (8, 2048), (8, 8000))  # requests, tokens of a prompt
+LENGTH = 8192  # tokens per request for the concurrency
+BYTES = 1 << 30  # bytes of keys and values for the concurrency
+ROOM = 2 << 30  # bytes of keys and values for the cases
+CASES = ((1, 512), (8, 512), (8, 2048), (8, 8000))  # requests, prompt tokens
 QUICK = ((2, 300),)
 LOAD, SPREAD, ANSWER = 32, (512, 8000), 128  # of the load: requests, shortest and longest prompt, decoded tokens
-LOAD_ROOM = 1 << 29  # for keys and values of the load
-NEW = 33  # tokens that are decoded behind a prompt, the first one of which counts as prefill
+LOAD_ROOM = 1 << 29  # bytes of keys and values for the load
+NEW = 33  # decoded tokens after a prompt, the first of which counts as prefill
 ROUNDS = 2
 LOAD_CASE = f"{LOAD} x {SPREAD[0]}-{SPREAD[1]}"
-TOKENS, TEXT, CALL = 2048, "topics", 64  # of the log-likelihood: tokens, text, tokens of a call of the own cache
+TOKENS, TEXT, CALL = 2048, "topics", 64  # of the log-likelihood: tokens, text, chunk size of the own cache
 
 
-# --------------------------------------------------------------------------------------------------- in a process
+# --------------------------------------------------------------------------------------------------- one process
 
 
 def measured(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def measured(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def concurrency(folder: str) -> float:
-    """Return how many requests of `LENGTH` tokens an engine of this process says to hold in `BYTES`."""
+    """Return how many requests of `LENGTH` tokens an engine in this process reports to hold in `BYTES`."""
     return float(_engine(folder, BYTES).llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
 
 
@@ -79,7 +79,7 @@ def _engine(folder: str, size: int) -> Any:
 
 
 def _case(engine: Any, count: int, length: int) -> dict[str, float]:
-    """Time prompts of `length` tokens, then decoding behind them."""
+    """Time prefill of `length`-token prompts, then decoding."""
     prompts = [_prompt(i, length, engine.llm_engine.vllm_config) for i in range(count)]
     engine.reset_prefix_cache()
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def load(folder: str) -> dict[str, float]:
     engine = _engine(folder, LOAD_ROOM)
     shortest, longest = SPREAD
     lengths = [round(shortest * (longest / shortest) ** (i / (LOAD - 1))) for i in range(LOAD)]
-    mixed = [lengths[7 * i % LOAD] for i in range(LOAD)]  # short and long ones in turns
+    mixed = [lengths[7 * i % LOAD] for i in range(LOAD)]  # short and long ones interleaved
     prompts = [_prompt(i, length, engine.llm_engine.vllm_config) for i, length in enumerate(mixed)]
     start = time.perf_counter()
     times = [one.metrics for one in _generated(engine, prompts, ANSWER)]
@@ -108,7 +108,7 @@ def load(folder: str) -> dict[str, float]:
 
 
 def _prompt(i: int, length: int, config: Any) -> list[int]:
-    """Return tokens of request `i`, which share no prefix with those of another."""
+    """Return tokens of request `i`, which share no prefix with another request."""
     vocabulary = config.model_config.get_vocab_size()
     return [(7919 * (i + 1) * (j + 3)) % (vocabulary - 10) + 5 for j in range(length)]
 
@@ -139,7 +139,7 @@ def likelihood(folder: str) -> dict[str, float]:
 
 
 def _own_likelihood(folder: Path, ids: list[int]) -> float:
-    """Return what transformers gives on the same tokens, with the cache of the folder's plan or the exact one."""
+    """Return transformers' result on the same tokens, with the cache of the folder's plan or the full-precision one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -174,7 +174,7 @@ def _called(what: str, folder: str, cases: list[tuple[int, int]]) -> Any:
 
 
 def in_a_process(what: str, folder: str, cases: list[tuple[int, int]] | None = None) -> Any:
-    """Call the function `what` of this file in a process of its own."""
+    """Call the function `what` of this file in a separate process."""
     environment = child_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     words = ["--what", what, "--one", folder, "--cases", json.dumps(cases or [])]
     command = [sys.executable, "-m", "benchmarks.serving.plans_in_vllm", *words]
@@ -183,7 +183,7 @@ def in_a_process(what: str, folder: str, cases: list[tuple[int, int]] | None = N
 
 
 def folders_of(model: str, plans: dict[str, str], at: Path) -> dict[str, str]:
-    """Write the folder of each implementation: the original, and one for each plan."""
+    """Write the folder of each implementation: the original, and one per plan."""
     from fhopt.export import rewrite_folder
     from fhopt.models.loader import load_model
     from fhopt.models.model_name import folder_of
@@ -200,7 +200,7 @@ def folders_of(model: str, plans: dict[str, str], at: Path) -> dict[str, str]:
 
 
 def rows_of(results: dict[str, list[dict[str, Any]]], held: dict[str, float]) -> list[Row]:
-    """Return the rows of all turns of each implementation, the best one of which counts, and of requests held."""
+    """Return the rows of each implementation, with the best of its rounds, and of concurrent requests."""
     rows = []
     for name, turns in results.items():
         ratio = held[name] / held[EXACT]
@@ -216,7 +216,7 @@ def rows_of(results: dict[str, list[dict[str, Any]]], held: dict[str, float]) ->
 
 
 def likelihood_rows(found: dict[str, dict[str, float]]) -> list[Row]:
-    """Return a row for each implementation: log-likelihood in vLLM, beside that of the own cache."""
+    """Return a row per implementation: log-likelihood in vLLM, with the own cache as baseline."""
     return [
         Row(f"{TOKENS} tokens of text", name, "log_likelihood_nats", one["served"], "nats", one["own"],
             one["served"] / one["own"])
@@ -225,7 +225,7 @@ def likelihood_rows(found: dict[str, dict[str, float]]) -> list[Row]:
 
 
 def load_rows(found: dict[str, dict[str, float]]) -> list[Row]:
-    """Return a row for each figure of the load of each implementation."""
+    """Return a row for each metric of the load, per implementation."""
     rows = []
     for name, one in found.items():
         for metric, value in one.items():
@@ -245,7 +245,7 @@ PANELS = (
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
-    """Fill the picture: a panel of bars for each metric but the likelihood, which is the same to a line's width."""
+    """Plot a panel of bars per metric except the likelihood, whose differences are too small to see."""
     names = list(dict.fromkeys(row.impl for row in rows))
     figure.set_size_inches(14, 3.6)
     for axes, (metric, title, scale) in zip(figure.subplots(1, 4, width_ratios=(1, 3, 3, 1)), PANELS, strict=True):
@@ -271,7 +271,7 @@ def draw(figure: Any, rows: list[Row]) -> None:
 @click.option("--one", default="", hidden=True)
 @click.option("--cases", default="", hidden=True)
 def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, what: str, one: str, cases: str) -> None:
-    """Measure all engines in turns, and write benchmarks/results/serving.json."""
+    """Measure all engines, interleaved, and write benchmarks/results/serving.json."""
     if one:
         print(json.dumps(_called(what, one, json.loads(cases))))
         return

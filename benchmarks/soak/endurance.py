@@ -1,4 +1,4 @@
-"""Repeat soak runs in laps, and tell from the memory after each whether the process grows."""
+"""Repetition of soak runs in laps, with a memory-growth estimate from the memory after each lap."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.soak.runs import VARIANTS, VOCABULARY, broken, prepared, run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-LAP, LEAST_LAPS, WARM = 1200, 8, 0.25  # tokens of a variant in a lap; laps at least; share of them that warms up
-MOST_SLOPE = 1e6  # bytes an hour
+LAP, LEAST_LAPS, WARM = 1200, 8, 0.25  # tokens per variant and lap; min laps; share of warm-up laps
+MOST_SLOPE = 1e6  # bytes per hour
 GENERATED: tuple[dict[str, Any], ...] = (
     {"do_sample": False}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "do_sample": False},
     {"do_sample": False, "prompt_lookup_num_tokens": 3}, {"do_sample": False, "cache_implementation": "static"},
@@ -28,7 +28,7 @@ GENERATED: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Lap:
-    """State after one lap: minutes and tokens since the beginning, bytes of the process, promises that were broken."""
+    """State after one lap: minutes and tokens since the beginning, bytes of the process, broken promises."""
 
     minutes: float
     tokens: int
@@ -37,7 +37,7 @@ class Lap:
 
 
 def laps(minutes: float) -> Iterator[Lap]:
-    """Yield laps through all variants, until the time is over and there are enough to tell a slope."""
+    """Yield laps through all variants, until the time is over and there are enough for a slope."""
     made = {variant.name: prepared(variant) for variant in VARIANTS}
     start, tokens, count = time.perf_counter(), 0, 0
     while count < LEAST_LAPS or time.perf_counter() - start < 60 * minutes:
@@ -51,7 +51,7 @@ def laps(minutes: float) -> Iterator[Lap]:
 
 
 def generate(model: Any, seed: int) -> int:
-    """Generate tokens in every mode of `generate`, and return how many."""
+    """Generate tokens in every mode of `generate`, and return their number."""
     torch.manual_seed(seed)
     tokens = 0
     for way in GENERATED:
@@ -62,7 +62,7 @@ def generate(model: Any, seed: int) -> int:
 
 
 def slope(course: list[Lap]) -> tuple[float, float]:
-    """Return the bytes an hour that the process gains, and the standard error, by least squares after the warm-up."""
+    """Return the growth of the process in bytes per hour and its standard error, by least squares after warm-up."""
     kept = course[int(WARM * len(course)) :]
     hours, sizes = [lap.minutes / 60 for lap in kept], [float(lap.resident) for lap in kept]
     spread = sum((x - statistics.fmean(hours)) ** 2 for x in hours)
@@ -72,7 +72,7 @@ def slope(course: list[Lap]) -> tuple[float, float]:
 
 
 def endured(course: list[Lap]) -> list[str]:
-    """Return the promises that were broken in some lap, and the one about memory, in words."""
+    """Return the promises broken in any lap, and the one about memory, in words."""
     gained, error = slope(course)
     problems = [f"lap {number}: {words}" for number, lap in enumerate(course) for words in lap.broken]
     if gained - 2 * error > MOST_SLOPE:
@@ -81,7 +81,7 @@ def endured(course: list[Lap]) -> list[str]:
 
 
 def endure(minutes: float) -> list[str]:
-    """Run laps, print the memory after each, record the figures; return what was broken."""
+    """Run laps, print the memory after each, record the results; return the broken promises."""
     course: list[Lap] = []
     for lap in laps(minutes):
         course.append(lap)
@@ -102,7 +102,7 @@ def endure(minutes: float) -> list[str]:
 
 
 def draw_memory(figure: Figure, course: list[Lap]) -> None:
-    """Draw bytes of the process over time."""
+    """Plot bytes of the process over time."""
     panel = figure.subplots()
     panel.plot([lap.minutes for lap in course], [lap.resident / 1e6 for lap in course], marker=".", linewidth=0.8)
     panel.set(xlabel="minutes", ylabel="MB of the process", title="mixed generation, repeated")

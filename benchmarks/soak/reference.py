@@ -1,4 +1,4 @@
-"""A plain KV cache of all tokens that soak tests compare a latent cache with."""
+"""A plain KV cache of all tokens, the reference for latent caches in soak tests."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fhopt.plan.site_plan import SidePlan, SitePlan
 
 
 class Reference(DynamicLayer):  # type: ignore[misc]
-    """Keep keys and values of all tokens as attention should see them.
+    """A cache of the keys and values of all tokens as attention should use them.
 
-    A dynamic cache quantizes a token, as the residual window has stored it, together with its block. A static cache
-    quantizes the original token, and also dequantizes what a crop finds outside of the window's ring buffer.
+    A dynamic cache quantizes a token, in the form the recent window stored it, together with its block. A static cache
+    quantizes the original token, and also dequantizes tokens that a crop finds outside of the window's ring buffer.
     """
 
     def __init__(self, plan: LatentPlan, site: SitePlan, static: bool) -> None:
         super().__init__()
         self.plan, self.site, self.static = plan, site, static
-        self.quantized, self.rounded = 0, 0  # quantized tokens; tokens that a residual window of 8 bits has rounded
-        self.dequantized: tuple[Tensor, Tensor] | None = None  # dequantized, of the original tokens
+        self.quantized, self.rounded = 0, 0  # quantized tokens; tokens rounded by an 8-bit recent window
+        self.dequantized: tuple[Tensor, Tensor] | None = None  # dequantized from the original tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return all keys and values, those of this call exact; then replace full blocks by dequantized ones."""
+        """Return all keys and values, those of this call unquantized; then replace full blocks by dequantized ones."""
         keys, values = super().update(key_states, value_states)
         self.keys, self.values = keys.clone(), values.clone()
         if self.static:
@@ -55,7 +55,7 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         self.quantized = count
 
     def _round(self, part: slice) -> None:
-        """Round some tokens as a residual window of 8 bits does."""
+        """Round some tokens as an 8-bit recent window does."""
         for x in (self.keys, self.values):
             x[:, :, part] = packing.unround_rows(*packing.round_rows(x[:, :, part]), x.dtype)
 
@@ -70,7 +70,7 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         return both[0], both[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest -`tokens_to_remove` tokens."""
+        """Remove the newest -`tokens_to_remove` tokens."""
         if not tokens_to_remove:
             return
         behind = self.keys.shape[2] - self.plan.sinks
@@ -102,7 +102,7 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         self._each(lambda x: x[beam_idx])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at these indices."""
+        """Retain the sequences at these indices."""
         self._each(lambda x: x[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -110,7 +110,7 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         self._each(lambda x: x.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         super().reset()
         self.quantized, self.rounded, self.dequantized = 0, 0, None
 

@@ -1,4 +1,4 @@
-"""One soak run: a model, a plan, random operations on the caches, and the promises that it may break."""
+"""One soak run: a model, a plan, random cache operations, and the promises to check."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from fhopt.plan.site_plan import SidePlan
 
 VOCABULARY, LONGEST = 97, 2048
 TOKENS: dict[str, Any] = dict(bos_token_id=0, eos_token_id=None, pad_token_id=0)
-MOST_APART, MOST_DRIFT, MOST_GROWTH = 1e-4, 2.0, 4 << 20  # logits; times the first quarter; bytes of the process
+MOST_APART, MOST_DRIFT, MOST_GROWTH = 1e-4, 2.0, 4 << 20  # logits; relative to the first quarter; bytes of the process
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model, a plan and a kind of cache, and how many tokens it generates."""
+    """A model, a plan and a cache type, and the number of tokens to generate."""
 
     name: str
     make: Callable[[], Any]
@@ -47,7 +47,7 @@ class Variant:
 
 
 def stablelm() -> Any:
-    """Build two layers, H=4, G=2, D=16, rotary positions; its norms, unlike Llama's, do not round to float32."""
+    """Build two layers, H=4, G=2, D=16, RoPE; its norms, unlike Llama's, do not round to float32."""
     from transformers import StableLmConfig, StableLmForCausalLM
 
     sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -74,7 +74,7 @@ VARIANTS = (
 
 
 def prepared(variant: Variant) -> tuple[Any, LatentPlan]:
-    """Return the model in the variant's dtype, and a plan with bases in it too."""
+    """Return the model in the variant's dtype, and a plan whose bases have that dtype, too."""
     torch.manual_seed(0)
     model = variant.make().eval().requires_grad_(False)
     options = FitOptions(
@@ -99,13 +99,13 @@ class Course:
 
     tokens: list[int] = field(default_factory=list)  # generated so far, at each comparison
     apart: list[float] = field(default_factory=list)  # largest difference of logits
-    over: list[float] = field(default_factory=list)  # bytes held / bytes that the formula and the spare capacity allow
+    over: list[float] = field(default_factory=list)  # stored bytes / bytes allowed by formula and spare capacity
     resident: list[int] = field(default_factory=list)  # bytes of the process at each quarter
     seconds: float = 0.0
 
 
 def operations(rng: random.Random) -> Iterator[str]:
-    """Yield operations on the caches, without end."""
+    """Yield operations on the caches endlessly."""
     odds = {
         "token": 900,
         "prefill": 25,
@@ -121,7 +121,7 @@ def operations(rng: random.Random) -> Iterator[str]:
 
 
 def run(variant: Variant, tokens: int, seed: int = 0, made: tuple[Any, LatentPlan] | None = None) -> Course:
-    """Generate `tokens` tokens and compare after every call. made: what `prepared` returned for the variant."""
+    """Generate `tokens` tokens and compare after every call. made: the result of `prepared` for the variant."""
     model, plan = made or prepared(variant)
     rng, course, name = random.Random(seed), Course(), cache_argument(model)
     torch.manual_seed(seed)
@@ -176,10 +176,10 @@ def _logits(model: Any, ids: Tensor, cache: dict[str, Any]) -> Tensor:
 
 
 def _over(cache: Any, plan: LatentPlan, batch: int) -> float:
-    """Return bytes held over the most that may be held, the largest of all layers; a static cache must not change."""
+    """Return stored bytes over allowed bytes, the largest of all layers; a static cache must not change."""
     size, shares = cache.layers[0].dtype.itemsize, []
     for layer, site in zip(cache.layers, plan.sites, strict=True):
-        if isinstance(layer, StaticLatentLayer):  # and a place in each part for tokens that are not to be kept
+        if isinstance(layer, StaticLatentLayer):  # and a slot in each part for discarded tokens
             first, window, rows = plan.sinks + 1, plan.window.capacity + 1, layer.capacity + 1
         else:
             first = min(layer.get_seq_length(), plan.sinks)
@@ -198,14 +198,14 @@ def drift(course: Course) -> float:
 
 
 def growth(course: Course) -> int:
-    """Return the bytes that the process gained from the first quarter on."""
+    """Return the growth of the process in bytes from the first quarter on."""
     return course.resident[-1] - course.resident[0]
 
 
 def broken(variant: Variant, course: Course, is_long: bool = True) -> list[str]:
-    """Return the promises that a run has broken, in words. is_long: long enough for its quarters to be alike.
+    """Return the promises that a run has broken, in words. is_long: long enough for comparable quarters.
 
-    In a lap, what the process gains is what the caches happen to hold at its end (some MB); laps are compared instead.
+    In a lap, the growth of the process depends on the caches' contents at its end (some MB); laps are compared instead.
     """
     exact, drifted = variant.dtype == torch.float64, drift(course)
     promises = {

@@ -1,20 +1,20 @@
-"""Generate 200,000 tokens with latent caches through every operation of a cache, and compare with a plain reference.
+"""Soak test: generate 200,000 tokens with latent caches through every cache operation, and compare with a reference.
 
     python -m benchmarks.soak.suite               benchmarks/results/soak.json and .png; fails if a promise breaks
     python -m benchmarks.soak.suite --quick       a twentieth of the tokens (also QUICK=1)
-    python -m benchmarks.soak.suite --minutes 60  the same mixed with generate(), over and over: endurance.json and .png
+    python -m benchmarks.soak.suite --minutes 60  the same mixed with generate(), repeatedly: endurance.json and .png
 
 A small model samples tokens one by one, in batches, mixed with prefill of several tokens, crops (short ones and ones
 deep into quantized blocks), reordered, repeated and selected sequences, and resets. After every call the logits of the
-latent cache are compared with those of `Reference`, which keeps all keys and values as ordinary tensors and replaces a
-token by its dequantized value when it is quantized. Models and latents are float64, so that no value is rounded to
-another level by chance. One run is in float32, with the compiled kernels: there rounding may differ, the caches diverge
-from then on, and only the memory is checked.
+latent cache are compared with those of `Reference`, which stores all keys and values as ordinary tensors and replaces a
+token by its dequantized value when it is quantized. Models and latents are float64, so that rounding noise cannot
+change a quantized value. One run is in float32, with the compiled kernels: there rounding may differ, the caches
+diverge from then on, and only the memory is checked.
 
 Promises: logits within 1e-4; no drift (the last quarter of a run is as close as the first); bytes never above the
-formula and the spare capacity; constant memory of the process. With --minutes it is read after each lap through all
-variants, with models kept from lap to lap: the run fails when the slope of a straight line through the laps after the
-warm-up is above 1 MB an hour by more than two of its standard errors.
+formula and the spare capacity; constant memory of the process. With --minutes, memory is measured after each lap
+through all variants, with the same models in all laps: the run fails if the slope of a straight line through the laps
+after the warm-up is above 1 MB per hour by more than two of its standard errors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def rows_of(name: str, course: Course) -> list[Row]:
-    """Return the figures of one run."""
+    """Return the results of one run."""
     figures = (
         ("tokens", course.tokens[-1], ""),
         ("largest_logit_difference", max(course.apart), ""),
@@ -47,7 +47,7 @@ def rows_of(name: str, course: Course) -> list[Row]:
 
 
 def draw(figure: Figure, courses: dict[str, Course]) -> None:
-    """Draw differences of logits, and bytes against what is allowed, over the tokens of each run."""
+    """Plot differences of logits, and bytes relative to the allowed bytes, over the tokens of each run."""
     above, below = figure.subplots(2, 1, sharex=True)
     for name, course in courses.items():
         stride = max(1, len(course.tokens) // 400)
@@ -66,7 +66,7 @@ def draw(figure: Figure, courses: dict[str, Course]) -> None:
 @click.option("--quick", is_flag=True, help="A twentieth of the tokens.")
 @click.option("--minutes", type=float, help="Repeat for so long, and monitor the memory of the process.")
 def main(quick: bool, minutes: float | None) -> None:
-    """Run every variant; exit status 1 when a promise is broken."""
+    """Run every variant; exit status 1 if a promise is broken."""
     torch.set_num_threads(1)
     if minutes is not None:
         problems = endure(minutes)

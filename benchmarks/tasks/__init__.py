@@ -1,1 +1,1 @@
-"""Accuracy of models with plans on tasks."""
+"""Task accuracy of models with plans."""

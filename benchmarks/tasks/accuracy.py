@@ -1,4 +1,4 @@
-"""Measure tasks with plans beside the exact cache: HumanEval, long generation, retrieval in long contexts.
+"""Benchmark of task accuracy with plans against the full-precision cache: HumanEval, long generation, retrieval.
 
     python -m benchmarks.tasks.accuracy                    SmolLM2, all parts: benchmarks/results/tasks.json
     python -m benchmarks.tasks.accuracy --model FOLDER --statistics FILE --ratio 4 --ratio 8 --part humaneval
@@ -10,10 +10,10 @@
 | generation | KL by position on the exact model's own sampled text, `--generated` tokens | kl_nats, agreement_percent |
 | ruler | RULER-type tasks, copying, digits and arithmetic at each `--length` | accuracy_percent |
 
-HumanEval's prompts are short: alone they would be read from sinks and window, which are exact; so they stand behind
-`--behind` tokens of source code. Exact cache and plans read the same tokens in the same run. A case is
-"<model>/<task>"; figures of other cases that a former run wrote stay in the file, so that models and parts can be
-measured one by one. The file is written after each contender of HumanEval, each plan of a generation and each task.
+HumanEval's prompts are short: without a prefix they would fit into sinks and recent window, which are full-precision,
+so they follow `--behind` tokens of source code. All caches get the same tokens in the same run. A case is
+"<model>/<task>"; results of other cases from earlier runs stay in the file, so that models and parts can be measured
+one by one. The file is written after each contender of HumanEval, each plan of a generation and each task.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from fhopt.texts import tokens
 
 PARTS = ("humaneval", "generation", "ruler")
 RATIOS = (4.0, 5.3, 8.0)
-BINS = (0, 128, 256, 512, 1024, 2048, 4096)  # generated tokens; the KL of a bin stands at its end
-PROMPT = "source"  # text whose held-out half begins a long generation
+BINS = (0, 128, 256, 512, 1024, 2048, 4096)  # generated tokens; the KL of a bin is plotted at its end
+PROMPT = "source"  # text whose held-out half starts a long generation
 PROMPT_TOKENS = 256
 Plans = dict[str, LatentPlan]
 
@@ -67,7 +67,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def measure_human_eval(
     loaded: LoadedModel, plans: Plans, problems: list[human_eval.Problem], new: int, behind: int, size: int
 ) -> Iterator[list[Row]]:
-    """Let the exact cache and every plan solve the problems, `size` of them at a time, each behind so many tokens.
+    """Solve the problems with the full-precision cache and every plan, `size` at a time, after `behind` prefix tokens.
 
     Yields the rows of each.
     """
@@ -90,14 +90,14 @@ def measure_human_eval(
 
 
 def _prefix(loaded: LoadedModel, count: int) -> str:
-    """Return whole lines of at most so many tokens of the half of the text `source` that calibrates nothing."""
+    """Return whole lines of at most `count` tokens from the held-out half of the text `source`."""
     half = tokens.halves(tokens.read_text(PROMPT))[1]
     ids = loaded.tokenizer(half[: count * 16], add_special_tokens=False, verbose=False).input_ids[:count]
     return str(loaded.tokenizer.decode(ids)).rpartition("\n")[0] + "\n\n" if count else ""
 
 
 def _paired(case: str, name: str, exact: list[bool], passed: list[bool]) -> list[Row]:
-    """Rows of a contender: its rate, and beside the exact cache's the interval of the difference and McNemar's test."""
+    """Return a contender's rows: its rate; unless the baseline, the interval of the difference and McNemar's test."""
     rate, before = (100 * sum(x) / len(x) for x in (passed, exact))
     if name == "exact":
         return [Row(case, name, "accuracy_percent", rate, "%"), Row(case, name, "items", len(exact), "")]
@@ -109,13 +109,13 @@ def _paired(case: str, name: str, exact: list[bool], passed: list[bool]) -> list
 
 
 def _change_rows(case: str, name: str, interval: Interval | None) -> list[Row]:
-    """Rows of the interval of a change; none for a single item."""
+    """Return the rows of the interval of a change; empty for a single item."""
     ends = zip(("low", "high"), interval, strict=True) if interval is not None else ()
     return [Row(case, name, f"accuracy_change_{which}", end, "points") for which, end in ends]
 
 
 def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int) -> Iterator[list[Row]]:
-    """Let the exact model write, and plans read what it wrote; yields the rows of each."""
+    """Generate text with the full-precision cache, and score it with plans; yields the rows of each."""
     model, case = loaded.language_model(), f"{loaded.name}/generation"
     half = tokens.halves(tokens.read_text(PROMPT))[1]
     prompts = tokens.sequences(
@@ -149,7 +149,7 @@ def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int
 
 
 def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names: list[str]) -> Iterator[list[Row]]:
-    """Ask the exact cache and every plan the same questions, of contexts that are read once; yields rows of a task."""
+    """Ask all caches the same questions, with each context prefilled once; yields the rows of a task."""
     model = loaded.language_model()
     for task, cells in write_items(loaded.tokenizer, names, options).items():
         for length in options.lengths:
@@ -182,7 +182,7 @@ def _mean(numbers: Iterable[float]) -> float:
 
 
 def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, ...], options: FitOptions) -> Plans:
-    """Fit plans from a file of statistics, or after a calibration. Raises FhoptError."""
+    """Fit plans from a statistics file, or after a calibration. Raises FhoptError."""
     if statistics is None:
         measured = calibrate_source(text_source(loaded), options)
     else:
@@ -215,7 +215,7 @@ def main(
     lengths: tuple[int, ...],
     names: tuple[str, ...], items: int, quick: bool,
 ) -> None:  # fmt: skip
-    """Measure tasks of a model with the exact cache and with plans, and write the figures."""
+    """Measure tasks of a model with the full-precision cache and with plans, and write the results."""
     from fhopt.evaluation.task_choice import choose
 
     quick = quick or is_quick()
@@ -250,12 +250,12 @@ def main(
 
 
 def _beside_former(name: str, rows: list[Row]) -> list[Row]:
-    """Return the rows of cases that a former run measured, and of this run's."""
+    """Return the rows of cases from earlier runs, and of this run."""
     return kept_rows(name, {row.case for row in rows}.__contains__) + rows
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
-    """Plot accuracy of every task, by model, and KL by the position of the generated token; what there is of both."""
+    """Plot accuracy of every task, by model, and KL by the position of the generated token, if measured."""
     accuracy = [row for row in rows if row.metric == "accuracy_percent"]
     positions = [row for row in rows if row.metric == "kl_nats" and "generation@" in row.case]
     panels = [

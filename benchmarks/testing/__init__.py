@@ -1,1 +1,1 @@
-"""Coverage of the tests, and the tests with other versions of requirements."""
+"""Coverage of the tests, and test runs with other versions of requirements."""

@@ -1,11 +1,11 @@
-"""Measure coverage part by part: the unit tests of each package, and what stands outside of packages, apart.
+"""Coverage measurement in parts: the unit tests of each package, and each test file outside of packages.
 
-    build/coverage/parts/<part>/data.*         what the processes of a part write while it runs
+    build/coverage/parts/<part>/data.*         the data of a part's processes while it runs
     build/coverage/parts/<part>/measured       the same in one file
-    build/coverage/parts/<part>/state.json     digests of all sources and of the part's tests, and how it ended
+    build/coverage/parts/<part>/state.json     digests of all sources and of the part's tests, and its outcome
 
-A part is measured again when it did not end, or when a module of its package or one of its tests has changed since.
-Lines of other modules that have changed since are dropped from it, as their numbers are no longer the same.
+A part is re-measured if it did not end, or if a module of its package or one of its tests has changed since. Lines of
+other modules that have changed since are dropped from it, as their line numbers are no longer valid.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from benchmarks.recording import ROOT
 FOLDER = ROOT / "build" / "coverage"
 SOURCES = ("fhopt", "passes", "codegen")
 UNIT = ROOT / "tests" / "unit"
-OUTSIDE = ("integration", "robustness", "benchmarks")  # folders of tests that belong to no package: a part a file
-GRACE = 60  # seconds that an interrupted part has for writing its data
+OUTSIDE = ("integration", "robustness", "benchmarks")  # folders of tests without a package: one part per file
+GRACE = 60  # seconds for an interrupted part to write its data
 MEASURED, STATE = "measured", "state.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tests that run in one process: `paths`, below tests/. name: the package that they test, or the file itself."""
+    """Tests that run in one process: `paths`, below tests/. name: the tested package, or the file itself."""
 
     name: str
     paths: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
-        """Where its data is kept."""
+        """The folder of its data."""
         return FOLDER / "parts" / self.name.replace("/", ".")
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a part ended: "passed", "failed" (some test) or "interrupted" (the time was over). seconds: 0 of one kept."""
+    """The outcome of a part: "passed", "failed" (some test) or "interrupted" (timeout). seconds: 0 for a reused one."""
 
     part: Part
     state: str
@@ -86,11 +86,11 @@ def package_of(file: str) -> str:
     return "/".join(below)
 
 
-# --------------------------------------------------------------------------------------------------- running
+# --------------------------------------------------------------------------------------------------- execution
 
 
 def is_current(part: Part) -> bool:
-    """Tell whether a part was measured to its end, with its package and its tests as they are now."""
+    """Return whether a part was measured to its end, with the current versions of its package and its tests."""
     state = _state(part)
     if not state or state["state"] == "interrupted":
         return False
@@ -99,12 +99,12 @@ def is_current(part: Part) -> bool:
 
 
 def kept(part: Part) -> Run | None:
-    """Return how a part ended that need not be run again; None where it must be."""
+    """Return the outcome of a part that need not be rerun; None if it must be."""
     return Run(part, _state(part)["state"], 0.0) if is_current(part) else None
 
 
 def run(part: Part, seconds: float) -> Run:
-    """Run the tests of a part under coverage.py for at most so many seconds; keep what was measured until then."""
+    """Run the tests of a part under coverage.py for at most `seconds`; save the data measured until then."""
     shutil.rmtree(part.folder, ignore_errors=True)
     part.folder.mkdir(parents=True)
     before = {"sources": digests(_sources()), "tests": digests(_tests(part))}
@@ -124,7 +124,7 @@ def run(part: Part, seconds: float) -> Run:
 
 
 def _wait(child: subprocess.Popen[Any], seconds: float) -> str:
-    """Wait for a process; one that takes too long is interrupted as by Ctrl-C, then killed with its children."""
+    """Wait for a process; on a timeout it is interrupted as by Ctrl-C, then killed with its children."""
     try:
         return "failed" if child.wait(seconds) not in (0, 5) else "passed"  # 5: pytest has selected no test
     except subprocess.TimeoutExpired:
@@ -144,7 +144,7 @@ def _command(part: Part) -> list[str]:
 
 
 def _environment(part: Part) -> dict[str, str]:
-    """Return the environment of a part: sys.monitoring, which tells branches from Python 3.14 on, else a tracer."""
+    """Return the environment of a part: sys.monitoring, which supports branches from Python 3.14 on, else a tracer."""
     core = "sysmon" if sys.version_info >= (3, 14) else "ctrace"
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return os.environ | one_thread | {"COVERAGE_CORE": core, "COVERAGE_FILE": str(part.folder / "data")}
@@ -174,11 +174,11 @@ def digests(paths: Iterable[Path]) -> dict[str, str]:
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
 
 
-# --------------------------------------------------------------------------------------------------- putting together
+# --------------------------------------------------------------------------------------------------- combination
 
 
 def combined(chosen: Iterable[Part]) -> dict[str, Any]:
-    """Return coverage.py's report on all parts that were measured: by path below the root, `summary` and lines."""
+    """Return coverage.py's report on all measured parts: by path below the root, `summary` and lines."""
     report = FOLDER / "coverage.json"
     with_data = [part for part in chosen if (part.folder / MEASURED).exists()]
     copies = [str(_of_unchanged(part)) for part in with_data]
@@ -192,7 +192,7 @@ def combined(chosen: Iterable[Part]) -> dict[str, Any]:
 
 
 def _of_unchanged(part: Part) -> Path:
-    """Copy the data of a part, without modules that have changed since; returns the path of the copy."""
+    """Copy the data of a part, without modules that have changed since; return the path of the copy."""
     copy = part.folder / f"{MEASURED}.unchanged"
     shutil.copyfile(part.folder / MEASURED, copy)
     now, then = digests(_sources()), _state(part)["sources"]

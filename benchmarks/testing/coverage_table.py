@@ -1,17 +1,17 @@
-"""Report which lines and branches of fhopt the tests run, by package, and the modules of which they run too few.
+"""Line and branch coverage of fhopt by package, and the modules with too little of it.
 
     python -m benchmarks.testing.coverage_table                    measure; benchmarks/results/coverage.json and .png
     python -m benchmarks.testing.coverage_table --part fhopt/plan  measure this part only (repeatable), report on all
-    python -m benchmarks.testing.coverage_table --no-run           report on what was measured before
+    python -m benchmarks.testing.coverage_table --no-run           report on earlier measurements
     python -m benchmarks.testing.coverage_table --list             name the parts
 
-The tests of each package run in a process of their own (coverage_runs.py), those that are slow or need a GPU left out.
-A part that was measured is not run again until its package or its tests change, so that a call that was stopped, or
-whose --minutes were over, is continued by the next. Code that runs in child processes is counted. The text of generated
-kernels is not part of fhopt, and what runs on a GPU only counts as not run.
+The tests of each package run in a separate process (coverage_runs.py), except slow ones and those that need a GPU. A
+measured part is not rerun until its package or its tests change, so that the next call continues an interrupted one, or
+one whose --minutes ran out. Code that runs in child processes is counted. The text of generated kernels is not part of
+fhopt, and code that runs only on a GPU counts as not run.
 
-Results are recorded when all parts are measured. Ends with 1 where a test failed, where less than LEAST of all lines
-are run, or where parts are still to be measured.
+Results are recorded once all parts are measured. The exit status is 1 if a test failed, if less than LEAST of all lines
+are run, or if parts are still to be measured.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ REASONS = {  # why the tests of `make coverage` run few lines of a module, or of
 }
 
 
-# --------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------- results
 
 
 def rows_of(files: dict[str, Any]) -> list[Row]:
     """Return percentages of lines and branches of packages and of all, then of modules below LISTED_BELOW.
 
-    files: those of coverage.py's report, by path. The implementation of a module's row is the reason why.
+    files: those of coverage.py's report, by path. The implementation of a module's row is the reason.
     """
     sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for file, about in files.items():
@@ -69,7 +69,7 @@ def rows_of(files: dict[str, Any]) -> list[Row]:
 
 
 def _rows_of_modules(files: dict[str, Any]) -> list[Row]:
-    """Return a row for each module whose tests run too few of its lines, the fewest first."""
+    """Return a row for each module with too little line coverage, lowest first."""
     rows = []
     for file, about in files.items():
         summary = about["summary"]
@@ -98,7 +98,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw a pair of bars for each package."""
+    """Plot a pair of bars per package."""
     panel = figure.subplots()
     names = list(dict.fromkeys(row.case for row in rows if row.metric == "lines"))
     for i, metric in enumerate(("lines", "branches")):
@@ -111,11 +111,11 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     panel.legend(loc="lower right")
 
 
-# --------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------- command
 
 
 def measure(chosen: Sequence[Part], workers: int, seconds: float, part_seconds: float, again: bool) -> list[Run]:
-    """Run the parts that are not measured, `workers` at a time; parts that the time does not reach are left out."""
+    """Run the unmeasured parts, `workers` at a time; parts beyond the time limit are skipped."""
     end = time.monotonic() + seconds
 
     def one(part: Part) -> Run | None:
@@ -134,7 +134,7 @@ def measure(chosen: Sequence[Part], workers: int, seconds: float, part_seconds: 
 
 
 def chosen_parts(names: Sequence[str]) -> list[Part]:
-    """Return the parts of these names, all where there are none. Raises BadParameter for a name that is unknown."""
+    """Return the parts of these names, all if empty. Raises BadParameter for an unknown name."""
     known = {part.name: part for part in parts()}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -164,7 +164,7 @@ def main(
     waiting = [part.name for part in every if not is_current(part)]
     packages, modules = tables(rows)
     if waiting:
-        screen().print(packages)  # figures of some parts are not recorded: they would pass for those of all
+        screen().print(packages)  # do not record partial results: they would pass for complete ones
     else:
         record("coverage", rows, lambda figure: draw(figure, rows), packages)
     screen().print(modules)
@@ -174,7 +174,7 @@ def main(
 
 
 def problems(rows: Sequence[Row], failed: Sequence[str], waiting: Sequence[str]) -> list[str]:
-    """Return what is not as it should be, a sentence each. failed, waiting: names of parts."""
+    """Return the problems, a sentence each. failed, waiting: names of parts."""
     lines = next(row.value for row in rows if (row.case, row.metric) == (ALL, "lines"))
     sentences = {
         f"Tests failed in {', '.join(failed)}: output.txt below build/coverage/parts.": bool(failed),

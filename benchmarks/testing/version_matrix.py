@@ -1,13 +1,13 @@
-"""Run the tests that depend on versions in every environment of noxfile.py.
+"""Runs of the version-dependent tests in every environment of noxfile.py.
 
     python -m benchmarks.testing.version_matrix                all: benchmarks/results/matrix.json and a table
     python -m benchmarks.testing.version_matrix --only oldest  one (repeatable); results of others stay in the file
 
 With PIP_EXTRA_INDEX_URL=INDEX, the index of PyTorch's builds for CPUs, CUDA's libraries are not installed.
 
-Nox finds the interpreters and makes the environments. An environment whose interpreter is not installed, or whose
-versions the index does not have, is a row of the table with the reason. Ends with 1 when a test failed, when an
-environment could not be made for another reason, or when none was tested.
+Nox finds the interpreters and creates the environments. An environment whose interpreter is not installed, or whose
+versions the index lacks, is a row of the table with the reason. The exit status is 1 if a test failed, if an
+environment could not be created for another reason, or if none was tested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.recording import RESULTS, ROOT, Row, screen, write
 
-REPORTS = ROOT / "build" / "matrix"  # where noxfile.py leaves its reports
+REPORTS = ROOT / "build" / "matrix"  # output folder of noxfile.py's reports
 SHOWN = ("python", "torch", "transformers", "triton", "numpy")
 
 
@@ -39,7 +39,7 @@ class Outcome:
     state: str
     reason: str
     seconds: float
-    versions: dict[str, str]  # really installed; empty where none were
+    versions: dict[str, str]  # installed ones; empty if none
     passed: int = 0
     failed: int = 0
     skipped: int = 0
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def run(names: tuple[str, ...]) -> list[Outcome]:
-    """Run environments (all where `names` is empty), one after the other, with their output on the screen."""
+    """Run environments (all if `names` is empty), one after the other, with their output on the screen."""
     for old in REPORTS.glob("*.*"):
         if not names or old.stem in names:
             old.unlink()
@@ -65,7 +65,7 @@ def run(names: tuple[str, ...]) -> list[Outcome]:
 
 
 def outcome_of(session: dict[str, Any], reports: Path) -> Outcome:
-    """Combine what nox reports of a session with the files that the session left in `reports`."""
+    """Combine nox's report of a session with the files that the session left in `reports`."""
     name = session["signatures"][-1].partition("(")[2].rstrip(")")
     known, tests = reports / f"{name}.json", reports / f"{name}.xml"
     versions = json.loads(known.read_text()) if known.exists() else {}
@@ -74,7 +74,7 @@ def outcome_of(session: dict[str, Any], reports: Path) -> Outcome:
 
 
 def counted(xml: str) -> dict[str, int]:
-    """Count tests that passed, failed (errors included) and were skipped, from a file of JUnit's form."""
+    """Return the numbers of passed, failed (errors included) and skipped tests in a JUnit XML file."""
     sums = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for suite in ElementTree.fromstring(xml).iter("testsuite"):
         for key in sums:
@@ -84,7 +84,7 @@ def counted(xml: str) -> dict[str, int]:
 
 
 def rows_of(outcome: Outcome) -> list[Row]:
-    """Return the figures of an environment; NaN, with the reason, where it was not tested."""
+    """Return the results of an environment; NaN, with the reason, if it was not tested."""
     tested = bool(outcome.passed or outcome.failed)
     figures = (
         ("passed", outcome.passed, ""),
@@ -99,7 +99,7 @@ def rows_of(outcome: Outcome) -> list[Row]:
 
 
 def kept(names: tuple[str, ...]) -> list[Row]:
-    """Return the recorded rows of environments other than these; none where `names` is empty, as all are run."""
+    """Return the recorded rows of environments other than these; empty if `names` is empty, as all are run."""
     path = RESULTS / "matrix.json"
     rows = json.loads(path.read_text())["rows"] if names and path.exists() else []
     return [
@@ -117,7 +117,7 @@ def said(outcome: Outcome) -> str:
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """Format a line for each environment."""
+    """Format a line per environment."""
     out = Table(title="versions", title_justify="left")
     for heading in ("environment", "installed"):
         out.add_column(heading, overflow="fold")

@@ -1,6 +1,6 @@
-"""Find, rewrite and compile the attention of many models and of random programs, and compare with eager mode.
+"""Detection, rewriting and compilation of attention in many models and random programs, compared with eager mode.
 
-The models and the generator of programs belong to the tests and are not installed: tests/support is put on the path.
+The models and the generator of programs belong to the tests and are not installed: tests/support is added to the path.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""Count softmax attentions by what is computed, apart from any reading of graphs.
+"""Count of softmax attentions by observing the executed operators, independently of graph analysis.
 
     with Counting(parameters) as seen: model(...)
     seen.attentions                                    softmax(product of two activations), then a product with values
 
-Every tensor that an operator makes is followed: a product of two activations makes scores; what keeps elements apart
-(sums with masks, views, casts) keeps them scores; their softmax makes weights; a product with weights is an attention.
-Fused attention operators are counted as they are called. A product with a bare weight makes no scores: that is how
-routers, poolings and mixtures are told from attention.
+Every output tensor of an operator is tracked: a matmul of two activations makes scores; operators that do not mix
+elements (sums with masks, views, casts) preserve scores; their softmax makes weights; a matmul with weights is an
+attention. Fused attention operators are counted per call. A matmul with a bare weight makes no scores, which
+distinguishes routers, poolings and mixtures from attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FUSED = (
 )  # fmt: skip
 PRODUCTS: dict[str, tuple[int, int]] = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 SOFTMAX = {"_softmax", "_safe_softmax"}
-# operators that make an element of many
+# operators that combine many elements into one
 BREAK_NAMES = """
     convolution native_layer_norm native_group_norm sum mean amax amin argmax topk sort embedding var std norm cumsum
     linalg_vector_norm _log_softmax max min any all logsumexp _fused_rms_norm scatter_add index_add
@@ -34,7 +34,7 @@ BREAKS = frozenset(BREAK_NAMES.split())
 
 
 class Counting(TorchDispatchMode):
-    """Count the attentions of all calls inside. parameters: weights, whose products are projections."""
+    """Count of the attentions of all calls inside. parameters: weights, whose matmuls are projections."""
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -43,16 +43,16 @@ class Counting(TorchDispatchMode):
         self._fixed = {id(p) for p in parameters}  # weights, and views of them
         self._scores: dict[int, frozenset[int]] = {}
         self._weights: dict[int, frozenset[int]] = {}
-        self._kept: list[Any] = [*parameters]  # no tensor is freed, and its identity not given to another
+        self._kept: list[Any] = [*parameters]  # no tensor is freed, so that no identity is reused
         self._events = 0
 
     @property
     def attentions(self) -> int:
-        """Attentions until now; weights that multiply several values count once."""
+        """Attentions so far; weights that multiply several values count once."""
         return len(self.found) + self.fused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the operator, and follow what it makes."""
+        """Call the operator, and track its outputs."""
         result = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]

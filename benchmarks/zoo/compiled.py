@@ -1,21 +1,22 @@
-"""Compile the test zoo with `backend="flashhead", options={"ratio": 1}`, and compare with eager and plain inductor.
+"""Compilation of the test zoo with `backend="flashhead", options={"ratio": 1}`, versus eager and plain inductor.
 
     python -m benchmarks.zoo.compiled              everything: benchmarks/results/compiled-zoo.json and .png
     python -m benchmarks.zoo.compiled --only gpt2  tasks whose label contains gpt2; writes nothing
     python -m benchmarks.zoo.compiled --quick      a sample (also QUICK=1)
     python -m benchmarks.zoo.compiled --traced     Dynamo and AOTAutograd unchanged, but no C++ is generated
 
-A task is one use of one model, run twice where a second call could be compiled again:
+A task is one use of one model, run twice if a second call might recompile:
 
     no_grad        the entry's call                          train          outputs, gradients of all parameters, a step
     dynamic cache  9 tokens, then 4 single ones              static cache   9 tokens, then 4 single ones
     lengths        four lengths, dynamic=True                growing        dynamic cache, dynamic=True
     batches        two batch sizes, dynamic=True             layers         each layer compiled separately
-    long           4 tokens at a context of 300              checkpoints    train, activations computed again
+    long           4 tokens at a context of 300              checkpoints    train, activations recomputed
     weights        the attention weights are outputs too     left padding   train, rows that attend to nothing
     bfloat16, autocast    train
 
-Ends with 1 when numbers differ, when there are more graphs or breaks than with inductor, or when a graph was given up.
+The exit status is 1 if results differ, if there are more graphs or breaks than with inductor, or if a graph was given
+up.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from fhopt.errors import FhoptError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-SAMPLE = 7  # in a quick run, one task of this many
+SAMPLE = 7  # in a quick run, one in this many tasks
 METRICS: dict[str, tuple[str, Callable[[list[float]], float], str]] = {  # unit, over several tasks, form
     "max_error": ("relative", max, ".0e"),
     "max_gradient_error": ("relative", max, ".0e"),
@@ -66,7 +67,7 @@ COMPILERS: dict[str, dict[str, Any] | None] = {  # arguments of torch.compile
 
 
 def check(task: Task) -> Result:
-    """Run the task with every compiler; an exception on the way is recorded as a `refusal`."""
+    """Run the task with every compiler; an exception is recorded as a `refusal`."""
     seen = {name: _see(task, options) for name, options in COMPILERS.items()}
     if task.exact is not None:
         seen["float32"] = _see(replace(task, build=task.exact, run=train), None)
@@ -85,7 +86,7 @@ def _see(task: Task, options: dict[str, Any] | None) -> Seen:
             compiled = _compiled(case.module, task, options)
             seen = task.run(compiled, case)
             seen.sites = _sites(compiled)
-        except Exception as error:  # whatever torch says of a model that it cannot run or differentiate
+        except Exception as error:  # torch may raise anything for a model that it cannot run or differentiate
             seen.refusal = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     seen.graphs = counters["stats"]["unique_graphs"]
     seen.breaks = sum(counters["graph_break"].values())
@@ -102,14 +103,14 @@ def _compiled(module: nn.Module, task: Task, options: dict[str, Any] | None) -> 
     for stack in (part for part in module.modules() if isinstance(part, nn.ModuleList)):
         for layer in stack:
             layer.compile(dynamic=task.dynamic, **options)
-        break  # those of an encoder, where there is one
+        break  # those of an encoder, if there is one
     return module
 
 
 def _sites(compiled: Any) -> int:
     try:
         graphs = fhopt.report(compiled).graphs
-    except FhoptError:  # another compiler's
+    except FhoptError:  # of another compiler
         return 0
     return sum(site.how != "left alone" for graph in graphs for site in graph.sites)
 
@@ -129,7 +130,7 @@ def traced() -> AbstractContextManager[Any]:
 @click.option("--quick", is_flag=True, help="A sample, of one task in seven.")
 @click.option("--traced", "is_traced", is_flag=True, help="Generate no C++: both compilers stop after AOTAutograd.")
 def main(only: str | None, quick: bool, is_traced: bool) -> None:
-    """Compile every model of the zoo, and compare with eager and with plain inductor."""
+    """Compile every model of the zoo, and compare with eager mode and plain inductor."""
     _be_quiet()
     chosen = [task for task in tasks() if only is None or only in task.label]
     if not chosen:
@@ -160,7 +161,7 @@ def _be_quiet() -> None:
 
 
 def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
-    """Yield results as they come; compiled graphs are cyclic, and are freed only when they are collected."""
+    """Yield results one by one; compiled graphs are cyclic, and freed only by garbage collection."""
     for number, task in enumerate(track(chosen, "compiled", transient=True)):
         yield check(task)
         if number % 20 == 19:
@@ -168,14 +169,14 @@ def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
 
 
 def compared(results: Iterable[Result]) -> list[Result]:
-    """Return the results in which there is something to compare."""
+    """Return the results that can be compared."""
     return [result for result in results if not result.excuse]
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """Return figures of each mode and family, over the tasks that eager and inductor can do.
+    """Return results of each mode and family, over the tasks that eager and inductor support.
 
-    The baseline is inductor's; of `tasks` how many there are, of which the value is how many were compared.
+    The baseline is inductor's; for `tasks` it is their number, and the value is the number compared.
     """
     found = []
     for (mode, family), members in _groups(results).items():
@@ -190,7 +191,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
 
 
 def _has_gradients(result: Result) -> bool:
-    """Return whether there are gradients, and inductor has the same of them as eager mode."""
+    """Return whether there are gradients, and inductor's equal those of eager mode."""
     return bool(result.seen["eager"].gradients) and math.isfinite(result.figure("max_gradient_error", "inductor"))
 
 
@@ -202,7 +203,7 @@ def _groups(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def summary(results: Iterable[Result]) -> Table:
-    """Format a line for each mode and family."""
+    """Format a line per mode and family."""
     groups = _groups(results)
     table = Table(title="The zoo, compiled (fhopt / inductor)", title_justify="left")
     for heading in ("task", "family"):
@@ -225,7 +226,7 @@ def _both(results: Sequence[Result], metric: str) -> str:
 
 
 def draw(figure: Figure, results: Iterable[Result]) -> None:
-    """Draw the differences of outputs and gradients from eager's, of flashhead and of inductor, sorted."""
+    """Plot the differences of outputs and gradients from eager's, for flashhead and inductor, sorted."""
     panels = figure.subplots(1, 2, sharey=True)
     known = [r for r in compared(results) if not r.seen["flashhead"].refusal]
     for panel, name in zip(panels, ("max_error", "max_gradient_error"), strict=True):

@@ -1,4 +1,4 @@
-"""Modes of the compiled zoo: ways to call a model, each of which returns what came out."""
+"""Modes of the compiled zoo: ways to call a model, each of which returns its results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks.zoo.compiled_results import Seen
 
-NEW = 4  # single tokens after the first call of a task that generates
+NEW = 4  # single tokens after the first call of a generation task
 
 
 def call_twice(call: Callable[..., Any], case: Case) -> Seen:
-    """Call without gradients; a second time where no cache grows, which would be another task."""
+    """Call without gradients; a second time unless a cache grows, which would be another task."""
     seen = Seen()
     with torch.no_grad():
         for _ in range(1 if _has_cache(case) else 2):
@@ -28,7 +28,7 @@ def call_twice(call: Callable[..., Any], case: Case) -> Seen:
 def train(
     call: Callable[..., Any], case: Case, around: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Seen:
-    """Compute outputs and gradients of one random projection of them; then a step on the weights, and once more.
+    """Compute outputs and gradients of one random projection of them; then update the weights and repeat.
 
     Gradients are those of all parameters and of all floating arguments. Frozen models have none.
     """
@@ -46,7 +46,7 @@ def train(
         gradients = torch.autograd.grad(ends, [*parameters, *inputs], _directions(ends), allow_unused=True)
         seen.gradients += [None if g is None else g.clone() for g in gradients]
         if _has_cache(case) or any(b.requires_grad for b in case.module.buffers()):
-            break  # what it keeps hangs on the graph of the first time
+            break  # its state belongs to the first autograd graph
         with torch.no_grad():
             for parameter in parameters:
                 parameter.mul_(1.01)
@@ -58,7 +58,7 @@ class Skipped(Exception):
 
 
 def _tracked(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
-    """Return arguments whose floating tensors require gradients, each as a copy: a leaf may not be written to."""
+    """Return arguments whose floating tensors require gradients, each as a copy: a leaf must not be written to."""
     inputs: list[Tensor] = []
 
     def track_one(value: Any) -> Any:
@@ -107,7 +107,7 @@ def vary_batches(call: Callable[..., Any], case: Case) -> Seen:
 def generate(call: Callable[..., Any], case: Case, places: int, eagerly: bool = False) -> Seen:
     """Run the entry's tokens, then single ones, with a cache of `places` positions (0: a dynamic cache).
 
-    eagerly: what comes first is not compiled, as transformers does it.
+    eagerly: the first call is not compiled, as in transformers.
     """
     seen, cache = Seen(), _new_cache(case, places)
     names = inspect.signature(case.module.forward).parameters
@@ -136,7 +136,7 @@ def _new_cache(case: Case, places: int) -> Any:
 
 
 def _with_changes(seen: Seen, case: Case) -> Seen:
-    """Return what the call changed in arguments, caches and buffers."""
+    """Add the arguments, caches and buffers after the call to the results."""
     left = [*_leaves(case.args), *_leaves(dict(case.kwargs)), *case.module.buffers()]
     seen.values += [_copied(x) for x in left]
     return seen
@@ -147,7 +147,7 @@ def _has_cache(case: Case) -> bool:
 
 
 def is_float(value: Any) -> bool:
-    """Tell whether a value is a tensor of a floating type."""
+    """Return whether a value is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -156,7 +156,7 @@ def _copied(value: Any) -> Any:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """List tensors and numbers in any value: outputs of transformers, tuples, caches with their layers."""
+    """Return the tensors and numbers in any value: outputs of transformers, tuples, caches with their layers."""
     if isinstance(value, (Tensor, int, float)):
         return [value]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Tasks of the compiled zoo, what each compiler made of them, and how the results are compared."""
+"""Tasks of the compiled zoo, the results of each compiler, and their comparison."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from model_zoo import Case, Entry
 from torch import Tensor
 
-TOLERANCE = 1e-4  # float32, and sums in another order, through two layers and a softmax: the promise of the backend
+TOLERANCE = 1e-4  # float32, other summation orders, through two layers and a softmax: the backend's guarantee
 
 
 @dataclass(frozen=True)
 class Task:
-    """One use of a model. build: makes module and arguments anew. run: calls it, and returns the results.
+    """One use of a model. build: creates module and arguments. run: calls it, and returns the results.
 
-    by_layers: not the model is compiled, but each of its layers, so that they may share graphs. exact: makes the same
-    in float32, where the task rounds to 16 bits.
+    by_layers: each layer is compiled instead of the model, so that layers may share graphs. exact: creates the same in
+    float32, if the task rounds to 16 bits.
     """
 
     entry: Entry
@@ -45,10 +45,10 @@ class Seen:
     gradients: list[Tensor | None] = field(default_factory=list)
     graphs: int = 0
     breaks: int = 0
-    given_up: list[str] = field(default_factory=list)  # warnings of graphs that passes could not read
+    given_up: list[str] = field(default_factory=list)  # warnings of graphs that passes could not process
     refusal: str = ""
     seconds: float = 0.0
-    sites: int = 0  # attentions that our passes knew, over all graphs
+    sites: int = 0  # attentions that fhopt's passes detected, over all graphs
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Result:
 
     @property
     def excuse(self) -> str:
-        """Reason why there is nothing to compare; "" where there is something."""
+        """Why the results cannot be compared; "" if they can."""
         refusals = ((name, self.seen[name].refusal) for name in ("eager", "inductor"))
         return next((f"{name}: {refusal}" for name, refusal in refusals if refusal), "")
 
     def figure(self, metric: str, compiler: str) -> float:
-        """Return one of the METRICS; errors are relative to the largest number of the tensor, or gradient of all."""
+        """Return one of the METRICS; errors are relative to the largest value of the tensor, or of all gradients."""
         if metric == "max_error":
             return largest_difference(self.seen["eager"].values, self.seen[compiler].values)
         if metric == "max_gradient_error":
@@ -75,7 +75,7 @@ class Result:
     def distance(self, metric: str, compiler: str) -> float:
         """Return the distance from the same task in float32, by the norms of tensors, or of all gradients together.
 
-        By norms, since rounding may send one token to another expert, and then its numbers are others.
+        By norms, since rounding may send one token to another expert, which changes its values entirely.
         """
         exact, seen = self.seen["float32"], self.seen[compiler]
         if metric == "max_error":
@@ -84,7 +84,7 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """Promises that are broken, in words; none where inductor, or torch itself, cannot do the task."""
+        """Broken promises, in words; none if inductor, or torch itself, cannot run the task."""
         ours, theirs = self.seen["flashhead"], self.seen["inductor"]
         if self.excuse:
             return []
@@ -105,7 +105,7 @@ class Result:
         return failures
 
     def _rounds_more(self, metric: str) -> list[str]:
-        """Return a failure where results in 16 bits are much further from float32 than those of eager mode are."""
+        """Return a failure if 16-bit results are much further from float32 than those of eager mode."""
         ours_is, eager_is = self.distance(metric, "flashhead"), self.distance(metric, "eager")
         if ours_is <= max(self.task.tolerance, 1.5 * eager_is):
             return []
@@ -113,7 +113,7 @@ class Result:
 
 
 def largest_difference(expected: Sequence[Any], actual: Sequence[Any], together: bool = False) -> float:
-    """Return the largest difference relative to the largest number of its tensor, or of all tensors `together`."""
+    """Return the largest difference relative to the largest value of its tensor, or of all tensors `together`."""
     if len(expected) != len(actual):
         return math.inf
     pairs = [_difference(*pair) for pair in zip(expected, actual, strict=True)]
@@ -134,7 +134,7 @@ def relative_norm(expected: Sequence[Any], actual: Sequence[Any]) -> float:
 
 
 def _difference(expected: Any, actual: Any) -> tuple[float, float]:
-    """Return (largest difference, largest expected number); infinite where the two are not numbers of one kind."""
+    """Return (largest difference, largest expected magnitude); infinite if the two are not comparable."""
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return (0.0 if type(expected) is type(actual) and expected == actual else math.inf), 1.0
     if expected.shape != actual.shape or expected.dtype != actual.dtype:

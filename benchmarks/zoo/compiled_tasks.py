@@ -1,4 +1,4 @@
-"""Tasks of the compiled zoo: which entry is run in which modes."""
+"""Tasks of the compiled zoo: the modes of each entry."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import nn
 from benchmarks.zoo.compiled_modes import call_twice, generate, is_float, train, vary_batches, vary_lengths
 from benchmarks.zoo.compiled_results import Task
 
-ROUGH = 2.0**-5  # eight bits of mantissa, and an eighth of them lost on the way
+ROUGH = 2.0**-5  # 8-bit mantissa, minus three bits for accumulated error
 DYNAMIC = ("llama", "gpt2", "gemma3", "gpt_oss", "bloom", "mpt", "falcon", "deepseek_v3", "bert", "t5")
 LONG = ("llama", "gpt2", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "falcon")
-TRAINED = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "bert", "gpt_neox")  # these know activation checkpoints
-LAYERED = ("llama", "gpt2", "gpt_oss", "deepseek_v3", "bloom", "bert", "t5")  # of a Python class, with other weights
+TRAINED = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "bert", "gpt_neox")  # these support activation checkpoints
+LAYERED = ("llama", "gpt2", "gpt_oss", "deepseek_v3", "bloom", "bert", "t5")  # layers of one class, other weights
 HALF = ("llama", "gpt2", "gemma2", "gpt_oss", "bloom", "t5", "bert", "deepseek_v3", "vit")
-ROUTED = ("gpt_oss",)  # in bfloat16 its choice of an expert turns on the last bit; under autocast it does not
-BEHIND, PLACES = 300, 320  # tokens in the cache of a long task; positions for them and those after
+ROUTED = ("gpt_oss",)  # in bfloat16 its expert choice depends on the last bit; under autocast it does not
+BEHIND, PLACES = 300, 320  # cached tokens of a long task; positions for them and later ones
 
 
 def tasks() -> list[Task]:
-    """List all tasks: each entry of the zoo as it is called there, and further modes of its models of transformers."""
+    """Return all tasks: each zoo entry as it is called there, and further modes of its transformers models."""
     zoo = entries()
     listed: list[Task] = []
     for entry in zoo:
@@ -80,7 +80,7 @@ def _sampled(entry: Entry, decodes: bool) -> Iterator[Task]:
 
 
 def _with_room(entry: Entry) -> Case:
-    """Build the entry's model with positions for 512 tokens, at a context of 300; its cache is filled by `generate`."""
+    """Build the entry's model with positions for 512 tokens, at a context of 300; `generate` fills its cache."""
     model = next(m for m in MODELS if m.name == entry.name)
     places = "n_positions" if "n_positions" in model.options else "max_position_embeddings"
     inputs = lambda: {"input_ids": torch.randint(3, 97, (2, BEHIND))}  # noqa: E731
@@ -89,7 +89,7 @@ def _with_room(entry: Entry) -> Case:
 
 
 def _left_padded(entry: Entry) -> Case:
-    """Build a case whose second sequence begins late: its first rows attend to nothing, and are compared too."""
+    """Build a case whose second sequence begins late: its first rows attend to nothing, and are compared, too."""
     case = entry.build()
     mask = torch.ones(case.kwargs["input_ids"].shape, dtype=torch.long)
     mask[1, :3] = 0
@@ -113,7 +113,7 @@ def _in_bfloat16(entry: Entry) -> Case:
 
 
 def _rounded_to_bfloat16(entry: Entry) -> Case:
-    """Build the case of `_in_bfloat16` with its numbers in float32."""
+    """Build the case of `_in_bfloat16` with its rounded values in float32."""
     case = _in_bfloat16(entry)
     kwargs = {k: v.float() if is_float(v) else v for k, v in case.kwargs.items()}
     return Case(case.module.float(), case.args, kwargs)

@@ -1,10 +1,10 @@
-"""Find attention in the test zoo: what is found, what is left alone and why, and whether a number changes.
+"""Attention detection in the test zoo: what is found, what is not rewritten and why, and the numerical differences.
 
     python -m benchmarks.zoo.curated              everything: benchmarks/results/zoo.json, zoo.png, and docs/zoo.md
     python -m benchmarks.zoo.curated --only gpt2  entries whose label contains gpt2; writes nothing
     python -m benchmarks.zoo.curated --quick      a sample of under a minute (also QUICK=1); no page
 
-Ends with 1 when an entry is not as expected, after naming it.
+The exit status is 1 if an entry is not as expected, after naming it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FAMILIES = {
     "spelling": "Spellings of one attention",
     "look-alike": "What only looks like attention",
 }
-SAMPLE = 5  # in a quick run, one name of this many
+SAMPLE = 5  # in a quick run, one in this many names
 
 
 @click.command()
@@ -79,7 +79,7 @@ def _be_quiet() -> None:
 
 
 def sample(zoo: Iterable[Entry]) -> list[Entry]:
-    """Take one entry of every fifth name, in turns, so that all implementations and steps appear."""
+    """Take one entry of every fifth name, cycling through implementations and steps."""
     by_name: dict[str, list[Entry]] = {}
     for entry in zoo:
         if not entry.slow:
@@ -88,7 +88,7 @@ def sample(zoo: Iterable[Entry]) -> list[Entry]:
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """Return the figures of each entry, then what is of interest over all of them."""
+    """Return the results of each entry, then the totals."""
     each = [
         Row(result.entry.label, "find", metric, float(getattr(result, metric)), unit)
         for result in results
@@ -102,11 +102,11 @@ def rows(results: Sequence[Result]) -> list[Row]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------- the screen
+# --------------------------------------------------------------------------------------------------- screen
 
 
 def summary(results: Iterable[Result]) -> Table:
-    """Format a line for each family."""
+    """Format a line per family."""
     families: dict[str, list[Result]] = {}
     for result in results:
         families.setdefault(result.entry.family, []).append(result)
@@ -134,7 +134,7 @@ def _explained(results: Iterable[Result]) -> str:
 
 
 def draw(figure: Figure, results: Sequence[Result]) -> None:
-    """Draw how far outputs and gradients are from the captured graph's, and how long the finder takes."""
+    """Plot the distance of outputs and gradients from the captured graph's, and the detection time."""
     errors, times = figure.subplots(1, 2)
     for name, values in (
         ("outputs and caches", [result.max_error for result in results]),
@@ -149,11 +149,11 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
     figure.suptitle("fhopt over its zoo: a point is one forward pass of one model")
 
 
-# --------------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------------------- page
 
 
 def write_page(path: Path, results: Sequence[Result]) -> None:
-    """Write the Markdown page: a table for each family, a line for each model."""
+    """Write the Markdown page: a table per family, a line per model."""
     used, on = versions(), machine()
     known, _, state = commit().partition("-")
     measured = f"{known[:12]} ({state})" if state else known[:12]
@@ -184,7 +184,7 @@ def _worst(errors: Iterable[float]) -> str:
 
 
 def _family_table(results: Iterable[Result]) -> list[str]:
-    """Format a line for each name, over all its implementations and steps."""
+    """Format a line per name, over all its implementations and steps."""
     by_name: dict[str, list[Result]] = {}
     for result in results:
         by_name.setdefault(result.entry.name, []).append(result)
@@ -198,7 +198,7 @@ def _family_table(results: Iterable[Result]) -> list[str]:
 
 
 def _runs(zoo: Sequence[Entry]) -> str:
-    """Format `eager, sdpa: prefill, decode`, with steps listed apart where the implementations differ in them."""
+    """Format `eager, sdpa: prefill, decode`, with steps listed separately if they differ between implementations."""
     steps: dict[str, list[str]] = {}
     for entry in zoo:
         steps.setdefault(entry.implementation, []).append(entry.step)
@@ -245,7 +245,7 @@ def _cache(cache: str) -> str:
 
 
 def _left_alone(results: Iterable[Result]) -> str:
-    """Format the reasons, each once, with the number of sites that have it."""
+    """Format the reasons, each once, with its number of sites."""
     counts: dict[str, int] = {}
     for result in results:
         for missed in result.missed:

@@ -1,10 +1,10 @@
-"""Measure the cost of finding attention: relative to the time of torch.compile, and with growing models.
+"""Benchmark of attention detection: relative to the time of torch.compile, and by model size.
 
     python -m benchmarks.zoo.finding_time          writes benchmarks/results/finding.json and finding.png
-    python -m benchmarks.zoo.finding_time --quick  fewer layers, a small model in place of SmolLM2 (also QUICK=1)
+    python -m benchmarks.zoo.finding_time --quick  fewer layers, a small model instead of SmolLM2 (also QUICK=1)
 
-`compile` is the first call of `torch.compile(model)` with inductor and empty caches, minus a second call; `find` is
-everything that fhopt does to the captured graph, checks by execution included.
+`compile` is the first call of `torch.compile(model)` with inductor and empty caches, minus a second call; `find` is all
+of fhopt's processing of the captured graph, numerical checks included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_PERCENT = 15.0
 
 
 def llama(layers: int, implementation: str) -> torch.nn.Module:
-    """Build a Llama of SmolLM2's shape with few or many layers and random weights."""
+    """Build a Llama of SmolLM2's shape with `layers` layers and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,7 +55,7 @@ def finding_seconds(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, int
 
 
 def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Measure the seconds that torch.compile adds to a first call, with nothing in its caches."""
+    """Measure the seconds that torch.compile adds to a first call, with empty caches."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         torch.compiler.config.force_disable_caches = True
@@ -72,7 +72,7 @@ def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 def draw(figure: Figure, grown: dict[str, list[tuple[int, float]]]) -> None:
-    """Draw seconds over nodes, a line for each implementation of attention."""
+    """Plot seconds over nodes, a line per attention implementation."""
     axes = figure.subplots()
     for name, points in grown.items():
         axes.plot([n for n, _ in points], [s for _, s in points], marker="o", label=name)
@@ -83,7 +83,7 @@ def draw(figure: Figure, grown: dict[str, list[tuple[int, float]]]) -> None:
 @click.command()
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(quick: bool) -> None:
-    """Measure, write the figures, and end with 1 when finding takes more than 15 % of compiling."""
+    """Measure, write the results, and exit with status 1 if detection takes more than 15 % of compilation."""
     torch.set_num_threads(1)
     quick = quick or is_quick()
     rows, grown = growth((2, 4, 8) if quick else (2, 4, 8, 16, 32))
@@ -110,7 +110,7 @@ def main(quick: bool) -> None:
 
 
 def growth(layers: Sequence[int]) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
-    """Measure seconds for more and more layers, and per node, which stay the same when the cost is linear."""
+    """Measure seconds for increasing numbers of layers, and per node, which is constant if the cost is linear."""
     rows: list[Row] = []
     grown: dict[str, list[tuple[int, float]]] = {}
     ids = torch.arange(128).unsqueeze(0)

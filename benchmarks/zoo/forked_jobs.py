@@ -1,7 +1,7 @@
-"""Run jobs one after the other, each in a process of its own with limits of time and memory.
+"""Jobs run one after the other, each in a separate process with time and memory limits.
 
-A process is a fork of this one, which has done the slow imports: it starts at once, and what it leaves in torch dies
-with it. A job that crashes or does not end gives a reason in place of its result.
+A process is a fork of this one, which has done the slow imports: it starts at once, and its changes to torch's state
+end with it. A job that crashes or times out gives a reason instead of its result.
 """
 
 from __future__ import annotations

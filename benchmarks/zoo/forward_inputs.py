@@ -1,7 +1,6 @@
-"""Arguments of a forward pass of any model of transformers, by the names of its parameters.
+"""Arguments for a forward pass of any transformers model, by the names of its parameters.
 
-What a model needs is not written down anywhere in one form: arguments are tried, the likely ones first, until the model
-runs.
+No uniform description of a model's inputs exists: arguments are tried, the likely ones first, until the model runs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ MAXIMUM_TRIES = 40
 
 
 class NoInputs(Exception):
-    """No arguments were found with which a model runs; the message is what it said of the first ones."""
+    """No arguments were found with which a model runs; the message is its error for the first ones."""
 
 
 def forward_arguments(model: nn.Module) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def forward_arguments(model: nn.Module) -> dict[str, Any]:
             torch.manual_seed(0)
             with torch.no_grad():
                 model(**arguments)
-        except Exception as error:  # whatever a model says of arguments that it does not take
+        except Exception as error:  # a model may raise anything for unsupported arguments
             errors.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         else:
             return arguments
@@ -59,7 +58,7 @@ def _tries(model: nn.Module) -> Iterator[dict[str, Any]]:
                 yield {**dict(zip(names, values, strict=True)), **fixed}
 
 
-# --------------------------------------------------------------------------------------------------- by name
+# --------------------------------------------------------------------------------------------------- values by name
 
 
 def field(config: Any, *names: str, default: int) -> int:
@@ -113,7 +112,7 @@ def _waves(config: Any) -> list[Tensor]:
 
 
 def _hidden(config: Any) -> list[Tensor]:
-    """Return patches in rows, as Qwen2-VL takes them, and hidden states."""
+    """Return patches in rows, as for Qwen2-VL, and hidden states."""
     channels = field(config, "in_channels", "num_channels", "in_chans", default=3)
     patch, frames = field(config, "patch_size", default=4), field(config, "temporal_patch_size", default=1)
     hidden = field(config, "hidden_size", "d_model", "embed_dim", default=64)

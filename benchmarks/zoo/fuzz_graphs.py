@@ -1,11 +1,11 @@
-"""Compile random attention programs, and compare outputs and gradients with eager mode, for a given time.
+"""Fuzzing with random attention programs: outputs and gradients are compared with eager mode, for a given time.
 
     python -m benchmarks.zoo.fuzz_graphs --minutes 60 --seed 7  writes benchmarks/results/fuzz_graphs.json
     python -m benchmarks.zoo.fuzz_graphs --quick                one minute (also QUICK=1)
 
 Each worker is a process with its own seeds. A program is compiled once and called three times, with other values of
 every input (tests/support/graph_programs.py). The first wrong program is shrunk and printed; the exit status is 1. It
-is also 1 when fewer than FLOOR of the programs are rewritten: a finder that rewrites nothing is never wrong.
+is also 1 if fewer than FLOOR of the programs are rewritten: a finder that rewrites nothing is never wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import click
 from benchmarks.recording import Row, child_environment, is_quick, write
 
 FLOOR = 0.10  # share of the compared programs that must be rewritten
-GRACE = 900  # seconds for shrinking a failure after the time is over
+GRACE = 900  # seconds for shrinking a failure after the time limit
 
 
 def work(seed: int, seconds: float, file: Path, weakened: str = "") -> None:
@@ -48,7 +48,7 @@ def start(seed: int, seconds: float, file: Path, weakened: str = "") -> subproce
 
 
 def run_workers(seed: int, seconds: float, workers: int) -> list[dict[str, Any]]:
-    """Run worker processes with the seeds seed, seed + 1, ...; a failure of one ends the others.
+    """Run worker processes with the seeds seed, seed + 1, ...; a failure of one stops the others.
 
     A worker that ends without a tally, such as by a segmentation fault, is a failure.
     """
@@ -105,7 +105,7 @@ def rows_of(tallies: list[dict[str, Any]], minutes: float) -> list[Row]:
 @click.option("--write", "file", type=click.Path(path_type=Path), hidden=True)
 @click.option("--weakened", default="", hidden=True)
 def main(minutes: float, seed: int, workers: int, quick: bool, file: Path | None, weakened: str) -> None:
-    """Fuzz for a given time; exit status 1 on a failure or when too few programs are rewritten."""
+    """Fuzz for a given time; exit status 1 on a failure or if too few programs are rewritten."""
     if file is not None:
         return work(seed, 60 * minutes, file, weakened)
     quick = quick or is_quick()

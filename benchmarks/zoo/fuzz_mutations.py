@@ -1,12 +1,12 @@
-"""Weaken one rule of the finder at a time, and measure how long the fuzzer needs to notice.
+"""Mutation test of the fuzzer: weaken one rule of the finder at a time, and measure the time until detection.
 
     python -m benchmarks.zoo.fuzz_mutations              every rule, up to ten minutes each
     python -m benchmarks.zoo.fuzz_mutations --rule NAME  one of them; rows of the others stay in the results
 
 Writes benchmarks/results/fuzz_mutations.json. The exit status is 1 if a rule survives.
 
-A rule is an attribute of a module, and a function that makes the weakened one of it. Modules of fhopt that imported the
-attribute by name get the weakened one as well.
+A rule is an attribute of a module, and a function that returns its weakened version. Modules of fhopt that imported the
+attribute by name get the weakened one, too.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Rule:
 
 
 def _never(original: Any) -> Callable[..., None]:
-    """Make a check that finds nothing."""
+    """Create a check that finds nothing."""
     return lambda *_, **__: None
 
 
 def _always(value: Any) -> Callable[[Any], Callable[..., Any]]:
-    """Make a function that returns one value."""
+    """Create a function that returns one value."""
     return lambda original: lambda *_, **__: value
 
 
@@ -88,7 +88,7 @@ def weaken(name: str) -> None:
 
 
 def seconds_to_failure(name: str, seed: int, seconds: float) -> float | None:
-    """Run the fuzzer with a weakened rule; None where it finds nothing wrong in time."""
+    """Run the fuzzer with a weakened rule; None if it finds no failure in time."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tally.json")
         process = start(seed, seconds, file, name)
@@ -107,7 +107,7 @@ def seconds_to_failure(name: str, seed: int, seconds: float) -> float | None:
 @click.option("--minutes", type=float, default=10.0, show_default=True, help="Time for each rule.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the fuzzer.")
 def main(names: tuple[str, ...], minutes: float, seed: int) -> None:
-    """Report the seconds until the first failure with each weakened rule; exit status 1 when a rule survives."""
+    """Report the seconds until the first failure with each weakened rule; exit status 1 if a rule survives."""
     names = names or tuple(RULES)
     found = {name: _reported(name, seconds_to_failure(name, seed, 60 * minutes)) for name in names}
     measured = [_row(name, seconds) for name, seconds in found.items()]
@@ -122,7 +122,7 @@ def _reported(name: str, seconds: float | None) -> float | None:
 
 
 def _row(name: str, seconds: float | None) -> Row:
-    """Return the row of a rule: seconds until the fuzzer noticed that it was weakened."""
+    """Return the row of a rule: seconds until the fuzzer detected its weakening."""
     if seconds is None:
         return Row(name, "fhopt", "seconds_to_failure", float("nan"), "s", error="the rule survives")
     return Row(name, "fhopt", "seconds_to_failure", seconds, "s")

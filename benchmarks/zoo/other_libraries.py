@@ -1,4 +1,4 @@
-"""Models of other libraries in the wide zoo, where these are installed."""
+"""Models of other libraries in the wide zoo, if these are installed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ VIT_PYTORCH_OWN: dict[str, dict[str, Any]] = {
 
 
 def library_candidates() -> Iterator[Candidate]:
-    """Yield the models of every library that is installed."""
+    """Yield the models of every installed library."""
     for module, find in LIBRARIES.items():
         if util.find_spec(module) is not None:
             yield from find()
@@ -68,7 +68,7 @@ def _candidate(name: str, family: str, make: Callable[[], tuple[nn.Module, dict[
         try:
             with torch.no_grad():
                 model(**arguments)
-        except Exception as error:  # sizes that do not go together, or inputs of another kind
+        except Exception as error:  # incompatible sizes, or inputs of another type
             raise NoInputs(f"{type(error).__name__}: {error}") from error
         return model, arguments
 
@@ -76,7 +76,7 @@ def _candidate(name: str, family: str, make: Callable[[], tuple[nn.Module, dict[
 
 
 def _timm() -> Iterator[Candidate]:
-    """Yield one model of each module of timm that may have attention: the first that it lists, with few blocks."""
+    """Yield one model of each timm module that may have attention: the first it lists, with few blocks."""
     timm = import_module("timm")
     modules = sorted({timm.models.model_entrypoint(n).__module__.rpartition(".")[2] for n in timm.list_models()})
     for module in modules:
@@ -92,7 +92,7 @@ def _timm_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _vit_pytorch() -> Iterator[Candidate]:
-    """Yield a model of each module of vit-pytorch: the last class that stands in it."""
+    """Yield a model of each module of vit-pytorch: its last class."""
     for module in pkgutil.iter_modules(import_module("vit_pytorch").__path__):
         yield _candidate(f"vit_pytorch {module.name}", "vit-pytorch", partial(_vit_pytorch_model, module.name))
 
@@ -128,7 +128,7 @@ X_TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 
 def _x_transformers() -> Iterator[Candidate]:
-    """Yield decoders of x-transformers, an option each."""
+    """Yield decoders of x-transformers, one per option."""
     for name, options in X_TRANSFORMERS.items():
         yield _candidate(f"x_transformers {name}", "x-transformers", partial(_x_transformers_model, options))
 

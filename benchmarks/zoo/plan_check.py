@@ -1,4 +1,4 @@
-"""Check a plan on one decoder: fit on random tokens, apply, decode the tokens that the exact model decodes, compare."""
+"""Check of a plan on one decoder: fit on random tokens, apply, decode the full-precision model's tokens, compare."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ OPTIONS = FitOptions(
     tokens=512,
     mean_tokens=0,
 )
-EXACT_NATS = 1e-5  # of an exact plan: other sums, in float32
-FACTOR, LEAST_NATS = 5.0, 1e-3  # how far the measured loss of some tokens may be from the mean that the fit expects
+EXACT_NATS = 1e-5  # of an exact plan: other summation orders, in float32
+FACTOR, LEAST_NATS = 5.0, 1e-3  # max measured KL: factor of the expected KL, and lower limit
 
 
 @dataclass
 class PlanRow:
-    """What became of a plan on one class.
+    """The result of a plan on one class.
 
-    ratio: asked. sites: in the plan. expected: loss that the fit expects, in nats a token. measured: KL divergence from
-    the exact model over the decoded tokens. status: "works", "more" (it loses more than expected), "refused", "wrong",
-    "crashed", "not built".
+    ratio: requested. sites: in the plan. expected: KL expected by the fit, in nats/token. measured: KL divergence from
+    the full-precision model over the decoded tokens. status: "works", "more" (above the expected KL), "refused",
+    "wrong", "crashed", "not built".
     """
 
     case: str
@@ -57,7 +57,7 @@ class PlanRow:
     why: list[str] = field(default_factory=list)
 
     def as_result(self) -> dict[str, Any]:
-        """Return the row as it stands in the results: that of every benchmark, and what is said besides."""
+        """Return the row in the form of the results: the common fields, and further ones."""
         said = {"status": self.status, "sites": self.sites} | ({"why": self.why} if self.why else {})
         figures = {
             "metric": "kl_nats",
@@ -74,13 +74,13 @@ class PlanRow:
 
     @property
     def line(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         why = f": {'; '.join(self.why)}" if self.why else ""
         return f"{self.case} {self.ratio:g}x {self.status}, {self.measured:.1e} nats, expected {self.expected:.1e}{why}"
 
 
 def check_plan(row: PlanRow, model: Any) -> PlanRow:
-    """Fill the row with what a plan of its ratio does to the model."""
+    """Fill the row with the results of a plan of its ratio on the model."""
     ids = torch.randint(3, 90, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     try:
         tokens = _generated(model, ids)
@@ -131,9 +131,9 @@ def _generated(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _decoded(model: Any, tokens: Tensor, cache: Any) -> Tensor:
-    """Return the logits [NEW, V] of a prefill of PROMPT tokens and of decode steps that read given tokens.
+    """Return the logits [NEW, V] of a prefill of PROMPT tokens and of decode steps on given tokens.
 
-    Each step gets all tokens as `generate` prepares them: some classes read more than the new one.
+    Each step gets all tokens as `generate` prepares them: some classes use more than the new one.
     """
     name, rows = cache_argument(model), []
     for end in range(PROMPT, PROMPT + NEW):
@@ -146,7 +146,7 @@ def _decoded(model: Any, tokens: Tensor, cache: Any) -> Tensor:
 
 
 def _divergence(exact: Tensor, ours: Tensor) -> float:
-    """Return the mean KL divergence of logits from the exact ones; infinite where they are not finite."""
+    """Return the mean KL divergence of logits from the full-precision ones; infinite if they are not finite."""
     if not ours.isfinite().all():
         return math.inf
     expected, found = exact.double().log_softmax(-1), ours.double().log_softmax(-1)

@@ -1,12 +1,12 @@
-"""Fit, apply and generate with a plan on every decoder in which the wide zoo finds attention.
+"""Plans on every decoder in which the wide zoo finds attention: fit, apply and generate.
 
     python -m benchmarks.zoo.plans               everything: benchmarks/results/zoo_plans.json and docs/zoo_plans.md
     python -m benchmarks.zoo.plans --only Gemma  classes whose name contains Gemma; writes nothing
     python -m benchmarks.zoo.plans --quick       a sample of under a minute (also QUICK=1); writes nothing
 
-A plan of ratio 1 must generate what the model alone does; one of ratio 4 must lose about what its fit expects. Weights
-and tokens are random. Each class has a process of its own; a run that was stopped goes on (build/zoo_plans.jsonl).
-Ends with 1 when a class crashes or has numbers that are not expected.
+A plan of ratio 1 must generate the unmodified model's tokens; one of ratio 4 must have about the KL that its fit
+expects. Weights and tokens are random. Each class has a separate process; an interrupted run is resumed
+(build/zoo_plans.jsonl). The exit status is 1 if a class crashes or has unexpected results.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from benchmarks.zoo.wide_report import reasons
 
 KEPT = ROOT / "build" / "zoo_plans.jsonl"
 PAGE = ROOT / "docs" / "zoo_plans.md"
-SECONDS = 300.0  # for one plan; most take 3 to 10
+SECONDS = 300.0  # per plan; most take 3 to 10
 RATIOS = (4.0, 1.0)
 WIDE = 48  # tokens of a sliding window: compressed, and shorter than the prompt
 WINDOWS = re.compile(r"sliding_window(_size)?|attention_window_size|attention_chunk_size")
-SAMPLE = 20  # in a quick run, one class of this many
+SAMPLE = 20  # in a quick run, one in this many classes
 STATUSES = {
     "works": "as expected",
     "more": "loses more than expected",
@@ -77,7 +77,7 @@ def decoders() -> list[Candidate]:
 
 
 def _all(jobs: Sequence[tuple[Candidate, float]], again: bool) -> list[PlanRow]:
-    """Check what is not done yet; write the results and the page."""
+    """Check the remaining jobs; write the results and the page."""
     if again:
         KEPT.unlink(missing_ok=True)
     lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
@@ -96,10 +96,10 @@ def _all(jobs: Sequence[tuple[Candidate, float]], again: bool) -> list[PlanRow]:
 
 
 def _checked(jobs: Sequence[tuple[Candidate, float]]) -> Iterator[PlanRow]:
-    """Yield a row for each job, and print it."""
+    """Yield a row per job, and print it."""
     for number, (candidate, ratio) in enumerate(jobs, 1):
         row = _apart(candidate, ratio)
-        if row.status == "crashed":  # torch's threads do not always survive a fork: what is ours happens again
+        if row.status == "crashed":  # torch's threads do not always survive a fork: an fhopt crash is reproducible
             row = _apart(candidate, ratio)
         print(f"{number}/{len(jobs)} {row.line}", flush=True)
         yield row
@@ -114,11 +114,11 @@ def _apart(candidate: Candidate, ratio: float) -> PlanRow:
 
 
 def attempt(candidate: Candidate, ratio: float) -> PlanRow:
-    """Build one class and check a plan on it; in a process of its own."""
+    """Build one class and check a plan on it, in a separate process."""
     row = PlanRow(candidate.name, ratio)
     try:
         model = make(candidate, "eager", is_decoder=True, change=widen_windows)
-    except Exception as error:  # whatever a class says of a configuration that does not suit it
+    except Exception as error:  # a class may raise anything for an unsuitable configuration
         row.status, row.why = "not built", [one_line(error)]
         return row
     try:
@@ -130,9 +130,9 @@ def attempt(candidate: Candidate, ratio: float) -> PlanRow:
 
 
 def _with_all_experts(candidate: Candidate, row: PlanRow) -> PlanRow:
-    """Check a mixture again that loses more than expected, with all experts for each token.
+    """Repeat the check of a mixture that exceeds the expected KL, with all experts for each token.
 
-    Where that loses what is expected, a token changed its expert: no sum of small losses foresees such a step.
+    If that has the expected KL, a token changed its expert, a step that the fit's estimate cannot foresee.
     """
     try:
         model = make(candidate, "eager", is_decoder=True, change=take_all_experts)
@@ -146,7 +146,7 @@ def _with_all_experts(candidate: Candidate, row: PlanRow) -> PlanRow:
 
 
 def widen_windows(config: Any) -> None:
-    """Let sliding windows and chunks be long enough to be compressed, and shorter than the prompt."""
+    """Make sliding windows and chunks long enough to be compressed, and shorter than the prompt."""
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))]
     for part in parts:
         for name, value in list(vars(part).items()):
@@ -155,7 +155,7 @@ def widen_windows(config: Any) -> None:
 
 
 def take_all_experts(config: Any) -> None:
-    """Set a configuration to send each token to all experts. Raises ValueError where it has none."""
+    """Set a configuration to send each token to all experts. Raises ValueError if it has none."""
     widen_windows(config)
     counts = (getattr(config, name, None) for name in ("n_routed_experts", "num_experts", "num_local_experts"))
     count = next((n for n in counts if isinstance(n, int) and n > 1), None)
@@ -167,7 +167,7 @@ def take_all_experts(config: Any) -> None:
 
 
 def counts(rows: Sequence[PlanRow]) -> list[list[str]]:
-    """Return a line for each ratio: plans, and how many have each status."""
+    """Return a line per ratio: plans, and how many have each status."""
     lines = []
     for ratio in RATIOS:
         members = [row for row in rows if row.ratio == ratio]
@@ -178,7 +178,7 @@ def counts(rows: Sequence[PlanRow]) -> list[list[str]]:
 
 
 def table(rows: Sequence[PlanRow]) -> Table:
-    """Format a line for each ratio, for the screen."""
+    """Format a line per ratio, for the screen."""
     out = Table(title="Plans on the wide zoo", title_justify="left")
     for heading in ("ratio", "classes", *STATUSES.values()):
         out.add_column(heading, justify="right")
@@ -216,7 +216,7 @@ def page(rows: Sequence[PlanRow]) -> str:
 
 
 def _changed_experts(rows: Sequence[PlanRow]) -> list[str]:
-    """Name the mixtures that were checked with all experts for each token."""
+    """Return text that names the mixtures checked with all experts for each token."""
     if not rows:
         return []
     names = ", ".join(row.case for row in rows)
@@ -224,7 +224,7 @@ def _changed_experts(rows: Sequence[PlanRow]) -> list[str]:
 
 
 def _losses(rows: Sequence[PlanRow]) -> list[str]:
-    """Format the plans that lose more than expected."""
+    """Format the plans that exceed the expected KL."""
     if not rows:
         return []
     lines = ["", "## Loses more than expected", "", "| class | nats a token | expected |", "|---|---|---|"]

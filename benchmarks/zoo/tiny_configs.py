@@ -1,9 +1,9 @@
-"""Tiny configurations of any model of transformers, made by rewriting the size fields of the default configuration.
+"""Tiny configurations of any transformers model, made by rewriting the size fields of the default configuration.
 
     LlamaConfig()  hidden_size 4096, 32 layers of 32 heads     ->     hidden_size 64, 2 layers of 4 heads
 
-A field is recognized by its name, in nested configurations too. A list with an item for each layer keeps one layer of
-each kind. Models whose widths are lists (hierarchical vision models) keep their widths and lose their depth.
+A field is recognized by its name, in nested configurations, too. A list with an item per layer is reduced to one layer
+of each kind. Models whose widths are lists (hierarchical vision models) have their original widths, but fewer layers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 4, 2, 16, 2
 VOCABULARY, POSITIONS, WINDOW = 128, 512, 4
-LARGE_PATCH = 8  # from which on the patches of an image are the tokens; of smaller ones, convolutions merge many
+LARGE_PATCH = 8  # min patch size at which image patches are the tokens; smaller ones are merged by convolutions
 RANKS = {"q_lora_rank": 32, "kv_lora_rank": 24, "o_lora_rank": 16}
 LATENT_HEADS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 24}
 
-# The first pattern that matches a whole name gives the largest value of the field; None: it is kept.
+# The first pattern that matches a whole name gives the largest value of the field; None: unchanged.
 SIZES: tuple[tuple[str, int | None], ...] = (
     (r"type_vocab_size|num_kv_shared_layers|num_nextn_predict_layers|num_residual_layers|num_lstm_layers", None),
     (r"(\w+_)?(vocab_size|vocab_size_per_layer_input|n_vocab|byte_group_vocab|n_words)", VOCABULARY),
@@ -43,10 +43,10 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq(uence)?_len(gth)?", POSITIONS),
     (r"sliding_window(_size)?|attention_window_size|attention_chunk_size|local_attention", WINDOW),
 )
-PER_LAYER = re.compile(r"layer|block|type|rope|pattern|window|list")  # names of lists with an item for each layer
+PER_LAYER = re.compile(r"layer|block|type|rope|pattern|window|list")  # names of lists with an item per layer
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
-# What names do not tell: changes to the configuration of a type, after all others.
+# Not derivable from names: changes to the configuration of a type, applied last.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SLIDES, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -105,13 +105,13 @@ def shrunk(config: Any) -> dict[str, Any]:
 
 
 def nested(config: Any) -> dict[str, Any]:
-    """Return a nested configuration as its parent takes it."""
+    """Return a nested configuration in its parent's form."""
     plain = {name: value for name, value in _plain(config).items() if name != "per_layer_config"}
     return {"model_type": config.model_type, **plain, **shrunk(config)}
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return what a nested configuration has that its class would not choose itself."""
+    """Return the fields of a nested configuration that differ from its class's defaults."""
     try:
         return dict(config.to_diff_dict())
     except Exception:  # some classes cannot be compared with their defaults
@@ -119,7 +119,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def kept_layers(fields: Mapping[str, Any]) -> list[int]:
-    """Return layers of which each is of another kind, at least two, in order."""
+    """Return layers of different kinds, at least two, in order."""
     count = next((fields[name] for name in LAYER_COUNTS if isinstance(fields.get(name), int)), 0)
     lists = [v for name, v in fields.items() if _is_per_layer(name, v, count)]
     if not lists:
@@ -162,7 +162,7 @@ def _smaller(name: str, value: int, fields: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _single_layers(fields: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
-    """Return what single layers have of their own, for those that are kept."""
+    """Return the overrides of single layers, for the retained layers."""
     own = fields.get("per_layer_config")
     if not isinstance(own, dict):
         return {}
@@ -177,7 +177,7 @@ def _single_layers(fields: Mapping[str, Any], kept: list[int]) -> dict[str, Any]
 
 
 def _tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return special tokens inside the small vocabulary, each another one."""
+    """Return distinct special tokens inside the small vocabulary."""
     known = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     names = [n for n, v in fields.items() if re.search(r"_token_(id|index|ids)$", n) and _is_large(v)]
     free = iter(range(VOCABULARY - 1, 3, -1))
@@ -191,7 +191,7 @@ def _is_large(value: Any) -> bool:
 
 
 def _rotary(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rotary parameters whose lists fit the small head."""
+    """Return RoPE parameters whose lists fit the small head."""
     rope = fields.get("rope_parameters")
     if not isinstance(rope, dict):
         return {}

@@ -20,16 +20,16 @@ DECODERS = "decoders"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One class, by the name of its configuration's type: `BertModel` of `bert`.
+    """One class, named with its configuration's type: `BertModel` of `bert`.
 
-    build: makes the model and its arguments for an implementation of attention, where it is of another library.
+    build: creates the model and its arguments for an attention implementation, for another library.
     """
 
     name: str
     model_type: str
     family: str
     implementations: tuple[str, ...]
-    build: Callable[[str], tuple[nn.Module, dict[str, Any]]] | None = None  # of a library; None: transformers
+    build: Callable[[str], tuple[nn.Module, dict[str, Any]]] | None = None  # of another library; None: transformers
 
 
 def candidates() -> list[Candidate]:
@@ -54,17 +54,17 @@ def _first_names(mapping: Any) -> dict[str, str]:
 
 
 def _family(name: str) -> str:
-    """Return the family by what the class takes first; "others" where that is not known."""
+    """Return the family by the class's main input; "others" if unknown."""
     import transformers
 
     try:
         return FAMILIES.get(getattr(transformers, name).main_input_name, "others")
-    except Exception:  # a class that needs what is not installed
+    except Exception:  # a class with missing dependencies
         return "others"
 
 
 def build(candidate: Candidate, implementation: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Make the model, and arguments with which it runs. Raises what the class raises."""
+    """Create the model, and arguments with which it runs. Raises what the class raises."""
     model = make(candidate, implementation)
     return model, forward_arguments(model)
 
@@ -72,7 +72,7 @@ def build(candidate: Candidate, implementation: str) -> tuple[nn.Module, dict[st
 def make(
     candidate: Candidate, implementation: str, is_decoder: bool = False, change: Callable[[Any], None] | None = None
 ) -> nn.Module:
-    """Make the model with random weights. is_decoder: as a decoder, where it may also be an encoder.
+    """Create the model with random weights. is_decoder: as a decoder, if it may also be an encoder.
 
     change: of its configuration.
     """
@@ -94,11 +94,11 @@ def make(
 
 
 def _check_size(cls: Any, config: Any) -> None:
-    """Raise ValueError where the small configuration is not small."""
+    """Raise ValueError if the small configuration is not small."""
     with torch.device("meta"):
         try:
             count = sum(p.numel() for p in cls._from_config(config).parameters())
-        except NotImplementedError:  # initialization that reads numbers
+        except NotImplementedError:  # initialization that depends on values
             return
     if count > MAXIMUM_PARAMETERS:
         raise ValueError(

@@ -1,15 +1,15 @@
-"""Find attention in every model class of the installed transformers, made small and random, and compare the numbers.
+"""Attention detection in every model class of the installed transformers, small and random, with numerical checks.
 
     python -m benchmarks.zoo.wide                    everything: benchmarks/results/zoo_wide.json, docs/zoo_wide.md
     python -m benchmarks.zoo.wide --only Gemma       classes whose name contains Gemma; writes nothing
-    python -m benchmarks.zoo.wide --family decoders  that family alone; rows of others stay as they are
+    python -m benchmarks.zoo.wide --family decoders  only that family; rows of others stay unchanged
     python -m benchmarks.zoo.wide --quick            a sample of under a minute (also QUICK=1); writes nothing
 
-Each class is tried in a process of its own, with limits of time and memory. What is done is kept in
-build/zoo_wide.jsonl: a run that was stopped goes on there, and --again starts anew. Models of other libraries (timm,
-diffusers, x-transformers, vit-pytorch, open_clip) are tried where these are installed, and stay as they are elsewhere.
-How many attentions there are is counted from what the model computes (attention_count.py), never from what the finder
-says. Ends with 1 when a class has attention that is missed in silence, wrong numbers, or a crash.
+Each class is tried in a separate process, with limits of time and memory. Finished rows are stored in
+build/zoo_wide.jsonl: an interrupted run is resumed, and --again starts over. Models of other libraries (timm,
+diffusers, x-transformers, vit-pytorch, open_clip) are tried if these are installed; otherwise their rows stay
+unchanged. The number of attentions is counted from the model's execution (attention_count.py), never from the finder's
+report. The exit status is 1 if a class has attention that is missed silently, wrong results, or a crash.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from benchmarks.zoo.wide_report import page, table
 
 KEPT = ROOT / "build" / "zoo_wide.jsonl"
 PAGE = ROOT / "docs" / "zoo_wide.md"
-SECONDS = 240.0  # for one class; most take 2 to 5
-QUICK_SECONDS = 40.0  # after which a quick run starts no other class
-SAMPLE = 25  # in a quick run, one class of this many
-Job = TypeVar("Job")  # what is to be checked
-Checked = TypeVar("Checked")  # the row of it
+SECONDS = 240.0  # per class; most take 2 to 5
+QUICK_SECONDS = 40.0  # time limit for starting another class in a quick run
+SAMPLE = 25  # in a quick run, one in this many classes
+Job = TypeVar("Job")  # a job
+Checked = TypeVar("Checked")  # the row of a job
 
 
 @click.command()
@@ -81,7 +81,7 @@ def prepare() -> None:
     their_logging.set_verbosity_error()
     for name in ("torch", "transformers"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    attempt(next(c for c in candidates() if c.name == "LlamaForCausalLM"), "eager")  # what Dynamo imports late
+    attempt(next(c for c in candidates() if c.name == "LlamaForCausalLM"), "eager")  # triggers Dynamo's late imports
 
 
 def every() -> list[Candidate]:
@@ -98,7 +98,7 @@ def _jobs(
 
 
 def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
-    """Check what is not done yet; write the results and the page, with the rows of other jobs as they were."""
+    """Check the remaining jobs; write the results and the page, with the rows of other jobs unchanged."""
     if again:
         KEPT.unlink(missing_ok=True)
     done = {(row.case, row.impl): row for row in _kept()}
@@ -121,13 +121,13 @@ def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
 
 
 def _kept() -> list[Row]:
-    """Return the rows of a run that was stopped."""
+    """Return the rows of an interrupted run."""
     lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
     return [Row.from_dict(json.loads(line)) for line in lines]
 
 
 def _former() -> list[Row]:
-    """Return the rows of the results as they are."""
+    """Return the rows of the current results."""
     path = RESULTS / "zoo_wide.json"
     return (
         [Row.from_result(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
@@ -137,7 +137,7 @@ def _former() -> list[Row]:
 def within(
     seconds: float, jobs: Iterable[Job], check: Callable[[Sequence[Job]], Iterator[Checked]]
 ) -> Iterator[Checked]:
-    """Yield the rows of jobs, of which none begins later than that."""
+    """Yield the rows of jobs that start within `seconds`."""
     start = time.perf_counter()
     for job in jobs:
         if time.perf_counter() - start > seconds:
@@ -146,7 +146,7 @@ def within(
 
 
 def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[Row]:
-    """Yield a row for each job, and print it."""
+    """Yield a row per job, and print it."""
     for number, (candidate, implementation) in enumerate(jobs, 1):
         row = Row(candidate.name, candidate.family, implementation)
         start = time.perf_counter()
@@ -160,11 +160,11 @@ def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[Row]:
 
 
 def attempt(candidate: Candidate, implementation: str) -> Row:
-    """Build and check one class; in a process of its own."""
+    """Build and check one class, in a separate process."""
     row = Row(candidate.name, candidate.family, implementation)
     try:
         model, arguments = (candidate.build or partial(build, candidate))(implementation)
-    except Exception as error:  # whatever a class says of a configuration that does not suit it
+    except Exception as error:  # a class may raise anything for an unsuitable configuration
         row.status, row.why = "not built", [one_line(error)]
         return row
     try:
@@ -178,11 +178,11 @@ class Written(Protocol):
     """A row of results."""
 
     def as_result(self) -> dict[str, Any]:
-        """Return the row as it stands in the file."""
+        """Return the row in the form of the file."""
 
 
 def write(path: Path, rows: Iterable[Written]) -> None:
-    """Write the results, whole or not at all: a line for each row."""
+    """Write the results atomically: a line per row."""
     head = {"machine": machine(), "versions": versions(), "commit": commit()}
     lines = ",\n".join(f"  {json.dumps(row.as_result(), allow_nan=False)}" for row in rows)
     staging = path.with_name(f".{path.name}.part")

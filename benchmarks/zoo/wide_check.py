@@ -1,4 +1,4 @@
-"""Check one model of the wide zoo: count its attentions, find them, run both graphs, compare."""
+"""Check of one model of the wide zoo: count its attentions, find them, run both graphs, compare."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fhopt.passes.graph.nodes import remove_dead_code
 from fhopt.passes.graph.program import Program
 from fhopt.passes.outcome import Explanation
 
-TOLERANCE = 1e-4  # float32, and sums in another order, through two layers and a softmax
+TOLERANCE = 1e-4  # float32, other summation orders, through two layers and a softmax
 DOUBLE_TOLERANCE = 1e-9  # float64, in models that amplify rounding
 IS_NO_ATTENTION = ("not the softmax of an attention", "no product of the weights with values")
-BAD = ("silent", "wrong", "crashed")  # what there must be none of
+BAD = ("silent", "wrong", "crashed")  # statuses that must not occur
 AMPLIFIED = "compared in float64: in float32 the model itself amplifies rounding"
 FAULT = "a fault of fhopt"  # in the reason of a site on which a pass failed
 
 
 @dataclass
 class Row:
-    """What became of one class in one implementation of attention.
+    """The result of one class with one attention implementation.
 
-    found: attentions that were rewritten exactly; sites: those of them that a plan could compress. explained: left
-    alone with a reason. status: "found", "explained", "silent", "wrong", "crashed", "no attention", "not captured",
-    "not built". why: reasons, each once.
+    found: attentions that were rewritten exactly; sites: those of them that a plan could compress. explained: not
+    rewritten, with a reason. status: "found", "explained", "silent", "wrong", "crashed", "no attention", "not
+    captured", "not built". why: reasons, each once.
     """
 
     case: str
@@ -63,13 +63,13 @@ class Row:
 
     @staticmethod
     def from_result(fields: Mapping[str, Any]) -> Row:
-        """Return the row of `as_result`, with the reasons that stand there, and without its time."""
+        """Return the row of `as_result`, with its reasons, and without its time."""
         known = {name: fields[name] for name in Row.__dataclass_fields__ if name in fields}
         counted = {"found": fields["value"], "expected": fields["baseline"]}
         return Row.from_dict({"max_error": 0.0} | known | counted)
 
     def as_result(self) -> dict[str, Any]:
-        """Return the row as it stands in the results: that of every benchmark, and what is said besides."""
+        """Return the row in the form of the results: the common fields, and further ones."""
         said = {k: v for k, v in self.as_dict().items() if v not in (0, 0.0, "", [])}
         figures = {"metric": "attentions_found", "value": self.found, "unit": "", "baseline": self.expected}
         ratio = round(self.found / self.expected, 3) if self.expected else None
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         found = f"{self.found} of {self.expected} found" + (f", {self.explained} explained" if self.explained else "")
         why = f": {'; '.join(self.why)[:200]}" if self.why else ""
         return f"{self.case}/{self.impl} {self.status}, {found}, {self.max_error:.0e}, {self.seconds:.1f} s{why}"
@@ -91,26 +91,26 @@ class Row:
 class _Graph:
     """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference.
 
-    unread: attentions whose results nothing reads; they are not in `expected`.
+    unread: attentions with unused results; they are not in `expected`.
     """
 
     expected: int
     found: int = 0
     sites: int = 0
     reasons: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # why softmaxes are no attention
+    others: list[str] = field(default_factory=list)  # why softmaxes are not attention
     error: float = 0.0
     fault: str = ""
     unread: int = 0
 
 
 def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
-    """Fill the row with what the finder makes of `model(**arguments)`."""
+    """Fill the row with the finder's results for `model(**arguments)`."""
     start = time.perf_counter()
     torch.manual_seed(0)
     try:
         row.expected = count(lambda: model(**arguments), model.parameters())
-    except (RuntimeError, MemoryError) as error:  # counting keeps every tensor
+    except (RuntimeError, MemoryError) as error:  # counting retains every tensor
         if not is_out_of_memory(error):
             raise
         row.status, row.why = "not built", ["its attentions take more memory to count than a class may"]
@@ -135,9 +135,9 @@ def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
 
 
 def _compare_in_double(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Compare numbers again in float64: a model may amplify the rounding of float32 beyond the tolerance by itself.
+    """Repeat the comparison in float64, since a model itself may amplify float32 rounding beyond the tolerance.
 
-    The model is then one of float64. What does not run so stays wrong.
+    The model is then converted to float64. A model that does not run in it stays wrong.
     """
     doubled = {
         name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -146,7 +146,7 @@ def _compare_in_double(row: Row, model: nn.Module, arguments: Mapping[str, Any])
     try:
         captured = capture_graphs(model.double(), (), doubled)
         graphs = [_check_graph(one) for one in captured]
-    except Exception:  # kernels of float64 are missing, or a dtype is written into the model
+    except Exception:  # kernels of float64 are missing, or the model hard-codes a dtype
         return
     again = Row(row.case, row.family, row.impl, row.expected)
     _sum_up(again, [one.runs for one in captured], graphs)
@@ -156,12 +156,12 @@ def _compare_in_double(row: Row, model: nn.Module, arguments: Mapping[str, Any])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed: torch has no error of its own for that on a CPU."""
+    """Return whether an allocation failed: torch has no dedicated error for that on a CPU."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_finite(result: Any) -> bool:
-    """Return whether the first tensor of numbers of a result, the main one, has no infinite number and no NaN."""
+    """Return whether the first floating-point tensor of a result, the main one, is finite."""
     leaves = torch.utils._pytree.tree_leaves(result)
     main = next((x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()), None)
     return main is None or bool(main.isfinite().all())
@@ -191,10 +191,10 @@ def _check_graph(captured: Captured) -> _Graph:
 
 
 def _outputs_or_none(program: Program, values: dict[str, Any]) -> list[Any] | None:
-    """Run a program on other values; None where it refuses them, as an index out of range."""
+    """Run a program on other values; None if it rejects them, such as an index out of range."""
     try:
         return run_outputs(program, values=values)
-    except Exception:  # whatever an operation says of values that it does not take
+    except Exception:  # an operation may raise anything for unsupported values
         return None
 
 
@@ -214,7 +214,7 @@ def _is_of_attention(missed: Explanation) -> bool:
 
 
 def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
-    """Set figures and status; a graph counts as often as it ran."""
+    """Set counts and status; a graph counts as often as it ran."""
     counted = [(graph, n) for graph, n in zip(graphs, runs, strict=True)]
     row.expected -= sum(g.unread * n for g, n in counted)
     row.found = sum(g.found * n for g, n in counted)

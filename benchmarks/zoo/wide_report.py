@@ -1,4 +1,4 @@
-"""The page of the wide zoo: one table of counts, then the classes that are not simply found."""
+"""The page of the wide zoo: one table of counts, then the classes with any other result than found."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ HEADINGS = ("classes", "attentions", "found", "share", "explained", *STATUSES.va
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Format a line for each family and implementation, for the screen."""
+    """Format a line per family and implementation, for the screen."""
     out = Table(title="The wide zoo", title_justify="left")
     out.add_column("family")
     for heading in HEADINGS:
@@ -57,7 +57,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def page(rows: Sequence[Row], versions: Mapping[str, str], commit: str, untried: int = 0) -> str:
-    """Return the Markdown page. untried: classes of which there is no row."""
+    """Return the Markdown page. untried: number of classes without a row."""
     known, _, state = commit.partition("-")
     lines = [
         "# The wide zoo: every class of transformers",
@@ -91,7 +91,7 @@ def page(rows: Sequence[Row], versions: Mapping[str, str], commit: str, untried:
 
 
 def reasons(rows: Iterable[Any]) -> list[str]:
-    """Format a line for each reason, with the classes that have it."""
+    """Format a line per reason, with the classes that have it."""
     known: dict[str, list[str]] = {}
     for row in rows:
         reason = "; ".join(re.sub(r"\d+", "N", why) for why in row.why[:2]) or "-"

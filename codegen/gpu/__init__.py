@@ -1,1 +1,1 @@
-"""Kernels for GPUs in Triton: rendered from the folder `sources` or written as they are, configured and launched."""
+"""Triton kernels for GPUs: rendered from the folder `sources` or written by hand, configured and launched."""

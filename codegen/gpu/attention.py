@@ -1,25 +1,24 @@
-"""Render the Triton kernels of a `KernelSpec` for GPUs: tokens are split over programs and merged.
+"""Rendering of the Triton attention kernels of a `KernelSpec`: tokens are split over programs and merged.
 
     x[t] = cap(scale * q . z_K[t]) + mask[t]       lse = log sum_t exp(x[t])       o = sum_t exp(x[t] - lse) z_V[t]
 
-Every bit plane is multiplied where it lies. A word of a plane of w bits holds 16/w consecutive channels, so lane l of
-all words of a run is the channels l, l + 16/w, ...: an operand of its own, and nothing is shuffled. No value becomes a
-number by conversion: moved to the front of a mantissa, behind the bits of 1.0, a quantized value u *is* 1 + u / 2^w (a
-shift and a logical operation for two of them; converting bytes took twice the instructions, which is what bounds a
-decode step). Words, not bytes, because the tensor core's operands have 16 bits: they go from shared memory to where it
-wants them, transposed for values, before they are taken apart. What a value u stands for, (u - (2^b - 1)/2) step
-scale[token], then is
+Bit planes are multiplied without shuffling channels. A word of a plane of w bits holds 16/w consecutive channels, so
+lane l of all words of a run holds the channels l, l + 16/w, ... and is a separate dot operand. No value is converted to
+a float: shifted to the top of a mantissa, below the bits of 1.0, a quantized value u *is* 1 + u / 2^w (a shift and a
+logical operation for two of them; converting bytes took twice the instructions, and instructions bound a decode step).
+Words rather than bytes, because the tensor core's operands have 16 bits: they are loaded from shared memory into its
+operand layout, transposed for values, before they are split. The dequantized value (u - (2^b - 1)/2) step scale[token]
+is then factored:
 
-    step, 2^shift of the plane, 2^w    multiply the query once a program, and the output at the end
-    1.5 - 2^-(w+1), the mean of u      one number a row, its product with sum q, from the query as it was rounded; for
-                                       values with sum p
-    scale[token]                       multiplies the logit, and the weight p before it meets the values
+    step, 2^shift of the plane, 2^w    multiply the query once per program, and the output at the end
+    1.5 - 2^-(w+1), the mean of u      one number per row, multiplied by sum q of the rounded query; for values by sum p
+    scale[token]                       multiplies the logit, and the weight p before its product with the values
 
-Runs of words are those of row_layout.py. Features (mask, lengths, pages, ...) are arguments that may be None
-and constants (`tl.constexpr`) of the kernel, so the text does not depend on them.
+Runs of words are those of row_layout.py. Features (mask, lengths, pages, ...) are optional arguments and constants
+(`tl.constexpr`) of the kernel, so the text does not depend on them.
 
-Tokens, and channels of the output, are the rows of the products (scores [T, M], output [R, M]); queries are columns:
-there are few of them, and of columns the tensor core takes 8 at a time, of rows 16 or 64.
+Tokens, and channels of the output, are the rows of the matmuls (scores [T, M], output [R, M]); queries are columns,
+because there are few of them and tensor cores take columns in multiples of 8, rows in multiples of 16 or 64.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a latent
 head), R latent width.
@@ -35,14 +34,14 @@ from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
-MERGED = 64  # channels of a program of `merge_kernel`
+MERGED = 64  # channels per program of `merge_kernel`
 
 
-# --------------------------------------------------------------------------------------------------- the text
+# --------------------------------------------------------------------------------------------------- rendering
 
 
 def render(spec: KernelSpec) -> str:
-    """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
+    """Render the Triton file of `spec`, deterministically. Raises FhoptError for unsupported bit groups."""
     check_uniform(spec, "a GPU")
     keys, values = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     return read_source("fhopt.codegen.gpu", "attention.py.in").substitute(
@@ -71,7 +70,7 @@ def render(spec: KernelSpec) -> str:
 
 
 def reading(dtype: str) -> str:
-    """Render the functions that read rows: `load`, `load_as`, `load_odd_halves` and `codes`."""
+    """Render the functions that load rows: `load`, `load_as`, `load_odd_halves` and `codes`."""
     packed = _PACKED.substitute(dtype=dtype, ones=ONES[dtype] * 65537) if dtype != "float32" else ""
     return read_source("fhopt.codegen.gpu", "read_rows.py.in").substitute(packed=packed)
 
@@ -81,17 +80,17 @@ def _indented(by: int, lines: list[str]) -> str:
 
 
 def _name(letter: str, index: int, piece: Piece, part: int) -> str:
-    """Name the variable of one product of a piece, or of its only one."""
+    """Return the variable name of one dot operand of a piece, or of its only one."""
     return f"{letter}{index}_{part}" if piece.is_coded else f"{letter}{index}"
 
 
 def _channels(piece: Piece, first: int) -> str:
-    """Render the arguments that say which channels: first, distance, size, used."""
+    """Render the arguments that select channels: first, stride, size, used."""
     return f"{first}, {piece.lanes}, {piece.size}, {piece.used}"
 
 
 def _queries(keys: tuple[Piece, ...], dtype: str) -> list[str]:
-    """Render the lines that load the queries, an operand each, and their sums times mean values."""
+    """Render the lines that load the queries, one operand each, and their sums times mean values."""
     lines, middles = [], []
     for i, piece in enumerate(keys):
         for n, field in enumerate(fields(piece, dtype)):
@@ -101,15 +100,15 @@ def _queries(keys: tuple[Piece, ...], dtype: str) -> list[str]:
                 middles.append(f"middle += {field.middle} * tl.sum({name}.to(tl.float32), 0)")
             lines.append(f"{name} = load_query(rows, inside, {unit}, {_channels(piece, piece.channel + field.lane)})")
     if middles:
-        middles.insert(0, "middle = tl.zeros([BLOCK_M], tl.float32)  # what the codes of a token are too large by")
+        middles.insert(0, "middle = tl.zeros([BLOCK_M], tl.float32)  # sum of q times the mean of the codes")
     return lines + middles
 
 
 def _outputs(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
-    """Render the lines that start the sums of the output with 0."""
+    """Render the lines that initialize the output sums to 0."""
     lines = []
     if is_scaled(spec.value_tiers):
-        lines.append("mass = no_sums(BLOCK_T, BLOCK_M)  # of scaled weights, to be multiplied by middles")
+        lines.append("mass = no_sums(BLOCK_T, BLOCK_M)  # sum of scaled weights, multiplied by middles at the end")
     for i, piece in enumerate(values):
         lines += [
             f"{_name('o', i, piece, lane)} = tl.zeros([{piece.size}, BLOCK_M], tl.float32)"
@@ -148,7 +147,7 @@ def _load(side: str, piece: Piece) -> list[str]:
 
 
 def _operand(piece: Piece, field: Field, dtype: str) -> str:
-    """Render the expression for an operand of what was loaded."""
+    """Render the expression for an operand extracted from loaded words."""
     if not piece.is_coded:
         return "x.to(DTYPE)"
     most = MANTISSA[dtype] - field.bits
@@ -170,7 +169,7 @@ def _scores(spec: KernelSpec, keys: tuple[Piece, ...]) -> list[str]:
 
 
 def _mix(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
-    """Render the lines that add the values of a tile, weighted, to the output."""
+    """Render the lines that add the weighted values of a tile to the output."""
     times = sorted({field.times for piece in values if piece.is_coded for field in fields(piece, spec.dtype)})
     lines = []
     if times:
@@ -204,7 +203,7 @@ def _store(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
 
 
 def _second(tiers: Tiers, width: int) -> list[str]:
-    """Render the lines of the merge that add what second planes gave; none where there are no second planes."""
+    """Render the lines of the merge that add the outputs of second planes; none without second planes."""
     lines, channel, second = [], 0, width
     for bits, count, _ in tiers:
         if bits < 16 and len(planes(bits)) > 1:

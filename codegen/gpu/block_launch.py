@@ -1,6 +1,6 @@
-"""Launch the kernels of a decode step on the blocks of a serving engine (block_tables.py): views, addresses, grids.
+"""Launch of the decode-step kernels on a serving engine's blocks (block_tables.py): views, addresses, grids.
 
-Nothing here reads what lies on the device, so that a call may be recorded in a CUDA graph.
+Nothing here synchronizes with the device, so that a call may be captured in a CUDA graph.
 
 Letters: B sequences, H query heads, G kv heads, J latent heads, M = H/G, D and E head size of keys and values, R latent
 width.
@@ -25,11 +25,11 @@ from fhopt.codegen.gpu.packing import device_table
 from fhopt.codegen.gpu.prefill import padded
 from fhopt.codegen.tiers import Tiers
 
-JOINED, SUMMED = 64, 32  # channels of the output of a program of `join_kernel`, and of latents at a time
+JOINED, SUMMED = 64, 32  # of a program of `join_kernel`: output channels, and latent channels per iteration
 
 
 class Blocks(NamedTuple):
-    """A cache uint8 [blocks, 1, tokens of a block, bytes], and the blocks of each sequence, int32 [B, blocks]."""
+    """A cache uint8 [blocks, 1, block size, bytes], and the blocks of each sequence, int32 [B, blocks]."""
 
     cache: Tensor
     table: Tensor
@@ -45,7 +45,7 @@ class StepBlocks(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Views:
-    """Parts of the rows of a layer's caches, [blocks, heads, tokens of a block, numbers], of keys and of values.
+    """Views of the rows of a layer's caches, [blocks, heads, block size, elements], of keys and of values.
 
     Scales have no last dimension. None: the layer has none.
     """
@@ -59,9 +59,9 @@ class _Views:
 
 
 class BlockAttention:
-    """Writing and attention of decode steps on a layer's blocks, on one device; under Triton's interpreter the CPU.
+    """Cache writes and attention of decode steps on a layer's blocks, on one device (CPU: Triton's interpreter).
 
-    Raises FhoptError for bit groups of which there is no kernel.
+    Raises FhoptError for bit groups without a kernel.
     """
 
     def __init__(self, layout: BlockLayout, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class BlockAttention:
         self._kept: tuple[object, _Views] | None = None
 
     def serves(self, query: Tensor, latents: Tensor, window: Tensor, first: Tensor) -> bool:
-        """Return whether queries and caches are of the type, and on the device, that the kernels are made for."""
+        """Return whether queries and caches have the type, device and alignment that the kernels require."""
         layout, number = self.layout, self.layout.dtype.itemsize
         units = (
             2 if layout.key.tiers and layout.value.tiers else max(2, number),
@@ -90,8 +90,8 @@ class BlockAttention:
     ) -> None:  # fmt: skip
         """Write the new token of each sequence, if `writes`, and attend with its queries, into `output` [B,H,E].
 
-        lengths: int32 [B], tokens of each with the new one; 0: none. query [B,H,D], key [B,G,D], value [B,G,E]: dense
-        in the last dimension.
+        lengths: int32 [B], tokens per sequence with the new one; 0: no sequence. query [B,H,D], key [B,G,D], value
+        [B,G,E]: dense in the last dimension.
         """
         if not len(lengths):
             return
@@ -104,7 +104,7 @@ class BlockAttention:
     # ---- views of the caches
 
     def _views(self, blocks: StepBlocks) -> _Views:
-        """Return the parts of the caches, made once for the same memory."""
+        """Return the views of the caches, created once for the same memory."""
         key = [(x.cache.data_ptr(), x.cache.shape, x.cache.stride()) for x in blocks]
         if self._kept is None or self._kept[0] != key:
             self._kept = key, self._made_views(*(x.cache for x in blocks))
@@ -138,7 +138,7 @@ class BlockAttention:
         return _part(cache, side.scale, side.encode.shape[0], 1, torch.float16)[..., 0] if side.tiers else None
 
     def _sinks(self, cache: Tensor, at: int, size: int) -> Tensor:
-        """Return attention sinks [pages, G, sinks, size]: in a page they stand in the order of tokens."""
+        """Return attention sinks [pages, G, sinks, size]; a page stores them in token order."""
         count, heads = self.layout.window.sinks, self.layout.kv_heads
         whole = _part(cache, at, 1, count * heads * size, self.layout.dtype)[:, 0, 0]
         return whole.unflatten(1, (count, heads, size)).transpose(1, 2)
@@ -167,7 +167,7 @@ class BlockAttention:
     def _encode_side(
         self, side: int, lengths: Tensor, blocks: StepBlocks, views: _Views, inputs: tuple[Tensor, ...]
     ) -> None:
-        """Encode new keys, values, or both where they share a latent, and pack them into their rows."""
+        """Encode new keys, values, or both if they share a latent, and pack them into their rows."""
         layout, basis, count = self.layout, self._encode[side], len(lengths)
         tiers = (layout.key, layout.value)[side].tiers
         bits, widths, steps = (tuple(x) for x in zip(*tiers, strict=True)) if tiers else ((), (), ())
@@ -239,7 +239,7 @@ class BlockAttention:
 
 
 def _part(cache: Tensor, start: int, heads: int, numbers: int, dtype: torch.dtype) -> Tensor:
-    """Return a part of the rows of a cache uint8 [blocks,1,size,bytes]: [blocks, heads, size, numbers] of `dtype`."""
+    """Return a view of a cache uint8 [blocks,1,size,bytes] as [blocks, heads, size, elements] of `dtype`."""
     rows = cache[:, 0, :, start : start + heads * numbers * dtype.itemsize]
     return rows.view(dtype).unflatten(2, (heads, numbers)).transpose(1, 2)
 
@@ -250,7 +250,7 @@ def _pair(x: list[Any]) -> tuple[Any, Any]:
 
 
 def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
-    """Return the first strides of a tensor; of one that is missing zeros."""
+    """Return the first strides of a tensor, or zeros without one."""
     return (0,) * count if x is None else x.stride()[:count]
 
 
@@ -262,5 +262,5 @@ def _sides(
 
 
 def _coded(tiers: Tiers, width: int) -> int:
-    """Count the channels with fewer than 16 bits, at least 1; where latents are not quantized all R."""
+    """Return the number of channels with fewer than 16 bits, at least 1; if latents are not quantized, all R."""
     return max(1, sum(w for bits, w, _ in tiers if bits < 16)) if tiers else width

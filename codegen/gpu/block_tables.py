@@ -1,15 +1,15 @@
-"""A decode step of one layer on the blocks of a serving engine, by Triton kernels; lengths and tables stay on the GPU.
+"""A layer's decode step on a serving engine's blocks, as Triton kernels; lengths and tables stay on the GPU.
 
-    write_kernel        the token as it came: its row of the residual window, attention sinks, the mean of first tokens
-    encode_kernel       its packed latents, of keys and of values; those of first tokens where their mean has come
-    attention_kernel    of the generated file (attention.py), three times: packed latents, residual window, sinks
+    write_kernel        the new token: its row of the recent window, attention sinks, the mean of first tokens
+    encode_kernel       its packed latents, of keys and of values; those of first tokens once their mean is known
+    attention_kernel    of the generated file (attention.py), three times: packed latents, recent window, sinks
     join_kernel         merges them by log-sum-exp, adds means, expands
 
-A token at position p of a sequence stands in block table[sequence][p // size], at place p % size. A sequence of
-`length` tokens has its new one at position length - 1. Which tokens this one reads as what, and whether a mean is due,
-each program finds by the length that it reads: no shape, no grid and no argument depends on one, so a step may be
-recorded in a CUDA graph and replayed for other lengths and tables in the same memory. Sequences of length 0 stand for
-none: they write nothing, and their output is 0. Nothing is written to block 0, which is of tokens that are not kept.
+Position p of a sequence is in block table[sequence][p // size], at slot p % size. A sequence of `length` tokens has its
+new one at position length - 1. Each program derives from the length it loads which tokens are sinks, recent or latent,
+and whether a mean is due: no shape, grid or argument depends on a length, so a step may be captured in a CUDA graph and
+replayed for other lengths and tables in the same memory. Sequences of length 0 are padding: they write nothing, and
+their output is 0. Nothing is written to block 0, the null block.
 
 Letters: B sequences, H query heads, G kv heads, J latent heads, M = H/G, n = G/J, D and E head size of keys and values,
 R latent width, T tokens.
@@ -34,8 +34,8 @@ _jit_entry: Callable[..., Any] = triton.jit(do_not_specialize=("count", "tier_co
 def write_kernel(
     x: tl.tensor,  # keys or values [B, G, D]
     lengths: tl.tensor,  # int32 [B]
-    window: tl.tensor,  # rows [blocks, G, PAGE, D]: uint8, or numbers as they came
-    window_scale: tl.tensor,  # float16 [blocks, G, PAGE] of those; None: they are as they came
+    window: tl.tensor,  # rows [blocks, G, PAGE, D]: uint8, or unquantized
+    window_scale: tl.tensor,  # float16 [blocks, G, PAGE]; None: rows are unquantized
     first: tl.tensor,  # attention sinks [pages, G, sinks, D]
     means: tl.tensor,  # float32 [pages, G, D]; None: the plan has none
     window_table: tl.tensor,  # int32 [B, blocks]
@@ -58,11 +58,11 @@ def write_kernel(
     means_h: tl.tensor,
     window_table_b: tl.tensor,
     first_table_b: tl.tensor,
-    PAGE: tl.constexpr,  # tokens of a block of the window
+    PAGE: tl.constexpr,  # tokens per block of the window
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,  # D, padded
 ) -> None:
-    """Write a new token of one kv head to the residual window, to the sinks, and the mean where it completes one."""
+    """Write the new token of one kv head to the recent window and the sinks, and the mean once it is complete."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(lengths + b).to(tl.int32) - 1
     d = tl.arange(0, BLOCK_D)
@@ -71,7 +71,7 @@ def write_kernel(
     table, page = window_table + b * window_table_b, tl.load(first_table + b * first_table_b).to(tl.int64)
     block = tl.load(table + position // PAGE, mask=position >= 0, other=0).to(tl.int64)
     row = window + block * window_b + h * window_h + position % PAGE * window_t
-    kept = token.to(tl.float32)  # as the window holds it
+    kept = token.to(tl.float32)  # the value that the window stores
     if window_scale is None:
         if block != 0:
             tl.store(row + d, token, mask=real)
@@ -89,7 +89,7 @@ def write_kernel(
     if (position >= 0) & (position < sinks) & (page != 0):
         sink = first + page * first_b + h * first_h + position * first_t + d
         tl.store(sink, token, mask=real)
-        if position == 0:  # the block was another's
+        if position == 0:  # the block may hold another sequence's data
             for i in range(1, sinks):
                 tl.store(sink + i * first_t, tl.zeros_like(token), mask=real)
     if means is not None:
@@ -113,7 +113,7 @@ def write_kernel(
 @_jit_entry
 def encode_kernel(
     x: tl.tensor,  # new keys or values [B, G, D]
-    x_window: tl.tensor,  # rows of the residual window, as in write_kernel
+    x_window: tl.tensor,  # rows of the recent window, as in write_kernel
     x_window_scale: tl.tensor,
     x_means: tl.tensor,  # float32 [pages, G, D]; None: the plan has none
     x_size: tl.tensor,  # D
@@ -127,7 +127,7 @@ def encode_kernel(
     x_scale_t: tl.tensor,
     x_means_b: tl.tensor,
     x_means_h: tl.tensor,
-    y: tl.tensor,  # new values where a latent is of keys and values, which are x; None: it is of x
+    y: tl.tensor,  # new values if keys (x) and values share a latent; None: it encodes only x
     y_window: tl.tensor,
     y_window_scale: tl.tensor,
     y_means: tl.tensor,
@@ -143,7 +143,7 @@ def encode_kernel(
     y_means_b: tl.tensor,
     y_means_h: tl.tensor,
     basis: tl.tensor,  # float32 [J, R, n * (x_size + y_size)]
-    codes: tl.tensor,  # packed latents uint8 [blocks, J, PAGE, bytes], or numbers [blocks, J, PAGE, R]
+    codes: tl.tensor,  # packed latents uint8 [blocks, J, PAGE, bytes], or unquantized [blocks, J, PAGE, R]
     scale: tl.tensor,  # float16 [blocks, J, PAGE]; None: latents are not quantized
     tiers: tl.tensor,  # int32 [tiers, 5]; None: likewise
     lengths: tl.tensor,  # int32 [B]
@@ -152,7 +152,7 @@ def encode_kernel(
     first_table: tl.tensor,
     count: tl.tensor,  # B
     tier_count: tl.tensor,
-    coded: tl.tensor,  # channels with fewer than 16 bits, at least 1; R where there are no tiers
+    coded: tl.tensor,  # channels with fewer than 16 bits, at least 1; R without tiers
     heads: tl.tensor,  # n
     sinks: tl.tensor,
     means_from: tl.tensor,
@@ -175,8 +175,8 @@ def encode_kernel(
 ) -> None:
     """Encode in one latent head the new tokens of BLOCK_T sequences.
 
-    With means, tokens before these are there are not encoded; a further program for each sequence encodes them from the
-    residual window, when the mean has come by the new token.
+    With means, tokens before the mean is known are not encoded; a further program per sequence encodes them from the
+    recent window in the step whose new token completes the mean.
     """
     j, tiles = tl.program_id(1).to(tl.int64), tl.cdiv(count, BLOCK_T)
     bases, group = basis + j * basis_j, j * heads
@@ -238,11 +238,11 @@ def new_tokens(
     group: tl.tensor,
     page: tl.tensor,
 ) -> tl.tensor:
-    """Describe new keys or values of sequences b [T] as `encode_rows.project` takes them."""
+    """Return new keys or values of sequences b [T] in the form that `encode_rows.project` takes."""
     rows = x + b * x_b + group * x_h
     if means is None:
         return rows, None, None, x_h, 0, 0, size
-    else:  # noqa: RET505  Triton reads on behind a return
+    else:  # noqa: RET505  Triton parses past a return
         return rows, None, means + page * means_b + group * means_h, x_h, 0, means_h, size
 
 
@@ -265,12 +265,12 @@ def window_tokens(
     group: tl.tensor,
     page: tl.tensor,
 ) -> tl.tensor:
-    """Describe keys or values at `place` [T] of blocks [T] of the residual window, likewise."""
+    """Return keys or values at `place` [T] of blocks [T] of the recent window in the same form."""
     rows = window + block * window_b + group * window_h + place * window_t
     mean = means + page * means_b + group * means_h + block * 0
     if scale is None:
         return rows, None, mean, window_h, 0, means_h, size
-    else:  # noqa: RET505  Triton reads on behind a return
+    else:  # noqa: RET505  Triton parses past a return
         scales = scale + block * scale_b + group * scale_h + place * scale_t
         return rows, scales, mean, window_h, scale_h, means_h, size
 
@@ -295,7 +295,7 @@ def encode_rows(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Encode tokens [T] into their rows: quantized, with scales `at` their places, or as numbers of the rows' type."""
+    """Encode tokens [T] into their rows: quantized, with scales `at` their slots, or unquantized in the rows' type."""
     if tiers is not None:
         half = scales_of(
             x, y, bases, basis_h, basis_r, heads, tiers, tier_count, coded, live, BLOCK_T, BLOCK_G, BLOCK_D
@@ -316,12 +316,12 @@ def encode_rows(
 def join_kernel(
     far: tl.tensor,  # of packed latents [B, H, 1, R]
     far_lse: tl.tensor,  # float32 [B, H, 1]
-    near: tl.tensor,  # of the residual window [B, H, 1, E]
+    near: tl.tensor,  # of the recent window [B, H, 1, E]
     near_lse: tl.tensor,
-    first: tl.tensor,  # of attention sinks [B, H, 1, E]; None: there are none
+    first: tl.tensor,  # of attention sinks [B, H, 1, E]; None: no sinks
     first_lse: tl.tensor,
     query: tl.tensor,  # [B, H, D]
-    key_means: tl.tensor,  # float32 [pages, G, D], what latents are differences from; None: they are not
+    key_means: tl.tensor,  # float32 [pages, G, D], subtracted before encoding; None: not subtracted
     value_means: tl.tensor,
     first_table: tl.tensor,  # int32 [B, 1 or more]
     decode: tl.tensor,  # of values [G, E, R]
@@ -347,7 +347,7 @@ def join_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """Merge the parts of a kv head's queries by log-sum-exp, BLOCK_E channels of them."""
+    """Merge the parts of a kv head's queries by log-sum-exp, for BLOCK_E channels."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     m, e = tl.arange(0, BLOCK_M), tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside, real = m < shared, e < size
@@ -358,7 +358,7 @@ def join_kernel(
     far_sum = tl.load(far_lse + row, mask=inside, other=-float("inf"))
     near_sum = tl.load(near_lse + row, mask=inside, other=-float("inf"))
     top = tl.maximum(far_sum, near_sum)
-    has_far = tl.max(far_sum, 0) > -float("inf")  # else there may be no mean, and its place holds anything
+    has_far = tl.max(far_sum, 0) > -float("inf")  # else there may be no mean, and its memory is undefined
     mean_size = tl.where(has_far, size, 0)
     page = tl.load(first_table + b * first_table_b).to(tl.int64)
     if key_means is not None:

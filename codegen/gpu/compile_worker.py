@@ -1,6 +1,6 @@
 """Worker process that compiles Triton kernels: `python -m fhopt.codegen.gpu.compile_worker`.
 
-It is apart because Triton's interpreter and its compiler cannot share a process.
+It is separate because Triton's interpreter and its compiler cannot share a process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fhopt.codegen.gpu.resources import Request, Resources
 
 
 def main() -> None:
-    """Read an order from standard input, compile, and write a line for each kernel to standard output."""
+    """Load an order from standard input, compile, and write a line per kernel to standard output."""
     results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what Triton and its tools print is no result
+    os.dup2(2, 1)  # output of Triton and its tools goes to stderr
     order = json.load(sys.stdin)
     with tempfile.TemporaryDirectory(prefix="fhopt-") as folder:
         for i, fields in enumerate(order["requests"]):
@@ -36,7 +36,7 @@ def _resources(request: Request, target: Mapping[str, Any], path: Path) -> Resou
     from triton.backends.compiler import GPUTarget
 
     try:
-        path.write_text(request.text)  # Triton reads the source of functions from their file
+        path.write_text(request.text)  # Triton loads the source of functions from their file
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         assert module_spec is not None and module_spec.loader is not None, path
         module = importlib.util.module_from_spec(module_spec)
@@ -46,12 +46,12 @@ def _resources(request: Request, target: Mapping[str, Any], path: Path) -> Resou
         )
         compiled = triton.compile(source, target=GPUTarget(**target), options=dict(request.options))
         return read_resources(compiled, request.texts)
-    except Exception as error:  # a compiler fails in many ways, all of them are its answer
+    except Exception as error:  # a compiler fails in many ways; every failure is a result
         return Resources(error=_message(error))
 
 
 def _message(error: Exception) -> str:
-    """Put an exception on one line."""
+    """Format an exception in one line."""
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"

@@ -1,4 +1,4 @@
-"""Launch configurations of kernels: candidates, defaults, and those that are kept in the file cache."""
+"""Launch configurations of kernels: candidates, defaults, and the file cache of tuned ones."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fhopt.files import appearing, read_file
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cache_folder, make_private
 
-LARGEST_STATE = 12288  # numbers of queries and outputs that the registers of two warps hold
-FULL_STATE = 10240  # from which they hold no more than a tile of 16 tokens beside it
-TILE_ROWS = 128  # rows of a program of `chunk_kernel`, where there are as many
-WITHIN_ROWS = 64  # rows up to which a program of `chunk_kernel` has all of a kv head, and rebuilds as it goes
-LONGEST = 128  # tokens of a tile at most
-SCATTERED = 32  # the same where each has an address of its own
+LARGEST_STATE = 12288  # max query and output elements in the registers of two warps
+FULL_STATE = 10240  # above this, registers fit only a tile of 16 tokens in addition
+TILE_ROWS = 128  # rows of a program of `chunk_kernel`, if there are as many
+WITHIN_ROWS = 64  # max rows of a kv head for one program of `chunk_kernel`, which then rebuilds keys and values itself
+LONGEST = 128  # max tokens of a tile
+SCATTERED = 32  # the same if each token has its own address
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch is cut and scheduled; the text of a kernel does not depend on it.
+    """Tiling and scheduling of a launch; the text of a kernel does not depend on it.
 
-    block_t: tokens a step of the loop. block_m: query rows of a program, padded.
+    block_t: tokens per loop iteration. block_m: query rows of a program, padded.
     """
 
     block_t: int
@@ -41,7 +41,7 @@ class Config:
 
 
 def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
-    """List configurations worth trying for `rows` = S * H/J query rows of a latent head, first the defaults."""
+    """Return configurations worth trying for `rows` = S * H/J query rows of a latent head, defaults first."""
     tried = [default_config(spec, rows), default_config(spec, rows, "hip")]
     sizes = dict.fromkeys(config.block_m for config in tried)
     shapes = ((16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))  # block_t, num_warps
@@ -50,15 +50,15 @@ def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
 
 
 def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config:
-    """Choose the configuration of a decode step where none has been tuned; backend "cuda" or "hip" (AMD).
+    """Choose the configuration of a decode step if none has been tuned; backend "cuda" or "hip" (AMD).
 
-    Found by compiling for sm_80, sm_90 and gfx942: of those that spill nothing, the fewest instructions a quantized
-    value. What lives in registers throughout, queries and outputs, decides how many rows and tokens fit. Two warps
-    repeat less than four. More than 32 rows cost as much a row as 32.
+    Found by compiling for sm_80, sm_90 and gfx942: the fewest instructions per quantized value among those without
+    spills. Values that live in registers throughout, queries and outputs, determine how many rows and tokens fit. Two
+    warps duplicate less work than four. Beyond 32 rows the cost per row is constant.
     """
-    if spec.dtype == "float32" and backend == "cuda":  # not for the tensor core
+    if spec.dtype == "float32" and backend == "cuda":  # does not use the tensor core
         return Config(16, 8, 2, 2)
-    least, columns = 8 if backend == "cuda" else 16, _columns(spec)  # rows of the smallest product of the tensor core
+    least, columns = 8 if backend == "cuda" else 16, _columns(spec)  # rows of the tensor core's smallest matmul
     m = min(32, max(least, 1 << (rows - 1).bit_length()))
     while m > least and columns * m > LARGEST_STATE:
         m //= 2
@@ -71,7 +71,7 @@ def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config
 
 
 def scattered_config(config: Config) -> Config:
-    """Cut the tiles of a configuration for rows that lie in any block: registers hold the address of each."""
+    """Reduce the tile size of a configuration for rows in arbitrary blocks, each with its address in registers."""
     return dataclasses.replace(config, block_t=min(SCATTERED, config.block_t))
 
 
@@ -80,10 +80,10 @@ def prefill_config(
 ) -> Config:
     """Choose the configuration of `chunk_kernel` for M = `rows`; arch as in gpus.py.
 
-    Found by compiling for sm_80, sm_89 and sm_90, with masks and without: nothing spills, and shared memory is that of
-    the smallest. rebuilds: keys and values are reconstructed within.
+    Found by compiling for sm_80, sm_89 and sm_90, with masks and without: nothing spills, and shared memory is the
+    smallest GPU's. rebuilds: keys and values are reconstructed within the kernel.
     """
-    if spec.dtype == "float32":  # not for the tensor core
+    if spec.dtype == "float32":  # does not use the tensor core
         return Config(16, 16, 4, 1)
     m, size = max(16, 1 << (rows - 1).bit_length()), max(padded(key_size), padded(value_size))
     if rebuilds:
@@ -94,14 +94,14 @@ def prefill_config(
 
 
 def rebuild_config(operands: int) -> Config:
-    """Choose the configuration of `rebuild_kernel` for a decoder of K `operands`: of wide ones all loads come first."""
+    """Choose the configuration of `rebuild_kernel` for a decoder of K `operands`; wide ones issue all loads first."""
     return Config(64, 1, 4, 1) if operands <= 128 else Config(32, 1, 8, 1)
 
 
 def _columns(spec: KernelSpec, widened: int = 1) -> int:
-    """Count the numbers of queries and outputs that a program keeps for one row, padding among them.
+    """Return the query and output elements that a program stores per row, including padding.
 
-    Those of values that are read byte by byte count `widened` times: the bytes are made words in registers.
+    Those of values loaded byte by byte count `widened` times: registers hold the bytes as words.
     """
     sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     return sum(
@@ -112,7 +112,7 @@ def _columns(spec: KernelSpec, widened: int = 1) -> int:
 
 
 def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    """Look up what was tuned for a device, else what `choose` chose, else None; by name as torch tells it."""
+    """Return the tuned configuration of a device (torch's name), else the one `choose` chose, else None."""
     gpu = gpu_named(device_name)
     tuned = read_config("tuned", spec, rows, device_name)
     return tuned if tuned or gpu is None else read_config("chosen", spec, rows, gpu.name)
@@ -121,7 +121,7 @@ def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None
 def write_config(
     kind: str, spec: KernelSpec, rows: int, device_name: str, best: Config, times: Mapping[Config, float]
 ) -> None:
-    """Keep a configuration and what was measured of others. Raises FhoptError where it cannot be written."""
+    """Save a configuration and the times of the others. Raises FhoptError if it cannot be written."""
     path = config_path(kind, spec, rows, device_name)
     timed = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
     text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": timed}, indent=1)
@@ -137,7 +137,7 @@ def write_config(
 
 
 def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    """Read a kept configuration; None where there is none or its file is damaged."""
+    """Load a saved configuration; None without one, or if its file is damaged."""
     try:
         return Config(**json.loads(read_file(config_path(kind, spec, rows, device_name)))["best"])
     except (
@@ -148,11 +148,11 @@ def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Con
         KeyError,
         FhoptError,
     ):
-        return None  # there is none, no home folder, or it is damaged
+        return None  # no file, no home folder, or damaged
 
 
 def config_path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Path:
-    """Return the file of a configuration, by text of the kernel, device, Triton and M up to a power of two."""
+    """Return the file of a configuration, by kernel text, device, Triton version and M up to a power of two."""
     parts = (attention.render(spec), device_name, triton_version())
     known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"{kind}-{spec.name}-m{1 << (rows - 1).bit_length()}-{known}.json"

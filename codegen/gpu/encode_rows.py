@@ -1,14 +1,14 @@
-"""Encode new keys or values and write their rows straight into the storage of a KV cache, in one Triton kernel.
+"""Encoding of new keys or values directly into the rows of a KV cache, in one Triton kernel.
 
-    z    = E x                                         per latent head, from the n = G/J kv heads that it stands for
+    z    = E x                                         per latent head, from the n = G/J kv heads that share it
     s    = sqrt(mean z[c]^2), over the channels with fewer than 16 bits; a float16 in [2^-14, 65504]
     u[c] = clamp(floor(z[c] / s / step) + 2^(b-1), 0, 2^b - 1)                     a channel of b < 16 bits
 
     x [B,G,T,D]   E [J,R,n*D]   ->   codes [B,J,rows,bytes]   scale [B,J,rows], or pages of both
 
-No latent is stored: a program goes twice through the channels of its tokens, for the scale and for the codes, and
-reckons them both times. Products are float32 ("ieee"), since a quantized value is the floor of one: a latent is as
-exact as that of `fhopt.ops.encode`, and a value differs only where z stands at the edge of a step.
+No latent is stored: a program passes twice over the channels of its tokens, for the scale and for the codes, and
+recomputes them. Matmuls are float32 ("ieee"), since a quantized value is a floor: a latent is as exact as that of
+`fhopt.ops.encode`, and a value differs only if z is at a rounding boundary.
 
 Bit groups are a table in memory, as in packing.py, whose functions do the packing: one compilation serves all layers.
 
@@ -30,12 +30,12 @@ from fhopt.codegen.cpu.packing import tier_table
 from fhopt.codegen.gpu.packing import device_table, limited, store_halves, store_plane, tier
 from fhopt.ops import algebra, packing
 
-BLOCK_T, BLOCK_G, BLOCK_D = 16, 8, 32  # tokens of a program, groups of 8 channels at a time, numbers of a head
+BLOCK_T, BLOCK_G, BLOCK_D = 16, 8, 32  # tokens of a program, groups of 8 channels and head elements per iteration
 OPTIONS = {"num_warps": 4, "num_stages": 1}
-CUDA_OPTIONS = OPTIONS | {"maxnreg": 255}  # left alone, ptxas takes fewer registers for more blocks, and spills
+CUDA_OPTIONS = OPTIONS | {"maxnreg": 255}  # by default ptxas uses fewer registers for higher occupancy, and spills
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _jit: Callable[..., Any] = triton.jit
-_jit_entry: Callable[..., Any] = triton.jit(  # whether strides of x and of the basis are aligned is worth knowing
+_jit_entry: Callable[..., Any] = triton.jit(  # specialize on the alignment of the strides of x and of the basis
     do_not_specialize=(
         *("tokens", "tier_count", "coded", "at", "heads", "table_b"),
         *("codes_b", "codes_j", "codes_t", "scale_b", "scale_j", "scale_t"),
@@ -43,7 +43,7 @@ _jit_entry: Callable[..., Any] = triton.jit(  # whether strides of x and of the 
 )
 
 
-# --------------------------------------------------------------------------------------------------- called from torch
+# ----------------------------------------------------------------------------------------------- torch entry points
 
 
 def encode(
@@ -61,10 +61,9 @@ def encode(
 ) -> None:
     """Encode x [B,G,T,D] by basis [J,R,n*D] into rows `at` to `at + T` of codes [B,J,rows,bytes] and scale [B,J,rows].
 
-    places: int64 [T], the rows instead; tokens with a negative one are left out. table: int32 [B, pages]: row r of a
-    sequence is row r % P of page table[b, r // P] of codes [pool,J,P,bytes] and scale [pool,J,P]; rows of pages that
-    are negative are left out. Calls that the kernel does not serve (float64, bit groups that no plan has) run the
-    reference.
+    places: int64 [T], the rows instead; tokens with a negative one are skipped. table: int32 [B, pages]: row r of a
+    sequence is row r % P of page table[b, r // P] of codes [pool,J,P,bytes] and scale [pool,J,P]; rows in negative
+    pages are skipped. Calls that the kernel does not support (float64, bit groups of no plan) run the reference.
     """
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     _check(x, basis, codes, scale, places, table)
@@ -126,7 +125,7 @@ def encode_reference(
 
 
 def _check(x: Tensor, basis: Tensor, codes: Tensor, scale: Tensor, places: Tensor | None, table: Tensor | None) -> None:
-    """Raise ValueError when shapes or types do not belong together: the kernel trusts its pointers."""
+    """Raise ValueError if shapes or types do not match: the kernel trusts its pointers."""
     batch, groups, tokens, size = x.shape
     heads = basis.shape[0]
     if groups % heads or basis.shape[2] != groups // heads * size:
@@ -162,7 +161,7 @@ def encode_kernel(
     codes: tl.tensor,  # uint8 [B, J, rows, bytes], or [pool, J, P, bytes] with `table`
     scale: tl.tensor,  # float16, like the rows
     tiers: tl.tensor,  # int32 [tiers, 5]
-    places: tl.tensor,  # int64 [T]: rows of the tokens; None: `at` and those that follow
+    places: tl.tensor,  # int64 [T]: rows of the tokens; None: consecutive from `at`
     table: tl.tensor,  # int32 [B, pages]; None: no pages
     tokens: tl.tensor,  # T
     tier_count: tl.tensor,
@@ -187,7 +186,7 @@ def encode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Encode BLOCK_T tokens in one latent head: once over the channels for the scale, once for quantized values."""
+    """Encode BLOCK_T tokens in one latent head: one pass over the channels for the scale, one for quantized values."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
     j, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     live = t < tokens
@@ -254,7 +253,7 @@ def store_codes(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Quantize tokens [T] by their scales and store them in their rows [T], those that are `here`."""
+    """Quantize tokens [T] by their scales and store those that are `here` in their rows [T]."""
     inverse = tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), half.to(tl.float32))
     for i in range(tier_count):
         bits, width, channel, byte, step = tier(tiers, i)
@@ -275,7 +274,7 @@ def destination(
     table_b: tl.tensor,
     PAGE: tl.constexpr,
 ) -> tl.tensor:
-    """Find where tokens t [T] are stored: sequence or page of the pool, row in it, and whether they are stored."""
+    """Return the destination of tokens t [T]: sequence or page of the pool, row in it, and whether to store."""
     place = at + t.to(tl.int64)
     if places is not None:
         place = tl.load(places + t, mask=live, other=-1)
@@ -305,9 +304,9 @@ def project(
 ) -> tl.tensor:
     """Project tokens of n heads to BLOCK_G runs of 8 channels of a bit group: float32 [T, G, 8]; 0 outside.
 
-    x: what is known of keys or values: addresses of the first head's numbers [T], of the scales of numbers of 8 bits
-    [T] or None, of means that are subtracted [T] or None, strides over heads of each of them, numbers of a head. y:
-    where a latent is of keys and values, the latter; a head of the basis has both side by side. None: there is one.
+    x: keys or values as a tuple: addresses of the first head's elements [T], of the scales of 8-bit elements [T] or
+    None, of subtracted means [T] or None, head strides of each, head size. y: the values if keys and values share a
+    latent, whose basis has both side by side per head; None: only x.
     """
     z = tl.zeros([BLOCK_T, 8 * BLOCK_G], tl.float32)
     z = add_projected(z, x, bases, basis_h, basis_r, heads, channel, first, width, live, BLOCK_G, BLOCK_D)
@@ -331,7 +330,7 @@ def add_projected(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """Add to z [T, C] what keys or values give, of which x is known: see `project`."""
+    """Add to z [T, C] the projection of keys or values x, a tuple as in `project`."""
     rows, scales, means, rows_h, scales_h, means_h, size = x
     c = 8 * first + tl.arange(0, 8 * BLOCK_G)  # [C], of the tier
     column = bases + (channel + c).to(tl.int64) * basis_r  # [C]
@@ -340,7 +339,7 @@ def add_projected(
             d = start + tl.arange(0, BLOCK_D)  # [D]
             real = d < size
             inside = live[:, None] & real[None, :]
-            v = tl.load(rows[:, None] + d[None, :], mask=inside, other=0)  # both before either is used: ptxas spills
+            v = tl.load(rows[:, None] + d[None, :], mask=inside, other=0)  # load both before use, or ptxas spills
             e = tl.load(column[None, :] + d[:, None], mask=(c < width)[None, :] & real[:, None], other=0.0)
             v = v.to(tl.float32)
             if scales is not None:
@@ -368,7 +367,7 @@ def store_tier(
     g: tl.tensor,
     here: tl.tensor,
 ) -> None:
-    """Quantize latents z [T, G, 8] of a bit group and store them; `row` [T] is where the group begins."""
+    """Quantize latents z [T, G, 8] of a bit group and store them; `row` [T] is the address of the group."""
     inside = here[:, None] & (g < width // 8)[None, :]  # [T, G]
     if bits == 16:
         store_halves(row, z, g, inside)

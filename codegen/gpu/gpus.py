@@ -10,15 +10,15 @@ from fhopt.errors import FhoptError
 
 @dataclass(frozen=True)
 class Gpu:
-    """Limits of a GPU that compiled kernels have to keep. A processor: an SM of NVIDIA, a CU of AMD."""
+    """Limits of a GPU for compiled kernels. A processor is an SM of NVIDIA or a CU of AMD."""
 
     name: str  # as in fhopt.cost.DEVICES
     arch: int | str  # compute capability without its point; AMD: "gfx942"
     processors: int
-    block_shared: int  # bytes that a block may ask for
-    processor_shared: int  # bytes; each block takes `reserved` beside what it asks for
-    registers: int  # of 32 bits, of a processor
-    warps: int  # resident in a processor at most
+    block_shared: int  # max bytes per block
+    processor_shared: int  # bytes; each block takes `reserved` in addition to its own
+    registers: int  # 32-bit, per processor
+    warps: int  # max resident warps per processor
     blocks: int
     warp_size: int = 32
     reserved: int = 1024
@@ -32,7 +32,7 @@ class Gpu:
 _K = 1024
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; numbers of SMs: data sheets.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; SM counts: data sheets.
 _CC80: dict[str, Any] = dict(block_shared=163 * _K, processor_shared=164 * _K, registers=64 * _K, warps=64, blocks=32)
 _CC86: dict[str, Any] = dict(block_shared=99 * _K, processor_shared=100 * _K, registers=64 * _K, warps=48, blocks=16)
 _CC87: dict[str, Any] = dict(block_shared=163 * _K, processor_shared=164 * _K, registers=64 * _K, warps=48, blocks=16)
@@ -40,7 +40,7 @@ _CC89: dict[str, Any] = dict(block_shared=99 * _K, processor_shared=100 * _K, re
 _CC90: dict[str, Any] = dict(block_shared=227 * _K, processor_shared=228 * _K, registers=64 * _K, warps=64, blocks=32)
 
 
-# AMD CDNA 3 ISA reference and LLVM's "User Guide for AMDGPU": 4 SIMDs a CU, each 512 registers of 64 lanes and 8 waves.
+# AMD CDNA 3 ISA reference and LLVM's "User Guide for AMDGPU": 4 SIMDs per CU, each 512 registers of 64 lanes, 8 waves.
 _CDNA3: dict[str, Any] = dict(
     block_shared=64 * _K,
     processor_shared=64 * _K,
@@ -74,7 +74,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_named(device_name: str) -> Gpu | None:
-    """Find the GPU of the table that a device such as "NVIDIA H100 80GB HBM3" is; None if there is none."""
+    """Return the GPU of the table for a device name such as "NVIDIA H100 80GB HBM3"; None for others."""
     words = device_name.lower().replace("-", " ").split()
     short = {"a100-80": "a100", "edge": "orin"}
     for gpu in GPUS.values():

@@ -1,6 +1,6 @@
-"""Launch the Triton kernels of a decode step: check tensors, cut the work, and merge what the parts give.
+"""Launch of the decode-step Triton kernels: checks of tensors, splits, and the merge of their results.
 
-Nothing here reads what lies on the device, so that a call may be recorded in a CUDA graph.
+Nothing here synchronizes with the device, so that a call may be captured in a CUDA graph.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, P pages, R latent width.
 """
@@ -25,16 +25,16 @@ from fhopt.codegen.rows import PAGE_QUANTUM, RowFormat
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.window import ResidualWindow
 
-WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
-SHORTEST = 256  # tokens that a range has at least
+WARPS = 16  # of these kernels per multiprocessor, approximately; limited by registers
+SHORTEST = 256  # min tokens per range
 MOST_SPLITS = 128
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as it is
-Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, what those of rows divide by
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types that kernels load without conversion
+Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, the divisor of the row strides
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Tokens that the newest token of a sequence reads: by the rule of `window` those of one kind, in its cache.
+    """The tokens of one kind that the newest token of a sequence attends to, in that kind's cache (rule: `window`).
 
     table int32 [B,P]: keys and values are pools [pages,J,page,...], and page i of a sequence is at table[b, i].
     """
@@ -43,10 +43,10 @@ class Span:
     window: ResidualWindow
     table: Tensor
 
-    QUANTIZED, OPEN, FIRST = 1, 2, 3  # kinds, as the kernel knows them
+    QUANTIZED, OPEN, FIRST = 1, 2, 3  # kinds, numbered as in the kernel
 
     def most(self, tokens: int) -> int:
-        """Return how many there are at most, of `tokens` tokens."""
+        """Return the maximum number of such tokens among `tokens` tokens."""
         return min(tokens, {self.OPEN: self.window.capacity, self.FIRST: self.window.sinks}.get(self.kind, tokens))
 
     @property
@@ -57,7 +57,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Tensors that a call may do without, in the shapes that the kernel reads."""
+    """Optional tensors of a call, in the shapes that the kernel takes."""
 
     mask: Tensor | None  # [B, H, S, T]
     lengths: Tensor | None  # [B]
@@ -77,10 +77,10 @@ class Features:
 
 
 class TritonKernel:
-    """The kernels of a rendered file, with the signature of `fhopt.ops.latent_attention_reference` and more.
+    """The kernels of a rendered file, with the signature of `fhopt.ops.latent_attention_reference` and extensions.
 
     It ignores the arguments for bit groups. Calls run with the configuration that was tuned or chosen for the GPU
-    (tuning.py), else with the default. Raises ValueError when a shape or type does not fit the spec.
+    (tuning.py), else with the default. Raises ValueError if a shape or type does not fit the spec.
     """
 
     def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
@@ -115,10 +115,10 @@ class TritonKernel:
     ) -> tuple[Tensor, Tensor]:
         """Compute attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32.
 
-        lengths, integers [B] or one: how many tokens a sequence has. pages [B,U,n]: only these pages, of `page_tokens`
-        tokens, are read, by query head h those of list h*U//H; -1: none. span, not with `pages`: of sequences of
-        `lengths` tokens, in pages of any size, only these; a program finds them by the length that it reads. splits,
-        config: how the work is cut.
+        lengths, integers [B] or one: tokens per sequence. pages [B,U,n]: attend only to these pages of `page_tokens`
+        tokens, query head h to those of list h*U//H; -1: no page. span, not with `pages`: attend only to these tokens
+        of sequences of `lengths` tokens, in pages of any size; a program derives them from the length it loads. splits,
+        config: tiling.
         """
         self._check(query, softcap)
         b, h, s, _ = query.shape
@@ -130,7 +130,7 @@ class TritonKernel:
             rows_as_read(side, x, factors, (b, h, s), tokens, span is not None)
             for side, x, factors in zip(self._sides, (key, value), (key_scale, value_scale), strict=True)
         ]
-        shared = gcd(h // key.shape[1], h // value.shape[1])  # query heads of a unit
+        shared = gcd(h // key.shape[1], h // value.shape[1])  # query heads per unit
         features = Features(
             mask=None if mask is None else mask_as_read(mask, (b, h, s, tokens)),
             lengths=None if lengths is None else lengths.reshape(-1).expand(b),
@@ -159,7 +159,7 @@ class TritonKernel:
             )
 
     def _config(self, rows: int, device: torch.device) -> Config:
-        """Find the configuration for M = `rows` up to the next power of two, once."""
+        """Return the configuration for M = `rows` up to the next power of two, cached."""
         at = _power(max(1, rows)), device
         if at not in self._configs:
             self._configs[at] = find_config(self._spec, at[0], device)
@@ -198,13 +198,13 @@ class TritonKernel:
 
 
 def find_config(spec: KernelSpec, rows: int, device: torch.device) -> Config:
-    """Find what was tuned or chosen for this GPU, else the default; under Triton's interpreter the default."""
+    """Return the configuration tuned or chosen for this GPU, else the default, also under Triton's interpreter."""
     tuned = tuned_config(spec, rows, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return tuned or default_config(spec, rows, _backend())
 
 
 def _constants(config: Config, on_gpu: bool) -> dict[str, object]:
-    """Constants and options of a launch that follow from its configuration and device."""
+    """Return the constants and options of a launch for its configuration and device."""
     return {
         "PACKED": on_gpu and _backend() == "cuda", "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
@@ -219,7 +219,7 @@ _warned: set[str] = set()
 
 
 def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
-    """Warn, once in a process, of more bit groups than registers hold. compiled: None under the interpreter."""
+    """Warn, once per process, if bit groups exceed the registers. compiled: None under the interpreter."""
     words = getattr(compiled, "n_spills", 0)
     if words and "spills" not in _warned:
         _warned.add("spills")
@@ -233,25 +233,25 @@ def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
 
 
 def choose_splits(programs: int, tokens: int, places: int) -> int:
-    """Choose how many ranges of tokens fill a device that holds `places` programs in whole rounds, none too short."""
+    """Choose the number of token ranges that fills a device of `places` programs in whole rounds, none too short."""
     return _splits(programs, max(1, min(tokens // SHORTEST, MOST_SPLITS)), places)
 
 
 @functools.lru_cache(4096)
 def _splits(programs: int, most: int, places: int) -> int:
-    """Choose the ranges for which a token costs the fewest rounds; of those within 5 %, the fewest."""
+    """Choose the number of ranges with the fewest rounds per token; within 5%, the smallest."""
     rounds = [-(-programs * n // places) / n for n in range(1, most + 1)]
     return next(n for n, cost in enumerate(rounds, 1) if cost <= 1.05 * min(rounds))
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Count the multiprocessors of a GPU; one for anything else, which runs Triton's interpreter."""
+    """Return the multiprocessor count of a GPU; 1 for any other device, which runs Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
-    """Expand page lists [B,U,n] as the kernel reads them, one for each unit. Raises ValueError."""
+    """Expand page lists [B,U,n] to the kernel's shape, one per unit. Raises ValueError."""
     if units % pages.shape[1]:
         raise ValueError(
             f"pages have shape {tuple(pages.shape)}; expected [{batch}, U, n], U a divisor of {units}: the runs of "
@@ -263,7 +263,7 @@ def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
 
 
 def _within(config: Config, page: int) -> Config:
-    """Cut the tiles of a configuration so that they do not cross a page, where pages are as large as a tile can be."""
+    """Reduce tiles so that they do not cross a page, if pages are as large as a tile can be."""
     if not page or page % PAGE_QUANTUM:
         raise ValueError(f"pages have {page} tokens; expected a multiple of {PAGE_QUANTUM}. Seal larger blocks.")
     return replace(config, block_t=gcd(page, config.block_t)) if page % SMALLEST_PIECE == 0 else config
@@ -272,14 +272,14 @@ def _within(config: Config, page: int) -> Config:
 def rows_as_read(
     side: RowFormat, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool
 ) -> Rows:
-    """Convert the rows of one side to what the kernel takes. Raises ValueError."""
+    """Convert the rows of one side to the kernel's format. Raises ValueError."""
     x = side.rows(x) if side.coded or x.dtype not in FLOATS else x if x.stride(3) == 1 else x.contiguous()
-    if paged:  # any number of pages; they are not those of a sequence
+    if paged:  # any number of pages, independent of the sequences
         query, tokens = (x.shape[0], *query[1:]), x.shape[2]
     side.check(x, scale, query, tokens)
     strides = tuple(n if size > 1 else 0 for n, size in zip(x.stride()[:3], x.shape[:3], strict=True))
     align = gcd(16, *strides)
-    if side.coded and side.row % 2 == 0 and (align % 2 or x.data_ptr() % 2):  # read in words of 16 bits
+    if side.coded and side.row % 2 == 0 and (align % 2 or x.data_ptr() % 2):  # the kernel loads 16-bit words
         x = x.clone(memory_format=torch.contiguous_format)
         strides = x.stride()[:3]
         align = gcd(16, *strides)
@@ -289,7 +289,7 @@ def rows_as_read(
 
 
 def mask_as_read(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Convert the mask to what the kernel reads, [B,H,S,T]: bytes or floats."""
+    """Convert the mask to the kernel's format [B,H,S,T]: bytes or floats."""
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     elif not mask.is_floating_point() or mask.dtype == torch.float64:
@@ -298,7 +298,7 @@ def mask_as_read(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _parts(query: Tensor, splits: int, places: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate what the programs leave: sums, their bases, totals."""
+    """Allocate the programs' results: sums, their bases, totals."""
     shape = (*query.shape[:3], splits)
     exact = functools.partial(query.new_empty, dtype=torch.float32)
     return exact((*shape, places)), exact(shape), exact(shape)

@@ -1,12 +1,12 @@
-"""Search the rows of a language-model head on GPUs: one Triton kernel for bounds, and torch around it.
+"""Search of the rows of a language-model head on GPUs: one Triton kernel for bounds, and torch operations.
 
     bounds_kernel   quantized rows, hidden states in 8 bits -> estimates and upper bounds of all logits [M, V]
-    search          the rows with the largest bounds, exactly; certain where no other bound reaches the k-th of them
+    search          the rows with the largest bounds, exactly; certain if no other bound reaches the k-th of them
 
-The kernel reads the blocks of cpu/lm_head.py as they are: a word of 32 bits has four coordinates of 8 bits of a row, or
-eight of 4 bits, and the same word of 16 rows is one run of memory. Products are of integers, on tensor cores, and
-exact, so the bounds hold for the same reason as on a CPU. Nothing is read back: which hidden states are left to the
-dense head stands in `Candidates.counts`.
+The kernel uses the blocks of cpu/lm_head.py unchanged: a 32-bit word has four 8-bit coordinates of a row, or eight
+4-bit ones, and the same word of 16 rows is contiguous. Integer matmuls on tensor cores are exact, so the bounds hold
+for the same reason as on a CPU. Nothing synchronizes with the device: `Candidates.counts` marks the hidden states left
+to the dense head.
 
 Letters: M hidden states, C their width, R width of the basis, V vocabulary, N rows that are computed exactly.
 """
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from fhopt.codegen.cpu.lm_head import BLOCK, Candidates, Codes, Search
 
-BLOCK_M, ROWS, STEP = 16, 64, 32  # hidden states, rows and words that a program multiplies at once
-SCORED = 256  # N: rows that are computed exactly for each hidden state, at least `keep`
-UNIT = 2.0**-24  # of rounding in float32
+BLOCK_M, ROWS, STEP = 16, 64, 32  # hidden states, rows and words per matmul of a program
+SCORED = 256  # N: exactly computed rows per hidden state, at least `keep`
+UNIT = 2.0**-24  # float32 rounding unit
 _jit: Callable[..., Any] = triton.jit
 
 
 def search(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
-    """Search candidates for hidden [M, C] and weight [V, C] of one type on a GPU; all rows, whatever `probes` says.
+    """Search candidates for hidden [M, C] and weight [V, C] of one type on a GPU, over all rows regardless of `probes`.
 
-    As many rows as `budget` and at most 256 (or `keep`) are computed exactly. counts: -1 where that is too few to be
-    certain. `margin` and `softcap` only lower the threshold of certainty, as on a CPU.
+    `budget` rows, at most 256 (or `keep`), are computed exactly. counts: -1 if that is too few to be certain. `margin`
+    and `softcap` only lower the threshold of certainty, as on a CPU.
     """
     estimates, bounds = bound(hidden, weight, bias, codes)
     count = min(max(min(options.budget, SCORED), options.keep), codes.vocabulary)
@@ -56,14 +56,14 @@ def search(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, op
 
 
 def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the largest first, equal ones in the order of the vocabulary."""
+    """Sort by decreasing value, ties in vocabulary order."""
     by_id = ids.sort(dim=1)
     ordered = values.gather(1, by_id.indices).sort(dim=1, descending=True, stable=True)
     return ordered.values, by_id.values.gather(1, ordered.indices)
 
 
 def _lowest_tie(top: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
-    """Compute the least logit that may become equal to `top` when it is rounded, capped and rounded again."""
+    """Compute the smallest logit that may equal `top` after rounding, capping and rounding again."""
     unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
     plain = top - unit * top.abs()
     if softcap <= 0:
@@ -95,9 +95,9 @@ def bound(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes) -> 
 
 
 def prepare(hidden: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """Quantize hidden states: h' int8 [M, R], and float32 [M, 10], what the kernel knows of a hidden state beside it.
+    """Quantize hidden states: h' int8 [M, R], and float32 [M, 10], the kernel's other data per hidden state.
 
-    The columns: offset, slack, steps of both bit groups, half their sums, norms, what rounding took from them.
+    The columns: offset, slack, steps of both bit groups, half their sums, norms, rounding errors.
     """
     h = hidden.double()
     turned = torch.nn.functional.pad(h, (0, codes.rank - h.shape[1])) if codes.transform is None else (
@@ -123,11 +123,11 @@ def prepare(hidden: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
 def bounds_kernel(
     codes: tl.tensor,  # int32 [blocks, words]
     hidden: tl.tensor,  # int8 [M, R]
-    about: tl.tensor,  # float32 [M, 10], as `prepare` makes it
+    about: tl.tensor,  # float32 [M, 10], from `prepare`
     estimates: tl.tensor,  # float32 [M, V]
     bounds: tl.tensor,  # float32 [M, V]
     count: tl.tensor,  # M
-    slots: tl.tensor,  # 16 for each block
+    slots: tl.tensor,  # 16 per block
     vocabulary: tl.tensor,  # V
     words: tl.tensor,
     lead: tl.tensor,
@@ -178,7 +178,7 @@ def add_bytes(
     words: tl.tensor,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """Add products of hidden states with coordinates of 8 bits, u - 128, to integers `total` [ROWS, BLOCK_M]."""
+    """Add dot products of hidden states with 8-bit coordinates, u - 128, to integers `total` [ROWS, BLOCK_M]."""
     for start in range(0, words, STEP):
         group = start + tl.arange(0, STEP)  # [STEP]
         inside = group < words
@@ -200,7 +200,7 @@ def add_halves(
     words: tl.tensor,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """Add products of hidden states with coordinates of 4 bits, u, to integers `total` [ROWS, BLOCK_M]."""
+    """Add dot products of hidden states with 4-bit coordinates, u, to integers `total` [ROWS, BLOCK_M]."""
     for start in range(0, words, STEP):
         group = start + tl.arange(0, STEP)  # [STEP]
         inside = group < words

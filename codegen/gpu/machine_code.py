@@ -1,4 +1,4 @@
-"""Registers, spills, instructions and memory reads of a compiled Triton kernel, from its machine code."""
+"""Registers, spills, instructions and global loads of a compiled Triton kernel, from its machine code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from fhopt.codegen.gpu.resources import Resources
 
-# Matrix instructions as PTX and the assembler of AMD write them; those that read global memory as SASS and that do.
+# Matrix instructions in PTX and AMD assembly; global loads in SASS and AMD assembly.
 _MATRIX = re.compile(r"(?<![\w.])(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma|v_smfmac|v_wmma)(?=[._])")
 _READ = re.compile(r"\bLDG(?:STS)?\.E\S*|\b(?:global|buffer)_load_\w+")
 _SIZES = {
@@ -30,11 +30,11 @@ _SIZES = {
     "dwordx3": 12,
     "dwordx4": 16,
 }
-SHORTEST_LOOP = 8  # instructions; shorter ones wait for something
+SHORTEST_LOOP = 8  # instructions; shorter loops are waits
 
 
 def read_resources(compiled: Any, texts: Sequence[str] = ()) -> Resources:
-    """Read what a compiled kernel (`triton.compiler.CompiledKernel`) needs, without a driver."""
+    """Return the resources of a compiled kernel (`triton.compiler.CompiledKernel`), without a driver."""
     if "cubin" in compiled.asm:
         text = compiled.asm["ptx"]
         listing = _disassembled(compiled.asm["cubin"])
@@ -60,7 +60,7 @@ def read_resources(compiled: Any, texts: Sequence[str] = ()) -> Resources:
 
 
 def _size(instruction: str) -> int:
-    """Return the bytes of a thread that an instruction reads: 4 unless it says otherwise."""
+    """Return the bytes per thread that an instruction loads: 4 unless it says otherwise."""
     return next((_SIZES[word] for word in re.split(r"[._]", instruction) if word in _SIZES), 4)
 
 
@@ -75,7 +75,7 @@ def _numbers(text: str, *patterns: str) -> list[int]:
 
 
 def _disassembled(cubin: bytes) -> str:
-    """Disassemble machine code by the tool beside Triton: registers, then instructions."""
+    """Disassemble machine code with Triton's bundled tool: registers, then instructions."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -86,7 +86,7 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def _cuda_loop(text: str) -> list[str]:
-    """List the instructions of the innermost loops of SASS: `/*00a0*/ @P0 BRA 0x10 ;`."""
+    """Return the instructions of the innermost loops of SASS: `/*00a0*/ @P0 BRA 0x10 ;`."""
     instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)
     places = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
     targets, ends = dict[int, int](), set[int]()
@@ -100,7 +100,7 @@ def _cuda_loop(text: str) -> list[str]:
 
 
 def _amd_loop(text: str) -> list[str]:
-    """List the instructions of the innermost loops of AMD's assembler, which has labels: `s_cbranch_scc1 .LBB0_2`."""
+    """Return the instructions of the innermost loops of AMD assembly, which has labels: `s_cbranch_scc1 .LBB0_2`."""
     lines, labels = list[str](), dict[str, int]()
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -114,16 +114,16 @@ def _amd_loop(text: str) -> list[str]:
 
 
 def _innermost(lines: Sequence[str], targets: Mapping[int, int], ends: Collection[int]) -> list[str]:
-    """List the lines of loops without loops within. targets: of branches; ends: lines that the next does not follow.
+    """Return the lines of innermost loops. targets: of branches; ends: lines without fall-through.
 
-    A loop is a set of lines each of which leads to each; those within are such sets without its first line.
+    A loop is a strongly connected set of lines; inner loops are such sets without its first line.
     """
     import networkx
 
     graph = networkx.DiGraph(targets.items())
     graph.add_edges_from((i, i + 1) for i in range(len(lines) - 1) if i not in ends)
     innermost: set[int] = set()
-    left: list[tuple[Collection[int], Collection[int]]] = [((), graph.nodes)]  # a loop, and what to look for loops in
+    left: list[tuple[Collection[int], Collection[int]]] = [((), graph.nodes)]  # a loop, and the lines to search
     while left:
         loop, within = left.pop()
         parts = [set(part) for part in networkx.strongly_connected_components(graph.subgraph(within))]

@@ -1,16 +1,15 @@
-"""Pack and unpack latents on GPUs: `fhopt::pack` and `fhopt::unpack` in two Triton kernels for all plans.
+"""Packing and unpacking of latents on GPUs: `fhopt::pack` and `fhopt::unpack` in two Triton kernels for all plans.
 
     s    = sqrt(mean z[c]^2), over the channels with fewer than 16 bits; a float16 in [2^-14, 65504]
     u[c] = clamp(floor(z[c] / s / step) + 2^(b-1), 0, 2^b - 1)          a channel of b < 16 bits
     z[c] = (u[c] - (2^b - 1)/2) * step * s                              and back
 
-Bit groups are a small table in the memory of the GPU, not constants of the kernel: layers of a model have bit groups of
-their own, and each would cost a compilation. A program takes BLOCK_T rows and goes through their channels in groups of
-8: the width of every bit group is a multiple of 8, and a bit plane of w bits holds a group in w bytes (format:
-fhopt/ops/packing.py).
+Bit groups are a small table in GPU memory rather than kernel constants: each layer has its own bit groups, and each
+would need a compilation. A program takes BLOCK_T rows and processes their channels in groups of 8: the width of every
+bit group is a multiple of 8, and a bit plane of w bits holds a group in w bytes (format: fhopt/ops/packing.py).
 
-The scale may be off by one in the last place where it is in the reference: sums have no fixed order on a GPU. All else
-is rounded as there, hence the `_rn` functions: plain division and square root are approximate on GPUs.
+The scale may differ from the reference in the last place: sums have no fixed order on a GPU. All other results are
+rounded as in the reference, hence the `_rn` functions: plain division and square root are approximate on GPUs.
 
 Letters: T rows (tokens of all latent heads), G groups of 8 channels, R latent width.
 """
@@ -33,14 +32,16 @@ from fhopt.plan.site_plan import is_trellis
 
 BLOCK_T, BLOCK_G = 16, 8
 _jit: Callable[..., Any] = triton.jit
-_jit_entry: Callable[..., Any] = triton.jit(do_not_specialize=("rows", "tier_count", "coded"))  # one serves all numbers
+_jit_entry: Callable[..., Any] = triton.jit(
+    do_not_specialize=("rows", "tier_count", "coded")
+)  # one compilation for all
 
 
-# --------------------------------------------------------------------------------------------------- called from torch
+# ----------------------------------------------------------------------------------------------- torch entry points
 
 
 def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Pack latents as `fhopt.ops.pack_reference` does, on a GPU; other calls run the reference."""
+    """Pack latents on a GPU; see `fhopt.ops.pack_reference`, which runs calls that the kernel does not support."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
     if table is None or not can_pack(latent, table) or has_trellis(bits, steps):
@@ -59,19 +60,19 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
 
 
 def has_trellis(bits: Sequence[int], steps: Sequence[float]) -> bool:
-    """Return whether a bit group has a trellis code, which no kernel here reads."""
+    """Return whether a bit group has a trellis code, which GPU kernels do not support."""
     return any(map(is_trellis, bits, steps))
 
 
 def packs_right(device: torch.device) -> bool:
-    """Pack some latents on a GPU, and return whether the result is that of the reference. Raises what Triton raises."""
+    """Return whether packing some latents on a GPU gives the reference result. Raises what Triton raises."""
     rows, options = torch.ones(16, 64), ((4,), (64,), (0.4,))
     packed, _ = pack(rows.to(device), *options)
     return torch.equal(packed.cpu(), pack_reference(rows, *options)[0])
 
 
 def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
-    """Unpack latents as `fhopt.ops.unpack_reference` does, on a GPU; calls it does not serve run the reference."""
+    """Unpack latents on a GPU; see `fhopt.ops.unpack_reference`, which runs calls that the kernel does not support."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
     if table is None or not can_unpack(codes, scale, table) or has_trellis(bits, steps):
@@ -90,7 +91,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 def device_table(
     bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...], device: torch.device
 ) -> Tensor:
-    """Make the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
+    """Create the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
     if has_trellis(bits, steps):
         raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
     lines, channel, byte = [], 0, 0
@@ -128,7 +129,7 @@ def pack_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """Pack BLOCK_T rows: once over the channels for the scale, once for the codes."""
+    """Pack BLOCK_T rows: one pass over the channels for the scale, one for the codes."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
     z = latent + t.to(tl.int64) * latent_stride
     row = codes + t.to(tl.int64) * codes_stride
@@ -178,7 +179,7 @@ def unpack_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """Latents of BLOCK_T rows."""
+    """Unpack BLOCK_T rows to latents."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
     row = codes + t.to(tl.int64) * codes_stride
     z = latent + t.to(tl.int64) * latent_stride
@@ -201,7 +202,7 @@ def unpack_kernel(
                 store_channels(z + channel, x, g, inside)
 
 
-# --------------------------------------------------------------------------------------------------- their parts
+# --------------------------------------------------------------------------------------------------- helpers
 
 
 @_jit
@@ -243,13 +244,13 @@ def store_plane(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Store WIDTH bits of quantized values u [T, G, 8], if bit groups of this many bits have such a plane."""
+    """Store WIDTH bits of quantized values u [T, G, 8], if this bit width has such a plane."""
     if bits & WIDTH:
-        LANES: tl.constexpr = 8 // WIDTH  # codes in a byte
-        part = (u >> (bits & (WIDTH - 1))) & (2**WIDTH - 1)  # the bits below belong to planes that follow
+        LANES: tl.constexpr = 8 // WIDTH  # codes per byte
+        part = (u >> (bits & (WIDTH - 1))) & (2**WIDTH - 1)  # the lower bits belong to later planes
         lanes = tl.reshape(part, [u.shape[0], u.shape[1], WIDTH, LANES])
         x = tl.sum(lanes << (WIDTH * tl.arange(0, LANES))[None, None, None, :], 3)  # [T, G, WIDTH]
-        plane = row + width // 8 * (bits & (16 - 2 * WIDTH))  # behind the planes of the bits above
+        plane = row + width // 8 * (bits & (16 - 2 * WIDTH))  # after the planes of higher bits
         byte = WIDTH * g[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
         tl.store(plane[:, None, None] + byte, x.to(tl.uint8), mask=inside[:, :, None])
 
@@ -264,7 +265,7 @@ def load_plane(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Add the bits of a plane to quantized values u [T, G, 8], if bit groups of this many bits have it."""
+    """Add the bits of a plane to quantized values u [T, G, 8], if this bit width has such a plane."""
     if bits & WIDTH:
         LANES: tl.constexpr = 8 // WIDTH
         plane = row + width // 8 * (bits & (16 - 2 * WIDTH))
@@ -278,7 +279,7 @@ def load_plane(
 
 @_jit
 def store_halves(row: tl.tensor, x: tl.tensor, g: tl.tensor, inside: tl.tensor) -> None:
-    """Store channels of 16 bits, byte by byte: they may start at an odd address."""
+    """Store 16-bit channels byte by byte, since they may start at an odd address."""
     half = limited(x, -65504.0, 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     byte = 16 * g[None, :, None] + 2 * tl.arange(0, 8)[None, None, :]
     to = row[:, None, None] + byte
@@ -288,7 +289,7 @@ def store_halves(row: tl.tensor, x: tl.tensor, g: tl.tensor, inside: tl.tensor) 
 
 @_jit
 def load_halves(row: tl.tensor, g: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """Load channels of 16 bits, byte by byte, as float32 [T, G, 8]."""
+    """Load 16-bit channels, byte by byte, as float32 [T, G, 8]."""
     byte = 16 * g[None, :, None] + 2 * tl.arange(0, 8)[None, None, :]
     at = row[:, None, None] + byte
     low = tl.load(at, mask=inside[:, :, None], other=0).to(tl.int16)

@@ -1,24 +1,23 @@
-"""Render the prefill kernels of a `KernelSpec` in Triton: many queries attend to reconstructed keys and values.
+"""Rendering of the Triton prefill kernels of a `KernelSpec`: many queries attend to reconstructed keys and values.
 
     k[t] = D_K z_K[t]     x[t] = cap(scale * q . k[t]) + mask[t]     o = sum_t softmax(x)[t] v[t]     v[t] = D_V z_V[t]
 
-A decode step multiplies queries by D_K^T instead (attention.py), and never meets a key. A prefill has hundreds of
-queries of every kv head for the same tokens, and where latents are wider than keys, or where unpacking them anew for
-every 32 queries costs more than the products, it is cheaper to reconstruct keys and values
-(fhopt/ops/prefill_attention.py counts):
+A decode step instead multiplies queries by D_K^T (attention.py), and never computes keys. A prefill has hundreds of
+queries per kv head for the same tokens. If latents are wider than keys, or if unpacking them for every 32 queries costs
+more than the matmuls, it is cheaper to reconstruct keys and values (cost model: fhopt/ops/prefill_attention.py):
 
     rebuild_kernel   keys or values of a range of tokens, into memory that the L2 cache holds: once for all queries
-    chunk_kernel     attention of BLOCK_M rows to keys and values as they are, or reconstructed by each program
+    chunk_kernel     attention of BLOCK_M rows to given keys and values, or to those that each program reconstructs
 
-Quantized values are read as in attention.py: lane l of the words of a plane is an operand of its own, whose rows of the
-decoder are taken together. What a value u stands for, (u - (2^b - 1)/2) step scale[token], becomes
+Quantized values are extracted as in attention.py: lane l of the words of a plane is a separate operand, multiplied by
+the matching rows of the decoder. The dequantized value (u - (2^b - 1)/2) step scale[token] is factored:
 
     step, 2^shift of the plane, 2^w    multiply the rows of the decoder, before a call (`Table`)
-    the mean of u                      a row of its own, taken off the sum: from the decoder as it was rounded
-    scale[token]                       multiplies what is reconstructed, and float16 channels are added to that
+    the mean of u                      a separate row, subtracted from the sum: computed from the rounded decoder
+    scale[token]                       multiplies the reconstruction; float16 channels are added afterwards
 
-A value of 8 bits is converted where the mantissa has 7: a product of two halves would cost more than the conversion,
-which serves BLOCK_M queries here.
+An 8-bit value is converted if the mantissa has 7 bits: multiplying two halves would cost more than the conversion,
+which is shared by BLOCK_M queries here.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T tokens, D and E head size of keys and values,
 R latent width, M rows (S queries of the H/G heads of a kv head), K operands of a row.
@@ -40,20 +39,20 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 
 def operands(piece: Piece, dtype: str) -> tuple[Field, ...]:
-    """Split a piece into operands as a decode step does, but values that are wider than the mantissa stay whole."""
+    """Split a piece into operands as a decode step does, except that values wider than the mantissa stay whole."""
     if not is_converted(piece, dtype):
         return fields(piece, dtype)
     return tuple(Field(lane, piece.bits * lane, piece.bits, 1) for lane in range(piece.lanes))
 
 
 def is_converted(piece: Piece, dtype: str) -> bool:
-    """Return True for quantized values u that become the numbers u - 2^(b-1), by conversion."""
+    """Return True for quantized values u that are converted to the numbers u - 2^(b-1)."""
     return piece.is_coded and piece.bits > MANTISSA[dtype]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a decoder in the order of operands, K of them: which channel (R: none), times what, and the mean of u."""
+    """Rows of a decoder in operand order, K of them: channel (R: padding), factor, and the mean of u."""
 
     channels: tuple[int, ...]
     factors: tuple[float, ...]
@@ -62,7 +61,7 @@ class Table:
 
 @functools.cache
 def table(tiers: Tiers, width: int, dtype: str) -> Table:
-    """Make the table of one side, for products of `dtype`."""
+    """Create the table of one side, for matmuls of `dtype`."""
     channels, factors, middles = list[int](), list[float](), list[float]()
     for piece in _ordered(tiers, width):
         for field in operands(piece, dtype):
@@ -79,20 +78,20 @@ def table(tiers: Tiers, width: int, dtype: str) -> Table:
 
 
 def _ordered(tiers: Tiers, width: int) -> list[Piece]:
-    """Order the pieces of a row: quantized values, which a token's scale multiplies, before what it does not."""
+    """Order the pieces of a row: quantized values, which a token's scale multiplies, before unquantized ones."""
     return sorted(pieces(tiers, width), key=lambda piece: not piece.is_coded)
 
 
 def padded(size: int) -> int:
-    """Round a head size up to what products want: a power of two from 16 on."""
+    """Round a head size up to a size that matmuls support: a power of two from 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 
-# --------------------------------------------------------------------------------------------------- the text
+# --------------------------------------------------------------------------------------------------- rendering
 
 
 def render(spec: KernelSpec) -> str:
-    """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
+    """Render the Triton file of `spec`, deterministically. Raises FhoptError for unsupported bit groups."""
     check_uniform(spec, "a GPU")
     sides = (("key", "D", spec.key_tiers, spec.key_width), ("value", "E", spec.value_tiers, spec.value_width))
     return read_source("fhopt.codegen.gpu", "prefill.py.in").substitute(
@@ -146,7 +145,7 @@ def _load(piece: Piece) -> list[str]:
 
 
 def _operand(piece: Piece, field: Field, dtype: str) -> str:
-    """Render the expression for an operand of what was loaded."""
+    """Render the expression for an operand extracted from loaded words."""
     if not piece.is_coded:
         return "z.to(DTYPE)"
     if is_converted(piece, dtype):

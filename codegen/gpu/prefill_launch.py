@@ -1,4 +1,4 @@
-"""Launch the prefill kernels: keys and values are reconstructed within attention, or in memory before it.
+"""Launch of the prefill kernels: keys and values are reconstructed within attention, or in memory before it.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T tokens, D and E head size of keys and values,
 R latent width, M rows (S queries of the H/G heads of a kv head), K operands of a row.
@@ -24,12 +24,12 @@ from fhopt.codegen.rows import RowFormat
 from fhopt.codegen.tiers import Tiers
 from fhopt.plan.kernel_spec import KernelSpec
 
-SCRATCH = 32 * 2**20  # bytes of keys and values that are rebuilt at a time: what L2 caches of 40 MB and more hold
-SHORTEST = 1024  # tokens that are rebuilt at a time at least, and that a split has at least
-CUDA_OPTIONS = {"maxnreg": 255}  # left alone, ptxas takes fewer registers for more blocks, and spills
-WITHIN_BYTES = 64 * 1024  # of decoders that it holds in shared memory then: smaller GPUs have 99 KiB
+SCRATCH = 32 * 2**20  # bytes of keys and values rebuilt at a time: fits L2 caches of 40 MB and more
+SHORTEST = 1024  # min tokens rebuilt at a time, and min tokens per split
+CUDA_OPTIONS = {"maxnreg": 255}  # by default ptxas uses fewer registers for higher occupancy, and spills
+WITHIN_BYTES = 64 * 1024  # max decoder bytes for that, in shared memory: smaller GPUs have 99 KiB
 Rows = tuple[Tensor, Tensor | None, Tensor | None]  # of one side: rows, their scales, their decoder
-Decoder = tuple[Tensor | None, Tensor | None]  # what `decoder_rows` gives
+Decoder = tuple[Tensor | None, Tensor | None]  # the result of `decoder_rows`
 
 
 def rebuilt_attention(
@@ -54,9 +54,9 @@ def rebuilt_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on reconstructed keys and values, for queries of float32, bfloat16 or float16.
 
-    The reference is `fhopt.chunks.rebuilt_attention_reference`. Where one program has all rows of a kv
-    head, and room for its decoders, it reconstructs keys and values as it goes. Otherwise they are reconstructed first,
-    SCRATCH bytes at a time. Raises ValueError when tensors do not belong together.
+    The reference is `fhopt.ops.prefill_attention.rebuilt_attention_reference`. If one program has all rows of a kv
+    head, and room for its decoders, it reconstructs keys and values tile by tile. Otherwise they are reconstructed
+    first, SCRATCH bytes at a time. Raises ValueError if tensors do not match.
     """
     spec = KernelSpec(
         tuple(zip(key_bits, key_widths, key_steps, strict=True)),
@@ -77,10 +77,10 @@ def _apart(
     kernel: PrefillKernel, query: Tensor, sides: tuple[Rows, Rows], mask: Tensor | None, lengths: Tensor | None,
     *, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Reconstruct keys and values of a range of tokens, attend to it, go on with the next."""
+    """Reconstruct keys and values one range of tokens at a time, attend to each, and merge."""
     tokens = sides[0][0].shape[2]
     (groups, key_size), (_, value_size) = kernel.sizes(sides)
-    numbers = query.shape[0] * groups * (key_size + value_size)  # of a token
+    numbers = query.shape[0] * groups * (key_size + value_size)  # per token
     length = max(SHORTEST, SCRATCH // (numbers * query.element_size()))
     mask = mask if mask is None else mask.expand(*mask.shape[:-1], tokens)
     plain = build_prefill(
@@ -108,7 +108,7 @@ def _cut(x: Tensor | None, tokens: slice) -> Tensor | None:
 
 
 def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge attention over ranges of tokens, outputs [n,B,H,S,E] and lses [n,B,H,S], to that over all; in float32."""
+    """Merge attention over ranges of tokens, outputs [n,B,H,S,E] and lses [n,B,H,S], into that over all; float32."""
     top = lses.amax(0)
     weights = torch.exp(lses - torch.where(top == -torch.inf, 0.0, top))
     total = weights.sum(0)
@@ -118,12 +118,12 @@ def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def build_prefill(spec: KernelSpec) -> PrefillKernel:
-    """Build the prefill kernels of `spec`. Raises ImportError where there is no Triton."""
+    """Build the prefill kernels of `spec`. Raises ImportError without Triton."""
     return PrefillKernel(load_module(f"{spec.name}_chunk", render(spec)), spec)
 
 
 class PrefillKernel:
-    """The prefill kernels of a rendered file. Raises ValueError when a shape or type does not fit the spec."""
+    """The prefill kernels of a rendered file. Raises ValueError if a shape or type does not fit the spec."""
 
     def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
         self._attention, self._rebuild = module.chunk_kernel, module.rebuild_kernel
@@ -154,7 +154,7 @@ class PrefillKernel:
         return sizes[0], sizes[1]
 
     def decoder_bytes(self, sides: tuple[Rows, Rows]) -> int:
-        """Count the bytes of the decoders of one kv head, as the kernels read them."""
+        """Return the bytes of the decoders of one kv head in the kernels' layout."""
         spec, sizes = self.spec, self.sizes(sides)
         tiers = (spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)
         return sum(
@@ -164,7 +164,7 @@ class PrefillKernel:
         )
 
     def rows(self, query: Tensor, sides: tuple[Rows, Rows]) -> int:
-        """Count the rows M of a kv head. Raises ValueError when the queries do not fit the keys."""
+        """Return the rows M per kv head. Raises ValueError if the queries do not fit the keys."""
         (groups, size), _ = self.sizes(sides)
         if query.shape[1] % groups or query.shape[3] != size:
             raise ValueError(
@@ -189,8 +189,8 @@ class PrefillKernel:
     ) -> tuple[Tensor, Tensor]:
         """Compute attention of query [B,H,S,D]: o [B,H,S,E] in its dtype (exact: float32), lse [B,H,S] float32.
 
-        A decoder of a side: its rows are latents; None: they are keys or values, uncoded. splits: ranges of tokens that
-        programs of their own go through.
+        If a side has a decoder, its rows are latents; else they are uncoded keys or values. splits: ranges of tokens
+        for separate programs.
         """
         b, h, s, _ = query.shape
         rows, ((groups, key_size), (_, value_size)) = self.rows(query, (key, value)), self.sizes((key, value))
@@ -248,13 +248,13 @@ class PrefillKernel:
         return output
 
     def table(self, side: int, decode: Tensor | None, dtype: torch.dtype) -> Decoder:
-        """Order the decoder of keys (side 0) or values (1) as the kernels read it, if there is one."""
+        """Convert the decoder of keys (side 0) or values (1), if there is one, to the kernels' layout."""
         tiers = (self.spec.key_tiers, self.spec.value_tiers)[side]
         return (None, None) if decode is None else decoder_rows(decode, tiers, dtype)
 
 
 def _padded_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Pad the mask to what the kernel reads, bytes or floats [B,H,S,T'], T' a multiple of LONGEST tokens."""
+    """Pad the mask for the kernel to bytes or floats [B,H,S,T'], T' a multiple of LONGEST tokens."""
     mask = mask_as_read(mask, mask.shape)
     whole = mask.new_zeros((*(1,) * (4 - mask.dim()), *mask.shape[:-1], -(-shape[3] // LONGEST) * LONGEST))
     whole[..., : shape[3]] = mask
@@ -270,9 +270,9 @@ def _options(x: Tensor) -> dict[str, int]:
 
 
 def decoder_rows(decode: Tensor, tiers: Tiers, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Order a decoder [G,D,R] as the kernels read it: rows [G,K,D'] of `dtype`, and biases [G,D'].
+    """Convert a decoder [G,D,R] to the kernels' layout: rows [G,K,D'] of `dtype`, and biases [G,D'].
 
-    D' is D up to a power of two; what is beyond D is 0. Biases, float32, are what quantized values are too large by.
+    D' is D up to a power of two; elements beyond D are 0. Biases, float32, correct for the mean of quantized values.
     """
     groups, size, width = decode.shape
     channels, factors, middles = _on(tiers, width, str(dtype).removeprefix("torch."), decode.device)
@@ -284,7 +284,7 @@ def decoder_rows(decode: Tensor, tiers: Tiers, dtype: torch.dtype) -> tuple[Tens
 
 @functools.cache
 def _on(tiers: Tiers, width: int, dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the tensors of a `Table`."""
+    """Return the tensors of a `Table` on a device."""
     order = table(tiers, width, dtype)
     with torch.inference_mode(False):
         numbers = [torch.tensor(x, dtype=torch.float32, device=device) for x in (order.factors, order.middles)]
@@ -293,7 +293,7 @@ def _on(tiers: Tiers, width: int, dtype: str, device: torch.device) -> tuple[Ten
 
 @functools.cache
 def _arch(device: torch.device) -> int:
-    """Return the compute capability of a GPU without its point; any for what runs Triton's interpreter."""
+    """Return the compute capability of a GPU without its point; 80 for AMD and Triton's interpreter."""
     if device.type != "cuda" or torch.version.hip:
         return 80
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,15 +1,15 @@
-"""Resources that a Triton kernel needs of a GPU, measured by compiling it where there is none.
+"""Resources that a Triton kernel needs on a GPU, measured by compiling it on any machine.
 
     compile_kernels   text and arguments of kernels -> registers, spilled bytes, shared memory, instructions
-    objection         what a kernel needs that a GPU does not have
+    objection         the resource that a kernel needs and a GPU lacks
     occupancy         how many blocks of it a multiprocessor holds at once
 
-Triton compiles for a GPU that is not there, down to machine code, but checks no limits: a kernel that spills, or asks
-for more shared memory than exists, comes out without a word. Hence a table of limits.
+Triton compiles for an absent GPU, down to machine code, but checks no limits: a kernel that spills, or needs more
+shared memory than exists, compiles without a warning. Hence a table of limits.
 
-Kernels are compiled in one process of their own (compile_worker.py): Triton's interpreter and its compiler cannot share
-one. Results are kept in the file cache by text, arguments, architecture and version of Triton. A kernel that the
-compiler refuses is a result with its message.
+Kernels are compiled in one separate process (compile_worker.py): Triton's interpreter and its compiler cannot share
+one. Results are cached on disk by text, arguments, architecture and Triton version. A kernel that the compiler rejects
+is a result with its message.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing, read_file
 from fhopt.system import cache_folder, cached_file
 
-SECONDS = 120  # for one kernel; most take one or two
+SECONDS = 120  # per kernel; most take one or two
 _OWN_FILES = ("resources.py", "compile_worker.py", "machine_code.py")  # that results depend on
-PARTITIONS = 4  # parts of a processor that have registers and a scheduler of their own, of both vendors
-REGISTER_UNIT = 8  # a thread's registers are handed out so many at a time
+PARTITIONS = 4  # parts of a processor with separate registers and schedulers, for both vendors
+REGISTER_UNIT = 8  # allocation granularity of a thread's registers
 SHARED_UNIT = 128  # bytes
 TENSOR_COLUMNS = 512  # of the memory of Blackwell's tensor cores
 
@@ -51,9 +51,9 @@ TENSOR_COLUMNS = 512  # of the memory of Blackwell's tensor cores
 class Request:
     """One kernel to compile.
 
-    text: of the Python file that has it. signature: type of each argument ("*bf16", "i32", "constexpr", ...).
-    constexprs: values of those, None for tensors that a call leaves out. attrs: what is known of arguments, by path:
-    {(0,): [["tt.divisibility", 16]]}. options: num_warps, num_stages, ... texts: forms to hand back ("ttir", "ptx",
+    text: the Python file that contains it. signature: type of each argument ("*bf16", "i32", "constexpr", ...).
+    constexprs: their values, None for omitted tensors. attrs: known facts about arguments, by path: {(0,):
+    [["tt.divisibility", 16]]}. options: num_warps, num_stages, ... texts: representations to return ("ttir", "ptx",
     "amdgcn", ...), as Triton names them.
     """
 
@@ -66,24 +66,24 @@ class Request:
     texts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Convert the fields to what JSON has."""
+        """Convert the fields to JSON types."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return plain | {"attrs": [[list(path), known] for path, known in self.attrs.items()]}
 
     @staticmethod
     def from_json(x: Mapping[str, Any]) -> Request:
-        """Make a request of what `as_json` gave."""
+        """Create a request from the result of `as_json`."""
         return Request(**(dict(x) | {"attrs": {tuple(path): known for path, known in x["attrs"]}}))
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of a compiled kernel; where the compiler refused it, `error` alone says something.
+    """Resources of a compiled kernel; if the compiler rejected it, only `error` is set.
 
-    registers: of a thread. spilled: bytes of a thread that did not find a register. shared: bytes of a block.
-    tensor_columns: of the tensor memory of Blackwell. tensor_cores: matrix instructions in the text of the machine code
-    by kind. The rest is of the innermost loops, per thread: instructions, reads of global memory by how many bytes they
-    take ("16": 4 is four of 16 bytes), and which of these are copies that run ahead of their use.
+    registers: per thread. spilled: bytes per thread. shared: bytes per block. tensor_columns: of Blackwell's tensor
+    memory. tensor_cores: matrix instructions in the machine code, by kind. The rest describes the innermost loops, per
+    thread: instructions, global loads by size in bytes ("16": 4 is four of 16 bytes), and those that are asynchronous
+    copies.
     """
 
     num_warps: int = 0
@@ -100,14 +100,14 @@ class Resources:
 
     @property
     def copied_share(self) -> float:
-        """Share of the bytes read by the innermost loops that are copied ahead of their use."""
+        """Share of the bytes loaded by the innermost loops that are asynchronous copies."""
         read, copied = (sum(int(n) * count for n, count in x.items()) for x in (self.loop_reads, self.loop_copies))
         return copied / read if read else 0.0
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Blocks and warps of one kernel that a processor holds at once; `limit` names what there is no more of."""
+    """Blocks and warps of one kernel that a processor holds at once; `limit` names the limiting resource."""
 
     blocks: int
     warps: int
@@ -116,7 +116,7 @@ class Occupancy:
 
 
 def objection(resources: Resources, gpu: Gpu) -> str:
-    """Say why a kernel shall not run on a GPU; empty where nothing speaks against it."""
+    """Return why a kernel must not run on a GPU; "" if there is no reason."""
     threads = resources.num_warps * gpu.warp_size
     needed = _rounded_up(resources.registers, REGISTER_UNIT) * threads
     if resources.error:
@@ -133,7 +133,7 @@ def objection(resources: Resources, gpu: Gpu) -> str:
 
 
 def occupancy(resources: Resources, gpu: Gpu) -> Occupancy:
-    """Compute how many blocks a processor holds at once (as CUDA's occupancy calculator; as LLVM for AMD)."""
+    """Compute how many blocks a processor holds at once (as CUDA's occupancy calculator; for AMD as LLVM)."""
     warp_registers = _rounded_up(max(1, resources.registers), REGISTER_UNIT) * gpu.warp_size
     by_registers = PARTITIONS * (gpu.registers // PARTITIONS // warp_registers) // resources.num_warps
     shared = _rounded_up(resources.shared, SHARED_UNIT) + gpu.reserved
@@ -154,16 +154,16 @@ def _rounded_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-# --------------------------------------------------------------------------------------------------- compiling
+# --------------------------------------------------------------------------------------------------- compilation
 
 
 def compile_kernels(
     requests: Sequence[Request], gpu: Gpu, progress: Callable[[int, int], None] = lambda *_: None
 ) -> list[Resources]:
-    """Compile kernels for `gpu` and return their resources in order, from the file cache where they are in it.
+    """Compile kernels for `gpu`, unless they are in the file cache, and return their resources in order.
 
-    Those that are not are compiled in one process. progress: called with how many are done, and of how many. Raises
-    FhoptError where there is no Triton.
+    Missing ones are compiled in one process. progress: called with the number done and the total. Raises FhoptError
+    without Triton.
     """
     version = triton_version()
     names = [_file_name(request, gpu, version) for request in requests]
@@ -181,7 +181,7 @@ def compile_kernels(
             results[name] = result
             cached_file(name, functools.partial(_keep, result))
             progress(total - len(missing), total)
-        if missing:  # the process ended with the next one: not a thing to remember
+        if missing:  # the process ended at the next one: do not cache this
             name = next(iter(missing))
             del missing[name]
             results[name] = Resources(error=complaint)
@@ -190,7 +190,7 @@ def compile_kernels(
 
 @functools.cache
 def triton_version() -> str:
-    """Return the version of Triton, which is not imported for it. Raises FhoptError where there is none."""
+    """Return the version of Triton without importing it. Raises FhoptError if it is not installed."""
     module = importlib.util.find_spec("triton")
     if module is None or module.origin is None:
         raise FhoptError(
@@ -202,7 +202,7 @@ def triton_version() -> str:
 
 
 def _file_name(request: Request, gpu: Gpu, version: str) -> str:
-    """Name the file of the cache that has the resources of a kernel, by all that they depend on."""
+    """Return the cache file name of a kernel's resources, by everything they depend on."""
     parts = [repr(gpu.arch), version, json.dumps(request.as_json(), sort_keys=True)]
     parts += [Path(__file__).with_name(name).read_text() for name in _OWN_FILES]
     for name in sorted(set(re.findall(r"^from fhopt\.codegen\.([\w.]+) import", request.text, re.MULTILINE))):
@@ -221,7 +221,7 @@ def _kept(name: str) -> Resources | None:
         RuntimeError,
         FhoptError,
     ):
-        return None  # not there, or damaged; no home folder is a RuntimeError
+        return None  # missing or damaged; no home folder is a RuntimeError
 
 
 def _keep(resources: Resources, path: Path) -> None:
@@ -230,7 +230,7 @@ def _keep(resources: Resources, path: Path) -> None:
 
 
 def _compile(requests: Sequence[Request], gpu: Gpu) -> Iterator[Resources | str]:
-    """Yield results of the requests as they come; where the process ends before its time, at last why."""
+    """Yield results of the requests in order; if the process ends early, finally the reason."""
     target = {"backend": gpu.backend, "arch": gpu.arch, "warp_size": gpu.warp_size}
     order = json.dumps({"target": target, "requests": [request.as_json() for request in requests]})
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -245,11 +245,11 @@ def _compile(requests: Sequence[Request], gpu: Gpu) -> Iterator[Resources | str]
         timer.start()
         try:
             assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):  # it died before it had read all
+            with contextlib.suppress(BrokenPipeError):  # it died before it had read everything
                 process.stdin.write(order)
                 process.stdin.close()
             for line in process.stdout:
-                if line.endswith("\n"):  # whole
+                if line.endswith("\n"):  # complete
                     yield Resources(**json.loads(line))
             process.wait()
             errors.seek(0)

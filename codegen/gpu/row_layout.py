@@ -1,8 +1,8 @@
-"""Layout of packed latents as GPU kernels read them: runs of words of bit planes, and the fields of a word.
+"""Layout of packed latents in GPU kernels: runs of words of bit planes, and the fields of a word.
 
-Runs of words (`Piece`) are powers of two from 16 to 128, as products and `tl.arange` want them. What is left of a plane
-is read byte by byte where that pads less; the last run may be padded, which costs no bytes: loads are masked. A plane
-of a multiple of 16 bytes needs no padding.
+Runs of words (`Piece`) are powers of two from 16 to 128, as matmuls and `tl.arange` require. The rest of a plane is
+loaded byte by byte if that pads less; the last run may be padded, which costs no bytes: loads are masked. A plane of a
+multiple of 16 bytes needs no padding.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from fhopt.codegen.tiers import Tiers
 from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
-LARGEST_PIECE = 128  # channels of one product
-SMALLEST_PIECE = 16  # what a product sums over is at least this long
+LARGEST_PIECE = 128  # channels per matmul
+SMALLEST_PIECE = 16  # min length of a matmul's inner dimension
 MANTISSA = {"float32": 23, "bfloat16": 7, "float16": 10}  # bits
 ONES = {"float32": 0x3F800000, "bfloat16": 0x3F80, "float16": 0x3C00}  # the bits of 1.0
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of words of a row, with as many products as a word has lanes.
+    """A run of words of a row, with one dot operand per lane of a word.
 
-    bits: of the plane; 16: float16; 0: uncoded. word: bits of what is loaded. start: first word, counted from the row's
-    beginning. used: words. size: the same, padded. channel: of the first lane of the first word. place: of that
-    channel's output. unit: what a step of the plane is worth.
+    bits: of the plane; 16: float16; 0: uncoded. word: bits of a loaded word. start: index of the first word in the row.
+    used: words. size: the same, padded. channel: of the first lane of the first word. place: of that channel's output.
+    unit: value of a step of the plane.
     """
 
     bits: int
@@ -39,18 +39,18 @@ class Piece:
 
     @property
     def lanes(self) -> int:
-        """Number of channels in a word."""
+        """Number of channels per word."""
         return self.word // self.bits if self.is_coded else 1
 
     @property
     def is_coded(self) -> bool:
-        """Whether it has quantized values; else it has floats."""
+        """Whether it has quantized values rather than floats."""
         return 0 < self.bits < 16
 
 
 @dataclass(frozen=True)
 class Field:
-    """An operand: `bits` bits of a word from `shift` on. They are of channel `lane` and count `times` their value."""
+    """An operand: `bits` bits of a word from `shift` on. They belong to channel `lane` and count `times` as much."""
 
     lane: int
     shift: int
@@ -101,7 +101,7 @@ def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
 
 
 def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
-    """Split a piece into operands. A value of 8 bits is two where the mantissa has 7."""
+    """Split a piece into operands. An 8-bit value becomes two if the mantissa has 7 bits."""
     if not piece.is_coded:
         return (Field(0, 0, piece.bits, 1),)
     split = piece.bits > MANTISSA[dtype]
@@ -114,20 +114,20 @@ def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
 
 
 def row_size(tiers: Tiers, width: int) -> int:
-    """Count the elements of a row of storage: bytes of quantized values, or R."""
+    """Return the elements of a storage row: bytes of quantized values, or R."""
     return sum(bits * w for bits, w, _ in tiers) // 8 or width
 
 
 def places(spec: KernelSpec) -> int:
-    """Count the numbers a program leaves for a row of the output: R_V, one more for a channel of two bit planes."""
+    """Return the partial results of a program per output row: R_V, plus one per channel of two bit planes."""
     second = sum(w for bits, w, _ in spec.value_tiers if bits < 16 and len(planes(bits)) > 1)
     return spec.value_width + second
 
 
 def is_crowded(spec: KernelSpec) -> bool:
-    """Return True when rows need padding or channels have two bit planes.
+    """Return True if rows need padding or channels have two bit planes.
 
-    Where bit groups are many that is more operands than registers hold. Rows that are fitted for a GPU never do.
+    With many bit groups, the operands then exceed the registers. Plans fitted for a GPU avoid both.
     """
     sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     planed = any(len(planes(bits)) > 1 for bits, _, _ in (*spec.key_tiers, *spec.value_tiers) if bits < 16)
@@ -135,7 +135,7 @@ def is_crowded(spec: KernelSpec) -> bool:
 
 
 def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
-    """Split a plane of `size` bytes into (bits of a word, bytes): words of 16 bits where it lies `even`, then 8."""
+    """Split a plane of `size` bytes into (bits of a word, bytes): 16-bit words if it is at an `even` byte, then 8."""
     if not even or size % 2:
         return [(8, size)]
     rest = size % (2 * SMALLEST_PIECE)
@@ -144,7 +144,7 @@ def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
 
 
 def _runs(count: int) -> list[tuple[int, int, int]]:
-    """Split `count` into powers of two: (begin, used, size); only the last is used in part."""
+    """Split `count` into powers of two: (begin, used, size); only the last is partially used."""
     runs, begin = [], 0
     whole = -(-count // SMALLEST_PIECE) * SMALLEST_PIECE
     while begin < count:

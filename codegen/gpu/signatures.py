@@ -40,9 +40,8 @@ PREFILL_SIZES = ("heads", "groups", "queries", "tokens", "splits", "key_group", 
 def attention_example(spec: KernelSpec, config: Config, **features: object) -> dict[str, Example]:
     """Describe the kernels of a decode step, by name, for `triton.compile(ASTSource(...))`.
 
-    Types, constants and alignment are those with which the launcher calls them for contiguous tensors. Features by
-    name: mask ("bool" or a dtype), lengths, table, pages (True), whole (bool), page, span (int), packed (False for
-    AMD).
+    Types, constants and alignment are those of the launcher's calls for contiguous tensors. Features by name: mask
+    ("bool" or a dtype), lengths, table, pages (True), whole (bool), page, span (int), packed (False for AMD).
     """
     types: dict[str, str] = {"query": POINTERS[spec.dtype]}
     for side, tiers in sides_of(spec):
@@ -78,9 +77,9 @@ def prefill_example(
 ) -> dict[str, Example]:
     """Describe the prefill kernels, by name, for `triton.compile(ASTSource(...))`.
 
-    Types, constants and alignment are those with which the launcher calls them for contiguous tensors; `rebuild_kernel`
-    is that of the keys. rebuilds: keys and values are reconstructed within `chunk_kernel`. Features by name: mask
-    ("bool" or a dtype), lengths (True), exact (float32 out), packed (False for AMD).
+    Types, constants and alignment are those of the launcher's calls for contiguous tensors; `rebuild_kernel` is that of
+    the keys. rebuilds: keys and values are reconstructed within `chunk_kernel`. Features by name: mask ("bool" or a
+    dtype), lengths (True), exact (float32 out), packed (False for AMD).
     """
     number, packed = POINTERS[spec.dtype], bool(features.get("packed", True))
     sides = (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width))
@@ -114,7 +113,7 @@ def prefill_example(
 
 
 def example_of(types: dict[str, str], constants: dict[str, object]) -> Example:
-    """Describe one kernel by the types of all arguments that are no constants; addresses are aligned."""
+    """Describe one kernel by the types of all non-constant arguments; addresses are aligned."""
     types = types | dict.fromkeys(constants, "constexpr")
     aligned: dict[tuple[int, ...], list[list[object]]] = {
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")

@@ -1,16 +1,16 @@
-"""Tuning of launch configurations: the best by resources of a kernel, or on a real GPU by the clock.
+"""Tuning of launch configurations: by a kernel's resources, or by timing on a GPU.
 
-    choose         compile the candidates, leave out what does not fit, rank the others      needs no GPU
+    choose         compile the candidates, drop those that do not fit, rank the others       needs no GPU
     tune           time the candidates that fit                                              needs one
     tuned_config   (configs.py) the result of either, from the file cache; a tuned one first
 
-Without a GPU there is no time to go by. Decoding is bound by memory, and a memory is kept busy by bytes on their way
-(Little's law): a configuration is better the more bytes of rows a multiprocessor has under way, up to ENOUGH_BYTES;
-then the fewer instructions its loops take for a token; then the more warps there are to hide them.
+Without a GPU there are no timings. Decoding is memory-bound, and bytes in flight keep a memory busy (Little's law):
+configurations are ranked by the bytes of rows in flight per multiprocessor, up to ENOUGH_BYTES; then by the fewest loop
+instructions per token; then by the most warps to hide them.
 
-    bytes under way = blocks resident * tokens of a tile * tiles under way * bytes of a row
+    bytes in flight = resident blocks * tokens of a tile * tiles in flight * bytes of a row
 
-of which there is one of what is loaded when it is used, and a stage less than there are of what is copied ahead.
+Tiles in flight: one for data loaded at its use, and one less than the stages for data copied asynchronously.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a latent
 head).
@@ -38,7 +38,7 @@ from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SCALE_BYTES
 
-ENOUGH_BYTES = 32 * 1024  # under way for each multiprocessor; a choice, to be overruled by `tune`
+ENOUGH_BYTES = 32 * 1024  # in flight per multiprocessor; a heuristic, overruled by `tune`
 KERNEL = "attention_kernel"
 
 
@@ -47,15 +47,15 @@ KERNEL = "attention_kernel"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgement of one configuration. reason: why it is rejected; empty where it is not.
+    """Assessment of one configuration. reason: why it is rejected; "" if it is not.
 
-    bytes_ahead: of rows, under way for each multiprocessor. token_instructions: of warps, in the loops, for a token in
-    one latent head.
+    bytes_ahead: of rows, in flight per multiprocessor. token_instructions: of warps, in the loops, per token and latent
+    head.
     """
 
     config: Config
     resources: Resources
-    occupancy: Occupancy | None = None  # None where it is rejected
+    occupancy: Occupancy | None = None  # None if rejected
     bytes_ahead: int = 0
     token_instructions: float = 0.0
     reason: str = ""
@@ -63,16 +63,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Choice:
-    """Configurations of a kernel on a GPU; `best` is None where all are rejected."""
+    """Configurations of a kernel on a GPU; `best` is None if all are rejected."""
 
     best: Verdict | None
-    verdicts: tuple[Verdict, ...]  # of all that were tried, the default first
+    verdicts: tuple[Verdict, ...]  # of all tried ones, the default first
 
 
 def choose(spec: KernelSpec, rows: int, gpu: Gpu, most: int = 0) -> Choice:
-    """Choose the best configuration for `rows` = M on `gpu` by compiling, and keep it for `tuned_config`.
+    """Choose the best configuration for `rows` = M on `gpu` by compiling, and save it for `tuned_config`.
 
-    most: how many candidates to compile, the default and others evenly; 0: all. Raises FhoptError without Triton.
+    most: max candidates to compile, the default and evenly spaced others; 0: all. Raises FhoptError without Triton.
     """
     return choose_each([(spec, rows)], gpu, most)[0]
 
@@ -102,21 +102,21 @@ def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) 
     left = [v for v in verdicts if not v.reason]
     if not left:
         return Choice(None, verdicts)
-    best = max(left, key=_rank)  # of equals the first
-    with contextlib.suppress(FhoptError):  # a cache that cannot be written was complained of by `compile_kernels`
+    best = max(left, key=_rank)  # the first of equals
+    with contextlib.suppress(FhoptError):  # `compile_kernels` has already reported an unwritable cache
         write_config("chosen", spec, rows, gpu.name, best.config, {})
     return Choice(best, verdicts)
 
 
 def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu) -> Request:
-    """Request the attention kernel of a rendered file, as the launcher calls it for one query."""
+    """Request the attention kernel of a rendered file, with the launcher's arguments for one query."""
     types, constants, attrs = attention_example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Request(text, KERNEL, types, constants, attrs, options)
 
 
 def row_bytes(spec: KernelSpec) -> int:
-    """Count the bytes of one token in one latent head: packed latents and scales of keys and values, or numbers."""
+    """Return the bytes of one token in one latent head: packed latents and scales, or floats, of keys and values."""
     itemsize = getattr(torch, spec.dtype).itemsize
 
     def side(tiers: Tiers, width: int) -> int:
@@ -127,7 +127,7 @@ def row_bytes(spec: KernelSpec) -> int:
 
 
 def _some(configs: tuple[Config, ...], most: int) -> tuple[Config, ...]:
-    """Pick `most` of the candidates, the first and others evenly."""
+    """Select `most` of the candidates: the first and evenly spaced others."""
     if not most or most >= len(configs):
         return configs
     return tuple(configs[i * len(configs) // most] for i in range(most))
@@ -189,10 +189,10 @@ def tune(
     spec: KernelSpec, workload: Workload, *, device: torch.device | str = "cuda", device_name: str = "",
     kernel: Callable[..., object] | None = None, timer: Timer | None = None,
 ) -> Tuning:  # fmt: skip
-    """Time the candidates for `spec` on random rows of `workload`, and keep the fastest for `tuned_config`.
+    """Time the candidates for `spec` on random rows of `workload`, and save the fastest for `tuned_config`.
 
-    kernel: what is timed, called as `TritonKernel` is, by default that. timer: milliseconds of a call, by default the
-    median by CUDA's events with an empty L2 cache. Raises FhoptError where there is no GPU, or where nothing runs.
+    kernel: the timed kernel, called like `TritonKernel`, the default. timer: milliseconds of a call, by default the
+    median of CUDA events with an empty L2 cache. Raises FhoptError without a GPU, or if nothing runs.
     """
     if timer is None or not device_name:
         if not torch.cuda.is_available():
@@ -211,7 +211,7 @@ def tune(
             continue
         try:
             times[config] = timer(lambda config=config: kernel(*arguments, **options, config=config))  # type: ignore[misc]
-        except Exception as error:  # Triton's errors have no base in common with torch's
+        except Exception as error:  # Triton's and torch's errors have no common base class
             rejected[config] = f"does not run: {' '.join(str(error).split()) or type(error).__name__}"
     if not times:
         raise FhoptError(

@@ -1,1 +1,1 @@
-"""Decoder layers as programs: data that one C++ file runs (cpu/sources/layer_program.cpp)."""
+"""Decoder layers as layer programs: data that one C++ file executes (cpu/sources/layer_program.cpp)."""

@@ -1,4 +1,4 @@
-"""A layer's decode step as one call of machine code: its program, and attention on one cache, bound to addresses.
+"""A layer's decode step as one native call: its layer program, and attention on one cache, bound to addresses.
 
 Letters: B sequences, H query heads, G kv heads, N exact tokens, M tokens of the window, D head size, R latent
 width.
@@ -23,16 +23,16 @@ from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
 _SIDE = struct.Struct("@PqqPqP3qP3qq")
 
 
-Turning = tuple[Tensor, Tensor, int]  # as of `SegmentRotation.of_tokens`
+Turning = tuple[Tensor, Tensor, int]  # see `SegmentRotation.of_tokens`
 
 
 @dataclass(frozen=True, eq=False)
 class CacheSide:
-    """Keys or values of a cache: what a decode step reads beside packed latents, and where its token goes.
+    """Keys or values of a cache: the inputs of a decode step other than packed latents, and the slot of its token.
 
-    tokens [B,G,1,D]: where the program writes the new ones. opened [B,G,N,D]: what is kept exactly, and a place behind;
-    both dense. codes uint8 [B,G,M,D] and scale float16 [B,G,M]: of a window in 8 bits, of which `at` places are taken.
-    decode [G,D,R], mean float32 [B,G,1,D] or None: as of `fhopt.attention.cache_view.SideRows`.
+    tokens [B,G,1,D]: where the program writes the new ones. opened [B,G,N,D]: full-precision tokens, and one slot after
+    them; both dense. codes uint8 [B,G,M,D] and scale float16 [B,G,M]: of an 8-bit window with `at` used slots. decode
+    [G,D,R], mean float32 [B,G,1,D] or None: see `fhopt.attention.cache_view.SideRows`.
     """
 
     tokens: Tensor
@@ -53,10 +53,10 @@ class CacheSide:
 
 
 class DecodeStep:
-    """A layer's decode step as one call: the program of the layer, and attention on one cache, bound to addresses.
+    """A layer's decode step as one call: its layer program, and attention on one cache, bound to addresses.
 
-    Every tensor behind them must live, and stay where it is, as long as the step is run. The step counts the tokens of
-    the window on its own. query, keys and values of the program go to `query` and the sides' `tokens`.
+    All its tensors must stay alive and in place as long as the step is run. The step counts the window's tokens itself.
+    The program writes query, keys and values to `query` and the sides' `tokens`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DecodeStep:
         self._sides_at = self._turn_at + len(turn)
 
     def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int) -> None:
-        """Let the window stand elsewhere: codes and scale of keys and of values, `at` places of them taken."""
+        """Relocate the window: codes and scale of keys and of values, with `at` used slots."""
         assert self._window_kernel is not None, "there is a window"
         moved = [
             replace(side, codes=codes, scale=scale, at=at)
@@ -99,7 +99,7 @@ class DecodeStep:
         self._sides = moved
 
     def read_latents(self, arguments: bytes, turning: Turning | None) -> None:
-        """Read other latents, by the kernel that reads latents already. arguments, turning: as they were given."""
+        """Switch to other latents with the same kernel. arguments, turning: in the form passed at construction."""
         self._write(self._latents_at + _KERNEL.size, arguments)
         self._write(self._turn_at, _turn(turning))
         self._turning = turning
@@ -109,7 +109,7 @@ class DecodeStep:
 
 
 class Spent:
-    """Seconds that decode steps took in machine code. total: of all that they do; layers: how many steps that were."""
+    """Seconds that decode steps took in native code. total: of all parts; layers: number of steps."""
 
     def __init__(self) -> None:
         self.parts = (ctypes.c_double * 2)()  # the C++ struct `Spent`
@@ -117,17 +117,17 @@ class Spent:
 
     @property
     def linear(self) -> float:
-        """Return the seconds of products with weights."""
+        """Return the seconds in matmuls with weights."""
         return self.parts[0]
 
     @property
     def attention(self) -> float:
-        """Return the seconds of attention on the cache; to write the new token is part of it."""
+        """Return the seconds in attention on the cache, including the write of the new token."""
         return self.parts[1]
 
 
 class DecodeSteps:
-    """Steps to be run one after the other: each may read what the ones before it wrote."""
+    """Steps to run in sequence: each may use results of earlier ones."""
 
     def __init__(self, steps: Sequence[DecodeStep]) -> None:
         compiled = functions()
@@ -136,7 +136,7 @@ class DecodeSteps:
         self._addresses = (ctypes.c_void_p * len(steps))(*[step.address for step in steps])
 
     def run(self, spent: Spent | None = None) -> None:
-        """Run all of them. spent: counts their seconds."""
+        """Run all of them. spent: accumulates their seconds."""
         if spent is None:
             self._run(self._addresses, self._count, None)
             return
@@ -156,7 +156,7 @@ def _part(part: tuple[LibraryKernel, bytes] | None) -> bytes:
 
 
 def _basis(decode: Tensor) -> tuple[Tensor, bytes]:
-    """Return the tensor behind a `CacheBasis`, and that struct."""
+    """Return the tensor that a `CacheBasis` points to, and that struct."""
     dense = decode.contiguous() if decode.dtype in TYPES[:2] else decode.float()
     return dense, struct.pack("@P4q", dense.data_ptr(), dense.dtype == torch.bfloat16, *dense.shape)
 

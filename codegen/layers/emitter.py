@@ -1,8 +1,8 @@
-"""Emit the instructions of a layer's program, one segment after the other.
+"""Emission of the instructions of a layer program, segment by segment.
 
-Views cost nothing: a value is a place in the arena with strides.
+Views are free: a value is an offset in the arena with strides.
 
-Letters: M rows, K width of the input of a product, N width of its output.
+Letters: M rows, K width of the input of a matmul, N width of its output.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fhopt.codegen.layers.instructions import (
 from fhopt.codegen.layers.program import Stored
 from fhopt.codegen.layers.trace import LayerTrace, Ref, UnsupportedError
 
-MAX_JOINED = 16  # products of one input that are one parallel loop
+MAX_JOINED = 16  # max matmuls of one input in one parallel loop
 _FORMATS = 16  # FORMATS of gguf_formats.h
 
 
@@ -45,7 +45,7 @@ class Emitter:
         self.values: dict[int, Value] = {}
         self.segments: list[list[Instruction]] = [[]]
         self.stored: list[list[Stored]] = [[]]
-        self.loaded: dict[int, Value] = {}  # externals in the arena, whole
+        self.loaded: dict[int, Value] = {}  # whole externals loaded into the arena
         self.externals = len(trace.values)
         self.read: set[int] = set()
         for number, value in enumerate(trace.values):
@@ -55,7 +55,7 @@ class Emitter:
     # ---- values
 
     def new_external(self, number: int) -> Value:
-        """Return a value of the trace that is read from outside: an input, a weight, or what attention returned."""
+        """Return an external value of the trace: an input, a weight, or the result of attention."""
         like = self.trace.values[number]
         view = torch.empty_strided(like.shape, like.strides, dtype=like.dtype, device="meta")
         self.values[number] = Value(view, external=number)
@@ -77,7 +77,7 @@ class Emitter:
         return instruction.out
 
     def in_arena(self, value: Value) -> Value:
-        """Return a value whose numbers are floats of the arena; an external is loaded once, all that its view shows."""
+        """Return a value as floats in the arena; an external is loaded once, only the elements of its view."""
         if value.buffer is not None:
             return value
         known = self.loaded.get(value.external)
@@ -95,7 +95,7 @@ class Emitter:
         return loaded
 
     def operand(self, x: Any) -> Value:
-        """Return an operand of arithmetic in the arena; a number is a value of one."""
+        """Return an arithmetic operand in the arena; a number becomes a one-element value."""
         if isinstance(x, Value):
             return self.in_arena(x)
         if isinstance(x, Ref):
@@ -106,7 +106,7 @@ class Emitter:
         return self.emit(Instruction(FILL, (1, 1, 1, 1), one, number=float(x)))
 
     def dense(self, value: Value) -> Value:
-        """Return the value with its numbers in order, copied where they are not."""
+        """Return the value with its elements in order, copied if they are not."""
         value = self.in_arena(value)
         if value.view.is_contiguous():
             return value
@@ -115,12 +115,12 @@ class Emitter:
     # ---- operations
 
     def two(self, code: int, x: Any, y: Any) -> Value:
-        """Emit an operation on two operands, of which one may be a number, with broadcasting."""
+        """Emit a broadcasting operation on two operands, of which one may be a number."""
         a, b = self.operand(x), self.operand(y)
         shape = torch.broadcast_shapes(a.view.shape, b.view.shape)
         a, b = (Value(v.view.expand(shape), v.buffer) for v in (a, b))
         if code in (ADD, MULTIPLY) and shape and not a.view.stride(-1):
-            a, b = b, a  # what is repeated stands second: loops know it there
+            a, b = b, a  # the C++ loops expect the broadcast operand second
         return self.emit(Instruction(code, four(shape), self.new(shape), a, b))
 
     def one(self, code: int, x: Any) -> Value:
@@ -140,9 +140,9 @@ class Emitter:
         return out if keep else Value(out.view.squeeze(-1), out.buffer)
 
     def linear(self, x: Any, weight: Value, bias: Any = None, scale: Any = None, format: int = 0) -> Value:
-        """Emit x [..., K] times weight [N, K], joined with an earlier product of the same input.
+        """Emit x [..., K] times weight [N, K], joined with an earlier matmul of the same input.
 
-        format: of the blocks of a GGUF file that the weight stands in, [N, bytes of a row]; 0: in none.
+        format: GGUF block format of the weight [N, bytes per row]; 0: not in blocks.
         """
         a = self.operand(x)
         columns, width = weight.view.shape[0], a.view.shape[-1] if format else weight.view.shape[1]
@@ -162,7 +162,7 @@ class Emitter:
             type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, TYPES[kind]),
             scale=self._whole(scale, columns, torch.float32),
         )  # fmt: skip
-        product.number = rows[1]  # from one row to the next
+        product.number = rows[1]  # stride between rows
         earlier = self._same_input(product)
         if earlier is None:
             return self.emit(product)
@@ -170,7 +170,7 @@ class Emitter:
         return out
 
     def _whole(self, ref: Any, columns: int, dtype: torch.dtype) -> int:
-        """Return the external that holds a bias or scales; -1 for none."""
+        """Return the external that holds a bias or scales; -1 without one."""
         if ref is None:
             return -1
         value = self.value(ref)
@@ -181,7 +181,7 @@ class Emitter:
         return value.external
 
     def _same_input(self, product: Instruction) -> Instruction | None:
-        """Return an earlier product of the same input and type in this segment that may do this one too."""
+        """Return an earlier matmul of the same input and type in this segment that this one can join."""
         if self.changes:
             return None
         assert product.a is not None
@@ -195,12 +195,12 @@ class Emitter:
         return None
 
     def stack(self, refs: Any, dim: int) -> Value:
-        """Emit copies of operands side by side, along a new dimension."""
+        """Emit copies of operands along a new dimension."""
         pieces = [self.operand(ref) for ref in refs]
         return self._joined([Value(piece.view.unsqueeze(dim), piece.buffer) for piece in pieces], dim)
 
     def cat(self, refs: Any, dim: int) -> Value:
-        """Emit copies of operands, one behind the other along a dimension."""
+        """Emit copies of operands concatenated along a dimension."""
         return self._joined([self.operand(ref) for ref in refs], dim)
 
     def _joined(self, pieces: list[Value], dim: int) -> Value:

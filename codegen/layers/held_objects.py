@@ -1,8 +1,8 @@
-"""Objects of Python that layers are made of, and whether they still are what they were, as machine code looks at them.
+"""Guard over the Python objects of layers, checked by native code.
 
-A program stands for a layer as long as the layer has the parts, the weights and the hooks that it had. Weights have
-driven all of them out of the caches when the next step asks. Python waits for each of a thousand dictionaries, one
-after the other; machine code fetches the next ones meanwhile.
+A layer program is valid while the layer has the same submodules, weights and hooks. By the next step, streaming the
+weights has evicted these objects from the CPU caches. Python waits for each of a thousand dictionaries in sequence;
+native code prefetches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from fhopt.codegen.layers.program import functions
 
-Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and what stands there
+Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and its expected value
 
 
 class _Access(ctypes.Structure):
@@ -31,9 +31,9 @@ def _access() -> _Access:
 
 
 class HeldObjects:
-    """Dictionaries, names in them and what stands there, nothing being as good as None; and dictionaries without items.
+    """Guard on dictionary entries, where a missing one equals None, and on dictionaries that must stay empty.
 
-    The libraries of layers must be built.
+    The libraries of layer programs must be built.
     """
 
     def __init__(self, entries: Iterable[Entry], empty: Iterable[dict[Any, Any]]) -> None:
@@ -46,5 +46,5 @@ class HeldObjects:
         self._run = functools.partial(compiled.are_held, access, held, len(self.entries), empty_ones, len(hooks))
 
     def are_held(self) -> bool:
-        """Return whether everything stands where it stood, and the others still have no items."""
+        """Return whether all entries are unchanged, and the other dictionaries still empty."""
         return bool(self._run())

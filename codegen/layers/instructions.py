@@ -1,6 +1,6 @@
-"""Instructions of a layer's program, on values in the arena, and their packing for C++.
+"""Instructions of a layer program, on values in the arena, and their packing for C++.
 
-Letters: M rows, K width of the input of a product.
+Letters: M rows, K width of the input of a matmul.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _INSTRUCTION = struct.Struct("@5q5q5q5q2q5qd4q")
 
 @dataclass(eq=False)
 class Buffer:
-    """Floats of the arena: how many, and where; -1: that is not known yet."""
+    """A range of floats in the arena: size and offset; -1: not assigned yet."""
 
     size: int
     offset: int = -1
 
     @property
     def room(self) -> int:
-        """Return the floats that it takes: whole lines of the CPU's caches."""
+        """Return its allocated floats: a whole number of CPU cache lines."""
         return -(-max(self.size, 1) // 16) * 16
 
 
@@ -48,7 +48,7 @@ class Value:
 
 @dataclass(eq=False)
 class Instruction:
-    """An instruction; fields as in sources/layer_program.cpp. joined: further products of the same input."""
+    """An instruction; fields as in sources/layer_program.cpp. joined: further matmuls of the same input."""
 
     code: int
     sizes: tuple[int, ...]
@@ -61,7 +61,7 @@ class Instruction:
     bias: int = -1
     scale: int = -1
     weight_row: int = 0
-    joined: list[Instruction] = field(default_factory=list)  # further products of the same input
+    joined: list[Instruction] = field(default_factory=list)  # further matmuls of the same input
 
     @property
     def touched(self) -> list[Buffer]:
@@ -79,13 +79,13 @@ def four(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _strides(view: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return strides to the four sizes of `four(view.shape)`."""
+    """Return the strides for the four sizes of `four(view.shape)`."""
     strides = [int(step) for step, n in zip(view.stride(), view.shape, strict=True) if n != 1]
     return (*(0,) * (len(sizes) - len(strides)), *strides)
 
 
 def row_layout(view: Tensor) -> tuple[int, int] | None:
-    """Return (rows, numbers from one to the next) of a value [..., K] that lies row by row; None for another."""
+    """Return (rows, row stride) of a row-major value [..., K]; None for any other layout."""
     if view.shape[-1] > 1 and view.stride(-1) != 1:
         return None
     leading = [(n, step) for n, step in zip(view.shape[:-1], view.stride()[:-1], strict=True) if n != 1]
@@ -99,7 +99,7 @@ def row_layout(view: Tensor) -> tuple[int, int] | None:
 
 
 def place(instructions: list[Instruction]) -> int:
-    """Give buffers their places in the arena, again where they are no longer needed; return its size in floats."""
+    """Assign arena offsets to buffers, reusing freed ranges; return the arena size in floats."""
     last: dict[int, int] = {}
     for number, instruction in enumerate(instructions):
         for buffer in instruction.touched:
@@ -131,7 +131,7 @@ def _view_numbers(value: Value | None, sizes: tuple[int, ...]) -> tuple[int, ...
 
 
 def packed(instruction: Instruction) -> bytes:
-    """Return the C++ structs `Instruction` of an instruction and of those that are joined to it."""
+    """Return the C++ structs `Instruction` of an instruction and its joined ones."""
     group = [instruction, *instruction.joined]
     return b"".join(_packed_one(i, len(group)) for i in group)
 

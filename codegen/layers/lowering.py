@@ -1,7 +1,7 @@
-"""Lower a trace of a layer to a program.
+"""Lowering of a layer's trace to a layer program.
 
-Everything is computed in float32, and rounded where a product reads it and where the layer returns it; casts between
-floating types inside a layer are left out.
+Everything is computed in float32, and rounded where a matmul uses it and where the layer returns it; casts between
+floating types inside a layer are dropped.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def lower(trace: LayerTrace) -> LayerProgram:
 
 
 class Lowering(Emitter):
-    """Lowers one trace: its operations, and attention between segments."""
+    """The lowering of one trace: its operations, and attention between segments."""
 
     def __init__(self, trace: LayerTrace) -> None:
         changes = any(base_name(op)[:-1] in operations.IN_PLACE and base_name(op).endswith("_") for op in trace.ops)
         super().__init__(trace, changes)
 
     def program(self) -> LayerProgram:
-        """Lower all operations, then give buffers their places."""
+        """Lower all operations, then assign buffers to the arena."""
         for op in self.trace.ops:
             if op.name == ATTENTION:
                 self._attend(op)
@@ -69,7 +69,7 @@ class Lowering(Emitter):
         return None
 
     def _view(self, op: TracedOp, base: str) -> None:
-        """Carry out an operation on shapes and strides alone."""
+        """Apply an operation that changes only shape and strides."""
         value, rest = self.value(op.args[0]), op.args[1:]
         if value.external >= 0 and self.trace.values[value.external].source != "weight":
             value = self.in_arena(value)
@@ -77,7 +77,7 @@ class Lowering(Emitter):
         overload = op.name.partition(".")[2] or "default"
         try:
             views = getattr(function, overload)(value.view, *rest, **dict(op.kwargs))
-        except RuntimeError:  # the numbers stand in another order here
+        except RuntimeError:  # the elements have another order here
             value = self.dense(value)
             views = getattr(function, overload)(value.view, *rest, **dict(op.kwargs))
         for ref, view in zip(op.results, views if isinstance(views, (tuple, list)) else [views], strict=True):
@@ -110,7 +110,7 @@ class Lowering(Emitter):
         return external
 
     def _attend(self, op: TracedOp) -> None:
-        """End a segment: write query, keys and values; what attention returns is read as an input."""
+        """End a segment: store query, keys and values; the result of attention is an input of the next segment."""
         for ref in op.args:
             self._store(self.value(ref), self.trace.values[ref.number])
         self.segments.append([])
@@ -120,5 +120,5 @@ class Lowering(Emitter):
 
 
 def base_name(op: TracedOp) -> str:
-    """Return the name of an operation of aten without its overload; of another library, the whole name."""
+    """Return the name of an aten operation without its overload; for another library, the whole name."""
     return op.name.removeprefix("aten::").partition(".")[0]

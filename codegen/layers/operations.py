@@ -1,4 +1,4 @@
-"""The operations of torch that programs of layers know, each with what it becomes."""
+"""The torch operations that layer programs support, each with its lowering."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _reduction(code: int) -> Handler:
 
 
 def _same(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-    """Lower what copies or casts: nothing, or a copy where the layer changes values in place."""
+    """Lower a copy or cast: to nothing, or to a copy if the layer changes values in place."""
     value = low.value(args[0])
     if not value.view.is_floating_point() or not kwargs.get("dtype", torch.float32).is_floating_point:
         raise UnsupportedError("a cast from or to whole numbers")

@@ -1,8 +1,8 @@
-"""Programs of decoder layers, and the C++ file that runs them.
+"""Layer programs of decoder layers, and the C++ file that executes them.
 
-In eager mode a layer of a small model spends more time between its products than in them: some sixty operations of
-torch, each a few microseconds, and a Python call for every module. As a program the same arithmetic costs a twentieth
-of that. A program is data: layers whose traces are equal share it, and nothing is compiled for a model.
+In eager mode, a layer of a small model spends more time between its matmuls than in them: about 60 torch operations of
+a few microseconds each, and a Python call per module. As a layer program the same arithmetic costs a twentieth of that.
+A layer program is data: layers with equal traces share it, and nothing is compiled per model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that a segment writes: its index among the externals, dense, of this shape and type."""
+    """A tensor that a segment writes: its index among the externals; dense, of this shape and type."""
 
     external: int
     shape: tuple[int, ...]
@@ -46,9 +46,9 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class LayerProgram:
-    """A lowered trace. Externals are addressed by the numbers of values of the trace, then what segments write.
+    """A lowered trace. Externals are numbered like the trace's values, followed by the tensors that segments write.
 
-    arena: floats that a run needs. externals: their count. read: numbers of the values that are loaded.
+    arena: floats that a run needs. externals: their count. read: numbers of the loaded values.
     """
 
     segments: tuple[Segment, ...]
@@ -58,12 +58,12 @@ class LayerProgram:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
+    """Render the C++ file, which is always the same."""
     return read_source("fhopt.codegen.cpu", "layer_program.cpp").substitute(page_quantum=PAGE_QUANTUM)
 
 
 class Functions(NamedTuple):
-    """Compiled functions; skinny_group: an address. `are_held` keeps Python's lock, where there is one."""
+    """Compiled functions; skinny_group: an address. `are_held` runs with the GIL, if there is one."""
 
     run_layer: Any
     run_decode_steps: Any
@@ -73,7 +73,7 @@ class Functions(NamedTuple):
 
 @functools.cache
 def functions() -> Functions | None:
-    """Return what the libraries have; None where they cannot be compiled."""
+    """Return the functions of the libraries; None if they cannot be compiled."""
     try:
         library = load(NAME, render())
         group = ctypes.cast(load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p).value
@@ -89,17 +89,17 @@ def functions() -> Functions | None:
 
 
 def is_built() -> bool:
-    """Build the libraries, and return whether they are there."""
+    """Build the libraries, and return whether that succeeded."""
     return functions() is not None
 
 
 def compiles_layers() -> bool:
-    """Return whether `is_built` runs a compiler, which takes seconds; once on a machine it does."""
+    """Return whether `is_built` runs a compiler, which takes seconds; it does once per machine."""
     return compiles(NAME, render()) or compiles(skinny_linear.NAME, skinny_linear.render())
 
 
 def run_segment(program: LayerProgram, number: int, externals: Any, address: int, threads: int) -> None:
-    """Run one segment. externals: array of addresses, at `address`; every tensor behind it must be alive."""
+    """Run one segment. externals: array of addresses, at `address`, of tensors that must be alive."""
     compiled = functions()
     assert compiled is not None
     compiled.run_layer(packed_run(program, number, address, threads))

@@ -1,4 +1,4 @@
-"""Traces of decoder layers: the operations of a call, in order, on values by their numbers."""
+"""Traces of decoder layers: the operations of a call, in order, on numbered values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ATTENTION = "attention"  # name of the operation that ends a segment
 
 
 class UnsupportedError(Exception):
-    """A layer does something that programs do not know. The message says what."""
+    """A layer uses an operation that layer programs do not support. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class TracedOp:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What a layer computed: values, inputs first, then weights and results as they were met; what it returned.
+    """The computation of a layer: values (inputs, then weights and results in order of use), operations, output.
 
-    Equal traces are of layers that do the same with other weights.
+    Equal traces belong to layers that differ only in their weights.
     """
 
     values: tuple[TracedValue, ...]
@@ -54,5 +54,5 @@ class LayerTrace:
 
     @property
     def attention(self) -> TracedOp:
-        """Return the operation that reads the cache. Expects a trace that has one."""
+        """Return the operation that attends to the cache. Expects a trace that has one."""
         return next(op for op in self.ops if op.name == ATTENTION)

@@ -30,7 +30,7 @@ EXACT, PLANNED, GATHERING, COMPRESSED, REJECTED = "exact", "by a plan", "gatheri
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone" (not rewritten).
+    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or `left alone` (not rewritten).
 
     certificate: why the rewrite holds for all values; None if nothing was rewritten.
     """

@@ -114,7 +114,7 @@ class Device(Argument):
 
 
 class Text(Argument):
-    """A text: a built-in one, a file or a folder. Raises FhoptError for a path that is none of these."""
+    """A text: a built-in one, a file or a folder. Raises FhoptError for any other path."""
 
     name = "text"
 

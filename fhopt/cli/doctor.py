@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def doctor(model: str | None, dtype: str, as_json: bool) -> None:
-    """Report what this machine has, what will be fast on it, what will not, and the cure, in some seconds.
+    """Report in a few seconds what this machine has, what will be fast or slow on it, and how to fix that.
 
     With MODEL also what a plan would gain here: bytes, contexts that fit into memory, speed. The exit code is 0,
     whatever is found.

@@ -269,7 +269,7 @@ def cost(
 @click.option("--again", is_flag=True, help="Measure again, and replace stored figures.")
 @json_option
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
-    """Measure this machine's CPU once, in some seconds: `--device here` in other commands."""
+    """Measure this machine's CPU once, in a few seconds: `--device here` in other commands."""
     from fhopt.system import cores
 
     counts = threads or tuple(dict.fromkeys((1, cores())))

@@ -33,7 +33,7 @@ ChunkNats = Mapping[int, Sequence[float]]  # bits -> nats/token of each chunk of
 class SiteChunks:
     """Costs of the chunks of one site, by side.
 
-    nats: of each side (one if keys and values share a latent). groups: latent heads J of each side. alike: sites can
+    nats: of each side (one if keys and values share a latent). groups: latent heads J of each side. `alike`: sites can
     share a kernel only if this is equal. weight: of its bits, see `Budget.weights`. seconds: decode time per channel,
     if time counts.
     """

@@ -74,7 +74,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """A strength or problem of a machine. state: GOOD, SLOW or MISSING. cure: the fix; "" if there is none."""
+    """A strength or problem of a machine. state: GOOD, SLOW or MISSING. `cure`: the fix; "" if there is none."""
 
     state: str
     words: str

@@ -75,7 +75,7 @@ class Turns:
     """Proxy of a layer list: iterating over it, or over a slice, yields `_Turn` objects."""
 
     def __init__(self, layers: torch.nn.ModuleList, shared: SharedState, alike: bool) -> None:
-        """alike: every iteration has the same arguments except the first argument."""
+        """`alike`: every iteration has the same arguments except the first argument."""
         self._layers, self.elements = layers, tuple(layers)
         found = [(layer, shared.state_of(layer)) for layer in self.elements]
         self.states = [state for _, state in found if state is not None]
@@ -184,7 +184,7 @@ class LayerLoop:
 
 @dataclass(frozen=True)
 class CallLoop:
-    """A loop whose iterations are one call each. alike: the arguments are constant, except the previous result."""
+    """A loop whose iterations are one call each. `alike`: the arguments are constant, except the previous result."""
 
     alike: bool
 

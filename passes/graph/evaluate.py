@@ -1,4 +1,4 @@
-"""Evaluation of parts of a graph: regions run on random inputs, sizes made smaller."""
+"""Evaluation of parts of a graph: regions on random inputs, optionally at smaller sizes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, shape, size_hint
 from fhopt.passes.graph.program import Program
 from fhopt.passes.graph.transforms import transform_scopes
 
-MAX_NODES = 600  # of a region
+MAX_NODES = 600  # per region
 _smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
 def smaller(sizes: Mapping[int, int]) -> Iterator[None]:
-    """Run everything within on tensors of these sizes in place of the example's: 40 tokens show as much as 8,192.
+    """Run everything within on tensors of smaller sizes than the example's: 40 tokens reveal as much as 8,192.
 
-    sizes: size of the example -> smaller size. Where one size has two meanings the run fails; repeat it at full size.
+    sizes: size of the example -> smaller size. If one size has two meanings, the run fails; repeat it at full size.
     """
     token = _smaller.set(sizes)
     try:
@@ -35,7 +35,7 @@ def smaller(sizes: Mapping[int, int]) -> Iterator[None]:
 
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a tensor node in the example (see `smaller`), symbols as their hints. Runs nothing."""
+    """Return the shape of a tensor node in the example (see `smaller`), symbols as their hints. Evaluates nothing."""
     sizes = shape(node)
     if sizes is None:
         raise Miss(f"{node.name} is not a tensor", node)
@@ -44,7 +44,7 @@ def example_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(replaced.get(d, d) for d in full)
 
 
-# --------------------------------------------------------------------------------------------------- running parts
+# --------------------------------------------------------------------------------------------------- evaluation
 
 
 class Evaluator(fx.Interpreter):
@@ -70,14 +70,14 @@ class Evaluator(fx.Interpreter):
         return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value  # int() would guard
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function; with `promote`, casts to other float types become casts to float64, and a view may copy."""
+        """Call a function; with `promote`, float casts cast to float64, and a view may copy."""
         if self.promote and target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             target = torch.ops.aten.reshape.default
         name = str(getattr(target, "__name__", target)).partition(".")[0]
         return super().call_function(target, *(self.sized(name, args, kwargs) if self.promote else (args, kwargs)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method; with `promote`, casts to other float types become casts to float64, and a view may copy."""
+        """Call a method; with `promote`, float casts cast to float64, and a view may copy."""
         if not self.promote:
             return super().call_method(target, args, kwargs)
         name = "double" if target in {"float", "half", "bfloat16"} else target
@@ -86,7 +86,7 @@ class Evaluator(fx.Interpreter):
 
     @staticmethod
     def sized(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call with float types promoted and sizes replaced as `smaller` says."""
+        """Return the arguments of a call with float types promoted and sizes replaced according to `smaller`."""
         sizes = _smaller.get() if name in SIZED else {}
 
         def widen(value: Any) -> Any:
@@ -101,7 +101,7 @@ class Evaluator(fx.Interpreter):
         return tuple(widen(a) for a in args), {k: widen(v) for k, v in kwargs.items()}
 
     def example(self, node: fx.Node) -> Any:
-        """Return the value of `node`; of a tensor, the part that `example_shape` names."""
+        """Return the value of `node`; for a tensor, its leading part of shape `example_shape`."""
         value = self.value(node)
         if type(value) is int:
             return _smaller.get().get(value, value)
@@ -119,9 +119,9 @@ class Evaluator(fx.Interpreter):
         return self.env[node]
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
-        """Return `node` and its ancestors without a value, inputs first; of a `vmap`, all of its nodes.
+        """Return `node` and its ancestors without a value, inputs first; from a `vmap` scope, all nodes.
 
-        Raises Miss where gradients or tangents of functorch are among them, which are off while this runs.
+        Raises Miss if functorch gradients or tangents are among them, which are disabled during evaluation.
         """
         order = self._ancestors([node])
         scopes = [scope for scope in transform_scopes(self.program.graph) if not scope.nodes.isdisjoint(order)]
@@ -149,10 +149,10 @@ class Evaluator(fx.Interpreter):
 
 
 class Region:
-    """The nodes between some inputs and one that depends on them, as a function that can be run on other values.
+    """The nodes between some inputs and a dependent node, as a function that can be run on other values.
 
-    inputs: nodes whose values are replaced. end: the result. nodes: in graph order. sides: other nodes that are read.
-    Raises RuntimeError when there are more than MAX_NODES nodes, and Miss when some are within a function transform.
+    inputs: nodes whose values are replaced. end: the result. nodes: in graph order. sides: other nodes that they use.
+    Raises RuntimeError if there are more than MAX_NODES nodes, and Miss if some are inside a function transform.
     """
 
     def __init__(self, base: Evaluator, inputs: Iterable[fx.Node], end: fx.Node) -> None:
@@ -171,7 +171,7 @@ class Region:
         """Return the value of `end` for these values of inputs and sides; other sides have their example value.
 
         Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
-        RuntimeError when the result is not a tensor, or a side's smaller part hides what the side is.
+        RuntimeError if the result is not a tensor, or if a side's smaller part is constant although the side is not.
         """
         env: dict[fx.Node, Any] = dict(values)
         for side in self.sides:
@@ -187,9 +187,9 @@ class Region:
         return result
 
     def _shown(self, side: fx.Node) -> Any:
-        """Return the example of a side; raise RuntimeError where all of its part is one number, and not all of it.
+        """Return a side's example; raise RuntimeError if its smaller part is constant and the whole is not.
 
-        Such as a mask of padding that begins behind the tokens that are run.
+        An example is a padding mask whose padding begins after the evaluated tokens.
         """
         part, whole = self.base.example(side), self.base.value(side)
         if isinstance(part, Tensor) and part.shape != whole.shape and _is_one(part) and not _is_one(whole):
@@ -202,9 +202,9 @@ def _is_one(tensor: Tensor) -> bool:
 
 
 def signature(region: Region, describe: Callable[[fx.Node], Any]) -> tuple[Any, ...]:
-    """Describe what a region computes, in terms that two layers of one model share.
+    """Describe a region's computation, independently of the layer it is in.
 
-    Equal for two regions that do the same to inputs of the same shapes; `describe` says what matters about a side.
+    Equal for two regions that compute the same from inputs of the same shapes; `describe` characterizes a side.
     """
     places = {node: index for index, node in enumerate((*region.inputs, *region.sides, *region.nodes))}
 
@@ -220,14 +220,14 @@ def signature(region: Region, describe: Callable[[fx.Node], Any]) -> tuple[Any, 
 
 
 class _Place(str):
-    """A node's place in a region; prints without quotes, like a node."""
+    """A node's index in a region; its repr has no quotes, like a node's."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def window(first: fx.Node, last: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Return the edges of data flow among the nodes from `first` to `last` in graph order."""
+    """Return the data-flow edges among the nodes from `first` to `last` in graph order."""
     edges: list[tuple[fx.Node, fx.Node]] = []
     lowest, node = _position(first), last
     while _position(node) > lowest:
@@ -251,7 +251,7 @@ def _between(inputs: tuple[fx.Node, ...], end: fx.Node) -> list[fx.Node]:
 
 
 def random_like(node: fx.Node, seed: int = 0) -> Tensor:
-    """Draw random float64 numbers of the shape of `node`, on its device."""
+    """Draw random float64 values of the shape of `node`, on its device."""
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(example_shape(node), generator=generator, dtype=torch.float64)
     return value.to(fake(node).device)

@@ -1,4 +1,4 @@
-"""Nodes of a graph: what a node calls, its fake value, shape and source line; inserting calls, constants and copies."""
+"""Graph nodes: called op, fake value, shape and source line; insertion of calls, constants and copies."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SIZED = frozenset(SIZED_NAMES.split())  # calls whose integers may be sizes
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-# --------------------------------------------------------------------------------------------------- reading nodes
+# --------------------------------------------------------------------------------------------------- inspection
 
 
 def size_hint(number: Any) -> int:
-    """Return the value of a size at tracing; a symbol gets no guard by it."""
+    """Return the value of a size at tracing time, without adding a guard for a symbol."""
     hint: Any = number.node.hint if isinstance(number, torch.SymInt) else number
     return int(hint)
 
 
 def op_name(node: fx.Node) -> str:
-    """Return the bare name of what a node calls.
+    """Return the bare name of the op that a node calls.
 
     The same for `torch.matmul`, `@`, `Tensor.matmul` and `aten.matmul.default`.
     """
@@ -74,7 +74,7 @@ def shape(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def source_line(node: fx.Node) -> str:
-    """Return `folder/file.py:line` of the user code that made the node, "" when unknown."""
+    """Return `folder/file.py:line` of the user code that made the node, "" if unknown."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     if not frames:
@@ -84,16 +84,16 @@ def source_line(node: fx.Node) -> str:
 
 
 def is_ours(source: str) -> bool:
-    """Return whether a `source_line` is in this package, as those of attention on latents are."""
+    """Return whether a `source_line` is in this package, as in attention on latents."""
     return source.startswith("fhopt/")
 
 
-# --------------------------------------------------------------------------------------------------- changing
+# --------------------------------------------------------------------------------------------------- modification
 
 
 def remove_dead_code(program: Program) -> None:
-    """Remove calls whose values are not used; contexts, checks, changes in place and function transforms stay."""
-    inside = transformed_nodes(program.graph)  # such as `_set_tensor_requires_grad`, whose result nothing reads
+    """Remove calls with unused values; contexts, checks, in-place changes and function transforms stay."""
+    inside = transformed_nodes(program.graph)  # such as `_set_tensor_requires_grad`, whose result is unused
     for node in reversed([n for n in program.graph.nodes if n not in inside]):
         calls = node.op in {"call_function", "call_method"} and not node.is_impure() and not is_in_place(node)
         if calls and not node.users and _is_data(fake(node)):
@@ -113,7 +113,7 @@ def storage_root(node: fx.Node) -> fx.Node:
 
 
 def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
-    """Insert a call at the graph's insertion point, with the fake value that it makes. Raises what the call raises."""
+    """Insert a call at the graph's insertion point, with its fake value. Raises what the call raises."""
     known = fx.node.map_arg((args, dict(kwargs or {})), fake)
     with on_fakes(fake_mode(program)):
         value = target(*known[0], **known[1])
@@ -121,7 +121,7 @@ def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def call_method(program: Program, name: str, *args: Any) -> fx.Node:
-    """Insert a call of a tensor's method at the insertion point, with its fake value. Raises what the call raises."""
+    """Insert a tensor method call at the insertion point, with its fake value. Raises what the call raises."""
     known = fx.node.map_arg(args, fake)
     with on_fakes(fake_mode(program)):
         value = getattr(known[0], name)(*known[1:])
@@ -134,7 +134,7 @@ def _described(node: fx.Node, value: Any) -> fx.Node:
 
 
 def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> fx.Node:
-    """Insert a copy of `node` with other inputs, with the fake value that it makes of them; a view may copy.
+    """Insert a copy of `node` with other inputs and the fake value for them; a view may copy.
 
     Raises what the node raises on these inputs.
     """
@@ -155,7 +155,7 @@ def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -
 
 
 def _copying_view(node: fx.Node) -> Any:
-    """Return what `node` calls; where that is a view of other sizes, the reshape, for inputs with other strides."""
+    """Return the target of `node`, with a view replaced by a reshape, since its inputs may have other strides."""
     if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         return torch.ops.aten.reshape.default
     is_view = node.target == "view" and not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
@@ -170,10 +170,10 @@ def fake_mode(program: Program) -> FakeTensorMode | None:
 
 @contextlib.contextmanager
 def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
-    """Run operations within on fake values of `mode`, without gradients; None: on whatever values there are.
+    """Run operations within on fake values of `mode`, without gradients; None: on the values as given.
 
-    Composite operations are decomposed in Python, as when Dynamo traces: C++ may ask for a size as a number (matmul did
-    until torch 2.12), and the graph would be for that size alone.
+    Composite operations are decomposed in Python, as when Dynamo traces: C++ may specialize a symbolic size (matmul did
+    until torch 2.12), and the graph would be valid for that size only.
     """
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if mode is not None:
@@ -183,9 +183,9 @@ def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
 
 
 def add_constant(program: Program, name: str, tensor: Tensor, bound: Bound | None = None) -> fx.Node:
-    """Add a placeholder behind the others, which inductor treats like a parameter.
+    """Add a placeholder after the others, which inductor treats like a parameter.
 
-    Its value is `tensor`, or what `bound` makes of other inputs, of which `tensor` is an example.
+    Its value is `tensor`, or the result of `bound` on other inputs, of which `tensor` is an example.
     """
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     with program.graph.inserting_after(placeholders[-1]):

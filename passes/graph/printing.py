@@ -1,4 +1,4 @@
-"""The printer of graphs, for dumps, golden texts and comparisons in tests."""
+"""Printing of graphs, for dumps, golden texts and comparisons in tests."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Programs: graphs whose parameters, buffers and inputs are placeholders with example values.
 
-This is the form of graphs from Dynamo and of lifted graphs from torch.export: one implementation of a pass serves both.
+Graphs from Dynamo and lifted graphs from torch.export have this form, so that one implementation of a pass serves both.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, fx
 
 from fhopt.plan.cache_size import CacheLayer
 
-# Of a module whose `forward` was replaced by a bound method, or by a partial of its own as fhopt.apply does.
+# A module whose `forward` was replaced by a bound method, or by a partial of its own, as in fhopt.apply.
 _BOUND_FORWARD = re.compile(r"\.forward\.(?:__self__\b|args\[0\])")
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """How the value of an extra input is computed from other inputs, in each call.
+    """The computation of an extra input from other inputs, in each call.
 
-    sources: placeholders that it depends on (weights, caches of the user). make: their values -> a tensor of the shape,
-    dtype and device of the example. It is called again when one of the sources is another tensor or was changed, and
-    raises `errors.Stale` when no value is right for these sources.
+    sources: the placeholders it depends on (weights, caches of the user). make: their values -> a tensor of the shape,
+    dtype and device of the example. It is called again if a source is another tensor or was changed, and raises
+    `errors.Stale` if no value is valid for these sources.
     """
 
     sources: tuple[str, ...]
@@ -40,8 +40,8 @@ class Program:
     module: the graph module, owned by this object (passes change it in place).
     values: real example value of each placeholder, by node name (parameters are the model's own, never changed).
     parameters: placeholder name -> qualified parameter name. buffers: placeholder name -> qualified buffer name.
-    bound: name of an extra input (`add_constant`) -> how its value is computed from other inputs.
-    layers: what a KV cache of transformers keeps of each layer of the model; empty where that is not known.
+    bound: name of an extra input (`add_constant`) -> its computation from other inputs.
+    layers: what transformers' KV cache stores for each layer of the model; empty if unknown.
     """
 
     module: fx.GraphModule
@@ -62,12 +62,12 @@ class Program:
         return {name: self.values[node] for node, name in self.parameters.items()}
 
     def is_parameter(self, node: fx.Node) -> bool:
-        """Return whether a node is a placeholder for a parameter of the model."""
+        """Return whether a node is the placeholder of a model parameter."""
         return node.op == "placeholder" and node.name in self.parameters
 
 
 def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Program:
-    """Copy a Dynamo graph, which Dynamo reads again later and which must not change."""
+    """Copy a Dynamo graph; Dynamo uses the original again later, so it must not change."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -102,7 +102,7 @@ def _source_text(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """Return the qualified name of the module in whose forward a node was traced, "" where it is not known."""
+    """Return the qualified name of the module in whose forward a node was traced, "" if unknown."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     text = stack[-1][0] if stack else ""
     return re.sub(r"^[LG]\['[^']*'\](?:\[\d+\])?\.?", "", _BOUND_FORWARD.sub("", str(text)))

@@ -1,13 +1,13 @@
-"""Function transforms that were traced into a graph: which nodes run within `torch.func.grad`, `jvp` or `vmap`.
+"""Function transforms traced into a graph: which nodes run inside `torch.func.grad`, `jvp` or `vmap`.
 
     _grad_increment_nesting()
     x_1 = _wrap_for_grad(x, 1)
-    ...                                   runs on wrapped tensors, with a state that no argument names
+    ...                                   runs on wrapped tensors, with state that no argument names
     g = _autograd_grad(y, [x_1])
     _grad_decrement_nesting()
 
-Beginning and end change the state of functorch, and nothing reads their results: what lies between runs as a whole or
-not at all, and must stay as it is written.
+The enclosing calls change functorch's global state and have no users: the nodes between them run as a whole or not at
+all, and must not be rewritten.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _TRANSFORMS = {
     "_grad": "torch.func.grad, vjp or jacrev",
     "_jvp": "torch.func.jvp or jacfwd",
     "_func": "torch.func.functionalize",
-}  # by what their functions in functorch begin with
+}  # by the prefix of their functorch functions
 _DUAL = "torch.autograd.forward_ad"
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The nodes of one transform from its beginning to its end, those of transforms within included.
+    """The nodes of one transform from its beginning to its end, including nested transforms.
 
-    transforms: names of the outer one and of those within.
+    transforms: names of the outer transform and the nested ones.
     """
 
     nodes: frozenset[fx.Node]
@@ -41,12 +41,12 @@ class Scope:
 
     @property
     def only_maps(self) -> bool:
-        """Whether nothing within takes gradients or tangents."""
+        """Whether nothing inside takes gradients or tangents."""
         return self.transforms == {VMAP}
 
     @property
     def name(self) -> str:
-        """Name of the transforms, for messages."""
+        """Names of the transforms, for messages."""
         return " and ".join(sorted(self.transforms))
 
 
@@ -65,7 +65,7 @@ _CLOSES = frozenset(
 
 
 def transform_scopes(graph: fx.Graph) -> list[Scope]:
-    """Return the scope of each function transform that is within no other, in graph order."""
+    """Return the scope of each outermost function transform, in graph order."""
     opens = [n for target in _OPENS for n in graph.find_nodes(op="call_function", target=target, sort=False)]
     scopes: list[Scope] = []
     for node in sorted(opens):
@@ -89,10 +89,10 @@ def _scope_from(node: fx.Node) -> Scope:
 
 
 def scope_of(node: fx.Node) -> Scope | None:
-    """Return the scope that a node is in, None outside of all transforms."""
+    """Return the scope that contains a node, None outside of all transforms."""
     return next((scope for scope in transform_scopes(node.graph) if node in scope.nodes), None)
 
 
 def transformed_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Return all nodes that are in the scope of a transform."""
+    """Return all nodes inside transform scopes."""
     return frozenset[fx.Node]().union(*(scope.nodes for scope in transform_scopes(graph)))

@@ -1,1 +1,1 @@
-"""Passes that make attention visible: composites taken apart, in-place changes made functional."""
+"""Passes that expose attention: they decompose composites and functionalize in-place changes."""

@@ -1,8 +1,8 @@
-"""What the opaque composites compute, one plain-torch function each; `decompose` traces them.
+"""Plain-torch reference functions of opaque composites, one each; `decompose` traces them.
 
-A function takes the arguments of its composite under the same names and returns its results, or the first ones that
-it can give. `Miss` says which option has no plain form. Nothing here is approximate: the numbers are those of the
-composite, in another order of rounding.
+A function takes the arguments of its composite under the same names and returns its results, or the leading ones that
+it can compute. `Miss` says which option has no plain form. Nothing here is approximate: results differ from the
+composite's only in rounding order.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size.
 """
@@ -25,7 +25,7 @@ from fhopt.errors import Miss
 Composite = Callable[..., "Tensor | tuple[Tensor | None, ...]"]
 
 
-# --------------------------------------------------------------------------------------------------- torch's own blocks
+# --------------------------------------------------------------------------------------------------- torch.nn blocks
 
 
 def native_multi_head_attention(
@@ -43,7 +43,7 @@ def native_multi_head_attention(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute multi-head attention: [B, S, E] -> [B, S, E], weights. A fully masked row is nan, as in the composite."""
+    """Compute multi-head attention: [B, S, E] -> [B, S, E], weights. A fully masked row is NaN, as in the composite."""
     if query is key and key is value:
         projected = F.linear(query, qkv_weight, qkv_bias).chunk(3, -1)
     else:
@@ -62,7 +62,7 @@ def native_multi_head_attention(
 
 
 def _forbidden(mask: Tensor, mask_type: int | None) -> Tensor:
-    """Return where the mask forbids attention (True), bool: of a mask in numbers every number but 0 forbids."""
+    """Return where the mask forbids attention (True), bool; in a numeric mask, every value but 0 forbids."""
     forbidden = mask.to(torch.bool)
     if mask_type == 1:  # keys: [B, S]
         return forbidden.view(forbidden.shape[0], 1, 1, forbidden.shape[1])
@@ -122,7 +122,7 @@ def transformer_encoder_layer(
 
 
 def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    """Compute alpha batch1 batch2 + beta input. With beta 0 the input is not read, whatever it holds."""
+    """Compute alpha batch1 batch2 + beta input. With beta 0 the input is ignored, even if it is NaN."""
     product = torch.bmm(batch1, batch2)
     product = product if _is(alpha, 1) else product * alpha
     if _is(beta, 0):
@@ -141,7 +141,7 @@ def multi_dot(tensors: Sequence[Tensor], *, out: None = None) -> Tensor:
 
 
 def normalize(input: Tensor, p: float = 1.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
-    """Divide by the sum of absolute values, which is what F.normalize does where p is 1."""
+    """Divide by the sum of absolute values, as F.normalize does for p = 1."""
     return input / input.abs().sum(dim, keepdim=True).clamp_min(eps)
 
 
@@ -151,7 +151,7 @@ def _is(number: Any, expected: int) -> bool:
 
 
 def einsum(equation: Any, *operands: Any, tensors: Any = None, path: Any = None) -> Tensor:
-    """Contract operands two at a time from left to right: "bhst,bhtd,hde->bse" mixes values, then projects."""
+    """Contract operands pairwise from left to right: "bhst,bhtd,hde->bse" mixes values, then projects."""
     if not isinstance(equation, str):
         raise Miss("einsum has lists of axis numbers; expected an equation")
     if tensors is None:
@@ -167,7 +167,7 @@ def einsum(equation: Any, *operands: Any, tensors: Any = None, path: Any = None)
 
 
 def _labels(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """Return the labels of each operand and of the result, with the ellipsis and an implicit result written out."""
+    """Return the labels of each operand and of the result, with an ellipsis and an implicit result written out."""
     left, arrow, output = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     hidden = [rank - len(term) + 3 if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)]
@@ -198,7 +198,7 @@ def scaled_dot_product(
     return_debug_mask: bool = False,
     enable_gqa: bool = False,
 ) -> tuple[Tensor]:
-    """Compute `F.scaled_dot_product_attention`, for the operators to which it is dispatched: their first result."""
+    """Compute `F.scaled_dot_product_attention` for the operators it dispatches to: their first result."""
     if dropout_mask is not None:
         raise Miss("a dropout mask is passed; expected a dropout probability")
     mask = attn_bias if attn_mask is None else attn_mask
@@ -208,8 +208,8 @@ def scaled_dot_product(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """Compute attention [B, H, S, D], with kv heads repeated where there are fewer."""
-    grouped = bool(q.dim() > 3 and q.shape[-3] != k.shape[-3])  # a symbol decides it with a guard
+    """Compute attention [B, H, S, D], with kv heads repeated if there are fewer."""
+    grouped = bool(q.dim() > 3 and q.shape[-3] != k.shape[-3])  # for symbolic sizes this comparison adds a guard
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=grouped)
 
 
@@ -218,7 +218,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute FlashAttention-2: [B, S, H, D] x [B, T, G, D] -> [B, S, H, D]; the last query sees the last key."""
+    """Compute FlashAttention-2: [B, S, H, D] x [B, T, G, D] -> [B, S, H, D]; the last query attends to the last key."""
     if return_attn_probs:
         raise Miss("the attention probabilities are requested; expected the output alone")
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
@@ -238,7 +238,7 @@ def flash_attn_func(
 
 
 def _is_square(q: Tensor, k: Tensor) -> bool:
-    """Return whether there are as many queries as keys, without a guard on a symbol."""
+    """Return whether the numbers of queries and keys are equal, without a guard on a symbol."""
     return isinstance(q.shape[2], int) and isinstance(k.shape[2], int) and q.shape[2] == k.shape[2]
 
 
@@ -250,7 +250,7 @@ def _distance(q: Tensor, k: Tensor, from_the_end: bool = True) -> Tensor:
 
 
 def _band(distance: Tensor, left: int, right: int) -> Tensor | None:
-    """Return which keys a query sees, bool [S, T]: `left` before it to `right` after it; negative: no limit."""
+    """Return the keys a query may attend to, bool [S, T]: `left` before it to `right` after it; negative: no limit."""
     if left < 0:
         return distance <= right if right >= 0 else None
     return (distance >= -left) & (distance <= right) if right >= 0 else distance >= -left
@@ -319,14 +319,14 @@ def sageattn(
 
 
 COMPOSITES: dict[str, Composite] = {
-    "multi_head_attention_forward": F.multi_head_attention_forward,  # Python: tracing it shows what it does
+    "multi_head_attention_forward": F.multi_head_attention_forward,  # Python code: tracing it gives its operations
     "_native_multi_head_attention": native_multi_head_attention,
     "_transformer_encoder_layer_fwd": transformer_encoder_layer,
     "baddbmm": baddbmm,
     "einsum": einsum,
     "chain_matmul": chain_matmul,
     "linalg_multi_dot": multi_dot,
-    "normalize": normalize,  # where p is 1, see `decompose`
+    "normalize": normalize,  # for p = 1, see `decompose`
     "softmin": F.softmin,
     "_scaled_dot_product_flash_attention_for_cpu": scaled_dot_product,
     "_scaled_dot_product_flash_attention": scaled_dot_product,

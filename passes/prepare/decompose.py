@@ -1,4 +1,4 @@
-"""Decompose opaque composites into plain torch operations, in the same graph, with the same numbers.
+"""Decomposition of opaque composites into plain torch operations, in the same graph, with the same results.
 
     before                                              after
     o = multi_head_attention_forward(x, x, x, W, ...)   q, k, v = linear(x, W, b)...; o = linear(sdpa(q, k, v), ...)
@@ -10,9 +10,9 @@
     y = getitem(tag_activation_checkpoint(f, x), 0)     the nodes of f
     o = getitem(flex_attention(q, k, v, f, ...), 0)     see flex.py
 
-`composites.py` computes each composite in plain torch; tracing it on the node's own fake values gives the
-nodes to write. A size that is a symbol stays one. `match` traces, so that `rewrite` cannot fail. A composite inside a
-written one is a candidate in its turn; one inside a function transform stays.
+`composites.py` computes each composite in plain torch; tracing it on the node's own fake values gives the inserted
+nodes. Symbolic sizes stay symbolic. `match` traces, so that `rewrite` cannot fail. A composite inside an inserted body
+becomes a candidate itself; one inside a function transform stays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fhopt.passes.prepare.composites import COMPOSITES
 from fhopt.passes.prepare.flex import body_of, graph_at, remove_makers
 from fhopt.passes.prepare.trace import trace_composite, trace_flex
 
-BODIES = {  # higher-order op -> (place of its body, of the body's first argument)
+BODIES = {  # higher-order op -> (position of its body, of the body's first argument)
     "tag_activation_checkpoint": (0, 1),
     "wrap_activation_checkpoint": (0, 1),
     "wrap": (0, 1),
@@ -42,8 +42,8 @@ BODIES = {  # higher-order op -> (place of its body, of the body's first argumen
     "wrap_with_set_grad_enabled": (1, 2),
     "wrap_with_autocast": (4, 5),
 }
-HINTS = ("softmax", "attention", "attn", "encoder_layer")  # parts of names that show attention
-PARTS = frozenset({"einsum", "baddbmm", "chain_matmul", "linalg_multi_dot", "normalize"})  # seldom of an attention
+HINTS = ("softmax", "attention", "attn", "encoder_layer")  # parts of names that indicate attention
+PARTS = frozenset({"einsum", "baddbmm", "chain_matmul", "linalg_multi_dot", "normalize"})  # rarely part of attention
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -59,20 +59,20 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Decompose:
-    """The pass `decompose`. inline_checkpoints: off, activation checkpoints keep saving memory and hide attention."""
+    """The pass `decompose`. inline_checkpoints: if False, activation checkpoints save memory and hide attention."""
 
     name: str = "decompose"
     inline_checkpoints: bool = True
 
     def candidates(self, program: Program) -> Iterator[fx.Node]:
-        """Yield each composite once; those that a rewrite uncovers follow it."""
+        """Yield each composite once, then those that a rewrite uncovers."""
         seen: set[fx.Node] = set()
         while new := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
             seen.update(new)
             yield from new
 
     def match(self, node: fx.Node, program: Program) -> Expansion:
-        """Trace what `node` computes. Raises Miss."""
+        """Trace the computation of `node`. Raises Miss."""
         name = qualified_name(node)
         if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
             raise Miss(f"{name} takes nested tensors; expected dense ones", node)
@@ -88,7 +88,7 @@ class Decompose:
         return Expansion(node, body, tuple(node.all_input_nodes))
 
     def rewrite(self, program: Program, expansion: Expansion) -> None:
-        """Write the body in place of the node."""
+        """Replace the node by the body."""
         node, inputs = expansion.node, expansion.node.all_input_nodes
         with program.graph.inserting_before(node):
             copies, result = _copy(program.graph, expansion)
@@ -122,7 +122,7 @@ class Decompose:
 
 
 def qualified_name(node: fx.Node) -> str:
-    """Return the bare name of a function of torch that a node calls, `package::name` of another package's."""
+    """Return the bare name of a torch function that a node calls, `package::name` for another package."""
     target: Any = node.target
     if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
         return op_name(node)
@@ -172,7 +172,7 @@ def _hints(node: fx.Node) -> bool:
 
 
 def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
-    """Copy `body` between calls that set the gradient mode or autocast for it and reset it."""
+    """Copy `body` between calls that set and reset the gradient mode or autocast."""
     graph = fx.Graph()
     known = {n: graph.node_copy(n) for n in body.nodes if n.op == "placeholder"}
     if op_name(node) == "wrap_with_autocast":
@@ -188,11 +188,11 @@ def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
     return graph
 
 
-# --------------------------------------------------------------------------------------------------- checking
+# --------------------------------------------------------------------------------------------------- checks
 
 
 def _check_results(node: fx.Node, body: fx.Graph) -> None:
-    """Check that the body gives all results that are used, in the composite's dtype. Raises Miss."""
+    """Check that the body computes all used results, in the composite's dtype. Raises Miss."""
     result: Any = body.output_node().args[0]
     expected = fake(node)
     _check_users(node, result)
@@ -205,7 +205,7 @@ def _check_results(node: fx.Node, body: fx.Graph) -> None:
 
 
 def _check_users(node: fx.Node, result: Any) -> None:
-    """Check that `result` serves every use of the node. Raises Miss."""
+    """Check that `result` can replace every use of the node. Raises Miss."""
     if isinstance(result, fx.Node):
         return
     for user in node.users:
@@ -216,11 +216,11 @@ def _check_users(node: fx.Node, result: Any) -> None:
             raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not compute", user)
 
 
-# --------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------- insertion
 
 
 def _copy(graph: fx.Graph, expansion: Expansion) -> tuple[list[fx.Node], Any]:
-    """Copy the body to the insertion point: (the copies, the results)."""
+    """Copy the body to the insertion point; return (copies, results)."""
     inputs = iter(expansion.inputs)
     known: dict[fx.Node, Any] = {}
     copies = []
@@ -235,7 +235,7 @@ def _copy(graph: fx.Graph, expansion: Expansion) -> tuple[list[fx.Node], Any]:
 
 
 def _describe(copy: fx.Node, original: fx.Node, expansion: Expansion) -> None:
-    """Set the fake value and the source of a copied node: the source of the body, else that of the composite."""
+    """Set the fake value and the source line of a copied node: the body's, or else the composite's."""
     copy.meta = dict(original.meta) if expansion.prefix else {}
     if copy.op == "get_attr":
         copy.target = f"{expansion.prefix}{copy.target}"

@@ -8,8 +8,8 @@
                                                     o = matmul(softmax(s), v)
 
 f and m are graphs over one score and one index each of batch, head, query and key; `score_mod` and `mask_mod` below
-run them over the whole grid, are pure, and differentiate. Kv heads are repeated for the query heads; a query that may
-attend to nothing gives 0 (Dong et al., 2024, "Flex Attention", arXiv:2412.05496).
+run them over the whole grid, are pure, and differentiable. Kv heads are repeated for the query heads; a query without
+allowed keys gives 0 (Dong et al., 2024, "Flex Attention", arXiv:2412.05496).
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size.
 """
@@ -30,14 +30,14 @@ from fhopt.passes.graph.program import Program
 
 FIELDS = ("query", "key", "value", "score_mod", "block_mask", "scale", "options", "score_buffers", "mask_buffers")
 EXACT = (torch.float32, torch.float64)  # other dtypes are widened for the scores
-CONSTANTS = frozenset({"new_ones", "new_full", "ones_like", "full_like"})  # read the form of their input only
+CONSTANTS = frozenset({"new_ones", "new_full", "ones_like", "full_like"})  # ignore the values of their input
 
 
-# --------------------------------------------------------------------------------------------------- what runs
+# --------------------------------------------------------------------------------------------------- mod functions
 
 
 def score_mod(scores: Tensor, body: Callable[..., Tensor], *buffers: Any) -> Tensor:
-    """Compute `body(score, b, h, q, k, *buffers)` at every place of scores [B, H, S, T]."""
+    """Compute `body(score, b, h, q, k, *buffers)` for every element of scores [B, H, S, T]."""
     over_grid = _over_grid(lambda score, *index: body(score, *index, *buffers), (0,))
     index = (torch.arange(size, device=scores.device) for size in scores.shape)
     with _tensor_indices():
@@ -47,14 +47,14 @@ def score_mod(scores: Tensor, body: Callable[..., Tensor], *buffers: Any) -> Ten
 def mask_mod(
     body: Callable[..., Tensor], batch: int, heads: int, queries: int, keys: int, device: torch.device, *buffers: Any
 ) -> Tensor:
-    """Compute `body(b, h, q, k, *buffers)` at every place: bool [B, H, S, T], True = may attend."""
+    """Compute `body(b, h, q, k, *buffers)` for every index: bool [B, H, S, T], True = may attend."""
     over_grid = _over_grid(lambda *index: body(*index, *buffers), ())
     with _tensor_indices():
         return over_grid(*(torch.arange(size, device=device) for size in (batch, heads, queries, keys)))
 
 
 def _over_grid(function: Callable[..., Tensor], leading: tuple[int, ...]) -> Callable[..., Tensor]:
-    """Map a function over key, query, head and batch by vmap, the key innermost."""
+    """Map a function over key, query, head and batch by vmap, key innermost."""
     for axis in (3, 2, 1, 0):
         index_axes = tuple(0 if i == axis else None for i in range(4))
         function = torch.vmap(function, in_dims=(*leading, *index_axes))
@@ -62,17 +62,17 @@ def _over_grid(function: Callable[..., Tensor], leading: tuple[int, ...]) -> Cal
 
 
 def _tensor_indices() -> Any:
-    """Make `buffer[q]` with a scalar tensor index by tensor instead of asking for a number."""
+    """Make `buffer[q]` index by a scalar tensor instead of converting it to a Python number."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     return TransformGetItemToIndex()
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# --------------------------------------------------------------------------------------------------- plain graph
 
 
 def plain_flex(node: fx.Node, program: Program) -> fx.Graph:
-    """Write a flex_attention node in plain operations; placeholders in the order of `node.all_input_nodes`."""
+    """Build the plain graph of a flex_attention node; placeholders in the order of `node.all_input_nodes`."""
     fields: dict[str, Any] = dict(zip(FIELDS, node.args, strict=False)) | dict(node.kwargs)
     used = {user.args[1] for user in node.users if user.target is operator.getitem}
     graph = fx.Graph()
@@ -105,7 +105,7 @@ def _contract(fields: dict[str, Any], proxy: Callable[[str], Any]) -> Any:
 
 
 def _per_query_head(fields: dict[str, Any], field: str, proxy: Callable[[str], Any]) -> Any:
-    """Repeat the heads of keys or values: [B, G, T, D] -> [B, H, T, D]."""
+    """Repeat kv heads for the query heads: [B, G, T, D] -> [B, H, T, D]."""
     heads, groups = (_constant(fake(fields[name]).shape[1]) for name in ("query", field))
     if not heads or not groups:
         raise Miss("the number of heads is symbolic; expected a number")
@@ -115,7 +115,7 @@ def _per_query_head(fields: dict[str, Any], field: str, proxy: Callable[[str], A
 def _modify(
     fields: dict[str, Any], proxy: Callable[[str], Any], scores: Any, tracer: fx.proxy.TracerBase, program: Program
 ) -> Any:
-    """Apply the score and mask graphs to the scores, where they change anything."""
+    """Apply the score and mask graphs to the scores, unless they change nothing."""
     body = body_of(fields["score_mod"], program)
     if not _is_identity(body.graph):
         arguments = (scores, proxy("score_mod"), *proxy("score_buffers"))
@@ -129,7 +129,7 @@ def _modify(
 
 
 def _grid(fields: dict[str, Any], proxy: Callable[[str], Any], mask: fx.GraphModule) -> tuple[Any, ...]:
-    """Return (B, H, S, T, device) for `mask_mod`; batch and head are 1 where the mask does not read them."""
+    """Return (B, H, S, T, device) for `mask_mod`; batch and head are 1 if the mask does not depend on them."""
     query, key = fake(fields["query"]), fake(fields["key"])
     batch, head = [n for n in mask.graph.nodes if n.op == "placeholder"][:2]
     axes = (("query", 0, bool(batch.users)), ("query", 1, bool(head.users)), ("query", 2, True), ("key", 2, True))
@@ -142,7 +142,7 @@ def _grid(fields: dict[str, Any], proxy: Callable[[str], Any], mask: fx.GraphMod
 
 
 def _constant(number: Any) -> int | float | None:
-    """Return a number as it is, None for a symbol."""
+    """Return a number unchanged, a constant symbol as its value, any other symbol as None."""
     if isinstance(number, (torch.SymInt, torch.SymFloat)):
         result: int | float | None = (
             number.node.maybe_as_int() if isinstance(number, torch.SymInt) else number.node.maybe_as_float()
@@ -152,17 +152,17 @@ def _constant(number: Any) -> int | float | None:
 
 
 def _statistics(scores: Any, options: dict[str, Any], used: set[Any]) -> list[Any]:
-    """Return (log-sum-exp, largest score) of each query as far as used; those of the composite are in base 2."""
+    """Return (log-sum-exp, largest score) of each query if used; in base 2 unless the backend is FLASH."""
     unit = 1.0 if options.get("BACKEND") == "FLASH" else math.log(2)
     lse = torch.logsumexp(scores, -1) / unit if 1 in used else None
     return [lse, torch.amax(scores, -1) / unit if 2 in used else None]
 
 
-# --------------------------------------------------------------------------------------------------- what is read
+# --------------------------------------------------------------------------------------------------- bodies
 
 
 def body_of(node: Any, program: Program) -> fx.GraphModule:
-    """Return the graph module that a get_attr node names. Raises Miss when it is something else."""
+    """Return the graph module that a get_attr node names. Raises Miss if it is something else."""
     result = graph_at(node, program)
     if result is None:
         raise Miss(f"{node} is not a graph of the program", node if isinstance(node, fx.Node) else None)
@@ -185,7 +185,7 @@ def _is_identity(graph: fx.Graph) -> bool:
 
 
 def _allows_all(body: fx.GraphModule) -> bool:
-    """Return whether a mask graph allows everything: it reads no value of an argument, and running it gives True."""
+    """Return whether a mask graph allows everything: it uses no value of an argument, and running it gives True."""
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     if any(op_name(user) not in CONSTANTS for n in placeholders for user in n.users):
         return False
@@ -193,11 +193,11 @@ def _allows_all(body: fx.GraphModule) -> bool:
     return bool(body(*(torch.zeros((), dtype=torch.int64, device=device) for device in devices)))
 
 
-# --------------------------------------------------------------------------------------------------- what is left over
+# --------------------------------------------------------------------------------------------------- cleanup
 
 
 def remove_makers(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Remove what only made `nodes`, where they are unused, with its in-place writes to tensors of its own."""
+    """Remove unused `nodes` and all nodes used only to compute them, including in-place writes to their own tensors."""
     region: set[fx.Node] = set()
     stack = [n for n in nodes if not n.users]
     while stack:
@@ -211,7 +211,7 @@ def remove_makers(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _needed_outside(region: set[fx.Node]) -> set[fx.Node]:
-    """Return the nodes of `region` that a node outside reads, through other nodes or through memory that they write."""
+    """Return the nodes of `region` needed outside, directly or through memory that they write."""
     needed: set[fx.Node] = set()
     while True:
         memory = {storage_root(n) for n in needed}

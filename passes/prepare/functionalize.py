@@ -1,4 +1,4 @@
-"""Give every change in place a value of its own: what remains is def-use only, but for copies into inputs at the end.
+"""Functionalization of in-place changes: pure def-use graphs, with copies into inputs only at the end.
 
     before                                             after
     %v = .view(%x, 16)                                 %mul = .mul(%x, 2)
@@ -9,12 +9,12 @@
     %sum_1 = .sum(%cache)                              %copy__default = aten.copy_.default(%cache, %index_copy)
     return [%sum_1]                                    return [%sum_1]
 
-Two nodes share memory exactly when their fake values have one storage. The nodes of a storage form a tree: the node
-that made it, its views, their views. A backward walk finds for each write the smallest tensor of the tree that holds
-all that is read later, its base. A forward walk then replaces the write by a new value of the base; a view that is read
-later is made again, directly behind that value. A write of a whole base becomes the plain operation, any other becomes
-`written`, which works on a copy. torch.func.functionalize does this to aten ops below autograd; this pass does it to
-graphs of torch functions and methods, which stay differentiable and readable.
+Two nodes share memory exactly if their fake values have one storage. The nodes of a storage form a tree: the node that
+made it, its views, their views. A backward walk finds for each write its base: the smallest tensor of the tree that
+contains everything used later. A forward walk then replaces the write by a new value of the base; a view used later is
+repeated directly after that value. A write of a whole base becomes the plain operation, any other becomes `written`,
+which works on a copy. torch.func.functionalize does this to aten ops below autograd; this pass does it to graphs of
+torch functions and methods, which stay differentiable and readable.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fhopt.passes.prepare.memory import (
 
 @dataclass(frozen=True)
 class Functionalized:
-    """The result of `Functionalize.run`: how many in-place nodes are gone, and those that stayed, with the reason."""
+    """The result of `Functionalize.run`: number of in-place nodes removed, and the remaining ones, with reasons."""
 
     changed: int
     left: tuple[Miss, ...]
@@ -54,12 +54,12 @@ class Functionalized:
 
 @dataclass(frozen=True)
 class Functionalize:
-    """The pass `functionalize`: exact, one walk back and one forth. All writes of a storage are replaced, or none."""
+    """The pass `functionalize`: exact, one backward and one forward walk. Replaces all writes of a storage, or none."""
 
     name: str = "functionalize"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Return the nodes that change a tensor in place, without copies into inputs at the very end."""
+        """Return the nodes that change a tensor in place, except copies into inputs at the very end."""
         memory = Memory(program)
         return [node for node in memory.writes if node not in memory.final]
 
@@ -75,7 +75,7 @@ class Functionalize:
         return Functionalized(changed, left)
 
 
-# ------------------------------------------------------------------------------------------ a write as a pure function
+# -------------------------------------------------------------------------------------------- writes as pure functions
 
 
 def written(
@@ -85,10 +85,10 @@ def written(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Copy `base` and apply `operation` to the view of the copy that `path` leads to; `base` stays as it is.
+    """Copy `base` and apply `operation` to the view of the copy that `path` leads to; `base` stays unchanged.
 
-    path: views, first to last. operation: name of what changes its first argument in place, or its `out` where `kwargs`
-    has one. A name without a dot is a method's, any other is qualified. Traceable and differentiable.
+    path: views, first to last. operation: name of the op that changes its first argument in place, or its `out` if
+    `kwargs` has one. A name without a dot is a method's, any other is qualified. Traceable and differentiable.
     """
     options = dict(kwargs or {})
     view = result = _copy(base)
@@ -104,7 +104,7 @@ def written(
 def _copy(base: Tensor) -> Tensor:
     """Copy a tensor with its strides: with others, a view of it could become a copy, or a copy a view.
 
-    An expanded tensor gets memory for all its elements: later passes may put one in the place of what was written.
+    An expanded tensor gets memory for all its elements: later passes may replace the written value by it.
     """
     copied = base.clone()
     if copied.stride() == base.stride() or 0 in base.stride():
@@ -118,9 +118,9 @@ def _copy(base: Tensor) -> Tensor:
 class _Rewriting:
     """The rewriting of all writes to the storages in `chosen`.
 
-    targets: write -> the node of the tree that it changes. bases: write -> the node of which it makes a new value; a
-    write without a base is not read by anything. version: storage -> number of its values so far. base: storage -> the
-    node that is up to date, with its views. known: node -> (version, the node that holds its value).
+    targets: write -> the tree node that it changes. bases: write -> the node of which it makes a new value; a write
+    without a base is unused. version: storage -> number of its values so far. base: storage -> the node that is up to
+    date, with its views. known: node -> (version, the node that holds its value).
     """
 
     def __init__(self, program: Program, memory: Memory, chosen: set[int]) -> None:
@@ -138,7 +138,7 @@ class _Rewriting:
         self.known = {root: (0, root) for root in self.roots.values()}
 
     def run(self) -> None:
-        """Plan from the end, replace from the start, write inputs back, and drop what is not used any more."""
+        """Plan from the end, replace from the start, write inputs back, and drop unused nodes."""
         *nodes, _ = self.graph.nodes
         self._plan()
         for node in nodes:
@@ -151,10 +151,10 @@ class _Rewriting:
     def _is_ours(self, node: fx.Node) -> bool:
         return self.memory.storage.get(node) in self.roots
 
-    # ---- backward: what is read later
+    # ---- backward: later uses
 
     def _plan(self) -> None:
-        """Find the base of each write: the last common source of what it changes and of all that is read later."""
+        """Find the base of each write: the last common source of the written node and of everything used later."""
         needed: dict[int, fx.Node] = dict(self.inputs)  # storage -> what must be up to date from here on
         for node in reversed(self.graph.nodes):
             if node in self.targets:
@@ -166,7 +166,7 @@ class _Rewriting:
                 needed[key] = self.memory.common(needed.get(key, read), read)
 
     def _plan_view(self, node: fx.Node, needed: dict[int, fx.Node]) -> None:
-        """Require a view's source in place of the view before the view exists."""
+        """Require a view's source instead of the view before the view exists."""
         later = needed.get(self.memory.storage[node])
         if later is not None and self.memory.common(later, node) is node:
             needed[self.memory.storage[node]] = self.memory.parent[node]
@@ -174,7 +174,7 @@ class _Rewriting:
     def _plan_write(self, node: fx.Node, needed: dict[int, fx.Node]) -> None:
         target = self.targets[node]
         key = self.memory.storage[target]
-        if is_idle(node) or (key not in needed and not _draws(node)):  # random numbers are drawn in order, used or not
+        if is_idle(node) or (key not in needed and not _draws(node)):  # random draws keep their order, used or not
             return
         base = self.memory.common(needed.get(key, target), target)
         while not isinstance(fake(base), Tensor):  # the items of a chunk are views of a tuple
@@ -182,7 +182,7 @@ class _Rewriting:
         self.bases[node] = needed[key] = base
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes of the trees whose value `node` reads. The output reads no input, it returns the input."""
+        """Return the tree nodes whose value `node` uses. The output node returns inputs without using their value."""
         results = [n for n in node.all_input_nodes if self._is_ours(n)]
         if node in self.targets:
             results.remove(self.memory.writes[node].target)
@@ -220,9 +220,9 @@ class _Rewriting:
         self.base[key], self.known[base] = base, (self.version[key], value)
 
     def _as_plain(self, node: fx.Node, base: fx.Node) -> fx.Node | None:
-        """Insert the plain operation where it gives a tensor of the same form.
+        """Insert the plain operation if its result has the same dtype, device, sizes and strides.
 
-        Not under autocast, which would change its dtype, nor where the operation saves an input for its gradient, which
+        Not under autocast, which would change the dtype. Not if the operation saves an input for its gradient, which
         could then not be written back: `written` saves a copy.
         """
         plain = plain_operation(node) if base is self.targets[node] and node not in self.memory.autocast else None
@@ -253,7 +253,7 @@ class _Rewriting:
         return self._make("call_function", written, arguments, {}, value, node)
 
     def _write_back(self) -> None:
-        """Copy the last values into the inputs; what the output shares with an input is made from the input again."""
+        """Copy the last values into the inputs; outputs that alias an input are recomputed from the input."""
         last = {self.memory.storage[target]: node for node, target in self.targets.items()}
         copy = torch.ops.aten.copy_.default
         for key, root in self.inputs.items():
@@ -266,19 +266,19 @@ class _Rewriting:
     # ---- nodes
 
     def _is_current(self, node: fx.Node) -> bool:
-        """Return whether the value of a node of a tree is up to date, or follows from one that is."""
+        """Return whether the value of a tree node is up to date, or follows from one that is."""
         base = self.base[self.memory.storage[node]]
         return self.memory.common(base, node) is base
 
     def _current(self, node: fx.Node) -> fx.Node:
-        """Return the node that holds the value of `node` now; a view is repeated right behind what it views."""
+        """Return the node that holds the current value of `node`; a view is repeated right after its source."""
         node = self.memory.itself(node)
         version = self.version[self.memory.storage[node]]
         known, current = self.known.get(node, (-1, node))
         if known == version:
             return current
         source = self._current(self.memory.parent[node])
-        behind_input = source.op == "placeholder"  # then its copy has just been written, at the end
+        behind_input = source.op == "placeholder"  # then its copy was written last, at the end
         with self.graph.inserting_before(self.output) if behind_input else self.graph.inserting_after(source):
             made = copy_node(self.program, node, {first_tensor(node): source})
         self.known[node] = (version, made)
@@ -298,7 +298,7 @@ class _Rewriting:
             return function(*known, **options)
 
     def _make(self, op: str, target: Any, args: Any, kwargs: Any, value: Any, origin: fx.Node) -> fx.Node:
-        """Create a node with its fake value and its place in the user's code."""
+        """Create a node with its fake value and the metadata of `origin`."""
         node = self.graph.create_node(op, target, tuple(args), dict(kwargs))
         node.meta = {**origin.meta, "example_value": value, "val": value}
         return node

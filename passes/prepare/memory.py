@@ -1,7 +1,7 @@
-"""Memory of a graph: which nodes share it, and what each node changes; for `functionalize`.
+"""Memory of a graph: which nodes share it, and which each node changes; for `functionalize`.
 
-Aliasing is decided by the identity of the storages of fake values, and nothing else. Each storage has a tree of views;
-what cannot be followed has a reason.
+Aliasing is decided only by the identity of the storages of fake values. Each storage has a tree of views; a storage
+that cannot be followed has a recorded reason.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RANDOM, _FORM = frozenset(_RANDOM_NAMES.split()), frozenset(_FORM_NAMES.split())
 _RUNNING_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 _NOT_REPEATABLE = frozenset(
     {"as_strided", "data", "_get_data_attr"}
-)  # they see more than the tensor that they are called with
+)  # they access memory outside of their input tensor
 Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]  # op, target, args, kwargs of a node
-Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # name, arguments behind the tensor, keyword arguments of a view
+Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # name, arguments after the tensor, keyword arguments of a view
 
 
 def called_name(node: fx.Node) -> str:
-    """Return the name by which `written` finds what a node calls, "" when it cannot."""
+    """Return the name by which `written` finds the function that a node calls, "" without one."""
     target: Any = node.target
     if node.op != "call_function" or isinstance(target, HigherOrderOperator):
         return str(target) if node.op == "call_method" else ""
@@ -59,23 +59,23 @@ def called_name(node: fx.Node) -> str:
 
 @functools.cache
 def named_callable(name: str) -> Callable[..., Any]:
-    """Return what `called_name` named: a function, or for a bare name the method of a tensor."""
+    """Return the callable of a `called_name`: a function, or for a bare name a tensor method."""
     module, *path = name.split(".")
     if not path:
         return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
     return functools.reduce(getattr, path, importlib.import_module(module))  # type: ignore[return-value]
 
 
-# ------------------------------------------------------------------------------------------------ what a node changes
+# ----------------------------------------------------------------------------------------------------- in-place writes
 
 
 @dataclass(frozen=True)
 class _Write:
-    """The tensors that a node changes in place. reason: why it cannot change another tensor instead, or ""."""
+    """The in-place write of a node. targets: changed tensors. reason: why it cannot change another tensor, or ""."""
 
     targets: tuple[fx.Node, ...]
     reason: str = ""
-    hidden: bool = False  # neither name nor arguments of the node say that it writes
+    hidden: bool = False  # neither name nor arguments of the node show the write
 
     @property
     def target(self) -> fx.Node:
@@ -83,7 +83,7 @@ class _Write:
 
 
 def _write(node: fx.Node) -> _Write | None:
-    """Return what the node changes in place, None for nothing."""
+    """Return the in-place write of the node, None if it changes nothing."""
     name = op_name(node)
     if _runs_hidden_code(node):
         return _Write(tuple(node.all_input_nodes), f"{name or node.op} changes its inputs inside", hidden=True)
@@ -95,7 +95,7 @@ def _write(node: fx.Node) -> _Write | None:
 
 
 def _targets(node: fx.Node) -> list[Any]:
-    """Return the arguments that the node changes in place, by its schema, its keywords, or the form of its name."""
+    """Return the arguments that the node changes in place, by its schema, its keywords, or its name."""
     results: list[Any] = []
     if overloads := _overloads(node):
         for position, parameter in ((i, p) for o in overloads for i, p in enumerate(o._schema.arguments)):
@@ -110,7 +110,7 @@ def _targets(node: fx.Node) -> list[Any]:
 
 
 def _overloads(node: fx.Node) -> list[OpOverload]:
-    """Return the op that the node calls, or all overloads where the graph names a packet, `torch.ops.aten.add_`."""
+    """Return the op that the node calls, or all overloads if the graph names a packet, `torch.ops.aten.add_`."""
     target: Any = node.target
     if isinstance(target, OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
@@ -119,7 +119,7 @@ def _overloads(node: fx.Node) -> list[OpOverload]:
 
 def _is_named_in_place(node: fx.Node) -> bool:
     name = op_name(node)
-    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ end like that too
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ end in an underscore too
         return node.target is operator.setitem or node.target in _OPERATORS
     return name.endswith("_") and not name.endswith("__")
 
@@ -155,7 +155,7 @@ def _why_not(node: fx.Node, targets: tuple[fx.Node, ...]) -> str:
 
 
 def is_idle(node: fx.Node) -> bool:
-    """Return whether a node is a `detach_` of a tensor without gradient: torch.export puts one behind each constant."""
+    """Return whether a node is a `detach_` of a tensor without gradient: torch.export adds one after each constant."""
     return op_name(node) == "detach_" and not needs_gradient(first_tensor(node))
 
 
@@ -170,7 +170,7 @@ def _runs_hidden_code(node: fx.Node) -> bool:
 
 
 def first_tensor(node: fx.Node) -> Any:
-    """Return the tensor that a call works on."""
+    """Return the tensor that a call operates on."""
     return argument(node, 0, "input", "self")
 
 
@@ -180,11 +180,11 @@ def behind_first(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...],
 
 
 def plain_operation(node: fx.Node) -> Call | None:
-    """Return the operation that returns what the node writes, None where torch has none."""
+    """Return the out-of-place operation with the result that the node writes, None if torch has none."""
     name, args, kwargs = op_name(node), node.args, dict(node.kwargs)
     if name in RANDOM:
         return None
-    if name == "copy_":  # a clone would not need a gradient where the written tensor goes on to
+    if name == "copy_":  # a clone would have no gradient, but the written tensor has one
         source, target = argument(node, 1, "src"), first_tensor(node)
         loses_gradient = needs_gradient(target) and isinstance(source, fx.Node) and not needs_gradient(source)
         return None if loses_gradient else ("call_function", torch.clone, (source,), {})
@@ -211,16 +211,16 @@ def _function_without_underscore(node: fx.Node) -> Any:
     return next((f for home in known if (f := getattr(home, name[:-1], None)) is not None), None)
 
 
-# --------------------------------------------------------------------------------------------------- who shares memory
+# ------------------------------------------------------------------------------------------------------------- aliasing
 
 
 class Memory:
     """The memory of a graph: a tree of views for each storage, and the nodes that write it.
 
     storage: node -> its storage. roots: storage -> the node that made it. parent, depth: the tree. same: node -> the
-    node that is the very same tensor (an in-place result has its argument, a view that changes nothing its source).
-    writes: in-place node -> what it changes. problems: storage -> why it must be written in place. final: copies into
-    inputs at the end, which may stay.
+    node with the identical tensor (the argument of an in-place result, the source of a view that changes nothing).
+    writes: in-place node -> its write. problems: storage -> why it must be written in place. final: copies into inputs
+    at the end, which may stay.
     """
 
     def __init__(self, program: Program) -> None:
@@ -245,11 +245,11 @@ class Memory:
         self.final = self._final_copies(program.graph)
 
     def itself(self, node: fx.Node) -> fx.Node:
-        """Return the node that stands for `node` in the tree."""
+        """Return the node that represents `node` in the tree."""
         return self.same.get(node, node)
 
     def common(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        """Return the last node of the tree of which both are views."""
+        """Return the last tree node of which both are views."""
         while a is not b:
             if self.depth[a] >= self.depth[b]:
                 a = self.parent[a]
@@ -266,7 +266,7 @@ class Memory:
         return steps[::-1]
 
     def reason(self, node: fx.Node) -> str:
-        """Return why an in-place node must stay, "" when it need not."""
+        """Return why an in-place node must stay, "" if it need not."""
         write = self.writes[node]
         if write.target not in self.storage:
             return write.reason or f"the memory of {write.target.name} is not known"
@@ -280,7 +280,7 @@ class Memory:
             self.problems.setdefault(key, reason)
 
     def _place(self, node: fx.Node, write: _Write | None) -> None:
-        """Add a node to the tree of its storage, and record what it changes."""
+        """Add a node to the tree of its storage, and record its write."""
         visible = write is not None and not write.hidden
         value, source = fake(node), write.target if write and visible else first_tensor(node)
         keys = set() if node.op == "output" else _storages(value)
@@ -335,7 +335,7 @@ class Memory:
                 self._spoil(self._keys([node]), f"the view {node.name} cannot be made again from another tensor")
 
     def _final_copies(self, graph: fx.Graph) -> set[fx.Node]:
-        """Return copies into inputs that only views for the output follow, as this pass itself leaves them."""
+        """Return copies into inputs that are followed only by views for the output, as this pass itself leaves them."""
         *nodes, output = graph.nodes
         views: set[fx.Node] = set()
         while nodes and nodes[-1] in self.parent:
@@ -352,7 +352,7 @@ class Memory:
 
 
 def with_modes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any, int]]:
-    """Yield nodes with the gradient mode and the depth of autocast that they run under."""
+    """Yield nodes with their gradient mode and autocast depth."""
     grad: Any = next((not n.args[0] for n in graph.nodes if op_name(n) == "_set_grad_enabled"), True)
     autocast = 0
     for node in graph.nodes:
@@ -367,12 +367,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def needs_gradient(node: fx.Node) -> bool:
-    """Return whether a gradient flows into what the node computes."""
+    """Return whether a node's value requires a gradient."""
     return any(tensor.requires_grad for tensor in _tensors(fake(node)))
 
 
 def _storages(value: Any) -> set[int]:
-    """Return the storages of the tensors in a fake value; none where a tensor has no storage."""
+    """Return the storages of the tensors in a fake value; none if a tensor has no storage."""
     try:
         return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
     except (RuntimeError, NotImplementedError):
@@ -380,7 +380,7 @@ def _storages(value: Any) -> set[int]:
 
 
 def _pointer(value: Any) -> int:
-    """Return the address of a real tensor's memory, 0 when it is not known."""
+    """Return the address of a real tensor's memory, 0 if unknown."""
     try:
         real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
         return value.untyped_storage().data_ptr() if real else 0
@@ -395,7 +395,7 @@ def form_of(value: Tensor) -> tuple[Any, ...]:
 
 
 def _is_same(value: Any, source: Any) -> bool:
-    """Return whether two fake values of one storage are the same tensor."""
+    """Return whether two fake values of one storage are the identical tensor."""
     if not isinstance(value, Tensor) or not isinstance(source, Tensor):
         return False
     return form_of(value) == form_of(source) and str(value.storage_offset()) == str(source.storage_offset())

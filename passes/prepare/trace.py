@@ -1,11 +1,11 @@
-"""Tracing of composites on fake values: the plain operations they consist of, as a graph.
+"""Tracing of composites on fake values into a graph of plain operations.
 
     trace_composite(composites.baddbmm, node, program)  -> graph(input, batch1, batch2): bmm, mul, add
     trace_flex(node, program)                           -> graph(q, k, v, ...): matmul, mul, softmax, matmul
 
 The placeholders of a graph are `node.all_input_nodes`, in that order, and every node has its fake value. Tracing
-happens above autograd, autocast and the decompositions of torch: dropout, `linear` and SDPA stay what they are, and
-gradients flow. A size that is a symbol becomes a node that asks its tensor for it.
+happens above autograd, autocast and torch's decompositions: dropout, `linear` and SDPA stay single nodes, and
+gradients flow. A symbolic size becomes a node that queries its tensor's size.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Annotate(fx.Interpreter):
 
 @contextlib.contextmanager
 def _on_fakes(node: fx.Node, program: Program) -> Iterator[None]:
-    """Run operations within on the program's fake values; what they raise becomes a Miss."""
+    """Run operations within on the program's fake values; exceptions become a Miss."""
     mode = fake_mode(program)
     if mode is None:
         raise Miss(f"the graph around {op_name(node)} has no fake values; expected a traced graph", node)
@@ -78,7 +78,7 @@ def _on_fakes(node: fx.Node, program: Program) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(node: fx.Node) -> Iterator[None]:
-    """Turn whatever is raised within into a Miss."""
+    """Convert any exception raised within into a Miss."""
     try:
         yield
     except Miss as miss:
@@ -89,7 +89,7 @@ def _explained(node: fx.Node) -> Iterator[None]:
 
 
 def _autocasts(node: fx.Node) -> list[Any]:
-    """Return the autocast regions of the graph that contain the node."""
+    """Return the autocast contexts that enclose the node."""
     regions: list[Any] = []
     for before in node.graph.nodes:
         if before is node:
@@ -102,7 +102,7 @@ def _autocasts(node: fx.Node) -> list[Any]:
 
 
 def _bound_by_name(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a node, those of a registered operator by name, whatever their order in its version."""
+    """Return the arguments of a node; for a registered operator by name, since their order depends on its version."""
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
@@ -113,11 +113,11 @@ def _bound_by_name(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (named.pop("self"),) if "self" in named else (), named
 
 
-# --------------------------------------------------------------------------------------------------- afterwards
+# --------------------------------------------------------------------------------------------------- postprocessing
 
 
 def _make_out_of_place(graph: fx.Graph) -> None:
-    """Replace in-place writes to new tensors that nothing else reads: `zeros(n).masked_fill_(m)` -> `masked_fill`."""
+    """Replace in-place writes to new tensors without other users: `zeros(n).masked_fill_(m)` -> `masked_fill`."""
     for node in graph.nodes:
         if not is_in_place(node) or not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -149,7 +149,7 @@ def _in_order_of(result: Any, expected: Tensor) -> Any:
 
 
 def _order(value: Tensor, whole: bool = False) -> list[int]:
-    """Return the axes from the largest stride to the smallest, axes of size 1 only with `whole`."""
+    """Return the axes from the largest stride to the smallest; axes of size 1 only with `whole`."""
     sizes, strides = ([size_hint(n) for n in numbers] for numbers in (value.shape, value.stride()))
     axes = [axis for axis in range(value.dim()) if whole or sizes[axis] != 1]
     return sorted(axes, key=lambda axis: -strides[axis])

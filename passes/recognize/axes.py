@@ -3,8 +3,8 @@
     scores [B*H, S, T] of a bmm         (batch heads) (queries) (keys)
     scores "bgnst" of an einsum         (batch) (kv heads) (query heads of a kv head) (queries) (keys)
 
-The softmax's axis is the keys'. An axis is one of heads when its places come from features of the projection, one of
-batch or queries when they come from its rows; both is several axes in one.
+The softmax runs over the key axis. An axis whose index comes from features of the projection is a head axis; one whose
+index comes from its rows is batch or queries; if it comes from both, the axis fuses several.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from fhopt.passes.recognize.softmax import Softmax
 
 @dataclass
 class Axes:
-    """Atoms of one attention, and the layouts of its tensors in them."""
+    """The atoms of one attention, and the layouts of its tensors in atoms."""
 
     batch: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)  # heads that keys have
-    shares: list[str] = field(default_factory=list)  # query heads of one kv head
+    groups: list[str] = field(default_factory=list)  # heads of the keys
+    shares: list[str] = field(default_factory=list)  # query heads per kv head
     queries: list[str] = field(default_factory=list)
     keys: str = ""
     channels: list[str] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)  # of atoms; -1: whatever is left
-    split: dict[str, tuple[str, str]] = field(default_factory=dict)  # label -> its two atoms, where there are two
+    sizes: dict[str, int] = field(default_factory=dict)  # of atoms; -1: the remaining size
+    split: dict[str, tuple[str, str]] = field(default_factory=dict)  # label of a fused axis -> its two atoms
     inner: dict[str, int] = field(default_factory=dict)  # label -> size of its second atom in the example
 
     def layout(self, labels: tuple[str, ...]) -> Layout:
@@ -52,7 +52,7 @@ class Axes:
         return (tuple(self.batch), heads, tokens, last)
 
     def steps(self, source: Layout, target: Layout) -> Steps:
-        """Return the methods that lead from one layout to another. Raises Miss when they need a symbolic size."""
+        """Return the tensor methods that convert one layout to another. Raises Miss if they need a symbolic size."""
         try:
             return arrangement(source, target, self.sizes)
         except KeyError as error:
@@ -84,7 +84,7 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
 
 
 def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) -> Axes:
-    """Sort the labels of the product (queries on the left) by what its axis of the queries comes from. Raises Miss."""
+    """Classify the product's labels (queries on the left) by the origin of the query axes. Raises Miss."""
     check_operands(product.left, product.right)
     axes = Axes(keys=keys, channels=[x for x in product.left_axes if x in product.summed])
     for node, labels in ((product.left, product.left_axes), (product.right, product.right_axes)):
@@ -114,7 +114,7 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
 
 
 def _known_by_keys(product: Contraction, keys: str, roles: Roles, base: Evaluator) -> dict[str, Origin]:
-    """Return what the shared axes of learned queries come from: keys show which ones are heads. Raises Miss."""
+    """Return the origins of the shared axes of learned queries, whose head axes only the keys show. Raises Miss."""
     origin = origins(product.right, roles, base)
     part = {x: origin[i] for i, x in enumerate(product.right_axes) if x and x != keys and i in origin}
     own = [x for x, where in part.items() if x not in product.left_axes and "heads" in where.kind]
@@ -124,7 +124,7 @@ def _known_by_keys(product: Contraction, keys: str, roles: Roles, base: Evaluato
 
 
 def _check_tokens(product: Contraction, keys: str, part: Mapping[str, Origin], roles: Roles, base: Evaluator) -> None:
-    """Raise Miss where both axes of the scores are channels: each channel attends to channels, over all tokens."""
+    """Raise Miss if both axes of the scores are channels: each channel attends to channels, over all tokens."""
     free = [x for x in product.axes if x in part and x not in product.shared]
     if not free or any(part[x].kind != "heads" for x in free):
         return
@@ -136,7 +136,7 @@ def _check_tokens(product: Contraction, keys: str, part: Mapping[str, Origin], r
 
 
 def _is_head_by_place(label: str, shared: list[str], part: Mapping[str, Origin]) -> bool:
-    """Return whether a label is the last of several shared axes, which are the heads where nothing else shows them."""
+    """Return whether a label is the last of several shared axes: the head axis if nothing else identifies it."""
     is_known = any("heads" in part[x].kind for x in shared)
     return not part[label].kind and not is_known and len(shared) > 1 and label == shared[-1]
 
@@ -152,7 +152,7 @@ def _split(axes: Axes, label: str, where: Origin, rows: list[str], heads: list[s
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of the places along one axis: "heads", "rows", both with the first one outside, or "" (unknown)."""
+    """The origin of the indices along one axis: "heads", "rows", both with the outer one first, or "" (unknown)."""
 
     kind: str = ""
     heads: int = 1
@@ -176,7 +176,7 @@ def origins(query: fx.Node, roles: Roles, base: Evaluator) -> dict[int, Origin]:
 
 
 def _numbered(sizes: tuple[int, ...], features: tuple[int, ...], of_features: bool) -> Tensor:
-    """Return numbers 0, 1, ... over the feature axes, or over the others, constant along the rest."""
+    """Return indices 0, 1, ... over the feature axes, or over the other axes, constant along the rest."""
     chosen = [i for i in range(len(sizes)) if (i in features) == of_features]
     count = math.prod(sizes[i] for i in chosen)
     numbers = torch.arange(count).reshape([n if i in chosen else 1 for i, n in enumerate(sizes)])
@@ -196,7 +196,7 @@ def _origin(features: Tensor, rows: Tensor) -> Origin:
 
 
 def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -> Layout:
-    """Return the atoms of each axis of `end`, behind the scores of `product`. Raises Miss when it is not followed."""
+    """Return the atoms of each axis of `end`, computed from the scores of `product`. Raises Miss on an unknown path."""
     region = Region(base, [product.node], end)
     sizes, sources = example_shape(product.node), axes.layout(product.axes)
     if all(example_shape(n) == sizes for n in region.nodes if isinstance(fake(n), Tensor)) and not any(
@@ -213,7 +213,7 @@ def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -
 
 
 def _places(labels: tuple[str, ...], axes: Axes) -> Iterator[tuple[str, int, tuple[int, int] | None]]:
-    """Yield each atom, the axis of the product that holds it, and its (divisor, modulus) within the index along it."""
+    """Yield each atom, the axis of the product that contains it, and its (divisor, modulus) in that axis's index."""
     for position, label in enumerate(labels):
         if label in axes.split:
             outer, inner = axes.split[label]
@@ -224,7 +224,7 @@ def _places(labels: tuple[str, ...], axes: Axes) -> Iterator[tuple[str, int, tup
 
 
 def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int, ...], node: fx.Node) -> Layout:
-    """Give axes of size one the atoms of size one that no coordinate can show; what is left over goes to a neighbour.
+    """Assign size-1 atoms, which coordinates cannot show, to axes of size 1; the rest goes to a neighbour's axis.
 
     Raises Miss on an atom in two axes.
     """
@@ -234,7 +234,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
     left = [a for a in probes if a not in placed and not bool(probes[a].any())]
     axes = [[left.pop(0)] if not a and size == 1 and left else [*a] for a, size in zip(layout, sizes, strict=True)]
     order = [*probes]
-    for atom in left:  # in a batch of one, an axis of batch and heads shows its heads alone
+    for atom in left:  # in a batch of one, an axis of batch and heads shows only its heads
         before, behind = order[: order.index(atom)][::-1], order[order.index(atom) :]
         near = next((a for a in (*before, *behind) if any(a in axis for axis in axes)), None)
         for axis in axes:

@@ -1,15 +1,15 @@
-"""One recognized attention: what a rewrite needs, its check by execution, and the canonical node that replaces it.
+"""One recognized attention: the data for its rewrite, its numerical check, and the canonical node that replaces it.
 
     before                                              after
     scores = ...; weights = softmax(scores)             m = <the score function of zeros>
     o = weights @ v                                     o = fhopt.attention(q, k, v, m, scale=c)
 
-Before anything is changed, `validity` proves from the operators that the canonical form holds for all values, and the
-check runs the old region and the canonical op on the same random numbers, in float64: several draws of every
-operand and of everything else that flows in, outputs and gradients.
+Before any change, `validity` proves from the operators that the canonical form holds for all values. The check then
+runs the old region and the canonical op on the same random float64 values and compares outputs and gradients; it draws
+every operand and every other input several times.
 
-Rows: a query that may attend to nothing gets NaN, zero, or an average by the values that overwrite its scores, as in
-the model (`Core.empty_is_nan`, `zeroed`, `levels`).
+Rows: a query without allowed keys gets NaN, zero, or an average weighted by the values that overwrite its scores, as
+in the model (`Core.empty_is_nan`, `zeroed`, `levels`).
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from fhopt.passes.recognize.validity import empty_rows_give_nan, prove
 
 @dataclass
 class Core:
-    """One recognized attention: its operands, its score function, and the node whose users take the result.
+    """One recognized attention: its operands, its score function, and the node that its result replaces.
 
-    order: query heads sorted by kv head, None where they are sorted already. bias_steps: how a computed bias becomes
-    [B, H, S, T]. bias_is_small: it is computed from one element of zeros, else from zeros of full size.
+    order: query heads sorted by kv head, None if they are sorted already. bias_steps: convert a computed bias to
+    [B, H, S, T]. bias_is_small: it is computed from one zero element, else from zeros of full size.
     """
 
     output: fx.Node
@@ -77,7 +77,7 @@ class Core:
     order: tuple[int, ...] | None = None
     output_steps: Steps = ()
     softmax: Softmax | None = None
-    is_call: bool = False  # a call of scaled_dot_product_attention, which says what it does
+    is_call: bool = False  # a call of scaled_dot_product_attention, whose semantics are known
     zeroed: bool = False  # rows without keys give zero
     empty_is_nan: bool = False  # rows without keys give NaN
     conditions: tuple[str, ...] = ()
@@ -86,9 +86,9 @@ class Core:
 
     @property
     def levels(self) -> bool:
-        """Whether scores are overwritten by finite values that decide the weights of a row without keys.
+        """Whether scores are overwritten by finite values that determine the weights of a row without keys.
 
-        Values that absorb any score added to them need nothing more, but that no gradient flows into that score.
+        If these values absorb any score added to them, this matters only for gradients: none may flow into that score.
         """
         if self.scores is None or not self.scores.levels or self.zeroed or self.sinks:
             return False
@@ -96,12 +96,12 @@ class Core:
 
     @property
     def blocks(self) -> bool:
-        """Whether the NaN of a row without keys reaches the gradient of values alone."""
+        """Whether the NaN of a row without keys reaches only the gradient of values."""
         return self.scores is not None and self.scores.blocks and needs_gradient(self.output)
 
     @property
     def hides(self) -> bool:
-        """Whether the places where scores are overwritten must be known, not only by what."""
+        """Whether the locations of overwritten scores must be known, not only the new values."""
         scores = self.scores
         if scores is None or scores.form != "computed":
             return False
@@ -114,28 +114,28 @@ class Core:
 
     @property
     def sinks(self) -> int:
-        """Columns of the softmax that belong to no key."""
+        """Softmax columns without a key."""
         return self.extra + (self.scores.sinks if self.scores else 0)
 
 
-# --------------------------------------------------------------------------------------------------- checking
+# --------------------------------------------------------------------------------------------------- checks
 
 
 def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float) -> None:
-    """Prove that the canonical form holds for all values, and check it by execution. Raises Miss.
+    """Prove that the canonical form holds for all values, and check it numerically. Raises Miss.
 
-    The old region and the canonical op run on the same random float64 values, which are drawn several times.
+    The old region and the canonical op run on the same random float64 values, for several draws.
     """
     if core.dropout:
         if core.is_call:
-            return  # the call says what it does, and two random masks never agree
+            return  # the semantics of a call are known, and two random masks never agree
         raise Miss("attention dropout is active; expected evaluation or dropout 0", core.output)
     operands = tuple(dict.fromkeys((core.query.node, core.key.node, core.value.node)))
     try:
         region = Region(base, operands, core.output)
         _check_untouched(region, roles)
         inside = set(region.nodes)
-        beside = [s for s in core.scores.region.sides if s in inside] if core.scores else []  # a bias made of queries
+        beside = [s for s in core.scores.region.sides if s in inside] if core.scores else []  # bias from queries
         region = Region(base, (*operands, *beside), core.output)
         _prove(core, region, roles)
         key = ("verified", signature(region, roles.describe), _facts(core, region))
@@ -151,7 +151,7 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
 
 
 def _prove(core: Core, region: Region, roles: Roles) -> None:
-    """Prove the form, and set what rows without keys give. Raises Miss."""
+    """Prove the form, and record the output of rows without keys. Raises Miss."""
     proof = prove(region, core.softmax, roles)
     core.steps, core.zeroed = tuple(proof.steps), proof.zeroed
     if core.softmax is None or core.scores is None or core.sinks or proof.zeroed or proof.hides_nan:
@@ -194,7 +194,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _facts(core: Core, region: Region) -> tuple[Any, ...]:
-    """Return everything about a core that the check depends on, in terms that layers share."""
+    """Return everything about a core that the check depends on, in layer-independent terms."""
     places = {n: i for i, n in enumerate((*region.inputs, *region.sides, *region.nodes))}
     operands = [(places.get(o.node), o.steps) for o in (core.query, core.key, core.value)]
     mask = (places.get(core.mask.node), core.mask.steps) if core.mask else None
@@ -206,7 +206,7 @@ def _facts(core: Core, region: Region) -> tuple[Any, ...]:
 
 
 def _check_untouched(region: Region, roles: Roles) -> None:
-    """Raise Miss where something that could not be made functional changes a tensor of the region in place."""
+    """Raise Miss if a write that could not be functionalized changes a tensor of the region in place."""
     for node in (*region.inputs, *region.nodes, *region.sides) if roles.changed else ():
         writer = roles.changed.get(storage_root(node))
         if writer is not None:
@@ -217,7 +217,7 @@ def _check_untouched(region: Region, roles: Roles) -> None:
 
 
 def _difference(old: Tensor, new: Tensor, must_be_finite: bool) -> float:
-    """Return the largest relative difference; infinite where one of them is not finite and the other is."""
+    """Return the largest relative difference; infinite if only one of the two is finite somewhere."""
     if old.shape != new.shape or not torch.equal(old.isfinite(), new.isfinite()):
         return math.inf
     known = old.isfinite()
@@ -227,14 +227,14 @@ def _difference(old: Tensor, new: Tensor, must_be_finite: bool) -> float:
 
 
 def _gradient_difference(old: Tensor, new: Tensor, leaves: list[Tensor]) -> float:
-    """Return the largest difference of the gradients by every leaf, relative to the largest gradient."""
+    """Return the largest difference of the gradients of all leaves, relative to the largest gradient."""
     direction = torch.randn(old.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(old.device)
     try:
         expected = torch.autograd.grad(old, leaves, direction, allow_unused=True)
-    except RuntimeError:  # a region that has no gradient, as that of an operation of inference
+    except RuntimeError:  # a region without a gradient, such as an inference-only op
         return 0.0
     if not all(g is None or bool(g.isfinite().all()) for g in expected):
-        return 0.0  # a row of NaN: which operands its NaN reaches depends on the order of operations
+        return 0.0  # a row of NaN: the operands that its NaN reaches depend on the order of operations
     found = torch.autograd.grad(new, leaves, direction, allow_unused=True)
     pairs = [
         tuple(torch.zeros_like(leaf) if g is None else g for g in both)
@@ -246,7 +246,7 @@ def _gradient_difference(old: Tensor, new: Tensor, leaves: list[Tensor]) -> floa
 
 
 def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, differentiable: bool) -> Tensor:
-    """Compute for these values what `insert_canonical` puts into the graph, in the old layout."""
+    """Compute the graph inserted by `insert_canonical` for these values, in the old layout."""
 
     def value(node: fx.Node) -> Any:
         known = values[node] if node in values else base.example(node)
@@ -278,7 +278,7 @@ def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, diffe
 def _canonical_mask(
     core: Core, value: Any, values: Mapping[fx.Node, Any], differentiable: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return mask, sink logits, and where the model computes scores and does not overwrite them (where that counts)."""
+    """Return mask, sink logits, and where scores are not overwritten (if that matters)."""
     mask: Tensor | None = None
     sinks: Tensor | None = None
     allowed: Tensor | None = None
@@ -314,7 +314,7 @@ def _split_sinks(bias: Tensor, scores: Scores) -> tuple[Tensor | None, Tensor | 
 
 
 def _around(bias: Tensor, start: int, keys: int) -> Tensor:
-    """Return the columns before and behind those of the keys."""
+    """Return the columns before and after the keys."""
     return torch.cat((bias[..., :start], bias[..., start + keys :]), -1)
 
 
@@ -326,11 +326,11 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(h) for h in range(len(order)))
 
 
-# --------------------------------------------------------------------------------------------------- rewriting
+# --------------------------------------------------------------------------------------------------- rewrite
 
 
 def insert_canonical(program: Program, core: Core) -> fx.Node:
-    """Put the canonical node in place of the core; returns it."""
+    """Replace the core by the canonical node; return the node."""
     with program.graph.inserting_before(core.output):
         operands = [_insert(program, o.node, o.steps) for o in (core.query, core.key, core.value)]
         operands[0] = _scaled(program, operands[0], core)
@@ -361,14 +361,14 @@ def _insert(program: Program, node: fx.Node, steps: Steps) -> fx.Node:
 
 
 def _scaled(program: Program, query: fx.Node, core: Core) -> fx.Node:
-    """Apply the factors of the scores to the queries, and order heads by their kv heads."""
+    """Apply the score factors to the queries, and sort query heads by kv head."""
     for node, divides in core.factors:
         query = call(program, torch.div if divides else torch.mul, (query, node))
     return query if core.order is None else call(program, _take_heads, (query, list(core.order)))
 
 
 def _take_heads(tensor: Tensor, order: list[int]) -> Tensor:
-    """Return the heads of [B, H, ., .] in another order."""
+    """Reorder the heads of [B, H, ., .]."""
     return tensor.index_select(1, torch.tensor(order, device=tensor.device))
 
 
@@ -384,7 +384,7 @@ def _one_dtype(program: Program, operands: list[fx.Node]) -> list[fx.Node]:
 def _insert_mask(
     program: Program, core: Core, operands: list[fx.Node]
 ) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
-    """Insert mask, sink logits, and where the model does not overwrite scores; see `_canonical_mask`."""
+    """Insert mask, sink logits, and where scores are not overwritten; see `_canonical_mask`."""
     mask: fx.Node | None = None
     sinks: fx.Node | None = None
     allowed: fx.Node | None = None
@@ -413,9 +413,9 @@ def _in_order(program: Program, node: fx.Node | None, order: tuple[int, ...]) ->
 
 
 def _insert_bias(program: Program, core: Core, score: float) -> tuple[fx.Node | None, fx.Node | None]:
-    """Repeat the region on scores that are all `score`: one element where everything broadcasts, else of full size.
+    """Insert the region evaluated on scores that all equal `score`: one element if all broadcasts, else full size.
 
-    Of zeros it gives the bias; NaN stays where the region does not overwrite scores.
+    Zeros give the bias; NaN survives where the region does not overwrite scores.
     """
     assert core.scores is not None and core.product is not None
     bias = None
@@ -441,7 +441,7 @@ def _try_small_bias(program: Program, core: Core, score: float) -> fx.Node | Non
     assert core.product is not None
     before = core.output.prev
     try:
-        kind = fake(core.product.node)  # nothing of the queries: the mask stays a matter of its own
+        kind = fake(core.product.node)  # independent of the queries, so that the mask does not depend on them
         like = {"dtype": kind.dtype, "device": kind.device}
         blank = call(program, torch.full, ((1, 1, 1, 1), score), like)
         bias = _repeat_region(program, core, blank)
@@ -472,9 +472,9 @@ def _insert_result(program: Program, result: fx.Node, node: fx.Node, core: Core)
 
 
 def _with_strides(program: Program, result: fx.Node, node: fx.Node, core: Core) -> fx.Node:
-    """Keep the order of axes in memory that the core's result had, where anything sees it."""
+    """Restore the memory order of the core's original result, if a user of the result depends on it."""
     with on_fakes(fake_mode(program)):
-        canonical = [fake(node), *(in_order(fake(node), order) for order in LAYOUTS)]  # as it comes here, or elsewhere
+        canonical = [fake(node), *(in_order(fake(node), order) for order in LAYOUTS)]  # all memory orders
         layouts = [arrange(tensor, core.output_steps).to(fake(result).dtype) for tensor in canonical]
     if not is_layout_seen(program, core.output, layouts):
         return result

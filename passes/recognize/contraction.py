@@ -1,11 +1,11 @@
-"""A contraction of two tensors in any spelling: which axes are shared, which are summed, which belong to one side.
+"""A contraction of two tensors in any spelling: which axes are shared, summed, or from one operand only.
 
     torch.matmul(q, k.mT)                       left (b0, b1, m, k)   right (b0, b1, k, n)   result (b0, b1, m, n)
     torch.einsum("b i h d, b j h d -> b h i j", q, k)
     (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
     F.linear(x, w)      torch.inner(q, k)      torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :])
 
-Everything that follows reasons about labels, so no later stage knows how a product was written.
+All later stages work on labels, independently of the spelling of a product.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fhopt.passes.graph.nodes import argument, fake, op_name
 MATMUL = frozenset({"matmul", "linalg_matmul", "bmm", "mm", "__matmul__", "linear"})
 VECDOT = frozenset({"linalg_vecdot", "vecdot"})
 PERMUTATIONS = frozenset({"transpose", "permute", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "adjoint"})
-Axes = tuple[str, ...]  # one label an axis; "" for an axis of size one that is broadcast
+Axes = tuple[str, ...]  # one label per axis; "" for a broadcast axis of size one
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """A product result[axes] = sum of left[left_axes] * right[right_axes] over the labels that `axes` lacks."""
+    """A product result[axes] = sum of left[left_axes] * right[right_axes] over the labels missing from `axes`."""
 
     node: fx.Node
     left: fx.Node
@@ -45,7 +45,7 @@ class Contraction:
 
     @property
     def shared(self) -> frozenset[str]:
-        """Labels of both operands that the result keeps: batch and heads."""
+        """Labels of both operands that are also in the result: batch and heads."""
         return frozenset(self.left_axes) & frozenset(self.right_axes) & frozenset(self.axes) - {""}
 
     def swapped(self) -> Contraction:
@@ -56,7 +56,7 @@ class Contraction:
 
 
 def read_contraction(node: fx.Node) -> Contraction | None:
-    """Read the contraction that `node` computes, None when it is something else."""
+    """Parse the contraction that `node` computes, None for anything else."""
     name = op_name(node)
     if name == "einsum":
         result = _read_einsum(node)
@@ -99,7 +99,7 @@ def _read_matmul(node: fx.Node, name: str) -> Contraction | None:
 
 
 def _read_inner(node: fx.Node) -> Contraction | None:
-    """Read the product of all rows of two tensors: result[left rows, right rows]."""
+    """Parse the inner products of all rows of two tensors: result[left rows, right rows]."""
     left, right = argument(node, 0, "input", "self"), argument(node, 1, "other")
     if not _tensor(left) or not _tensor(right) or min(len(example_shape(n)) for n in (left, right)) < 1:
         return None
@@ -111,7 +111,7 @@ def _read_inner(node: fx.Node) -> Contraction | None:
 
 
 def _read_vecdot(node: fx.Node) -> Contraction | None:
-    """Read the product of two tensors, with broadcasting, summed over one axis."""
+    """Parse a broadcast product of two tensors, summed over one axis."""
     left, right = argument(node, 0, "x", "input", "self"), argument(node, 1, "y", "other")
     if not _tensor(left) or not _tensor(right):
         return None
@@ -120,7 +120,7 @@ def _read_vecdot(node: fx.Node) -> Contraction | None:
 
 
 def _aligned(shape: Sequence[int], result: Sequence[int]) -> Axes:
-    """Return labels b0, b1, ... of batch axes, aligned at the right as broadcasting does; "" for a broadcast axis."""
+    """Return labels b0, b1, ... of batch axes, right-aligned as in broadcasting; "" for a broadcast axis."""
     offset = len(result) - len(shape)
     return tuple("" if n == 1 and result[offset + i] != 1 else f"b{offset + i}" for i, n in enumerate(shape))
 
@@ -171,7 +171,7 @@ def _read_einsum(node: fx.Node) -> Contraction | None:
 
 
 def _from_sublists(arguments: tuple[Any, ...]) -> tuple[str, list[Any]]:
-    """Write einsum(a, [0, 1], b, [1, 2], [0, 2]) as an equation; "" without axes of the result."""
+    """Convert einsum(a, [0, 1], b, [1, 2], [0, 2]) to an equation; "" without axes of the result."""
     operands, lists = list(arguments[0::2]), list(arguments[1::2])
     if len(arguments) % 2 == 0 or not all(isinstance(i, int) for term in lists for i in term):
         return "", []
@@ -203,7 +203,7 @@ def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[list[Axes], Axes]
 
 
 def _read_sum(node: fx.Node) -> Contraction | None:
-    """Read (a * b).sum(axis), with broadcasting."""
+    """Parse (a * b).sum(axis), with broadcasting."""
     product, axis = argument(node, 0, "input", "self"), argument(node, 1, "dim", "axis")
     if not isinstance(product, fx.Node) or op_name(product) not in {"mul", "multiply"} or not _tensor(product):
         return None
@@ -217,7 +217,7 @@ def _read_sum(node: fx.Node) -> Contraction | None:
 def _summed_product(
     node: fx.Node, left: fx.Node, right: fx.Node, full: Sequence[int], axis: int, keep: bool = False
 ) -> Contraction | None:
-    """Read the sum over an axis of a product with broadcasting, of these sizes before it is summed."""
+    """Parse a broadcast product of shape `full`, summed over one axis."""
     summed = axis % len(full)
     a, b = (_aligned(example_shape(n), full) for n in (left, right))
     if f"b{summed}" not in a or f"b{summed}" not in b:
@@ -227,7 +227,7 @@ def _summed_product(
 
 
 def _peeled(node: fx.Node, axes: Axes, side: str) -> dict[str, Any]:
-    """Return the operand before exchanges of axes: `k.transpose(-1, -2)` is k with its labels exchanged."""
+    """Return the operand before axis permutations: `k.transpose(-1, -2)` is k with its labels permuted."""
     while op_name(node) in PERMUTATIONS and len(node.all_input_nodes) == 1:
         source = node.all_input_nodes[0]
         order = permutation(node, len(example_shape(source)))
@@ -241,7 +241,7 @@ def _peeled(node: fx.Node, axes: Axes, side: str) -> dict[str, Any]:
 
 
 def permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
-    """Return which axis of its input each axis of a node is, where it only exchanges axes; read by running it."""
+    """Return the input axis of each output axis if the node only permutes axes, by running it; None otherwise."""
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
     arguments, options = fx.node.map_arg((node.args, node.kwargs), lambda n: probe)
     try:

@@ -1,6 +1,6 @@
-"""Random values of what flows into a part of a graph: masks, biases, temperatures, symbolic numbers.
+"""Random values for the inputs of a graph region: masks, biases, temperatures, symbolic numbers.
 
-Nothing that a check by execution reads may keep the value of one call, but what is made of literals only.
+A numerical check must not depend on the example values of one call, except those computed from literals only.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SELECTING = frozenset({"index", "gather", "take_along_dim", "written", "index_fi
 
 
 def random_sides(region: Region, roles: Roles, draw: str = MILD) -> dict[fx.Node, Any]:
-    """Draw a value for everything that flows into a region and is not made of literals only.
+    """Draw a value for every input of a region that is not computed from literals only.
 
-    One computation has one value, however often it stands in the graph, and a mask's complement is its complement.
-    Integers that select elements keep their value, which is a choice of places; booleans in numbers stay 0 and 1.
+    Equal computations get one value, however often the graph repeats them, and a negated mask gets the complement.
+    Integers that select elements keep their example value; numeric booleans stay 0 and 1.
     """
     values: dict[fx.Node, Any] = {}
     order: dict[int, int] = {}
@@ -65,10 +65,10 @@ def _drawn(side: fx.Node, dtype: torch.dtype, seed: int, draw: str, selects: boo
 
 
 def _mask(numbers: Tensor, draw: str) -> Tensor:
-    """Make a random mask of random numbers, in which rows (over the last axis) see nothing or everything."""
+    """Convert random values to a mask; after the first draw, some rows (over the last axis) are all False or True."""
     mask = numbers > -0.5
     if mask.numel() > 1 and bool(mask.all()):
-        mask = numbers > numbers.min()  # a mask that hides nothing would not be noticed
+        mask = numbers > numbers.min()  # an all-True mask would go undetected
     if draw == MILD or mask.dim() < 1:
         return mask
     rows = mask.reshape(-1, mask.shape[-1]) if mask.numel() else mask
@@ -80,7 +80,7 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
 
 
 def _is_binary(side: fx.Node) -> bool:
-    """Return whether a tensor of numbers is a cast of booleans."""
+    """Return whether a float tensor is a cast of booleans."""
     node = side
     while op_name(node) in MOVEMENT | CASTS and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -93,12 +93,12 @@ def _is_binary(side: fx.Node) -> bool:
 
 
 def _selects(side: fx.Node, region: Region) -> bool:
-    """Return whether integers of a side select elements in the region."""
+    """Return whether the integers of a side select elements in the region."""
     return any(op_name(user) in MOVEMENT | SELECTING for user in side.users if user in region.nodes)
 
 
 def _is_number(side: fx.Node, region: Region) -> bool:
-    """Return whether a symbolic number is computed with in the region, and is no size there."""
+    """Return whether a symbolic number is an operand in the region, and not a size."""
     users = [user for user in side.users if user in region.nodes]
     is_numeric = isinstance(fake(side), (int, float, torch.SymInt, torch.SymFloat))
     return is_numeric and bool(users) and not any(op_name(user) in SIZED | MOVEMENT | SELECTING for user in users)

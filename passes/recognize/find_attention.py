@@ -1,12 +1,12 @@
-"""Describe every `fhopt::attention` node as an `AttentionSite`: what projects into it, how it rotates, what it caches.
+"""Descriptions of `fhopt::attention` nodes as `AttentionSite`: projections, rotation, mask, cache.
 
     q = rope(q_proj(x))   k = rope(k_proj(x))   v = v_proj(x)           AttentionSite(
     o = fhopt.attention(q, k, v, mask)                         ->          "model.layers.0.self_attn", H=9, G=3, D=64,
     y = o_proj(o)                                                          rope half of 64, mask causal, ...)
 
-A cut point is a projection or a cache input (`roles`). What lies between cut and core is classified by running it on
-random float64 numbers: is it affine? does it depend on the position, and if so, is it a rotation, of which pairs and
-by which angles? No spelling of RoPE is matched.
+A cut point is a projection or a cache input (`roles`). The nodes between cut and core are classified by running them
+on random float64 values: are they affine? do they depend on the position, and if so, are they a rotation, of which
+pairs and by which angles? No spelling of RoPE is matched.
 
 Letters: B batch, H query heads, G kv heads, T keys, D head size, F rotary frequencies.
 """
@@ -39,13 +39,13 @@ from fhopt.passes.recognize.node_roles import (
 from fhopt.plan.site import AttentionSite, Rope
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
-FORWARD = 24  # nodes that are searched between a core and its output projection
-ROUNDED, ROUNDED_STEPS = 2.0**-7, 7  # of sines and cosines in 16 bits: relative errors; least positions that show it
+FORWARD = 24  # search depth from a core to its output projection, in nodes
+ROUNDED, ROUNDED_STEPS = 2.0**-7, 7  # 16-bit sines and cosines: relative error; min positions
 
 
 @dataclass(frozen=True)
 class FindAttention:
-    """The pass `find_attention`, which only reads. tolerance: relative, for float64 runs with float32 side inputs."""
+    """The analysis pass `find_attention`. tolerance: relative, for float64 runs with float32 side inputs."""
 
     name: str = "find_attention"
     tolerance: float = 1e-5
@@ -55,7 +55,7 @@ class FindAttention:
         return [n for n in program.graph.nodes if n.target is torch.ops.fhopt.attention.default]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> AttentionSite:
-        """Describe the site at `node`. Raises Miss without projections, or when it already reads a latent."""
+        """Describe the site at `node`. Raises Miss without projections, or if it already runs on a latent."""
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
         cuts, names = _cuts(node, roles)
         _check_cuts(node, cuts, names)
@@ -92,7 +92,7 @@ class FindAttention:
     def _classify(self, key: fx.Node, cut: Cut, roles: Roles, base: Evaluator) -> tuple[bool, Rope | None]:
         """Return (whether the key is affine in its projection, the rotation between them)."""
         if not cut.projections or cut.caches:
-            return True, None  # the new token alone shows no rotation: prefill is where it is seen
+            return True, None  # decode shows no rotation of a single new token; prefill does
         region = Region(base, [p.node for p in cut.projections], key)
         features = tuple(p.features for p in cut.projections)
         structure = (
@@ -115,7 +115,7 @@ class FindAttention:
             }
             try:
                 return region.run(values) if region.nodes else values[key]
-            except Exception as error:  # a user's node may raise anything
+            except Exception as error:  # user code may raise anything
                 raise Miss(f"the part between key projection and attention could not be run ({error})", key) from error
 
         first, second, zero, both = run(1, 0), run(0, 1), run(0, 0), run(1, 1)
@@ -125,13 +125,13 @@ class FindAttention:
 
 
 def site_name(node: fx.Node, roles: Roles) -> str:
-    """Name of the site at an attention node, also of one that is no `AttentionSite`."""
+    """Return the name of the site at an attention node, even if it is not an `AttentionSite`."""
     names = _cuts(node, roles)[1]
     return _site_name(names) if any(names.values()) else node.name
 
 
 def reader_name(site: AttentionSite, others: Iterable[AttentionSite]) -> str:
-    """Return the name of a site; where it reads the keys and values of one of `others`, that of its own projections."""
+    """Return a site's name; if it shares keys and values with one of `others`, the path of its own projections."""
     weights = site.cached_weights
     if weights and any(s.cached_weights == weights and s.projections["q"] != site.projections["q"] for s in others):
         return common_path([*site.projections["q"], *site.projections["o"]]) or site.name
@@ -139,7 +139,7 @@ def reader_name(site: AttentionSite, others: Iterable[AttentionSite]) -> str:
 
 
 def _describe_side(side: fx.Node, roles: Roles) -> object:
-    """Describe a side input between projection and key: a norm's weight by its shape, an angle by its value."""
+    """Describe a side input between projection and key: a norm weight by shape, an angle by value."""
     return roles.describe(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
 
 
@@ -147,7 +147,7 @@ def _describe_side(side: fx.Node, roles: Roles) -> object:
 
 
 def _row(projection: Projection, seed: int) -> Tensor:
-    """Draw random features, the same at every token, on the projection's device."""
+    """Draw random features, identical for all tokens, on the projection's device."""
     sizes = example_shape(projection.node)
     generator = torch.Generator().manual_seed(seed + 1)
     kept = [n if i in projection.features else 1 for i, n in enumerate(sizes)]
@@ -155,7 +155,7 @@ def _row(projection: Projection, seed: int) -> Tensor:
 
 
 def _cuts(node: fx.Node, roles: Roles) -> tuple[dict[str, Cut], dict[str, tuple[str, ...]]]:
-    """Return where queries, keys and values are cut, and the weights of each and of the output projection."""
+    """Return the cut points of queries, keys and values, and the weights of each and of the output projection."""
     query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
     cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
     names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
@@ -165,7 +165,7 @@ def _cuts(node: fx.Node, roles: Roles) -> tuple[dict[str, Cut], dict[str, tuple[
 
 
 def _check_cuts(node: fx.Node, cuts: dict[str, Cut], names: dict[str, tuple[str, ...]]) -> None:
-    """Raise Miss where nothing projects: similarities of a tensor with itself, pooling, lookups."""
+    """Raise Miss without projections: self-similarity of a tensor, pooling, lookups."""
     for role, what in (("q", "queries"), ("k", "keys")):
         if not names[role] and not (role == "k" and cuts["k"].caches):
             source = "which are embeddings" if cuts[role].lookups else "which are an input or a constant"
@@ -181,10 +181,10 @@ def _site_name(names: dict[str, tuple[str, ...]]) -> str:
 
 
 def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
-    """Return the width of a latent that keys and values are already projected from, 0 where there is none.
+    """Return the width of the latent from which keys and values are projected, 0 without one.
 
-    DeepSeek-V2 (section 2.1.2): keys and values come from one narrow projection of the input that the queries are
-    projected from too, directly or through a narrow projection of their own; and it is this that is cached.
+    DeepSeek-V2 (section 2.1.2): keys and values come from one narrow projection of the input from which queries are
+    also projected, directly or through a narrow projection of their own. The cache stores this narrow projection.
     """
     if not cuts["k"].projections or not cuts["v"].projections:
         return 0
@@ -195,7 +195,7 @@ def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
     sources = set()
     for projection in cuts["q"].projections:
         if view_root(projection.activation) is view_root(cuts["v"].projections[0].activation):
-            return 0  # queries read the same activation: an ordinary block behind a projection
+            return 0  # queries use the same activation: an ordinary block after a projection
         sources.add(view_root(projection.activation))
         sources |= {view_root(p.activation) for p in roles.cut(projection.activation).projections}
     narrow = sum(example_shape(down.node)[i] for i in down.features)
@@ -206,7 +206,7 @@ def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
 
 
 def _input_width(projection: Projection) -> int:
-    """Return how many features of its activation a projection reads for each row."""
+    """Return the number of input features per row of a projection."""
     sizes, node = example_shape(projection.activation), projection.node
     if op_name(node) in CONVOLUTION:
         return sizes[1] if len(sizes) == len(example_shape(node)) else sizes[0]
@@ -218,7 +218,7 @@ def _input_width(projection: Projection) -> int:
 
 
 def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:
-    """Return the weights of the first projection behind the attention, before it joins the residual stream."""
+    """Return the weights of the first projection after the attention, before it joins the residual stream."""
     frontier, seen = [node], {node}
     for _ in range(FORWARD):
         if not frontier:
@@ -246,7 +246,7 @@ def _stays_inside(node: fx.Node, seen: set[fx.Node], roles: Roles) -> bool:
 
 
 def _kind(cuts: dict[str, Cut]) -> str:
-    """Return "self" when queries and keys are projected from the same activation, else "cross"."""
+    """Return "self" if queries and keys are projected from the same activation, else "cross"."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
         return {view_root(p.activation) for p in cut.projections}
@@ -278,7 +278,7 @@ def _mask_kind(node: fx.Node, roles: Roles, base: Evaluator) -> tuple[str, int]:
 
 
 def rotation(key: Tensor, tolerance: float) -> Rope | None:
-    """Return the rotation of a key [B, G, T, D] made from the same row at every token, None without one."""
+    """Return the rotation of a key [B, G, T, D] with identical rows at all tokens, None without one."""
     rows = key[0, 0]  # [T, D]
     if rows.shape[0] < 2:
         return None
@@ -287,7 +287,7 @@ def rotation(key: Tensor, tolerance: float) -> Rope | None:
     if not moves.numel():
         return None
     offset, size = int(moves[0]), int(moves[-1]) + 1 - int(moves[0])
-    spans = (offset, size), (0, offset + size)  # the slowest frequencies may not seem to move
+    spans = (offset, size), (0, offset + size)  # the slowest frequencies may seem constant
     for pairing, blocks in (("half", 1), ("interleaved", 1), ("half", 2), ("half", 3)):
         for start, length in spans:
             rope = _as_rotation(rows, pairing, blocks, start, length, tolerance * float(scale))
@@ -302,10 +302,10 @@ def rotation(key: Tensor, tolerance: float) -> Rope | None:
 
 
 def _as_rounded_rotation(rows: Tensor, pairing: str, offset: int, size: int) -> Rope | None:
-    """Return the rotation by sines and cosines that the graph rounds to 16 bits, as those of models in bfloat16.
+    """Return the rotation if the graph rounds sines and cosines to 16 bits, as bfloat16 models do.
 
-    Each angle is measured over one step, over two, four and so on to the last, so that what rounding adds is divided by
-    the number of steps; then by least squares over all positions, since keys are turned by it over many thousands.
+    Each angle is measured over one step, two, four and so on up to the last, which divides the rounding error by the
+    number of steps, then fitted by least squares over all positions: keys are rotated by it over many thousands.
     """
     last = len(rows) - 1
     if size % 2 or last < ROUNDED_STEPS:

@@ -1,13 +1,12 @@
-"""Find the language-model head behind the logits of a graph: which weight makes them, from what, and what comes after.
+"""Detection of the LM head in a graph: its weight, its input, and the operations from product to logits.
 
     x      = norm(h)                                       HeadSite(
     y      = x @ embedding.weight.T  (+ bias)      ->        "lm_head.weight", V=49152, C=576, bias, scale, softcap,
     logits = softcap * tanh(scale * y / softcap)             hidden=%x, product=%y, logits=%logits)
 
-No spelling is matched: the head is the one projection that the logits depend on without passing another. That it is
-`x W^T` of one parameter as it is stored, and that what follows only adds a bias, scales by a positive number and caps,
-is tested by running both on random float64 numbers. All of these keep the order of logits, so that a search for the
-largest products is a search for the largest logits.
+No spelling is matched: the head is the only projection between the logits and the other projections. Runs on random
+float64 values test that it is `x W^T` of one parameter as stored, and that later operations only add a bias, scale by a
+positive number and cap. All of these preserve the order of logits, so the largest products are the largest logits.
 
 Letters: V vocabulary, C width of the hidden states.
 """
@@ -26,18 +25,18 @@ from fhopt.passes.graph.program import Program, module_path
 from fhopt.passes.recognize.node_roles import LOOKUP, Projection, Roles, view_root
 
 LEAST_VOCABULARY = 2
-FAR = 1e6  # a logit that a cap has flattened
-NEAR = 1e-3  # one that it leaves alone
+FAR = 1e6  # a logit in the flat part of a softcap
+NEAR = 1e-3  # a logit in the linear part of a softcap
 
 
 @dataclass(frozen=True)
 class HeadSite:
     """A language-model head: logits = cap(scale * (x W^T + b)).
 
-    weight: qualified name of the parameter [vocabulary, width]. bias: of the parameter [vocabulary], "" without one;
-    where it is added to the product in another call, it is found by its value. module: path of the module in whose
-    forward the product is, "" for that of the whole model. tied: the weight is looked up as an embedding, too. scale:
-    what the products are multiplied by; softcap: 0 without one. hidden, product, logits: names of the nodes.
+    weight: qualified name of the parameter [vocabulary, width]. bias: name of the parameter [vocabulary], "" without
+    one; a bias added in a separate call is identified by its value. module: path of the module in whose forward the
+    product is computed, "" for the whole model. tied: the weight is also an embedding table. scale: factor of the
+    products; softcap: 0 without one. hidden, product, logits: node names.
     """
 
     weight: str
@@ -56,7 +55,7 @@ class HeadSite:
 
 @dataclass(frozen=True)
 class FindHead:
-    """The pass `find_head`, which only reads. tolerance: relative, for float64 runs with float32 weights."""
+    """The analysis pass `find_head`. tolerance: relative, for float64 runs with float32 weights."""
 
     name: str = "find_head"
     tolerance: float = 1e-5
@@ -68,7 +67,7 @@ class FindHead:
         return [n for n, v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> HeadSite:
-        """Describe the head that makes the logits `node`. Raises Miss."""
+        """Describe the head that computes the logits `node`. Raises Miss."""
         projection = _only_projection(node, roles)
         weight, bias = _parameters(projection, program)
         self._check_product(projection, program.values[weight], base)
@@ -92,7 +91,7 @@ class FindHead:
         )
 
     def _check_product(self, projection: Projection, weight: Tensor, base: Evaluator) -> None:
-        """Check that the product is x W^T (+ bias) of the parameter as it is stored. Raises Miss."""
+        """Check that the product is x W^T (+ bias) of the parameter as stored. Raises Miss."""
         node, hidden = projection.node, projection.activation
         if example_shape(hidden)[-1] != weight.shape[1] or example_shape(node)[-1] != weight.shape[0]:
             raise Miss(
@@ -107,14 +106,14 @@ class FindHead:
             raise Miss("the head is not the product of hidden states with a parameter as it is stored", node)
 
     def _after(self, product: fx.Node, logits: fx.Node, base: Evaluator) -> tuple[float, float, Tensor | None]:
-        """Return (scale, softcap, what is added to the logits [V] or None) between product and logits. Raises Miss."""
+        """Return (scale, softcap, bias added after the product [V] or None). Raises Miss."""
         if product is logits:
             return 1.0, 0.0, None
         try:
             region = Region(base, [product], logits)
             zeros = torch.zeros_like(random_like(product))
             start = region.run({product: zeros})
-        except Exception as error:  # a user's node may raise anything
+        except Exception as error:  # user code may raise anything
             raise Miss(f"the part between head and logits could not be run ({error})", logits) from error
         if start.numel() != zeros.numel() or start.shape[-1] != zeros.shape[-1]:
             shape = tuple(zeros.shape)
@@ -130,7 +129,7 @@ class FindHead:
         if not slope > 0:
             raise Miss(f"the logits are {slope:.3g} times the products; expected a positive factor", logits)
         softcap = cap if cap < 0.5 * slope * FAR else 0.0
-        for size in (1.0, 30.0):  # on both sides of the bend of a cap
+        for size in (1.0, 30.0):  # in the linear and the flat part of a cap
             result = region.run({product: size * x}) - start
             scaled = scale * size * x.reshape(result.shape)
             if not self._same(result, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
@@ -190,7 +189,7 @@ def _is_tied(program: Program, weight: str) -> bool:
 
 
 def _plain(number: float) -> float:
-    """Round away the error of the float32 numbers that a factor was measured through."""
+    """Round away the float32 error of a measured factor."""
     return float(f"{number:.6g}")
 
 

@@ -1,12 +1,12 @@
-"""Find the latents that a model already keeps: the narrowest tensors that keys and values follow from.
+"""Detection of the latents that a model already caches: the narrowest tensors that determine keys and values.
 
     z = norm(down(x))        [B, T, R]       narrowest_latents(k, v) -> (z, r)
     r = rope(x)              [B, T, P]
     k, v = split(up(z)); k = cat(k, r)
 
-A latent has one row for each token, and keys and values follow from it by affine steps. The latents are a minimum cut
-of the graph behind keys and values, nearest to the attention where several cuts are as narrow. No spelling of a step is
-matched: each node is run on random float64 numbers, and is part of the expansion if it is affine.
+A latent has one row per token, and keys and values are affine functions of it. The latents are a minimum cut of the
+graph upstream of keys and values; of equally narrow cuts, the one nearest to the attention. No spelling of a step is
+matched: each node is run on random float64 values, and belongs to the expansion if it is affine.
 
 Letters: B batch, T tokens, R latent width, P width of a rotated part.
 """
@@ -26,15 +26,15 @@ from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random
 from fhopt.passes.graph.nodes import fake, is_in_place, op_name, shape
 from fhopt.passes.recognize.node_roles import Kind, Roles, view_root
 
-BLANK = frozenset({"new_empty", "empty_like", "new_zeros", "zeros_like", "empty"})  # no values yet: 0 serves as well
-REACH = 200  # nodes that are searched behind keys and values
-ENOUGH = 40  # tokens that steps are run on, where the example has more
+BLANK = frozenset({"new_empty", "empty_like", "new_zeros", "zeros_like", "empty"})  # evaluated as 0
+REACH = 200  # search depth upstream of keys and values, in nodes
+ENOUGH = 40  # tokens for running steps, if the example has more
 
 
 def narrowest_latents(key: fx.Node, value: fx.Node, roles: Roles, base: Evaluator) -> tuple[fx.Node, ...]:
-    """Return the narrowest latents behind keys and values, those of the values first.
+    """Return the narrowest latents upstream of keys and values, those of the values first.
 
-    Raises Miss when keys and values themselves are as narrow.
+    Raises Miss if keys and values themselves are as narrow.
     """
     flow, stops = _flow(key, value, roles, base)
     own = [numbers_per_token(n, key) for n in dict.fromkeys((key, value))]
@@ -53,9 +53,9 @@ def narrowest_latents(key: fx.Node, value: fx.Node, roles: Roles, base: Evaluato
 
 
 def _flow(key: fx.Node, value: fx.Node, roles: Roles, base: Evaluator) -> tuple[nx.DiGraph, list[fx.Node]]:
-    """Return the flow network of affine steps that lead to keys and values, and the nodes that are not affine.
+    """Return the flow network of affine steps leading to keys and values, and the nodes that are not affine.
 
-    A node is an edge from (node, 0) to (node, 1) whose capacity is its numbers per token; "start" is the source.
+    A node is an edge from (node, 0) to (node, 1) with capacity = elements per token; "start" is the source.
     """
     flow: nx.DiGraph = nx.DiGraph()
     stops: list[fx.Node] = []
@@ -80,7 +80,7 @@ def _flow(key: fx.Node, value: fx.Node, roles: Roles, base: Evaluator) -> tuple[
 
 
 def _cut(flow: nx.DiGraph, ends: list[fx.Node], key: fx.Node) -> list[fx.Node]:
-    """Return the narrowest nodes between "start" and `ends`; of several such sets the one nearest to `ends`."""
+    """Return the narrowest nodes between "start" and `ends`; of several such sets, the one nearest to `ends`."""
     whole = flow.copy()
     whole.add_edges_from(((end, 1), "end") for end in ends)
     try:
@@ -91,7 +91,7 @@ def _cut(flow: nx.DiGraph, ends: list[fx.Node], key: fx.Node) -> list[fx.Node]:
 
 
 def _moving(node: fx.Node, roles: Roles) -> list[fx.Node]:
-    """Return the tensors that `node` is computed from, without weights, indices and tensors read for their shape."""
+    """Return the tensors `node` is computed from, except weights, indices and tensors used only for their shape."""
     moving: dict[fx.Node, None] = {}
     stack = [] if op_name(node) in BLANK else list(node.all_input_nodes)
     while stack:
@@ -110,7 +110,7 @@ def _is_whole(value: Tensor) -> bool:
 
 
 def _is_affine(node: fx.Node, key: fx.Node, roles: Roles, base: Evaluator) -> bool:
-    """Return whether `node` is affine in its inputs at every position, by running it on random numbers."""
+    """Return whether `node` is affine in its inputs at every position, by running it on random values."""
     if is_in_place(node) or not isinstance(fake(node), Tensor):
         return False
     inputs = _moving(node, roles)
@@ -127,21 +127,21 @@ def _is_affine(node: fx.Node, key: fx.Node, roles: Roles, base: Evaluator) -> bo
 
 
 def _holds(region: Region, inputs: list[fx.Node], blank: list[fx.Node], reduced: Mapping[int, int]) -> bool:
-    """Return whether f(a + b) = f(a) + f(b) - f(0) for the region, on random numbers."""
+    """Return whether f(a + b) = f(a) + f(b) - f(0) for the region, on random values."""
     try:
         with smaller(reduced):
             zeros = {n: torch.zeros_like(random_like(n)) for n in (*inputs, *blank)}
             first, second = ({n: random_like(n, 2 * i + j) for i, n in enumerate(inputs)} for j in range(2))
             both = {n: first[n] + second[n] for n in inputs}
             one, other, total, zero = (region.run(zeros | x) for x in (first, second, both, {}))
-    except Exception:  # a user's node may raise anything
+    except Exception:  # user code may raise anything
         return False
     bound = 1e-6 * float(total.abs().max().clamp_min(1e-30))  # sides are float32
     return bool(((total - one - other + zero).abs() <= bound).all())
 
 
 def _varies_by_token(side: fx.Node, key: fx.Node) -> bool:
-    """Return whether a side input may differ from token to token: it has a token axis and is not stored."""
+    """Return whether a side input may differ between tokens: it has a token axis and is not stored."""
     sizes = shape(side)
     stored = view_root(side).op in {"placeholder", "get_attr"}
     return sizes is not None and not stored and any(_is_same(n, shape(key)[2]) for n in sizes)  # type: ignore[index]
@@ -163,7 +163,7 @@ def token_axes(node: fx.Node, key: fx.Node) -> list[tuple[int, int]]:
 
 
 def numbers_per_token(node: fx.Node, key: fx.Node) -> int:
-    """Return how many numbers a node has per token, 0 where it has no token axis."""
+    """Return the elements per token of a node, 0 without a token axis."""
     value = fake(node)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not token_axes(node, key):
         return 0

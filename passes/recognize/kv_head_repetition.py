@@ -1,13 +1,12 @@
-"""Undo the repetition of kv heads in any spelling: keys and values are read from before it.
+"""Removal of kv-head repetition in any spelling: the core gets keys and values from before the repetition.
 
     before                                              after
     k = repeat_kv(k)   [B, G, T, D] -> [B, H, T, D]     o = fhopt.attention(q, k, v)      with k, v [B, G, T, D]
     o = fhopt.attention(q, k, v)
 
-A cast behind the repetition to a type that holds the same numbers is left out: the core's products have the widest type
-of their operands. No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the
-result is compared with each of its heads. Where heads are shared in another order than in blocks, the queries are put
-in that order.
+A lossless cast after the repetition is dropped: the core computes in the widest dtype of its operands. No spelling is
+matched: an ancestor with fewer heads is run on random values, and each head of the result is compared with each of its
+heads. If heads are shared in an order other than blocks, the queries are reordered accordingly.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 
 TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
 CASTS = frozenset({"float", "double", "to", "_to_copy", "type"})
-EQUAL = 1e-12  # relative; a factor that is made of several rounds in float64
-DEPTH = 10  # nodes that are searched behind a repeated key
+EQUAL = 1e-12  # relative; tolerates several float64 roundings of a factor
+DEPTH = 10  # search depth upstream of a repeated key, in nodes
 
 
 @dataclass
 class Operand:
-    """One input of a core, and the methods that bring it to [B, heads, tokens, channels]."""
+    """One input of a core, and the methods that convert it to [B, heads, tokens, channels]."""
 
     node: fx.Node
     steps: Steps = ()
@@ -44,9 +43,9 @@ class Operand:
 
 @dataclass(frozen=True)
 class Repeated:
-    """An operand before its repetition, and for each query head the kv head that it reads.
+    """An operand before its repetition, and the kv head of each query head.
 
-    factor: what it is multiplied by after the repetition.
+    factor: applied to it after the repetition.
     """
 
     operand: Operand
@@ -55,15 +54,15 @@ class Repeated:
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """Query heads sorted by kv head; None where they are sorted already."""
+        """Query heads sorted by kv head; None if they are sorted already."""
         order = tuple(sorted(range(len(self.heads)), key=lambda h: self.heads[h]))
         return order if order != tuple(range(len(order))) else None
 
 
 def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated | None:
-    """Return the nearest ancestor with fewer heads from which the operand takes heads, scaled by a number at most.
+    """Return the nearest ancestor with fewer heads that gives the operand by selecting heads and scaling.
 
-    None where there is none.
+    None without such an ancestor.
     """
     final = operand.sizes
     if final[1] != heads or heads == 1:
@@ -83,16 +82,16 @@ def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated
 
 
 def _widens(node: fx.Node, source: fx.Node) -> bool:
-    """Return whether the node casts its one tensor to a type that holds the same numbers."""
+    """Return whether the node losslessly casts its one tensor to a wider dtype."""
     before, after = fake(source), fake(node)
     if op_name(node) not in CASTS or before.shape != after.shape or before.device != after.device:
         return False
-    floats = {t for t in (before.dtype, after.dtype) if t.is_floating_point} <= set(FLOATS)  # 8 bits have no promotion
+    floats = {t for t in (before.dtype, after.dtype) if t.is_floating_point} <= set(FLOATS)  # 8-bit: no promotion
     return floats and bool(torch.promote_types(before.dtype, after.dtype) == after.dtype)
 
 
 def _scale(node: fx.Node) -> float | None:
-    """Return the number, not 0, by which the node multiplies its one tensor; None where it does anything else."""
+    """Return the nonzero number by which the node multiplies its one tensor; None for any other operation."""
     divides = op_name(node) in DIVISION
     if not (divides or op_name(node) in MULTIPLICATION) or len(node.args) != 2 or node.kwargs:
         return None
@@ -103,7 +102,7 @@ def _scale(node: fx.Node) -> float | None:
 
 
 def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
-    """Return the exchanges of axes that make [B, fewer heads, T, D] of a tensor."""
+    """Return the axis permutations that give [B, fewer heads, T, D]."""
     if len(sizes) == 3:
         return [(("unsqueeze", (1,)),)] if sizes == (final[0], final[2], final[3]) else []
     if len(sizes) != 4:
@@ -117,7 +116,7 @@ def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
 
 
 def _selects(side: fx.Node) -> bool:
-    """Return whether a side is a tensor of integers or booleans, by which elements are taken."""
+    """Return whether a side is an integer or boolean tensor, which selects elements."""
     value = fake(side)
     return isinstance(value, Tensor) and not value.is_floating_point()
 
@@ -125,14 +124,14 @@ def _selects(side: fx.Node) -> bool:
 def _heads_taken(
     source: fx.Node, steps: Steps, operand: Operand, factor: float, base: Evaluator
 ) -> tuple[int, ...] | None:
-    """Return for each head of the operand the head of `source` that it is `factor` times; None for anything else."""
+    """For each head of the operand, return the head of `source` that it is `factor` times; None for anything else."""
     probe = random_like(source)
     region = Region(base, [source], operand.node)
     if not all(is_fixed(side) for side in region.sides if _selects(side)):
         return None
     try:
         result = arrange(region.run({source: probe}), operand.steps)
-    except Exception:  # any failure of the region means that it is not a plain repetition
+    except Exception:  # if the region fails, it is not a plain repetition
         return None
     few = arrange(probe, steps) * factor
     taken = []

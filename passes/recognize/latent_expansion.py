@@ -1,10 +1,10 @@
-"""Read how keys or values are expanded from latents: one affine map for all tokens, x = D z + c.
+"""The expansion of latents to keys or values, as one affine map for all tokens: x = D z + c.
 
-    x = split(up(z)); x = cat(x, r)      ->     x = D cat(z, r) + c      D [G, D, R], c [G, D], made of the weights
+    x = split(up(z)); x = cat(x, r)      ->     x = D cat(z, r) + c      D [G, D, R], c [G, D], computed from weights
 
-The part of the graph between latents and keys (or values) is cut out as a program of its own and run on unit vectors,
-which gives D and c. It is checked on other numbers, with random weights in place of the model's: what holds then holds
-for any weights. D and c are computed from the weights of each call (`Bound`), never baked into the graph.
+The part of the graph between latents and keys (or values) is extracted as a program and run on unit vectors, which
+gives D and c. It is checked on other values with random weights instead of the model's, so that the result holds for
+any weights. D and c are computed from the weights of each call (`Bound`), never baked into the graph.
 
 Letters: B batch, G kv heads, T tokens, D head size, R latent width.
 """
@@ -27,12 +27,12 @@ from fhopt.passes.graph.program import Program
 from fhopt.passes.recognize.kept_latents import BLANK, ENOUGH, numbers_per_token, token_axes
 from fhopt.passes.recognize.node_roles import Kind, Roles
 
-CHOICES = 6  # choices of batch and token axes that are tried
+CHOICES = 6  # max combinations of batch and token axes to try
 
 
 @dataclass(frozen=True)
 class LatentAxes:
-    """Sizes of a latent, and which of its axes are batch and tokens."""
+    """The sizes of a latent, and its batch and token axes."""
 
     sizes: tuple[int, ...]
     batch: int
@@ -50,16 +50,16 @@ class LatentAxes:
         return math.prod(self.sizes) // (self.sizes[self.batch] * self.sizes[self.tokens])
 
     def arranged(self, rows: Tensor) -> Tensor:
-        """Return rows [B, T, R] in the layout that the graph has."""
+        """Return rows [B, T, R] in the layout of the graph."""
         order = self.order
         return rows.reshape([self.sizes[i] for i in order]).permute([order.index(i) for i in range(len(order))])
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Keys or values as a function of latents and weights, cut out of a graph.
+    """Keys or values as a function of latents and weights, extracted from a graph.
 
-    program: its inputs are the latents, then the weights. reduced: sizes to run it with in place of the example's
+    program: its inputs are the latents, then the weights. reduced: sizes to run it with instead of the example's
     (`graph.evaluate.smaller`).
     """
 
@@ -80,12 +80,12 @@ class Expansion:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """B, T, R of the latents that it is run on, concatenated along channels."""
+        """B, T, R of its latents, concatenated along channels."""
         first = self.latents[0]
         return first.sizes[first.batch], first.sizes[first.tokens], sum(p.width for p in self.latents)
 
     def maps(self, weights: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (D [G, D, R], c [G, D]) of x = D z + c in float64, by running it on unit vectors and on 0."""
+        """Return (D [G, D, R], c [G, D]) of x = D z + c in float64, by evaluation on unit vectors and on 0."""
         batch, tokens, width = self.sizes
         slots = batch * tokens
         units = torch.zeros(-(-(width + 1) // slots) * slots, width, dtype=torch.float64, device=device)
@@ -98,19 +98,19 @@ class Expansion:
 
 @dataclass(frozen=True)
 class ExpansionFacts:
-    """What holds for an expansion with any weights: axes and sizes of its latents, and which numbers of D are not 0."""
+    """Facts about an expansion for any weights: axes and sizes of its latents, and the nonzero elements of D."""
 
     latents: tuple[LatentAxes, ...]
     reduced: Mapping[int, int]
-    first: int  # channels that D reads: first <= r < last
+    first: int  # channels that D uses: first <= r < last
     last: int
-    products: int  # multiplications that expand a token
+    products: int  # multiplications per expanded token
     shifted: bool  # c is not 0
 
 
 @dataclass(frozen=True)
 class LatentSide:
-    """Keys or values: the nodes of their latents, their expansion, the weights that D and c are computed from."""
+    """Keys or values: the nodes of their latents, their expansion, and the weights that determine D and c."""
 
     nodes: tuple[fx.Node, ...]
     expansion: Expansion
@@ -119,14 +119,14 @@ class LatentSide:
 
     @property
     def width(self) -> int:
-        """R, the channels of the latent that D reads."""
+        """R, the number of latent channels that D uses."""
         return self.facts.last - self.facts.first
 
 
 def read_side(
     operand: fx.Node, latents: tuple[fx.Node, ...], key: fx.Node, program: Program, roles: Roles, tolerance: float
 ) -> LatentSide:
-    """Read how keys or values are expanded from latents. Raises Miss unless it is one affine map for all tokens."""
+    """Describe the expansion of latents to keys or values. Raises Miss unless it is one affine map for all tokens."""
     part, nodes, sources = cut_out(operand, latents, program, roles)
     weights = [program.values[name].detach() for name in sources]
     fact = ("expansion", _text(part), tuple(map(example_shape, nodes)), tuple((w.shape, w.dtype) for w in weights))
@@ -141,7 +141,7 @@ def read_side(
 def _measure(
     part: Program, nodes: tuple[fx.Node, ...], weights: list[Tensor], key: fx.Node, tolerance: float
 ) -> ExpansionFacts | Miss:
-    """Return the facts for the fewest tokens and the first choice of axes that hold, else the last failure."""
+    """Return the facts for the fewest tokens and the first choice of axes that succeed, else the last failure."""
     tokens = example_shape(key)[2]
     others = [_random(w.shape, i, w.device) if w.is_floating_point() else w for i, w in enumerate(weights)]
     miss = Miss("the latent has no axes of batch and tokens")
@@ -155,7 +155,7 @@ def _measure(
                 return _check_affine(Expansion(part, latents, reduced), others, fake(key).device, tolerance)
             except Miss as failure:
                 miss = failure
-            except Exception as error:  # a user's node may raise anything
+            except Exception as error:  # user code may raise anything
                 miss = Miss(f"the expansion of the latent could not be run ({type(error).__name__}: {error})")
     return miss
 
@@ -163,7 +163,7 @@ def _measure(
 def _check_affine(
     expansion: Expansion, weights: list[Tensor], device: torch.device, tolerance: float
 ) -> ExpansionFacts:
-    """Compare the expansion with D z + c on random latents. Raises Miss when they differ."""
+    """Compare the expansion with D z + c on random latents. Raises Miss if they differ."""
     basis, offset = expansion.maps(weights, device)
     first, second = (_random(expansion.sizes, seed, device) for seed in (1, 2))
     results = [expansion.run(rows, weights) for rows in (first, second, first + second, first * 0)]
@@ -174,7 +174,7 @@ def _check_affine(
     if not bool(((results[0] - expected).abs() <= bound).all()):
         raise Miss("keys or values are not the same function of the latent at every token")
     products = int(basis.ne(0).sum())
-    if not all(w.is_floating_point() for w in weights):  # whole numbers were not drawn: others may be 0
+    if not all(w.is_floating_point() for w in weights):  # integers were not drawn: others may be 0
         return ExpansionFacts(expansion.latents, expansion.reduced, 0, basis.shape[-1], products, True)
     used = basis.ne(0).any(0).any(0).nonzero().flatten().tolist() or [0]
     return ExpansionFacts(
@@ -182,15 +182,15 @@ def _check_affine(
     )
 
 
-# -------------------------------------------------------------------------------------------------- cutting a part out
+# ------------------------------------------------------------------------------------------------------- extraction
 
 
 def cut_out(
     end: fx.Node, latents: tuple[fx.Node, ...], program: Program, roles: Roles
 ) -> tuple[Program, tuple[fx.Node, ...], tuple[str, ...]]:
-    """Return (`end` as a program of its own, the latents that it reads, the names of the weights that it reads).
+    """Return (`end` as a separate program, the latents it uses, the names of the weights it uses).
 
-    Sizes are those of the example. Raises Miss when it reads anything else.
+    Sizes are those of the example. Raises Miss if it uses anything else.
     """
     between = behind(end, latents)
     nodes = tuple(n for n in latents if n in between)
@@ -223,7 +223,7 @@ def _copied(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> A
 
 
 def behind(end: fx.Node, latents: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """Return `end` and what it is computed from, back to the latents, in graph order."""
+    """Return `end` and the nodes it is computed from, back to the latents, in graph order."""
     seen, stack = set[fx.Node](), [end]
     while stack:
         node = stack.pop()

@@ -1,9 +1,9 @@
-"""Where each axis of a tensor comes from, and how to bring tensors into [batch, heads, tokens, channels].
+"""The origin of each axis of a tensor, and the conversion of tensors to [batch, heads, tokens, channels].
 
 An *atom* is an axis that no operation splits further: a batch axis, kv heads, the query heads of one kv head, queries,
-keys, channels. Every axis of a tensor is a tuple of atoms, row-major: `[B*H, S, D]` is `(b h) (s) (d)`. Which atoms an
-axis holds is found by *running* the operations that move data on coordinates; nothing else matters for it, so every
-other operation is passed over.
+keys, channels. Every axis of a tensor is a tuple of atoms, row-major: `[B*H, S, D]` is `(b h) (s) (d)`. The atoms of an
+axis are found by *running* the data-movement operations on coordinates; all other operations leave layouts unchanged
+and are skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fhopt.passes.graph.evaluate import Evaluator, example_shape
 from fhopt.passes.graph.nodes import argument, fake, op_name
 
 Layout = tuple[tuple[str, ...], ...]  # the atoms of each axis
-Steps = tuple[tuple[str, tuple[Any, ...]], ...]  # methods of a tensor, one after the other
+Steps = tuple[tuple[str, tuple[Any, ...]], ...]  # tensor methods, applied in order
 MOVEMENT_NAMES = (
     "t transpose permute view reshape getitem T mT contiguous chunk split split_with_sizes squeeze unsqueeze numpy_T "
     "slice select expand expand_as flatten unflatten movedim moveaxis swapaxes swapdims adjoint repeat "
@@ -29,14 +29,14 @@ MOVEMENT = frozenset(MOVEMENT_NAMES.split())
 JOINS = frozenset({"cat", "concat", "stack", "view_as_complex", "view_as_real", "pad", "written"})
 
 
-# --------------------------------------------------------------------------------------------------- arranging
+# --------------------------------------------------------------------------------------------------- arrangement
 
 
 def arrangement(source: Layout, target: Layout, sizes: Mapping[str, int]) -> Steps:
-    """Return the methods that bring a tensor from layout `source` to layout `target`; none where they are equal.
+    """Return the methods that convert a tensor from layout `source` to `target`; none if they are equal.
 
-    `sizes` gives the size of each atom that must be split from others or added (-1: whatever is left). Atoms that
-    `source` lacks are added by expansion. Raises KeyError when a size that is needed is not known.
+    `sizes` gives the size of each atom that must be split from others or added (-1: the remaining size). Atoms missing
+    from `source` are added by expansion. Raises KeyError if a required size is unknown.
     """
     steps: list[tuple[str, tuple[Any, ...]]] = []
     atoms: list[str] = []
@@ -73,9 +73,9 @@ def arrange(tensor: Tensor, steps: Steps) -> Tensor:
 
 
 def coordinates(shape: Sequence[int], axis: int, split: tuple[int, int] | None = None) -> Tensor:
-    """Return the index along one axis at every place, as a view of one row.
+    """Return the index along one axis for every element, as a view of one row.
 
-    split: (divisor, modulus) of the part of the index that is returned.
+    split: (divisor, modulus) of the returned part of the index.
     """
     row = torch.arange(shape[axis])
     if split is not None:
@@ -84,9 +84,9 @@ def coordinates(shape: Sequence[int], axis: int, split: tuple[int, int] | None =
 
 
 def moved(base: Evaluator, values: Mapping[fx.Node, Tensor], path: Iterable[fx.Node], end: fx.Node) -> Tensor | None:
-    """Return which numbers arrive at `end` when `path` (in graph order) only moves data; None where it is not known.
+    """Return the values that arrive at `end` if `path` (in graph order) only moves data; None if unknown.
 
-    Places that hold something else (joined from elsewhere) are -1.
+    Elements joined from elsewhere are -1.
     """
     known: dict[fx.Node, Any] = dict(values)
     for node in path:
@@ -102,7 +102,7 @@ def _moved_through(base: Evaluator, node: fx.Node, known: Mapping[fx.Node, Any])
     if not inputs:
         return None
     name = op_name(node)
-    if name == "written" and inputs == [node.args[0]]:  # numbers written over some places move nothing
+    if name == "written" and inputs == [node.args[0]]:  # writing over some elements moves nothing
         return known[inputs[0]]
     if name in MOVEMENT | JOINS:
         try:
@@ -112,7 +112,7 @@ def _moved_through(base: Evaluator, node: fx.Node, known: Mapping[fx.Node, Any])
     if not isinstance(fake(node), Tensor):
         return None
     shape = example_shape(node)
-    for source in inputs:  # pointwise: the operand that fills the result tells the coordinates
+    for source in inputs:  # pointwise: the operand of the result's shape gives the coordinates
         value = known[source]
         if isinstance(value, Tensor) and value.shape == shape:
             return value
@@ -161,7 +161,7 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 
 def read_layout(probes: Mapping[str, Tensor]) -> Layout:
-    """Return the atoms of each axis of a tensor, from where the coordinates of each atom arrived."""
+    """Return the atoms of each axis of a tensor, given the moved coordinates of each atom."""
     rank = next(iter(probes.values())).dim()
     return tuple(_axis_atoms(probes, axis) for axis in range(rank))
 
@@ -179,7 +179,7 @@ def _axis_atoms(probes: Mapping[str, Tensor], axis: int) -> tuple[str, ...]:
 
 
 def line(value: Tensor, axis: int) -> Tensor:
-    """Return the numbers along one axis, at the first place of all others."""
+    """Return the values along one axis, at index 0 of all others."""
     for other in reversed(range(value.dim())):
         if other != axis:
             value = value.select(other, 0)

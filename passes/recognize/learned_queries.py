@@ -1,9 +1,9 @@
 """Queries that are a parameter, as in attention pooling and Perceiver's latents.
 
-    s = self.queries @ k_proj(x).mT * c         the product reads like a projection of the keys by a weight
+    s = self.queries @ k_proj(x).mT * c         the product looks like a projection of the keys by a weight
     o = softmax(s, -1) @ v                      but its softmax runs over tokens, not over features
 
-A router's softmax runs over features of the weight, one for each expert: there the weight projects.
+A router's softmax runs over features of the weight, one for each expert: that is a real projection.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fhopt.passes.recognize.softmax import Softmax
 
 
 def learned_product(apparent: Projection, softmax: Softmax, roles: Roles, base: Evaluator) -> Contraction | None:
-    """Return an apparent projection as the product of learned queries with keys that are projected themselves.
+    """Return an apparent projection as the product of learned queries with projected keys.
 
-    None where the softmax runs over features of the weight, or the keys are no projection of tokens.
+    None if the softmax runs over features of the weight, or the keys are not a projection of tokens.
     """
     product = read_contraction(apparent.node)
     if product is None or not _are_projected(apparent.activation, roles):
@@ -35,7 +35,7 @@ def learned_product(apparent: Projection, softmax: Softmax, roles: Roles, base: 
 
 
 def _are_projected(keys: fx.Node, roles: Roles) -> bool:
-    """Return whether all that flows into the keys comes from one projection; positions may flow in, too."""
+    """Return whether the keys come from exactly one projection; position inputs are allowed."""
     found: set[fx.Node] = set()
     seen, stack = {keys}, [keys]
     while stack:

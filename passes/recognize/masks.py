@@ -1,9 +1,9 @@
-"""The kind of a mask, read from its value, because the same mask has many spellings.
+"""The kind of a mask, determined from its value, because the same mask has many spellings.
 
 none | causal | sliding | chunked | block | causal block | padding | alibi | relative | additive | bool
 
-A graph of few tokens shows no window that is longer: where it is known what the KV cache of the model keeps of a layer,
-that decides ("sliding", "chunked").
+A graph of few tokens cannot show a longer window: if the layer's KV-cache type is known, it decides ("sliding",
+"chunked").
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from fhopt.plan.cache_size import CacheLayer
 from fhopt.plan.site import AttentionSite
 
-ENOUGH = 256  # tokens on which groups are distinguished from other patterns
+ENOUGH = 256  # max tokens for telling groups from other patterns
 LEAST = -1e4  # additive values below this mean "may not attend"
-PATTERNS = ("none", "causal", "sliding", "causal block", "bool")  # kinds that may be a longer window in a short graph
+PATTERNS = ("none", "causal", "sliding", "causal block", "bool")  # kinds that may hide a longer window in a short graph
 
 
 def windowed(site: AttentionSite, layers: Iterable[CacheLayer]) -> AttentionSite:
-    """Return a site with the mask and window of the layer in the KV cache that it belongs to, of those that are known.
+    """Return a site with the mask and window of its layer's KV cache, if known.
 
-    A bias of another kind keeps its name, and gets the window alone.
+    A bias of another kind keeps its name and only gets the window.
     """
     layer = next((layer for layer in layers if layer.window and layer.has(site.name)), None)
     if layer is None or site.kind != "self":
@@ -36,7 +36,7 @@ def windowed(site: AttentionSite, layers: Iterable[CacheLayer]) -> AttentionSite
 def mask_kind(mask: Tensor) -> tuple[str, int]:
     """Return (kind, window) of a mask that broadcasts to [B, H, S, T], bool (True may attend) or additive.
 
-    window: tokens that a sliding mask lets a query see; 0 without such a limit.
+    window: number of tokens that a sliding mask lets a query attend to; 0 without such a limit.
     """
     allowed = mask if mask.dtype == torch.bool else mask > LEAST
     if mask.dtype != torch.bool and bool((mask[allowed] != 0).any()):
@@ -55,7 +55,7 @@ def _pattern_kind(allowed: Tensor) -> tuple[str, int]:
         + keys
         - queries
         - torch.arange(keys, device=allowed.device)
-    )  # how long ago the key was, [S, T]
+    )  # age of the key, [S, T]
     causal = past >= 0
     if bool((allowed == causal).all()):
         return "causal", 0
@@ -75,7 +75,7 @@ def _pattern_kind(allowed: Tensor) -> tuple[str, int]:
 
 
 def _is_equivalence(related: Tensor) -> bool:
-    """Return whether the relation is transitive and reflexive: each token sees exactly the tokens of its group."""
+    """Return whether the relation is reflexive and transitive: a token attends to exactly the tokens of its group."""
     numbers = related.double()
     reflexive = bool(related.diagonal(dim1=-2, dim2=-1).all())
     return reflexive and bool(((numbers @ numbers > 0) == related).all())

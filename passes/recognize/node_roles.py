@@ -1,8 +1,8 @@
 """The role of a node in its model: a weight, an activation, a projection, a cache.
 
-A *weight-like* value depends on parameters and buffers only, however it is computed from them (slices, concatenation,
-weight norm, dequantisation). A *projection* contracts an activation with a weight-like value. The *cut* of a node is
-where a walk back from it ends: the nearest projections, and the cache inputs.
+A *weight-like* value depends only on parameters and buffers, however it is computed from them (slices, concatenation,
+weight norm, dequantization). A *projection* contracts an activation with a weight-like value. The *cut* of a node is
+where a backward walk from it ends: the nearest projections, and the cache inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOOKUP = frozenset({"embedding", "embedding_bag"})
 
 
 class Kind(IntEnum):
-    """What a value depends on: constants only, weights, or activations; the largest kind of its inputs."""
+    """The dependency class of a value: constants only, weights, or activations; the maximum over its inputs."""
 
     CONSTANT = 0
     WEIGHT = 1
@@ -47,10 +47,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class Cut:
-    """The nodes at which a walk back from a node ended.
+    """The nodes at which a backward walk from a node ended.
 
-    caches: state inputs. appends: nodes that join a cache with new tokens, or write into it. lookups: embeddings of
-    activations that were reached without passing a projection (then nothing projects this path).
+    caches: state inputs. appends: nodes that concatenate a cache with new tokens, or write into it. lookups: embeddings
+    of activations reached without passing a projection (then this path has no projection).
     """
 
     projections: tuple[Projection, ...]
@@ -71,7 +71,7 @@ class Roles:
         self.program = program
         self.written = written_inputs(program)
         self.changed = {storage_root(n.all_input_nodes[0]): n for n in _writers(program)}
-        self.known: dict[Any, Any] = {}  # results for a structure, which the next layers share
+        self.known: dict[Any, Any] = {}  # results per structure, shared by equal layers
         self._kinds: dict[fx.Node, Kind] = {}
         self._numbers: dict[fx.Node, int] = {}
         self._value_numbers: dict[str, int] = {}
@@ -79,13 +79,13 @@ class Roles:
         self._modes: dict[fx.Node, bool] = {}
 
     def has_gradient(self, node: fx.Node) -> bool:
-        """Return whether gradients are enabled where the node runs, as far as the graph itself says."""
+        """Return whether gradients are enabled where the node runs, according to the graph."""
         if node not in self._modes:
             self._modes = {n: bool(mode) for n, mode, _ in with_modes(self.program.graph)}
         return self._modes[node]
 
     def kind(self, node: fx.Node) -> Kind:
-        """Return what the value of `node` depends on."""
+        """Return the kind of value that `node` depends on."""
         stack = [node]
         while stack:
             current = stack[-1]
@@ -111,7 +111,7 @@ class Roles:
         return Kind.WEIGHT if kept else Kind.ACTIVATION
 
     def number(self, node: fx.Node) -> int:
-        """Return a number that nodes share which compute the same value in the same way.
+        """Return a value number, equal for nodes that compute the same value in the same way.
 
         Value numbering: Alpern, Wegman, Zadeck 1988.
         """
@@ -134,13 +134,13 @@ class Roles:
         return f"{node.op} {node.target} {arguments}"
 
     def describe(self, side: fx.Node) -> Any:
-        """Describe a tensor that flows into a region: by its shape; a constant or a size by its value."""
+        """Describe a tensor input of a region by its shape, a constant or a size by its value."""
         if not isinstance(fake(side), Tensor) or self.kind(side) == Kind.CONSTANT:
             return self.number(side)
         return self.kind(side), example_shape(side), str(fake(side).dtype)
 
     def projection(self, node: fx.Node) -> Projection | None:
-        """Return `node` as a projection, None when it is none."""
+        """Return `node` as a projection, None if it is not one."""
         if node not in self._projections:
             self._projections[node] = self._read_projection(node)
         return self._projections[node]
@@ -159,7 +159,7 @@ class Roles:
         return None
 
     def _is_projection(self, contraction: Contraction) -> bool:
-        """Return whether the right side is a weight, not a product of its own that shares batch axes with the left."""
+        """Return whether the right side is a weight, rather than a product that shares batch axes with the left."""
         if self.kind(contraction.right) != Kind.WEIGHT or len(example_shape(contraction.right)) < 2:
             return False
         if self.kind(contraction.left) == Kind.ACTIVATION:
@@ -167,7 +167,7 @@ class Roles:
         return not contraction.shared and self._is_stored(contraction.right)
 
     def _holds_product(self, node: fx.Node) -> bool:
-        """Return whether a weight-like value is itself projected, as learned queries are."""
+        """Return whether a weight-like value is itself projected, as learned queries may be."""
         return any(op_name(n) in WEIGHTED or read_contraction(n) is not None for n in _with_ancestors(node))
 
     def _is_stored(self, node: fx.Node) -> bool:
@@ -193,7 +193,7 @@ class Roles:
         return Projection(node, names, activation, features) if names else None
 
     def weight_names(self, node: fx.Node) -> tuple[str, ...]:
-        """Return the qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
+        """Return the qualified names of the parameters in a weight-like value; without any, of its buffers."""
         is_parameter_by_name: dict[str, bool] = {}
         for source in _with_ancestors(node):
             if source.op in {"placeholder", "get_attr"}:
@@ -204,7 +204,7 @@ class Roles:
         return parameters or tuple(sorted(is_parameter_by_name))
 
     def is_score_product(self, node: fx.Node) -> Contraction | None:
-        """Return the contraction at `node` when it multiplies two activations (or projected values), else None."""
+        """Return the contraction at `node` if it multiplies two activations (or projected values), else None."""
         if self.projection(node) is not None or self.kind(node) == Kind.CONSTANT:
             return None
         return read_contraction(node)
@@ -239,7 +239,7 @@ class Roles:
     def is_cache(self, node: fx.Node) -> bool:
         """Return whether a node is a state input that holds tokens.
 
-        It is written to, or joined with new tokens, or has heads of its own.
+        It is written to, or concatenated with new tokens, or has several heads.
         """
         value = fake(node)
         if node.op != "placeholder" or self.kind(node) != Kind.ACTIVATION or not isinstance(value, Tensor):
@@ -247,19 +247,19 @@ class Roles:
         if value.dim() < 3 or not value.dtype.is_floating_point:
             return False
         grows = node in self.written or any(op_name(user) in {"cat", "concat"} for user in node.users)
-        return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
+        return grows or (value.dim() == 4 and value.shape[1] > 1)  # a RoPE table has one head
 
 
 VARYING = frozenset({"bernoulli", "normal", "multinomial", "poisson", "dropout", "empty", "new_empty", "empty_like"})
 
 
 def is_fixed(node: fx.Node) -> bool:
-    """Return whether a value is made of literals only: no input, parameter, buffer, symbolic size or random number."""
+    """Return whether a value depends on literals only: no input, parameter, buffer, symbolic size or random number."""
     return all(n.op not in {"placeholder", "get_attr"} and not _varies(n) for n in _with_ancestors(node))
 
 
 def _varies(node: fx.Node) -> bool:
-    """Return whether a node may give another result in each run: it draws numbers, or leaves memory as it was."""
+    """Return whether a node may give another result in each run: random draws, or uninitialized memory."""
     name = op_name(node)
     return name.startswith("rand") or name in VARYING or is_in_place(node)
 
@@ -269,7 +269,7 @@ NEGATIONS = frozenset({"logical_not", "bitwise_not", "invert", "__invert__"})
 
 
 def condition_key(node: fx.Node, roles: Roles) -> tuple[int, bool]:
-    """Return a number that masks share which are the same computation, and whether the mask is its complement."""
+    """Return a number, equal for masks with the same computation up to negation, and whether the mask is negated."""
     parity = False
     while True:
         name, source = op_name(node), node.all_input_nodes[0] if node.all_input_nodes else None
@@ -290,7 +290,7 @@ def view_root(node: fx.Node) -> fx.Node:
 
 
 def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield `node` and everything that it depends on, each once."""
+    """Yield `node` and all nodes it depends on, each once."""
     seen, stack = set[fx.Node](), [node]
     while stack:
         current = stack.pop()
@@ -310,7 +310,7 @@ def written_inputs(program: Program) -> frozenset[fx.Node]:
 
 
 def _writers(program: Program) -> list[fx.Node]:
-    """Return the nodes that change a tensor in place within the graph, which `functionalize` had to leave."""
+    """Return the nodes that change a tensor in place within the graph and that `functionalize` could not replace."""
     inputs = [n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes]
     return [n for n in inputs if n.all_input_nodes[0].op != "placeholder" or n.users]
 

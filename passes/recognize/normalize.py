@@ -1,4 +1,4 @@
-"""Normalize every spelling of attention to one `fhopt::attention` node.
+"""Normalization of every spelling of attention to one `fhopt::attention` node.
 
     before                                              after
     s = q @ k.transpose(-1, -2)                         o = fhopt.attention(q, k, v, mask, sinks, scale=c)
@@ -6,11 +6,11 @@
     p = softmax(s, -1); p = dropout(p)
     o = p @ v
 
-A core is a call of scaled_dot_product_attention, or a softmax between two contractions. No spelling is matched: the
-contractions are read as labelled axes (`contraction`), the path from the first to the softmax is measured by running it
-(`scores`), changes of axes are followed by coordinates (`layout`), repetition of kv heads is undone by running the
-candidates. Each rewrite is checked the same way: the old region and the new node run on the same random numbers, and
-on a mismatch the region stays as it is, with a reason.
+A core is a call of scaled_dot_product_attention, or a softmax between two contractions. No spelling is matched:
+contractions become labelled axes (`contraction`), the path from the first one to the softmax is measured by running it
+(`scores`), axis changes are traced with coordinates (`layout`), and kv-head repetition is undone by running candidate
+ancestors. Each rewrite is checked the same way: the old region and the new node run on the same random values. On a
+mismatch the region stays unchanged, and the reason is reported.
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D and E head sizes of keys and values.
 """
@@ -41,16 +41,16 @@ from fhopt.passes.recognize.softmax import OTHER_WEIGHTS, Softmax, is_candidate,
 
 CALL = frozenset({"scaled_dot_product_attention"})
 DROPOUT = frozenset({"dropout", "native_dropout", "feature_dropout"})
-ENOUGH = 40  # tokens that checks by execution run on
-LARGEST = 2**26  # scores at most, where a check must run at full size
-SEARCH = 200  # nodes that are searched behind a softmax
+ENOUGH = 40  # tokens in numerical checks
+LARGEST = 2**26  # max scores of a full-size check
+SEARCH = 200  # search depth upstream of a softmax, in nodes
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """The pass `normalize`. tolerance: largest relative difference that the check by execution accepts.
+    """The pass `normalize`. tolerance: largest relative difference that the numerical check accepts.
 
-    assume_finite: rewrite attention whose own arithmetic overflows for large scores, where the model gives NaN.
+    assume_finite: rewrite attention whose own arithmetic overflows for large scores, for which the model gives NaN.
     """
 
     name: str = "normalize"
@@ -58,13 +58,13 @@ class Normalize:
     assume_finite: bool = False
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Return the nodes that may be the core of an attention, in graph order."""
+        """Return the possible attention cores, in graph order."""
         return [
             n for n in program.graph.nodes if op_name(n) in CALL | OTHER_WEIGHTS or is_candidate(n) or is_exponential(n)
         ]
 
     def match(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
-        """Read the core at `node` and check it by execution. Raises Miss with what was recognized until then."""
+        """Match the core at `node` and check it numerically. Raises Miss with what was recognized up to then."""
         if op_name(node) in CALL or is_candidate(node):
             check_readable(node)
         if op_name(node) in CALL:
@@ -104,7 +104,7 @@ class Normalize:
         raise max(misses, key=lambda miss: len(miss.reached))
 
     def _conditions(self, core: Core, softmax: Softmax) -> tuple[str, ...]:
-        """Return what must hold for the rewrite to give the model's numbers. Raises Miss unless it is assumed."""
+        """Return the conditions for the rewrite to give the model's results. Raises Miss unless they are assumed."""
         conditions = []
         if softmax.overflows:
             conditions.append("the exponentials are not shifted by their maximum and overflow for large scores")
@@ -119,18 +119,18 @@ class Normalize:
         return tuple(f"no overflow: {condition}" for condition in conditions)
 
     def rewrite(self, program: Program, core: Core) -> fx.Node:
-        """Put the canonical node in place of the core and return it."""
+        """Replace the core by the canonical node; return the node."""
         return insert_canonical(program, core)
 
 
 def _is_half(scores: Scores, softmax: Softmax) -> bool:
-    """Return whether scores are numbers of float16, between the product and the softmax."""
+    """Return whether scores are float16 anywhere between the product and the softmax."""
     nodes = (*scores.region.inputs, *scores.region.nodes, softmax.scores)
     return any(getattr(fake(n), "dtype", None) == torch.float16 for n in nodes)
 
 
 def _smaller_sizes(node: fx.Node) -> dict[int, int]:
-    """Return smaller numbers of queries and keys on which the core can be read as well."""
+    """Return smaller query and key counts that suffice to recognize the core."""
     sizes: dict[int, int] = {}
     for index, size in enumerate(dict.fromkeys(example_shape(node)[-2:])):
         if size > ENOUGH:
@@ -138,7 +138,7 @@ def _smaller_sizes(node: fx.Node) -> dict[int, int]:
     return sizes
 
 
-# --------------------------------------------------------------------------------------------------- a call
+# --------------------------------------------------------------------------------------------------- SDPA calls
 
 
 def _match_call(node: fx.Node, roles: Roles, base: Evaluator) -> Core:
@@ -161,7 +161,7 @@ def _match_call(node: fx.Node, roles: Roles, base: Evaluator) -> Core:
 
 
 def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
-    """Read the axes of a call as those of the product of queries and keys that it computes. Raises Miss."""
+    """Derive the axes of a call from the product of queries and keys that it computes. Raises Miss."""
     nodes = (core.query.node, core.key.node, core.value.node)
     shapes = [example_shape(n) for n in nodes]
     outer = range(len(shapes[0]) - 2)
@@ -190,7 +190,7 @@ def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
 def _products_before(softmax: Softmax, roles: Roles, base: Evaluator | None = None) -> list[Contraction]:
     """Return the products of two activations that the scores come from, nearest first. Raises Miss without one.
 
-    base: given, the product of keys with learned queries counts, too.
+    base: if given, a product of keys with learned queries counts, too.
     """
     result, barrier = _search_products(softmax.scores, roles)
     if result:
@@ -207,7 +207,7 @@ def _products_before(softmax: Softmax, roles: Roles, base: Evaluator | None = No
 
 
 def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], Projection | None]:
-    """Return the products of two activations behind `start`, and the first projection that ends a path."""
+    """Return the products of two activations upstream of `start`, and the first projection that ends a path."""
     results: list[Contraction] = []
     barrier: Projection | None = None
     seen, stack = {start}, [start]
@@ -280,11 +280,11 @@ def _meets_product(start: fx.Node, roles: Roles) -> bool:
 
 
 def _other_weights(node: fx.Node, roles: Roles) -> Miss:
-    """Return a Miss that names the function in place of a softmax; without a reason where there is no attention."""
+    """Return a Miss that names the function used instead of a softmax; without a reason if this is not attention."""
     source = node.all_input_nodes[0]
     while op_name(source) in CARRIES and source.all_input_nodes:
         source = source.all_input_nodes[0]
-    if is_candidate(source):  # weights already
+    if is_candidate(source):  # already softmax weights
         return Miss("", node)
     stand_in = Softmax(node.all_input_nodes[0], node, 0)
     try:
@@ -302,7 +302,7 @@ def _other_weights(node: fx.Node, roles: Roles) -> Miss:
 
 
 def _sides_of(product: Contraction, known: set[fx.Node]) -> Iterator[tuple[Contraction, bool]]:
-    """Yield a product and whether the weights are its left operand; nothing where they are both operands."""
+    """Yield a product and whether the weights are its left operand; nothing if they are both operands."""
     left, right = product.left in known, product.right in known
     if left != right:
         yield product, left
@@ -312,7 +312,7 @@ POINTWISE_NAMES = (
     "add sub rsub mul div truediv multiply divide subtract masked_fill where to type type_as float half bfloat16 "
     "double clone contiguous _to_copy alias detach tanh clamp clip neg nan_to_num maximum minimum"
 )
-POINTWISE = frozenset(POINTWISE_NAMES.split())  # one element of zeros serves as well as scores of full size
+POINTWISE = frozenset(POINTWISE_NAMES.split())  # one zero element can replace full-size scores
 CARRIES_NAMES = (
     "to type type_as float half bfloat16 double clone contiguous _to_copy alias detach mul masked_fill where "
     "nan_to_num div truediv square pow relu abs clamp clip clamp_min clamp_max minimum maximum"
@@ -350,7 +350,7 @@ def _query_and_key(product: Contraction, axes: Axes) -> tuple[Operand, Operand]:
 
 
 def _dropout(weights: fx.Node, mix: Contraction) -> float:
-    """Return the probability of the dropout that is active between the softmax and the second product."""
+    """Return the active dropout probability between the softmax and the second product."""
     node, rate = mix.left, 0.0
     while node is not weights and node.all_input_nodes:
         if op_name(node) in DROPOUT and argument(node, 2, "training", "train", default=True):
@@ -360,7 +360,7 @@ def _dropout(weights: fx.Node, mix: Contraction) -> float:
 
 
 def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> None:
-    """Set how the mask, or a computed bias, becomes [B, H, S, T]. Raises Miss."""
+    """Set the conversion of the mask, or of a computed bias, to [B, H, S, T]. Raises Miss."""
     scores, product = core.scores, core.product
     assert scores is not None and product is not None
     target = axes.canonical("scores")
@@ -396,7 +396,7 @@ def _sizes(node: fx.Node) -> tuple[int, ...]:
 
 
 def _undo_repetition(core: Core, base: Evaluator) -> None:
-    """Move keys and values back to before a repetition of kv heads, where execution shows that there is one."""
+    """Replace keys and values by those before a kv-head repetition, if execution shows one."""
     heads = core.query.sizes[1]
     key, value = (before_repetition(o, heads, base) for o in (core.key, core.value))
     if key and value and key.heads == value.heads and value.factor == 1:

@@ -1,8 +1,7 @@
-"""What this package cannot read, with the reason: function transforms, empty tensors, kinds of tensors without a check.
+"""Unsupported inputs of recognition: function transforms, empty tensors, unsupported tensor types, with reasons.
 
-Attention is recognized by running parts of a graph on random float64 numbers. That says nothing about complex numbers,
-quantized, sparse or nested tensors, about tensors without elements, or about nodes that only run within the state of a
-function transform.
+Attention is recognized by running parts of a graph on random float64 values. This does not cover complex, quantized,
+sparse or nested tensors, tensors without elements, or nodes that only run within the state of a function transform.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _NAMED = re.compile(r"soft(max|min)|attention|attn")
 
 
 def check_readable(node: fx.Node) -> None:
-    """Raise Miss where the attention around a softmax, or a call of one, cannot be read."""
+    """Raise Miss if the attention around a softmax, or an attention call, is not supported."""
     scope = scope_of(node)
     if scope is not None:
         raise Miss(f"it runs inside {scope.name}; expected attention outside of function transforms", node)
@@ -31,7 +30,7 @@ def check_readable(node: fx.Node) -> None:
 
 
 def check_operands(*nodes: fx.Node) -> None:
-    """Raise Miss for the first of the tensors that cannot be read, or does not hold floating-point numbers."""
+    """Raise Miss for the first of the tensors that is unsupported or not floating-point."""
     for node in nodes:
         value = fake(node)
         _check_tensor(node)
@@ -54,9 +53,9 @@ def _check_tensor(node: fx.Node) -> None:
 
 
 def left_out(program: Program, read: Collection[fx.Node]) -> list[Miss]:
-    """Return why calls that are named like attention, or nested tensors, are not read; `read`: nodes that are.
+    """Return the reasons why calls named like attention, or nested tensors, are skipped; `read`: recognized nodes.
 
-    Dynamo leaves scaled_dot_product_attention of jagged tensors out of its graphs, so that only its operands are seen.
+    Dynamo omits scaled_dot_product_attention of jagged tensors from its graphs, so that only its operands are visible.
     """
     results = [
         Miss(f"calls of {op_name(n)} are not read; expected softmax or scaled_dot_product_attention", n)

@@ -1,13 +1,13 @@
-"""Whether anything sees the strides of an attention's result, and the order of its axes in memory.
+"""Whether a user of an attention's result depends on its strides, and the order of its axes in memory.
 
     o = weights @ v                                     o = in_order(fhopt.attention(q, k, v), [0, 1, 2, 3])
     y = o.view(B, -1)                                   y = o.view(B, -1)
 
-Each implementation of attention has a memory layout of its own: products give [B, H, S, E], fused kernels
-[B, S, H, E]. Mostly a copy or a product follows, and nothing sees it. A `view` fails on the other layout, though, and
-the strides of what a graph returns are part of its result. Random numbers are drawn in the order of elements in memory,
-so that dropout of the other layout drops other elements. Which of these is the case is found by running what follows on
-fake tensors of each layout; the order is kept where it shows.
+Each implementation of attention has its own memory layout: matmuls give [B, H, S, E], fused kernels [B, S, H, E].
+Usually a copy or a matmul follows, and the layout does not matter. A `view` fails on the other layout, though, and the
+strides of a graph's outputs are part of its result. Random values are drawn in memory order, so that dropout in the
+other layout drops other elements. Running the downstream nodes on fake tensors of each layout shows which case
+applies; the original order is preserved if it matters.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fhopt.passes.graph.nodes import fake, fake_mode, on_fakes, op_name, size_hint
 from fhopt.passes.graph.program import Program
 
-LAYOUTS = ((0, 1, 2, 3), (0, 2, 1, 3))  # of [B, H, S, E] in memory: what products and what fused kernels give
-REACH = 100  # nodes behind a result that are run; of more it is assumed that strides are seen
-PLAIN = frozenset({"aten", "prims"})  # namespaces of operators that read any layout
-MEMORY = frozenset({"stride", "data_ptr", "untyped_storage", "is_contiguous", "resize_", "set_"})  # what sees memory
+LAYOUTS = ((0, 1, 2, 3), (0, 2, 1, 3))  # of [B, H, S, E] in memory: from matmuls and from fused kernels
+REACH = 100  # max downstream nodes to run; beyond that, strides are assumed to matter
+PLAIN = frozenset({"aten", "prims"})  # namespaces of operators that accept any layout
+MEMORY = frozenset({"stride", "data_ptr", "untyped_storage", "is_contiguous", "resize_", "set_"})  # depend on memory
 
 
 def in_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """Return the tensor with its axes in this order in memory, outermost first; itself where they are so already."""
+    """Return the tensor with its axes in this memory order, outermost first; without a copy if they are already."""
     inverse = [list(order).index(axis) for axis in range(len(order))]
     return tensor.permute(list(order)).contiguous().permute(inverse)
 
 
 def memory_order(tensor: Tensor) -> list[int]:
-    """Return the axes of a tensor by their strides, outermost first; symbols by their hints."""
+    """Return the axes of a tensor by stride, outermost first; symbols by their hints."""
     strides = [size_hint(n) for n in tensor.stride()]
     return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
 
 def is_layout_seen(program: Program, node: fx.Node, layouts: Sequence[Tensor]) -> bool:
-    """Return whether `node` in one of these layouts would change strides that the program returns, or make it fail.
+    """Return whether `node` in one of these layouts would change output strides of the program, or make it fail.
 
     layouts: fake tensors of the node's shape.
     """
@@ -50,7 +50,7 @@ def is_layout_seen(program: Program, node: fx.Node, layouts: Sequence[Tensor]) -
 
 
 def _is_seen(program: Program, node: fx.Node, layout: Tensor) -> bool:
-    """Run what follows `node` with another layout, as far as strides differ from those that tracing left."""
+    """Run the nodes downstream of `node` with another layout, as far as strides differ from the traced ones."""
     changed: dict[fx.Node, Any] = {node: layout}
     waiting = set(node.users)
     for _ in range(REACH):
@@ -74,7 +74,7 @@ def _is_seen(program: Program, node: fx.Node, layout: Tensor) -> bool:
 
 
 def _run_again(program: Program, node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
-    """Run a node with the changed layouts. Raises what the node raises, and RuntimeError when it draws numbers."""
+    """Run a node with the changed layouts. Raises what the node raises, and RuntimeError if it draws random values."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: changed.get(n, fake(n)))
     target: Any = node.target
     with on_fakes(fake_mode(program)), _WithoutRandom():
@@ -82,9 +82,9 @@ def _run_again(program: Program, node: fx.Node, changed: dict[fx.Node, Any]) -> 
 
 
 class _WithoutRandom(TorchDispatchMode):
-    """Operators within must not draw random numbers, which they would do in the order of elements in memory.
+    """Prohibition of random draws, which would follow the memory order.
 
-    Attention draws for its weights, which it computes in an order of its own.
+    Attention is exempt: it draws for its weights, which it computes in its own order.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class _WithoutRandom(TorchDispatchMode):
 
 
 def _reads_any_layout(node: fx.Node) -> bool:
-    """Return whether a node is an operation of torch's own that has the same meaning in any layout, or fails."""
+    """Return whether a node is a torch operation that gives the same values in any layout, or fails."""
     target: Any = node.target
     if "as_strided" in op_name(node) or op_name(node) in MEMORY:
         return False
@@ -121,7 +121,7 @@ def _have_strides(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
 
 
 def _has_strides(value: Tensor, known: Tensor) -> bool:
-    """Return whether strides are equal wherever a size lets them be seen."""
+    """Return whether strides are equal on all axes larger than 1."""
     sizes = [size_hint(n) for n in known.shape]
     pairs = zip(sizes, value.stride(), known.stride(), strict=True)
     return 0 in sizes or all(size == 1 or size_hint(a) == size_hint(b) for size, a, b in pairs)

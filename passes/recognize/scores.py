@@ -2,10 +2,10 @@
 
     scores = cap(scale * factors * q k^T) + bias          [ + columns of sinks ]
 
-The path from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
-it (added, filled, selected, written by index, ALiBi, tables of relative positions, tril buffers, windows); the change
-per unit of product is the scale; saturation is a softcap. Everything else that flows in (masks, bias tables,
-temperatures) is random while this is measured: none of it is assumed to keep the value of one call.
+The path from the product to the softmax is run on values. A zero product gives the bias in any spelling (added, filled,
+selected, written by index, ALiBi, relative-position tables, tril buffers, windows); the change per unit of product is
+the scale; saturation is a softcap. All other inputs (masks, bias tables, temperatures) are random during the
+measurement: none is assumed to have the value of one call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fhopt.passes.recognize.draws import random_sides
 from fhopt.passes.recognize.layout import MOVEMENT, coordinates, line, moved
 from fhopt.passes.recognize.node_roles import Roles, is_fixed
 
-MASKED = -1e4  # scores that are overwritten by at most this are masked
+MASKED = -1e4  # scores overwritten by at most this are masked
 ABSORBING = -1e30  # adding a score to this changes nothing, in float32 and float64
 MULTIPLICATION = frozenset({"mul", "multiply"})
 DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
@@ -35,9 +35,9 @@ class Scores:
     """The score function of one attention.
 
     region: from the product to the softmax's input. factors: tensors (and whether they divide) that scale the product
-    and do not vary over keys. form: the meaning of `mask`: "" (none), "add" (added), "keep" (bool, true may attend),
-    "fill" (bool, true may not), "computed" (the region, run on zeros, gives it). columns: where the keys are on the
-    softmax's axis; the other columns are sinks.
+    and do not vary over keys. form: the meaning of `mask`: "" (no mask), "add" (added), "keep" (bool, True may attend),
+    "fill" (bool, True may not), "computed" (by running the region on zeros). start: the first key column on the
+    softmax's axis; columns without keys are sinks.
     """
 
     region: Region
@@ -49,12 +49,12 @@ class Scores:
     sinks: int = 0
     start: int = 0  # the first column of the keys
     levels: bool = False  # masked scores hold finite values
-    absorbing: bool = False  # and these are so low that adding a score to them changes nothing
+    absorbing: bool = False  # and they are so low that adding a score changes nothing
     blocks: bool = False  # masked scores are overwritten, so that no gradient flows into them
 
 
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
-    """Read the score function between the product and `end`. Raises Miss when it is of another form.
+    """Measure the score function between the product and `end`. Raises Miss if it has another form.
 
     axis: the softmax's, in `end`. key_axis: the axis of the keys in the product.
     """
@@ -131,7 +131,7 @@ def _levels(overwritten: Tensor, region: Region) -> tuple[bool, bool]:
 def _run(region: Region, values: Mapping[fx.Node, Any]) -> Tensor:
     try:
         return region.run(values)
-    except Exception as error:  # a user's node may raise anything
+    except Exception as error:  # user code may raise anything
         raise Miss(
             f"the computation of the scores could not be run ({type(error).__name__}: {error})", region.end
         ) from error
@@ -164,7 +164,7 @@ def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
 
 
 def _gain(scores: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Any]) -> Tensor:
-    """Return the product of the factors over the scores, which must not vary over keys or follow a change of axes."""
+    """Return the product of the factors over the scores; they must not vary over keys or follow an axis change."""
     region = scores.region
     last = max(node for factor, _ in scores.factors for node in factor.users if node in region.nodes)
     if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes if not last < n):
@@ -177,13 +177,13 @@ def _gain(scores: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[
     if gain.shape[key_axis - len(shape)] != 1:
         if bool((gain == gain.narrow(key_axis, 0, 1)).all()):
             return gain
-        scores.factors = ()  # a mask in numbers: what it lets through counts once
+        scores.factors = ()  # a numeric mask: its effect must count only once
         return torch.ones([1] * len(shape), dtype=torch.float64)
     return gain
 
 
 def _fit(scores: Scores, change: object, unit: Tensor, region: Region) -> None:
-    """Fit scale and softcap to how the scores change with the product. Raises Miss."""
+    """Fit scale and softcap to the change of the scores with the product. Raises Miss."""
     assert callable(change)
     delta = change(1.0)
     scale = float((delta @ unit) / (unit @ unit).clamp_min(1e-300))
@@ -205,7 +205,7 @@ def _fit(scores: Scores, change: object, unit: Tensor, region: Region) -> None:
 
 
 def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape: tuple[int, ...]) -> None:
-    """Set the mask to the tensor that is the bias, where there is one; else the region computes the bias."""
+    """Set the mask to the side input that equals the bias, if there is one; else the region computes the bias."""
     if not bool((zero != 0).any()):
         return
     scores.form = "computed"
@@ -225,7 +225,7 @@ def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape
             forms = {
                 "keep": nothing.masked_fill(~full, -torch.inf),
                 "fill": nothing.masked_fill(full, -torch.inf),
-            }  # a finite filling stays what it is: rows that see nothing differ
+            }  # a finite fill value is not replaced by -inf: rows without keys differ
         for form, expected in forms.items():
             if torch.equal(expected, zero):
                 scores.mask, scores.form = node, form
@@ -237,6 +237,6 @@ def _fits(value: Tensor, whole: Tensor) -> bool:
 
 
 def _names(region: Region) -> str:
-    """Name the operations of a region that do more than move data."""
+    """Return the names of the operations of a region, except data movement."""
     names = dict.fromkeys(op_name(n) for n in region.nodes if op_name(n) not in MOVEMENT)
     return ", ".join(list(names)[:8]) or "nothing"

@@ -3,9 +3,9 @@
     softmax(x, -1)      log_softmax(x, -1).exp()      e = exp(x - x.amax(-1, True)); e / e.sum(-1, True)
     exp(x - x.logsumexp(-1, True))                    e @ v / e.sum(-1, True)         e / (1 + e.sum(-1, True))
 
-Hand-written ones are found from the exponential: what dominates it is the input, what post-dominates its sum is the
-output; then they are run against `torch.softmax` on random numbers, with random values of everything else that flows
-in. What is subtracted from the scores is such a value: a softmax is the same whatever is subtracted along its axis.
+Hand-written ones are found from the exponential: its dominator is the input, the post-dominator of its sum is the
+output. Both are then compared with `torch.softmax` on random values, with random values for all other inputs, including
+the shift subtracted from the scores: softmax is invariant to shifts along its axis.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fhopt.passes.recognize.sum_floor import check_floor
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
 EXPONENTIAL = frozenset({"exp", "exp2"})
-OTHER_WEIGHTS = frozenset({"sigmoid", "relu", "elu", "softplus", "sparsemax"})  # attention of another kind
+OTHER_WEIGHTS = frozenset({"sigmoid", "relu", "elu", "softplus", "sparsemax"})  # other kinds of attention
 DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
 CARRIERS = frozenset({"detach", "getitem", "to", "float", "clone", "contiguous", "unsqueeze", "alias"})
 
@@ -37,10 +37,10 @@ CARRIERS = frozenset({"detach", "getitem", "to", "float", "clone", "contiguous",
 class Softmax:
     """A softmax, weights = softmax(scores) over `axis`.
 
-    extra: logits of zero that the sum also holds (softmax plus one). divider: where the weights are normalised only
-    after the second product, the node that does it. gain: by what the scores are multiplied (a base other than e).
-    shift: what is subtracted from the scores, constant along the axis. overflows: the exponentials are not finite for
-    large scores, and the model's result is not either.
+    extra: zero logits that the sum also includes (softmax plus one). divider: the node that normalizes the weights, if
+    that happens only after the second product. gain: factor of the scores (for a base other than e). shift: subtracted
+    from the scores, constant along the axis. overflows: the exponentials are not finite for large scores, nor is the
+    model's result.
     """
 
     scores: fx.Node
@@ -54,21 +54,21 @@ class Softmax:
 
 
 def is_candidate(node: fx.Node) -> bool:
-    """Return whether a node may be a softmax; an exponential is one where a sum of it is taken."""
+    """Return whether a node may be a softmax: an exponential only if it is summed."""
     if op_name(node) in SOFTMAX | LOG_SOFTMAX:
         return True
     return is_exponential(node) and (_sum_after(node) is not None or _logsumexp_before(node) is not None)
 
 
 def is_exponential(node: fx.Node) -> bool:
-    """Return whether a node is an exponential of a tensor, but for that of a logarithm of a softmax."""
+    """Return whether a node is the exponential of a tensor, other than of a log-softmax."""
     if op_name(node) not in EXPONENTIAL or not isinstance(fake(node), Tensor) or not node.all_input_nodes:
         return False
     return op_name(node.all_input_nodes[0]) not in LOG_SOFTMAX
 
 
 def read_softmax(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
-    """Read the softmax at a candidate. Raises Miss when it is something else."""
+    """Match the softmax at a candidate. Raises Miss if it is something else."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
         axis = argument(node, 1, "dim")
@@ -90,7 +90,7 @@ def _exponential_of(node: fx.Node) -> fx.Node:
 
 
 def _sum_after(node: fx.Node) -> fx.Node | None:
-    """Return a sum of the exponential over one axis, through casts."""
+    """Return the sum of the exponential over one axis, also through casts."""
     stack = [(node, 0)]
     while stack:
         current, depth = stack.pop()
@@ -136,11 +136,11 @@ def _read_hand_written(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
         return _checked(softmax, roles, base)
     return Softmax(
         scores, node, axis, divider=weights, gain=gain, shift=shift, overflows=overflows
-    )  # normalised after the second product; checked as a whole
+    )  # normalized after the second product; checked as part of the core
 
 
 def _without_shift(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:
-    """Return x and f(x) of `x - f(x)` where f(x) is constant along the axis; else the node itself and None."""
+    """Return x and f(x) of `x - f(x)` if f(x) is constant along the axis; else the node itself and None."""
     if op_name(node) in {"sub", "subtract"} and len(node.all_input_nodes) == 2 and len(node.args) == 2:
         first, second = node.all_input_nodes
         shift = example_shape(second) if isinstance(fake(second), Tensor) else ()
@@ -150,7 +150,7 @@ def _without_shift(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _is_largest(node: fx.Node, scores: fx.Node, or_zero: bool = False) -> bool:
-    """Return whether a shift is the largest score, so that no exponential overflows; or_zero: or 0 if it is less."""
+    """Return whether a shift is the largest score, so that no exponential overflows; or_zero: or at least 0."""
     while node.all_input_nodes and (op_name(node) in CARRIERS or (or_zero and _is_at_least_zero(node))):
         node = node.all_input_nodes[0]
     source = node.all_input_nodes[0] if node.all_input_nodes else None
@@ -165,7 +165,7 @@ def _is_at_least_zero(node: fx.Node) -> bool:
 
 
 def _post_dominator(node: fx.Node, total: fx.Node) -> fx.Node | None:
-    """Return the division at which the exponential and its sum meet again."""
+    """Return the division of the exponential by its sum."""
     frontier, seen = [total], {total}
     for _ in range(24):
         if not frontier:
@@ -198,7 +198,7 @@ def _contracts(start: fx.Node, end: fx.Node) -> bool:
 
 
 def _checked(softmax: Softmax, roles: Roles, base: Evaluator) -> Softmax:
-    """Run it against torch.softmax; with a zero logit more where that is what it is. Raises Miss."""
+    """Compare it with torch.softmax, then with softmax plus one. Raises Miss."""
     scores = random_like(softmax.scores, 3)
     values: dict[fx.Node, Any] = {softmax.scores: scores}
     if softmax.shift is not None:
@@ -207,7 +207,7 @@ def _checked(softmax: Softmax, roles: Roles, base: Evaluator) -> Softmax:
     try:
         region = Region(base, values, softmax.weights)
         result = region.run({**random_sides(region, roles), **values})
-    except Exception as error:  # a user's node may raise anything
+    except Exception as error:  # user code may raise anything
         raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", softmax.weights) from error
     scores = scores * softmax.gain
     if _close(result, torch.softmax(scores, softmax.axis)):

@@ -1,4 +1,4 @@
-"""Prove, from operators and literal arguments alone, that an attention is its canonical form for all values.
+"""Proof, from operators and literal arguments only, that an attention equals its canonical form for all values.
 
     q, k, v -> ... -> scores -> ... -> softmax -> ... -> o            every node on a path from an operand to o
 
@@ -8,12 +8,12 @@ through which an operand flows must be of one of these kinds; anything else rais
     movement    moves elements by sizes, literals, or an index made of literals only
     cast        to a floating dtype
     analytic    a real-analytic function of its inputs: sums, products, exponentials, tanh, softmax, contractions
-    selection   replaces elements where a mask says so that does not depend on the operands
+    selection   replaces elements by a mask that does not depend on the operands
     range       a bound that no value can cross: relu(softmax(s)), clamp at the limits of the dtype
     shift       is subtracted before a softmax and constant along its axis
-    off         dropout that is not active
+    off         inactive dropout
 
-Two analytic functions that agree at random points agree everywhere (with probability one), so the check by execution
+Two analytic functions that agree at random points agree everywhere (with probability one), so the numerical check
 (`canonical`), which draws every input and every side value, is a proof for regions that pass this test.
 """
 
@@ -48,7 +48,7 @@ ANALYTIC_NAMES = (
 )
 ANALYTIC = frozenset(ANALYTIC_NAMES.split())
 SELECTION = frozenset({"masked_fill", "where", "index_fill", "written"})
-SIZE_OF = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})  # methods that read only the form of the other
+SIZE_OF = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})  # use only the form of their second tensor
 NEW_NAMES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty blank_scores"
 NEW = frozenset(NEW_NAMES.split())
 BOUND_NAMES = "clamp clip clamp_min clamp_max maximum minimum relu abs nan_to_num hardtanh max min"
@@ -72,8 +72,7 @@ _RANGES: dict[str, Interval] = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "exp
 class Proof:
     """The steps of a proof.
 
-    zeroed: weights that the mask hides are set to zero once more, so rows without keys give zero. hides_nan: NaN of
-    weights becomes zero.
+    zeroed: masked weights are set to zero again, so rows without keys give zero. hides_nan: NaN weights become zero.
     """
 
     steps: list[Step]
@@ -87,7 +86,7 @@ def prove(region: Region, softmax: Softmax | None, roles: Roles) -> Proof:
 
 
 class _Prover:
-    """One walk over a region, in graph order. ranges: bounds of the values of a node, where they are known."""
+    """One walk over a region, in graph order. ranges: bounds of the values of a node, if known."""
 
     def __init__(self, region: Region, softmax: Softmax | None, roles: Roles) -> None:
         self.region, self.softmax, self.roles = region, softmax, roles
@@ -114,7 +113,7 @@ class _Prover:
         return any(n in self.flows for n in sources)
 
     def rule(self, node: fx.Node) -> str:
-        """Return the rule by which a node keeps the canonical form. Raises Miss."""
+        """Return the rule by which a node preserves the canonical form. Raises Miss."""
         name = op_name(node)
         self._check_gradient(node)
         if node in self.shifts:
@@ -135,7 +134,7 @@ class _Prover:
             node,
         )
 
-    # ------------------------------------------------------------------------------------------------ kinds
+    # ------------------------------------------------------------------------------------------------ rules
 
     def _same(self, node: fx.Node, name: str) -> str:
         if "dropout" in name and _is_active(node):
@@ -170,7 +169,7 @@ class _Prover:
         return "analytic: checked at random points"
 
     def _holds_largest(self, node: fx.Node) -> bool:
-        """Return whether a tensor is the exponentials of scores less their maximum: one of each row is 1."""
+        """Return whether a tensor is the exponentials of scores minus their maximum: one in each row is 1."""
         if self.softmax is None or self.softmax.shift is None or self.softmax.overflows or self.softmax.extra:
             return False
         while op_name(node) in CASTS | {"abs"} and node.all_input_nodes:
@@ -190,7 +189,7 @@ class _Prover:
         return "selection: by a mask that does not depend on the operands"
 
     def _body(self, node: fx.Node) -> str:
-        """Return the rule for the score function of flex attention, which maps each score. Raises Miss."""
+        """Return the rule for the score_mod of flex attention, which maps each score. Raises Miss."""
         graph = body_of(node.args[1], self.region.base.program).graph
         flows = {next(n for n in graph.nodes if n.op == "placeholder")}
         for inner in graph.nodes:
@@ -232,10 +231,10 @@ class _Prover:
     # ---------------------------------------------------------------------------------------------- weights
 
     def _weights_rule(self, node: fx.Node, name: str) -> str:
-        """Return the rule for arithmetic on weights: by a literal, or by the mask that hid scores. Raises Miss."""
+        """Return the rule for arithmetic on weights: by a literal, or by the mask of the scores. Raises Miss."""
         others = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a not in self.flows]
         if not others:
-            return ""  # literals; the check by execution finds those that change anything
+            return ""  # literals; the numerical check finds those that change anything
         if name in MULTIPLICATION and len(others) == 1 and self._hides(others[0], keeps=True):
             self.proof.zeroed = True
             self._inherit(node)
@@ -250,11 +249,11 @@ class _Prover:
         )
 
     def _keeps(self, node: fx.Node) -> bool:
-        """Return whether a selection keeps what flows in where its condition is true."""
+        """Return whether a selection passes the operand through if its condition is true."""
         return op_name(node) == "where" and _choices(node)[0] in self.flows
 
     def _zero(self, node: fx.Node, condition: fx.Node | None) -> str:
-        """Return the rule for weights that are set to zero where the scores were hidden. Raises Miss."""
+        """Return the rule for weights set to zero where scores were masked. Raises Miss."""
         keeps = self._keeps(node)
         value = argument(node, 2, "value") if op_name(node) == "masked_fill" else None
         value = _choices(node)[int(keeps)] if op_name(node) == "where" else value
@@ -268,7 +267,7 @@ class _Prover:
         return "selection: the mask that hid these scores"
 
     def _hides(self, condition: fx.Node, keeps: bool) -> bool:
-        """Return whether one mask hid the scores, and `condition` is that mask (`keeps`: or its complement)."""
+        """Return whether the scores have one mask, and `condition` is that mask (`keeps`: or its complement)."""
         if len(self.fills) != 1 or self.softmax is None or op_name(self.softmax.weights) not in SOFTMAX:
             return False
         fill = self.fills[0]
@@ -284,7 +283,7 @@ class _Prover:
     # ---------------------------------------------------------------------------------------------- helpers
 
     def _check_gradient(self, node: fx.Node) -> None:
-        """Raise Miss where a gradient ends that the canonical node would pass on."""
+        """Raise Miss if a gradient that the canonical node would propagate ends here."""
         flows = [n for n in node.all_input_nodes if n in self.flows and _takes_gradient(n)]
         if not flows or node in self.shifts:
             return
@@ -301,7 +300,7 @@ class _Prover:
         yield from (n for n in node.all_input_nodes if n not in self.flows and isinstance(fake(n), Tensor))
 
     def _inherit(self, node: fx.Node, joins: bool = False) -> None:
-        """Give a node the range of its inputs; with `joins`, only where all of them have one."""
+        """Set a node's range to that of its inputs; with `joins`, only if all of them have one."""
         known = [self.ranges.get(n, ALL) for n in node.all_input_nodes if n in self.flows]
         if joins and (len(known) < len(node.all_input_nodes) or op_name(node) in SELECTION):
             known = [ALL]
@@ -321,7 +320,7 @@ class _Prover:
         return low * by, high * by
 
     def _literal_bounds(self, node: fx.Node, name: str) -> Interval:
-        """Return the bounds that a node applies. Raises Miss where they are not literals."""
+        """Return the bounds that a node applies. Raises Miss if they are not literals."""
         if name == "relu":
             return 0.0, math.inf
         if name == "abs":
@@ -347,7 +346,7 @@ class _Prover:
         return known
 
     def _literal(self, value: Any) -> float | None:
-        """Return a number, or the one element of a tensor that is made of literals; None for anything else."""
+        """Return a number, or the single element of a tensor computed from literals; None for anything else."""
         if isinstance(value, (int, float)):
             return float(value)
         if not isinstance(value, fx.Node) or not isinstance(fake(value), Tensor) or not is_fixed(value):
@@ -360,10 +359,10 @@ class _Prover:
 
 
 def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.Node | None) -> bool:
-    """Return whether a query that may attend to nothing can occur, and the model's softmax gives NaN for it.
+    """Return whether a query without allowed keys can occur, and the model's softmax gives NaN for it.
 
-    A row of -inf does. It can occur where a mask, or a bias that is made from an input or a buffer, may be -inf; not
-    where a bias is made of parameters, of activations, or of a single finite mask level.
+    A row of -inf does. It can occur if a mask, or a bias computed from an input or a buffer, may be -inf; not if a bias
+    is computed from parameters, from activations, or from a single finite mask value.
     """
     if not form or op_name(softmax.weights) == "_safe_softmax":
         return False
@@ -387,7 +386,7 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
 
 
 def _mask_computation(scores: Region) -> Iterator[fx.Node]:
-    """Yield the nodes that a bias is made of, back to inputs, and to what is no mask: products, lookups, norms."""
+    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms."""
     seen, stack = {*scores.inputs}, [*scores.nodes]
     while stack:
         node = stack.pop()
@@ -399,7 +398,7 @@ def _mask_computation(scores: Region) -> Iterator[fx.Node]:
             stack.extend(n for n in node.all_input_nodes if isinstance(fake(n), Tensor))
 
 
-# ------------------------------------------------------------------------------------------------------ facts
+# ------------------------------------------------------------------------------------------------------ node facts
 
 
 def _is_several(value: Any) -> bool:
@@ -422,7 +421,7 @@ def _is_active(node: fx.Node) -> bool:
 
 
 def _shift_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
-    """Return the nodes that only compute what is subtracted before the softmax."""
+    """Return the nodes that only compute the value subtracted before the softmax."""
     if softmax is None or softmax.shift is None:
         return set()
     inside, found = set(region.nodes), {softmax.shift}
@@ -433,7 +432,7 @@ def _shift_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
 
 
 def _weight_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
-    """Return the nodes behind the softmax's result, where the weights are normalized there."""
+    """Return the nodes downstream of the softmax, if it normalizes the weights."""
     if softmax is None or softmax.divider is not None:
         return set()
     found = {softmax.weights}
@@ -444,7 +443,7 @@ def _weight_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
 
 
 def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
-    """Return the tensors that say where elements are replaced."""
+    """Return the tensors that select which elements are replaced."""
     if name == "masked_fill":
         found = [argument(node, 1, "mask")]
     elif name == "where":
@@ -462,7 +461,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _choices(node: fx.Node) -> tuple[Any, Any]:
-    """Return what a `where` takes where its condition is true, and where it is false."""
+    """Return the values that a `where` selects if its condition is true, and if it is false."""
     if node.op == "call_method":
         return node.args[0], argument(node, 2, "other")
     return argument(node, 1, "input", "self"), argument(node, 2, "other")

@@ -1,1 +1,1 @@
-"""Passes that change what is computed: compress, absorb, lower."""
+"""Passes that change the computation: compress, absorb, lower."""

@@ -1,4 +1,4 @@
-"""Absorb the decoders of keys and values into queries and outputs: no keys and values are reconstructed.
+"""Absorption of the decoders of keys and values into queries and outputs: keys and values are never reconstructed.
 
     before                                                        after
     o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
@@ -6,8 +6,8 @@
                                                                   o = expand(o~, D_v)
 
 q . (D_K z) = (D_K^T q) . z, and a weighted sum commutes with D_V (DeepSeek-V2, section 2.1.2: weight absorption).
-Where z is `unpack(packed, scale)`, the packed latents become the operands, and the scales fold into logits and
-weights. Where keys and values are decoded from one z, it is both operands: latent_attention(q~, z, scale, z, scale).
+If z is `unpack(packed, scale)`, the packed latents become the operands, and the scales fold into logits and weights.
+If keys and values are decoded from one z, it is both operands: latent_attention(q~, z, scale, z, scale).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Absorb:
         return [n for n in program.graph.nodes if n.target is op and _is_decode(n.args[1]) and _is_decode(n.args[3])]
 
     def match(self, node: fx.Node) -> Expanded:
-        """Read the operands to exchange."""
+        """Return the operands to absorb."""
         key, value = node.args[1], node.args[3]
         assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
         return Expanded(node, key, value)
 
     def rewrite(self, program: Program, expanded: Expanded) -> fx.Node:
-        """Exchange the operands and return the new latent_attention node."""
+        """Absorb the decoders and return the new latent_attention node."""
         node = expanded.node
         with program.graph.inserting_before(node):
             query = call(program, algebra.absorb, (node.args[0], expanded.key.args[1]))
@@ -72,7 +72,7 @@ def _is_decode(argument: Any) -> bool:
 
 
 def _packed_latent(latent: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
-    """Return (packed latents or latent, scale, (bits, widths, steps)) of a latent, packed where it was unpacked."""
+    """Return (packed latents or latent, scale, (bits, widths, steps)) of a latent, packed if it was unpacked."""
     if isinstance(latent, fx.Node) and latent.target is torch.ops.fhopt.unpack.default:
         packed, scale, *tiers = latent.args
         return packed, scale, (tiers[0], tiers[1], tiers[2])

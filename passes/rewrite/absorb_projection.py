@@ -1,4 +1,4 @@
-"""Attend to the latents that a model already keeps: their decoders are absorbed into queries and outputs.
+"""Attention on the latents that a model already caches: their decoders are absorbed into queries and outputs.
 
     before (DeepSeek-V2 decodes one token)                after
     z = cat(cache, norm(down(x)))       [B, 1, T, R]      q~ = absorb(q, D_K)                          [B, H, S, R + P]
@@ -6,14 +6,14 @@
     k, v = split(up(z)); k = cat(k, r)  [B, G, T, D or E] o = expand(o~, D_V)
     o = fhopt.attention(q, k, v, mask)
 
-`recognize.kept_latents` finds the latents, `recognize.latent_expansion` reads D_K and D_V. These are computed from the
-weights of each call (`Bound`), never baked into the graph.
+`recognize.kept_latents` finds the latents, `recognize.latent_expansion` computes D_K and D_V from the weights of each
+call (`Bound`); they are never baked into the graph.
 
-Offsets: k = D_K z + c_K and v = D_V z + c_V. A q . c_K is the same for all tokens and cancels in the softmax; c_V is
-added to the result.
+Offsets: k = D_K z + c_K and v = D_V z + c_V. The term q . c_K is equal for all tokens and cancels in the softmax; c_V
+is added to the result.
 
-Exact (DeepSeek-V2, section 2.1.2: weight absorption), and applied where it takes fewer multiplications: for one query,
-or a few, on many tokens. A prefill reads expanded keys as often as it has tokens, and is not rewritten.
+Exact (DeepSeek-V2, section 2.1.2: weight absorption), and applied if it takes fewer multiplications: for one query, or
+a few, on many tokens. Prefill uses expanded keys once per prompt token, and is not rewritten.
 
 Letters: B batch, H query heads, G kv heads, S queries, T tokens, D and E head sizes of keys and values, R latent width.
 """
@@ -49,8 +49,8 @@ class KeptLatents:
 class AbsorbProjection:
     """The pass `absorb_projection`, for inference.
 
-    tolerance: relative, of the comparison with an affine map. margin: how many times fewer multiplications it must take
-    where the number of queries is not fixed.
+    tolerance: relative, of the comparison with an affine map. margin: required reduction factor of multiplications if
+    the number of queries is not fixed.
     """
 
     name: str = "absorb_projection"
@@ -62,7 +62,7 @@ class AbsorbProjection:
         return [n for n in program.graph.nodes if n.target is torch.ops.fhopt.attention.default]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> KeptLatents:
-        """Read the latents of keys and values of `node`. Raises Miss where none is narrower, or it would be slower."""
+        """Match the latents of keys and values of `node`. Raises Miss if none is narrower, or it would be slower."""
         _check_options(node)
         _check_lengths(node)
         key, value = _operands(node)[1:]
@@ -76,7 +76,7 @@ class AbsorbProjection:
         return kept
 
     def rewrite(self, program: Program, kept: KeptLatents) -> fx.Node:
-        """Attend to the latents and return the latent_attention node."""
+        """Replace `node` by attention on the latents and return the latent_attention node."""
         node, query = kept.node, _operands(kept.node)[0]
         mask = node.args[3] if len(node.args) > 3 else None
         with program.graph.inserting_before(node):
@@ -100,7 +100,7 @@ class AbsorbProjection:
         return latent
 
     def _check_cost(self, kept: KeptLatents) -> None:
-        """Raise Miss where attention on latents takes more multiplications than expanding them does."""
+        """Raise Miss if attention on latents takes more multiplications than expanding them."""
         query, key, value = _operands(kept.node)
         _, heads, queries, size_k = example_shape(query)
         size_v, tokens = example_shape(value)[3], example_shape(key)[2]
@@ -123,7 +123,7 @@ def shifted(output: Tensor, lse: Tensor, offset: Tensor) -> Tensor:
     return output + each.where(lse.unsqueeze(-1) > -math.inf, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ checking
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -141,7 +141,7 @@ def _check_options(node: fx.Node) -> None:
 
 
 def _check_lengths(node: fx.Node) -> None:
-    """Raise Miss for a prefill, where queries cost more than expanding tokens."""
+    """Raise Miss for a prefill, in which absorption costs more than expanding the tokens."""
     queries, tokens = (example_shape(operand)[2] for operand in _operands(node)[:2])
     if queries >= tokens:
         sizes = f"{queries} queries, {tokens} tokens"
@@ -149,7 +149,7 @@ def _check_lengths(node: fx.Node) -> None:
 
 
 def _check_alone(node: fx.Node, latents: tuple[fx.Node, ...], roles: Roles) -> None:
-    """Raise Miss when anything else reads the expanded keys or values, which would then be computed all the same."""
+    """Raise Miss if another node uses the expanded keys or values, which would then be computed anyway."""
     operands = _operands(node)[1:]
     expanded = {n for end in operands for n in behind(end, latents) if example_size(n) is None}
     inside = {n for n in expanded if roles.kind(n) == Kind.ACTIVATION} - {*latents}
@@ -160,7 +160,7 @@ def _check_alone(node: fx.Node, latents: tuple[fx.Node, ...], roles: Roles) -> N
         raise Miss(f"{user.name} also reads the expanded keys or values", user)
 
 
-# ----------------------------------------------------------------------------------------------------------- rewriting
+# ------------------------------------------------------------------------------------------------------------- rewrite
 
 
 def _joined(program: Program, side: LatentSide, dtype: torch.dtype) -> fx.Node:
@@ -170,7 +170,7 @@ def _joined(program: Program, side: LatentSide, dtype: torch.dtype) -> fx.Node:
 
 
 def _rows(program: Program, node: fx.Node, axes: LatentAxes, dtype: torch.dtype) -> fx.Node:
-    """Bring a latent to [B, 1, T, R] in `dtype`; return the node itself where it has this form."""
+    """Convert a latent to [B, 1, T, R] in `dtype`; return the node itself if it has this form."""
     if fake(node).dtype != dtype:
         node = call_method(program, "to", node, dtype)
     if (axes.order, len(axes.sizes)) == ((0, 2, 1, 3), 4) and axes.sizes[1] == 1:
@@ -185,14 +185,14 @@ def _rows(program: Program, node: fx.Node, axes: LatentAxes, dtype: torch.dtype)
 
 
 def _both_sides(program: Program, kept: KeptLatents, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
-    """Return the latents for scores and for the weighted sum; one node where both sides have the same."""
+    """Return the latents for scores and for the weighted sum; one node if both sides share them."""
     joined = {side.nodes: _joined(program, side, dtype) for side in (kept.key, kept.value)}
     key, value = (_channels(program, joined[side.nodes], side) for side in (kept.key, kept.value))
     return key, value
 
 
 def _channels(program: Program, latent: fx.Node, side: LatentSide) -> fx.Node:
-    """Return the channels of a latent that a side reads."""
+    """Return the channels of a latent that a side uses."""
     if side.width == sum(p.width for p in side.expansion.latents):
         return latent
     return call_method(program, "narrow", latent, -1, side.facts.first, side.width)

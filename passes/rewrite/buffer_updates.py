@@ -1,12 +1,12 @@
-"""Writes of new tokens into a K/V buffer and reads of all tokens, recognized by running them, in any spelling.
+"""Writes of new tokens into a K/V buffer and reads of all its tokens, recognized in any spelling by running them.
 
-    %w = written(%k_cache, [], setitem, [[:, :, %pos], %k])          write   %k is the new tokens, its axis 2 their axis
+    %w = written(%k_cache, [], setitem, [[:, :, %pos], %k])          write   %k: new tokens, along its axis 2
     %o = fhopt.attention(%q, %w, ...)                                read    axes 0, 1, 2, 3 are B, G, T, D
     %copy_ = copy_(%k_cache, %w)
 
-Both are run on numbered elements. A write may only put new tokens into slots, a read may only permute axes and cut
-slots off the end. Which token goes into which slot is found in the graph itself, by the same nodes on a stand-in
-[1,1,T,1] for the buffer and new tokens numbered from 1 (`stand_in`); the example must agree with it.
+Both run on numbered elements. A write may only put new tokens into slots; a read may only permute axes and drop slots
+at the end. The token of each slot is computed by the graph itself: the same nodes run on a stand-in [1, 1, T, 1] for
+the buffer and on new tokens numbered from 1 (`stand_in`); the example must agree with it.
 
 Letters: B batch, G kv heads, S new tokens, T slots of the buffer, D head size.
 """
@@ -34,17 +34,17 @@ READ_NAMES = (
     "expand contiguous clone detach alias to type_as"
 )
 READS = frozenset(READ_NAMES.split())
-SMALL, LARGE = 4, 2**24  # of batch, heads and head size, where that is run; elements of a buffer that is run whole
+SMALL, LARGE = 4, 2**24  # max batch, heads and head size of a small run; max buffer elements of a full-size run
 _MODULE = re.compile(r"L\['self'\](\._modules\['[^']+'\])*(\.__dict__)?(\._buffers)?(\['\w+'\]|\.\w+)")
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The use of one buffer by a graph: how it is written and read.
+    """The use of one buffer by a graph: its writes and reads.
 
-    new: the tokens that are written. writes: the nodes that do it, of which `end` is the last; `copy` puts that into
-    the buffer. reads: from there to the attention. axes: of the buffer that are B, G, T, D; new_axes: of the new
-    tokens, -1 for one that they do not have.
+    new: the written tokens. writes: the nodes that write them, of which `end` is the last; `copy` stores that in the
+    buffer. reads: the nodes from `end` to the attention. axes: the buffer axes B, G, T, D; new_axes: those of the new
+    tokens, -1 for a missing one.
     """
 
     buffer: fx.Node
@@ -63,7 +63,7 @@ class Update:
 
 
 def own_buffer(program: Program, operand: Any) -> fx.Node | None:
-    """Return the buffer of the compiled module, or of a module in it, behind keys or values; None for anything else."""
+    """Return the buffer of the compiled module or a submodule that keys or values come from; None for anything else."""
     updates = _copies(program)
     end = _end(operand, updates)
     buffer: Any = None if end is None else updates[end].args[0]
@@ -73,7 +73,7 @@ def own_buffer(program: Program, operand: Any) -> fx.Node | None:
 
 
 def read_update(program: Program, node: fx.Node, operand: fx.Node, roles: Roles, base: Evaluator) -> Update:
-    """Read how the buffer behind keys or values of the attention at `node` is used. Raises Miss if not clear."""
+    """Match the use of the buffer for keys or values of the attention at `node`. Raises Miss if ambiguous."""
     updates = _copies(program)
     end = _end(operand, updates)
     assert end is not None
@@ -101,14 +101,14 @@ def _copies(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _end(operand: Any, updates: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """Return the last value of a buffer behind keys or values, through the first operands of nodes."""
+    """Return the last value of the buffer that keys or values come from, through the first operands of nodes."""
     while isinstance(operand, fx.Node) and operand not in updates:
         operand = operand.args[0] if operand.op in ("call_function", "call_method") and operand.args else None
     return operand if isinstance(operand, fx.Node) else None
 
 
 def _between(base: Evaluator, first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the nodes behind `first` up to `last`. Raises Miss."""
+    """Return the nodes after `first` up to `last`. Raises Miss."""
     try:
         return tuple(Region(base, (first,), last).nodes)
     except RuntimeError as error:
@@ -116,7 +116,7 @@ def _between(base: Evaluator, first: fx.Node, last: fx.Node) -> tuple[fx.Node, .
 
 
 def _new_tokens(writes: Sequence[fx.Node], buffer: fx.Node) -> fx.Node:
-    """Return the tokens that are written. Raises Miss."""
+    """Return the written tokens. Raises Miss."""
     for step in writes:
         name = str(step.args[2]).rpartition(".")[2] if op_name(step) == "written" else op_name(step)
         if name not in WRITES:
@@ -129,7 +129,7 @@ def _new_tokens(writes: Sequence[fx.Node], buffer: fx.Node) -> fx.Node:
 
 
 def _check_reads(reads: Sequence[fx.Node], end: fx.Node) -> None:
-    """Raise Miss where what is read may depend on numbers, as the order of beams does."""
+    """Raise Miss if a read may depend on values, such as beam order."""
     for step in reads:
         sides = [n for n in step.all_input_nodes if isinstance(fake(n), Tensor) and n not in {end, *reads}]
         if op_name(step) not in READS or sides:
@@ -137,7 +137,7 @@ def _check_reads(reads: Sequence[fx.Node], end: fx.Node) -> None:
 
 
 def _check_users(update: Update, node: fx.Node) -> None:
-    """Raise Miss where something else reads the buffer, before or after it is written."""
+    """Raise Miss if any other node reads the buffer, before or after it is written."""
     own = {*update.writes, *update.reads, update.copy, node}
     for step in (update.buffer, *update.writes, *update.reads, update.copy):
         other = next((user for user in step.users if user not in own), None)
@@ -146,7 +146,7 @@ def _check_users(update: Update, node: fx.Node) -> None:
             raise Miss(f"its buffer {what}; expected this attention to be its only reader", other)
 
 
-# --------------------------------------------------------------------------------------------------- by running it
+# --------------------------------------------------------------------------------------------------- measurement
 
 
 def _with_axes(update: Update, operand: fx.Node, roles: Roles, base: Evaluator) -> Update:
@@ -158,20 +158,20 @@ def _with_axes(update: Update, operand: fx.Node, roles: Roles, base: Evaluator) 
             roles.known[known] = _measured(update, operand, write, read)
         except Miss:
             raise
-        except Exception as error:  # a user's node may raise anything
+        except Exception as error:  # user code may raise anything
             raise Miss(f"the use of its buffer could not be run ({error})", operand) from error
     axes, new_axes = roles.known[known]
     return replace(update, axes=axes, new_axes=new_axes)
 
 
 def _measured(update: Update, operand: fx.Node, write: Region, read: Region) -> tuple[tuple[int, ...], ...]:
-    """Return (axes, new_axes), measured at small sizes where possible."""
+    """Return (axes, new_axes), measured at small sizes if possible."""
     batch, heads, _, size = example_shape(operand)
     try:
         with smaller({n: SMALL for n in (batch, heads, size) if n > SMALL}):
             axes = _read_axes(update, operand, read)
             return axes, _new_axes(update, write, axes)
-    except Exception:  # a size may mean two things at once
+    except Exception:  # a size may have two meanings
         if torch.Size(example_shape(update.buffer)).numel() > LARGE:
             raise
         axes = _read_axes(update, operand, read)
@@ -179,7 +179,7 @@ def _measured(update: Update, operand: fx.Node, write: Region, read: Region) -> 
 
 
 def _read_axes(update: Update, operand: fx.Node, read: Region) -> tuple[int, ...]:
-    """Return the axes of the buffer that are B, G, T and D. Raises Miss."""
+    """Return the buffer axes B, G, T and D. Raises Miss."""
     sizes = example_shape(update.buffer)
     held = _elements(update.buffer)
     seen = (read.run({update.end: held}) if read.nodes else held).long().cpu()
@@ -196,7 +196,7 @@ def _read_axes(update: Update, operand: fx.Node, read: Region) -> tuple[int, ...
 
 
 def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the axes of the new tokens that are B, G, S and D. Raises Miss."""
+    """Return the new-token axes B, G, S and D. Raises Miss."""
     sizes, new = example_shape(update.buffer), example_shape(update.new)
     held, fresh_ids = _elements(update.buffer), -1 - _elements(update.new)
     result = write.run({update.buffer: held, update.new: fresh_ids})
@@ -220,13 +220,13 @@ def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int
 
 
 def _elements(node: fx.Node) -> Tensor:
-    """Return numbers from 0 for the elements of a tensor, on its device."""
+    """Return element indices of a tensor's shape, from 0, on its device."""
     sizes = torch.Size(example_shape(node))
     return torch.arange(sizes.numel(), dtype=torch.float64, device=fake(node).device).view(sizes)
 
 
 def _matched(results: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tensor], how: str) -> list[int]:
-    """Match the axes of a tensor with B, G, T and D by coordinates of its elements at places of [B, G, T, D].
+    """Match the axes of a tensor with B, G, T and D by the coordinates of its elements in [B, G, T, D].
 
     An axis of size 1 is -1. Raises Miss.
     """
@@ -245,17 +245,17 @@ def _matched(results: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Ten
     return axes
 
 
-# --------------------------------------------------------------------------------------------------- in the graph
+# --------------------------------------------------------------------------------------------------- graph functions
 
 
 def numbered(new: Tensor, axis: int) -> Tensor:
-    """Return numbers from 1 along the axis of the tokens that are written; all other axes have size 1."""
+    """Return token indices from 1 along the token axis of the new tokens; all other axes have size 1."""
     numbers = torch.arange(1, 1 + (new.shape[axis] if axis >= 0 else 1), device=new.device)
     return numbers.view([-1 if i == axis else 1 for i in range(new.dim())])
 
 
 def arranged(new: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Arrange the tokens that are written as [B, G, S, D]."""
+    """Arrange the new tokens as [B, G, S, D]."""
     known = [axis for axis in axes if axis >= 0]
     ordered = new.permute(*known, *[i for i in range(new.dim()) if i not in known])
     return ordered.to(dtype).reshape([new.shape[axis] if axis >= 0 else 1 for axis in axes])
@@ -272,7 +272,7 @@ def token_count(x: Tensor) -> Any:
 
 
 def stand_in(program: Program, update: Update) -> fx.Node:
-    """Repeat the writes on a stand-in: which of the new tokens, counted from 1, is in each slot; 0 for none."""
+    """Repeat the writes on a stand-in: the number of the new token in each slot, from 1; 0 if unwritten."""
     sizes = [n if i == update.axes[2] else 1 for i, n in enumerate(example_shape(update.buffer))]
     mapping = {
         update.buffer: call(program, no_tokens, (update.new, sizes)),
@@ -282,7 +282,7 @@ def stand_in(program: Program, update: Update) -> fx.Node:
 
 
 def slots_read(program: Program, update: Update, numbers: fx.Node) -> Any:
-    """Return how many slots are read: a number, or a node where it may change between calls."""
+    """Return the number of slots read, or a node if it may change between calls."""
     last = (update.end, *update.reads)[-1]
     sizes = shape(last)
     assert sizes is not None
@@ -292,7 +292,7 @@ def slots_read(program: Program, update: Update, numbers: fx.Node) -> Any:
 
 
 def _again(program: Program, steps: Sequence[fx.Node], mapping: dict[fx.Node, fx.Node], last: fx.Node) -> fx.Node:
-    """Copy nodes to work on other inputs."""
+    """Copy nodes with other inputs."""
     known = dict(mapping)
     for step in steps:
         known[step] = copy_node(program, step, known)

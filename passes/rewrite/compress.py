@@ -1,10 +1,10 @@
-"""Compress keys and values to latents, by the plan.
+"""Compression of keys and values to latents, according to the plan.
 
     before                                  after, at full width without bit groups
     o = fhopt.attention(q, k, v, mask)      z_k = encode(k, E_k); z_v = encode(v, E_v)
                                             o, _ = fhopt.latent_attention(q, decode(z_k, D_k), decode(z_v, D_v), mask)
 
-    after, with bit groups (attention sinks and residual window stay exact, as in the cache; none in cross attention)
+    after, with bit groups (attention sinks and recent window stay exact, as in the cache; none in cross attention)
                                             c_k = unpack(pack(encode(k, E_k))); c_v from v
                                             near, far = split_mask(mask)
                                             o = merge(latent_attention(q, decode(c_k, D_k), decode(c_v, D_v), far),
@@ -12,15 +12,15 @@
 
     one latent for both (layout "input")    z = encode(cat(k, v), E); keys decode(z, D_k), values decode(z, D_v)
 
-One latent is exact where its span holds all keys and values of these weights; gradients of the projections (and of the
-norm before them) are cut to that span, those of everything else are exact.
+One latent is exact if its span contains all keys and values of these weights. Gradients of the projections (and of the
+norm before them) are projected onto that span, all other gradients are exact.
 
-Near tokens (attention sinks and residual window) stay exact with any `plan.window_bits`, because nothing is stored
-here; a cache with a residual window of 8 bits gives slightly different numbers.
+Near tokens (attention sinks and recent window) stay exact with any `plan.window_bits`, because nothing is stored here;
+a cache with an 8-bit recent window gives slightly different results.
 
-Keys and values are still reconstructed here, which makes the pass readable and testable on its own; `absorb` removes
-that. Bases are extra placeholders, bound to the weights of each call (`Fitted`): a graph that several layers share gets
-the bases of each layer; weights that the plan was not fitted for raise Stale.
+Keys and values are still reconstructed here, which makes the pass readable and separately testable; `absorb` removes
+the reconstruction. Bases are extra placeholders, bound to the weights of each call (`Fitted`): a graph that several
+layers share gets the bases of each layer; weights that the plan was not fitted for raise Stale.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ NO_WEIGHTS: Mapping[str, Tensor] = {}
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The plan of a site, and the weights that it is for.
+    """The plan of a site, and the weights it was fitted for.
 
-    sources: placeholders of these weights, none where they are unknown. own: their fingerprint. others: plans of sites
-    that fit the same graph, by fingerprint. trusting: accept weights that have changed since the fit.
+    sources: placeholders of these weights, empty if unknown. own: their fingerprint. others: plans of sites that fit
+    the same graph, by fingerprint. trusting: accept weights that have changed since the fit.
     """
 
     site: SitePlan
@@ -60,7 +60,7 @@ class Fitted:
     trusting: bool = False
 
     def of(self, *weights: Tensor) -> SitePlan:
-        """Return the plan for these weights. Raises Stale when there is none."""
+        """Return the plan for these weights. Raises Stale without one."""
         fingerprint = weight_print(weights)
         if fingerprint == self.own:
             return self.site
@@ -71,13 +71,13 @@ class Fitted:
         raise Stale(f"the weights of {self.site.site.name} are not those that the plan was fitted for")
 
     def bound(self, pick: Callable[[SitePlan], Tensor]) -> Bound | None:
-        """Return how an extra input that holds a basis follows from the weights."""
+        """Return the computation of a basis input from the weights."""
         return Bound(self.sources, lambda *weights: pick(self.of(*weights))) if self.sources else None
 
 
 @dataclass(frozen=True)
 class Compress:
-    """The pass `compress`, for one plan. training: rounding passes gradients straight through (Bengio et al. 2013).
+    """The pass `compress`, for one plan. training: rounding uses a straight-through gradient (Bengio et al. 2013).
 
     trusting: use the plan for weights that have changed since it was fitted.
     """
@@ -90,7 +90,7 @@ class Compress:
     def match(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor] = NO_WEIGHTS) -> Fitted:
         """Choose the plan for the site at `node`. weights: values of the program's parameters, by qualified name.
 
-        Raises Miss when it has none, when the weights are others, or when the graph's shapes are not the plan's.
+        Raises Miss without a plan, for other weights, or if the graph's shapes differ from the plan's.
         """
         fitted = self._fitted(node, site, weights)
         plan = fitted.site
@@ -107,7 +107,7 @@ class Compress:
         return fitted
 
     def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> Fitted:
-        """Choose a plan by the weights, which also serve a part of a model, else by the site's name. Raises Miss."""
+        """Choose a plan by the weights, which also works for part of a model, else by the site's name. Raises Miss."""
         held = [weights.get(name) for name in site.cached_weights]
         fingerprint = weight_print([w for w in held if w is not None]) if held and None not in held else ""
         named = next((p for p in self.plan.sites if p.site.name == site.name), None)
@@ -153,7 +153,7 @@ class Compress:
     def _through_latents(
         self, program: Program, key: fx.Node, value: fx.Node, fitted: Fitted, name: str
     ) -> tuple[fx.Node, fx.Node]:
-        """Insert decode(encode(x)) of keys and of values, from one latent where the plan shares it."""
+        """Insert decode(encode(x)) for keys and values, from one latent if the plan shares it."""
         is_shared = fitted.site.is_shared
         read = call(program, torch.cat, ([key, value], -1)) if is_shared else key
         latent = self._latent(program, read, fitted, "key", name)
@@ -200,7 +200,7 @@ def _placed(program: Program, fitted: Fitted) -> Fitted:
 
 
 def _serves(other: SitePlan, plan: SitePlan) -> bool:
-    """Return whether the bases of `other` fit the graph that `plan` made: same layout, bit groups and shapes."""
+    """Return whether the bases of `other` fit the graph of `plan`: same layout, bit groups and shapes."""
     sides = [(getattr(other, which), getattr(plan, which)) for which in ("key", "value")]
     same = all(a.tiers == b.tiers and a.encode.shape == b.encode.shape for a, b in sides)
     return same and other.layout == plan.layout and other.site.kind == plan.site.kind

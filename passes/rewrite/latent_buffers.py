@@ -1,4 +1,4 @@
-"""Put latents in place of K/V buffers that a module keeps and its forward writes.
+"""Replacement of K/V buffers, which a module owns and its forward writes, by latents.
 
     before                                             after
     %w = written(%k_cache, [], setitem, [.., %k])      %n = written(no_tokens, [], setitem, [.., numbered(%k)])
@@ -6,10 +6,10 @@
     %copy_ = copy_(%k_cache, %w)
     return [%o]                                        return [%o]
 
-`buffer_updates` reads how the buffers are used. A `Keeper` (fhopt/cache/module_buffers.py) has `attend_buffered` and
-the parts of a cache of latents that it reads and changes in place. The parts are bound to the buffers at call time: the
-graphs of prefill and of decode steps find the same parts, and the buffers give their memory back. Only buffers and
-attributes of the compiled module, and of modules in it, are replaced, never caches of the caller.
+`buffer_updates` analyzes the use of the buffers. A `Keeper` (fhopt/cache/module_buffers.py) provides `attend_buffered`
+and the parts of a latent cache that it uses and changes in place. The parts are bound to the buffers at call time: the
+graphs of prefill and decode share them, and the buffers release their memory. Only buffers and attributes of the
+compiled module and its submodules are replaced, never caches of the caller.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from fhopt.plan.site_plan import SitePlan
 
 
 class Keeper(Protocol):
-    """A keeper of latents in place of K/V buffers between calls: `fhopt.cache.module_buffers.BufferKeeper`."""
+    """Storage of latents instead of K/V buffers between calls: `fhopt.cache.module_buffers.BufferKeeper`."""
 
     @property
     def attend_buffered(self) -> Callable[..., Tensor]:
-        """Attention over a buffer and new tokens, the function that graphs call."""
+        """Attention over a buffer and new tokens, as called by graphs."""
 
     def unfit(self, buffer: Tensor) -> str:
-        """Return why a buffer cannot be replaced, "" where it can."""
+        """Return why a buffer cannot be replaced, "" if it can."""
 
     def is_released(self, buffer: Tensor) -> bool:
-        """Return whether a buffer has given its memory back."""
+        """Return whether a buffer has released its memory."""
 
     def blank(self, held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Return examples of the parts for buffers of keys and values."""
 
     def parts(self, held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts for these buffers, which give their memory back."""
+        """Return the parts for these buffers, which release their memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +73,18 @@ class Buffered:
 
 @dataclass(frozen=True)
 class LatentBuffers:
-    """The pass `latent_buffers`, by the plan of `compress`."""
+    """The pass `latent_buffers`, according to the plan of `compress`."""
 
     compress: Compress
     keeper: Keeper
     name: str = "latent_buffers"
 
     def is_for(self, node: fx.Node, site: AttentionSite, program: Program) -> bool:
-        """Return whether keys and values are what the graph writes into buffers of a module."""
+        """Return whether the graph writes the keys and values into buffers of a module."""
         return site.cache == "in-place" and all(own_buffer(program, operand) for operand in node.args[1:3])
 
     def match(self, node: fx.Node, site: AttentionSite, program: Program, roles: Roles, base: Evaluator) -> Buffered:
-        """Read how the site at `node` uses its buffers. Raises Miss where latents cannot replace them."""
+        """Match the buffers used by the site at `node`. Raises Miss if latents cannot replace them."""
         fitted = self.compress.match(node, replace(site, cache="none"), program.weights)
         if self.compress.training:
             raise Miss("the graph is compiled for training; expected inference", node)
@@ -138,7 +138,7 @@ class LatentBuffers:
         return result
 
     def check(self, program: Program, missed: Sequence[str]) -> None:
-        """Raise FhoptError where the graph still reads a buffer that another graph has replaced by latents."""
+        """Raise FhoptError if the graph still reads a buffer that another graph has replaced by latents."""
         for node in program.graph.nodes:
             value = program.values[node.name] if node.op == "placeholder" else None
             if node.users and isinstance(value, Tensor) and self.keeper.is_released(value):
@@ -170,7 +170,7 @@ def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..
 
 
 def _basis(program: Program, buffered: Buffered, side: str, kind: str) -> fx.Node:
-    """Add an input for a basis: encoders as the plan has them, decoders in the dtype of the model."""
+    """Add an input for a basis: encoders in the plan's dtype, decoders in the model's."""
     value = fake(buffered.key.buffer)
 
     def pick(site: SitePlan) -> Tensor:

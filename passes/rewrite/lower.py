@@ -1,4 +1,4 @@
-"""Lower the canonical ops to torch functions, which inductor traces through and fuses, or to a kernel of fhopt.
+"""Lowering of canonical ops to torch functions, which inductor traces through and fuses, or to an fhopt kernel.
 
     before                                       after
     fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
@@ -6,11 +6,11 @@
     fhopt.latent_attention(q~, z, ...)           latent_attention_reference(...)   -> matmul, softmax, matmul
                                                  (packed latents keep the op: its kernel is generated)
 
-A CPU's scaled_dot_product_attention reads keys once for each query head: 3 to 11 times slower, with few queries, than
-reading them once for all heads that share them. The kernel for latents without bit groups does that; inductor would
-turn plain products back into the slow call.
+On CPU, scaled_dot_product_attention loads the keys once per query head: with few queries 3 to 11 times slower than
+loading them once for all query heads of a kv head. The kernel for latents without bit groups does the latter; inductor
+would fuse plain matmuls back into the slow call.
 
-In training, a mask of numbers that is made of an input or a buffer keeps its plain products (see `_may_hide_rows`).
+In training, attention with a numeric mask computed from an input or a buffer stays unfused (see `_may_hide_rows`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fhopt.passes.graph.nodes import call, fake, op_name, shape
 from fhopt.passes.graph.program import Program
 from fhopt.passes.recognize.softmax import EXPONENTIAL
 
-FEW = 48  # rows (queries x query heads of a kv head) up to which reading keys once is faster
-FEW_ABSORBED = 256  # the same where the other choice is two plain products
-MANY = 256  # keys from which on the kernel is faster
+FEW = 48  # max rows (queries x query heads per kv head) for which loading keys once is faster
+FEW_ABSORBED = 256  # the same if the alternative is two plain matmuls
+MANY = 256  # min keys for which the kernel is faster
 SIZED_NAMES = "blank_scores ones_like zeros_like full_like empty_like new_ones new_zeros new_full new_empty"
-ONLY_SIZED = frozenset(SIZED_NAMES.split())  # calls that read only the form of their tensor
+ONLY_SIZED = frozenset(SIZED_NAMES.split())  # calls that ignore the values of their tensor
 _PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.attention.default: attention.attention_reference,
     torch.ops.fhopt.latent_attention.default: latent_attention.latent_attention_reference,
@@ -47,11 +47,11 @@ class Lower:
     name: str = "lower"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Return the canonical nodes that plain torch ops, or the kernel for latents without bit groups, serve best."""
+        """Return the canonical nodes to run as plain torch ops or with the kernel for latents without bit groups."""
         return [n for n in program.graph.nodes if n.target in _PLAIN and not _is_packed(n)]
 
     def rewrite(self, program: Program, node: fx.Node) -> str:
-        """Exchange the target and return "kernel" or "torch"."""
+        """Lower the node and return "kernel" or "torch"."""
         is_exact = node.target is torch.ops.fhopt.attention.default
         if not self.training and is_exact and is_decoding(node):
             return _to_kernel(program, node)
@@ -70,7 +70,7 @@ def is_decoding(node: fx.Node) -> bool:
 
 
 def _is_small(query: Any, key: Any, few: int = FEW) -> bool:
-    """Return whether rows are few and fixed in number, and keys many, of a dtype that kernels read."""
+    """Return whether rows are few and fixed in number, and keys many, of a dtype that kernels support."""
     value, sizes = fake(query), shape(query)
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.float64 or sizes is None:
         return False
@@ -96,9 +96,9 @@ def _to_kernel(program: Program, node: fx.Node) -> str:
 
 
 def _may_hide_rows(program: Program, node: fx.Node) -> bool:
-    """Return whether a mask of numbers is an input or a buffer: it may then hide all keys of a query.
+    """Return whether a numeric mask is an input or a buffer, which may mask all keys of a query.
 
-    The weights of such a row are even, but not in the backward pass of scaled_dot_product_attention: it keeps
+    The weights of such a row are uniform, but not in the backward pass of scaled_dot_product_attention: it stores
     max + log(sum), which rounds to the max, so that gradients become T times too large.
     """
     mask = node.args[3] if len(node.args) > 3 else None
@@ -110,7 +110,7 @@ def _may_hide_rows(program: Program, node: fx.Node) -> bool:
         if at.op == "placeholder" and at.name not in program.parameters:
             return True
         sources = [] if op_name(at) in ONLY_SIZED else at.all_input_nodes
-        tensors = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
+        tensors = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # sizes excluded
         seen.update(tensors)
         stack.extend(tensors)
     return False
@@ -121,6 +121,6 @@ def _is_packed(node: fx.Node) -> bool:
 
 
 def is_spelled_out(graph: fx.Graph) -> bool:
-    """Return whether a graph spells attention out with a softmax or exponentials, in place of fused attention."""
+    """Return whether a graph computes attention from a softmax or exponentials rather than fused attention."""
     names = {op_name(node) for node in graph.nodes}
     return bool(names & EXPONENTIAL) or any("softmax" in name or "softmin" in name for name in names)

@@ -1,6 +1,6 @@
 """latent_k16b8x32b4_v32b3x16b16_bfloat16_cap_ab5d923f
 
-Latent attention for one kind of latent, in plain torch operations:
+Latent attention for one latent format, in plain torch operations:
 
     x[t] = cap(scale * q . z_K[t]) + mask[t]      cap(x) = softcap tanh(x / softcap)
     lse  = log sum_t exp(x[t])
@@ -8,13 +8,13 @@ Latent attention for one kind of latent, in plain torch operations:
 
     q [B,H,S,R_K]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,R_V]   lse [B,H,S]
 
-    B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
+    B batch, H query heads, J latent heads (H/J query heads share one; keys and values may differ in J), S queries,
     T tokens, R channels of a latent.
 
     channels of a key row:    16 x 8, 32 x 4 bits
     channels of a value row:  32 x 3, 16 x 16 bits
 
-A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+A code u of b bits represents (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider
 one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.
 """
@@ -69,7 +69,7 @@ def latent_attention(
 
 
 def additive(mask: Tensor) -> Tensor:
-    """A mask as numbers to add to logits: bool (True = may attend) becomes 0 and -inf."""
+    """Convert a mask to an additive one: bool (True = may attend) becomes 0 and -inf."""
     if mask.dtype != torch.bool:
         return mask.float()
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)

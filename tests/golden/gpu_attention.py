@@ -1,6 +1,6 @@
 """latent_k16b8x32b4_v32b3x16b16_bfloat16_cap_ab5d923f
 
-Latent attention for one kind of latent, on GPUs:
+Latent attention for one latent format, on GPUs:
 
     x[t] = cap(scale * q . z_K[t]) + mask[t]
     lse  = log sum_t exp(x[t])
@@ -9,35 +9,34 @@ Latent attention for one kind of latent, on GPUs:
     q [B,H,S,R_K]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,R_V]   lse [B,H,S]
 
     B batch, H query heads, J latent heads (keys and values may differ in J), S queries, T tokens, R channels of a
-    latent. A unit is a run of query heads that share a latent head of keys and one of values; M the rows of a program:
+    latent. A unit is a run of query heads that share a latent head of keys and one of values; M rows per program:
     queries of the heads of a unit, in the order (head, query).
 
     channels of a key row:    16 x 8, 32 x 4 bits
     channels of a value row:  32 x 3, 16 x 16 bits
 
-A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+A code u of b bits represents (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider
 one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.
-A word of a plane of w bits holds 16/w consecutive channels (a byte, where a plane is short, 8/w): lane l of all words
-is a product of its own. Its codes u are read as 1 + u / 2^w, by moving bits; what that is too large by, and what a step
-is worth, is put right in whole sums.
+A word of a plane of w bits holds 16/w consecutive channels (a byte, if a plane is short, 8/w): lane l of all words is a
+separate dot operand. Its codes u become 1 + u / 2^w by bit shifts; the offset and the step are corrected in whole sums.
 
 `attention_kernel`: a program takes BLOCK_M rows of a unit and one of `splits` ranges of tokens. It writes o and lse, or
-(not WHOLE) sums and their base for `merge_kernel` to join.
+(not WHOLE) sums and their base for `merge_kernel`.
 """
 
 import triton
 import triton.language as tl
 
-DTYPE = tl.constexpr(tl.bfloat16)  # of what is multiplied: 7 bits of mantissa
+DTYPE = tl.constexpr(tl.bfloat16)  # of dot operands: 7 bits of mantissa
 INTEGER = tl.constexpr(tl.int16)
 ONE = tl.constexpr(0x3F80)  # the bits of 1.0
 SOFTCAP = tl.constexpr(True)
 R_V = tl.constexpr(48)
-PLACES = tl.constexpr(80)  # numbers a row of partial output has: R_V, and one more for a channel of two planes
+PLACES = tl.constexpr(80)  # elements of a row of partial output: R_V, plus one per channel of two planes
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e38)  # of finite masks, in base e: lets a row attend to what it hides, evenly
+LOWEST = tl.constexpr(-1e38)  # of finite masks, in base e: a fully masked row attends evenly
 
 
 @triton.jit(
@@ -56,8 +55,8 @@ def attention_kernel(
     value_scale,
     mask,  # uint8 or floats [B, H, S, T]; None: all tokens
     lengths,  # integers [B]: tokens of a sequence; None: T
-    table,  # int32 [B, T / PAGE]: where in the pool a page lies; None without a SPAN: rows are in order of token
-    pages,  # int32 [B, units, n]: pages to read, -1: none; None: all
+    table,  # int32 [B, T / PAGE]: pool index of each page; None without a SPAN: rows are in token order
+    pages,  # int32 [B, units, n]: selected pages, -1: no page; None: all
     output,  # [B, H, S, R_V], or float32 [B, H, S, splits, PLACES]
     lse,  # float32 [B, H, S], or the largest logit (base 2) [B, H, S, splits]
     total,  # float32 [B, H, S, splits]: sum of weights; not used if WHOLE
@@ -88,16 +87,16 @@ def attention_kernel(
     units,
     queries,  # S
     tokens,  # T
-    slots,  # how many tokens are gone through: T, or n * PAGE
+    slots,  # number of tokens to process: T, or n * PAGE
     splits,
     key_group,  # units that share a latent head of keys
     value_group,
-    kept_first,  # by a residual window's rule: first tokens that stay exact, newest ones, and how many leave at once
+    kept_first,  # rule of the recent window: sinks, recent tokens, and tokens quantized at once
     kept_last,
     leaving,
     scale,
     softcap,
-    SPAN: tl.constexpr,  # tokens by that rule: 1: those that were quantized, 2: newest ones, 3: first ones; 0: all
+    SPAN: tl.constexpr,  # tokens by that rule: 1: quantized, 2: recent, 3: sinks; 0: all
     PAGE: tl.constexpr,  # tokens of a page; 0: no pages
     WHOLE: tl.constexpr,  # one range of tokens, and no channel of two planes
     PACKED: tl.constexpr,  # NVIDIA: codes by PTX
@@ -117,14 +116,14 @@ def attention_kernel(
     head, s = unit * group + m // queries, m % queries
     row = (b * heads + head).to(tl.int64) * queries + s
 
-    # The query with everything folded in that may be, a piece for each lane of each run: [size, M].
+    # The query with all factors folded in, one operand per lane of each run: [size, M].
     factor = scale / softcap if SOFTCAP else scale * LOG2E
     rows = query + b.to(tl.int64) * query_b + head.to(tl.int64) * query_h + s.to(tl.int64) * query_s
     q0_0 = load_query(rows, inside, factor * 0.32, 0, 1, 16, 16)
     q0_1 = load_query(rows, inside, factor * 5.12, 0, 1, 16, 16)
     q1_0 = load_query(rows, inside, factor * 4.0, 16, 2, 16, 16)
     q1_1 = load_query(rows, inside, factor * 4.0, 17, 2, 16, 16)
-    middle = tl.zeros([BLOCK_M], tl.float32)  # what the codes of a token are too large by
+    middle = tl.zeros([BLOCK_M], tl.float32)  # sum of q times the mean of the codes
     middle += 1.46875 * tl.sum(q0_0.to(tl.float32), 0)
     middle += 1.46875 * tl.sum(q0_1.to(tl.float32), 0)
     middle += 1.46875 * tl.sum(q1_0.to(tl.float32), 0)
@@ -132,7 +131,7 @@ def attention_kernel(
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # largest logit so far, base 2
     weights = no_sums(BLOCK_T, BLOCK_M)  # of 2^(logit - top)
-    mass = no_sums(BLOCK_T, BLOCK_M)  # of scaled weights, to be multiplied by middles
+    mass = no_sums(BLOCK_T, BLOCK_M)  # sum of scaled weights, multiplied by middles at the end
     o0_0 = tl.zeros([16, BLOCK_M], tl.float32)
     o0_1 = tl.zeros([16, BLOCK_M], tl.float32)
     o0_2 = tl.zeros([16, BLOCK_M], tl.float32)
@@ -163,7 +162,7 @@ def attention_kernel(
     within = tl.arange(0, BLOCK_T)  # [T]
     for i in tl.range(0, tl.cdiv(end - begin, BLOCK_T)):
         start = begin + i * BLOCK_T
-        first, entry = start, b  # token, and which of the storages
+        first, entry = start, b  # token, and index of its sequence or page
         t_in, far = within, None
         if pages is not None:
             of_unit = pages + b.to(tl.int64) * pages_b + unit * pages_h
@@ -178,7 +177,7 @@ def attention_kernel(
                 far = t_in.to(tl.int64)
         t = first + t_in
         here = t < (length if pages is not None else end)
-        if SPAN:  # a tile has tokens of several pages, each a row of its own
+        if SPAN:  # a tile has tokens of several pages, each with its own address
             entry = tl.load(table + b.to(tl.int64) * table_b + t // PAGE, mask=here, other=0)
             first, t_in = start * 0, t % PAGE
             far = t_in.to(tl.int64)
@@ -276,7 +275,7 @@ def attention_kernel(
 
 @triton.jit
 def span(length, kept_first, kept_last, leaving, SPAN: tl.constexpr):
-    """Begin and end of the tokens that the newest token of a sequence, the last of `length`, reads as SPAN says."""
+    """Begin and end of the tokens of kind SPAN that the last of `length` tokens of a sequence attends to."""
     quantized = tl.maximum(length - 1 - kept_first - kept_last, 0) // leaving * leaving
     begin, end = kept_first, kept_first + quantized
     if SPAN == 2:
@@ -300,7 +299,7 @@ def mix(x, p, total):
 
 @triton.jit
 def no_sums(BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Sums over tokens [M]; where rows are few [T, M], added up at the end: until then threads need not meet."""
+    """Sums over tokens [M]; for few rows [T, M], reduced at the end: until then threads need not synchronize."""
     return tl.zeros([BLOCK_T, BLOCK_M] if BLOCK_M < 32 else [BLOCK_M], tl.float32)
 
 
@@ -318,10 +317,9 @@ def added(sums):
 
 @triton.jit
 def load(rows, stride, far, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
-    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none.
+    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED (transposed) [SIZE, T]; else 0.
 
-    rows: the first row, or one for each token [T]. far: how many rows from there each is, [T]; None: they lie one
-    behind the other.
+    rows: the first row, or one for each token [T]. far: row offset of each token [T]; None: rows are contiguous.
     """
     i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
     if far is not None:
@@ -347,7 +345,7 @@ def load_as(
     USED: tl.constexpr,
     TURNED: tl.constexpr,
 ):
-    """The same for rows of bytes that hold numbers of 16 bits."""
+    """The same for rows of bytes that hold 16-bit values."""
     return load(rows.to(tl.pointer_type(TYPE)), stride // 2, far, here, START, SIZE, USED, TURNED)
 
 
@@ -371,7 +369,7 @@ def load_odd_halves(
 
 @triton.jit
 def codes(x, SHIFT: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr):
-    """Fields of words as 1 + u / 2^bits: the bits u of a field become the first ones of a mantissa."""
+    """Fields of words as 1 + u / 2^bits: the bits u of a field become the top bits of a mantissa."""
     if PACKED:  # two words of a register at once
         SHIFTED: tl.constexpr = f"shl.b32 t, $1, {-SHIFT};" if SHIFT < 0 else f"shr.b32 t, $1, {SHIFT};"
         MASKED: tl.constexpr = f"lop3.b32 $0, t, {MASK * 65537}, 1065369472, 0xEA;"  # t & mask | ones
@@ -385,7 +383,7 @@ def codes(x, SHIFT: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def load_query(rows, inside, factor, FIRST: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr):
-    """Channels FIRST, FIRST + LANES, ... of the queries [SIZE, M], times factor; 0 where there are none."""
+    """Channels FIRST, FIRST + LANES, ... of the queries [SIZE, M], times factor; 0 out of range."""
     i = tl.arange(0, SIZE)
     x = tl.load(rows[None, :] + (FIRST + LANES * i)[:, None], mask=inside[None, :] & (i < USED)[:, None], other=0.0)
     return (x.to(tl.float32) * factor).to(DTYPE)
@@ -393,7 +391,7 @@ def load_query(rows, inside, factor, FIRST: tl.constexpr, LANES: tl.constexpr, S
 
 @triton.jit
 def store(rows, x, inside, FIRST: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr):
-    """Store x [SIZE, M] to numbers FIRST, FIRST + LANES, ... of the rows."""
+    """Store x [SIZE, M] to elements FIRST, FIRST + LANES, ... of the rows."""
     i = tl.arange(0, SIZE)
     at = rows[None, :] + (FIRST + LANES * i)[:, None]
     tl.store(at, x.to(rows.dtype.element_ty), mask=inside[None, :] & (i < USED)[:, None])
@@ -407,7 +405,7 @@ def capped(x):
 
 @triton.jit
 def log_sum(top, weight):
-    """log of weight * 2^top; -inf where the weight is 0."""
+    """log of weight * 2^top; -inf if the weight is 0."""
     some = weight > 0.0
     return tl.where(some, (top + tl.log2(tl.where(some, weight, 1.0))) * LN2, -float("inf"))
 
@@ -423,7 +421,7 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,  # all ranges, padded
     BLOCK_R: tl.constexpr,
 ):
-    """Join the ranges of tokens of one row, BLOCK_R channels of it."""
+    """Merge the ranges of tokens of one row, BLOCK_R channels of it."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
     live = split < splits

@@ -1,6 +1,6 @@
 """latent_k16b8x32b4_v32b3x16b16_bfloat16_cap_ab5d923f, for many queries
 
-Latent attention for one kind of latent, on GPUs, with keys and values rebuilt:
+Latent attention for one latent format, on GPUs, with reconstructed keys and values:
 
     k[t] = D_K z_K[t]    v[t] = D_V z_V[t]
     x[t] = cap(scale * q . k[t]) + mask[t]
@@ -10,32 +10,32 @@ Latent attention for one kind of latent, on GPUs, with keys and values rebuilt:
     q [B,H,S,D]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,E]   lse [B,H,S]
 
     B batch, H query heads, G kv heads, J latent heads (keys and values may differ in J), S queries, T tokens, R
-    channels of a latent, D and E head size (D' and E': up to a power of two). M the rows of a program: queries of the
-    H/G heads of a kv head, in the order (head, query).
+    channels of a latent, D and E head size (D' and E': up to a power of two). M rows per program: queries of the H/G
+    heads of a kv head, in the order (head, query).
 
     channels of a key row:    16 x 8, 32 x 4 bits
     channels of a value row:  32 x 3, 16 x 16 bits
 
-A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+A code u of b bits represents (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider
 one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.
-A word of a plane of w bits holds 16/w consecutive channels (a byte, where a plane is short, 8/w): lane l of all words
-is a product of its own. Its codes u are read as 1 + u / 2^w, by moving bits, or as u - 2^(w-1); what that is too large
-by (`bias`) is taken off the sum, and what a step is worth is in the rows of the decoder.
+A word of a plane of w bits holds 16/w consecutive channels (a byte, if a plane is short, 8/w): lane l of all words is a
+separate dot operand. Its codes u become 1 + u / 2^w by bit shifts, or u - 2^(w-1); the offset (`bias`) is subtracted
+from the sum, and the step is folded into the rows of the decoder.
 """
 
 import triton
 import triton.language as tl
 
-DTYPE = tl.constexpr(tl.bfloat16)  # of what is multiplied: 7 bits of mantissa
+DTYPE = tl.constexpr(tl.bfloat16)  # of dot operands: 7 bits of mantissa
 INTEGER = tl.constexpr(tl.int16)
 ONE = tl.constexpr(0x3F80)  # the bits of 1.0
 SOFTCAP = tl.constexpr(True)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-KEY_OPERANDS = tl.constexpr(48)  # numbers of a row that are multiplied, padding among them
+KEY_OPERANDS = tl.constexpr(48)  # multiplied elements per row, including padding
 VALUE_OPERANDS = tl.constexpr(208)
-LOWEST = tl.constexpr(-1e38)  # of finite masks, in base e: lets a row attend to what it hides, evenly
+LOWEST = tl.constexpr(-1e38)  # of finite masks, in base e: a fully masked row attends evenly
 
 
 @triton.jit(
@@ -82,7 +82,7 @@ def chunk_kernel(
     groups,  # G
     queries,  # S
     tokens,  # T
-    splits,  # ranges of tokens, each with a result of its own
+    splits,  # ranges of tokens, each with a separate result
     key_group,  # kv heads that share a latent head of keys
     value_group,
     scale,
@@ -281,7 +281,7 @@ def rebuild(z, table, FIRST: tl.constexpr, total):
 
 @triton.jit
 def scales(scale, t, stride, here):
-    """Scales of tokens t [T]; 1 where rows have none."""
+    """Scales of tokens t [T]; 1 if rows have none."""
     if scale is None:
         return tl.full(here.shape, 1.0, tl.float32)
     return tl.load(scale + t.to(tl.int64) * stride, mask=here, other=0.0).to(tl.float32)
@@ -289,7 +289,7 @@ def scales(scale, t, stride, here):
 
 @triton.jit
 def numbers(z, SHIFT: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr):
-    """Fields of words as the numbers u - HALF."""
+    """Fields of words as values u - HALF."""
     return (((z.to(tl.int32) >> SHIFT) & MASK) - HALF).to(tl.float32).to(DTYPE)
 
 
@@ -301,10 +301,9 @@ def capped(x):
 
 @triton.jit
 def load(rows, stride, far, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
-    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none.
+    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED (transposed) [SIZE, T]; else 0.
 
-    rows: the first row, or one for each token [T]. far: how many rows from there each is, [T]; None: they lie one
-    behind the other.
+    rows: the first row, or one for each token [T]. far: row offset of each token [T]; None: rows are contiguous.
     """
     i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
     if far is not None:
@@ -330,7 +329,7 @@ def load_as(
     USED: tl.constexpr,
     TURNED: tl.constexpr,
 ):
-    """The same for rows of bytes that hold numbers of 16 bits."""
+    """The same for rows of bytes that hold 16-bit values."""
     return load(rows.to(tl.pointer_type(TYPE)), stride // 2, far, here, START, SIZE, USED, TURNED)
 
 
@@ -354,7 +353,7 @@ def load_odd_halves(
 
 @triton.jit
 def codes(x, SHIFT: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr):
-    """Fields of words as 1 + u / 2^bits: the bits u of a field become the first ones of a mantissa."""
+    """Fields of words as 1 + u / 2^bits: the bits u of a field become the top bits of a mantissa."""
     if PACKED:  # two words of a register at once
         SHIFTED: tl.constexpr = f"shl.b32 t, $1, {-SHIFT};" if SHIFT < 0 else f"shr.b32 t, $1, {SHIFT};"
         MASKED: tl.constexpr = f"lop3.b32 $0, t, {MASK * 65537}, 1065369472, 0xEA;"  # t & mask | ones

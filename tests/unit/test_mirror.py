@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "tests" / "unit"
 PACKAGES = ("fhopt", "passes", "codegen")
 LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to packages that are listed by their own names
-OF_NO_MODULE = ("test_golden_kernels", "test_layers", "test_mirror", "test_project")  # for all modules together
+OF_NO_MODULE = (  # for all modules together
+    "test_durations",
+    "test_golden_kernels",
+    "test_language",
+    "test_layers",
+    "test_mirror",
+    "test_project",
+)
 
 CACHES = "whole caches, unit/cache/test_latent_cache.py and test_report.py"
 MODELS = "whole models, integration/test_families.py and test_zoo.py"

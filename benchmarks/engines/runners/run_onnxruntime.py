@@ -1,6 +1,6 @@
-"""Measure ONNX Runtime GenAI: its generator on the CPU, one call for a token of each sequence.
+"""Runner of ONNX Runtime GenAI: its generator on the CPU, one call per token of all sequences.
 
-The model is a folder that its own builder wrote (environments.py), with weights of 32 bits or of 4.
+The model is a folder that its own builder wrote (environments.py), with 32-bit or 4-bit weights.
 """
 
 from __future__ import annotations

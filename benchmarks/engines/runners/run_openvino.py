@@ -1,7 +1,7 @@
-"""Measure OpenVINO GenAI: its pipeline with continuous batching, step by step.
+"""Runner of OpenVINO GenAI: its pipeline with continuous batching, step by step.
 
-options: cache: type of keys and values, u8, u4 or f16. The model is a GGUF file, which it reads itself. Prompts are not
-cached, so that each sequence is read.
+options: cache: KV-cache type, u8, u4 or f16. The model is a GGUF file, which it loads itself. Prefix caching is off, so
+that each sequence is prefilled.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import openvino_genai as genai
 
 from benchmarks.engines.protocol import Clock, Report, Request, StepCounter, run
 
-BLOCK = 32  # tokens of a block of its KV cache on a CPU
-CHUNK = 2048  # tokens of a step that reads prompts, at most
+BLOCK = 32  # tokens per block of its KV cache on a CPU
+CHUNK = 2048  # max tokens per prefill step
 
 
 def pipeline(request: Request) -> genai.ContinuousBatchingPipeline:
@@ -32,7 +32,7 @@ def pipeline(request: Request) -> genai.ContinuousBatchingPipeline:
 
 
 def _most(request: Request) -> int:
-    """Return the positions of a sequence: the first one generates while the last one's prompt is read."""
+    """Return the positions of a sequence: the first one generates during prefill of the last one's prompt."""
     return request.most + StepCounter.extra_tokens(request, CHUNK)
 
 

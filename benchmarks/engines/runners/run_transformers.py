@@ -1,10 +1,10 @@
-"""Measure transformers: `generate()` in eager mode, or a loop of decode steps that inductor compiled.
+"""Runner of transformers: `generate()` in eager mode, or a loop of decode steps compiled by inductor.
 
 options
     attention   "sdpa" or "eager"
     dtype       "bfloat16" or "float32"
-    compiled    options of inductor: a static cache and compiled decode steps, prompts read in eager mode
-    chunk       tokens of a call that reads prompts; all by default
+    compiled    options of inductor: a static cache and compiled decode steps, prefill in eager mode
+    chunk       tokens per prefill call; all by default
     weights     "int8" or "int4": weight-only quantization by torchao
 """
 
@@ -20,7 +20,7 @@ from benchmarks.engines.protocol import Clock, Report, Request, run
 
 
 class Ticks(StoppingCriteria):  # type: ignore[misc, unused-ignore]
-    """Note the time of each token of `generate()`; never stop."""
+    """Records the time of each token of `generate()`; never stops it."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -45,7 +45,7 @@ def load(request: Request) -> Any:
 
 
 def quantize(model: Any, kind: str) -> None:
-    """Quantize the weights of linear layers by torchao, in groups of 32 for 4 bits."""
+    """Quantize the weights of linear layers with torchao, in groups of 32 for 4 bits."""
     from torchao.quantization import (
         Int8WeightOnlyConfig,
         IntxWeightOnlyConfig,
@@ -78,7 +78,7 @@ def generate(model: Any, request: Request, packages: tuple[str, ...]) -> Report:
 def decode_steps(
     model: Any, step: Callable[..., Any], cache: Any, request: Request, packages: tuple[str, ...]
 ) -> Report:
-    """Measure a loop: `model` reads the prompts into `cache`, `step`, its compiled form, generates token by token."""
+    """Measure a loop: `model` prefills `cache`, `step`, its compiled form, generates token by token."""
     clock, ids = Clock(request), torch.tensor(request.tokens())
     parts = ids.split(request.options.get("chunk") or request.context, 1)
     clock.start()

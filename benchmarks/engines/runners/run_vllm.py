@@ -1,7 +1,7 @@
-"""Measure vLLM on a CPU: its engine in this process, step by step.
+"""Runner of vLLM on a CPU: its engine in this process, step by step.
 
-The KV cache is as large as all sequences need; prompts are not cached, so that each sequence is read. What it compiles
-stays in the cache folder of this engine, as it does for a user who starts it a second time.
+The KV cache fits all sequences; prefix caching is off, so that each sequence is prefilled. Compiled code stays in the
+cache folder of this engine, as for a user who starts it a second time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 from benchmarks.engines.protocol import Clock, Report, Request, StepCounter, run
 
-CHUNK = 2048  # tokens of a step that reads prompts, at most
+CHUNK = 2048  # max tokens per prefill step
 GIB = 2**30
 
 
@@ -32,7 +32,7 @@ def engine(request: Request) -> object:
 
 
 def cache_bytes(request: Request, length: int) -> int:
-    """Return the bytes of the keys and values of all sequences in 16 bits, with two blocks of 128 tokens to spare."""
+    """Return the bytes of the 16-bit keys and values of all sequences, plus two spare blocks of 128 tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(request.model, local_files_only=True)

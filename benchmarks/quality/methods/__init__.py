@@ -1,1 +1,1 @@
-"""Other methods of KV-cache compression, implemented after their papers."""
+"""Other methods of KV-cache compression, implemented from their papers."""

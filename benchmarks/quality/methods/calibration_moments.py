@@ -1,4 +1,4 @@
-"""Collect on calibration text what the calibrated codecs of the quality benchmark are made from.
+"""Calibration statistics for the calibrated codecs of the quality benchmark.
 
 Letters: L layers, G kv heads, H query heads, D head size, T tokens of a sequence.
 """
@@ -16,8 +16,8 @@ from benchmarks.quality.methods.rotary_embedding import Rotary, watched
 from fhopt.evaluation.perplexity import new_cache
 from fhopt.models.model_facts import cache_argument
 
-SAMPLE = 128  # last tokens of each sequence that are kept as they are
-Step = Callable[[int], None]  # is told how many sequences have been read
+SAMPLE = 128  # last tokens of each sequence that are stored unmodified
+Step = Callable[[int], None]  # called with the number of processed sequences
 
 
 def _ignore(done: int) -> None:
@@ -25,7 +25,7 @@ def _ignore(done: int) -> None:
 
 
 def _read(model: Any, sequence: Tensor) -> Any:
-    """Read token ids [T] in one call; returns the cache."""
+    """Prefill token ids [T] in one call; return the cache."""
     cache = new_cache(model, None)
     model(sequence[None].to(model.device), **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
     return cache
@@ -36,9 +36,9 @@ def _read(model: Any, sequence: Tensor) -> Any:
 
 @torch.inference_mode()
 def head_moments(model: Any, ids: Tensor, sinks: int, progress: Step = _ignore) -> list[tuple[Tensor, Tensor]]:
-    """Return sums of x x^T over tokens of ids [N, T] after the sinks: (keys, values) [G, D, D] a layer, float64.
+    """Return sums of x x^T over tokens of ids [N, T] after the sinks: (keys, values) [G, D, D] per layer, float64.
 
-    Keys are as a cache holds them, rotated.
+    Keys are rotated, as in the cache.
     """
     totals: list[tuple[Tensor, Tensor]] = []
     for done, sequence in enumerate(ids, 1):
@@ -59,9 +59,9 @@ def _moment(x: Tensor) -> Tensor:
 
 @dataclass
 class AttentionMoments:
-    """Sums over the tokens of a layer after the sinks, float64: what attention makes of an error in keys and values.
+    """Sums over the tokens of a layer after the sinks, float64: the effect of key and value errors on attention.
 
-    queries: q q^T [G, D, D], as attention reads them, rotated. scored_values: w v v^T [G, D, D] with
+    queries: q q^T [G, D, D], rotated, as attention uses them. scored_values: w v v^T [G, D, D] with
     w = k^T (sum of q q^T) k, of mean 1 in a sequence (OSCAR, arXiv 2605.17757). key_weights: [G, D], the sum over
     queries of q_c^2 sum_i a_i^2 |(v_i - o) W_O|^2 scale^2. value_weights: [G, D, D], the sum over query heads of
     W_O W_O^T sum a_i^2 (AATC, arXiv 2608.14191). a are attention's weights, o its output, W_O the output projection.
@@ -97,13 +97,13 @@ def attention_moments(model: Any, ids: Tensor, sinks: int, progress: Step = _ign
 
 
 def _output_gram(module: torch.nn.Module, heads: int, size: int) -> Tensor:
-    """Return W_O W_O^T [H, D, D] of an attention module's output projection: its last child that is a matrix."""
+    """Return W_O W_O^T [H, D, D] of an attention module's output projection, its last matrix-valued child."""
     weights = [child.weight for child in module.children() if getattr(child, "weight", None) is not None]
     matrices = [weight for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2]
     if not matrices or heads * size not in matrices[-1].shape:
         return torch.eye(size).expand(heads, size, size)
     last = matrices[-1].float()
-    rows = last.T if last.shape[1] == heads * size else last  # [H D, E]; a Conv1D stores it so
+    rows = last.T if last.shape[1] == heads * size else last  # [H D, E]; a Conv1D stores it like this
     parts = rows.unflatten(0, (heads, size))
     return parts @ parts.mT
 
@@ -144,7 +144,7 @@ def _sequence_moments(
 class TokenMoments:
     """Mean [P] and covariance [P, P] of the keys, or values, of all layers and heads of a token, P = L G D; float64.
 
-    sample: [N, P], tokens as they are, the last of each sequence in a row; float32.
+    sample: [N, P], unmodified tokens, the last ones of each sequence; float32.
     """
 
     mean: Tensor
@@ -189,7 +189,7 @@ class _Sums:
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """Put all layers and heads of a token side by side: [L,B,G,N,D] -> [B,N,L G D]."""
+    """Concatenate all layers and heads of a token: [L,B,G,N,D] -> [B,N,L G D]."""
     return x.permute(1, 3, 0, 2, 4).flatten(2)
 
 

@@ -1,16 +1,17 @@
-"""Keep the best tokens of each head and remove the others, so that a cache is of the same bytes as a plan's.
+"""Caches that evict the lowest-scoring tokens of each head, for a cache of the same bytes as a plan's.
 
-    [ sinks | tokens that were kept | residual window ]  --a block leaves the window-->  scores of the kept tokens and
-    of the block, from the queries that the layer has seen  ->  the best of each kv head stay, exactly
+    [ sinks | retained tokens | recent window ]  --a block leaves the window-->  scores of the retained tokens and of
+    the block, from the queries that the layer has processed  ->  the best of each kv head stay, in full precision
 
-With s, r and b as in quantized_caches.py, T tokens of L layers with G heads of D channels take, when a share p is kept,
+With s, r and b as in quantized_caches.py, T tokens of L layers with G heads of D channels take, if a share p is
+retained,
 
     L G 4 D (round(p quantized(T)) + T - quantized(T)) bytes
 
-SnapKV (arXiv 2404.14469) chooses once, after the prompt; Expected Attention (arXiv 2510.00636) also in decoding. Here
-the choice is repeated for each block, as text is read in steps, and a removed token is gone. Their settings are the
-defaults of kvpress (NVIDIA), which cannot be installed beside this project: its release 0.5.5 needs transformers below
-5.3.
+SnapKV (arXiv 2404.14469) selects once, after the prompt; Expected Attention (arXiv 2510.00636) also during decoding.
+Here the selection is repeated for each block, as text is processed in steps, and an evicted token is gone. Settings
+are the defaults of kvpress (NVIDIA), which cannot be installed with this project: its release 0.5.5 needs transformers
+below 5.3.
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ from benchmarks.quality.methods.quantized_caches import Schedule, Shape
 from benchmarks.quality.methods.rotary_embedding import Rotary, watched
 
 OBSERVED = 64  # queries of SnapKV's window
-POOLED = 5  # tokens that SnapKV's scores are averaged over
+POOLED = 5  # tokens over which SnapKV's scores are averaged
 FUTURE = 512  # positions that Expected Attention looks ahead
 LAYER = "evicting_layer"  # attribute of the keys that a layer returns: the layer
 
 
 class Scorer(Protocol):
-    """What a layer remembers of the queries it has seen, and the scores that it makes of them."""
+    """A layer's statistics of the queries it has processed, and token scores from them."""
 
     def observe(self, query: Tensor, start: int) -> None:
-        """Remember queries [B,H,S,D], the first of which stands at position `start`."""
+        """Record queries [B,H,S,D], the first of which is at position `start`."""
 
     def scores(self, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """Return the scores [B,G,T] of the tokens of keys and values [B,G,T,D], the greater the better."""
+        """Return the scores [B,G,T] of the tokens of keys and values [B,G,T,D]; higher is better."""
 
 
 class SnapKV:
-    """Score tokens by the attention of the last 64 queries, averaged over neighbours and queries (SnapKV, 4)."""
+    """Scores tokens by the attention of the last 64 queries, averaged over neighbors and queries (SnapKV, 4)."""
 
     def __init__(self, rotary: Rotary, schedule: Schedule) -> None:
-        self.count = min(OBSERVED, schedule.recent)  # these are the last tokens of the cache, in their order
+        self.count = min(OBSERVED, schedule.recent)  # the last tokens of the cache, in order
         self.queries: Tensor | None = None
 
     def observe(self, query: Tensor, start: int) -> None:
-        """Keep the last queries [B,H,S,D]."""
+        """Store the last queries [B,H,S,D]."""
         known = query if self.queries is None else torch.cat([self.queries, query], 2)
         self.queries = known[:, :, -self.count :]
 
@@ -68,10 +69,10 @@ class SnapKV:
 
 
 class ExpectedAttention:
-    """Score tokens by the attention that queries like those seen will pay them, times the norm of the value.
+    """Scores tokens by the expected attention of future queries, times the norm of the value.
 
-    With mean m and covariance C of the queries before rotation, turned by the mean of the next 512 rotations, a key k
-    has the expected weight exp(k m scale + k C k scale^2 / 2) (Expected Attention, section 3).
+    With mean m and covariance C of the queries before RoPE, rotated by the mean of the next 512 rotations, a key k has
+    the expected weight exp(k m scale + k C k scale^2 / 2) (Expected Attention, section 3).
     """
 
     def __init__(self, rotary: Rotary, schedule: Schedule) -> None:
@@ -81,7 +82,7 @@ class ExpectedAttention:
         self.second: Any = 0
 
     def observe(self, query: Tensor, start: int) -> None:
-        """Add queries [B,H,S,D] behind the sinks to the sums."""
+        """Add queries [B,H,S,D] after the sinks to the sums."""
         self.end = start + query.shape[2]
         skipped = max(0, self.sinks - start)
         positions = torch.arange(start + skipped, self.end)
@@ -91,7 +92,7 @@ class ExpectedAttention:
         self.second = self.second + rows.mT @ rows
 
     def scores(self, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """Return expected weights [B,G,T] times norms of values; of sinks as of any token."""
+        """Return expected weights [B,G,T] times norms of values, for sinks as for any token."""
         mean = self.first / self.count  # [B, H, D]
         covariance = self.second / self.count - mean[..., :, None] * mean[..., None, :]
         turn = self._mean_rotation(mean)
@@ -111,7 +112,7 @@ class ExpectedAttention:
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that holds sinks, the best tokens and the residual window, exactly."""
+    """A cache layer of sinks, the best tokens and the recent window, in full precision."""
 
     def __init__(self, scorer: Scorer, schedule: Schedule, share: float) -> None:
         super().__init__()
@@ -119,26 +120,26 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.values: Any
         self.scorer, self.schedule, self.share = scorer, schedule, share
         self.seen = 0  # tokens
-        self.passed = 0  # tokens that have left the window, removed ones included
+        self.passed = 0  # tokens that have left the window, including evicted ones
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D]; the returned keys know the layer, which `attended` then tells of the queries."""
+        """Append k, v [B,G,S,D]; the returned keys refer to the layer, so that `attended` gets the queries."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.seen += key_states.shape[2]
         setattr(keys, LAYER, self)
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Return how many tokens the layer has seen: the next one's position."""
+        """Return the number of tokens the layer has processed: the next one's position."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the tokens to mask and the first one's position, as if those held were the last ones seen."""
+        """Return the number of tokens to mask and the first one's position, as if the stored ones were the newest."""
         held = self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0
         return held + query_length, self.seen - held
 
     def attended(self, query: Tensor, scale: float) -> None:
-        """Take note of queries [B,H,S,D] that have read the layer; remove tokens when a block has left the window."""
+        """Record queries [B,H,S,D] that attended to the layer; evict tokens if a block has left the window."""
         self.scorer.observe(query, self.seen - query.shape[2])
         until = self.schedule.quantized(self.seen)
         if until > self.passed:
@@ -147,7 +148,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.passed = until
 
     def _evict(self, stop: int, count: int, scale: float) -> None:
-        """Keep `count` of the tokens between the sinks and `stop`."""
+        """Retain `count` of the tokens between the sinks and `stop`."""
         start = self.schedule.sinks
         scores = self.scorer.scores(self.keys, self.values, scale)[..., start:stop]
         best = scores.topk(min(count, stop - start), -1).indices.sort(-1).values + start  # [B, G, count]
@@ -165,7 +166,7 @@ def _tell_layer(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tens
 
 @dataclass(frozen=True)
 class Eviction:
-    """Keep a share of the tokens between the attention sinks and the residual window of a plan, by their scores."""
+    """Retention of a share of the tokens between a plan's attention sinks and recent window, by score."""
 
     family: str
     scorer: Callable[[Rotary, Schedule], Scorer]
@@ -179,7 +180,7 @@ class Eviction:
         return f"{self.family}-{self.ratio:g}x"
 
     def new_cache(self, model: Any) -> Any:
-        """Return an empty cache; the model has to read into it inside `reading`."""
+        """Return an empty cache; the model must run with it inside `reading`."""
         rotary = Rotary.of(model)
         layers = range(Shape.of(model).layers)
         return Cache(
@@ -187,19 +188,19 @@ class Eviction:
         )
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which layers of the cache see the queries of the model."""
+        """Return a context in which layers of the cache receive the queries of the model."""
         return watched(model, _tell_layer)
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Return the bytes of the tokens that are held, exact."""
+        """Return the bytes of the stored tokens, in full precision."""
         passed = self.schedule.quantized(tokens)
         return (round(self.share * passed) + tokens - passed) * shape.exact_token_bytes
 
 
 def share_for(bytes_held: int, shape: Shape, schedule: Schedule, tokens: int) -> float | None:
-    """Return the least share whose cache is not smaller than `bytes_held`, at `tokens` tokens.
+    """Return the smallest share whose cache is not smaller than `bytes_held`, at `tokens` tokens.
 
-    None when sinks and residual window alone are larger.
+    None if sinks and recent window are already larger.
     """
     passed = schedule.quantized(tokens)
     kept = math.ceil(bytes_held / shape.exact_token_bytes) - (tokens - passed)

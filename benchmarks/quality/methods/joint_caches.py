@@ -1,9 +1,9 @@
-"""Quantize all layers and heads of a token together, keys without their rotary embedding.
+"""Joint quantization of all layers and heads of a token, with keys before RoPE.
 
     keys [L,B,G,N,D] of a block  ->  rotate back to position zero  ->  the codec  ->  rotate again  ->  the cache
 
-A block leaves the residual window in every layer of a call before it is quantized, after the last layer. The call that
-brings it still reads it exactly, as with `RoundTripLayer`.
+A block leaves the recent window in every layer of a call before it is quantized, after the last layer. The call that
+adds it still attends to it in full precision, as with `RoundTripLayer`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.quality.methods.rotary_embedding import Rotary
 
 
 class JointCodec(Protocol):
-    """The quantizer of a method that reads all layers of a token."""
+    """The quantizer of a method that codes all layers of a token jointly."""
 
     @property
     def family(self) -> str:
@@ -31,10 +31,10 @@ class JointCodec(Protocol):
         """Name of the method at this size."""
 
     def token_bytes(self, shape: Shape) -> float:
-        """Count the bytes of one token, keys and values of all heads and layers."""
+        """Return the bytes of one token, keys and values of all heads and layers."""
 
     def keys(self, x: Tensor) -> Tensor:
-        """Return keys x [L,B,G,N,D] without rotation, quantized and dequantized."""
+        """Return keys x [L,B,G,N,D], given before RoPE, quantized and dequantized."""
 
     def values(self, x: Tensor) -> Tensor:
         """Return values x [L,B,G,N,D], quantized and dequantized."""
@@ -51,7 +51,7 @@ class JointCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D] to a layer; the tokens of the call are still exact to each other."""
+        """Append k, v [B,G,S,D] to a layer; within the call, its tokens are attended to in full precision."""
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         until = self.schedule.quantized(updated[0].shape[2])
         if layer_idx == len(self.layers) - 1 and until > self.quantized:
@@ -82,5 +82,5 @@ class JointBlocks(Blocks):
         return JointCache(self.codec, self.schedule, Shape.of(model).layers, Rotary.of(model))
 
     def token_bytes(self, shape: Shape) -> float:
-        """Count the bytes of one quantized token, keys and values of all heads and layers."""
+        """Return the bytes of one quantized token, keys and values of all heads and layers."""
         return self.codec.token_bytes(shape)

@@ -1,19 +1,19 @@
-"""Code all keys, and all values, of a token in their principal components: KVTC (arXiv 2511.01815).
+"""Coding of all keys, and all values, of a token in their principal components: KVTC (arXiv 2511.01815).
 
-    keys of all layers and heads [P], without rotation  ->  minus the mean, principal components  ->  groups of
-    components of 2, 4 or 8 bits with a scale and a zero point, or 16-bit numbers, or nothing  ->  DEFLATE (RFC 1951)
+    keys of all layers and heads [P], before RoPE  ->  minus the mean, principal components  ->  groups of components
+    of 2, 4 or 8 bits with a scale and a zero point, or 16-bit floats, or nothing  ->  DEFLATE (RFC 1951)
 
-The components are those of calibration text, P = L G D of them. Dynamic programming cuts them into groups of 16, 64,
-256 or 1,024 and gives each a number of bits, with the least squared error at a budget. Bytes of a token, with groups of
-size g and n bits, keys and values together:
+The P = L G D components are those of the calibration set. Dynamic programming splits them into groups of 16, 64, 256 or
+1,024 and assigns bits to each, minimizing squared error at a budget. Bytes of a token, with groups of size g and n
+bits, keys and values together:
 
     kvtc            sum of (g n + 32) / 8 over groups, g n / 8 for those of 16 bits
-    kvtc-deflate    the same with quantized values as DEFLATE leaves them, a stream for each block of tokens; its share
-                    is measured on calibration text
+    kvtc-deflate    the same with quantized values compressed by DEFLATE, one stream per block of tokens; its ratio is
+                    measured on the calibration set
 
-The paper's abstract and descriptions of the method were read, not its body. It also has groups of one component and
-randomised decompositions of a limited rank; it leaves 4 sinks and 128 recent tokens out of the coder and of its ratios.
-Here the exact tokens are those of the plans, and they are counted.
+The paper's abstract and descriptions of the method were used, not its body. It also has groups of one component and
+randomized decompositions of a limited rank; it excludes 4 sinks and 128 recent tokens from the coder and from its
+ratios. Here the full-precision tokens are those of the plans, and they are counted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch import Tensor
 from benchmarks.quality.methods.calibration_moments import TokenMoments, from_token_rows, token_rows
 from benchmarks.quality.methods.quantized_caches import AsymmetricCodes, Shape, to_16_bits
 
-UNIT = 16  # components: the least group
+UNIT = 16  # components in the smallest group
 SIZES = (1, 4, 16, 64)  # units
 WIDTHS = (2, 4, 8)  # bits of quantized values
-EXACT = 16  # bits of numbers that are not quantized
+EXACT = 16  # bits of unquantized values
 SCALE_BITS = 32  # of a scale and a zero point
 COST = 32  # bits: all costs are multiples
-BLOCK = 64  # tokens of a DEFLATE stream
+BLOCK = 64  # tokens per DEFLATE stream
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Group:
 
     @property
     def total_bits(self) -> int:
-        """Bits of a token, scale and zero point included."""
+        """Bits per token, scale and zero point included."""
         return self.size * self.bits + (0 if self.bits == EXACT else SCALE_BITS)
 
     def of(self, components: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Group:
         return components[..., self.start : self.start + self.size]
 
 
-# --------------------------------------------------------------------------------------------------- the coder
+# --------------------------------------------------------------------------------------------------- coder
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class TokenTransform:
 
     @property
     def code_bytes(self) -> float:
-        """Bytes of a token's quantized values and 16-bit numbers."""
+        """Bytes of a token's quantized values and 16-bit floats."""
         return sum(group.size * group.bits for group in self.groups) / 8
 
     @property
@@ -86,7 +86,7 @@ class TokenTransform:
         return used @ basis[:, : used.shape[-1]].mT + mean
 
     def packed(self, rows: Tensor) -> bytes:
-        """Pack the quantized values and 16-bit numbers of rows [N, P], component by component."""
+        """Pack the quantized values and 16-bit floats of rows [N, P], component by component."""
         components = (rows - self.mean.to(rows)) @ self.basis.to(rows)
         return b"".join(_packed(group.of(components), group.bits) for group in self.groups)
 
@@ -106,9 +106,9 @@ def _packed(x: Tensor, bits: int) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Kvtc:
-    """The coders of keys and values at `bits` bits a number, everything but DEFLATE counted.
+    """The coders of keys and values at `bits` bits per channel, everything but DEFLATE counted.
 
-    shares: of the packed bytes of keys and values, those that DEFLATE leaves; None without it.
+    shares: compressed size by DEFLATE as a share of the packed bytes of keys and values; None without DEFLATE.
     """
 
     key_transform: TokenTransform
@@ -127,12 +127,12 @@ class Kvtc:
         return f"{self.family}-{self.bits:g}bit"
 
     def token_bytes(self, shape: Shape) -> float:
-        """Return the bytes of a token, keys and values of all layers."""
+        """Return the bytes per token, keys and values of all layers."""
         sides = zip((self.key_transform, self.value_transform), self.shares or (1.0, 1.0), strict=True)
         return sum(side.token_bytes - (1 - share) * side.code_bytes for side, share in sides)
 
     def keys(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize keys x [L,B,G,N,D] without rotation."""
+        """Quantize and dequantize keys x [L,B,G,N,D], given before RoPE."""
         return from_token_rows(self.key_transform(token_rows(x)), x.shape[0], x.shape[2])
 
     def values(self, x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class Kvtc:
 
 
 def deflate_share(streams: Sequence[bytes]) -> float:
-    """Return the bytes that DEFLATE makes of `streams`, each alone, as a share of theirs; 1 where it saves none."""
+    """Return the compressed size by DEFLATE of separate `streams`, as a share of the original; at most 1."""
     plain = sum(len(stream) for stream in streams)
     return min(1.0, sum(len(zlib.compress(stream, 9, -15)) for stream in streams) / plain) if plain else 1.0
 
@@ -159,7 +159,7 @@ def deflate_share(streams: Sequence[bytes]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """Principal components of tokens: basis [P, P] of falling variances [P], and the sample [N, P] in it."""
+    """Principal components of tokens: basis [P, P] of decreasing variances [P], and the sample [N, P] in it."""
 
     basis: Tensor
     mean: Tensor
@@ -174,22 +174,22 @@ class Components:
         return Components(basis, mean, variances.flip(0).clamp_min(0), (moments.sample - mean) @ basis)
 
     def transform(self, bits: float) -> TokenTransform:
-        """Return the coder with at most `bits` bits a number, of scales and zero points too."""
+        """Return the coder with at most `bits` bits per channel, including scales and zero points."""
         groups = allocate(self.variances, self.sample, int(bits * len(self.mean)))
         used = sum(group.size for group in groups)
         return TokenTransform(self.basis[:, :used].clone(), self.mean, groups)
 
 
 def kvtc(keys: Components, values: Components, bits: float) -> Kvtc:
-    """Return the coders of keys and values with `bits` bits a number each."""
+    """Return the coders of keys and values with `bits` bits per channel each."""
     return Kvtc(keys.transform(bits), values.transform(bits), bits)
 
 
 def allocate(variances: Tensor, sample: Tensor, budget: int) -> list[Group]:
-    """Cut components into groups with bits: the least squared error within `budget` bits, by dynamic programming.
+    """Split components into groups with bits: minimal squared error within `budget` bits, by dynamic programming.
 
-    variances: [P], falling. sample: [N, P], tokens, for the ranges of groups: n bits make an error of
-    range^2 / (12 (2^n - 1)^2) in each number. Components after the last group are left out.
+    variances: [P], decreasing. sample: [N, P], tokens, for the ranges of groups: n bits make an error of
+    range^2 / (12 (2^n - 1)^2) per value. Components after the last group are dropped.
     """
     units, most = len(variances) // UNIT, budget // COST
     options = _options(sample[:, : units * UNIT], units)
@@ -213,7 +213,7 @@ Option = tuple[int, int, int, np.ndarray]  # units, cost, bits, error by first u
 
 
 def _options(sample: Tensor, units: int) -> list[Option]:
-    """Return the kinds of groups: widths in units, costs in COST bits, bits, and errors for each first unit."""
+    """Return the candidate groups: widths in units, costs in COST bits, bits, and errors for each first unit."""
     grouped = sample.unflatten(1, (units, UNIT))
     least, most = grouped.amin(2), grouped.amax(2)  # [N, units]
     options: list[Option] = [(1, UNIT * EXACT // COST, EXACT, np.zeros(units))]

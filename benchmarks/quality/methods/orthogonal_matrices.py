@@ -1,4 +1,4 @@
-"""Make orthogonal matrices that spread the outliers of a head's channels before these are quantized.
+"""Orthogonal matrices that spread a head's outlier channels before quantization.
 
 A Hadamard matrix needs a power of two. A head of another size D is rotated in blocks of p, the largest power of two
 that divides D: 80 channels are five blocks of 16, and an odd D is not rotated at all.
@@ -34,10 +34,10 @@ def _signs(size: int, seed: int) -> Tensor:
 def random_rotation(size: int, seed: int = 0) -> Tensor:
     """Return a uniformly random orthogonal matrix [D, D], float64: Q of the QR decomposition of a Gaussian matrix."""
     q, r = torch.linalg.qr(gaussian(size, seed))
-    return q * r.diagonal().sign()  # makes it uniform: the decomposition alone prefers some signs
+    return q * r.diagonal().sign()  # makes it uniform: the decomposition itself prefers some signs
 
 
 @cache
 def gaussian(size: int, seed: int) -> Tensor:
-    """Return a matrix [D, D] of independent normal numbers, float64."""
+    """Return a matrix [D, D] of independent standard normal values, float64."""
     return torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Implement other small KV caches as transformers caches, and count the bytes of each.
+"""Other small KV caches as transformers caches, and their bytes.
 
     quantize a block:  keys, values [B,G,N,D]  ->  the method's quantizer or projection and back  ->  the cache
 
@@ -9,18 +9,17 @@ of L layers with G heads of D channels each. With s attention sinks, r recent to
 
 where 4 D are the 16-bit key and value of a token and c is the size of a quantized token, keys and values together:
 
-    kivi        2 D (n + 32 / g) / 8    n bits a number, a 16-bit scale and zero point for each group of g = 32
-    rtn         2 (D n / 8 + 2)         n bits a number, a 16-bit scale for each token
+    kivi        2 D (n + 32 / g) / 8    n bits per channel, a 16-bit scale and zero point per group of g = 32
+    rtn         2 (D n / 8 + 2)         n bits per channel, a 16-bit scale per token
 
-The other quantizers stand in modules of their own, each with its formula: rotated_codecs.py, float_codecs.py and
-transform_codecs.py for each head alone, joint_caches.py and kvtc.py for all heads and layers of a token together.
-evicting_caches.py removes tokens. What is fitted in advance (bases, code books, rotations) is not counted, as a plan's
-bases are not.
+The other quantizers are in separate modules, each with its formula: rotated_codecs.py, float_codecs.py and
+transform_codecs.py per head, joint_caches.py and kvtc.py for all heads and layers of a token together.
+evicting_caches.py evicts tokens. Fitted data (bases, codebooks, rotations) is not counted, as a plan's bases are not.
 
-transformers' own cache (quanto, hqq) has no attention sinks. It quantizes the whole first call, then keeps new tokens
-exact until they are 128 (its `residual_length`):
+transformers' own cache (quanto, hqq) has no attention sinks. It quantizes the whole first call, then stores new tokens
+in full precision until there are 128 (its `residual_length`):
 
-    exact(T) = (T - first call) mod 128,    c = 2 D (n + 32 / g) / 8    with a scale and zero point for each g = 64
+    exact(T) = (T - first call) mod 128,    c = 2 D (n + 32 / g) / 8    with a scale and zero point per g = 64
 
 KIVI: arXiv 2402.02750. quanto and hqq are run by `transformers.QuantizedCache`.
 """
@@ -38,17 +37,17 @@ from torch import Tensor
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-NUMBER_BYTES = 2  # of an exact number
-SMALLEST_SCALE = 2.0**-24  # the least float16 above zero
+NUMBER_BYTES = 2  # per full-precision value
+SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
 PACKAGES = {
     "quanto": "optimum-quanto",
     "hqq": "hqq",
-}  # hqq is no extra, as it makes every import of transformers slower
+}  # hqq is not an extra, since it slows down every import of transformers
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which tokens stay exact; the fields have the meaning of a plan's."""
+    """Which tokens stay in full precision; the fields have the meaning of a plan's."""
 
     sinks: int = 4
     recent: int = 64
@@ -92,7 +91,7 @@ class Shape:
 
 
 class Baseline(Protocol):
-    """A method to shrink a KV cache. `family` names the line in a plot, `name` the point on it."""
+    """A KV-cache compression method. `family` names the line in a plot, `name` the point on it."""
 
     @property
     def family(self) -> str:
@@ -106,10 +105,10 @@ class Baseline(Protocol):
         """Return an empty cache for `model`."""
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return the context in which `model` reads into a new cache."""
+        """Return the context in which `model` runs with a new cache."""
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Count the bytes of one sequence of `tokens` tokens, everything included, exact numbers in 16 bits."""
+        """Return the bytes of one sequence of `tokens` tokens, everything included, unquantized values in 16 bits."""
 
 
 # --------------------------------------------------------------------------------------------------- codecs
@@ -127,7 +126,7 @@ class Codec(Protocol):
         """Name of the method at this size."""
 
     def token_bytes(self, head_dim: int) -> float:
-        """Count the bytes of one token's key and value in one head."""
+        """Return the bytes of one token's key and value in one head."""
 
     def key(self, x: Tensor, layer: int) -> Tensor:
         """Return keys x [B,G,N,D], quantized and dequantized."""
@@ -138,7 +137,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Kivi:
-    """Keys by channel in groups of tokens, values by token in groups of channels, with a zero point (KIVI, 3.2)."""
+    """Keys per channel in groups of tokens, values per token in groups of channels, with a zero point (KIVI, 3.2)."""
 
     bits: int
     group: int = 32
@@ -150,7 +149,7 @@ class Kivi:
         return f"{self.family}-{self.bits}bit"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Return bytes of quantized values, and of a scale and a zero point of 16 bits for each group."""
+        """Return bytes of quantized values, and of a 16-bit scale and zero point per group."""
         return 2 * head_dim * (self.bits + 32 / self.group) / 8
 
     def key(self, x: Tensor, layer: int) -> Tensor:
@@ -159,14 +158,14 @@ class Kivi:
         return asymmetric(grouped, self.bits, 3).flatten(2, 3)
 
     def value(self, x: Tensor, layer: int) -> Tensor:
-        """Quantize and dequantize values in groups of channels, all of them where there are fewer than a group."""
+        """Quantize and dequantize values in groups of channels, all of them if there are fewer than a group."""
         grouped = x.unflatten(3, (-1, min(self.group, x.shape[3])))  # [B, G, N, D/g, g]
         return asymmetric(grouped, self.bits, 4).flatten(3)
 
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """One scale for each token and head, from its largest number; quantized values symmetric about zero."""
+    """One scale per token and head, from its largest magnitude; quantized values symmetric about zero."""
 
     bits: int
     family: str = "rtn"
@@ -177,7 +176,7 @@ class RoundToNearest:
         return f"{self.family}-{self.bits}bit"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Return bytes of quantized values and a scale of 16 bits, of key and value."""
+        """Return bytes of quantized values and a 16-bit scale, of key and value."""
         return 2 * (head_dim * self.bits / 8 + 2)
 
     def key(self, x: Tensor, layer: int) -> Tensor:
@@ -199,24 +198,24 @@ class AsymmetricCodes:
 
     @staticmethod
     def of(x: Tensor, bits: int, dim: int, clip: float = 1.0) -> AsymmetricCodes:
-        """Round along `dim` to 2^bits levels from `clip` times the least to that of the greatest (KIVI, equation 1)."""
+        """Round along `dim` to 2^bits levels from `clip` x minimum to `clip` x maximum (KIVI, equation 1)."""
         least, most = clip * x.amin(dim, keepdim=True), clip * x.amax(dim, keepdim=True)
         scale = to_16_bits((most - least) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
         zero = to_16_bits(least)
         return AsymmetricCodes(((x - zero) / scale).round().clamp(0, 2**bits - 1), scale, zero)
 
     def dequantized(self) -> Tensor:
-        """Return the numbers that the quantized values stand for."""
+        """Return the dequantized values."""
         return self.codes * self.scale + self.zero
 
 
 def asymmetric(x: Tensor, bits: int, dim: int, clip: float = 1.0) -> Tensor:
-    """Quantize and dequantize numbers along `dim`, with a scale and a zero point (see `AsymmetricCodes`)."""
+    """Quantize and dequantize values along `dim`, with a scale and a zero point (see `AsymmetricCodes`)."""
     return AsymmetricCodes.of(x, bits, dim, clip).dequantized()
 
 
 def to_16_bits(x: Tensor) -> Tensor:
-    """Round numbers to float16, in their own dtype."""
+    """Round values to float16, in their own dtype."""
     return x.to(torch.float16).to(x.dtype)
 
 
@@ -226,7 +225,7 @@ def to_16_bits(x: Tensor) -> Tensor:
 class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
     """A cache layer that quantizes the tokens that a plan would; they are stored dequantized by the codec.
 
-    The codec computes in float32, whatever the model does.
+    The codec computes in float32, whatever the model's dtype.
     """
 
     def __init__(self, codec: Codec, schedule: Schedule, index: int) -> None:
@@ -235,7 +234,7 @@ class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
         self.quantized = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D]; the tokens of the call are still exact to each other."""
+        """Append k, v [B,G,S,D]; within the call, its tokens are attended to in full precision."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         until = self.schedule.quantized(keys.shape[2])
         if until > self.quantized:
@@ -247,25 +246,25 @@ class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
-    """Return x [B,G,T,D] with `new` in place of tokens start ... stop - 1, in the dtype of x."""
+    """Return x [B,G,T,D] with tokens start ... stop - 1 replaced by `new`, in the dtype of x."""
     return torch.cat([x[:, :, :start], new.to(x.dtype), x[:, :, stop:]], 2)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A codec, of any kind, for all tokens between the attention sinks and the residual window of a plan."""
+    """A codec, of any kind, for all tokens between a plan's attention sinks and recent window."""
 
     codec: Any
     schedule: Schedule
 
     @property
     def family(self) -> str:
-        """Name that the codec has."""
+        """Name of the codec's family."""
         return str(self.codec.family)
 
     @property
     def name(self) -> str:
-        """Name that the codec has."""
+        """Name of the codec."""
         return str(self.codec.name)
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
@@ -273,18 +272,18 @@ class Blocks:
         return nullcontext()
 
     def token_bytes(self, shape: Shape) -> float:
-        """Count the bytes of one quantized token, keys and values of all heads and layers."""
+        """Return the bytes of one quantized token, keys and values of all heads and layers."""
         raise NotImplementedError
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Return bytes with the quantized tokens in the codec, and all others exact."""
+        """Return the bytes with the quantized tokens in the codec, and all others in full precision."""
         quantized = self.schedule.quantized(tokens)
         return math.ceil(quantized * self.token_bytes(shape)) + (tokens - quantized) * shape.exact_token_bytes
 
 
 @dataclass(frozen=True)
 class QuantizedBlocks(Blocks):
-    """A codec that quantizes keys and values of each head and layer on their own."""
+    """A codec that quantizes keys and values of each head and layer separately."""
 
     codec: Codec
 
@@ -294,15 +293,15 @@ class QuantizedBlocks(Blocks):
         return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
 
     def token_bytes(self, shape: Shape) -> float:
-        """Count the bytes of one quantized token, keys and values of all heads and layers."""
+        """Return the bytes of one quantized token, keys and values of all heads and layers."""
         return shape.heads * self.codec.token_bytes(shape.head_dim)
 
 
 @dataclass(frozen=True)
 class Transformers:
-    """`transformers.QuantizedCache`: keys and values by token in groups of channels, in the axis its documents advise.
+    """`transformers.QuantizedCache`: keys and values per token in groups of channels, in the axis its docs recommend.
 
-    `first_step` is the number of tokens that the first call reads and quantizes.
+    `first_step` is the number of tokens that the first call prefills and quantizes.
     """
 
     backend: str
@@ -323,7 +322,7 @@ class Transformers:
 
     @property
     def missing(self) -> str | None:
-        """How to install the backend where it is missing; None where it is installed."""
+        """How to install the backend if it is missing; None if it is installed."""
         package = PACKAGES[self.backend]
         try:
             metadata.version(package)
@@ -344,7 +343,7 @@ class Transformers:
         return nullcontext()
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Return bytes with all tokens quantized, except those since the last full residual window."""
+        """Return the bytes with all tokens quantized, except those since the last full residual window."""
         exact = max(0, tokens - self.first_step) % self.residual
         packed_bytes = 2 * shape.head_dim * (self.bits + 32 / self.group) / 8
         return math.ceil((tokens - exact) * shape.heads * packed_bytes) + exact * shape.exact_token_bytes

@@ -1,4 +1,4 @@
-"""Undo and redo the rotary position embedding of a model, and watch what its attention reads."""
+"""Removal and reapplication of a model's RoPE, and observation of its attention inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Rotary:
     """The rotary position embedding that all layers of a model share.
 
     module: computes (cos, sin) [1, N, R] from positions; None for a model without one, or with several of them, whose
-    keys are then left as they are. Channels f and f + R / 2 of the first R are a pair, and their scale is left alone.
+    keys then stay unmodified. Channels f and f + R / 2 of the first R are a pair; their scaling is left unchanged.
     """
 
     module: Any
@@ -44,7 +44,7 @@ class Rotary:
         return self._turned(x, positions, 1)
 
     def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return cos and sin [N, R] at `positions`, of unit length; None where pairs are laid out otherwise."""
+        """Return cos and sin [N, R] at `positions`, of unit length; None for another pair layout."""
         if self.module is None:
             return None
         cos, sin = (part[0] for part in self.module(x.float(), positions[None].to(x.device)))

@@ -1,18 +1,18 @@
-"""Quantize keys and values after an orthogonal rotation of each head, and count the bytes.
+"""Quantization of keys and values after an orthogonal rotation of each head, and the bytes.
 
-    x [B,G,N,D]  ->  x R  ->  a quantizer for each token, or for each block of 32 numbers  ->  times R^T
+    x [B,G,N,D]  ->  x R  ->  a quantizer per token, or per block of 32 elements  ->  times R^T
 
-Keys are rotated as a cache holds them, after rotary embedding. Bytes of a token's key and value in a head of D
-channels, with n bits a number:
+Keys are rotated as stored in a cache, after RoPE. Bytes of a token's key and value in a head of D channels, with n bits
+per channel:
 
-    quarot         2 (D n / 8 + 4 D / g)    a 16-bit scale and zero point for each group of g = min(128, D)
-    q8_0, q4_0     2 D (n + 16 / 32) / 8    a 16-bit scale for each block of 32; q4_0-hadamard is of the same size
+    quarot         2 (D n / 8 + 4 D / g)    a 16-bit scale and zero point per group of g = min(128, D)
+    q8_0, q4_0     2 D (n + 16 / 32) / 8    a 16-bit scale per block of 32; q4_0-hadamard has the same size
     turboquant     2 (D n / 8 + 2)          the norm of a token in 16 bits
-    turboquant-ip  the same and 2           keys also have the norm of what is left after n - 1 bits
-    oscar          2 (D n / 8 + 4)          a 16-bit scale and zero point for each token
+    turboquant-ip  the same and 2           keys also have the norm of the residual after n - 1 bits
+    oscar          2 (D n / 8 + 4)          a 16-bit scale and zero point per token
 
 QuaRot: arXiv 2404.00456. TurboQuant: arXiv 2504.19874. OSCAR: arXiv 2605.17757 (its abstract, its project page and the
-description in the authors' repository FutureMLS-Lab/OSCAR were read, not the body of the paper). q8_0 and q4_0: the
+description in the authors' repository FutureMLS-Lab/OSCAR were used, not the body of the paper). q8_0 and q4_0: the
 block formats of ggml; llama.cpp rotates heads of a multiple of 64 channels before it stores them so (its pull request
 21038).
 """
@@ -36,7 +36,7 @@ CLIP = 0.95  # of QuaRot
 BLOCK = 32  # of ggml
 KEY_CLIP, VALUE_CLIP = 0.96, 0.92  # of OSCAR
 GRID = 100_001  # points at which the distribution of a coordinate is tabulated
-ITERATIONS = 3000  # of Lloyd's algorithm: 4 bits then differ from the published distortion by less than 1 %
+ITERATIONS = 3000  # of Lloyd's algorithm: 4 bits then differ from the published distortion by less than 1%
 
 
 # --------------------------------------------------------------------------------------------------- QuaRot, ggml
@@ -44,9 +44,9 @@ ITERATIONS = 3000  # of Lloyd's algorithm: 4 bits then differ from the published
 
 @dataclass(frozen=True)
 class QuaRot:
-    """A randomised Hadamard rotation, then a scale and a zero point for each token (QuaRot, 3.1 and section 5).
+    """A randomized Hadamard rotation, then a scale and a zero point per token (QuaRot, 3.1 and section 5).
 
-    The least and greatest number of a group are taken times 0.95, as in the paper's experiments.
+    The minimum and maximum of a group are multiplied by 0.95, as in the paper's experiments.
     """
 
     bits: int
@@ -58,7 +58,7 @@ class QuaRot:
         return f"{self.family}-{self.bits}bit"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Return bytes of quantized values, and of a scale and a zero point of 16 bits for each group."""
+        """Return bytes of quantized values, and of a 16-bit scale and zero point per group."""
         return 2 * (head_dim * self.bits / 8 + 2 * NUMBER_BYTES * head_dim / _group(head_dim))
 
     def key(self, x: Tensor, layer: int) -> Tensor:
@@ -71,15 +71,15 @@ class QuaRot:
 
 
 def _group(head_dim: int) -> int:
-    """Return the size of QuaRot's groups: 128, or the whole head where 128 does not divide it."""
+    """Return the size of QuaRot's groups: 128, or the whole head if 128 does not divide it."""
     return GROUP if head_dim % GROUP == 0 else head_dim
 
 
 @dataclass(frozen=True)
 class GgmlBlocks:
-    """q8_0 or q4_0 of ggml: blocks of 32 numbers with a 16-bit scale; rotated: after a Hadamard rotation.
+    """q8_0 or q4_0 of ggml: blocks of 32 elements with a 16-bit scale; rotated: after a Hadamard rotation.
 
-    A block that does not fit into a head goes on in the next, as in llama.cpp, which quantizes the row of all heads.
+    A block that does not fit into a head continues in the next, as in llama.cpp, which quantizes the row of all heads.
     """
 
     bits: int
@@ -96,11 +96,11 @@ class GgmlBlocks:
         return self.family
 
     def token_bytes(self, head_dim: int) -> float:
-        """Return the bytes of two rows of D numbers."""
+        """Return the bytes of two rows of D elements."""
         return 2 * head_dim * (self.bits + 8 * NUMBER_BYTES / BLOCK) / 8
 
     def key(self, x: Tensor, layer: int) -> Tensor:
-        """Quantize and dequantize x [B,G,N,D]. Raises FhoptError when 32 does not divide G D."""
+        """Quantize and dequantize x [B,G,N,D]. Raises FhoptError if 32 does not divide G D."""
         if x.shape[1] * x.shape[3] % BLOCK:
             raise FhoptError(
                 f"{self.name} has blocks of {BLOCK} numbers, which do not divide {x.shape[1]} heads of {x.shape[3]} "
@@ -122,7 +122,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    """Round blocks [..., 32] to -8 ... 7 times a scale; -8 stands for the number of largest magnitude."""
+    """Round blocks [..., 32] to -8 ... 7 times a scale; -8 represents the value of largest magnitude."""
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = to_16_bits(largest / -8)
     scale = torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale)
@@ -134,12 +134,12 @@ def _q4_0(blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TurboQuant:
-    """A random rotation, then Lloyd-Max code books for the coordinates of a unit vector (TurboQuant, algorithm 1).
+    """A random rotation, then Lloyd-Max codebooks for the coordinates of a unit vector (TurboQuant, algorithm 1).
 
-    The norm of each token is kept in 16 bits. With half a bit, as in 3.5, one half of the rotated coordinates has a bit
-    more than the other; the paper gives it to channels that it has found to be outliers. inner_product: keys have one
-    bit less, and the sign of each number of a Gaussian projection of what is left, with its norm (algorithm 2, from
-    QJL): their products with queries are then unbiased.
+    The norm of each token is stored in 16 bits. With half a bit, as in 3.5, one half of the rotated coordinates has one
+    more bit than the other; the paper gives it to detected outlier channels. inner_product: keys have one bit less,
+    plus the sign of each element of a Gaussian projection of the residual, with its norm (algorithm 2, from QJL): their
+    dot products with queries are then unbiased.
     """
 
     bits: float
@@ -164,11 +164,11 @@ class TurboQuant:
         return self._with_signs(x) if self.inner_product else self.value(x, layer)
 
     def value(self, x: Tensor, layer: int) -> Tensor:
-        """Quantize and dequantize x [B,G,N,D] by token, for the least squared error."""
+        """Quantize and dequantize x [B,G,N,D] by token, minimizing squared error."""
         return _round_directions(x, self.bits)
 
     def _with_signs(self, x: Tensor) -> Tensor:
-        """Add to keys of one bit less an unbiased estimate of what is left: (sqrt(pi / 2) / D) |r| S^T sign(S r)."""
+        """Quantize keys to one bit less, plus an unbiased residual estimate: (sqrt(pi / 2) / D) |r| S^T sign(S r)."""
         size = x.shape[-1]
         near = _round_directions(x, self.bits - 1)
         projection = gaussian(size, seed=1).to(x)
@@ -179,7 +179,7 @@ class TurboQuant:
 
 
 def _round_directions(x: Tensor, bits: float) -> Tensor:
-    """Round the directions of x [..., D] in a rotated basis to `bits` bits a coordinate; norms to 16 bits."""
+    """Round the directions of x [..., D] in a rotated basis to `bits` bits per coordinate; norms to 16 bits."""
     size = x.shape[-1]
     rotation = random_rotation(size).to(x)
     norm = x.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_SCALE)
@@ -189,7 +189,7 @@ def _round_directions(x: Tensor, bits: float) -> Tensor:
 
 
 def _split(size: int, bits: float) -> list[int]:
-    """Return how many of `size` coordinates have the lower and the higher whole number of bits."""
+    """Return how many of `size` coordinates have the lower and the higher integer number of bits."""
     many = round(size * (bits - math.floor(bits)))
     return [size - many, many]
 
@@ -207,7 +207,7 @@ def code_book(size: int, bits: int) -> Tensor:
 
     Its density is proportional to (1 - t^2)^((size - 3) / 2) (TurboQuant, lemma 1; the code book is its equation 4).
     """
-    reach = min(1.0, 8 / math.sqrt(size))  # beyond 8 standard deviations there is nothing
+    reach = min(1.0, 8 / math.sqrt(size))  # negligible density beyond 8 standard deviations
     t = torch.linspace(-reach, reach, GRID, dtype=torch.float64)
     density = (1 - t.square()).clamp_min(1e-30) ** ((size - 3) / 2)
     mass, moment = (torch.cat([t.new_zeros(1), f.cumsum(0)]) for f in (density, density * t))
@@ -225,9 +225,9 @@ def code_book(size: int, bits: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Oscar:
-    """A rotation for each head from what attention reads of it, then 2 bits with a scale and zero point for each token.
+    """A rotation per head from attention statistics, then 2 bits with a scale and zero point per token.
 
-    rotations: of keys and values [G, D, D], for each layer; `oscar` makes them. Numbers beyond the 96 % (keys) or 92 %
+    rotations: of keys and values [G, D, D], per layer; `oscar` computes them. Values beyond the 96% (keys) or 92%
     (values) quantile of the magnitudes of a token are clipped, the settings of the authors' repository.
     """
 
@@ -241,7 +241,7 @@ class Oscar:
         return f"{self.family}-{self.bits}bit"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Return bytes of quantized values, and of a scale and a zero point of 16 bits, of key and value."""
+        """Return bytes of quantized values, and of a 16-bit scale and zero point, of key and value."""
         return 2 * (head_dim * self.bits / 8 + 2 * NUMBER_BYTES)
 
     def key(self, x: Tensor, layer: int) -> Tensor:
@@ -261,9 +261,9 @@ class Oscar:
 
 
 def oscar(moments: Sequence[tuple[Tensor, Tensor]]) -> Oscar:
-    """Return rotations U H from second moments [G, D, D] of queries and of values weighted by attention, a layer each.
+    """Return rotations U H from second moments [G, D, D] of queries and of values weighted by attention, per layer.
 
-    U are eigenvectors and H is a Hadamard matrix. A rotation for each kv head, as the authors advise since pull request
+    U are eigenvectors and H is a Hadamard matrix. One rotation per kv head, as the authors recommend since pull request
     20 of their repository. Their permutation of the result distributes channels over groups; here a token is one group.
     """
     return Oscar([(_mixed(queries), _mixed(values)) for queries, values in moments])

@@ -1,23 +1,24 @@
-"""Quantize keys and values in bases that are fitted to calibration text, and count the bytes.
+"""Quantization of keys and values in bases fitted to the calibration set, and the bytes.
 
-    low-rank    a token's key and value in a head: 2 (2 r)          r coordinates of 16 bits, no more
-    aatc        a token: 2 (L G D n / 8 + 2 L G / h)                n bits a channel on average, a 16-bit scale for each
+    low-rank    a token's key and value in a head: 2 (2 r)          r 16-bit coordinates, nothing else
+    aatc        a token: 2 (L G D n / 8 + 2 L G / h)                n bits per channel on average, a 16-bit scale per
                                                                     group of h heads of a layer
 
 Low-rank caches: ASVD (arXiv 2312.05821) and Palu (2407.21118); here the plain form, one rank for all heads, bases from
 second moments.
 
-AATC, attention-aware transform coding: arXiv 2608.14191. Its abstract and summaries of it were read, not its body; so
-this is the plain form of what they describe. The whitened decomposition of the key and value projections of a group of
-heads has the eigenvectors of the covariance of keys, before rotary embedding, and of values as its basis (the
-Karhunen-Loeve transform). A channel u of it with variance s has the expected effect on the output of attention w s:
+AATC, attention-aware transform coding: arXiv 2608.14191. Its abstract and summaries of it were used, not its body; so
+this is the plain form of their description. The whitened decomposition of the key and value projections of a group of
+heads has the eigenvectors of the covariance of keys, before RoPE, and of values as its basis (the Karhunen-Loeve
+transform). A channel u of it with variance s has the expected effect on the output of attention w s:
 
     keys      w = sum over channels c of u_c^2 E[q_c^2 sum_i a_i^2 |(v_i - o) W_O|^2] scale^2
     values    w = u^T E[sum_i a_i^2 W_O W_O^T] u
 
 and reverse water-filling gives it max(0, log2(w s / level) / 2) bits, rounded, with one level for all layers, keys and
-values. A token is divided by its largest number in units of the calibrated deviations, and rounded uniformly. Between
-a query and a key lies a rotation that depends on their distance: both channels of a rotary pair have their mean weight.
+values. A token is divided by its largest magnitude in units of the calibrated deviations, and rounded uniformly. A
+rotation that depends on their distance separates a query and a key: both channels of a RoPE pair have their mean
+weight.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from torch import Tensor
 from benchmarks.quality.methods.calibration_moments import AttentionMoments, TokenMoments
 from benchmarks.quality.methods.quantized_caches import NUMBER_BYTES, SMALLEST_SCALE, Schedule, Shape, to_16_bits
 
-MOST_BITS = 8  # of a channel
-HEADS = 4  # at most, of a group
+MOST_BITS = 8  # per channel
+HEADS = 4  # max per group
 BISECTIONS = 100
 TINY = 1e-30
 
@@ -43,7 +44,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The coordinates of keys and values in orthonormal bases [G, D, r], two for each layer."""
+    """The coordinates of keys and values in orthonormal bases [G, D, r], two per layer."""
 
     bases: Sequence[tuple[Tensor, Tensor]]
     family: str = "low-rank"
@@ -59,15 +60,15 @@ class LowRank:
         return f"{self.family}-{self.rank}"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Return the bytes of r numbers for the key and r for the value."""
+        """Return the bytes of r coordinates of the key and r of the value."""
         return 2 * self.rank * NUMBER_BYTES
 
     def key(self, x: Tensor, layer: int) -> Tensor:
-        """Project keys on the span of the key basis."""
+        """Project keys onto the span of the key basis."""
         return _project(x, self.bases[layer][0])
 
     def value(self, x: Tensor, layer: int) -> Tensor:
-        """Project values on the span of the value basis."""
+        """Project values onto the span of the value basis."""
         return _project(x, self.bases[layer][1])
 
 
@@ -77,7 +78,7 @@ def _project(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def low_rank(moments: Sequence[tuple[Tensor, Tensor]], rank: int) -> LowRank:
-    """Return the bases that keep most of the energy: the leading eigenvectors of each head's second moment."""
+    """Return the bases with the most energy: the leading eigenvectors of each head's second moment."""
     return LowRank([(_leading(key, rank), _leading(value, rank)) for key, value in moments])
 
 
@@ -86,9 +87,9 @@ def _leading(moment: Tensor, rank: int) -> Tensor:
 
 
 def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int:
-    """Return the least rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
+    """Return the smallest rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
     quantized = schedule.quantized(tokens)
-    left = tokens / ratio - (tokens - quantized)  # in exact tokens
+    left = tokens / ratio - (tokens - quantized)  # in full-precision tokens
     return min(shape.head_dim, max(1, math.ceil(shape.head_dim * left / quantized)))
 
 
@@ -97,9 +98,9 @@ def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int
 
 @dataclass(frozen=True, eq=False)
 class ChannelTransform:
-    """A basis [C, C] for the C = h D channels of h heads of a layer, with the mean [C] of what it is applied to.
+    """A basis [C, C] for the C = h D channels of h heads of a layer, with the mean [C] of its inputs.
 
-    deviation, weight: [C] of its channels. bits: [C], whole numbers, zero for channels that are left out.
+    deviation, weight: [C] of its channels. bits: [C], integers, zero for dropped channels.
     """
 
     basis: Tensor
@@ -122,7 +123,7 @@ class ChannelTransform:
 
 @dataclass(frozen=True, eq=False)
 class Aatc:
-    """Attention-aware transform coding, with a transform for each group of h heads of each layer: [L][G / h]."""
+    """Attention-aware transform coding, with a transform per group of h heads of each layer: [L][G / h]."""
 
     key_transforms: Sequence[Sequence[ChannelTransform]]
     value_transforms: Sequence[Sequence[ChannelTransform]]
@@ -131,16 +132,16 @@ class Aatc:
 
     @property
     def name(self) -> str:
-        """Family and bits of a channel, on average."""
+        """Family and average bits per channel."""
         return f"{self.family}-{self.target:g}bit"
 
     def token_bytes(self, shape: Shape) -> float:
-        """Return bytes of quantized values and of a scale of 16 bits for each group of heads, of keys and values."""
+        """Return bytes of quantized values and of a 16-bit scale per group of heads, of keys and values."""
         transforms = [t for side in (self.key_transforms, self.value_transforms) for layer in side for t in layer]
         return sum(float(t.bits.sum()) / 8 + NUMBER_BYTES for t in transforms)
 
     def keys(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize keys x [L,B,G,N,D] without rotation."""
+        """Quantize and dequantize keys x [L,B,G,N,D], given before RoPE."""
         return _transformed(x, self.key_transforms)
 
     def values(self, x: Tensor) -> Tensor:
@@ -162,9 +163,9 @@ def aatc(
     moments: tuple[TokenMoments, TokenMoments], attention: Sequence[AttentionMoments], shape: Shape, bits: float,
     rotary_size: int = 0,
 ) -> Aatc:  # fmt: skip
-    """Fit the transforms to calibrated moments and give channels `bits` bits on average, over keys and values.
+    """Fit the transforms to calibrated moments and allocate `bits` bits per channel on average, over keys and values.
 
-    rotary_size: how many channels of a key head are rotated, half-split; 0 for a model without.
+    rotary_size: number of rotated channels per key head, half-split; 0 for a model without RoPE.
     """
     weights = [torch.diag_embed(_pair_mean(layer.key_weights, rotary_size)) for layer in attention]
     keys = _fitted(moments[0], weights, shape)
@@ -176,7 +177,7 @@ def aatc(
 
 
 def _pair_mean(weights: Tensor, rotary_size: int) -> Tensor:
-    """Give both channels of each rotary pair of weights [G, D] their mean."""
+    """Give both channels of each RoPE pair of weights [G, D] their mean."""
     turned, rest = weights[:, :rotary_size], weights[:, rotary_size:]
     pairs = turned.unflatten(1, (2, -1)).mean(1) if rotary_size else turned
     return torch.cat([pairs, pairs, rest], 1)
@@ -210,7 +211,7 @@ def _with_bits(transform: ChannelTransform, level: float) -> ChannelTransform:
 
 
 def water_bits(energies: Tensor, level: float) -> Tensor:
-    """Return the whole bits of channels with `energies` [C] above a water level: round(log2(energy / level) / 2)."""
+    """Return the integer bits of channels with `energies` [C] above a water level: round(log2(energy / level) / 2)."""
     return (energies.double().clamp_min(TINY) / level).log2().div(2).round().clamp(0, MOST_BITS)
 
 
