@@ -24,7 +24,7 @@ QUALITY = f"quality-{MODEL}"  # plans of the default options beside many methods
 SMALL_WEIGHTS = re.compile("Q4_0|int[48]")  # in names of engines, of 4 or 8 bits
 CALIBRATED = ("source", "docstrings", "topics", "mixture")  # texts of the kinds that calibrated the plans
 FHOPT = "fhopt"
-SIZES = 4.0, 8.0  # times smaller than a 16-bit cache: rivals are compared at the sizes nearest to them
+SIZES = 4.0, 8.0  # times smaller than a 16-bit cache: baselines are compared at the sizes nearest to them
 NEAR = 1.25  # ratio up to which two sizes are compared
 NAMES = {
     "fhopt": "**fhopt**",
@@ -51,7 +51,7 @@ class Cache:
     """Hold what one cache of one size loses, over the texts that calibrated nothing.
 
     name: of family and bits, in the files. size: how many times smaller than a 16-bit cache. mean, worst: rise of
-    perplexity in percent. kl: mean, in nats a token. texts: how many.
+    perplexity in percent. kl: mean, in nats per token. texts: how many.
     """
 
     name: str
@@ -242,7 +242,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {"measured": measured, "chart": chart
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:
-    """Return the text of README.md with its blocks made anew."""
+    """Return the text of README.md with new blocks."""
 
     def block(match: re.Match[str]) -> str:
         return f"{match[1]}\n{BLOCKS[match[2]](folder)}\n{match[3]}"

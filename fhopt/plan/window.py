@@ -81,7 +81,7 @@ class ResidualWindow:
         return replace(self, sinks=0)
 
     def dropped(self, tokens: int, sliding: int) -> int:
-        """Return how many of the first `tokens` tokens a layer with a sliding window (0: none) no longer holds."""
+        """Return how many of `tokens` tokens fall out of a layer with a sliding window (0: none)."""
         unseen = tokens - (sliding - 1) - self.sinks if sliding else -1  # counted after the attention sinks
         return self.sinks + unseen // self.block * self.block if unseen >= 0 else 0
 
