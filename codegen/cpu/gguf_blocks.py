@@ -32,22 +32,13 @@ from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import skinny_linear
+from fhopt.codegen.cpu.calls.formats import FIELDS
+from fhopt.codegen.cpu.calls.formats import FORMATS as FORMATS
 from fhopt.codegen.cpu.skinny_linear import DTYPES, Blocks
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "blocks"  # of the library
-FORMATS = {  # as ggml numbers them: numbers and bytes of a block
-    2: (32, 18), 3: (32, 20), 8: (32, 34), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176),
-    14: (256, 210), 20: (32, 18), 23: (256, 136),
-}  # fmt: skip
 EIGHT = 8  # rows side by side
-_FIELDS = {  # of a block: from which byte to which, and how many bytes stay together (`field_of` of gguf_blocks.h)
-    2: ((0, 2, 2), (2, 18, 4)), 3: ((0, 4, 2), (4, 20, 4)), 8: ((0, 2, 2), (2, 34, 4)),
-    10: ((0, 16, 1), (16, 80, 4), (80, 84, 2)), 11: ((0, 96, 4), (96, 108, 1), (108, 110, 2)),
-    12: ((0, 4, 2), (4, 16, 1), (16, 144, 4)), 13: ((0, 4, 2), (4, 16, 1), (16, 176, 4)),
-    14: ((0, 192, 4), (192, 208, 1), (208, 210, 2)), 20: ((0, 2, 2), (2, 18, 4)),
-    23: ((0, 4, 2), (4, 8, 1), (8, 136, 4)),
-}  # fmt: skip
 _PART = 1 << 19  # bytes of a weight that are arranged at once
 log = logging.getLogger(__name__)
 
@@ -65,7 +56,7 @@ def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
 
     def arrange(part: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> None:
         of_rows, of_eights = part
-        for begin, end, unit in _FIELDS[format]:
+        for begin, end, unit in FIELDS[format]:
             of_eights[..., EIGHT * begin : EIGHT * end] = _turned(of_rows[..., begin:end], EIGHT, unit)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy copies side by side
@@ -79,7 +70,7 @@ def as_in_file(blocks: Blocks) -> NDArray[np.uint8]:
     made = np.empty(values.shape, np.uint8)
     made[_whole(made) :] = values[_whole(made) :]
     for of_rows, of_eights in _parts(made, values, blocks.format):
-        for begin, end, unit in _FIELDS[blocks.format]:
+        for begin, end, unit in FIELDS[blocks.format]:
             turned = _turned(of_eights[..., EIGHT * begin : EIGHT * end], (end - begin) // unit, unit)
             of_rows[..., begin:end] = turned.reshape(*of_rows.shape[:3], end - begin)
     return made
@@ -112,8 +103,8 @@ def _turned(numbers: NDArray[np.uint8], rows: int, unit: int) -> NDArray[np.uint
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "block_linear.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("block_linear.cpp")
 
 
 def needs_compiling() -> bool:

@@ -38,8 +38,8 @@ from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import gguf_blocks, packing, skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
@@ -394,8 +394,8 @@ def compiles_linear() -> bool:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "graph_kernels.cpp").substitute(page_quantum=PAGE_QUANTUM)
+    """Read the C++ file."""
+    return read_cpp("graph_kernels.cpp")
 
 
 def torch_flags() -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,15 +21,14 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
-from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, TABLES
+from fhopt.codegen.cpu.calls.kernels import Pack, Tier, Type
+from fhopt.codegen.cpu.calls.layouts import packer
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
-# The C++ structs `Arguments` and `Tier` as formats of the module `struct`: 8 bytes a field, in the order of the struct.
-_arguments = struct.Struct("@8q4q4q4q").pack
-_tier = struct.Struct("@2qd").pack
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
+_arguments = packer(Pack)
+_TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 NAME = "pack"  # of the library
 _FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the other
 
@@ -83,8 +81,8 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES), **TABLES)
+    """Read the C++ file."""
+    return read_cpp("packing.cpp")
 
 
 def _built() -> tuple[Any, Any] | None:
@@ -126,7 +124,7 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
         return None
     if any(is_trellis(b, step) and b not in TRELLIS_BITS for b, _, step in tiers):
         return None
-    memory = ctypes.create_string_buffer(b"".join(_tier(*tier) for tier in tiers))
+    memory = (Tier * len(tiers))(*[Tier(*tier) for tier in tiers])
     return Table(memory, ctypes.addressof(memory), len(tiers), sum(widths), sum(b * w for b, w, _ in tiers) // 8)
 
 
@@ -146,7 +144,7 @@ def can_unpack(codes: Tensor, scale: Tensor, table: Table) -> bool:
 
 
 def _arguments_of(shape: Sequence[int], kind: int, table: Table, latent: Tensor, codes: Tensor, scale: Tensor) -> bytes:
-    """Fill in the struct `Arguments` for tensors whose at most 3 leading dimensions are `shape`."""
+    """Fill in the struct `Pack` for tensors whose at most 3 leading dimensions are `shape`."""
     ones = (1, 1, 1)[len(shape) :]
     return _arguments(
         *(*ones, *shape, torch.get_num_threads(), kind),

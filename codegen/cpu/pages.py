@@ -19,7 +19,6 @@ import ctypes
 import functools
 import logging
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,11 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu.calls.kernels import Choice, PagedCall, Sketches
+from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
 from fhopt.ops.page_selection import FEWEST, pages_read
 from fhopt.ops.paged_attention import PageStep
 
@@ -39,15 +40,12 @@ FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever t
 log = logging.getLogger(__name__)
 
 
-# The C++ structs `Sketches`, `Choice` and `Step` as formats of the module `struct`: 8 bytes a field, in that order.
-_pack_sketches = struct.Struct("@16q8P").pack
-_pack_choice = struct.Struct("@5q2dP").pack
-_pack_step = struct.Struct("@3qd7P").pack
+_pack_sketches, _pack_choice, _pack_step = packer(Sketches), packer(Choice), packer(PagedCall)
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "pages.cpp").substitute(page_quantum=PAGE_QUANTUM)
+    """Read the C++ file."""
+    return read_cpp("pages.cpp")
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fhopt.codegen.compiler import CompileError, load
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
@@ -151,8 +151,8 @@ def _version(x: Tensor) -> int:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "skinny_linear.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("skinny_linear.cpp")
 
 
 @functools.cache

@@ -8,35 +8,21 @@ Letters: M rows, K width of the input of a product, N width of its output.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fhopt.codegen.cpu.calls.caches import Code, PackedInstruction
+from fhopt.codegen.cpu.calls.kernels import FORMATS, SIGNED_BYTES
 from fhopt.codegen.layers import operations
-from fhopt.codegen.layers.instructions import (
-    ADD,
-    COPY,
-    FILL,
-    LINEAR,
-    LOAD,
-    MULTIPLY,
-    STORE,
-    TYPES,
-    Buffer,
-    Instruction,
-    Value,
-    four,
-    packed,
-    place,
-    row_layout,
-)
+from fhopt.codegen.layers.instructions import TYPES, Buffer, Instruction, Value, four, packed, place, row_layout
 from fhopt.codegen.layers.program import LayerProgram, Segment, Stored
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 MOST_JOINED = 16  # products of one input that are one parallel loop
-_FORMATS = 16  # FORMATS of gguf_formats.h
 
 
 def lower(trace: LayerTrace) -> LayerProgram:
@@ -72,7 +58,7 @@ class Lowering:
         self._store(self.value(self.trace.output), self.trace.values[self.trace.output.number])
         arena = place([i for segment in self.segments for i in segment])
         segments = tuple(
-            Segment(b"".join(map(packed, segment)), sum(1 + len(i.joined) for i in segment), tuple(stored))
+            Segment(_array([one for i in segment for one in packed(i)]), tuple(stored))
             for segment, stored in zip(self.segments, self.stored, strict=True)
         )
         return LayerProgram(segments, arena, self.externals, frozenset(self.read))
@@ -113,7 +99,7 @@ class Lowering:
         loaded = self.new(value.view.shape)
         self.read.add(value.external)
         sizes, kind = four(value.view.shape), TYPES.index(value.view.dtype)
-        self.emit(Instruction(LOAD, sizes, loaded, Value(value.view), external=value.external, type=kind))
+        self.emit(Instruction(Code.LOAD, sizes, loaded, Value(value.view), external=value.external, type=kind))
         if value.view is own:
             self.loaded[value.external] = loaded
         return loaded
@@ -127,14 +113,14 @@ class Lowering:
         if not isinstance(x, (int, float)) or isinstance(x, bool):
             raise UnsupportedError(f"an operand {x!r}")
         one = self.new(())
-        return self.emit(Instruction(FILL, (1, 1, 1, 1), one, number=float(x)))
+        return self.emit(Instruction(Code.FILL, (1, 1, 1, 1), one, number=float(x)))
 
     def _dense(self, value: Value) -> Value:
         """Return the value with its numbers in order, copied where they are not."""
         value = self.in_arena(value)
         if value.view.is_contiguous():
             return value
-        return self.emit(Instruction(COPY, four(value.view.shape), self.new(value.view.shape), value))
+        return self.emit(Instruction(Code.COPY, four(value.view.shape), self.new(value.view.shape), value))
 
     # ---- operations
 
@@ -174,24 +160,24 @@ class Lowering:
         result = operations.HANDLERS[base](self, op.args, dict(op.kwargs))
         if tuple(result.view.shape) != tuple(target.view.shape):
             raise UnsupportedError(f"{op.name} of another shape")
-        self.emit(Instruction(COPY, four(target.view.shape), target, result))
+        self.emit(Instruction(Code.COPY, four(target.view.shape), target, result))
         self.values[op.results[0].number] = target
 
-    def two(self, code: int, x: Any, y: Any) -> Value:
+    def two(self, code: Code, x: Any, y: Any) -> Value:
         """Emit an operation on two operands, of which one may be a number, with broadcasting."""
         a, b = self.operand(x), self.operand(y)
         shape = torch.broadcast_shapes(a.view.shape, b.view.shape)
         a, b = (Value(v.view.expand(shape), v.buffer) for v in (a, b))
-        if code in (ADD, MULTIPLY) and shape and not a.view.stride(-1):
+        if code in (Code.ADD, Code.MULTIPLY) and shape and not a.view.stride(-1):
             a, b = b, a  # what is repeated stands second: loops know it there
         return self.emit(Instruction(code, four(shape), self.new(shape), a, b))
 
-    def one(self, code: int, x: Any) -> Value:
+    def one(self, code: Code, x: Any) -> Value:
         """Emit a function of one operand."""
         a = self.operand(x)
         return self.emit(Instruction(code, four(a.view.shape), self.new(a.view.shape), a))
 
-    def reduce(self, code: int, x: Any, dims: Any, keep: bool) -> Value:
+    def reduce(self, code: Code, x: Any, dims: Any, keep: bool) -> Value:
         """Emit a sum or mean over the last dimension."""
         a = self.operand(x)
         count = a.view.dim()
@@ -219,9 +205,9 @@ class Lowering:
         out = self.new((*a.view.shape[:-1], columns))
         dtype = self.trace.values[self.trace.output.number].dtype
         kind = TYPES.index(dtype if quantized else weight.view.dtype)
-        code = kind + (_FORMATS * format if format else 3 if quantized else 0)
+        code = kind + (FORMATS * format if format else SIGNED_BYTES if quantized else 0)
         product = Instruction(
-            LINEAR, (1, rows[0], width, columns), out, Value(a.view, a.buffer), external=weight.external,
+            Code.LINEAR, (1, rows[0], width, columns), out, Value(a.view, a.buffer), external=weight.external,
             type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, TYPES[kind]),
             scale=self._whole(scale, columns, torch.float32),
         )  # fmt: skip
@@ -249,7 +235,7 @@ class Lowering:
             return None
         assert product.a is not None
         for other in self.segments[-1]:
-            if other.code != LINEAR or other.type != product.type or len(other.joined) + 1 >= MOST_JOINED:
+            if other.code != Code.LINEAR or other.type != product.type or len(other.joined) + 1 >= MOST_JOINED:
                 continue
             assert other.a is not None
             same = other.a.buffer is product.a.buffer and other.sizes[1:3] == product.sizes[1:3]
@@ -274,7 +260,7 @@ class Lowering:
         for piece in pieces:
             size = piece.view.shape[dim]
             there = Value(out.view.narrow(dim, at, size), out.buffer)
-            self.emit(Instruction(COPY, four(piece.view.shape), there, piece))
+            self.emit(Instruction(Code.COPY, four(piece.view.shape), there, piece))
             at += size
         return out
 
@@ -288,7 +274,9 @@ class Lowering:
         external, self.externals = self.externals, self.externals + 1
         dense = torch.empty(like.shape, dtype=like.dtype, device="meta")
         self.emit(
-            Instruction(STORE, four(like.shape), value, Value(dense), external=external, type=TYPES.index(like.dtype))
+            Instruction(
+                Code.STORE, four(like.shape), value, Value(dense), external=external, type=TYPES.index(like.dtype)
+            )
         )
         self.stored[-1].append(Stored(external, like.shape, like.dtype))
         return external
@@ -301,6 +289,10 @@ class Lowering:
         self.stored.append([])
         self.loaded.clear()
         self._external(op.results[0].number)
+
+
+def _array(instructions: list[PackedInstruction]) -> ctypes.Array[PackedInstruction]:
+    return (PackedInstruction * len(instructions))(*instructions)
 
 
 def base_name(op: TracedOp) -> str:

@@ -1,46 +1,38 @@
-//: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and turning.h, and needs
-//: <algorithm>, <cmath>, <cstdint>, <cstring>, <utility> and <vector>.
+// A decode step's attention on a KV cache, by addresses.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cache_call.h"
+#include "turning.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ a KV cache
 
-// A kernel and what it is called with, but for queries and results. run: null where there is no such part.
-struct CachePart {
-    void (*run)(const Attention*) = nullptr;
-    Attention call = {};
-};
+// Of the basis of a query head.
+inline int64_t matrix_at(const CacheBasis& basis, int64_t head, int64_t heads) {
+    return head / (heads / basis.groups) * basis.n * basis.m;
+}
 
-struct CacheBasis {  // [G,n,m], dense, of float or bfloat16
-    const void* data;
-    int64_t is_bfloat, groups, n, m;
+// Of a query head of a sequence.
+inline const float* mean_of(const CacheMean& mean, int64_t b, int64_t h) {
+    return mean.data + b * mean.sequence + h / mean.group * mean.head;
+}
 
-    int64_t at(int64_t head, int64_t heads) const { return head / (heads / groups) * n * m; }
-};
-
-// Means of keys or values of each sequence, float [B,G,1,D], from which latents and window are differences.
-struct CacheMean {
-    const float* data = nullptr;
-    int64_t sequence = 0, head = 0, group = 1, width = 0;
-
-    const float* of(int64_t b, int64_t h) const { return data + b * sequence + h / group * head; }
-
-    float dot(const float* query, int64_t b, int64_t h) const {
-        const float* mean = of(b, h);
-        float sum = 0;
+inline float dot(const CacheMean& mean, const float* query, int64_t b, int64_t h) {
+    const float* its = mean_of(mean, b, h);
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
-        return sum;
-    }
-};
-
-struct CacheAttention {
-    int64_t batch, heads, queries, head_size, value_size;
-    double scale;
-    Rows query;  // float [B,H,S,D]
-    CachePart latents, window, opened;
-    CacheBasis encode, decode;
-    CacheMean key_mean, value_mean;
-    Turning turn;
-    float* output;  // [B,H,S,E], dense
-};
+    for (int64_t c = 0; c < mean.width; c++) sum += query[c] * its[c];
+    return sum;
+}
 
 constexpr int64_t SMALL = 1 << 16;  // products that are worth a thread
 
@@ -152,13 +144,13 @@ void times_all(const float* x, int64_t rows, int64_t step, const T* basis, int64
 // Of several queries of one head, `step` apart, to rows that are `out` apart.
 void absorb(const CacheBasis& basis, const float* x, int64_t rows, int64_t step, int64_t head, int64_t heads, float* y,
             int64_t out) {
-    const int64_t at = basis.at(head, heads), n = basis.n, m = basis.m;
+    const int64_t at = matrix_at(basis, head, heads), n = basis.n, m = basis.m;
     if (basis.is_bfloat) times_all(x, rows, step, static_cast<const Bits16*>(basis.data) + at, n, m, y, out);
     else times_all(x, rows, step, static_cast<const float*>(basis.data) + at, n, m, y, out);
 }
 
 void expand(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float factor, float* y) {
-    const int64_t at = basis.at(head, heads);
+    const int64_t at = matrix_at(basis, head, heads);
     if (basis.is_bfloat) add_times(static_cast<const Bits16*>(basis.data) + at, x, basis.n, basis.m, factor, y);
     else add_times(static_cast<const float*>(basis.data) + at, x, basis.n, basis.m, factor, y);
 }
@@ -188,8 +180,8 @@ void attend_cache(const CacheAttention& a) {
     const int64_t h = a.heads, s = a.queries, e = a.value_size, rows = a.batch * h * s;
     const int64_t width = a.encode.m, value_width = a.decode.m;
     const auto at = [&](int64_t i) {
-        return static_cast<const float*>(a.query.data) + i / (h * s) * a.query.strides[0] +
-               i / s % h * a.query.strides[1] + i % s * a.query.strides[2];
+        return static_cast<const float*>(a.query.data) + i / (h * s) * a.query.batch + i / s % h * a.query.head +
+               i % s * a.query.token;
     };
     const bool some = a.latents.run != nullptr, window = a.window.run != nullptr;
     const int64_t segment = a.turn.segment, tokens = a.latents.call.tokens;
@@ -198,7 +190,7 @@ void attend_cache(const CacheAttention& a) {
     float* absorbed = kept[0].room(some ? segments * rows * width : 0);
     float* sums = kept[1].room(some ? rows * value_width : 0);
     float* outputs = kept[2].room(2 * rows * e);
-    const bool shifted = some && segment && a.key_mean.data, runs = segment && a.turn.is_in_runs();
+    const bool shifted = some && segment && a.key_mean.data, runs = segment && is_in_runs(a.turn);
     float* shifts = kept[3].room(shifted ? segments * rows : 0);
     float* lse = kept[4].room(3 * rows);  // of latents, window, open tokens
     std::fill(lse, lse + 3 * rows, -INFINITY);
@@ -215,15 +207,15 @@ void attend_cache(const CacheAttention& a) {
             float* turned = of_row.room(segments * size);
             for (int64_t k = 0; k < segments; k++) {
                 float* query = turned + k * size;
-                a.turn.turn(at(i), size, k, query, i / (h * s), runs);
-                if (shifted) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
+                rotate(a.turn, at(i), size, k, query, i / (h * s), runs);
+                if (shifted) shifts[k * rows + i] = float(a.scale) * dot(a.key_mean, query, i / (h * s), head);
             }
             absorb(a.encode, turned, segments, size, head, h, &absorbed[i * width], rows * width);
         }
         CachePart latents = a.latents;
         latents.call.segment = segment, latents.call.query_segment = rows * width;
         latents.call.shift = shifted ? shifts : nullptr;
-        run_part(latents, {absorbed, {h * s * width, s * width, width}}, sums, &lse[0]);
+        run_part(latents, {absorbed, h * s * width, s * width, width}, sums, &lse[0]);
     }
     if (window) run_part(a.window, a.query, &outputs[0], &lse[rows]);
     run_part(a.opened, a.query, &outputs[rows * e], &lse[2 * rows]);
@@ -231,7 +223,7 @@ void attend_cache(const CacheAttention& a) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
         // Logits of latents and window are differences from means; those of segments have been shifted.
-        const float shift = a.key_mean.data ? float(a.scale) * a.key_mean.dot(at(i), i / (h * s), i / s % h) : 0.0f;
+        const float shift = a.key_mean.data ? float(a.scale) * dot(a.key_mean, at(i), i / (h * s), i / s % h) : 0.0f;
         lse[i] += segment ? 0.0f : shift, lse[rows + i] += shift;
         const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
         float weights[3], total = 0;
@@ -247,8 +239,10 @@ void attend_cache(const CacheAttention& a) {
         }
         if (some) expand(a.decode, &sums[i * value_width], i / s % h, h, inverse * weights[0], out);
         if (a.value_mean.data) {
-            const float* mean = a.value_mean.of(i / (h * s), i / s % h);
+            const float* mean = mean_of(a.value_mean, i / (h * s), i / s % h);
             for (int64_t c = 0; c < e; c++) out[c] += inverse * (weights[0] + weights[1]) * mean[c];
         }
     }
 }
+
+}  // namespace

@@ -68,8 +68,7 @@ def test_numbers_that_kernels_do_not_know_are_left_to_torch() -> None:
     assert attention.serves(torch.zeros(1, H, D), rows, rows, rows)  # caches may be others at the next call
 
 
-def test_the_file_is_always_the_same_and_compiled_once() -> None:
-    assert block_tables.render() == block_tables.render()
+def test_the_file_is_compiled_once() -> None:
     assert attention_of(layout()) is not None
     assert not block_tables.compiles_library()  # it is there now
 
