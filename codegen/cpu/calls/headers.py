@@ -12,6 +12,7 @@ from fhopt.codegen.cpu.calls import blocks, caches, formats, kernels
 from fhopt.codegen.cpu.calls.layouts import declaration
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.ops import trellis
+from fhopt.ops.cache_operands import CPP_OPERANDS
 
 
 @functools.cache
@@ -40,6 +41,7 @@ def headers() -> dict[str, str]:
             ["cache_call.h", "pack_call.h"], _constant("PANEL_COLUMNS", blocks.PANEL_COLUMNS),
             *map(declaration, blocks.OF_BLOCKS),
         ),
+        "attend_operands.h": f"#pragma once\n#define ATTEND_OPERANDS {CPP_OPERANDS}\n",
         "program_call.h": _header(["cache_call.h", "skinny_call.h"], *map(declaration, caches.OF_PROGRAMS)),
     }  # fmt: skip
 

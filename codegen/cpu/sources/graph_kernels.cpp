@@ -39,6 +39,7 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
+#include "attend_operands.h"
 #include "cache_attention.h"
 #include "gguf_formats.h"
 #include "pack_call.h"
@@ -296,17 +297,9 @@ Turning turning_of(const std::string& name, const std::optional<Tensor>& pairs, 
             segment, of_each ? phases->stride(0) : 0};
 }
 
-// clang-format off
-Tensor attend_kernel(
-    std::string latents, std::string window, std::string opened, Tensor query, Tensor key, Tensor value,
-    Tensor key_rows, std::optional<Tensor> key_scale, Tensor key_decode,
-    Tensor value_rows, std::optional<Tensor> value_scale, Tensor value_decode,
-    std::optional<Tensor> window_keys, std::optional<Tensor> window_key_scale,
-    std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
-    std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far, std::optional<Tensor> lengths,
-    std::optional<Tensor> key_mean, std::optional<Tensor> value_mean, std::optional<Tensor> turn_pairs,
-    std::optional<Tensor> turn_phases, int64_t segment, double scale, double softcap) {
-    // clang-format on
+// Its operands are named in fhopt/ops/cache_operands.py.
+Tensor attend_kernel(std::string latents, std::string window, std::string opened, ATTEND_OPERANDS, double scale,
+                     double softcap) {
     const Kernel of_latents = find(latents), of_opened = find(opened);
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);
     const int64_t rows = b * h * s, width = of_latents.key_width, value_width = of_latents.value_width;
