@@ -18,9 +18,9 @@ from string import Template
 from typing import Any
 
 from fhopt.codegen.compiler import FLAGS
-from fhopt.codegen.cpu.calls.kernels import Tier
+from fhopt.codegen.cpu.calls.kernels import Tier, Type
 from fhopt.codegen.cpu.source_text import read_cpp
-from fhopt.codegen.tiers import UNCODED_DTYPES, Tiers, check
+from fhopt.codegen.tiers import Tiers, check
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "attention"  # of the library
@@ -67,7 +67,7 @@ def _sizes(tiers: Tiers, width: int) -> tuple[int, int]:
 
 def _kinds(spec: KernelSpec) -> tuple[int, int]:
     """Return the `Type` of uncoded latents, and whether logits are capped."""
-    return UNCODED_DTYPES.index(spec.dtype), int(spec.softcap)
+    return Type[spec.dtype.upper()], int(spec.softcap)
 
 
 def _packed(tiers: Tiers) -> ctypes.Array[Tier]:

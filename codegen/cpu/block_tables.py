@@ -40,17 +40,15 @@ from fhopt.codegen.cpu.calls.blocks import (
     RowRounding,
 )
 from fhopt.codegen.cpu.calls.caches import Turning
-from fhopt.codegen.cpu.calls.kernels import Type
+from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.cpu.source_text import read_cpp
-from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops.turns import MOST_TOKENS, Turns
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "block_tables"  # of the library
 log = logging.getLogger(__name__)
-_DTYPES = {getattr(torch, name): Type[name.upper()] for name in UNCODED_DTYPES}
 _call = packer(BlockCall)
 _FEW = 1 << 16  # numbers, or bytes, for which other threads do not pay
 
@@ -108,8 +106,8 @@ class BlockAttention:
         )
         latents, window, sinks = (BlockKernel(kernel.address, kernel.table) for kernel in kernels)
         made = BlockLayer(
-            heads=layout.heads, kv_heads=layout.kv_heads, sizes=layout.sizes, type=_DTYPES[layout.dtype],
-            encode_type=_DTYPES[encodes_as], decode_type=_DTYPES[decodes_as], sinks=layout.window.sinks,
+            heads=layout.heads, kv_heads=layout.kv_heads, sizes=layout.sizes, type=TYPES[layout.dtype],
+            encode_type=TYPES[encodes_as], decode_type=TYPES[decodes_as], sinks=layout.window.sinks,
             means_from=layout.means_from, is_shared=layout.is_shared, is_rounded=layout.window.bits == 8,
             digits=3 if layout.dtype == torch.float32 else 2, scale=layout.scale, sides=sides,
             window=layout.window_rows, sink_starts=layout.first_rows[:2], mean_starts=layout.first_rows[2:],
@@ -190,14 +188,14 @@ def round_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
     start, scale: bytes of a row before numbers and before scales, one float16 for each head. Not where nothing can be
     compiled, or numbers are not of 32 or 16 bits on a CPU.
     """
-    loaded = library() if x.is_cpu and x.dtype in _DTYPES else None
+    loaded = library() if x.is_cpu and x.dtype in TYPES else None
     if loaded is None:
         return False
     x = x if x.stride(2) == 1 else x.contiguous()
     threads = torch.get_num_threads() if x.numel() > _FEW else 1
     tokens, heads, size = x.shape
     call = RowRounding(
-        x=BlockNumbers(x.data_ptr(), *x.stride()), type=_DTYPES[x.dtype], tokens=tokens, heads=heads, size=size,
+        x=BlockNumbers(x.data_ptr(), *x.stride()), type=TYPES[x.dtype], tokens=tokens, heads=heads, size=size,
         threads=threads, rows=rows.data_ptr(), row=rows.stride(0), start=start, scale=scale,
     )  # fmt: skip
     loaded.round_rows(ctypes.byref(call))
@@ -225,7 +223,7 @@ def place_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> 
 
 def attention_of(layout: BlockLayout) -> BlockAttention | None:
     """Build the decode step of a layer; None where nothing can be compiled, or a plan has odd bit groups."""
-    if layout.dtype not in _DTYPES:
+    if layout.dtype not in TYPES:
         return None
     functions, loaded = packing.library(), library()
     kernels = [build(_for_floats(spec)) for spec in layout.specs()]

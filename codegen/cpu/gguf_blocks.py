@@ -32,13 +32,14 @@ from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import skinny_linear
+from fhopt.codegen.cpu.calls.formats import EIGHT as EIGHT
 from fhopt.codegen.cpu.calls.formats import FIELDS
 from fhopt.codegen.cpu.calls.formats import FORMATS as FORMATS
-from fhopt.codegen.cpu.skinny_linear import DTYPES, Blocks
+from fhopt.codegen.cpu.calls.kernels import TYPES
+from fhopt.codegen.cpu.skinny_linear import Blocks
 from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "blocks"  # of the library
-EIGHT = 8  # rows side by side
 _PART = 1 << 19  # bytes of a weight that are arranged at once
 log = logging.getLogger(__name__)
 
@@ -131,10 +132,10 @@ def library() -> ctypes.CDLL | None:
 def most_rows(format: int, dtype: torch.dtype) -> int:
     """Return for how many rows of an input products with blocks are faster than with their numbers.
 
-    dtype: of the input, one of DTYPES. Without a compiler: 0.
+    dtype: of the input, one of `TYPES`. Without a compiler: 0.
     """
     loaded = library()
-    return 0 if loaded is None else int(loaded.most_block_rows(format, DTYPES.index(dtype)))
+    return 0 if loaded is None else int(loaded.most_block_rows(format, TYPES[dtype]))
 
 
 def _checked(which: Tensor, rows: int) -> Tensor:
@@ -150,7 +151,7 @@ def unpack(
     blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Return rows of a weight in a dtype of DTYPES: [first, end), or those of a list; None where there is no compiler.
+    """Return rows of a weight in a dtype of `TYPES`: [first, end), or those of a list; None where there is no compiler.
 
     which: int32 or int64 [rows], numbers of rows. memory: of that dtype, [any number], dense, on the CPU; what is
     returned is its beginning, if there is room. Raises IndexError where there is no such row, ValueError for other
@@ -174,7 +175,7 @@ def unpack(
     numbers = memory[: count * blocks.width].view(count, blocks.width)
     loaded.unpack_blocks(
         blocks.format, blocks.values.data_ptr(), blocks.values.stride(0), rows, blocks.width, first,
-        None if which is None else which.data_ptr(), count, numbers.data_ptr(), DTYPES.index(dtype),
+        None if which is None else which.data_ptr(), count, numbers.data_ptr(), TYPES[dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return numbers

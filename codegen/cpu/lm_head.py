@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, load
-from fhopt.codegen.cpu.calls.kernels import HeadSearch, Type
+from fhopt.codegen.cpu.calls.kernels import HEAD_BLOCK, HeadSearch
+from fhopt.codegen.cpu.calls.kernels import TYPES as TYPES
 from fhopt.codegen.cpu.source_text import read_cpp
 
-BLOCK = 16  # rows of a block
+BLOCK = HEAD_BLOCK
 NUMBERS = 6  # of a row of a block, beside its codes
 WIDEST = 32_768  # coordinates: sums of products of codes stay below 2^31
-TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 log = logging.getLogger(__name__)
 
 

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
-from fhopt.codegen.cpu.calls.kernels import Pack, Tier, Type
+from fhopt.codegen.cpu.calls.kernels import TYPES, Pack, Tier
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
 _arguments = packer(Pack)
-_TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 NAME = "pack"  # of the library
 _FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the other
 
@@ -60,7 +59,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     rows = latent if latent.stride(-1) == 1 else latent.contiguous()
     codes = latent.new_empty((*shape, table.row_bytes), dtype=torch.uint8)
     scale = latent.new_empty(shape, dtype=torch.float16)
-    functions[0](_arguments_of(shape, _TYPES[latent.dtype], table, rows, codes, scale))
+    functions[0](_arguments_of(shape, TYPES[latent.dtype], table, rows, codes, scale))
     return codes, scale
 
 
@@ -76,7 +75,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
         return latent.view(*shape, table.width)
     rows = codes if codes.stride(-1) == 1 else codes.contiguous()
     latent = codes.new_empty((*shape, table.width), dtype=torch.float32)
-    functions[1](_arguments_of(shape, _TYPES[torch.float32], table, latent, rows, scale))
+    functions[1](_arguments_of(shape, TYPES[torch.float32], table, latent, rows, scale))
     return latent
 
 
@@ -131,7 +130,7 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
 def can_pack(latent: Tensor, table: Table) -> bool:
     """Return True for latents that kernels read, without gradients."""
     shape = latent.shape
-    fits = len(shape) > 0 and shape[-1] == table.width and latent.dtype in _TYPES
+    fits = len(shape) > 0 and shape[-1] == table.width and latent.dtype in TYPES
     return fits and not (latent.requires_grad and torch.is_grad_enabled())
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import packing
-from fhopt.codegen.cpu.calls.kernels import OpenAttention, Rows, Type
+from fhopt.codegen.cpu.calls.kernels import TYPES, OpenAttention, Rows
 from fhopt.codegen.cpu.launch import mask_operand
 from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.ops import algebra
@@ -32,14 +32,13 @@ from fhopt.ops.masks import within
 
 NAME = "prefill"  # of the library
 NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
-_TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 LEAST_LANES = 8
 log = logging.getLogger(__name__)
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether the kernel takes these tensors: of one type of 32 or 16 bits, and none of them empty."""
-    alike = query.dtype == key.dtype == value.dtype and query.dtype in _TYPES and query.is_cpu
+    alike = query.dtype == key.dtype == value.dtype and query.dtype in TYPES and query.is_cpu
     shaped = query.dim() == key.dim() == value.dim() == 4 and 0 not in (*query.shape, *key.shape, *value.shape)
     return alike and shaped and query.shape[1] % key.shape[1] == 0
 
@@ -81,7 +80,7 @@ def rebuilt_attention(
 
     None where no kernel serves.
     """
-    function = builder.get(NAME, library, compiles_library) if query.dtype in _TYPES else None
+    function = builder.get(NAME, library, compiles_library) if query.dtype in TYPES else None
     if function is None:
         return None
     tokens = key.shape[2]
@@ -147,9 +146,9 @@ def _call(
     lse = query.new_empty((b, h, s), dtype=torch.float32)
     call = OpenAttention(
         batch=b, heads=h, groups=g, queries=s, tokens=t, key_size=d, value_size=e, threads=torch.get_num_threads(),
-        type=_TYPES[query.dtype], query=_rows(query), key=_rows(key), value=_rows(value), mask_kind=kind,
+        type=TYPES[query.dtype], query=_rows(query), key=_rows(key), value=_rows(value), mask_kind=kind,
         mask=0 if masking is None else masking.data_ptr(),
-        mask_strides=(0,) * 4 if masking is None else masking.stride(), spans=seen, output_type=_TYPES[dtype],
+        mask_strides=(0,) * 4 if masking is None else masking.stride(), spans=seen, output_type=TYPES[dtype],
         output=output.data_ptr(), output_strides=output.stride()[:3], lse=lse.data_ptr(), scale=scale, softcap=softcap,
     )  # fmt: skip
     function(ctypes.byref(call))

@@ -24,9 +24,8 @@ from fhopt.codegen.cpu.calls.caches import (
     SpentSeconds,
     Turning,
 )
-from fhopt.codegen.cpu.calls.kernels import Attention, Rows, Type
+from fhopt.codegen.cpu.calls.kernels import TYPES, Attention, Rows
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.layers.instructions import TYPES
 from fhopt.codegen.layers.program import LayerProgram, functions, run_of
 
 SegmentPhases = tuple[
@@ -87,7 +86,7 @@ class DecodeStep:
         )  # fmt: skip
         self._step = LayerStep(
             before=run_of(program, 0, address, threads), after=run_of(program, 1, address, threads),
-            type=Type(TYPES.index(query.dtype)), query=query.data_ptr(), attended=attended.data_ptr(),
+            type=TYPES[query.dtype], query=query.data_ptr(), attended=attended.data_ptr(),
             attention=attention, sides=(keys.place(), values.place()),
         )  # fmt: skip
         self.address = ctypes.addressof(self._step)
@@ -161,7 +160,7 @@ def _part(part: tuple[LibraryKernel, bytes] | None) -> CachePart:
 
 def _dense(decode: Tensor) -> Tensor:
     """Return a basis as C++ reads it."""
-    return decode.contiguous() if decode.dtype in TYPES[:2] else decode.float()
+    return decode.contiguous() if decode.dtype in (torch.float32, torch.bfloat16) else decode.float()
 
 
 def _basis(dense: Tensor) -> CacheBasis:

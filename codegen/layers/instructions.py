@@ -10,13 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fhopt.codegen.cpu.calls.caches import Code, PackedInstruction, View
 from fhopt.codegen.layers.trace import UnsupportedError
-
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(eq=False)

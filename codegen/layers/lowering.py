@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fhopt.codegen.cpu.calls.caches import Code, PackedInstruction
-from fhopt.codegen.cpu.calls.kernels import FORMATS, SIGNED_BYTES
+from fhopt.codegen.cpu.calls.kernels import FORMATS, SIGNED_BYTES, TYPES
 from fhopt.codegen.layers import operations
-from fhopt.codegen.layers.instructions import TYPES, Buffer, Instruction, Value, four, packed, place, row_layout
+from fhopt.codegen.layers.instructions import Buffer, Instruction, Value, four, packed, place, row_layout
 from fhopt.codegen.layers.program import LayerProgram, Segment, Stored
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
@@ -98,7 +98,7 @@ class Lowering:
             raise UnsupportedError(f"numbers of {value.view.dtype}")
         loaded = self.new(value.view.shape)
         self.read.add(value.external)
-        sizes, kind = four(value.view.shape), TYPES.index(value.view.dtype)
+        sizes, kind = four(value.view.shape), TYPES[value.view.dtype]
         self.emit(Instruction(Code.LOAD, sizes, loaded, Value(value.view), external=value.external, type=kind))
         if value.view is own:
             self.loaded[value.external] = loaded
@@ -204,11 +204,11 @@ class Lowering:
         assert rows is not None
         out = self.new((*a.view.shape[:-1], columns))
         dtype = self.trace.values[self.trace.output.number].dtype
-        kind = TYPES.index(dtype if quantized else weight.view.dtype)
-        code = kind + (FORMATS * format if format else SIGNED_BYTES if quantized else 0)
+        dtype = dtype if quantized else weight.view.dtype
+        code = TYPES[dtype] + (FORMATS * format if format else SIGNED_BYTES if quantized else 0)
         product = Instruction(
             Code.LINEAR, (1, rows[0], width, columns), out, Value(a.view, a.buffer), external=weight.external,
-            type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, TYPES[kind]),
+            type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, dtype),
             scale=self._whole(scale, columns, torch.float32),
         )  # fmt: skip
         product.number = rows[1]  # from one row to the next
@@ -274,9 +274,7 @@ class Lowering:
         external, self.externals = self.externals, self.externals + 1
         dense = torch.empty(like.shape, dtype=like.dtype, device="meta")
         self.emit(
-            Instruction(
-                Code.STORE, four(like.shape), value, Value(dense), external=external, type=TYPES.index(like.dtype)
-            )
+            Instruction(Code.STORE, four(like.shape), value, Value(dense), external=external, type=TYPES[like.dtype])
         )
         self.stored[-1].append(Stored(external, like.shape, like.dtype))
         return external

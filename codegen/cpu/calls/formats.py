@@ -37,6 +37,9 @@ FIELDS: dict[int, tuple[tuple[int, int, int], ...]] = {  # from which byte to wh
 }  # fmt: skip
 
 
+EIGHT = 8  # rows of a weight that stand side by side
+
+
 @layout
 class FormatSize(ctypes.Structure):
     """Numbers and bytes of a block of a format."""

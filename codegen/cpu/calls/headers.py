@@ -28,14 +28,18 @@ def headers() -> dict[str, str]:
         "pack_call.h": _header(["kernel_call.h"], declaration(kernels.Pack)),
         "prefill_call.h": _header(["kernel_call.h"], declaration(kernels.OpenAttention)),
         "page_call.h": _header(
-            ["kernel_call.h"], *map(declaration, (kernels.Sketches, kernels.Choice, kernels.PagedCall))
+            ["kernel_call.h"], _constant("MAX_PAGE_TOKENS", kernels.MAX_PAGE_TOKENS),
+            _constant("MAX_SKETCH_WORDS", kernels.MAX_SKETCH_WORDS),
+            *map(declaration, (kernels.Sketches, kernels.Choice, kernels.PagedCall)),
         ),
         "skinny_call.h": _header(
             [], _constant("SIGNED_BYTES", kernels.SIGNED_BYTES), _constant("FORMATS", kernels.FORMATS),
             declaration(kernels.Skinny),
         ),
         "format_tables.h": _header([], *_format_tables()),
-        "lm_head_call.h": _header(["number_types.h"], declaration(kernels.HeadSearch)),
+        "lm_head_call.h": _header(
+            ["number_types.h"], _constant("HEAD_BLOCK", kernels.HEAD_BLOCK), declaration(kernels.HeadSearch)
+        ),
         "cache_call.h": _header(["kernel_call.h"], *map(declaration, caches.OF_CACHES)),
         "block_call.h": _header(
             ["cache_call.h", "pack_call.h"], _constant("PANEL_COLUMNS", blocks.PANEL_COLUMNS),
@@ -67,7 +71,12 @@ def _format_tables() -> list[str]:
     sizes = [(format, *size) for format, size in formats.FORMATS.items()]
     fields = [(format, *field) for format, of_format in formats.FIELDS.items() for field in of_format]
     kinds = map(declaration, (formats.Format, formats.FormatSize, formats.FormatField))
-    return [*kinds, _rows("FormatSize", "SIZES", sizes), _rows("FormatField", "FIELDS", fields)]
+    return [
+        _constant("EIGHT", formats.EIGHT),
+        *kinds,
+        _rows("FormatSize", "SIZES", sizes),
+        _rows("FormatField", "FIELDS", fields),
+    ]
 
 
 def _rows(kind: str, name: str, rows: Iterable[tuple[int, ...]]) -> str:

@@ -13,6 +13,8 @@ import ctypes
 from enum import IntEnum
 from typing import Annotated, Any
 
+import torch
+
 from fhopt.codegen.cpu.calls.layouts import layout
 
 Data = Annotated[int, "const void*"]
@@ -34,6 +36,8 @@ class Type(IntEnum):
 
     FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
+
+TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 
 # --------------------------------------------------------------------------------------------------- attention
 
@@ -170,6 +174,9 @@ class OpenAttention(ctypes.Structure):
 
 # --------------------------------------------------------------------------------------------------- pages
 
+MAX_PAGE_TOKENS = 1024
+MAX_SKETCH_WORDS = 64  # of four bytes of codes, of a token
+
 
 @layout
 class Sketches(ctypes.Structure):
@@ -273,6 +280,7 @@ class Skinny(ctypes.Structure):
 
 
 SIGNED_BYTES, FORMATS = 3, 16
+HEAD_BLOCK = 16  # rows of a block of a quantized language-model head
 
 
 @layout

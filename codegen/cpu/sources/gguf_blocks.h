@@ -34,7 +34,7 @@ namespace {
 
 #define INLINE_CALL __attribute__((always_inline))  // of a lambda
 
-constexpr int GROUP = 32, EIGHT = 8;  // numbers of a group, rows side by side
+constexpr int GROUP = 32;  // numbers of a group
 
 typedef uint8_t Codes __attribute__((vector_size(32)));
 

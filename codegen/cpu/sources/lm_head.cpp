@@ -32,7 +32,7 @@
 
 namespace {
 
-constexpr int BLOCK = 16;            // rows of a block
+constexpr int BLOCK = HEAD_BLOCK;
 constexpr float UNIT = 0x1p-24f;     // of rounding in float32
 
 struct Numbers {                     // of the rows of a block, behind its codes

@@ -36,9 +36,9 @@ namespace {
 
 constexpr int TILE = 16;         // tokens, one a lane
 constexpr int HEADS = 4;         // query rows at a time
-constexpr int WORDS = 64;        // that a row may have
+constexpr int WORDS = MAX_SKETCH_WORDS;  // that a row may have
 constexpr int AHEAD = 256;       // tokens that are fetched into the cache before they are needed
-constexpr int RUN = 1024;        // tokens that are weighed against the same largest logit
+constexpr int RUN = MAX_PAGE_TOKENS;  // tokens that are weighed against the same largest logit
 
 // The query rows of one latent head, as they are multiplied.
 struct Query {
