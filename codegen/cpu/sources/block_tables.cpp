@@ -34,6 +34,7 @@
 #include "typed_numbers.h"
 #include "window_rows.h"
 #include "turning.h"
+#include "cache_parts.h"
 #include "block_call.h"
 
 namespace {
@@ -81,31 +82,6 @@ struct Call : BlockCall {
 
 constexpr int PANEL_ROWS = LANES == 16 ? 8 : 2;  // sums that registers hold
 
-// y[r][c] = sum_i x[r][i] panel[i][c], added to what is there if `adds` says so.
-template <class Stored, int ROWS>
-void times_panel(const float* const* x, const typename Stored::Number* panel, int64_t n, bool adds, float* const* y) {
-    constexpr int VECTORS = PANEL_COLUMNS / LANES;
-    Floats sums[ROWS][VECTORS] = {};
-    UNROLL(8) for (int r = 0; r < ROWS && adds; r++) {
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] = load(y[r] + v * LANES);
-    }
-    UNROLL(1) for (int64_t i = 0; i < n; i++) {
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
-            const Floats b = Stored::load(panel + i * PANEL_COLUMNS + v * LANES);
-            UNROLL(8) for (int r = 0; r < ROWS; r++) sums[r][v] += x[r][i] * b;
-        }
-    }
-    UNROLL(8) for (int r = 0; r < ROWS; r++) {
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) store(y[r] + v * LANES, sums[r][v]);
-    }
-}
-
-template <class Stored, int... I>
-void times_rows(int rows, const float* const* x, const typename Stored::Number* panel, int64_t n, bool adds,
-                float* const* y, std::integer_sequence<int, I...>) {
-    ((rows == I + 1 ? times_panel<Stored, I + 1>(x, panel, n, adds, y) : void()), ...);
-}
-
 // Rows that are multiplied by a matrix of a basis, and where the products go.
 struct Factors {
     std::vector<const float*> x;
@@ -113,24 +89,27 @@ struct Factors {
     bool adds;
 };
 
-template <class Stored>
+template <class T>
 void times(const Factors& rows, const BlockBasis& basis, int64_t matrix, int64_t panel) {
-    const auto* data = static_cast<const typename Stored::Number*>(basis.data);
+    const auto* data = static_cast<const typename T::Element*>(basis.data);
     const auto* from = data + (matrix * basis.panels + panel) * basis.n * PANEL_COLUMNS;
     for (size_t first = 0; first < rows.x.size(); first += PANEL_ROWS) {
-        const int count = int(std::min<size_t>(PANEL_ROWS, rows.x.size() - first));
+        const float* const* x = &rows.x[first];
         float* y[PANEL_ROWS];
+        const int count = int(std::min<size_t>(PANEL_ROWS, rows.x.size() - first));
         for (int r = 0; r < count; r++) y[r] = rows.y[first + r] + panel * PANEL_COLUMNS;
-        const auto counts = std::make_integer_sequence<int, PANEL_ROWS>();
-        times_rows<Stored>(count, &rows.x[first], from, basis.n, rows.adds, y, counts);
+        with_count<PANEL_ROWS>(count, [&](auto rows_at_once) {
+            times_vectors<T, decltype(rows_at_once)::value, PANEL_COLUMNS / LANES>(
+                [&](int r) { return x[r]; }, from, PANEL_COLUMNS, basis.n, rows.adds, [&](int r) { return y[r]; });
+        });
     }
 }
 
 // One panel of a matrix.
 void times(Type type, const Factors& rows, const BlockBasis& basis, int64_t matrix, int64_t panel) {
-    if (type == BFLOAT16) times<BFloat16>(rows, basis, matrix, panel);
-    else if (type == FLOAT16) times<Float16>(rows, basis, matrix, panel);
-    else times<Float32>(rows, basis, matrix, panel);
+    if (type == BFLOAT16) times<OfBFloat16>(rows, basis, matrix, panel);
+    else if (type == FLOAT16) times<OfFloat16>(rows, basis, matrix, panel);
+    else times<OfFloat32>(rows, basis, matrix, panel);
 }
 
 // ------------------------------------------------------------------------------------------------ what is to be done
@@ -314,11 +293,8 @@ void set_queries(const Run& run, int64_t i) {
         for (int64_t h = 0; h < l.heads; h++) {
             float *query = run.query(i, segment, h), &shift = run.shifts[run.row(i, segment, h)];
             if (l.turn.segment) rotate(l.turn, run.query(i, h), l.sizes[0], segment, query);
-            shift = 0;
-            if (!l.means_from) continue;
-            const float* mean = run.mean(i, 0, h / (l.heads / l.kv_heads));
-            for (int64_t d = 0; d < l.sizes[0]; d++) shift += query[d] * mean[d];
-            shift *= float(l.scale);
+            const float* mean = l.means_from ? run.mean(i, 0, h / (l.heads / l.kv_heads)) : nullptr;
+            shift = mean ? mean_logit(query, mean, l.sizes[0], l.scale) : 0.0f;
         }
     }
 }
@@ -497,27 +473,15 @@ void mix(const Run& run, int64_t i, int64_t head) {
             for (int64_t p = run.pieces.first[kind][i]; p < run.pieces.first[kind][i + 1]; p++) {
                 const Piece& piece = run.pieces.all[p];
                 const bool far = kind == LATENTS;
-                f(piece, piece.lse[head] + (far ? run.shifts[run.row(i, segment_of(l, piece.begin), head)] : 0.0f));
+                const float shift = far ? run.shifts[run.row(i, segment_of(l, piece.begin), head)] : 0.0f;
+                f(ReadPart{piece.lse[head] + shift, piece.output + head * run.width_of(piece.kind), far, far});
             }
         }
     };
-    float top = -INF, total = 0, far = 0;
-    each([&](const Piece&, float lse) { top = std::max(top, lse); });
-    each([&](const Piece& piece, float lse) {
-        total += std::exp(lse - top);
-        if (piece.kind == LATENTS) far += std::exp(lse - top);
-    });
     float *out = run.outputs + row * columns_of(l.sides[1].decode), *latents = run.mixed + row * l.sides[1].width;
-    std::fill(out, out + columns_of(l.sides[1].decode), 0.0f);
-    std::fill(latents, latents + l.sides[1].width, 0.0f);
-    each([&](const Piece& piece, float lse) {
-        const int64_t width = run.width_of(piece.kind);
-        const float weight = std::exp(lse - top) / total, *from = piece.output + head * width;
-        float* to = piece.kind == LATENTS ? latents : out;
-        for (int64_t n = 0; n < width; n++) to[n] += weight * from[n];
-    });
-    const float* mean = l.means_from && far > 0 ? run.mean(i, 1, group) : nullptr;
-    for (int64_t d = 0; mean && d < l.sizes[1]; d++) out[d] += far / total * mean[d];
+    const float far = merge_parts(each, out, l.sizes[1], latents, l.sides[1].width);
+    std::fill(out + l.sizes[1], out + columns_of(l.sides[1].decode), 0.0f);
+    if (l.means_from && far > 0) add_mean(run.mean(i, 1, group), far, l.sizes[1], out);
 }
 
 int64_t merges(const Run& run) { return (run.s.count + MERGED - 1) / MERGED * run.l.kv_heads; }

@@ -496,7 +496,7 @@ double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64
         float *x = of_thread.room((wide + rank) * tokens), *columns = x + wide * tokens;
         for (int64_t g = 0; g < share; g++) old.read(i / heads, i % heads * share + g, x + g * width * tokens);
         const float* its = static_cast<const float*>(basis.data_ptr()) + i % heads * rank * wide;
-        times_all(its, rank, wide, x, wide, tokens, columns, tokens);
+        times_all<OfFloat32>(its, rank, wide, x, wide, tokens, columns, tokens);
         float* rows = latents + i * tokens * rank;
         for (int64_t t = 0; t < tokens; t++) {
             for (int64_t r = 0; r < rank; r++) rows[t * rank + r] = columns[r * tokens + t];

@@ -213,6 +213,11 @@ void step(const ProgramRun& run, const PackedInstruction& i, float* arena) {
 
 // ------------------------------------------------------------------------------------------------ decode steps
 
+struct BFloat16Bits {
+    uint16_t bits;
+    operator float() const { return from_bits(uint32_t(bits) << 16); }
+};
+
 struct Float16Bits {
     uint16_t bits;
     operator float() const { return from_float16(bits); }
@@ -243,7 +248,7 @@ void round_into(const CacheAppend& side, const CacheMean& mean, int64_t batch) {
 
 void append(CacheAppend& side, const CacheMean& mean, int64_t batch, Type type) {
     if (type == FLOAT32) round_into<float>(side, mean, batch);
-    else if (type == BFLOAT16) round_into<Bits16>(side, mean, batch);
+    else if (type == BFLOAT16) round_into<BFloat16Bits>(side, mean, batch);
     else round_into<Float16Bits>(side, mean, batch);
     side.at++;
 }
