@@ -150,7 +150,7 @@ _UNITS = (
 def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ...]) -> None:
     """Compile to `library` with the command `compiler`, and leave the source next to it. Raises CompileError."""
     source = library.with_suffix(".cpp")
-    write_text(source, text)
+    write_text(source, f"// {' '.join([*compiler, *links])} -fopenmp\n{text}")
     with appearing(library) as target:
         command = [*compiler, str(source), "-o", str(target), *links]
         failed = _errors([*command, "-fopenmp"])

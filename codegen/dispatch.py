@@ -27,6 +27,7 @@ from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import registry
 from fhopt.ops.algebra import BitGroups
+from fhopt.ops.cache_operands import CacheOperands
 from fhopt.ops.encode_rows import empty_rows
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, needs_gradient
 from fhopt.ops.masks import listed, within
@@ -121,14 +122,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return output
 
 
-def attend_latents(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, **options: Any) -> Tensor | None:
+def attend_latents(*operands: Any, **options: Any) -> Tensor | None:
     """Attend to a KV cache in one native call; see `fhopt.attention.attend.attend_latents_reference`.
 
     None if it is not applicable, or its libraries are not built yet.
     """
     if not builder.has_attention() or not _has_ops():
         return None
-    return graph_kernels.attend_latents((query, key, value, *others), options)
+    return graph_kernels.attend_latents(CacheOperands(*operands), options)
 
 
 def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fhopt.errors import FhoptError
-from fhopt.ops import trellis
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
@@ -12,10 +11,6 @@ PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), fo
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )
-TABLES = {  # of trellis codes, for the C++ sources
-    name: ", ".join(map(str, table))
-    for name, table in (("levels", trellis.LEVELS), ("offsets", trellis.OFFSETS), ("order", trellis.ORDER))
-}
 UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 

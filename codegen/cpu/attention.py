@@ -1,43 +1,39 @@
 """The C++ kernels of latent attention for CPUs: one readable file without dependencies, compiled once on a machine.
 
     library()       the file: `new_kernel` makes the table of a `KernelSpec`, `latent_attention` computes by a table
-    render(spec)    the same file, with the table of one spec behind it, for who reads or embeds it
+    render(spec)    the same file, with the table of one spec behind it and a command that compiles it before it
 
 What varies with the spec (bit groups, widths, softcap) is data, so that a plan needs no compiler. The file is compiled
-by GCC or Clang for whatever vector unit the host has and called through one struct (`ARGUMENTS`). Products of floats
+by GCC or Clang for whatever vector unit the host has and called through one struct (`Attention`). Products of floats
 are written in vector extensions; products of quantized values in intrinsics, as bytes for AVX-512 VNNI
-(sources/byte_tiles.h), as words of 16 bits for AVX2 (sources/word_tiles.h).
+(sources/byte_keys.h), as words of 16 bits for AVX2 (sources/word_keys.h).
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
 
 from __future__ import annotations
 
-import functools
-import struct
+import ctypes
 from string import Template
 from typing import Any
 
-from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, TABLES, UNCODED_DTYPES, Tiers, check
+from fhopt.codegen.compiler import FLAGS
+from fhopt.codegen.cpu.calls.kernels import Tier, Type
+from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.tiers import Tiers, check
 from fhopt.plan.kernel_spec import KernelSpec
 
-# The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
-ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2dPqPq2qP"
 NAME = "attention"  # of the library
 
 
-@functools.cache
 def library() -> str:
-    """Render the C++ file that serves every spec; it is always the same."""
-    text = read_source("fhopt.codegen.cpu", "attention.cpp")
-    return text.substitute(planes="\n// ".join(PLANES), page_quantum=PAGE_QUANTUM, **TABLES)
+    """Read the C++ file that serves every spec."""
+    return read_cpp("attention.cpp")
 
 
 def render(spec: KernelSpec) -> str:
     """Render the C++ file with the table of `spec`. The same spec gives the same text. Raises FhoptError."""
-    return library() + table(spec)
+    return f"// c++ {' '.join(FLAGS)} -march=native -fopenmp\n{library()}{table(spec)}"
 
 
 def table_name(spec: KernelSpec) -> str:
@@ -70,13 +66,12 @@ def _sizes(tiers: Tiers, width: int) -> tuple[int, int]:
 
 
 def _kinds(spec: KernelSpec) -> tuple[int, int]:
-    """Return what `Stored` says of the type of uncoded latents, and whether logits are capped."""
-    return UNCODED_DTYPES.index(spec.dtype), int(spec.softcap)
+    """Return the `Type` of uncoded latents, and whether logits are capped."""
+    return Type[spec.dtype.upper()], int(spec.softcap)
 
 
-def _packed(tiers: Tiers) -> bytes:
-    """Return the C++ structs `Tier`."""
-    return b"".join(struct.pack("@2qd", *tier) for tier in tiers)
+def _packed(tiers: Tiers) -> ctypes.Array[Tier]:
+    return (Tier * len(tiers))(*[Tier(*tier) for tier in tiers])
 
 
 def _rows(tiers: Tiers) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import struct
 from dataclasses import replace
 from typing import Any
 
@@ -26,27 +25,31 @@ from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import packing
+from fhopt.codegen.cpu.calls.blocks import (
+    PANEL_COLUMNS,
+    BlockBasis,
+    BlockCache,
+    BlockCall,
+    BlockKernel,
+    BlockLayer,
+    BlockNumbers,
+    BlockSide,
+    BlockStep,
+    BlockTable,
+    RowPlacing,
+    RowRounding,
+)
+from fhopt.codegen.cpu.calls.caches import Turning
+from fhopt.codegen.cpu.calls.kernels import TYPES
+from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import UNCODED_DTYPES
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.segment_rotation import MAX_TOKENS, SegmentRotation
 
 NAME = "block_tables"  # of the library
-PANEL = 32  # columns of a basis that lie side by side
 log = logging.getLogger(__name__)
-_DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # `Type` of the C++ file
-# The C++ structs as formats of the module `struct`: 8 bytes a field, in the order of the struct.
-_side = struct.Struct("@5qPqPqqPqq").pack
-_layer = struct.Struct("@4q3q5qd").pack
-_starts = struct.Struct("@4q2q2q7P2P3q").pack
-_caches = struct.Struct("@" + 3 * "P2q").pack
-_table = struct.Struct("@P2q").pack
-_step = struct.Struct("@2qP").pack
-_call = struct.Struct("@6Pq" + 4 * "P3q").pack
-_rounding = struct.Struct("@P3q5qP3q").pack
-_placing = struct.Struct("@P2q2P2qP2q").pack
+_call = packer(BlockCall)
 _FEW = 1 << 16  # numbers, or bytes, for which other threads do not pay
 
 
@@ -55,9 +58,8 @@ class Struct:
 
     __slots__ = ("_kept", "address")
 
-    def __init__(self, memory: bytes, *kept: Any) -> None:
-        buffer = ctypes.create_string_buffer(memory, len(memory))
-        self._kept, self.address = (buffer, *kept), ctypes.addressof(buffer)
+    def __init__(self, memory: ctypes.Structure | ctypes.Array[Any], *kept: Any) -> None:
+        self._kept, self.address = (memory, *kept), ctypes.addressof(memory)
 
 
 def step_of(numbers: list[tuple[int, int, int, int]]) -> Struct:
@@ -66,7 +68,7 @@ def step_of(numbers: list[tuple[int, int, int, int]]) -> Struct:
     A tuple: token in the batch, row of the block tables, position, tokens that are read as latents.
     """
     table = torch.tensor(numbers, dtype=torch.int64).view(-1, 4).t().contiguous()
-    return Struct(_step(len(numbers), torch.get_num_threads(), table.data_ptr()), table)
+    return Struct(BlockStep(len(numbers), torch.get_num_threads(), table.data_ptr()), table)
 
 
 def table_of(table: Tensor, size: int) -> Struct:
@@ -74,7 +76,7 @@ def table_of(table: Tensor, size: int) -> Struct:
 
     It is the same for all layers that share these blocks.
     """
-    return Struct(_table(table.data_ptr(), table.stride(0), size), table)
+    return Struct(BlockTable(table.data_ptr(), table.stride(0), size), table)
 
 
 class Memory:
@@ -84,7 +86,9 @@ class Memory:
 
     def __init__(self, latents: Tensor, window: Tensor, first: Tensor) -> None:
         self.caches = latents, window, first
-        self.struct = Struct(_caches(*(n for x in self.caches for n in (x.data_ptr(), x.stride(0), x.stride(2)))))
+        self.struct = Struct(
+            (BlockCache * 3)(*[BlockCache(x.data_ptr(), x.stride(0), x.stride(2)) for x in self.caches])
+        )
 
 
 class BlockAttention:
@@ -96,54 +100,48 @@ class BlockAttention:
         self._memory: Memory | None = None  # of the last call
         decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
         encodes_as = layout.key.encode.dtype
-        of_side = self._side(layout.key, layout.key.decode, decodes_as)
-        of_value = self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as)
-        head = _layer(
-            *(
-                layout.heads,
-                layout.kv_heads,
-                *layout.sizes,
-                _DTYPES[layout.dtype],
-                _DTYPES[encodes_as],
-                _DTYPES[decodes_as],
-            ),
-            *(layout.window.sinks, layout.means_from, layout.is_shared, layout.window.bits == 8),
-            *(3 if layout.dtype == torch.float32 else 2, layout.scale),
+        sides = (
+            self._side(layout.key, layout.key.decode, decodes_as),
+            self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as),
         )
-        addresses = [x for kernel in kernels for x in (kernel.address, kernel.table)]
-        tail = _starts(*layout.window_rows, *layout.first_rows, *addresses, pack, *self._turning(layout.rotation))
-        self._layer = self._keep(head + of_side + of_value + tail)
+        latents, window, sinks = (BlockKernel(kernel.address, kernel.table) for kernel in kernels)
+        made = BlockLayer(
+            heads=layout.heads, kv_heads=layout.kv_heads, sizes=layout.sizes, type=TYPES[layout.dtype],
+            encode_type=TYPES[encodes_as], decode_type=TYPES[decodes_as], sinks=layout.window.sinks,
+            means_from=layout.means_from, is_shared=layout.is_shared, is_rounded=layout.window.bits == 8,
+            digits=3 if layout.dtype == torch.float32 else 2, scale=layout.scale, sides=sides,
+            window=layout.window_rows, sink_starts=layout.first_rows[:2], mean_starts=layout.first_rows[2:],
+            latents_kernel=latents, window_kernel=window, sinks_kernel=sinks, pack=pack,
+            turn=self._turning(layout.rotation),
+        )  # fmt: skip
+        self._kept.append(made)
+        self._layer = ctypes.addressof(made)
 
-    def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> bytes:
+    def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> BlockSide:
         table = packing.tier_table(*(tuple(x) for x in zip(*side.tiers, strict=True))) if side.tiers else None
         self._kept.append(table)
         encode, decode = side.encode.transpose(1, 2), basis.to(self.layout.dtype).to(dtype)
-        return _side(
-            *(side.encode.shape[0], side.decode.shape[2], side.bytes, side.start, side.scale),
-            *((table.address, table.tier_count) if table else (0, 0)),
-            *self._panels(encode), *self._panels(decode),
+        return BlockSide(
+            heads=side.encode.shape[0], width=side.decode.shape[2], bytes=side.bytes, start=side.start,
+            scale=side.scale, tiers=table.address if table else 0, tier_count=table.tier_count if table else 0,
+            encode=self._panels(encode), decode=self._panels(decode),
         )  # fmt: skip
 
-    def _turning(self, rotation: SegmentRotation | None) -> tuple[int, int, int, int, int]:
-        """Return the C++ struct `Turning`: the same for all sequences, none of which begins with padding."""
+    def _turning(self, rotation: SegmentRotation | None) -> Turning:
+        """Return the rotation of queries: the same for all sequences, none of which begins with padding."""
         if rotation is None:
-            return 0, 0, 0, 0, 0
+            return Turning(0, 0, 0, 0, 0)
         phases = rotation.phases(rotation.segments(MAX_TOKENS))
         self._kept += [rotation.pairs, phases]
-        return rotation.pairs.data_ptr(), phases.data_ptr(), rotation.pairs.shape[1], rotation.segment, 0
+        return Turning(rotation.pairs.data_ptr(), phases.data_ptr(), rotation.pairs.shape[1], rotation.segment, 0)
 
-    def _panels(self, basis: Tensor) -> tuple[int, int, int]:
-        """Return address, rows and panels of a basis [matrices,n,m] as panels [matrices,panels,n,PANEL]."""
+    def _panels(self, basis: Tensor) -> BlockBasis:
+        """Return a basis [matrices,n,m] as panels [matrices,panels,n,PANEL_COLUMNS]."""
         count, n, m = basis.shape
-        whole = F.pad(basis, (0, -m % PANEL))
-        panels = whole.view(count, n, -1, PANEL).transpose(1, 2).contiguous()
+        whole = F.pad(basis, (0, -m % PANEL_COLUMNS))
+        panels = whole.view(count, n, -1, PANEL_COLUMNS).transpose(1, 2).contiguous()
         self._kept.append(panels)
-        return panels.data_ptr(), n, panels.shape[1]
-
-    def _keep(self, memory: bytes) -> int:
-        buffer = ctypes.create_string_buffer(memory)
-        self._kept.append(buffer)
-        return ctypes.addressof(buffer)
+        return BlockBasis(panels.data_ptr(), n, panels.shape[1])
 
     def serves(self, query: Tensor, latents: Tensor, window: Tensor, first: Tensor) -> bool:
         """Return whether queries and caches are of the type, and on the device, that the code is made for."""
@@ -190,17 +188,17 @@ def round_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
     start, scale: bytes of a row before numbers and before scales, one float16 for each head. Not where nothing can be
     compiled, or numbers are not of 32 or 16 bits on a CPU.
     """
-    loaded = library() if x.is_cpu and x.dtype in _DTYPES else None
+    loaded = library() if x.is_cpu and x.dtype in TYPES else None
     if loaded is None:
         return False
     x = x if x.stride(2) == 1 else x.contiguous()
     threads = torch.get_num_threads() if x.numel() > _FEW else 1
-    loaded.round_rows(
-        _rounding(
-            *(x.data_ptr(), *x.stride(), _DTYPES[x.dtype], *x.shape, threads),
-            *(rows.data_ptr(), rows.stride(0), start, scale),
-        )
-    )
+    tokens, heads, size = x.shape
+    call = RowRounding(
+        x=BlockNumbers(x.data_ptr(), *x.stride()), type=TYPES[x.dtype], tokens=tokens, heads=heads, size=size,
+        threads=threads, rows=rows.data_ptr(), row=rows.stride(0), start=start, scale=scale,
+    )  # fmt: skip
+    loaded.round_rows(ctypes.byref(call))
     return True
 
 
@@ -214,18 +212,18 @@ def place_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> 
         return False
     blocks, offsets = blocks.contiguous(), offsets.contiguous()
     threads = torch.get_num_threads() if rows.numel() > _FEW else 1
-    loaded.place_rows(
-        _placing(
-            *(cache.data_ptr(), cache.stride(0), cache.stride(2), blocks.data_ptr(), offsets.data_ptr()),
-            *(len(rows), threads, rows.data_ptr(), rows.stride(0), rows.shape[1]),
-        )
-    )
+    call = RowPlacing(
+        cache=BlockCache(cache.data_ptr(), cache.stride(0), cache.stride(2)), blocks=blocks.data_ptr(),
+        offsets=offsets.data_ptr(), count=len(rows), threads=threads, rows=rows.data_ptr(), row=rows.stride(0),
+        bytes=rows.shape[1],
+    )  # fmt: skip
+    loaded.place_rows(ctypes.byref(call))
     return True
 
 
 def attention_of(layout: BlockLayout) -> BlockAttention | None:
     """Build the decode step of a layer; None where nothing can be compiled, or a plan has odd bit groups."""
-    if layout.dtype not in _DTYPES:
+    if layout.dtype not in TYPES:
         return None
     functions, loaded = packing.library(), library()
     kernels = [build(_for_floats(spec)) for spec in layout.specs()]
@@ -242,8 +240,8 @@ def _for_floats(spec: KernelSpec) -> KernelSpec:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "block_tables.cpp").substitute(panel=PANEL, page_quantum=PAGE_QUANTUM)
+    """Read the C++ file."""
+    return read_cpp("block_tables.cpp")
 
 
 def compiles_library() -> bool:
@@ -259,6 +257,7 @@ def library() -> ctypes.CDLL | None:
     except CompileError as error:
         log.info("%s Decode steps on blocks run on torch operations.", error)
         return None
-    for function in (loaded.attend_blocks, loaded.round_rows, loaded.place_rows):
-        function.argtypes, function.restype = (ctypes.c_char_p,), None
+    loaded.attend_blocks.argtypes, loaded.attend_blocks.restype = (ctypes.c_char_p,), None
+    for function in (loaded.round_rows, loaded.place_rows):
+        function.argtypes, function.restype = (ctypes.c_void_p,), None
     return loaded

@@ -32,22 +32,14 @@ from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import skinny_linear
-from fhopt.codegen.cpu.skinny_linear import DTYPES, Blocks
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.calls.formats import EIGHT as EIGHT
+from fhopt.codegen.cpu.calls.formats import FIELDS
+from fhopt.codegen.cpu.calls.formats import FORMATS as FORMATS
+from fhopt.codegen.cpu.calls.kernels import TYPES
+from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "blocks"  # of the library
-FORMATS = {  # as ggml numbers them: numbers and bytes of a block
-    2: (32, 18), 3: (32, 20), 8: (32, 34), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176),
-    14: (256, 210), 20: (32, 18), 23: (256, 136),
-}  # fmt: skip
-EIGHT = 8  # rows side by side
-_FIELDS = {  # of a block: from which byte to which, and how many bytes stay together (`field_of` of gguf_blocks.h)
-    2: ((0, 2, 2), (2, 18, 4)), 3: ((0, 4, 2), (4, 20, 4)), 8: ((0, 2, 2), (2, 34, 4)),
-    10: ((0, 16, 1), (16, 80, 4), (80, 84, 2)), 11: ((0, 96, 4), (96, 108, 1), (108, 110, 2)),
-    12: ((0, 4, 2), (4, 16, 1), (16, 144, 4)), 13: ((0, 4, 2), (4, 16, 1), (16, 176, 4)),
-    14: ((0, 192, 4), (192, 208, 1), (208, 210, 2)), 20: ((0, 2, 2), (2, 18, 4)),
-    23: ((0, 4, 2), (4, 8, 1), (8, 136, 4)),
-}  # fmt: skip
 _PART = 1 << 19  # bytes of a weight that are arranged at once
 log = logging.getLogger(__name__)
 
@@ -65,7 +57,7 @@ def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
 
     def arrange(part: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> None:
         of_rows, of_eights = part
-        for begin, end, unit in _FIELDS[format]:
+        for begin, end, unit in FIELDS[format]:
             of_eights[..., EIGHT * begin : EIGHT * end] = _turned(of_rows[..., begin:end], EIGHT, unit)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy copies side by side
@@ -79,7 +71,7 @@ def as_in_file(blocks: Blocks) -> NDArray[np.uint8]:
     made = np.empty(values.shape, np.uint8)
     made[_whole(made) :] = values[_whole(made) :]
     for of_rows, of_eights in _parts(made, values, blocks.format):
-        for begin, end, unit in _FIELDS[blocks.format]:
+        for begin, end, unit in FIELDS[blocks.format]:
             turned = _turned(of_eights[..., EIGHT * begin : EIGHT * end], (end - begin) // unit, unit)
             of_rows[..., begin:end] = turned.reshape(*of_rows.shape[:3], end - begin)
     return made
@@ -112,8 +104,8 @@ def _turned(numbers: NDArray[np.uint8], rows: int, unit: int) -> NDArray[np.uint
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "block_linear.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("block_linear.cpp")
 
 
 def needs_compiling() -> bool:
@@ -140,10 +132,10 @@ def library() -> ctypes.CDLL | None:
 def most_rows(format: int, dtype: torch.dtype) -> int:
     """Return for how many rows of an input products with blocks are faster than with their numbers.
 
-    dtype: of the input, one of DTYPES. Without a compiler: 0.
+    dtype: of the input, one of `TYPES`. Without a compiler: 0.
     """
     loaded = library()
-    return 0 if loaded is None else int(loaded.most_block_rows(format, DTYPES.index(dtype)))
+    return 0 if loaded is None else int(loaded.most_block_rows(format, TYPES[dtype]))
 
 
 def _checked(which: Tensor, rows: int) -> Tensor:
@@ -159,7 +151,7 @@ def unpack(
     blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Return rows of a weight in a dtype of DTYPES: [first, end), or those of a list; None where there is no compiler.
+    """Return rows of a weight in a dtype of `TYPES`: [first, end), or those of a list; None where there is no compiler.
 
     which: int32 or int64 [rows], numbers of rows. memory: of that dtype, [any number], dense, on the CPU; what is
     returned is its beginning, if there is room. Raises IndexError where there is no such row, ValueError for other
@@ -183,7 +175,7 @@ def unpack(
     numbers = memory[: count * blocks.width].view(count, blocks.width)
     loaded.unpack_blocks(
         blocks.format, blocks.values.data_ptr(), blocks.values.stride(0), rows, blocks.width, first,
-        None if which is None else which.data_ptr(), count, numbers.data_ptr(), DTYPES.index(dtype),
+        None if which is None else which.data_ptr(), count, numbers.data_ptr(), TYPES[dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return numbers

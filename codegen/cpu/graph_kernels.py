@@ -26,7 +26,7 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import gguf_blocks, packing, skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
+from fhopt.ops.cache_operands import OPERANDS, CacheOperands
 from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -53,13 +54,7 @@ _LIB.define(
     "Tensor? mask, Tensor? lengths, Tensor? pages, int page_tokens, float scale, float softcap, int value_width) "
     "-> (Tensor, Tensor)"
 )
-_LIB.define(
-    "attend_kernel(str latents, str window, str opened, Tensor query, Tensor key, Tensor value, Tensor key_rows, "
-    "Tensor? key_scale, Tensor key_decode, Tensor value_rows, Tensor? value_scale, Tensor value_decode, "
-    "Tensor? window_keys, Tensor? window_key_scale, Tensor? window_values, Tensor? window_value_scale, Tensor? near, "
-    "Tensor? inside, Tensor? far, Tensor? lengths, Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, "
-    "Tensor? turn_phases, int segment, float scale, float softcap) -> Tensor"
-)
+_LIB.define(f"attend_kernel(str latents, str window, str opened, {OPERANDS}, float scale, float softcap) -> Tensor")
 _LIB.define("linear_kernel(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None, int format=0) -> Tensor")
 _LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!) scale, int at) -> ()")
 _LIB.define(
@@ -204,15 +199,15 @@ def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]
 
 def _attend_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """Replace `fhopt::attend_latents` where compiled kernels serve all its parts."""
-    names = _attend_names([_value(x) for x in node.args], node.kwargs)
+    names = _attend_names(CacheOperands(*map(_value, node.args)), node.kwargs)
     if names is None:
         return None
     numbers = node.kwargs["scale"], node.kwargs.get("softcap", 0.0)
     return torch.ops.fhopt.attend_kernel.default, (*names, *node.args, *numbers), {}
 
 
-def attend_latents(operands: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor | None:
-    """Compute `fhopt::attend_latents` of operands and options in the order of its schema; None where no kernel serves.
+def attend_latents(operands: CacheOperands, options: dict[str, Any]) -> Tensor | None:
+    """Compute `fhopt::attend_latents` of operands and options; None where no kernel serves.
 
     For calls without gradients.
     """
@@ -225,7 +220,7 @@ def attend_latents(operands: tuple[Tensor | None, ...], options: dict[str, Any])
     return output
 
 
-def cache_kernels(operands: Sequence[Any], options: dict[str, Any]) -> tuple[LibraryKernel | None, ...] | None:
+def cache_kernels(operands: CacheOperands, options: dict[str, Any]) -> tuple[LibraryKernel | None, ...] | None:
     """Return the kernels of latents, of the window (None without one) and of other tokens; None where one is missing.
 
     operands, options: as of `attend_latents`.
@@ -239,24 +234,24 @@ _TIERS = tuple(f"{side}_{what}" for side in ("key", "value") for what in ("bits"
 _attended: dict[tuple[Any, ...], Names] = {}
 
 
-def _attend_names(operands: Sequence[Any], options: dict[str, Any]) -> Names | None:
+def _attend_names(operands: CacheOperands, options: dict[str, Any]) -> Names | None:
     """Return the names of the kernels that serve `fhopt::attend_latents`; None where one does not."""
-    query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = operands
-    dtype = query.dtype
+    x, dtype = operands, operands.query.dtype
     if dtype not in _DTYPES or not all(x.is_cpu for x in operands if isinstance(x, Tensor)):
         return None
-    if not dtype == key.dtype == value.dtype == key_decode.dtype == value_decode.dtype:
+    if not dtype == x.key.dtype == x.value.dtype == x.key_decode.dtype == x.value_decode.dtype:
         return None
-    if not all(x is None or _masks(x) for x in operands[13:16]) or not _counts(operands[16]):
+    if not all(map(_masks, (x.near, x.inside, x.far))) or not _counts(x.lengths):
         return None
     tiers = [tuple(options[name]) for name in _TIERS]
-    sizes = key_decode.shape[2], key.shape[3], value.shape[3], value_rows.shape[3]
+    sizes = x.key_decode.shape[2], x.key.shape[3], x.value.shape[3], x.value_rows.shape[3]
+    has_window = x.window_keys is not None
     cap = options.get("softcap", 0.0) != 0.0
-    call = (*tiers, *sizes, dtype, key_rows.dtype, value_rows.dtype, cap, window is not None)
+    call = (*tiers, *sizes, dtype, x.key_rows.dtype, x.value_rows.dtype, cap, has_window)
     names = _attended.get(call)
     if names is None:
-        latent = _spec({"query": key_decode, "key": key_rows, "value": value_rows}, options)
-        names = _served_names(latent, sizes[1], sizes[2], _DTYPES[dtype], cap, window is not None)
+        latent = _spec({"query": x.key_decode, "key": x.key_rows, "value": x.value_rows}, options)
+        names = _served_names(latent, sizes[1], sizes[2], _DTYPES[dtype], cap, has_window)
         if names is not None:
             _attended[call] = names
     return names
@@ -394,8 +389,8 @@ def compiles_linear() -> bool:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "graph_kernels.cpp").substitute(page_quantum=PAGE_QUANTUM)
+    """Read the C++ file."""
+    return read_cpp("graph_kernels.cpp")
 
 
 def torch_flags() -> tuple[str, ...]:

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.attention import ARGUMENTS, new_kernel
+from fhopt.codegen.cpu.attention import new_kernel
+from fhopt.codegen.cpu.calls.kernels import Attention, MaskKind, Rows
+from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.rows import NO_TENSOR, PAGE_QUANTUM, RowFormat
 from fhopt.ops.masks import within
 from fhopt.plan.kernel_spec import KernelSpec
 
-_pack = struct.Struct(ARGUMENTS).pack
-_BEFORE, _ADDRESSES = "@8q4q", struct.Struct("@16q")
-assert ARGUMENTS.startswith(_BEFORE + "4q" * 4)
-ADDRESSES_AT = struct.calcsize(_BEFORE)  # where those of keys and values stand in the arguments of a call
-TOKENS_AT = struct.calcsize("@3q")  # and the number of tokens
+_pack = packer(Attention)
 _NO_PAGES = (*NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
-_NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
 
 class PreparedCall(NamedTuple):
@@ -56,9 +52,9 @@ class LibraryKernel:
     def __init__(self, library: ctypes.CDLL, spec: KernelSpec) -> None:
         self._function = function = library.latent_attention
         function.argtypes, function.restype = (ctypes.c_char_p,), None
-        library.new_kernel.argtypes = (*(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64) * 2, *(ctypes.c_int64,) * 2)
+        library.new_kernel.argtypes = (*(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64) * 2, *(ctypes.c_int64,) * 2)
         library.new_kernel.restype = ctypes.c_void_p
-        self.address = ctypes.cast(function, ctypes.c_void_p).value  # of the machine code
+        self.address = address_of(function)
         self.table = new_kernel(library.new_kernel, spec)  # its address
         self._spec = spec
         self._key = RowFormat("key", spec.key_tiers, spec.key_width, spec.dtype)
@@ -123,9 +119,19 @@ class LibraryKernel:
         )
         return PreparedCall(arguments, output, lse, (q, k, v, masking, pages))
 
-    def addresses(self, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None) -> bytes:
-        """Return what stands at `ADDRESSES_AT` for tensors like those of a call that was prepared."""
-        return _ADDRESSES.pack(*self._key.addresses(key, key_scale), *self._value.addresses(value, value_scale))
+    def read(self, call: Attention, key: tuple[Tensor, Tensor | None], value: tuple[Tensor, Tensor | None]) -> None:
+        """Let a call read other rows and scales of keys and values, like those for which it was prepared."""
+        rows, scales = self._key.addresses(*key), self._value.addresses(*value)
+        call.key, call.key_scale, call.value, call.value_scale = (
+            Rows(*x) for x in (rows[:4], rows[4:], scales[:4], scales[4:])
+        )
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a compiled function."""
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _queries(query: Tensor) -> Tensor:
@@ -147,10 +153,10 @@ def _pages(pages: Tensor, page_tokens: int, shape: tuple[int, int, int]) -> tupl
     return (pages.data_ptr(), *pages.stride(), pages.shape[1], pages.shape[2], page_tokens)
 
 
-def mask_operand(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
-    """Return the kind of a mask (`MaskKind` of the C++ files), and the mask as kernels read it: expanded to `shape`."""
+def mask_operand(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[MaskKind, Tensor | None]:
+    """Return the kind of a mask, and the mask as kernels read it: expanded to `shape`."""
     if mask is None:
-        return _NO_MASK, None
+        return MaskKind.NO_MASK, None
     if mask.dtype == torch.bool:
-        return _BOOL_MASK, mask.expand(shape)
-    return _ADDITIVE_MASK, mask.to(torch.float32).expand(shape)
+        return MaskKind.BOOL_MASK, mask.expand(shape)
+    return MaskKind.ADDITIVE_MASK, mask.to(torch.float32).expand(shape)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +31,14 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, load
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.calls.kernels import HEAD_BLOCK, HeadSearch
+from fhopt.codegen.cpu.calls.kernels import TYPES as TYPES
+from fhopt.codegen.cpu.source_text import read_cpp
 
-BLOCK = 16  # rows of a block
+BLOCK = HEAD_BLOCK
 NUMBERS = 6  # of a row of a block, beside its codes
 WIDEST = 32_768  # coordinates: sums of products of codes stay below 2^31
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
 log = logging.getLogger(__name__)
-
-
-# The C++ struct `Arguments`: 8 bytes a field, in its order.
-_arguments = struct.Struct("@9q 4q 8q q3d 2q2d 6q").pack
 
 
 @dataclass(frozen=True)
@@ -110,8 +106,8 @@ class Candidates:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "lm_head.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("lm_head.cpp")
 
 
 @functools.cache
@@ -127,7 +123,7 @@ def compiled(*flags: str) -> Any | None:
     except CompileError as error:
         log.info("%s The head stays dense.", error)
         return None
-    function.argtypes, function.restype = (ctypes.c_char_p,), None
+    function.argtypes, function.restype = (ctypes.c_void_p,), None
     return function
 
 
@@ -150,21 +146,24 @@ def search(
     values, counts = torch.empty(rows, budget), torch.empty(rows, dtype=torch.int32)
     estimates, bounds = (torch.empty(rows, codes.vocabulary) if options.bounds else None for _ in range(2))
     logits = hidden.new_empty(rows, codes.vocabulary) if options.logits else None
-    pointers = [x.data_ptr() if x is not None else 0 for x in (ids, values, counts, estimates, bounds, logits)]
-    run(
-        _arguments(
-            *(rows, width, codes.rank, codes.lead, codes.codes.shape[0], codes.vocabulary, codes.centroids.shape[0]),
-            *(torch.get_num_threads(), TYPES[weight.dtype]),
-            *(hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0)),
-            bias.data_ptr() if bias is not None else 0,
-            codes.transform.data_ptr() if codes.transform is not None else 0,
-            *(codes.centre.data_ptr(), codes.codes.data_ptr(), codes.codes.shape[1]),
-            *(codes.centroids.data_ptr(), codes.radii.data_ptr(), codes.cluster_blocks, options.probes),
-            *(options.spread, codes.transform_norm, codes.largest),
-            *(options.keep, budget, options.margin, options.softcap, *pointers),
-        )
-    )
+    call = HeadSearch(
+        rows=rows, width=width, rank=codes.rank, lead=codes.lead, blocks=codes.codes.shape[0],
+        vocabulary=codes.vocabulary, clusters=codes.centroids.shape[0], threads=torch.get_num_threads(),
+        type=TYPES[weight.dtype], hidden=hidden.data_ptr(), hidden_row=hidden.stride(0), weight=weight.data_ptr(),
+        weight_row=weight.stride(0), bias=_address(bias), transform=_address(codes.transform),
+        centre=codes.centre.data_ptr(), codes=codes.codes.data_ptr(), block_bytes=codes.codes.shape[1],
+        centroids=codes.centroids.data_ptr(), radii=codes.radii.data_ptr(), cluster_blocks=codes.cluster_blocks,
+        probes=options.probes, spread=options.spread, transform_norm=codes.transform_norm, largest=codes.largest,
+        keep=options.keep, budget=budget, margin=options.margin, softcap=options.softcap, ids=ids.data_ptr(),
+        values=values.data_ptr(), counts=counts.data_ptr(), estimates=_address(estimates), bounds=_address(bounds),
+        logits=_address(logits),
+    )  # fmt: skip
+    run(ctypes.byref(call))
     return Candidates(ids, values, counts, estimates, bounds, logits)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,15 +21,13 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
-from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, TABLES
+from fhopt.codegen.cpu.calls.kernels import TYPES, Pack, Tier
+from fhopt.codegen.cpu.calls.layouts import packer
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
-# The C++ structs `Arguments` and `Tier` as formats of the module `struct`: 8 bytes a field, in the order of the struct.
-_arguments = struct.Struct("@8q4q4q4q").pack
-_tier = struct.Struct("@2qd").pack
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
+_arguments = packer(Pack)
 NAME = "pack"  # of the library
 _FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the other
 
@@ -62,7 +59,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     rows = latent if latent.stride(-1) == 1 else latent.contiguous()
     codes = latent.new_empty((*shape, table.row_bytes), dtype=torch.uint8)
     scale = latent.new_empty(shape, dtype=torch.float16)
-    functions[0](_arguments_of(shape, _TYPES[latent.dtype], table, rows, codes, scale))
+    functions[0](_arguments_of(shape, TYPES[latent.dtype], table, rows, codes, scale))
     return codes, scale
 
 
@@ -78,13 +75,13 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
         return latent.view(*shape, table.width)
     rows = codes if codes.stride(-1) == 1 else codes.contiguous()
     latent = codes.new_empty((*shape, table.width), dtype=torch.float32)
-    functions[1](_arguments_of(shape, _TYPES[torch.float32], table, latent, rows, scale))
+    functions[1](_arguments_of(shape, TYPES[torch.float32], table, latent, rows, scale))
     return latent
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES), **TABLES)
+    """Read the C++ file."""
+    return read_cpp("packing.cpp")
 
 
 def _built() -> tuple[Any, Any] | None:
@@ -126,14 +123,14 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
         return None
     if any(is_trellis(b, step) and b not in TRELLIS_BITS for b, _, step in tiers):
         return None
-    memory = ctypes.create_string_buffer(b"".join(_tier(*tier) for tier in tiers))
+    memory = (Tier * len(tiers))(*[Tier(*tier) for tier in tiers])
     return Table(memory, ctypes.addressof(memory), len(tiers), sum(widths), sum(b * w for b, w, _ in tiers) // 8)
 
 
 def can_pack(latent: Tensor, table: Table) -> bool:
     """Return True for latents that kernels read, without gradients."""
     shape = latent.shape
-    fits = len(shape) > 0 and shape[-1] == table.width and latent.dtype in _TYPES
+    fits = len(shape) > 0 and shape[-1] == table.width and latent.dtype in TYPES
     return fits and not (latent.requires_grad and torch.is_grad_enabled())
 
 
@@ -146,7 +143,7 @@ def can_unpack(codes: Tensor, scale: Tensor, table: Table) -> bool:
 
 
 def _arguments_of(shape: Sequence[int], kind: int, table: Table, latent: Tensor, codes: Tensor, scale: Tensor) -> bytes:
-    """Fill in the struct `Arguments` for tensors whose at most 3 leading dimensions are `shape`."""
+    """Fill in the struct `Pack` for tensors whose at most 3 leading dimensions are `shape`."""
     ones = (1, 1, 1)[len(shape) :]
     return _arguments(
         *(*ones, *shape, torch.get_num_threads(), kind),

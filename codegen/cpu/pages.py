@@ -19,7 +19,6 @@ import ctypes
 import functools
 import logging
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,27 +26,24 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu.calls.kernels import MAX_PAGE_TOKENS, MAX_SKETCH_WORDS, Choice, PagedCall, Sketches
+from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
 from fhopt.ops.page_selection import FEWEST, pages_read
 from fhopt.ops.paged_attention import PageStep
 
-MOST_TOKENS = 1024  # of a page
-MOST_WORDS = 64  # of four bytes of codes, of a token
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 log = logging.getLogger(__name__)
 
 
-# The C++ structs `Sketches`, `Choice` and `Step` as formats of the module `struct`: 8 bytes a field, in that order.
-_pack_sketches = struct.Struct("@16q8P").pack
-_pack_choice = struct.Struct("@5q2dP").pack
-_pack_step = struct.Struct("@3qd7P").pack
+_pack_sketches, _pack_choice, _pack_step = packer(Sketches), packer(Choice), packer(PagedCall)
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "pages.cpp").substitute(page_quantum=PAGE_QUANTUM)
+    """Read the C++ file."""
+    return read_cpp("pages.cpp")
 
 
 @functools.cache
@@ -142,7 +138,7 @@ def _floats(x: Tensor) -> Tensor:
 def _serves(codes: Tensor, scales: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
     """Return True for rows, pages and masks that the C++ file knows."""
     b, _, tokens, row = codes.shape
-    if page_tokens % PAGE_QUANTUM or page_tokens > MOST_TOKENS:
+    if page_tokens % PAGE_QUANTUM or page_tokens > MAX_PAGE_TOKENS:
         return False
     if row != 4 * len(words[0]) or codes.dtype != torch.uint8:
         return False
@@ -177,7 +173,7 @@ def _words(
     if any(b not in (2, 4) or size % 4 for b, size in zip(bits, sizes, strict=True)):
         return None
     codes = [32 // b for b, size in zip(bits, sizes, strict=True) for _ in range(size // 4)]
-    if not 0 < len(codes) <= MOST_WORDS:
+    if not 0 < len(codes) <= MAX_SKETCH_WORDS:
         return None
     counts = torch.tensor(codes, device="cpu")
     each = [s for s, size in zip(steps, sizes, strict=True) for _ in range(size // 4)]

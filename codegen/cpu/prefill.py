@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,23 +24,21 @@ from torch import Tensor
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import packing
+from fhopt.codegen.cpu.calls.kernels import TYPES, OpenAttention, Rows
 from fhopt.codegen.cpu.launch import mask_operand
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.ops import algebra
 from fhopt.ops.masks import within
 
 NAME = "prefill"  # of the library
 NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
 LEAST_LANES = 8
-# The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
-_arguments = struct.Struct("@9q4q4q4q6q2q4qq2d").pack
 log = logging.getLogger(__name__)
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether the kernel takes these tensors: of one type of 32 or 16 bits, and none of them empty."""
-    alike = query.dtype == key.dtype == value.dtype and query.dtype in _TYPES and query.is_cpu
+    alike = query.dtype == key.dtype == value.dtype and query.dtype in TYPES and query.is_cpu
     shaped = query.dim() == key.dim() == value.dim() == 4 and 0 not in (*query.shape, *key.shape, *value.shape)
     return alike and shaped and query.shape[1] % key.shape[1] == 0
 
@@ -83,15 +80,15 @@ def rebuilt_attention(
 
     None where no kernel serves.
     """
-    function = builder.get(NAME, library, compiles_library) if query.dtype in _TYPES else None
+    function = builder.get(NAME, library, compiles_library) if query.dtype in TYPES else None
     if function is None:
         return None
     tokens = key.shape[2]
     if lengths is not None:
         mask, tokens = within(lengths, tokens, mask), min(tokens, max(1, int(lengths.max())))
     sides = (
-        Rows(key, key_scale, key_decode, (key_bits, key_widths, key_steps)),
-        Rows(value, value_scale, value_decode, (value_bits, value_widths, value_steps)),
+        LatentRows(key, key_scale, key_decode, (key_bits, key_widths, key_steps)),
+        LatentRows(value, value_scale, value_decode, (value_bits, value_widths, value_steps)),
     )
     at_once = max(LEAST_TOKENS, NUMBERS // max(1, sum(side.numbers for side in sides)) // LEAST_TOKENS * LEAST_TOKENS)
     parts = []
@@ -106,7 +103,7 @@ def rebuilt_attention(
     return output.to(query.dtype), lse
 
 
-class Rows(NamedTuple):
+class LatentRows(NamedTuple):
     """Latents of keys or of values, and how they are read: see `SideRows` of fhopt/attention/cache_view.py."""
 
     rows: Tensor
@@ -147,20 +144,24 @@ def _call(
     seen = 0 if spans is None else spans.data_ptr()
     output = query.new_empty((b, s, h, e), dtype=dtype).transpose(1, 2)
     lse = query.new_empty((b, h, s), dtype=torch.float32)
-    function(
-        _arguments(
-            *(b, h, g, s, t, d, e, torch.get_num_threads(), _TYPES[query.dtype]),
-            *[number for x in operands for number in (x.data_ptr(), *x.stride()[:3])],
-            *((kind, 0, 0, 0, 0, 0) if masking is None else (kind, masking.data_ptr(), *masking.stride())),
-            *(seen, _TYPES[dtype], output.data_ptr(), *output.stride()[:3], lse.data_ptr(), scale, softcap),
-        )
-    )
+    call = OpenAttention(
+        batch=b, heads=h, groups=g, queries=s, tokens=t, key_size=d, value_size=e, threads=torch.get_num_threads(),
+        type=TYPES[query.dtype], query=_rows(query), key=_rows(key), value=_rows(value), mask_kind=kind,
+        mask=0 if masking is None else masking.data_ptr(),
+        mask_strides=(0,) * 4 if masking is None else masking.stride(), spans=seen, output_type=TYPES[dtype],
+        output=output.data_ptr(), output_strides=output.stride()[:3], lse=lse.data_ptr(), scale=scale, softcap=softcap,
+    )  # fmt: skip
+    function(ctypes.byref(call))
     return output, lse
 
 
+def _rows(x: Tensor) -> Rows:
+    return Rows(x.data_ptr(), *x.stride()[:3])
+
+
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "prefill.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("prefill.cpp")
 
 
 def compiles_library() -> bool:
@@ -184,5 +185,5 @@ def library() -> Any | None:
     if loaded.lanes() < LEAST_LANES:  # torch is faster: 0.44 times as long with 4, on x86
         return None
     function = loaded.open_attention
-    function.argtypes, function.restype = (ctypes.c_char_p,), None
+    function.argtypes, function.restype = (ctypes.c_void_p,), None
     return function

@@ -26,13 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fhopt.codegen.compiler import CompileError, load
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.calls.kernels import TYPES
+from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
 MOST_BLOCK_ROWS = 128  # beside a weight in blocks, of any format: `gguf_blocks.most_rows` is for one
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of `Type` of the C++ files
+DTYPES = tuple(TYPES)
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,8 @@ def _version(x: Tensor) -> int:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "skinny_linear.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("skinny_linear.cpp")
 
 
 @functools.cache

@@ -26,7 +26,7 @@ import torch
 
 from fhopt.codegen.compiler import CompileError, load
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.system import multiplies_by_loops
 
 NAME = "wide"  # of the library
@@ -48,8 +48,8 @@ def is_wanted() -> bool:
 
 
 def render() -> str:
-    """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "wide_linear.cpp").substitute()
+    """Read the C++ file."""
+    return read_cpp("wide_linear.cpp")
 
 
 @functools.cache

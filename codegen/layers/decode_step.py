@@ -7,7 +7,6 @@ width.
 from __future__ import annotations
 
 import ctypes
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +14,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.attention import ARGUMENTS
-from fhopt.codegen.cpu.launch import ADDRESSES_AT, TOKENS_AT, LibraryKernel
-from fhopt.codegen.layers.instructions import TYPES
-from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
+from fhopt.codegen.cpu.calls.caches import (
+    CacheAppend,
+    CacheAttention,
+    CacheBasis,
+    CacheMean,
+    CachePart,
+    LayerStep,
+    SpentSeconds,
+    Turning,
+)
+from fhopt.codegen.cpu.calls.kernels import TYPES, Attention, Rows
+from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.layers.program import LayerProgram, functions, run_of
 
-_SIDE = struct.Struct("@PqqPqP3qP3qq")
-
-
-Turning = tuple[Tensor, Tensor, int]  # see `SegmentRotation.of_tokens`
+SegmentPhases = tuple[Tensor, Tensor, int]  # see `SegmentRotation.of_tokens`
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +48,13 @@ class CacheSide:
     decode: Tensor
     mean: Tensor | None
 
-    def packed(self) -> bytes:
-        """Return the C++ struct `Append`."""
-        return _SIDE.pack(
-            self.tokens.data_ptr(), self.tokens.shape[1], self.tokens.shape[3], self.opened.data_ptr(),
-            self.opened.shape[2], self.codes.data_ptr(), *self.codes.stride()[:3], self.scale.data_ptr(),
-            *self.scale.stride(), self.at,
+    def place(self) -> CacheAppend:
+        """Return where the new tokens are, and where they go."""
+        return CacheAppend(
+            tokens=self.tokens.data_ptr(), heads=self.tokens.shape[1], width=self.tokens.shape[3],
+            opened=self.opened.data_ptr(), open_tokens=self.opened.shape[2], codes=self.codes.data_ptr(),
+            code_strides=self.codes.stride()[:3], scale=self.scale.data_ptr(), scale_strides=self.scale.stride(),
+            at=self.at,
         )  # fmt: skip
 
 
@@ -62,68 +68,62 @@ class DecodeStep:
     def __init__(
         self, program: LayerProgram, address: int, threads: int, query: Tensor, attended: Tensor,
         sides: tuple[CacheSide, CacheSide], parts: Sequence[tuple[LibraryKernel, bytes] | None], scale: float,
-        turning: Turning | None = None,
+        turning: SegmentPhases | None = None,
     ) -> None:  # fmt: skip
         keys, values = sides
-        self._bases = [_basis(side.decode) for side in sides]
-        means = [_mean(side.mean, query.shape[1]) for side in sides]
-        sizes = (*query.shape, values.tokens.shape[3])
-        self._kept, self._sides, self._turning = (program, query, attended), list(sides), turning
+        bases = [_dense(side.decode) for side in sides]
+        self._kept, self._sides, self._turning = (program, query, attended, bases), list(sides), turning
         latents, window, exact = map(_part, parts)
         self._window_kernel = None if parts[1] is None else parts[1][0]
-        before = b"".join([
-            packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),
-            struct.pack("@qPP", TYPES.index(query.dtype), query.data_ptr(), attended.data_ptr()),
-            struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0),
-        ])  # fmt: skip
-        between = b"".join([exact, *[packed for _, packed in self._bases], *means])
-        turn = _turn(turning) + struct.pack("@P", 0)
-        packed = before + latents + window + between + turn + keys.packed() + values.packed()
-        self._struct = ctypes.create_string_buffer(packed, len(packed))
-        self.address = ctypes.addressof(self._struct)
-        self._latents_at, self._window_at = len(before), len(before) + len(latents)
-        self._turn_at = self._window_at + len(window) + len(between)
-        self._sides_at = self._turn_at + len(turn)
+        batch, heads, queries, head_size = query.shape
+        attention = CacheAttention(
+            batch=batch, heads=heads, queries=queries, head_size=head_size, value_size=values.tokens.shape[3],
+            scale=scale, query=_NOWHERE, latents=latents, window=window, opened=exact, encode=_basis(bases[0]),
+            decode=_basis(bases[1]), key_mean=_mean(keys.mean, heads), value_mean=_mean(values.mean, heads),
+            turn=_turn(turning), output=0,
+        )  # fmt: skip
+        self._step = LayerStep(
+            before=run_of(program, 0, address, threads), after=run_of(program, 1, address, threads),
+            type=TYPES[query.dtype], query=query.data_ptr(), attended=attended.data_ptr(),
+            attention=attention, sides=(keys.place(), values.place()),
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._step)
 
     def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int) -> None:
         """Relocate the window: codes and scale of keys and of values, with `at` used slots."""
         assert self._window_kernel is not None, "there is a window"
-        moved = [
+        self._sides = [
             replace(side, codes=codes, scale=scale, at=at)
             for side, (codes, scale) in zip(self._sides, places, strict=True)
         ]
-        call = self._window_at + _KERNEL.size
-        self._write(call + TOKENS_AT, struct.pack("@q", at))
-        self._write(call + ADDRESSES_AT, self._window_kernel.addresses(*places[0], *places[1]))
-        self._write(self._sides_at, b"".join([side.packed() for side in moved]))
-        self._sides = moved
+        call = self._step.attention.window.call
+        call.tokens = at
+        self._window_kernel.read(call, *places)
+        self._step.sides = tuple(side.place() for side in self._sides)
 
-    def read_latents(self, arguments: bytes, turning: Turning | None) -> None:
+    def read_latents(self, arguments: bytes, turning: SegmentPhases | None) -> None:
         """Switch to other latents with the same kernel. arguments, turning: in the form passed at construction."""
-        self._write(self._latents_at + _KERNEL.size, arguments)
-        self._write(self._turn_at, _turn(turning))
+        self._step.attention.latents.call = Attention.from_buffer_copy(arguments)
+        self._step.attention.turn = _turn(turning)
         self._turning = turning
-
-    def _write(self, at: int, packed: bytes) -> None:
-        ctypes.memmove(self.address + at, packed, len(packed))
 
 
 class Spent:
     """Seconds that decode steps took in native code. total: of all parts; layers: number of steps."""
 
     def __init__(self) -> None:
-        self.parts = (ctypes.c_double * 2)()  # the C++ struct `Spent`
+        self.seconds = SpentSeconds(0.0, 0.0)
         self.total, self.layers = 0.0, 0
 
     @property
     def linear(self) -> float:
         """Return the seconds in matmuls with weights."""
-        return self.parts[0]
+        return self.seconds.linear
 
     @property
     def attention(self) -> float:
         """Return the seconds in attention on the cache, including the write of the new token."""
-        return self.parts[1]
+        return self.seconds.attention
 
 
 class DecodeSteps:
@@ -141,37 +141,40 @@ class DecodeSteps:
             self._run(self._addresses, self._count, None)
             return
         start = time.perf_counter()
-        self._run(self._addresses, self._count, ctypes.addressof(spent.parts))
+        self._run(self._addresses, self._count, ctypes.addressof(spent.seconds))
         spent.total += time.perf_counter() - start
         spent.layers += self._count
 
 
-_KERNEL = struct.Struct("@P")
-_NO_PART = bytes(_KERNEL.size + struct.calcsize(ARGUMENTS))
+_NOWHERE = Rows(0, 0, 0, 0)  # where C++ has the query as floats
 
 
-def _part(part: tuple[LibraryKernel, bytes] | None) -> bytes:
-    """Return the C++ struct `CachePart` of a kernel and its arguments."""
-    return _NO_PART if part is None else _KERNEL.pack(part[0].address) + part[1]
+def _part(part: tuple[LibraryKernel, bytes] | None) -> CachePart:
+    """Return a kernel and its arguments."""
+    if part is None:
+        return CachePart(0, Attention.from_buffer_copy(bytes(ctypes.sizeof(Attention))))
+    return CachePart(run=part[0].address, call=Attention.from_buffer_copy(part[1]))
 
 
-def _basis(decode: Tensor) -> tuple[Tensor, bytes]:
-    """Return the tensor that a `CacheBasis` points to, and that struct."""
-    dense = decode.contiguous() if decode.dtype in TYPES[:2] else decode.float()
-    return dense, struct.pack("@P4q", dense.data_ptr(), dense.dtype == torch.bfloat16, *dense.shape)
+def _dense(decode: Tensor) -> Tensor:
+    """Return a basis in a layout and type that C++ supports."""
+    return decode.contiguous() if decode.dtype in (torch.float32, torch.bfloat16) else decode.float()
 
 
-def _turn(turning: Turning | None) -> bytes:
-    """Return the C++ struct `Turning`."""
+def _basis(dense: Tensor) -> CacheBasis:
+    return CacheBasis(dense.data_ptr(), dense.dtype == torch.bfloat16, *dense.shape)
+
+
+def _turn(turning: SegmentPhases | None) -> Turning:
     if turning is None:
-        return bytes(40)
+        return Turning(0, 0, 0, 0, 0)
     pairs, phases, segment = turning
     of_each = phases.stride(0) if phases.dim() == 4 else 0
-    return struct.pack("@2P3q", pairs.data_ptr(), phases.data_ptr(), pairs.shape[1], segment, of_each)
+    return Turning(pairs.data_ptr(), phases.data_ptr(), pairs.shape[1], segment, of_each)
 
 
-def _mean(mean: Tensor | None, heads: int) -> bytes:
-    """Return the C++ struct `CacheMean`."""
+def _mean(mean: Tensor | None, heads: int) -> CacheMean:
     if mean is None:
-        return bytes(40)
-    return struct.pack("@P4q", mean.data_ptr(), *mean.stride()[:2], heads // mean.shape[1], mean.shape[3])
+        return CacheMean(0, 0, 0, 0, 0)
+    sequence, head = mean.stride()[:2]
+    return CacheMean(mean.data_ptr(), sequence, head, heads // mean.shape[1], mean.shape[3])

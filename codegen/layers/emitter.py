@@ -13,25 +13,13 @@ from typing import Any
 
 import torch
 
-from fhopt.codegen.layers.instructions import (
-    ADD,
-    COPY,
-    FILL,
-    LINEAR,
-    LOAD,
-    MULTIPLY,
-    TYPES,
-    Buffer,
-    Instruction,
-    Value,
-    four,
-    row_layout,
-)
+from fhopt.codegen.cpu.calls.caches import Code
+from fhopt.codegen.cpu.calls.kernels import FORMATS, SIGNED_BYTES, TYPES
+from fhopt.codegen.layers.instructions import Buffer, Instruction, Value, four, row_layout
 from fhopt.codegen.layers.program import Stored
 from fhopt.codegen.layers.trace import LayerTrace, Ref, UnsupportedError
 
 MAX_JOINED = 16  # max matmuls of one input in one parallel loop
-_FORMATS = 16  # FORMATS of gguf_formats.h
 
 
 class Emitter:
@@ -88,8 +76,8 @@ class Emitter:
             raise UnsupportedError(f"numbers of {value.view.dtype}")
         loaded = self.new(value.view.shape)
         self.read.add(value.external)
-        sizes, kind = four(value.view.shape), TYPES.index(value.view.dtype)
-        self.emit(Instruction(LOAD, sizes, loaded, Value(value.view), external=value.external, type=kind))
+        sizes, kind = four(value.view.shape), TYPES[value.view.dtype]
+        self.emit(Instruction(Code.LOAD, sizes, loaded, Value(value.view), external=value.external, type=kind))
         if value.view is own:
             self.loaded[value.external] = loaded
         return loaded
@@ -103,32 +91,32 @@ class Emitter:
         if not isinstance(x, (int, float)) or isinstance(x, bool):
             raise UnsupportedError(f"an operand {x!r}")
         one = self.new(())
-        return self.emit(Instruction(FILL, (1, 1, 1, 1), one, number=float(x)))
+        return self.emit(Instruction(Code.FILL, (1, 1, 1, 1), one, number=float(x)))
 
     def dense(self, value: Value) -> Value:
         """Return the value with its elements in order, copied if they are not."""
         value = self.in_arena(value)
         if value.view.is_contiguous():
             return value
-        return self.emit(Instruction(COPY, four(value.view.shape), self.new(value.view.shape), value))
+        return self.emit(Instruction(Code.COPY, four(value.view.shape), self.new(value.view.shape), value))
 
     # ---- operations
 
-    def two(self, code: int, x: Any, y: Any) -> Value:
+    def two(self, code: Code, x: Any, y: Any) -> Value:
         """Emit a broadcasting operation on two operands, of which one may be a number."""
         a, b = self.operand(x), self.operand(y)
         shape = torch.broadcast_shapes(a.view.shape, b.view.shape)
         a, b = (Value(v.view.expand(shape), v.buffer) for v in (a, b))
-        if code in (ADD, MULTIPLY) and shape and not a.view.stride(-1):
+        if code in (Code.ADD, Code.MULTIPLY) and shape and not a.view.stride(-1):
             a, b = b, a  # the C++ loops expect the broadcast operand second
         return self.emit(Instruction(code, four(shape), self.new(shape), a, b))
 
-    def one(self, code: int, x: Any) -> Value:
+    def one(self, code: Code, x: Any) -> Value:
         """Emit a function of one operand."""
         a = self.operand(x)
         return self.emit(Instruction(code, four(a.view.shape), self.new(a.view.shape), a))
 
-    def reduce(self, code: int, x: Any, dims: Any, keep: bool) -> Value:
+    def reduce(self, code: Code, x: Any, dims: Any, keep: bool) -> Value:
         """Emit a sum or mean over the last dimension."""
         a = self.operand(x)
         count = a.view.dim()
@@ -155,11 +143,11 @@ class Emitter:
         assert rows is not None
         out = self.new((*a.view.shape[:-1], columns))
         dtype = self.trace.values[self.trace.output.number].dtype
-        kind = TYPES.index(dtype if quantized else weight.view.dtype)
-        code = kind + (_FORMATS * format if format else 3 if quantized else 0)
+        dtype = dtype if quantized else weight.view.dtype
+        code = TYPES[dtype] + (FORMATS * format if format else SIGNED_BYTES if quantized else 0)
         product = Instruction(
-            LINEAR, (1, rows[0], width, columns), out, Value(a.view, a.buffer), external=weight.external,
-            type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, TYPES[kind]),
+            Code.LINEAR, (1, rows[0], width, columns), out, Value(a.view, a.buffer), external=weight.external,
+            type=code, weight_row=weight.view.stride(0), bias=self._whole(bias, columns, dtype),
             scale=self._whole(scale, columns, torch.float32),
         )  # fmt: skip
         product.number = rows[1]  # stride between rows
@@ -186,7 +174,7 @@ class Emitter:
             return None
         assert product.a is not None
         for other in self.segments[-1]:
-            if other.code != LINEAR or other.type != product.type or len(other.joined) + 1 >= MAX_JOINED:
+            if other.code != Code.LINEAR or other.type != product.type or len(other.joined) + 1 >= MAX_JOINED:
                 continue
             assert other.a is not None
             same = other.a.buffer is product.a.buffer and other.sizes[1:3] == product.sizes[1:3]
@@ -211,6 +199,6 @@ class Emitter:
         for piece in pieces:
             size = piece.view.shape[dim]
             there = Value(out.view.narrow(dim, at, size), out.buffer)
-            self.emit(Instruction(COPY, four(piece.view.shape), there, piece))
+            self.emit(Instruction(Code.COPY, four(piece.view.shape), there, piece))
             at += size
         return out

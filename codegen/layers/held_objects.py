@@ -12,22 +12,17 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from fhopt.codegen.cpu.calls.caches import Access, HeldEntry
+from fhopt.codegen.cpu.launch import address_of
 from fhopt.codegen.layers.program import functions
 
 Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and its expected value
 
 
-class _Access(ctypes.Structure):
-    """The C++ struct `Access`."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("item", "size", "none")]
-
-
 @functools.cache
-def _access() -> _Access:
+def _access() -> Access:
     api = ctypes.pythonapi
-    item, size = (ctypes.cast(f, ctypes.c_void_p).value for f in (api.PyDict_GetItemWithError, api.PyDict_Size))
-    return _Access(item, size, id(None))
+    return Access(address_of(api.PyDict_GetItemWithError), address_of(api.PyDict_Size), id(None))
 
 
 class HeldObjects:
@@ -40,8 +35,9 @@ class HeldObjects:
         compiled = functions()
         assert compiled is not None
         self.entries, self.empty = tuple(entries), tuple(empty)
-        objects, hooks = [id(x) for entry in self.entries for x in entry], [id(x) for x in self.empty]
-        held, empty_ones = (ctypes.c_void_p * len(objects))(*objects), (ctypes.c_void_p * len(hooks))(*hooks)
+        hooks = [id(x) for x in self.empty]
+        held = (HeldEntry * len(self.entries))(*[HeldEntry(*map(id, entry)) for entry in self.entries])
+        empty_ones = (ctypes.c_void_p * len(hooks))(*hooks)
         access = ctypes.byref(_access())
         self._run = functools.partial(compiled.are_held, access, held, len(self.entries), empty_ones, len(hooks))
 

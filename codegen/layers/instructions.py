@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from fhopt.codegen.cpu.calls.caches import Code, PackedInstruction, View
 from fhopt.codegen.layers.trace import UnsupportedError
-
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INSTRUCTION = struct.Struct("@5q5q5q5q2q5qd4q")
-(
-    LOAD, STORE, COPY, FILL, ADD, SUBTRACT, MULTIPLY, DIVIDE, LARGEST, LEAST, NEGATE, ABSOLUTE, SQUARE_ROOT,
-    INVERSE_ROOT, INVERSE, EXPONENTIAL, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, MEAN, SUM, LINEAR,
-) = range(25)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -48,9 +40,9 @@ class Value:
 
 @dataclass(eq=False)
 class Instruction:
-    """An instruction; fields as in sources/layer_program.cpp. joined: further matmuls of the same input."""
+    """An instruction; fields as in `PackedInstruction`. joined: further matmuls of the same input."""
 
-    code: int
+    code: Code
     sizes: tuple[int, ...]
     out: Value
     a: Value | None = None
@@ -123,30 +115,40 @@ def place(instructions: list[Instruction]) -> int:
     return end
 
 
-def _view_numbers(value: Value | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the C++ struct `View` of a value."""
+def _view(value: Value | None, sizes: tuple[int, ...]) -> View:
+    """Return the offset of a value in the arena, and its strides."""
     if value is None or value.buffer is None:
-        return (0,) * 5
-    return (value.buffer.offset + int(value.view.storage_offset()), *_strides(value.view, sizes))
+        return _NOWHERE
+    return View(value.buffer.offset + int(value.view.storage_offset()), _strides(value.view, sizes))
 
 
-def packed(instruction: Instruction) -> bytes:
-    """Return the C++ structs `Instruction` of an instruction and its joined ones."""
+_NOWHERE, _NO_STRIDES = View(0, (0, 0, 0, 0)), (0, 0, 0, 0)
+
+
+def packed(instruction: Instruction) -> list[PackedInstruction]:
+    """Return the C++ structs of an instruction and its joined ones."""
     group = [instruction, *instruction.joined]
-    return b"".join(_packed_one(i, len(group)) for i in group)
+    return [_product(i, len(group)) if i.code == Code.LINEAR else _packed_one(i) for i in group]
 
 
-def _packed_one(i: Instruction, joined: int) -> bytes:
-    if i.code == LINEAR:
-        assert i.a is not None and i.a.buffer is not None and i.out.buffer is not None
-        out = (i.out.buffer.offset + i.out.view.storage_offset(), 0, 0, 0, 0)
-        a = (i.a.buffer.offset + i.a.view.storage_offset(), 0, int(i.number), 0, 0)
-        numbers = (i.external, i.type, 0, 0, 0, 0, 0, 0.0, i.bias, i.scale, i.weight_row, joined)
-        return _INSTRUCTION.pack(i.code, *i.sizes, *out, *a, *(0,) * 5, *numbers)
-    there: tuple[int, ...] = (0, 0, 0, 0, 0)
-    if i.code in (LOAD, STORE):
+def _product(i: Instruction, joined: int) -> PackedInstruction:
+    assert i.a is not None and i.a.buffer is not None and i.out.buffer is not None
+    return PackedInstruction(
+        code=i.code, sizes=i.sizes, out=View(i.out.buffer.offset + int(i.out.view.storage_offset()), _NO_STRIDES),
+        a=View(i.a.buffer.offset + int(i.a.view.storage_offset()), (0, int(i.number), 0, 0)), b=_NOWHERE,
+        external=i.external, type=i.type, strides=_NO_STRIDES, offset=0, number=0.0, bias=i.bias, scale=i.scale,
+        weight_row=i.weight_row, joined=joined,
+    )  # fmt: skip
+
+
+def _packed_one(i: Instruction) -> PackedInstruction:
+    strides: tuple[int, ...] = _NO_STRIDES
+    offset = 0
+    if i.code in (Code.LOAD, Code.STORE):
         assert i.a is not None
-        there = (*_strides(i.a.view, i.sizes), int(i.a.view.storage_offset()))
-    views = (_view_numbers(v, i.sizes) for v in (i.out, i.a, i.b))
-    flat = [x for view in views for x in view]
-    return _INSTRUCTION.pack(i.code, *i.sizes, *flat, i.external, i.type, *there, i.number, -1, -1, 0, 0)
+        strides, offset = _strides(i.a.view, i.sizes), int(i.a.view.storage_offset())
+    out, a, b = (_view(v, i.sizes) for v in (i.out, i.a, i.b))
+    return PackedInstruction(
+        code=i.code, sizes=i.sizes, out=out, a=a, b=b, external=i.external, type=i.type, strides=strides,
+        offset=offset, number=i.number, bias=-1, scale=-1, weight_row=0, joined=0,
+    )  # fmt: skip

@@ -6,22 +6,16 @@ floating types inside a layer are dropped.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 
+from fhopt.codegen.cpu.calls.caches import Code, PackedInstruction
+from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.layers import operations
 from fhopt.codegen.layers.emitter import Emitter
-from fhopt.codegen.layers.instructions import (
-    COPY,
-    STORE,
-    TYPES,
-    Instruction,
-    Value,
-    four,
-    packed,
-    place,
-)
+from fhopt.codegen.layers.instructions import Instruction, Value, four, packed, place
 from fhopt.codegen.layers.program import LayerProgram, Segment, Stored
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, TracedOp, TracedValue, UnsupportedError
 
@@ -48,7 +42,7 @@ class Lowering(Emitter):
         self._store(self.value(self.trace.output), self.trace.values[self.trace.output.number])
         arena = place([i for segment in self.segments for i in segment])
         segments = tuple(
-            Segment(b"".join(map(packed, segment)), sum(1 + len(i.joined) for i in segment), tuple(stored))
+            Segment(_array([one for i in segment for one in packed(i)]), tuple(stored))
             for segment, stored in zip(self.segments, self.stored, strict=True)
         )
         return LayerProgram(segments, arena, self.externals, frozenset(self.read))
@@ -91,7 +85,7 @@ class Lowering(Emitter):
         result = operations.HANDLERS[base](self, op.args, dict(op.kwargs))
         if tuple(result.view.shape) != tuple(target.view.shape):
             raise UnsupportedError(f"{op.name} of another shape")
-        self.emit(Instruction(COPY, four(target.view.shape), target, result))
+        self.emit(Instruction(Code.COPY, four(target.view.shape), target, result))
         self.values[op.results[0].number] = target
 
     # ---- attention and results
@@ -104,7 +98,7 @@ class Lowering(Emitter):
         external, self.externals = self.externals, self.externals + 1
         dense = torch.empty(like.shape, dtype=like.dtype, device="meta")
         self.emit(
-            Instruction(STORE, four(like.shape), value, Value(dense), external=external, type=TYPES.index(like.dtype))
+            Instruction(Code.STORE, four(like.shape), value, Value(dense), external=external, type=TYPES[like.dtype])
         )
         self.stored[-1].append(Stored(external, like.shape, like.dtype))
         return external
@@ -117,6 +111,10 @@ class Lowering(Emitter):
         self.stored.append([])
         self.loaded.clear()
         self.new_external(op.results[0].number)
+
+
+def _array(instructions: list[PackedInstruction]) -> ctypes.Array[PackedInstruction]:
+    return (PackedInstruction * len(instructions))(*instructions)
 
 
 def base_name(op: TracedOp) -> str:

@@ -7,33 +7,9 @@ from typing import Any
 
 import torch
 
+from fhopt.codegen.cpu.calls.caches import Code
 from fhopt.codegen.layers.emitter import Emitter
-from fhopt.codegen.layers.instructions import (
-    ABSOLUTE,
-    ADD,
-    COPY,
-    DIVIDE,
-    EXPONENTIAL,
-    GELU,
-    GELU_TANH,
-    INVERSE,
-    INVERSE_ROOT,
-    LARGEST,
-    LEAST,
-    MEAN,
-    MULTIPLY,
-    NEGATE,
-    RELU,
-    SIGMOID,
-    SILU,
-    SQUARE_ROOT,
-    SUBTRACT,
-    SUM,
-    TANH,
-    Instruction,
-    Value,
-    four,
-)  # fmt: skip
+from fhopt.codegen.layers.instructions import Instruction, Value, four
 from fhopt.codegen.layers.trace import UnsupportedError
 
 Handler = Callable[[Emitter, tuple[Any, ...], dict[str, Any]], Value]
@@ -45,7 +21,7 @@ VIEWS = {
 IN_PLACE = {"add", "sub", "mul", "div", "neg", "silu", "gelu", "relu", "sigmoid", "tanh"}
 
 
-def _binary(code: int) -> Handler:
+def _binary(code: Code) -> Handler:
     def handle(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") is not None or len(args) != 2:
             raise UnsupportedError("a sum with a factor, or a quotient that is rounded")
@@ -54,7 +30,7 @@ def _binary(code: int) -> Handler:
     return handle
 
 
-def _unary(code: int) -> Handler:
+def _unary(code: Code) -> Handler:
     def handle(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if len(args) != 1 or kwargs:
             raise UnsupportedError("a function with options")
@@ -64,21 +40,21 @@ def _unary(code: int) -> Handler:
 
 
 def _gelu(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-    return low.one(GELU_TANH if kwargs.get("approximate", "none") == "tanh" else GELU, args[0])
+    return low.one(Code.GELU_TANH if kwargs.get("approximate", "none") == "tanh" else Code.GELU, args[0])
 
 
 def _pow(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     x, power = low.operand(args[0]), args[1]
     if power == 2:
-        return low.two(MULTIPLY, x, x)
+        return low.two(Code.MULTIPLY, x, x)
     if power == 3:
-        return low.two(MULTIPLY, low.two(MULTIPLY, x, x), x)
+        return low.two(Code.MULTIPLY, low.two(Code.MULTIPLY, x, x), x)
     if power in (0.5, -0.5):
-        return low.one(SQUARE_ROOT if power > 0 else INVERSE_ROOT, x)
+        return low.one(Code.SQUARE_ROOT if power > 0 else Code.INVERSE_ROOT, x)
     raise UnsupportedError(f"a power of {power}")
 
 
-def _reduction(code: int) -> Handler:
+def _reduction(code: Code) -> Handler:
     def handle(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         dims = args[1] if len(args) > 1 else None
         return low.reduce(code, args[0], dims, bool(args[2]) if len(args) > 2 else False)
@@ -93,7 +69,7 @@ def _same(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         raise UnsupportedError("a cast from or to whole numbers")
     value = low.in_arena(value)
     if low.changes:
-        return low.emit(Instruction(COPY, four(value.view.shape), low.new(value.view.shape), value))
+        return low.emit(Instruction(Code.COPY, four(value.view.shape), low.new(value.view.shape), value))
     return value
 
 
@@ -107,7 +83,7 @@ def _clamp(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value
     given = (*args[1:], None, None)[:2]
     least, most = kwargs.get("min", given[0]), kwargs.get("max", given[1])
     value = low.operand(args[0])
-    for code, bound in ((LARGEST, least), (LEAST, most)):
+    for code, bound in ((Code.LARGEST, least), (Code.LEAST, most)):
         if bound is not None:
             value = low.two(code, value, bound)
     return value
@@ -118,7 +94,7 @@ def _layer_norm(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if len(shape) != 1:
         raise UnsupportedError("a norm over several dimensions")
     value = low.operand(x)
-    centred = low.two(SUBTRACT, value, low.reduce(MEAN, value, -1, True))
+    centred = low.two(Code.SUBTRACT, value, low.reduce(Code.MEAN, value, -1, True))
     return _normed(low, centred, weight, bias, epsilon)
 
 
@@ -131,10 +107,10 @@ def _rms_norm(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Va
 
 
 def _normed(low: Emitter, value: Value, weight: Any, bias: Any, epsilon: float) -> Value:
-    square = low.reduce(MEAN, low.two(MULTIPLY, value, value), -1, True)
-    value = low.two(MULTIPLY, value, low.one(INVERSE_ROOT, low.two(ADD, square, float(epsilon))))
-    value = value if weight is None else low.two(MULTIPLY, value, weight)
-    return value if bias is None else low.two(ADD, value, bias)
+    square = low.reduce(Code.MEAN, low.two(Code.MULTIPLY, value, value), -1, True)
+    value = low.two(Code.MULTIPLY, value, low.one(Code.INVERSE_ROOT, low.two(Code.ADD, square, float(epsilon))))
+    value = value if weight is None else low.two(Code.MULTIPLY, value, weight)
+    return value if bias is None else low.two(Code.ADD, value, bias)
 
 
 def _matrix_product(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
@@ -156,14 +132,20 @@ def _linear_layer(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return low.linear(x, low.value(weight), *others)
 
 
+_OF_TWO = {
+    "add": Code.ADD, "sub": Code.SUBTRACT, "mul": Code.MULTIPLY, "div": Code.DIVIDE, "maximum": Code.LARGEST,
+    "minimum": Code.LEAST,
+}  # fmt: skip
+_OF_ONE = {
+    "neg": Code.NEGATE, "abs": Code.ABSOLUTE, "sqrt": Code.SQUARE_ROOT, "rsqrt": Code.INVERSE_ROOT,
+    "reciprocal": Code.INVERSE, "exp": Code.EXPONENTIAL, "tanh": Code.TANH, "sigmoid": Code.SIGMOID, "silu": Code.SILU,
+    "relu": Code.RELU,
+}  # fmt: skip
 HANDLERS: dict[str, Handler] = {
-    "add": _binary(ADD), "sub": _binary(SUBTRACT), "mul": _binary(MULTIPLY), "div": _binary(DIVIDE),
-    "maximum": _binary(LARGEST), "minimum": _binary(LEAST), "clamp": _clamp, "clamp_min": _clamp,
-    "rsub": lambda low, args, kwargs: _binary(SUBTRACT)(low, (args[1], args[0]), kwargs),
-    "neg": _unary(NEGATE), "abs": _unary(ABSOLUTE), "sqrt": _unary(SQUARE_ROOT), "rsqrt": _unary(INVERSE_ROOT),
-    "reciprocal": _unary(INVERSE), "exp": _unary(EXPONENTIAL), "tanh": _unary(TANH), "sigmoid": _unary(SIGMOID),
-    "silu": _unary(SILU), "relu": _unary(RELU), "gelu": _gelu, "pow": _pow,
-    "mean": _reduction(MEAN), "sum": _reduction(SUM),
+    **{name: _binary(code) for name, code in _OF_TWO.items()}, "clamp": _clamp, "clamp_min": _clamp,
+    "rsub": lambda low, args, kwargs: _binary(Code.SUBTRACT)(low, (args[1], args[0]), kwargs),
+    **{name: _unary(code) for name, code in _OF_ONE.items()}, "gelu": _gelu, "pow": _pow,
+    "mean": _reduction(Code.MEAN), "sum": _reduction(Code.SUM),
     "clone": _same, "contiguous": _same, "_to_copy": _same, "native_dropout": _dropped,
     "cat": lambda low, args, kwargs: low.cat(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)),
     "stack": lambda low, args, kwargs: low.stack(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)),

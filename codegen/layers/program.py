@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +17,10 @@ import torch
 
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import skinny_linear
-from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.cpu.calls.caches import PackedInstruction, ProgramRun
+from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "layer"  # of the library
-_RUN = struct.Struct("@PqqqPP")
 log = logging.getLogger(__name__)
 
 
@@ -37,10 +35,9 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Instructions up to an attention or to the end, packed for C++, and the tensors that they write."""
+    """Instructions up to an attention or to the end, as C++ reads them, and the tensors that they write."""
 
-    instructions: bytes
-    count: int
+    instructions: ctypes.Array[PackedInstruction]
     stored: tuple[Stored, ...]
 
 
@@ -58,8 +55,8 @@ class LayerProgram:
 
 
 def render() -> str:
-    """Render the C++ file, which is always the same."""
-    return read_source("fhopt.codegen.cpu", "layer_program.cpp").substitute(page_quantum=PAGE_QUANTUM)
+    """Return the C++ file."""
+    return read_cpp("layer_program.cpp")
 
 
 class Functions(NamedTuple):
@@ -81,7 +78,7 @@ def functions() -> Functions | None:
         log.info("%s Layers run operation by operation.", error)
         return None
     assert group is not None
-    library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_char_p,), None
+    library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_void_p,), None
     library.run_decode_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     library.run_decode_steps.restype = None
     checks = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, *(ctypes.c_void_p, ctypes.c_int64) * 2)
@@ -102,18 +99,14 @@ def run_segment(program: LayerProgram, number: int, externals: Any, address: int
     """Run one segment. externals: array of addresses, at `address`, of tensors that must be alive."""
     compiled = functions()
     assert compiled is not None
-    compiled.run_layer(packed_run(program, number, address, threads))
+    compiled.run_layer(ctypes.byref(run_of(program, number, address, threads)))
 
 
-def packed_run(program: LayerProgram, number: int, address: int, threads: int) -> bytes:
-    """Return the C++ struct `Run` of a segment."""
+def run_of(program: LayerProgram, number: int, address: int, threads: int) -> ProgramRun:
+    """Return the C++ struct that runs a segment. externals: at `address`, as for `run_segment`."""
     compiled, segment = functions(), program.segments[number]
     assert compiled is not None
-    return _RUN.pack(_address(segment), segment.count, program.arena, threads, address, compiled.skinny_group)
-
-
-@functools.cache
-def _address(segment: Segment) -> int:
-    address = ctypes.cast(ctypes.c_char_p(segment.instructions), ctypes.c_void_p).value
-    assert address is not None
-    return address
+    return ProgramRun(
+        instructions=ctypes.addressof(segment.instructions), count=len(segment.instructions), arena=program.arena,
+        threads=threads, externals=address, skinny=compiled.skinny_group,
+    )  # fmt: skip

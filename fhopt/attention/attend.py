@@ -26,6 +26,7 @@ from fhopt.attention.latent_parts import latent_parts
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, registry
+from fhopt.ops.cache_operands import CacheOperands
 from fhopt.plan.segment_rotation import SegmentRotation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,47 +77,46 @@ def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
 
 
 def _with_flat_operands(kernel: Any, operands: AttentionOperands) -> Tensor | None:
-    """Call `kernel` with operands in the order of `cache_attention.SCHEMA`."""
-    sides, masks = (operands.key_side, operands.value_side), operands.masks
-    turning = operands.key_side.turning or (None, None, 0)
-    output: Tensor | None = kernel(
-        operands.query, operands.key, operands.value,
-        *[x for side in sides for x in (side.rows, side.scale, side.decode)],
-        *[x for side in sides for x in (side.window or (None, None))],
-        masks.exact, masks.window, masks.latents, masks.lengths, *[side.mean for side in sides], *turning,
-        **algebra.group_options(*[side.bit_groups for side in sides]), **operands.numbers,
+    """Call `kernel` with the operands in the order of `cache_attention.SCHEMA`."""
+    key, value, masks = operands.key_side, operands.value_side, operands.masks
+    window_keys, window_key_scale = key.window or (None, None)
+    window_values, window_value_scale = value.window or (None, None)
+    turn_pairs, turn_phases, segment = key.turning or (None, None, 0)
+    flat = CacheOperands(
+        query=operands.query, key=operands.key, value=operands.value, key_rows=key.rows, key_scale=key.scale,
+        key_decode=key.decode, value_rows=value.rows, value_scale=value.scale, value_decode=value.decode,
+        window_keys=window_keys, window_key_scale=window_key_scale, window_values=window_values,
+        window_value_scale=window_value_scale, near=masks.exact, inside=masks.window, far=masks.latents,
+        lengths=masks.lengths, key_mean=key.mean, value_mean=value.mean, turn_pairs=turn_pairs,
+        turn_phases=turn_phases, segment=segment,
     )  # fmt: skip
+    output: Tensor | None = kernel(*flat, **algebra.group_options(key.bit_groups, value.bit_groups), **operands.numbers)
     return output
 
 
 def attend_latents_reference(
-    query: Tensor, key: Tensor, value: Tensor,
-    key_rows: Tensor, key_scale: Tensor | None, key_decode: Tensor,
-    value_rows: Tensor, value_scale: Tensor | None, value_decode: Tensor,
-    window_keys: Tensor | None, window_key_scale: Tensor | None,
-    window_values: Tensor | None, window_value_scale: Tensor | None,
-    near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
-    key_mean: Tensor | None = None, value_mean: Tensor | None = None,
-    turn_pairs: Tensor | None = None, turn_phases: Tensor | None = None, segment: int = 0,
-    *, key_bits: list[int], key_widths: list[int], key_steps: list[float],
-    value_bits: list[int], value_widths: list[int], value_steps: list[float], scale: float, softcap: float = 0.0,
+    *operands: Any, key_bits: list[int], key_widths: list[int], key_steps: list[float], value_bits: list[int],
+    value_widths: list[int], value_steps: list[float], scale: float, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
-
-    near, inside and far: masks of exact tokens, window and latents. key_mean, value_mean: as in `SideRows`. turn_pairs,
-    turn_phases, segment: pairs and phases of the keys' `SegmentRotation`, and tokens per segment; 0: no rotation.
-    """
-    key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
-    value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
-    key_groups = algebra.BitGroups(key_bits, key_widths, key_steps)
-    value_groups = algebra.BitGroups(value_bits, value_widths, value_steps)
+    """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`, the fields of `CacheOperands`."""
+    x = CacheOperands(*operands)
     rotation = None
-    if turn_pairs is not None and turn_phases is not None:
-        rotation = SegmentRotation.from_phases(segment, turn_pairs, turn_phases)
-    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean, rotation)
-    value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window, value_mean)
-    masks = PartMasks(near, inside, far, lengths)
-    return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, scale, softcap))
+    if x.turn_pairs is not None and x.turn_phases is not None:
+        rotation = SegmentRotation.from_phases(x.segment, x.turn_pairs, x.turn_phases)
+    key_side = SideRows(
+        algebra.BitGroups(key_bits, key_widths, key_steps), x.key_rows, x.key_scale, x.key_decode,
+        _window(x.window_keys, x.window_key_scale), x.key_mean, rotation,
+    )  # fmt: skip
+    value_side = SideRows(
+        algebra.BitGroups(value_bits, value_widths, value_steps), x.value_rows, x.value_scale, x.value_decode,
+        _window(x.window_values, x.window_value_scale), x.value_mean,
+    )  # fmt: skip
+    masks = PartMasks(x.near, x.inside, x.far, x.lengths)
+    return attend_parts(AttentionOperands(x.query, x.key, x.value, key_side, value_side, masks, scale, softcap))
+
+
+def _window(values: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if values is None or scale is None else (values, scale)
 
 
 torch.library.impl("fhopt::attend_latents", "default", attend_latents_reference)

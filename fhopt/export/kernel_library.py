@@ -29,7 +29,8 @@ def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
     Deterministic for the same specs.
     """
     unique = list({spec.name: spec for spec in specs}.values())
-    return {"op.cpp": _op(unique), "attention.cpp": attention.library() + "".join(map(attention.table, unique))}
+    texts = {"op.cpp": _op(unique), "attention.cpp": attention.library() + "".join(map(attention.table, unique))}
+    return {name: f"{_COMMAND}\n{text}" for name, text in texts.items()}
 
 
 def _op(specs: Sequence[KernelSpec]) -> str:
@@ -70,6 +71,10 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
         raise FhoptError(f"{compiler} refused the kernels: {first}. Leave compiled programs out: --no-aot.")
 
 
+_COMMAND = (
+    f"// c++ {' '.join(FLAGS)} -std=c++20 -march=native -fopenmp -I TORCH/include -L TORCH/lib op.cpp attention.cpp\n"
+    "//     -o fhopt_kernels.so -ltorch_cpu"
+)
 _TAIL = Template("""STABLE_TORCH_LIBRARY_FRAGMENT(fhopt, m) {
     m.def("$schema");
 }

@@ -30,6 +30,7 @@ from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, DecodeSteps
 from fhopt.codegen.layers.decode_step import Spent as Spent
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
+from fhopt.ops.cache_operands import CacheOperands
 
 Room = tuple[Tensor, Tensor]  # slots of an 8-bit window: values and scales
 
@@ -183,9 +184,12 @@ def prepare_step(
     left = _left(layer, room)
     key, value = layer._sides(0, layer.quantized, *[w.for_attention()[1] for w in windows])
     opened = [_opened(w.parts[0]) for w in windows]
+    assert key.window is not None and value.window is not None, "the windows are in 8 bits"
     kernels = graph_kernels.cache_kernels(
-        (tensors.query, *opened, key.rows, key.scale, key.decode, value.rows, value.scale, value.decode,
-         *(key.window or ()), *(value.window or ()), *(None,) * 6),
+        CacheOperands(
+            tensors.query, opened[0], opened[1], key.rows, key.scale, key.decode, value.rows, value.scale,
+            value.decode, *key.window, *value.window,
+        ),
         algebra.group_options(key.bit_groups, value.bit_groups) | options,
     )  # fmt: skip
     if kernels is None:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fhopt.ops.cache_operands import OPERANDS
+
 SCHEMA = (
-    "attend_latents(Tensor query, Tensor key, Tensor value, Tensor key_rows, Tensor? key_scale, Tensor key_decode, "
-    "Tensor value_rows, Tensor? value_scale, Tensor value_decode, Tensor? window_keys, Tensor? window_key_scale, "
-    "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, "
-    "Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, Tensor? turn_phases, int segment, *, "
+    f"attend_latents({OPERANDS}, *, "
     "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
     "float scale, float softcap=0.0) -> Tensor"
 )

@@ -32,6 +32,10 @@ ENGINES = "vLLM with plans, serving/test_engine.py and test_refused.py"
 COMMANDS = "the commands, unit/cli"
 PAGES = "the pages made of it, unit/inspection/test_html_report.py and test_server.py"
 WITHOUT_A_FILE = {
+    "codegen/cpu/calls/blocks": "unit/codegen/cpu/test_block_tables.py",
+    "codegen/cpu/calls/caches": "every program and decode step, unit/codegen/layers",
+    "codegen/cpu/calls/formats": "unit/codegen/cpu/test_gguf_blocks.py",
+    "codegen/cpu/calls/kernels": "every kernel that is called, unit/codegen/cpu",
     "codegen/cpu/launch": "every kernel that is called, unit/codegen/cpu",
     "codegen/gpu/block_launch": "unit/codegen/gpu/test_block_tables.py",
     "codegen/gpu/compile_worker": "every compilation, unit/codegen/gpu/test_resources.py and test_tuning.py",

@@ -10,23 +10,16 @@
 // two eights where four rows of the input are multiplied. Each block is read once for four rows of the input, which are
 // multiplied as two bytes of each number; so products are of whole numbers, and as good as those of floats with 15
 // bits.
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
-
-#if defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
 
 #include "vectors.h"
 #include "products.h"
@@ -34,6 +27,8 @@
 #include "skinny_call.h"
 #include "gguf_formats.h"
 #include "gguf_blocks.h"
+
+namespace {
 
 // Columns of an output: those of eight rows of a weight, or of what is left of them.
 struct Eight {

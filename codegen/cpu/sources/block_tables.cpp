@@ -19,8 +19,6 @@
 //     panels of bases     latents = encode (x - mean), absorbed queries = decode_K^T q: of all sequences at once
 //     ranges of tokens    attention; latents are packed
 //     heads               merge, expand
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <atomic>
@@ -35,57 +33,25 @@
 #include "products.h"
 #include "typed_numbers.h"
 #include "window_rows.h"
-#include "kernel_call.h"
 #include "turning.h"
-#include "pack_call.h"
+#include "cache_parts.h"
+#include "block_call.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ arguments
 
-struct Kernel {
-    void (*run)(const Attention*);
-    const void* table;
-};
+int64_t columns_of(const BlockBasis& basis) { return basis.panels * PANEL_COLUMNS; }  // of a row of the product
 
-constexpr int PANEL = $panel;
+// Of the token at a position behind the attention sinks, and how many there are up to it.
+int64_t segment_of(const BlockLayer& l, int64_t position) {
+    return l.turn.segment ? (position - l.sinks) / l.turn.segment : 0;
+}
+int64_t segments_of(const BlockLayer& l, int64_t quantized) {
+    return quantized ? segment_of(l, l.sinks + quantized - 1) + 1 : 0;
+}
 
-// A basis [matrices, n, m] in panels of PANEL columns, [matrices, panels, n, PANEL], zeros behind the last column.
-struct Basis {
-    const void* data;
-    int64_t n, panels;
-
-    int64_t width() const { return panels * PANEL; }  // of a row of the product
-};
-
-// Packed latents of keys or of values. start, scale: bytes in a token's row before quantized values, before scales.
-struct Side {
-    int64_t heads, width, bytes, start, scale;  // J; R; of one head's row
-    const void* tiers;
-    int64_t tier_count;  // 0: not quantized
-    Basis encode, decode;  // [J,n*D,R]; of keys [G,D,R], of values [G,R,E]
-};
-
-struct Layer {
-    int64_t heads, kv_heads, sizes[2];  // H, G, D and E
-    Type type;  // of the model
-    Type encode_type, decode_type;  // of the bases
-    int64_t sinks, means_from, is_shared, is_rounded, digits;
-    double scale;
-    Side sides[2];
-    int64_t window[4], sink_starts[2], mean_starts[2];  // bytes in a row before keys, values, scales of each
-    Kernel latents_kernel, window_kernel, sinks_kernel;
-    void (*pack)(const Pack*);
-    Turning turn;
-
-    // Of the token at a position behind the attention sinks, and how many there are up to it.
-    int64_t segment(int64_t position) const { return turn.segment ? (position - sinks) / turn.segment : 0; }
-    int64_t segments(int64_t quantized) const { return quantized ? segment(sinks + quantized - 1) + 1 : 0; }
-};
-
-// The sequences, of `numbers` [4, count]: their new token in the batch, their row in the tables, the token's position,
-// how many tokens its query reads as latents.
-struct Step {
-    int64_t count, threads;
-    const int64_t* numbers;
-
+struct Step : BlockStep {
     int64_t token(int64_t i) const { return numbers[i]; }
     int64_t owner(int64_t i) const { return numbers[count + i]; }
     int64_t position(int64_t i) const { return numbers[2 * count + i]; }
@@ -94,77 +60,27 @@ struct Step {
 
 constexpr int32_t NO_BLOCK = 0;  // of tokens that are not kept
 
-struct Cache {  // of a layer
-    uint8_t* data;
-    int64_t block, row;  // bytes from one block, one token to the next
-};
-
-struct Table {  // of a batch's sequences
-    const int32_t* blocks;
-    int64_t row, size;  // numbers from one sequence to the next; tokens of a block
-};
-
 // A cache's memory and a batch's blocks in it.
-struct Blocks : Cache, Table {
-    using Cache::block, Cache::row;
+struct Blocks : BlockCache, BlockTable {
+    using BlockCache::block, BlockCache::row;
 
-    int32_t number(int64_t owner, int64_t position) const { return blocks[owner * Table::row + position / size]; }
+    int32_t number(int64_t owner, int64_t position) const { return blocks[owner * BlockTable::row + position / size]; }
     uint8_t* at(int64_t owner, int64_t position) const {
         return data + number(owner, position) * block + position % size * row;
     }
 };
 
-struct Numbers {  // [tokens, heads, dense]
-    uint8_t* data;
-    int64_t token, head, number;  // strides in numbers, the last of them 1
-};
-
-// Everything but the numbers is the same for many calls: of a layer, of a step, of layers that share blocks.
-struct Arguments {
-    const Layer* layer;
-    const Step* step;
-    const Cache* caches;  // packed latents, residual window, first tokens
-    const Table* tables[3];
-    int64_t writes;  // the new tokens have to be written
-    Numbers query, key, value, output;
-};
-
-struct Call : Arguments {
+struct Call : BlockCall {
     Blocks latents, window, first;
 
-    explicit Call(const Arguments& a)
-        : Arguments(a), latents{a.caches[0], *a.tables[0]}, window{a.caches[1], *a.tables[1]},
+    explicit Call(const BlockCall& a)
+        : BlockCall(a), latents{a.caches[0], *a.tables[0]}, window{a.caches[1], *a.tables[1]},
           first{a.caches[2], *a.tables[2]} {}
 };
 
 // ------------------------------------------------------------------------------------------------ products with bases
 
 constexpr int PANEL_ROWS = LANES == 16 ? 8 : 2;  // sums that registers hold
-
-// y[r][c] = sum_i x[r][i] panel[i][c], added to what is there if `adds` says so.
-template <class Stored, int ROWS>
-void times_panel(const float* const* x, const typename Stored::Number* panel, int64_t n, bool adds, float* const* y) {
-    constexpr int VECTORS = PANEL / LANES;
-    Floats sums[ROWS][VECTORS] = {};
-    UNROLL(8) for (int r = 0; r < ROWS && adds; r++) {
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] = load(y[r] + v * LANES);
-    }
-    UNROLL(1) for (int64_t i = 0; i < n; i++) {
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
-            const Floats b = Stored::load(panel + i * PANEL + v * LANES);
-            UNROLL(8) for (int r = 0; r < ROWS; r++) sums[r][v] += x[r][i] * b;
-        }
-    }
-    UNROLL(8) for (int r = 0; r < ROWS; r++) {
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) store(y[r] + v * LANES, sums[r][v]);
-    }
-}
-
-template <class Stored, int... I>
-void times_rows(int rows, const float* const* x, const typename Stored::Number* panel, int64_t n, bool adds,
-                float* const* y, std::integer_sequence<int, I...>) {
-    ((rows == I + 1 ? times_panel<Stored, I + 1>(x, panel, n, adds, y) : void()), ...);
-}
 
 // Rows that are multiplied by a matrix of a basis, and where the products go.
 struct Factors {
@@ -173,24 +89,27 @@ struct Factors {
     bool adds;
 };
 
-template <class Stored>
-void times(const Factors& rows, const Basis& basis, int64_t matrix, int64_t panel) {
-    const auto* data = static_cast<const typename Stored::Number*>(basis.data);
-    const auto* from = data + (matrix * basis.panels + panel) * basis.n * PANEL;
+template <class T>
+void times(const Factors& rows, const BlockBasis& basis, int64_t matrix, int64_t panel) {
+    const auto* data = static_cast<const typename T::Element*>(basis.data);
+    const auto* from = data + (matrix * basis.panels + panel) * basis.n * PANEL_COLUMNS;
     for (size_t first = 0; first < rows.x.size(); first += PANEL_ROWS) {
-        const int count = int(std::min<size_t>(PANEL_ROWS, rows.x.size() - first));
+        const float* const* x = &rows.x[first];
         float* y[PANEL_ROWS];
-        for (int r = 0; r < count; r++) y[r] = rows.y[first + r] + panel * PANEL;
-        const auto counts = std::make_integer_sequence<int, PANEL_ROWS>();
-        times_rows<Stored>(count, &rows.x[first], from, basis.n, rows.adds, y, counts);
+        const int count = int(std::min<size_t>(PANEL_ROWS, rows.x.size() - first));
+        for (int r = 0; r < count; r++) y[r] = rows.y[first + r] + panel * PANEL_COLUMNS;
+        with_count<PANEL_ROWS>(count, [&](auto rows_at_once) {
+            times_vectors<T, decltype(rows_at_once)::value, PANEL_COLUMNS / LANES>(
+                [&](int r) { return x[r]; }, from, PANEL_COLUMNS, basis.n, rows.adds, [&](int r) { return y[r]; });
+        });
     }
 }
 
 // One panel of a matrix.
-void times(Type type, const Factors& rows, const Basis& basis, int64_t matrix, int64_t panel) {
-    if (type == BFLOAT16) times<BFloat16>(rows, basis, matrix, panel);
-    else if (type == FLOAT16) times<Float16>(rows, basis, matrix, panel);
-    else times<Float32>(rows, basis, matrix, panel);
+void times(Type type, const Factors& rows, const BlockBasis& basis, int64_t matrix, int64_t panel) {
+    if (type == BFLOAT16) times<OfBFloat16>(rows, basis, matrix, panel);
+    else if (type == FLOAT16) times<OfFloat16>(rows, basis, matrix, panel);
+    else times<OfFloat32>(rows, basis, matrix, panel);
 }
 
 // ------------------------------------------------------------------------------------------------ what is to be done
@@ -220,8 +139,8 @@ struct Pieces {
     int64_t threads;
 
     explicit Pieces(const Call& c) {
-        const Layer& l = *c.layer;
-        const Step& s = *c.step;
+        const BlockLayer& l = *c.layer;
+        const Step s{*c.step};
         const auto start = [&](int64_t i) { return l.sinks + s.quantized(i); };  // of the window
         int64_t latents = 0, window = 0;
         for (int64_t i = 0; i < s.count; i++) {
@@ -285,31 +204,31 @@ struct Memory {
 
 struct Run {
     const Call& c;
-    const Layer& l;
-    const Step& s;
+    const BlockLayer& l;
+    const Step s;
     Pieces pieces;
     std::vector<int64_t> encoded, far;  // sequences whose new token is encoded; that read latents
     std::vector<int64_t> slots;  // of each sequence, the first of its segments among all of them
     float *queries, *turned, *shifts, *inputs[2], *latents[2], *absorbed, *mixed, *outputs, *lse;
 
-    Run(const Call& call, std::vector<float>& floats) : c(call), l(*call.layer), s(*call.step), pieces(call) {
+    Run(const Call& call, std::vector<float>& floats) : c(call), l(*call.layer), s{*call.step}, pieces(call) {
         for (int64_t i = 0; i < s.count; i++) {
             if (c.writes && s.position(i) >= l.means_from) encoded.push_back(i);
             if (s.quantized(i)) far.push_back(i);
-            slots.push_back(i ? slots.back() + l.segments(s.quantized(i - 1)) : 0);
+            slots.push_back(i ? slots.back() + segments_of(l, s.quantized(i - 1)) : 0);
         }
         const int64_t rows = s.count * l.heads;
-        const int64_t read = (s.count ? slots.back() + l.segments(s.quantized(s.count - 1)) : 0) * l.heads;
+        const int64_t read = (s.count ? slots.back() + segments_of(l, s.quantized(s.count - 1)) : 0) * l.heads;
         Memory memory{floats, {}};
         memory.want(queries, rows * l.sizes[0]);
         memory.want(turned, l.turn.segment ? read * l.sizes[0] : 0);
         memory.want(shifts, read);
-        memory.want(absorbed, read * l.sides[0].decode.width());
+        memory.want(absorbed, read * columns_of(l.sides[0].decode));
         memory.want(mixed, rows * l.sides[1].width);
-        memory.want(outputs, rows * l.sides[1].decode.width());
+        memory.want(outputs, rows * columns_of(l.sides[1].decode));
         for (int side = 0; side < sides(); side++) {
             memory.want(inputs[side], s.count * input_width(side));
-            memory.want(latents[side], s.count * l.sides[side].heads * l.sides[side].encode.width());
+            memory.want(latents[side], s.count * l.sides[side].heads * columns_of(l.sides[side].encode));
         }
         memory.want(lse, int64_t(pieces.all.size()) * l.heads);
         for (Piece& piece : pieces.all) memory.want(piece.output, l.heads * width_of(piece.kind));
@@ -327,8 +246,8 @@ struct Run {
         return l.turn.segment ? turned + row(i, segment, head) * l.sizes[0] : query(i, head);
     }
     float* latent(int side, int64_t i, int64_t j) const {
-        const Side& one = l.sides[side];
-        return latents[side] + (i * one.heads + j) * one.encode.width();
+        const BlockSide& one = l.sides[side];
+        return latents[side] + (i * one.heads + j) * columns_of(one.encode);
     }
     const uint8_t* page(int64_t i) const { return c.first.at(s.owner(i), 0); }
     const float* mean(int64_t i, int side, int64_t group) const {  // of a plan that has means
@@ -340,7 +259,7 @@ struct Run {
 
 // The window's row of a new token, of heads as they came and as floats.
 void write_window(const Run& run, int64_t i, const uint8_t* head, const float* x, int side, int64_t group) {
-    const Layer& l = run.l;
+    const BlockLayer& l = run.l;
     const Blocks& window = run.c.window;
     if (window.number(run.s.owner(i), run.s.position(i)) == NO_BLOCK) return;
     uint8_t* row = window.at(run.s.owner(i), run.s.position(i));
@@ -357,35 +276,32 @@ void write_window(const Run& run, int64_t i, const uint8_t* head, const float* x
 
 // What the encoder of a side reads of a head.
 void set_input(const Run& run, int64_t i, const float* x, int side, int64_t group) {
-    const Layer& l = run.l;
+    const BlockLayer& l = run.l;
     const int64_t size = l.sizes[side], both = l.sizes[0] + l.sizes[1];
     float* to = l.is_shared ? run.inputs[0] + (i * l.kv_heads + group) * both + side * l.sizes[0]
                             : run.inputs[side] + (i * l.kv_heads + group) * size;
     const float* mean = l.means_from ? run.mean(i, side, group) : nullptr;
-    if (l.turn.segment && side == 0) l.turn.turn(x, size, l.segment(run.s.position(i)), to);
+    if (l.turn.segment && side == 0) rotate(l.turn, x, size, segment_of(l, run.s.position(i)), to);
     else std::copy(x, x + size, to);
     for (int64_t d = 0; mean && d < size; d++) to[d] -= mean[d];
 }
 
 // Queries of a sequence for each segment, and what a mean of keys, from which latents are differences, adds to logits.
 void set_queries(const Run& run, int64_t i) {
-    const Layer& l = run.l;
-    for (int64_t segment = 0; segment < l.segments(run.s.quantized(i)); segment++) {
+    const BlockLayer& l = run.l;
+    for (int64_t segment = 0; segment < segments_of(l, run.s.quantized(i)); segment++) {
         for (int64_t h = 0; h < l.heads; h++) {
             float *query = run.query(i, segment, h), &shift = run.shifts[run.row(i, segment, h)];
-            if (l.turn.segment) l.turn.turn(run.query(i, h), l.sizes[0], segment, query);
-            shift = 0;
-            if (!l.means_from) continue;
-            const float* mean = run.mean(i, 0, h / (l.heads / l.kv_heads));
-            for (int64_t d = 0; d < l.sizes[0]; d++) shift += query[d] * mean[d];
-            shift *= float(l.scale);
+            if (l.turn.segment) rotate(l.turn, run.query(i, h), l.sizes[0], segment, query);
+            const float* mean = l.means_from ? run.mean(i, 0, h / (l.heads / l.kv_heads)) : nullptr;
+            shift = mean ? mean_logit(query, mean, l.sizes[0], l.scale) : 0.0f;
         }
     }
 }
 
 void prepare(const Run& run, int64_t i) {
-    const Layer& l = run.l;
-    const auto head_of = [&](const Numbers& x, int64_t head) {
+    const BlockLayer& l = run.l;
+    const auto head_of = [&](const BlockNumbers& x, int64_t head) {
         return x.data + (run.s.token(i) * x.token + head * x.head) * bytes_of(l.type);
     };
     for (int64_t h = 0; h < l.heads; h++) to_floats(head_of(run.c.query, h), l.type, l.sizes[0], run.query(i, h));
@@ -403,7 +319,7 @@ void prepare(const Run& run, int64_t i) {
 }
 
 void pack(const Run& run, int64_t i, int side) {
-    const Side& one = run.l.sides[side];
+    const BlockSide& one = run.l.sides[side];
     const Blocks& cache = run.c.latents;
     if (cache.number(run.s.owner(i), run.s.position(i)) == NO_BLOCK) return;
     uint8_t* row = cache.at(run.s.owner(i), run.s.position(i));
@@ -413,10 +329,10 @@ void pack(const Run& run, int64_t i, int side) {
         }
         return;
     }
-    Pack a{{1, one.heads, 1}, 1, FLOAT32, one.tiers, one.tier_count, one.width, {}, {}, {}};
-    a.latent = {run.latent(side, i, 0), {0, one.encode.width(), 0}};
-    a.codes = {row + one.start, {0, one.bytes, 0}};
-    a.scale = {row + one.scale, {0, 1, 0}};
+    Pack a{1, one.heads, 1, 1, FLOAT32, one.tiers, one.tier_count, one.width, {}, {}, {}};
+    a.latent = {run.latent(side, i, 0), 0, columns_of(one.encode), 0};
+    a.codes = {row + one.start, 0, one.bytes, 0};
+    a.scale = {row + one.scale, 0, 1, 0};
     run.l.pack(&a);
 }
 
@@ -429,7 +345,7 @@ int64_t encode_panels(const Run& run, int side) {
 int64_t absorb_panels(const Run& run) { return run.far.empty() ? 0 : run.l.kv_heads * run.l.sides[0].decode.panels; }
 
 void encode(const Run& run, int side, int64_t task) {
-    const Side& one = run.l.sides[side];
+    const BlockSide& one = run.l.sides[side];
     const int64_t j = task / one.encode.panels;
     Factors rows{{}, {}, false};
     for (int64_t i : run.encoded) {
@@ -440,14 +356,14 @@ void encode(const Run& run, int side, int64_t task) {
 }
 
 void absorb(const Run& run, int64_t task) {
-    const Basis& basis = run.l.sides[0].decode;
+    const BlockBasis& basis = run.l.sides[0].decode;
     const int64_t group = task / basis.panels, shared = run.l.heads / run.l.kv_heads;
     Factors rows{{}, {}, false};
     for (int64_t i : run.far) {
-        for (int64_t segment = 0; segment < run.l.segments(run.s.quantized(i)); segment++) {
+        for (int64_t segment = 0; segment < segments_of(run.l, run.s.quantized(i)); segment++) {
             for (int64_t h = group * shared; h < (group + 1) * shared; h++) {
                 rows.x.push_back(run.query(i, segment, h));
-                rows.y.push_back(run.absorbed + run.row(i, segment, h) * basis.width());
+                rows.y.push_back(run.absorbed + run.row(i, segment, h) * columns_of(basis));
             }
         }
     }
@@ -484,21 +400,21 @@ struct SideRows {
 };
 
 SideRows side_of(const Run& run, const Piece& piece, int side, const uint8_t* rows) {
-    const Layer& l = run.l;
-    const Side& one = l.sides[side];
+    const BlockLayer& l = run.l;
+    const BlockSide& one = l.sides[side];
     const int64_t size = l.sizes[side], number = bytes_of(l.type);
     if (piece.kind == LATENTS) {
         const int64_t row = run.c.latents.row, element = one.tier_count ? 1 : number;
-        const Rows scales = {rows + one.scale, {0, 1, row / 2}};
-        return {one.heads, {rows + one.start, {0, one.bytes / element, row / element}}, scales};
+        const Rows scales = {rows + one.scale, 0, 1, row / 2};
+        return {one.heads, {rows + one.start, 0, one.bytes / element, row / element}, scales};
     }
     if (piece.kind == SINKS) {
         const uint8_t* first = rows + l.sink_starts[side] + piece.begin * l.kv_heads * size * number;
-        return {l.kv_heads, {first, {0, size, l.kv_heads * size}}, {}};
+        return {l.kv_heads, {first, 0, size, l.kv_heads * size}, {}};
     }
     const int64_t row = run.c.window.row, element = l.is_rounded ? 1 : number;
-    const Rows scales = {rows + l.window[2 + side], {0, 1, row / 2}};
-    return {l.kv_heads, {rows + l.window[side], {0, size, row / element}}, scales};
+    const Rows scales = {rows + l.window[2 + side], 0, 1, row / 2};
+    return {l.kv_heads, {rows + l.window[side], 0, size, row / element}, scales};
 }
 
 const uint8_t* rows_of(const Run& run, const Piece& piece) {
@@ -526,15 +442,15 @@ void attend(const Run& run, const Piece& piece, const Piece* later) {
     static thread_local std::vector<Extent> extents;
     extents.clear();
     if (later) extents_of(run, *later, extents);
-    const Layer& l = run.l;
+    const BlockLayer& l = run.l;
     const bool latents = piece.kind == LATENTS;
-    const Kernel& kernel = latents ? l.latents_kernel : piece.kind == WINDOW ? l.window_kernel : l.sinks_kernel;
+    const BlockKernel& kernel = latents ? l.latents_kernel : piece.kind == WINDOW ? l.window_kernel : l.sinks_kernel;
     const uint8_t* rows = rows_of(run, piece);
     const SideRows key = side_of(run, piece, 0, rows), value = side_of(run, piece, 1, rows);
-    const int64_t width = latents ? l.sides[0].decode.width() : l.sizes[0];
-    Attention a{1, l.heads, 1, piece.tokens, key.heads, value.heads, 1, 0};
-    const int64_t row = latents ? run.row(piece.sequence, l.segment(piece.begin), 0) : piece.sequence * l.heads;
-    a.query = {(latents ? run.absorbed : run.queries) + row * width, {0, width, width}};
+    const int64_t width = latents ? columns_of(l.sides[0].decode) : l.sizes[0];
+    Attention a{1, l.heads, 1, piece.tokens, key.heads, value.heads, 1, NO_MASK};
+    const int64_t row = latents ? run.row(piece.sequence, segment_of(l, piece.begin), 0) : piece.sequence * l.heads;
+    a.query = {(latents ? run.absorbed : run.queries) + row * width, 0, width, width};
     a.key = key.numbers, a.key_scale = key.scales;
     a.value = value.numbers, a.value_scale = value.scales;
     a.output = piece.output, a.lse = piece.lse;
@@ -550,42 +466,30 @@ constexpr int64_t MERGED = 4;  // sequences whose outputs are expanded at once
 
 // Of one head: open tokens to its output, latents, weighted alike, to `mixed`.
 void mix(const Run& run, int64_t i, int64_t head) {
-    const Layer& l = run.l;
+    const BlockLayer& l = run.l;
     const int64_t row = i * l.heads + head, group = head / (l.heads / l.kv_heads);
     const auto each = [&](auto f) {
         for (int kind = LATENTS; kind <= SINKS; kind++) {
             for (int64_t p = run.pieces.first[kind][i]; p < run.pieces.first[kind][i + 1]; p++) {
                 const Piece& piece = run.pieces.all[p];
                 const bool far = kind == LATENTS;
-                f(piece, piece.lse[head] + (far ? run.shifts[run.row(i, l.segment(piece.begin), head)] : 0.0f));
+                const float shift = far ? run.shifts[run.row(i, segment_of(l, piece.begin), head)] : 0.0f;
+                f(ReadPart{piece.lse[head] + shift, piece.output + head * run.width_of(piece.kind), far, far});
             }
         }
     };
-    float top = -INF, total = 0, far = 0;
-    each([&](const Piece&, float lse) { top = std::max(top, lse); });
-    each([&](const Piece& piece, float lse) {
-        total += std::exp(lse - top);
-        if (piece.kind == LATENTS) far += std::exp(lse - top);
-    });
-    float *out = run.outputs + row * l.sides[1].decode.width(), *latents = run.mixed + row * l.sides[1].width;
-    std::fill(out, out + l.sides[1].decode.width(), 0.0f);
-    std::fill(latents, latents + l.sides[1].width, 0.0f);
-    each([&](const Piece& piece, float lse) {
-        const int64_t width = run.width_of(piece.kind);
-        const float weight = std::exp(lse - top) / total, *from = piece.output + head * width;
-        float* to = piece.kind == LATENTS ? latents : out;
-        for (int64_t n = 0; n < width; n++) to[n] += weight * from[n];
-    });
-    const float* mean = l.means_from && far > 0 ? run.mean(i, 1, group) : nullptr;
-    for (int64_t d = 0; mean && d < l.sizes[1]; d++) out[d] += far / total * mean[d];
+    float *out = run.outputs + row * columns_of(l.sides[1].decode), *latents = run.mixed + row * l.sides[1].width;
+    const float far = merge_parts(each, out, l.sizes[1], latents, l.sides[1].width);
+    std::fill(out + l.sizes[1], out + columns_of(l.sides[1].decode), 0.0f);
+    if (l.means_from && far > 0) add_mean(run.mean(i, 1, group), far, l.sizes[1], out);
 }
 
 int64_t merges(const Run& run) { return (run.s.count + MERGED - 1) / MERGED * run.l.kv_heads; }
 
 // Heads of a group, of some sequences: merge, expand, round.
 void merge(const Run& run, int64_t task) {
-    const Layer& l = run.l;
-    const Basis& basis = l.sides[1].decode;
+    const BlockLayer& l = run.l;
+    const BlockBasis& basis = l.sides[1].decode;
     const int64_t group = task % l.kv_heads, shared = l.heads / l.kv_heads, begin = task / l.kv_heads * MERGED;
     const auto for_heads = [&](auto f) {
         for (int64_t i = begin; i < std::min(begin + MERGED, run.s.count); i++) {
@@ -597,19 +501,19 @@ void merge(const Run& run, int64_t task) {
         mix(run, i, h);
         if (run.s.quantized(i) == 0) return;
         rows.x.push_back(run.mixed + row * l.sides[1].width);
-        rows.y.push_back(run.outputs + row * basis.width());
+        rows.y.push_back(run.outputs + row * columns_of(basis));
     });
     for (int64_t panel = 0; panel < basis.panels; panel++) times(l.decode_type, rows, basis, group, panel);
     for_heads([&](int64_t i, int64_t h, int64_t row) {
-        const Numbers& to = run.c.output;
+        const BlockNumbers& to = run.c.output;
         uint8_t* at = to.data + (run.s.token(i) * to.token + h * to.head) * bytes_of(l.type);
-        from_floats(run.outputs + row * basis.width(), l.type, l.sizes[1], at);
+        from_floats(run.outputs + row * columns_of(basis), l.type, l.sizes[1], at);
     });
 }
 
 }  // namespace
 
-extern "C" void attend_blocks(const Arguments* arguments) {
+extern "C" void attend_blocks(const BlockCall* arguments) {
     static thread_local std::vector<float> floats;
     const Call call(*arguments);
     const Run run(call, floats);
@@ -639,17 +543,9 @@ extern "C" void attend_blocks(const Arguments* arguments) {
 
 // ------------------------------------------------------------------------------------------------ rows of prompts
 
-struct Rounding {
-    Numbers x;  // [tokens, heads, size]
-    Type type;
-    int64_t tokens, heads, size, threads;
-    uint8_t* rows;
-    int64_t row, start, scale;  // bytes from one row to the next; in a row before the heads, before their scales
-};
-
 // Numbers as rows of a window in 8 bits.
-extern "C" void round_rows(const Rounding* rounding) {
-    const Rounding& a = *rounding;
+extern "C" void round_rows(const RowRounding* rounding) {
+    const RowRounding& a = *rounding;
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
         std::vector<float> x(a.size);
@@ -667,17 +563,9 @@ extern "C" void round_rows(const Rounding* rounding) {
     }
 }
 
-struct Placing {
-    Cache cache;
-    const int64_t *blocks, *offsets;  // of each row
-    int64_t count, threads;
-    const uint8_t* rows;
-    int64_t row, bytes;  // from one row to the next; of a row
-};
-
 // Rows into blocks.
-extern "C" void place_rows(const Placing* placing) {
-    const Placing& a = *placing;
+extern "C" void place_rows(const RowPlacing* placing) {
+    const RowPlacing& a = *placing;
 #pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1)
     for (int64_t i = 0; i < a.count; i++) {
         uint8_t* to = a.cache.data + a.blocks[i] * a.cache.block + a.offsets[i] * a.cache.row;

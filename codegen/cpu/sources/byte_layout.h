@@ -1,4 +1,16 @@
-//: Where quantized values of a row go as bytes, where they are not words. byte_tiles.h multiplies them.
+// Where quantized values of a row go as bytes, if not as words. byte_codes.h takes them apart.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "trellis.h"
+#include "unpack_rows.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ codes as bytes
 //
 // With AVX-512 VNNI codes are multiplied as bytes, four products and their sum to a lane; not so uncoded sides, values
@@ -171,3 +183,5 @@ struct Layout {
 };
 
 #endif
+
+}  // namespace

@@ -1,4 +1,14 @@
-//: Products of bytes, four to a lane. Stands behind vectors.h.
+// Products of bytes, four to a lane.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "vectors.h"
+
+namespace {
+
 INLINE Ints16 bytes_at(const uint8_t* p) {
     Ints16 v;
     std::memcpy(&v, p, sizeof v);
@@ -40,3 +50,5 @@ INLINE Ints16 add_small_products(Ints16 sums, Ints16 codes, int32_t h) {
 
 INLINE Ints16 low_halves(Ints16 x) { return x & 0x0f0f0f0f; }
 INLINE Ints16 high_halves(Ints16 x) { return x >> 4 & 0x0f0f0f0f; }
+
+}  // namespace

@@ -1,46 +1,30 @@
-//: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and turning.h, and needs
-//: <algorithm>, <cmath>, <cstdint>, <cstring>, <utility> and <vector>.
+// A decode step's attention on a KV cache, by addresses.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "cache_call.h"
+#include "cache_parts.h"
+#include "turning.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ a KV cache
 
-// A kernel and what it is called with, but for queries and results. run: null where there is no such part.
-struct CachePart {
-    void (*run)(const Attention*) = nullptr;
-    Attention call = {};
-};
+// Of the basis of a query head.
+inline int64_t matrix_at(const CacheBasis& basis, int64_t head, int64_t heads) {
+    return head / (heads / basis.groups) * basis.n * basis.m;
+}
 
-struct CacheBasis {  // [G,n,m], dense, of float or bfloat16
-    const void* data;
-    int64_t is_bfloat, groups, n, m;
-
-    int64_t at(int64_t head, int64_t heads) const { return head / (heads / groups) * n * m; }
-};
-
-// Means of keys or values of each sequence, float [B,G,1,D], from which latents and window are differences.
-struct CacheMean {
-    const float* data = nullptr;
-    int64_t sequence = 0, head = 0, group = 1, width = 0;
-
-    const float* of(int64_t b, int64_t h) const { return data + b * sequence + h / group * head; }
-
-    float dot(const float* query, int64_t b, int64_t h) const {
-        const float* mean = of(b, h);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
-        return sum;
-    }
-};
-
-struct CacheAttention {
-    int64_t batch, heads, queries, head_size, value_size;
-    double scale;
-    Rows query;  // float [B,H,S,D]
-    CachePart latents, window, opened;
-    CacheBasis encode, decode;
-    CacheMean key_mean, value_mean;
-    Turning turn;
-    float* output;  // [B,H,S,E], dense
-};
+// Of a query head of a sequence.
+inline const float* mean_of(const CacheMean& mean, int64_t b, int64_t h) {
+    return mean.data + b * mean.sequence + h / mean.group * mean.head;
+}
 
 constexpr int64_t SMALL = 1 << 16;  // products that are worth a thread
 
@@ -49,118 +33,75 @@ inline int threads_for(int64_t items, int64_t products, int64_t threads) {
     return items > 1 && products > SMALL ? int(threads) : 1;
 }
 
-struct Bits16 {
-    uint16_t bits;
-    operator float() const {
-        const uint32_t whole = uint32_t(bits) << 16;
-        float x;
-        std::memcpy(&x, &whole, sizeof x);
-        return x;
-    }
-};
-
 // y[m] = x[n] B[n, m]
 template <class T>
-void times(const float* x, const T* basis, int64_t n, int64_t m, float* y) {
+void times(const float* x, const typename T::Element* basis, int64_t n, int64_t m, float* y) {
     std::fill(y, y + m, 0.0f);
     for (int64_t i = 0; i < n; i++) {
         const float factor = x[i];
-        const T* row = basis + i * m;
+        const typename T::Element* row = basis + i * m;
 #pragma omp simd
-        for (int64_t j = 0; j < m; j++) y[j] += factor * float(row[j]);
+        for (int64_t j = 0; j < m; j++) y[j] += factor * T::number(row[j]);
     }
 }
 
-// y[n] += factor B[n, m] x[m]
+// y[n] += B[n, m] x[m]
 template <class T>
-void add_times(const T* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
+void add_times(const typename T::Element* basis, const float* x, int64_t n, int64_t m, float* y) {
     for (int64_t i = 0; i < n; i++) {
-        const T* row = basis + i * m;
+        const typename T::Element* row = basis + i * m;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < m; j++) sum += float(row[j]) * x[j];
-        y[i] += factor * sum;
+        for (int64_t j = 0; j < m; j++) sum += T::number(row[j]) * x[j];
+        y[i] += sum;
     }
 }
 
-// Sums of so many rows and strips stay in registers.
-#if defined(__AVX512F__)
-constexpr int STRIP = 16, ROWS_AT_ONCE = 8, STRIPS_AT_ONCE = 1;
-#else
-constexpr int STRIP = 8, ROWS_AT_ONCE = 4, STRIPS_AT_ONCE = 2;
-#endif
-typedef float Strip __attribute__((vector_size(4 * STRIP)));
+// Sums of so many rows and vectors stay in registers.
+constexpr int ROWS_AT_ONCE = LANES == 16 ? 8 : 4, VECTORS_AT_ONCE = LANES == 16 ? 1 : 16 / LANES;
 
-inline Strip strip_of(const float* p) {
-    Strip x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-inline Strip strip_of(const Bits16* p) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * STRIP)));
-    typedef uint32_t Words __attribute__((vector_size(4 * STRIP)));
-    Halves x;
-    std::memcpy(&x, p, sizeof x);
-    return (Strip)(__builtin_convertvector(x, Words) << 16);
-}
-
-template <int ROWS, int STRIPS, class T>
-void times_strips(const float* x, int64_t step, const T* basis, int64_t n, int64_t m, float* y, int64_t out) {
-    Strip sums[ROWS][STRIPS] = {};
-    for (int64_t i = 0; i < n; i++) {
-        for (int c = 0; c < STRIPS; c++) {
-            const Strip row = strip_of(basis + i * m + c * STRIP);
-            for (int r = 0; r < ROWS; r++) sums[r][c] += x[r * step + i] * row;
-        }
-    }
-    for (int r = 0; r < ROWS; r++) std::memcpy(y + r * out, &sums[r], sizeof sums[r]);
-}
-
-// ROWS rows of x, `step` apart, and of y, `out` apart: y[m] = x[n] B[n, m], of at least a strip.
-template <int ROWS, class T>
-void times_rows(const float* x, int64_t step, const T* basis, int64_t n, int64_t m, float* y, int64_t out) {
-    int64_t c = 0;
-    for (; c + STRIPS_AT_ONCE * STRIP <= m; c += STRIPS_AT_ONCE * STRIP) {
-        times_strips<ROWS, STRIPS_AT_ONCE>(x, step, basis + c, n, m, y + c, out);
-    }
-    for (; c < m; c += STRIP) {
-        const int64_t at = std::min(c, m - STRIP);
-        times_strips<ROWS, 1>(x, step, basis + at, n, m, y + at, out);
-    }
-}
-
-// The same of `count` rows: 2 more than the numbers of the sequence say.
-template <int... I, class T>
-void times_some(std::integer_sequence<int, I...>, int64_t count, const float* x, int64_t step, const T* basis,
-                int64_t n, int64_t m, float* y, int64_t out) {
-    ((count == I + 2 ? times_rows<I + 2>(x, step, basis, n, m, y, out) : void()), ...);
-}
-
+// Rows of x, `step` apart, and of y, `out` apart: y[m] = x[n] B[n, m].
 template <class T>
-void times_all(const float* x, int64_t rows, int64_t step, const T* basis, int64_t n, int64_t m, float* y,
-               int64_t out) {
+void times_all(const float* x, int64_t rows, int64_t step, const typename T::Element* basis, int64_t n, int64_t m,
+               float* y, int64_t out) {
     int64_t r = 0;
-    for (int64_t count; m >= STRIP && rows - r > 1; r += count) {
+    for (int64_t count; m >= LANES && rows - r > 1; r += count) {
         count = std::min<int64_t>(rows - r, ROWS_AT_ONCE);
-        times_some(std::make_integer_sequence<int, ROWS_AT_ONCE - 1>(), count, x + r * step, step, basis, n, m,
-                   y + r * out, out);
+        with_count<ROWS_AT_ONCE>(count, [&](auto rows_at_once) {
+            constexpr int ROWS = decltype(rows_at_once)::value;
+            const auto columns = [&](auto vectors, int64_t c) {
+                const auto from = [&](int i) { return x + (r + i) * step; };
+                const auto to = [&](int i) { return y + (r + i) * out + c; };
+                times_vectors<T, ROWS, decltype(vectors)::value>(from, basis + c, m, n, false, to);
+            };
+            constexpr int64_t WIDTH = VECTORS_AT_ONCE * LANES;
+            int64_t c = 0;
+            for (; c + WIDTH <= m; c += WIDTH) columns(std::integral_constant<int, VECTORS_AT_ONCE>(), c);
+            for (; c < m; c += LANES) columns(std::integral_constant<int, 1>(), std::min<int64_t>(c, m - LANES));
+        });
     }
-    for (; r < rows; r++) times(x + r * step, basis, n, m, y + r * out);
+    for (; r < rows; r++) times<T>(x + r * step, basis, n, m, y + r * out);
+}
+
+// Calls f(type, matrix) with that of a query head, of its type.
+template <class F>
+void with_matrix(const CacheBasis& basis, int64_t head, int64_t heads, F f) {
+    const int64_t at = matrix_at(basis, head, heads);
+    if (basis.is_bfloat) f(OfBFloat16(), static_cast<const uint16_t*>(basis.data) + at);
+    else f(OfFloat32(), static_cast<const float*>(basis.data) + at);
 }
 
 // Of several queries of one head, `step` apart, to rows that are `out` apart.
 void absorb(const CacheBasis& basis, const float* x, int64_t rows, int64_t step, int64_t head, int64_t heads, float* y,
             int64_t out) {
-    const int64_t at = basis.at(head, heads), n = basis.n, m = basis.m;
-    if (basis.is_bfloat) times_all(x, rows, step, static_cast<const Bits16*>(basis.data) + at, n, m, y, out);
-    else times_all(x, rows, step, static_cast<const float*>(basis.data) + at, n, m, y, out);
+    with_matrix(basis, head, heads, [&](auto type, auto matrix) {
+        times_all<decltype(type)>(x, rows, step, matrix, basis.n, basis.m, y, out);
+    });
 }
 
-void expand(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float factor, float* y) {
-    const int64_t at = basis.at(head, heads);
-    if (basis.is_bfloat) add_times(static_cast<const Bits16*>(basis.data) + at, x, basis.n, basis.m, factor, y);
-    else add_times(static_cast<const float*>(basis.data) + at, x, basis.n, basis.m, factor, y);
+void expand(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float* y) {
+    with_matrix(basis, head, heads,
+                [&](auto type, auto matrix) { add_times<decltype(type)>(matrix, x, basis.n, basis.m, y); });
 }
 
 void run_part(const CachePart& part, const Rows& query, float* output, float* lse) {
@@ -188,8 +129,8 @@ void attend_cache(const CacheAttention& a) {
     const int64_t h = a.heads, s = a.queries, e = a.value_size, rows = a.batch * h * s;
     const int64_t width = a.encode.m, value_width = a.decode.m;
     const auto at = [&](int64_t i) {
-        return static_cast<const float*>(a.query.data) + i / (h * s) * a.query.strides[0] +
-               i / s % h * a.query.strides[1] + i % s * a.query.strides[2];
+        return static_cast<const float*>(a.query.data) + i / (h * s) * a.query.batch + i / s % h * a.query.head +
+               i % s * a.query.token;
     };
     const bool some = a.latents.run != nullptr, window = a.window.run != nullptr;
     const int64_t segment = a.turn.segment, tokens = a.latents.call.tokens;
@@ -198,7 +139,7 @@ void attend_cache(const CacheAttention& a) {
     float* absorbed = kept[0].room(some ? segments * rows * width : 0);
     float* sums = kept[1].room(some ? rows * value_width : 0);
     float* outputs = kept[2].room(2 * rows * e);
-    const bool shifted = some && segment && a.key_mean.data, runs = segment && a.turn.is_in_runs();
+    const bool shifted = some && segment && a.key_mean.data, runs = segment && is_in_runs(a.turn);
     float* shifts = kept[3].room(shifted ? segments * rows : 0);
     float* lse = kept[4].room(3 * rows);  // of latents, window, open tokens
     std::fill(lse, lse + 3 * rows, -INFINITY);
@@ -215,40 +156,38 @@ void attend_cache(const CacheAttention& a) {
             float* turned = of_row.room(segments * size);
             for (int64_t k = 0; k < segments; k++) {
                 float* query = turned + k * size;
-                a.turn.turn(at(i), size, k, query, i / (h * s), runs);
-                if (shifted) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
+                rotate(a.turn, at(i), size, k, query, i / (h * s), runs);
+                if (shifted) {
+                    shifts[k * rows + i] = mean_logit(query, mean_of(a.key_mean, i / (h * s), head), size, a.scale);
+                }
             }
             absorb(a.encode, turned, segments, size, head, h, &absorbed[i * width], rows * width);
         }
         CachePart latents = a.latents;
         latents.call.segment = segment, latents.call.query_segment = rows * width;
         latents.call.shift = shifted ? shifts : nullptr;
-        run_part(latents, {absorbed, {h * s * width, s * width, width}}, sums, &lse[0]);
+        run_part(latents, {absorbed, h * s * width, s * width, width}, sums, &lse[0]);
     }
     if (window) run_part(a.window, a.query, &outputs[0], &lse[rows]);
     run_part(a.opened, a.query, &outputs[rows * e], &lse[2 * rows]);
     const int threads = threads_for(rows, some ? rows * e * value_width : 0, a.opened.call.threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
+        const int64_t sequence = i / (h * s), head = i / s % h;
         // Logits of latents and window are differences from means; those of segments have been shifted.
-        const float shift = a.key_mean.data ? float(a.scale) * a.key_mean.dot(at(i), i / (h * s), i / s % h) : 0.0f;
-        lse[i] += segment ? 0.0f : shift, lse[rows + i] += shift;
-        const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
-        float weights[3], total = 0;
-        for (int part = 0; part < 3; part++) {
-            weights[part] = top == -INFINITY ? 0.0f : std::exp(lse[part * rows + i] - top);
-            total += weights[part];
-        }
-        const float inverse = total == 0 ? 0.0f : 1 / total;
-        const float *first = &outputs[i * e], *second = &outputs[(rows + i) * e];
-        float* out = a.output + i * e;
-        for (int64_t c = 0; c < e; c++) {
-            out[c] = inverse * ((window ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
-        }
-        if (some) expand(a.decode, &sums[i * value_width], i / s % h, h, inverse * weights[0], out);
-        if (a.value_mean.data) {
-            const float* mean = a.value_mean.of(i / (h * s), i / s % h);
-            for (int64_t c = 0; c < e; c++) out[c] += inverse * (weights[0] + weights[1]) * mean[c];
-        }
+        const float* mean = a.key_mean.data ? mean_of(a.key_mean, sequence, head) : nullptr;
+        const float shift = mean ? mean_logit(at(i), mean, a.head_size, a.scale) : 0.0f;
+        static thread_local Kept kept_latents;
+        float *out = a.output + i * e, *latents = kept_latents.room(value_width);
+        const auto each = [&](auto f) {
+            if (some) f(ReadPart{lse[i] + (segment ? 0.0f : shift), &sums[i * value_width], true, true});
+            if (window) f(ReadPart{lse[rows + i] + shift, &outputs[i * e], false, true});
+            f(ReadPart{lse[2 * rows + i], &outputs[(rows + i) * e], false, false});
+        };
+        const float of_means = merge_parts(each, out, e, latents, some ? value_width : 0);
+        if (some) expand(a.decode, latents, head, h, out);
+        if (a.value_mean.data) add_mean(mean_of(a.value_mean, sequence, head), of_means, e, out);
     }
 }
+
+}  // namespace

@@ -1,4 +1,11 @@
-//: Powers of two of vectors. Stands behind vectors.h.
+// Powers of two of vectors.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
 // 2^f for f in [-1/2, 1/2].
 INLINE Floats power_of_2(Floats f) {
     Floats y = f * 0.00015353361f + 0.0013398874f;
@@ -25,3 +32,5 @@ INLINE Floats exp2(Floats x) {
     return x < -126.0f ? Floats{} : power_of_2(part) * (Floats)power;
 #endif
 }
+
+}  // namespace

@@ -1,4 +1,26 @@
-//: Weights in the blocks of GGUF files, times a few rows of input. Part of block_linear.cpp, behind products.h.
+// Weights in the blocks of GGUF files, times a few rows of input.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "gguf_formats.h"
+#include "products.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ blocks
 //
 // A row of a weight is blocks of 32 or 256 numbers. 32 numbers of a block are a group:
@@ -12,38 +34,13 @@
 
 #define INLINE_CALL __attribute__((always_inline))  // of a lambda
 
-constexpr int GROUP = 32, EIGHT = 8;  // numbers of a group, rows side by side
+constexpr int GROUP = 32;  // numbers of a group
 
 typedef uint8_t Codes __attribute__((vector_size(32)));
 
-struct Field {
-    int64_t begin, unit;  // of a block: bytes that stay together from here on
-};
-
-constexpr Field field_of(Format format, int64_t at) {  // _FIELDS of gguf_blocks.py
-    const auto of = [at](std::initializer_list<Field> fields) {
-        Field found = {0, 1};
-        for (const Field& field : fields) found = at >= field.begin ? field : found;
-        return found;
-    };
-    switch (format) {
-        case Q4_0:
-        case Q8_0:
-        case IQ4_NL: return of({{0, 2}, {2, 4}});
-        case Q4_1: return of({{0, 2}, {4, 4}});
-        case Q2_K: return of({{0, 1}, {16, 4}, {80, 2}});
-        case Q3_K: return of({{0, 4}, {96, 1}, {108, 2}});
-        case Q4_K:
-        case Q5_K: return of({{0, 2}, {4, 1}, {16, 4}});
-        case Q6_K: return of({{0, 4}, {192, 1}, {208, 2}});
-        case IQ4_XS: return of({{0, 2}, {4, 1}, {8, 4}});
-    }
-    return {0, 1};
-}
-
 // Where a byte of a block of one of eight rows stands.
 constexpr int64_t place_of(Format format, int64_t at, int64_t row) {
-    const Field field = field_of(format, at);
+    const FormatField field = field_of(format, at);
     const int64_t of_field = at - field.begin, unit = field.unit;
     return EIGHT * (field.begin + of_field / unit * unit) + row * unit + of_field % unit;
 }
@@ -704,3 +701,5 @@ void with_format(int64_t format, F f) {
         case IQ4_XS: return f(OfIQ4_XS());
     }
 }
+
+}  // namespace

@@ -13,8 +13,6 @@
 // reads such rows again, encodes them by a basis [J,R,n*D] and packs them behind the packed latents of a cache.
 //
 // Kernels compute in float32: queries and outputs of 16 bits are converted here.
-//
-// Build: c++ -O3 -std=c++20 -shared -fPIC -I TORCH/include -L TORCH/lib -ltorch_cpu
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -41,25 +39,17 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
+#include "attend_operands.h"
+#include "cache_attention.h"
+#include "gguf_formats.h"
+#include "pack_call.h"
+#include "skinny_call.h"
+#include "window_rows.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// ------------------------------------------------------------------------------------------------ structs of kernels
-
-#include "kernel_call.h"
-#include "turning.h"
-#include "pack_call.h"
-#include "skinny_call.h"
-#include "gguf_formats.h"
-#include "cache_attention.h"
-#include "window_rows.h"
-
-struct Tier {
-    int64_t bits, width;
-    double step;
-};
 
 struct Kernel {
     void (*run)(const Attention*);
@@ -90,6 +80,10 @@ Kernel find(const std::string& name) {
     return found->second;
 }
 
+Type type_of(ScalarType type) {
+    return type == ScalarType::Float ? FLOAT32 : type == ScalarType::BFloat16 ? BFLOAT16 : FLOAT16;
+}
+
 Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (int i = int(sizes.size()) - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
@@ -100,7 +94,7 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
     return Tensor(made);
 }
 
-Rows rows_of(const Tensor& x) { return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}}; }
+Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Rows side(const std::string& name, const Tensor& x, const Tensor& query, int64_t tokens) {
     const bool fits = x.dim() == 4 && x.size(0) == query.size(0) && query.size(1) % x.size(1) == 0 &&
@@ -125,8 +119,8 @@ void set_mask(const std::string& name, const Tensor& mask, const int64_t (&sizes
         expect(size == sizes[i] || size == 1, name, "a mask that does not fit");
         strides[i] = size == 1 ? 0 : mask.stride(i - missing);
     }
-    a.mask_kind = mask.scalar_type() == ScalarType::Bool ? 1 : 2;
-    a.mask = {mask.data_ptr(), {strides[0], strides[1], strides[2]}};
+    a.mask_kind = mask.scalar_type() == ScalarType::Bool ? BOOL_MASK : ADDITIVE_MASK;
+    a.mask = {mask.data_ptr(), strides[0], strides[1], strides[2]};
     a.mask_token = strides[3];
 }
 
@@ -192,7 +186,7 @@ struct Queries {
     }
 
     static Rows dense(const float* data, int64_t h, int64_t s, int64_t width) {
-        return {data, {h * s * width, s * width, width}};
+        return {data, h * s * width, s * width, width};
     }
 };
 
@@ -215,7 +209,7 @@ struct Call {
 // The kernel of `c`, for queries [B,H,S,R_K].
 CachePart part(const Kernel& kernel, const Call& c, const Tensor& query) {
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), tokens = c.key.size(2);
-    Attention a{b, h, s, tokens, c.key.size(1), c.value.size(1), int64_t(torch::stable::get_num_threads()), 0};
+    Attention a{b, h, s, tokens, c.key.size(1), c.value.size(1), int64_t(torch::stable::get_num_threads()), NO_MASK};
     a.key = side(c.name, c.key, query, tokens);
     a.value = side(c.name, c.value, query, tokens);
     a.key_scale = scales(c.name, c.key_scale, c.key, kernel.scaled(0));
@@ -303,17 +297,9 @@ Turning turning_of(const std::string& name, const std::optional<Tensor>& pairs, 
             segment, of_each ? phases->stride(0) : 0};
 }
 
-// clang-format off
-Tensor attend_kernel(
-    std::string latents, std::string window, std::string opened, Tensor query, Tensor key, Tensor value,
-    Tensor key_rows, std::optional<Tensor> key_scale, Tensor key_decode,
-    Tensor value_rows, std::optional<Tensor> value_scale, Tensor value_decode,
-    std::optional<Tensor> window_keys, std::optional<Tensor> window_key_scale,
-    std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
-    std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far, std::optional<Tensor> lengths,
-    std::optional<Tensor> key_mean, std::optional<Tensor> value_mean, std::optional<Tensor> turn_pairs,
-    std::optional<Tensor> turn_phases, int64_t segment, double scale, double softcap) {
-    // clang-format on
+// Its operands are named in fhopt/ops/cache_operands.py.
+Tensor attend_kernel(std::string latents, std::string window, std::string opened, ATTEND_OPERANDS, double scale,
+                     double softcap) {
     const Kernel of_latents = find(latents), of_opened = find(opened);
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);
     const int64_t rows = b * h * s, width = of_latents.key_width, value_width = of_latents.value_width;
@@ -370,7 +356,7 @@ std::tuple<Tensor, Tensor> pack_kernel(
     // clang-format on
     const int dims = int(latent.dim()) - 1;
     const Tiers tiers(bits, widths, steps);
-    Pack a{{1, 1, 1}, int64_t(torch::stable::get_num_threads())};
+    Pack a{1, 1, 1, int64_t(torch::stable::get_num_threads())};
     a.width = tiers.width;
     expect(dims >= 0 && dims <= 3 && latent.size(dims) == a.width, "pack", "latents of another width");
     if (latent.stride(dims) != 1) latent = torch::stable::contiguous(latent);
@@ -379,19 +365,18 @@ std::tuple<Tensor, Tensor> pack_kernel(
     sizes.push_back(tiers.row_bits / 8);
     Tensor codes = empty(sizes, ScalarType::Byte);
     const ScalarType type = latent.scalar_type();
-    a.type = type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
+    a.type = type_of(type);
     a.tiers = tiers.all.data();
-    a.count = int64_t(tiers.all.size());
-    a.latent.data = latent.data_ptr();
-    a.codes.data = codes.data_ptr();
-    a.scale.data = scale.data_ptr();
-    for (int i = 0; i < 3; i++) {
-        const int from = i - (3 - dims);
-        a.shape[i] = from < 0 ? 1 : latent.size(from);
-        a.latent.strides[i] = from < 0 ? 1 : latent.stride(from);
-        a.codes.strides[i] = from < 0 ? 1 : codes.stride(from);
-        a.scale.strides[i] = from < 0 ? 1 : scale.stride(from);
-    }
+    a.tier_count = int64_t(tiers.all.size());
+    // Of up to three leading dimensions, the last ones: those that are missing have one row.
+    const auto rows = [&](const Tensor& x) {
+        const auto stride = [&](int i) { return i < 3 - dims ? 1 : x.stride(i - 3 + dims); };
+        return Rows{x.data_ptr(), stride(0), stride(1), stride(2)};
+    };
+    a.batch = dims > 2 ? latent.size(dims - 3) : 1;
+    a.heads = dims > 1 ? latent.size(dims - 2) : 1;
+    a.tokens = dims > 0 ? latent.size(dims - 1) : 1;
+    a.latent = rows(latent), a.codes = rows(codes), a.scale = rows(scale);
     run_pack(&a);
     return {codes, scale};
 }
@@ -407,7 +392,7 @@ void round_rows(const Tensor& x, const CacheMean& means, const Tensor& codes, co
                               (at + s) * codes.stride(2);
                 c10::Half* its_scale = static_cast<c10::Half*>(scale.data_ptr()) + b * scale.stride(0) +
                                        g * scale.stride(1) + (at + s) * scale.stride(2);
-                round_row(row, means.data ? means.of(b, g) : nullptr, x.size(3), to, *its_scale);
+                round_row(row, means.data ? mean_of(means, b, g) : nullptr, x.size(3), to, *its_scale);
             }
         }
     }
@@ -458,7 +443,7 @@ struct OldTokens {
         const int64_t tokens = codes.size(2), width = codes.size(3);
         static thread_local Kept kept;
         float *row = kept.room(2 * width), *turned = row + width;
-        const float* mean = means.data ? means.of(b, g) : nullptr;
+        const float* mean = means.data ? mean_of(means, b, g) : nullptr;
         for (int64_t t = 0; t < tokens; t++) {
             const uint8_t* from = static_cast<const uint8_t*>(codes.data_ptr()) + b * codes.stride(0) +
                                   g * codes.stride(1) + t * codes.stride(2);
@@ -467,7 +452,7 @@ struct OldTokens {
             if (type == ScalarType::Float) unround_row<float>(from, its, mean, width, row);
             else if (type == ScalarType::BFloat16) unround_row<c10::BFloat16>(from, its, mean, width, row);
             else unround_row<c10::Half>(from, its, mean, width, row);
-            if (turn.segment) turn.turn(row, width, (first + t) / turn.segment, turned, b, runs);
+            if (turn.segment) rotate(turn, row, width, (first + t) / turn.segment, turned, b, runs);
             const float* to_encode = turn.segment ? turned : row;
             for (int64_t i = 0; i < width; i++) x[i * tokens + t] = mean ? to_encode[i] - mean[i] : to_encode[i];
         }
@@ -499,8 +484,7 @@ double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64
     const Turning turn = turning_of(name, turn_pairs, turn_phases, segment, at + tokens, batch, width);
     const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
     const OldTokens old{
-        codes, scale,      means(name, mean, batch, groups, width), turn, turn.segment && turn.is_in_runs(),
-        at,    types[type]};
+        codes, scale, means(name, mean, batch, groups, width), turn, turn.segment && is_in_runs(turn), at, types[type]};
     const int64_t threads = torch::stable::get_num_threads(), share = groups / heads;
     static thread_local Kept kept;
     const int64_t count = batch * heads * tokens * rank;
@@ -512,18 +496,18 @@ double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64
         float *x = of_thread.room((wide + rank) * tokens), *columns = x + wide * tokens;
         for (int64_t g = 0; g < share; g++) old.read(i / heads, i % heads * share + g, x + g * width * tokens);
         const float* its = static_cast<const float*>(basis.data_ptr()) + i % heads * rank * wide;
-        times_all(its, rank, wide, x, wide, tokens, columns, tokens);
+        times_all<OfFloat32>(its, rank, wide, x, wide, tokens, columns, tokens);
         float* rows = latents + i * tokens * rank;
         for (int64_t t = 0; t < tokens; t++) {
             for (int64_t r = 0; r < rank; r++) rows[t * rank + r] = columns[r * tokens + t];
         }
     }
-    Pack a{{batch, heads, tokens}, threads, 0, tiers.all.data(), int64_t(tiers.all.size()), tiers.width};
-    a.latent = {latents, {heads * tokens * rank, tokens * rank, rank}};
-    a.codes = {static_cast<uint8_t*>(packed.data_ptr()) + at * packed.stride(2),
-               {packed.stride(0), packed.stride(1), packed.stride(2)}};
-    a.scale = {static_cast<c10::Half*>(packed_scale.data_ptr()) + at * packed_scale.stride(2),
-               {packed_scale.stride(0), packed_scale.stride(1), packed_scale.stride(2)}};
+    Pack a{batch, heads, tokens, threads, FLOAT32, tiers.all.data(), int64_t(tiers.all.size()), tiers.width};
+    a.latent = {latents, heads * tokens * rank, tokens * rank, rank};
+    a.codes = {static_cast<uint8_t*>(packed.data_ptr()) + at * packed.stride(2), packed.stride(0), packed.stride(1),
+               packed.stride(2)};
+    a.scale = {static_cast<c10::Half*>(packed_scale.data_ptr()) + at * packed_scale.stride(2), packed_scale.stride(0),
+               packed_scale.stride(1), packed_scale.stride(2)};
     run_pack(&a);
     double energy = 0;
     for (int64_t i = 0; i < count; i += tiers.width) {
@@ -544,7 +528,7 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
     const ScalarType type = input.scalar_type();
     expect(dims >= 1 && weight.dim() == 2, name, "a weight of other dimensions");
     const int64_t width = input.size(dims - 1);
-    const Size size = size_of(format);
+    const FormatSize size = size_of(format);
     expect(!format || has_blocks, name, "no code to run on the blocks of a weight");
     const bool is_wide = format ? size.numbers && width % size.numbers == 0 &&
                                       weight.size(1) == width / size.numbers * size.bytes
@@ -571,8 +555,8 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
     for (int i = 0; i < dims - 1; i++) rows *= input.size(i);
     // clang-format off
     const Skinny a{rows, width, weight.size(0), int64_t(torch::stable::get_num_threads()),
-                   (type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2) +
-                       (format ? FORMATS * format : scale ? 3 : 0),
+                   type_of(type) +
+                       (format ? FORMATS * format : scale ? SIGNED_BYTES : 0),
                    input.data_ptr(), width, weight.data_ptr(), weight.stride(0),
                    bias ? bias->data_ptr() : nullptr, output.data_ptr(),
                    scale ? static_cast<const float*>(scale->data_ptr()) : nullptr, 0};

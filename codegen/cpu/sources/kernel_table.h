@@ -1,31 +1,40 @@
-//: What a kernel is made for, as tables. Part of attention.cpp.
+// What a kernel is made for, as tables.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "byte_layout.h"
+#include "kernel_call.h"
+#include "vectors.h"
+#include "word_layout.h"
+
+namespace {
+
 // Rows are fetched so many bytes before they are read, into the second-level cache: more lines can be under way to it
 // than to the first, and memory answers within the time of some KB of rows.
 constexpr int FETCHED = 16384;
 
-enum Stored : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // numbers of rows that are not quantized
+inline bool is_trellis(const Tier& tier) { return tier.bits < 16 && tier.step < 0; }
 
-// A bit group: 16 bits are float16, not codes. With a negative step it has a trellis code, of steps of its magnitude.
-struct Tier {
-    int64_t bits, width;
-    double step;
-
-    bool is_trellis() const { return bits < 16 && step < 0; }
-    float middle() const { return bits < 16 ? 0.5f * ((1 << (is_trellis() ? 8 : bits)) - 1) : 0.0f; }
-};
+// The code that stands for 0.
+inline float middle_of(const Tier& tier) {
+    return tier.bits < 16 ? 0.5f * ((1 << (is_trellis(tier) ? 8 : tier.bits)) - 1) : 0.0f;
+}
 
 constexpr int MOST_TOKENS = 256;  // of a tile
 // From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
 // cache sets.
 constexpr int TILE = MOST_TOKENS + 16;
 
-#include "byte_layout.h"
-#include "word_layout.h"
-
 // Rows of keys or of values.
 struct Side {
     std::vector<Tier> tiers;  // none: not quantized
-    Stored stored;
+    Type stored;  // of numbers that are not quantized
+
     int width, pad, bytes, element;  // R; floats of an unpacked row, whole vectors; of a row; of what strides count
     int reach;                       // bytes from the begin of a row to the end of what may be read with it
     int ahead;                       // rows between the one that is read and the one that is fetched
@@ -34,7 +43,7 @@ struct Side {
     Layout layout;
 
     Side(const Tier* given, int64_t count, int64_t R, int64_t type, bool values)
-        : tiers(given, given + count), stored(count ? FLOAT32 : Stored(type)), width(int(R)), pad(padded(width)),
+        : tiers(given, given + count), stored(count ? FLOAT32 : Type(type)), width(int(R)), pad(padded(width)),
           bytes(0), element(count               ? 1
                             : stored == FLOAT32 ? 4
                                                 : 2),
@@ -42,10 +51,10 @@ struct Side {
         int bit = 0, channel = 0;
         for (const Tier& tier : tiers) {
             const int bits = int(tier.bits);
-            layout.add(bits, int(tier.width), bit, channel, tier.is_trellis());
+            layout.add(bits, int(tier.width), bit, channel, is_trellis(tier));
             for (int i = 0; i < tier.width; i++, channel++) {
                 step[channel] = bits < 16 ? float(std::abs(tier.step)) : 1.0f;
-                middle[channel] = tier.middle();
+                middle[channel] = middle_of(tier);
             }
             bit += bits * int(tier.width);
             scaled |= bits < 16;
@@ -125,3 +134,7 @@ struct Kernel {
                          value.integer ? value.layout.bytes_of_tile(true, tokens) : 0);
     }
 };
+
+INLINE const Kernel& kernel_of(const Attention& a) { return *static_cast<const Kernel*>(a.kernel); }
+
+}  // namespace

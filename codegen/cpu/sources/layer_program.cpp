@@ -8,8 +8,6 @@
 //     externals  addresses of tensors: weights, and what goes in and out; LOAD and STORE convert their types
 //
 // Sizes have four dimensions, the last one innermost; strides count floats, 0 where a value is repeated.
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -shared -fPIC
 
 #include <algorithm>
 #include <chrono>
@@ -25,66 +23,16 @@
 #include "products.h"
 #include "typed_numbers.h"
 #include "window_rows.h"
-#include "kernel_call.h"
-#include "turning.h"
-#include "skinny_call.h"
 #include "cache_attention.h"
+#include "program_call.h"
 
-// ------------------------------------------------------------------------------------------------ instructions
-
-enum Code : int64_t {
-    LOAD,
-    STORE,
-    COPY,
-    FILL,
-    ADD,
-    SUBTRACT,
-    MULTIPLY,
-    DIVIDE,
-    LARGEST,
-    LEAST,
-    NEGATE,
-    ABSOLUTE,
-    SQUARE_ROOT,
-    INVERSE_ROOT,
-    INVERSE,
-    EXPONENTIAL,
-    TANH,
-    SIGMOID,
-    SILU,
-    GELU,
-    GELU_TANH,
-    RELU,
-    MEAN,
-    SUM,
-    LINEAR
-};
-
-struct View {
-    int64_t offset, strides[4];  // in the arena
-};
-
-struct Instruction {
-    int64_t code, sizes[4];
-    View out, a, b;
-    int64_t external, type;      // LOAD, STORE and LINEAR: of which tensor (the weight), numbers of which type
-    int64_t strides[4], offset;  // LOAD: of the tensor, in its numbers
-    double number;               // FILL
-    int64_t bias, scale, weight_row, joined;  // LINEAR: externals or -1; how many instructions read the same input
-};
-
-struct Run {
-    const Instruction* instructions;
-    int64_t count, arena, threads;
-    void* const* externals;
-    void (*skinny)(const Skinny*, int64_t);
-};
+namespace {
 
 // ------------------------------------------------------------------------------------------------ loops
 
 // Calls f(out, a, b, size, strides) for every innermost row.
 template <class F>
-void rows(const Instruction& i, float* arena, F f) {
+void rows(const PackedInstruction& i, float* arena, F f) {
     for (int64_t x = 0; x < i.sizes[0]; x++) {
         for (int64_t y = 0; y < i.sizes[1]; y++) {
             for (int64_t z = 0; z < i.sizes[2]; z++) {
@@ -98,7 +46,7 @@ void rows(const Instruction& i, float* arena, F f) {
 }
 
 template <class F>
-void two(const Instruction& i, float* arena, F f) {
+void two(const PackedInstruction& i, float* arena, F f) {
     const int64_t n = i.sizes[3], out_step = i.out.strides[3], a_step = i.a.strides[3], b_step = i.b.strides[3];
     rows(i, arena, [&](float* out, const float* a, const float* b) {
         if (out_step == 1 && a_step == 1 && b_step == 1) {
@@ -113,13 +61,13 @@ void two(const Instruction& i, float* arena, F f) {
 }
 
 template <class F>
-void one(const Instruction& i, float* arena, F f) {
+void one(const PackedInstruction& i, float* arena, F f) {
     two(i, arena, [&](float a, float) { return f(a); });
 }
 
 // f of vectors.
 template <class F>
-void vectors(const Instruction& i, float* arena, F f) {
+void vectors(const PackedInstruction& i, float* arena, F f) {
     const int64_t n = i.sizes[3], out_step = i.out.strides[3], step = i.a.strides[3];
     rows(i, arena, [&](float* out, const float* a, const float*) {
         int64_t k = 0;
@@ -137,7 +85,7 @@ void vectors(const Instruction& i, float* arena, F f) {
     });
 }
 
-void sums(const Instruction& i, float* arena, float factor) {
+void sums(const PackedInstruction& i, float* arena, float factor) {
     const int64_t n = i.sizes[3], step = i.a.strides[3];
     rows(i, arena, [&](float* out, const float* a, const float*) {
         Floats total = {};
@@ -180,7 +128,7 @@ INLINE Floats gelu_tanh(Floats x) { return x * sigmoid((x * x * 0.044715f + 1.0f
 
 // Calls f(arena, tensor) for every number of a LOAD or a STORE.
 template <class T, class F>
-void each(const Instruction& i, float* arena, void* tensor, F f) {
+void each(const PackedInstruction& i, float* arena, void* tensor, F f) {
     T* numbers = static_cast<T*>(tensor) + i.offset;
     const View& v = i.out;
     for (int64_t x = 0; x < i.sizes[0]; x++) {
@@ -199,22 +147,22 @@ void each(const Instruction& i, float* arena, void* tensor, F f) {
 }
 
 template <class T>
-void convert(const Instruction& i, float* arena, void* tensor) {
+void convert(const PackedInstruction& i, float* arena, void* tensor) {
     typedef typename T::Element Element;
     if (i.code == LOAD) each<Element>(i, arena, tensor, [](float& x, Element& y) { x = T::number(y); });
     else each<Element>(i, arena, tensor, [](float& x, Element& y) { y = T::rounded(x); });
 }
 
-void transfer(const Instruction& i, float* arena, void* tensor) {
+void transfer(const PackedInstruction& i, float* arena, void* tensor) {
     if (i.type == 0) convert<OfFloat32>(i, arena, tensor);
     else if (i.type == 1) convert<OfBFloat16>(i, arena, tensor);
     else convert<OfFloat16>(i, arena, tensor);
 }
 
-void linear(const Run& run, const Instruction* first, float* arena) {
+void linear(const ProgramRun& run, const PackedInstruction* first, float* arena) {
     Skinny products[16];
     for (int64_t p = 0; p < first->joined; p++) {
-        const Instruction& i = first[p];
+        const PackedInstruction& i = first[p];
         const auto external = [&](int64_t index) { return index < 0 ? nullptr : run.externals[index]; };
         products[p] = {i.sizes[1],
                        i.sizes[2],
@@ -233,7 +181,7 @@ void linear(const Run& run, const Instruction* first, float* arena) {
     run.skinny(products, first->joined);
 }
 
-void step(const Run& run, const Instruction& i, float* arena) {
+void step(const ProgramRun& run, const PackedInstruction& i, float* arena) {
     switch (i.code) {
         case LOAD:
         case STORE: return transfer(i, arena, run.externals[i.external]);
@@ -265,25 +213,9 @@ void step(const Run& run, const Instruction& i, float* arena) {
 
 // ------------------------------------------------------------------------------------------------ decode steps
 
-// Keys or values: the new token of each sequence, and where it goes.
-struct Append {
-    const void* tokens;  // [B,G,1,D], dense, of the type of the step
-    int64_t heads, width;
-    void* opened;  // [B,G,N,D], dense: what is kept exactly, and the new token behind
-    int64_t open_tokens;
-    uint8_t* codes;  // [B,G,M,D], of the window
-    int64_t code_strides[3];
-    void* scale;  // float16 [B,G,M]
-    int64_t scale_strides[3], at;  // the place in the window
-};
-
-struct DecodeStep {
-    Run before, after;
-    Type type;
-    const void* query;  // [B,H,1,D], dense
-    void* attended;     // [B,1,H,E], dense
-    CacheAttention attention;
-    Append sides[2];
+struct BFloat16Bits {
+    uint16_t bits;
+    operator float() const { return from_bits(uint32_t(bits) << 16); }
 };
 
 struct Float16Bits {
@@ -292,7 +224,7 @@ struct Float16Bits {
 };
 
 // The new token goes behind the open ones, for attention to read.
-void open(const Append& side, int64_t batch, int64_t size) {
+void open(const CacheAppend& side, int64_t batch, int64_t size) {
     const int64_t row = side.width * size;
     for (int64_t i = 0; i < batch * side.heads; i++) {
         std::memcpy(static_cast<char*>(side.opened) + (i * side.open_tokens + side.open_tokens - 1) * row,
@@ -301,7 +233,7 @@ void open(const Append& side, int64_t batch, int64_t size) {
 }
 
 template <class T>
-void round_into(const Append& side, const CacheMean& mean, int64_t batch) {
+void round_into(const CacheAppend& side, const CacheMean& mean, int64_t batch) {
     for (int64_t b = 0; b < batch; b++) {
         for (int64_t g = 0; g < side.heads; g++) {
             const int64_t *codes = side.code_strides, *scales = side.scale_strides;
@@ -314,17 +246,12 @@ void round_into(const Append& side, const CacheMean& mean, int64_t batch) {
     }
 }
 
-void append(Append& side, const CacheMean& mean, int64_t batch, Type type) {
+void append(CacheAppend& side, const CacheMean& mean, int64_t batch, Type type) {
     if (type == FLOAT32) round_into<float>(side, mean, batch);
-    else if (type == BFLOAT16) round_into<Bits16>(side, mean, batch);
+    else if (type == BFLOAT16) round_into<BFloat16Bits>(side, mean, batch);
     else round_into<Float16Bits>(side, mean, batch);
     side.at++;
 }
-
-// Seconds that products with weights and attention take; they are added to.
-struct Spent {
-    double linear, attention;
-};
 
 // Calls f, and adds what it takes to `seconds`; null: nobody asks.
 template <class F>
@@ -335,13 +262,13 @@ void timed(double* seconds, F f) {
     *seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void attend(DecodeStep& s) {
+void attend(LayerStep& s) {
     CacheAttention a = s.attention;
     std::vector<float> query(a.batch * a.heads * a.head_size), output(a.batch * a.heads * a.value_size);
     to_floats(static_cast<const uint8_t*>(s.query), s.type, int64_t(query.size()), query.data());
-    a.query = {query.data(), {a.heads * a.head_size, a.head_size, a.head_size}};
+    a.query = {query.data(), a.heads * a.head_size, a.head_size, a.head_size};
     a.output = output.data();
-    for (const Append& side : s.sides) open(side, a.batch, bytes_of(s.type));
+    for (const CacheAppend& side : s.sides) open(side, a.batch, bytes_of(s.type));
     attend_cache(a);
     from_floats(output.data(), s.type, int64_t(output.size()), static_cast<uint8_t*>(s.attended));
     append(s.sides[0], a.key_mean, a.batch, s.type);
@@ -349,27 +276,16 @@ void attend(DecodeStep& s) {
     s.attention.window.call.tokens++;
 }
 
-void run_all(const Run& run, Spent* spent) {
+void run_all(const ProgramRun& run, SpentSeconds* spent) {
     thread_local std::vector<float> arena;
     if (int64_t(arena.size()) < run.arena) arena.resize(run.arena);
     for (int64_t i = 0; i < run.count; i += std::max<int64_t>(run.instructions[i].joined, 1)) {
-        const Instruction& next = run.instructions[i];
+        const PackedInstruction& next = run.instructions[i];
         timed(spent && next.code == LINEAR ? &spent->linear : nullptr, [&] { step(run, next, arena.data()); });
     }
 }
 
 // ------------------------------------------------------------------------------------------------ Python's objects
-
-// Functions of Python, and its None.
-struct Access {
-    void* (*item)(void* dictionary, void* name);  // null where there is none; no reference is made
-    int64_t (*size)(void* dictionary);
-    void* none;
-};
-
-struct Entry {
-    void *dictionary, *name, *value;
-};
 
 constexpr int64_t AHEAD = 16;  // dictionaries whose heads are fetched before they are looked at
 
@@ -377,7 +293,7 @@ constexpr int64_t AHEAD = 16;  // dictionaries whose heads are fetched before th
 
 // Whether dictionaries of Python hold what they held, nothing being as good as None, and others are empty. The caller
 // keeps Python's lock, where there is one, and all of the objects; what is found is compared and never followed.
-extern "C" int64_t are_held(const Access* access, const Entry* entries, int64_t count, void* const* empty,
+extern "C" int64_t are_held(const Access* access, const HeldEntry* entries, int64_t count, void* const* empty,
                             int64_t empty_count) {
     for (int64_t i = 0; i < empty_count; i++) {
         __builtin_prefetch(empty[std::min(i + AHEAD, empty_count - 1)]);
@@ -391,11 +307,11 @@ extern "C" int64_t are_held(const Access* access, const Entry* entries, int64_t 
     return 1;
 }
 
-extern "C" void run_layer(const Run* run) { run_all(*run, nullptr); }
+extern "C" void run_layer(const ProgramRun* run) { run_all(*run, nullptr); }
 
 // What comes before attention, attention on the cache, what comes after; the new token is in the cache then.
 // Of several layers, one after the other. spent: null where nobody asks.
-extern "C" void run_decode_steps(DecodeStep* const* steps, int64_t count, Spent* spent) {
+extern "C" void run_decode_steps(LayerStep* const* steps, int64_t count, SpentSeconds* spent) {
     for (int64_t i = 0; i < count; i++) {
         run_all(steps[i]->before, spent);
         timed(spent ? &spent->attention : nullptr, [&] { attend(*steps[i]); });

@@ -15,8 +15,6 @@
 //
 // The codes are read once for all hidden states, a block of 16 rows in the lanes of a vector. Products of bytes are
 // exact; the rest is float32, whose own errors are within the bounds. Exact logits have the bits of `skinny`.
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <cmath>
@@ -28,40 +26,13 @@
 #include <vector>
 
 #include "vectors.h"
-
+#include "byte_products.h"
 #include "products.h"
+#include "lm_head_call.h"
 
-// ------------------------------------------------------------------------------------------------ arguments
+namespace {
 
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-struct Arguments {
-    int64_t rows, width, rank, lead, blocks, vocabulary, clusters, threads;
-    Type type;                      // of hidden states, weight and bias
-    const void* hidden;             // [M,C], `hidden_row` numbers from one row to the next
-    int64_t hidden_row;
-    const void* weight;             // [V,C]
-    int64_t weight_row;
-    const void* bias;               // [V], or null
-    const uint16_t* transform;      // [R,C], bfloat16; null: h' = h
-    const float* centre;            // [C]
-    const uint8_t* codes;           // [blocks]
-    int64_t block_bytes;
-    const uint16_t* centroids;      // [K,R], bfloat16
-    const float* radii;             // [K]
-    int64_t cluster_blocks;
-    int64_t probes;                 // clusters to look at; 0: all
-    double spread, transform_norm, largest;
-    int64_t keep, budget;
-    double margin, softcap;
-    int32_t* ids;                   // [M,budget]
-    float* values;                  // [M,budget]
-    int32_t* counts;                // [M]
-    float *estimates, *bounds;      // [M,V], or null
-    void* logits;                   // [M,V] in `type`, or null: exact logits, -inf where none was computed
-};
-
-constexpr int BLOCK = 16;            // rows of a block
+constexpr int BLOCK = HEAD_BLOCK;
 constexpr float UNIT = 0x1p-24f;     // of rounding in float32
 
 struct Numbers {                     // of the rows of a block, behind its codes
@@ -79,10 +50,6 @@ struct Query {
     float lost1, lost2;              // |h' - h^|, rounded up
     float norm;                      // |h'| of both
 };
-
-// ------------------------------------------------------------------------------------------------ products of bytes
-
-#include "byte_products.h"
 
 INLINE Floats16 numbers(const uint16_t* p) {
     typedef uint16_t Halves16 __attribute__((vector_size(32)));
@@ -119,7 +86,7 @@ double to_codes(const float* x, int64_t n, int8_t* codes, float& half_step, int3
 }
 
 // What the scan needs of h [C] and h' [R], beside the codes of h'.
-Query prepare(const Arguments& a, const float* h, const float* rotated, int8_t* codes) {
+Query prepare(const HeadSearch& a, const float* h, const float* rotated, int8_t* codes) {
     Query q{};
     const double norm = norm_of(h, a.width), size = norm_of(rotated, a.rank);
     double offset = 0;
@@ -179,7 +146,7 @@ void product(const uint16_t* w, int64_t rows, int64_t width, const Matrix& x, in
 // ------------------------------------------------------------------------------------------------ scan
 
 struct Scan {
-    const Arguments& a;
+    const HeadSearch& a;
     const Query* queries;            // [M]
     const int8_t* codes;             // [M,R]
     float* bounds;                   // [M, blocks * BLOCK]
@@ -191,7 +158,7 @@ struct Scan {
     }
 };
 
-INLINE float bias_at(const Arguments& a, int64_t row) {
+INLINE float bias_at(const HeadSearch& a, int64_t row) {
     if (a.type == FLOAT32) return static_cast<const float*>(a.bias)[row];
     const uint16_t half = static_cast<const uint16_t*>(a.bias)[row];
     return a.type == BFLOAT16 ? from_bits(uint32_t(half) << 16) : from_float16(half);
@@ -323,7 +290,7 @@ void bound_cluster(const Scan& s, int64_t m, int64_t cluster, float centre) {
 
 // The `probes` clusters that come first by h'.m + spread |h'| r, in the order of memory.
 void choose_clusters(const Scan& s, int64_t m, const float* centres, int32_t* chosen) {
-    const Arguments& a = s.a;
+    const HeadSearch& a = s.a;
     std::vector<std::pair<float, int32_t>> order(a.clusters);
     for (int64_t k = 0; k < a.clusters; k++) {
         order[k] = {-(centres[k] + float(a.spread) * s.queries[m].norm * a.radii[k]), int32_t(k)};
@@ -336,7 +303,7 @@ void choose_clusters(const Scan& s, int64_t m, const float* centres, int32_t* ch
 }
 
 void scan_probed(const Scan& s, const Matrix& rotated, const Matrix& centres, int threads) {
-    const Arguments& a = s.a;
+    const HeadSearch& a = s.a;
     product(a.centroids, a.clusters, a.rank, rotated, a.rows, centres, threads);
     std::fill(s.largest, s.largest + a.rows * a.blocks, -INF);
     std::vector<int32_t> chosen(a.rows * a.probes, -1);
@@ -358,7 +325,7 @@ struct Candidate {
 };
 
 // The least logit that may become equal to `top` when it is rounded, capped and rounded again.
-float lowest_tie(const Arguments& a, float top) {
+float lowest_tie(const HeadSearch& a, float top) {
     const float unit = a.type == FLOAT32 ? 0x1p-22f : a.type == BFLOAT16 ? 0x1p-6f : 0x1p-9f;
     const float faint = a.type == FLOAT16 ? 0x1p-24f : 0x1p-100f;  // numbers below it may become zero
     const float lowest = top - unit * std::abs(top) - faint;
@@ -385,12 +352,12 @@ bool collect(const Scan& s, int64_t m, float least, int64_t most, std::vector<Ca
 
 template <class T>
 struct Exact {
-    const Arguments& a;
+    const HeadSearch& a;
     // clang-format off
     typename T::Input* input;        // [C], padded
     // clang-format on
 
-    Exact(const Arguments& arguments, int64_t m, void* memory)
+    Exact(const HeadSearch& arguments, int64_t m, void* memory)
         : a(arguments), input(static_cast<typename T::Input*>(memory)) {
         const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP;
         const auto* x = static_cast<const typename T::Element*>(a.hidden) + m * a.hidden_row;
@@ -421,7 +388,7 @@ bool before(const Scored& x, const Scored& y) { return x.first != y.first ? x.fi
 
 // Exact logits of `found`, largest bounds first, until no bound reaches the k-th largest logit less the margin.
 template <class T>
-void score(const Arguments& a, const Exact<T>& exact, const std::vector<Candidate>& found,
+void score(const HeadSearch& a, const Exact<T>& exact, const std::vector<Candidate>& found,
            std::vector<Scored>& scored) {
     // clang-format off
     std::vector<float> best;         // the k largest logits, a heap with the least on top
@@ -452,7 +419,7 @@ float kth_largest(const Scan& s, int64_t m, std::vector<float>& memory) {
 
 template <class T>
 int32_t find(const Scan& s, int64_t m, void* memory) {
-    const Arguments& a = s.a;
+    const HeadSearch& a = s.a;
     if (!s.queries[m].finite) return -1;
     std::vector<Candidate> found;
     std::vector<Scored> scored;
@@ -498,7 +465,7 @@ struct Memory {
 };
 
 template <class T>
-void search_as(const Arguments& a) {
+void search_as(const HeadSearch& a) {
     static thread_local Memory kept;
     const bool probing = a.probes > 0 && a.probes < a.clusters;
     const int64_t hidden_stride = Matrix::stride_for(a.width), rotated_stride = Matrix::stride_for(a.rank);
@@ -530,8 +497,8 @@ void search_as(const Arguments& a) {
 
 }  // namespace
 
-extern "C" void search(const Arguments* arguments) {
-    const Arguments& a = *arguments;
+extern "C" void search(const HeadSearch* arguments) {
+    const HeadSearch& a = *arguments;
     if (a.type == FLOAT32) search_as<OfFloat32>(a);
     else if (a.type == BFLOAT16) search_as<OfBFloat16Pairs>(a);
     else search_as<OfFloat16>(a);

@@ -13,12 +13,11 @@
 //     B batch, J latent heads, T tokens, R channels of a latent.
 //
 // A channel of 16 bits is a float16 without scale.
-// $planes
+// A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider
+// one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.
 //
 // All of it is done on 8 channels at once, since the width of every tier is a multiple of 8. Their codes are the bytes
 // of one word, low-order byte first; the bits of a plane are cut out of it and moved together by shifts.
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <cmath>
@@ -26,71 +25,21 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
+#include "trellis.h"
+#include "trellis_search.h"
+#include "vectors_of_8.h"
+#include "pack_call.h"
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(32)));  // 8 channels
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint32_t Bits __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(8)));
-
-template <class V>
-INLINE V load(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
+template <class T>
+T* row_at(const Rows& rows, int64_t b, int64_t j, int64_t t) {
+    return static_cast<T*>(const_cast<void*>(rows.data)) + b * rows.batch + j * rows.head + t * rows.token;
 }
-
-template <class V>
-INLINE void store(void* p, V v) {
-    std::memcpy(p, &v, sizeof v);
-}
-
-INLINE Floats clamp(Floats x, float low, float high) {  // NaN becomes `low`
-    x = x > low ? x : Floats{} + low;
-    return x < high ? x : Floats{} + high;
-}
-
-#include "trellis.h"
-#include "trellis_search.h"
-// ------------------------------------------------------------------------------------------------ arguments
-
-struct Tier {
-    int64_t bits, width;
-    double step;  // negative: a trellis code, of steps of this magnitude
-};
-
-struct Rows {
-    uint8_t* data;
-    int64_t batch, head, token;  // strides in elements; the last dimension is dense
-
-    template <class T>
-    T* at(int64_t b, int64_t j, int64_t t) const {
-        return reinterpret_cast<T*>(data) + b * batch + j * head + t * token;
-    }
-};
-
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-struct Arguments {
-    int64_t batch, heads, tokens, threads;
-    Type type;  // of the latents
-    const Tier* tiers;
-    int64_t count, width;  // of tiers; R
-    Rows latent;           // [B,J,T,R]
-    Rows codes;            // uint8 [B,J,T,bytes]
-    Rows scale;            // float16 [B,J,T]
-};
 
 // Calls f(b, j, t) for all rows, each of which is so much work, on as many threads as there is work for.
 template <class F>
-void for_rows(const Arguments& a, int64_t work, F f) {
+void for_rows(const Pack& a, int64_t work, F f) {
     const int64_t rows = a.batch * a.heads * a.tokens;
     const int threads = int(std::clamp<int64_t>(rows * work / 50000, 1, a.threads));  // one is worth about 10 us
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -224,10 +173,10 @@ float energy(const T* z, int64_t width) {
 }
 
 template <class T>
-uint16_t scale_of(const Arguments& a, const T* z) {
+uint16_t scale_of(const Pack& a, const T* z) {
     float sum = 0;
     int64_t coded = 0;
-    for (int64_t i = 0; i < a.count; z += a.tiers[i++].width) {
+    for (int64_t i = 0; i < a.tier_count; z += a.tiers[i++].width) {
         if (a.tiers[i].bits == 16) continue;
         sum += energy(z, a.tiers[i].width);
         coded += a.tiers[i].width;
@@ -276,10 +225,10 @@ void write_halves(const T* z, int64_t width, uint8_t* row) {
 }
 
 template <class T>
-void pack_row(const Arguments& a, const T* z, uint8_t* row, uint16_t* scale) {
+void pack_row(const Pack& a, const T* z, uint8_t* row, uint16_t* scale) {
     *scale = scale_of(a, z);
     const float inverse = 1.0f / from_float16(Halves{} + *scale)[0];
-    for (int64_t i = 0; i < a.count; i++) {
+    for (int64_t i = 0; i < a.tier_count; i++) {
         const Tier& tier = a.tiers[i];
         if (tier.bits == 16) write_halves(z, tier.width, row);
         else if (tier.step < 0) write_trellis(z, tier, inverse, row);
@@ -293,11 +242,12 @@ void pack_row(const Arguments& a, const T* z, uint8_t* row, uint16_t* scale) {
 constexpr int64_t SEARCH = 200;
 
 template <class T>
-void pack_rows(const Arguments& a) {
+void pack_rows(const Pack& a) {
     int64_t work = 0;
-    for (int64_t i = 0; i < a.count; i++) work += a.tiers[i].width * (a.tiers[i].step < 0 ? SEARCH : 1);
+    for (int64_t i = 0; i < a.tier_count; i++) work += a.tiers[i].width * (a.tiers[i].step < 0 ? SEARCH : 1);
     for_rows(a, work, [&a](int64_t b, int64_t j, int64_t t) {
-        pack_row(a, a.latent.at<const T>(b, j, t), a.codes.at<uint8_t>(b, j, t), a.scale.at<uint16_t>(b, j, t));
+        pack_row(a, row_at<const T>(a.latent, b, j, t), row_at<uint8_t>(a.codes, b, j, t),
+                 row_at<uint16_t>(a.scale, b, j, t));
     });
 }
 
@@ -331,9 +281,9 @@ INLINE void read_halves(const uint8_t* row, int64_t width, float* z) {
     for (int64_t i = 0; i < width; i += 8) store(z + i, from_float16(load<Halves>(row + 2 * i)));
 }
 
-void unpack_row(const Arguments& a, const uint8_t* row, uint16_t half, float* z) {
+void unpack_row(const Pack& a, const uint8_t* row, uint16_t half, float* z) {
     const float scale = from_float16(Halves{} + half)[0];
-    for (int64_t i = 0; i < a.count; i++) {
+    for (int64_t i = 0; i < a.tier_count; i++) {
         const Tier& tier = a.tiers[i];
         if (tier.bits == 16) read_halves(row, tier.width, z);
         else if (tier.step < 0) read_trellis(row, tier, scale, z);
@@ -345,8 +295,8 @@ void unpack_row(const Arguments& a, const uint8_t* row, uint16_t half, float* z)
 
 }  // namespace
 
-extern "C" void pack(const Arguments* arguments) {
-    const Arguments& a = *arguments;
+extern "C" void pack(const Pack* arguments) {
+    const Pack& a = *arguments;
     switch (a.type) {
         case FLOAT32: return pack_rows<float>(a);
         case BFLOAT16: return pack_rows<BFloat16>(a);
@@ -354,9 +304,10 @@ extern "C" void pack(const Arguments* arguments) {
     }
 }
 
-extern "C" void unpack(const Arguments* arguments) {
-    const Arguments& a = *arguments;
+extern "C" void unpack(const Pack* arguments) {
+    const Pack& a = *arguments;
     for_rows(a, a.width, [&a](int64_t b, int64_t j, int64_t t) {
-        unpack_row(a, a.codes.at<uint8_t>(b, j, t), *a.scale.at<uint16_t>(b, j, t), a.latent.at<float>(b, j, t));
+        unpack_row(a, row_at<uint8_t>(a.codes, b, j, t), *row_at<uint16_t>(a.scale, b, j, t),
+                   row_at<float>(a.latent, b, j, t));
     });
 }

@@ -30,43 +30,15 @@
 #include "vectors.h"
 #include "byte_products.h"
 #include "exponential.h"
-#include "kernel_call.h"
+#include "page_call.h"
 
-// ------------------------------------------------------------------------------------------------ arguments
-
-struct Sketches {
-    int64_t batch, heads, rows, channels, words, tokens, length, page_tokens, threads;
-    int64_t code_b, code_j, code_t, scale_b, scale_j, mask_b, mask_t;
-    const uint8_t* codes;
-    const uint16_t* scales;
-    const uint8_t* mask;         // or null
-    const int32_t *word_bits, *word_channels;
-    const float* word_steps;
-    const float *weights, *constant;
-};
-
-struct Choice {
-    int64_t units, most, read;
-    int64_t pages, fewest;       // that there are to choose from; that are listed however little they weigh
-    double mass, lift;
-    const float* near;           // [B,J,M]: log of the weight of what is read in any case; or null
-};
-
-struct Step {
-    int64_t width, value_width, value_heads;  // R, R_V
-    double scale;
-    void (*attend)(const Attention*);
-    const int64_t* channels;        // [J,r]
-    const float *mean, *deviation;  // [J,R]
-    const float *fill, *values;     // [H] and [B,value_heads,value_width]; or null
-    int64_t* counts;                // [4]: lists, 0, pages in them, pages that they were chosen from
-};
+namespace {
 
 constexpr int TILE = 16;         // tokens, one a lane
 constexpr int HEADS = 4;         // query rows at a time
-constexpr int WORDS = 64;        // that a row may have
+constexpr int WORDS = MAX_SKETCH_WORDS;  // that a row may have
 constexpr int AHEAD = 256;       // tokens that are fetched into the cache before they are needed
-constexpr int RUN = 1024;        // tokens that are weighed against the same largest logit
+constexpr int RUN = MAX_PAGE_TOKENS;  // tokens that are weighed against the same largest logit
 
 // The query rows of one latent head, as they are multiplied.
 struct Query {
@@ -432,12 +404,11 @@ const Weights& weighed(const Sketches& a) {
 }
 
 // What channels of a sketch and 1 are multiplied by, for each row of queries.
-void factors(const Sketches& a, const Step& s, const Attention& call, float* weights, float* constant) {
+void factors(const Sketches& a, const PagedCall& s, const Attention& call, float* weights, float* constant) {
     const int64_t heads = a.heads * a.rows, width = s.width;
     for (int64_t i = 0; i < a.batch * heads; i++) {
         const int64_t b = i / heads, h = i % heads, j = h / a.rows;
-        const float* query = static_cast<const float*>(call.query.data) + b * call.query.strides[0] +
-                             h * call.query.strides[1];
+        const float* query = static_cast<const float*>(call.query.data) + b * call.query.batch + h * call.query.head;
         const float *mean = s.mean + j * width, *deviation = s.deviation + j * width;
         const int64_t* channels = s.channels + j * a.channels;
         for (int64_t c = 0; c < a.channels; c++) {
@@ -451,7 +422,7 @@ void factors(const Sketches& a, const Step& s, const Attention& call, float* wei
 }
 
 // The mean of values takes a part of the weight that was left out.
-void stand_in(const Sketches& a, const Step& s, const Attention& call, const float* odds) {
+void stand_in(const Sketches& a, const PagedCall& s, const Attention& call, const float* odds) {
     const int64_t heads = a.heads * a.rows;
     for (int64_t i = 0; i < a.batch * heads; i++) {
         const int64_t b = i / heads, h = i % heads;
@@ -476,7 +447,8 @@ extern "C" void weigh_pages(const Sketches* given, float* estimates) {
     }
 }
 
-extern "C" void attend_pages(const Sketches* sketches, const Choice* choice, const Attention* given, const Step* step) {
+extern "C" void attend_pages(const Sketches* sketches, const Choice* choice, const Attention* given,
+                             const PagedCall* step) {
     Sketches a = *sketches;
     Attention call = *given;
     const int64_t all = a.batch * a.heads * a.rows, units = a.batch * choice->units, most = choice->most;
@@ -488,7 +460,7 @@ extern "C" void attend_pages(const Sketches* sketches, const Choice* choice, con
     const Weights& w = weighed(a);
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
     for (int64_t u = 0; u < units; u++) choose(a, *choice, w, u, &lists[u * most], step->fill ? odds.data() : nullptr);
-    call.pages = {lists.data(), {choice->units * most, most, 1}};
+    call.pages = {lists.data(), choice->units * most, most, 1};
     call.page_heads = choice->units;
     call.page_count = most;
     call.page_tokens = a.page_tokens;

@@ -1,4 +1,13 @@
-//: Products of rows with panels of vectors, whose sums stay in registers. Stands behind products.h.
+// Products of rows with panels of vectors, whose sums stay in registers.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "products.h"
+
+namespace {
 
 constexpr int VECTOR_ROWS = 6, COLUMNS = LANES == 16 ? 4 : 2;  // of sums in registers: rows, vectors of a row
 constexpr int64_t PANEL = COLUMNS * LANES;                     // numbers of a row of a panel
@@ -43,3 +52,5 @@ struct FloatWords {
         return add_product(sum, from_bits(left) - Floats{}, (Floats)right);  // x + 0 is not x where x is -0
     }
 };
+
+}  // namespace

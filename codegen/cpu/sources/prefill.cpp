@@ -19,8 +19,6 @@
 // With AVX-512 BF16 or AMX, neighbours of D and T are pairs of bfloat16, which one instruction multiplies and adds;
 // weights are rounded to bfloat16. AMX multiplies 16 rows of 32 numbers by 16 columns at once, and D' is filled up to
 // 16 pairs. Other numbers become floats, and D' is D, T' is T.
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <cmath>
@@ -43,40 +41,22 @@
 #include "products.h"
 #include "typed_numbers.h"
 #include "panels.h"
+#include "prefill_call.h"
 
-// ------------------------------------------------------------------------------------------------ arguments
+namespace {
 
-enum MaskKind : int64_t { NONE, BOOL, ADDITIVE };
+const uint8_t* row_at(const OpenAttention& a, const Rows& rows, int64_t b, int64_t h, int64_t t) {
+    return static_cast<const uint8_t*>(rows.data) +
+           (b * rows.batch + h * rows.head + t * rows.token) * bytes_of(a.type);
+}
 
-struct Rows {
-    const uint8_t* data;
-    int64_t strides[3];  // batch, head, token; in numbers, of which those of a row are dense
-};
+int64_t first_of(const OpenAttention& a, int64_t query) {
+    return a.spans ? std::clamp<int64_t>(a.spans[2 * query], 0, a.tokens) : 0;
+}
 
-struct Arguments {
-    int64_t batch, heads, groups, queries, tokens, key_size, value_size, threads;
-    Type type;  // of queries, keys and values
-    Rows query, key, value;
-    MaskKind mask_kind;
-    const void* mask;
-    int64_t mask_strides[4];  // the last is 0 or 1
-    const int64_t* spans;  // [S,2], or null: which keys a query may see, from the first to behind the last
-    Type output_type;
-    uint8_t* output;
-    int64_t output_strides[3];
-    float* lse;  // [B,H,S]
-    double scale, softcap;
-
-    const uint8_t* row(const Rows& rows, int64_t b, int64_t h, int64_t t) const {
-        return rows.data + (b * rows.strides[0] + h * rows.strides[1] + t * rows.strides[2]) * bytes_of(type);
-    }
-
-    int64_t first_of(int64_t query) const { return spans ? std::clamp<int64_t>(spans[2 * query], 0, tokens) : 0; }
-
-    int64_t end_of(int64_t query) const {
-        return spans ? std::clamp<int64_t>(spans[2 * query + 1], 0, tokens) : tokens;
-    }
-};
+int64_t end_of(const OpenAttention& a, int64_t query) {
+    return a.spans ? std::clamp<int64_t>(a.spans[2 * query + 1], 0, a.tokens) : a.tokens;
+}
 
 constexpr int64_t TILE = 256, BLOCK = 96;  // tokens and queries
 constexpr int64_t MOST_BYTES = 1 << 24;  // of keys and values in order at once, if not of one head
@@ -274,7 +254,7 @@ struct Ordered {
     ValuePanels panels;
     uint32_t *keys, *values;
 
-    explicit Ordered(const Arguments& a)
+    explicit Ordered(const OpenAttention& a)
         : key_depth(up_to(ceil_div(a.key_size, K::DEPTH), K::WORDS)), value_depth(TILE / K::DEPTH),
           tiles(ceil_div(a.tokens, TILE)), panels(a.value_size), keys(nullptr), values(nullptr) {}
 
@@ -289,7 +269,7 @@ struct Ordered {
         values = memory + key_words();
     }
 
-    void order_keys(const Arguments& a, int64_t b, int64_t g, int64_t tile) const {
+    void order_keys(const OpenAttention& a, int64_t b, int64_t g, int64_t tile) const {
         uint32_t row[PANEL][MOST_DEPTH] = {};
         const int64_t end = std::min(a.tokens, (tile + 1) * TILE);
         for (int64_t t = tile * TILE, p = 0; t < end; t += PANEL, p++) {
@@ -299,7 +279,7 @@ struct Ordered {
                 const int64_t depth = std::min(MOST_DEPTH, key_depth - from), at = from * K::DEPTH;
                 const int64_t size = std::min(depth * K::DEPTH, a.key_size - at);
                 for (int64_t c = 0; c < count; c++)
-                    K::row(a.row(a.key, b, g, t + c) + at * bytes_of(a.type), a.type, size, row[c]);
+                    K::row(row_at(a, a.key, b, g, t + c) + at * bytes_of(a.type), a.type, size, row[c]);
                 for (int64_t i = 0; i < depth; i++) {
                     uint32_t* words = to + (from + i) * PANEL;
                     for (int64_t c = 0; c < count; c++) words[c] = row[c][i];
@@ -309,7 +289,7 @@ struct Ordered {
         }
     }
 
-    void order_values(const Arguments& a, int64_t b, int64_t g, int64_t tile) const {
+    void order_values(const OpenAttention& a, int64_t b, int64_t g, int64_t tile) const {
         const int64_t first = tile * TILE, end = std::min(a.tokens, first + TILE), size = panels.panel();
         const int64_t depth = ceil_div(std::min(TILE, up_to(end - first, PANEL)), K::DEPTH);
         for (int64_t p = 0; p < panels.count; p++) {
@@ -320,7 +300,7 @@ struct Ordered {
                 std::fill(to + (t < end ? width : 0), to + size, 0u);
                 if (t >= end || !width) continue;
                 const auto at = [&](int64_t token) {
-                    return token < end ? a.row(a.value, b, g, token) + start * bytes_of(a.type) : nullptr;
+                    return token < end ? row_at(a, a.value, b, g, token) + start * bytes_of(a.type) : nullptr;
                 };
                 K::pair(at(t), at(t + 1), a.type, width, to);
             }
@@ -342,7 +322,7 @@ INLINE Floats tanh_of(Floats y) {
 
 template <class K>
 class Block {
-    const Arguments& a;
+    const OpenAttention& a;
     const Ordered<K>& ordered;
     std::unique_ptr<uint32_t, decltype(&std::free)> memory;
     uint32_t *queries, *weights;
@@ -353,7 +333,7 @@ class Block {
     static constexpr int64_t WEIGHT_ROW = TILE / K::DEPTH;
 
   public:
-    Block(const Arguments& arguments, const Ordered<K>& o) : a(arguments), ordered(o), memory(nullptr, std::free) {
+    Block(const OpenAttention& arguments, const Ordered<K>& o) : a(arguments), ordered(o), memory(nullptr, std::free) {
         const int64_t query = BLOCK * o.key_depth, weight = BLOCK * WEIGHT_ROW, score = BLOCK * TILE;
         const int64_t mix = BLOCK * o.panels.size();
         const int64_t bytes = up_to((query + weight + score + mix + TILE) * 4, 64);
@@ -370,15 +350,15 @@ class Block {
         b = sequence, h = head, first = from, count = size;
         std::memset(queries, 0, rows() * ordered.key_depth * 4);
         for (int64_t r = 0; r < count; r++) {
-            K::row(a.row(a.query, b, h, first + r), a.type, a.key_size, queries + r * ordered.key_depth);
+            K::row(row_at(a, a.query, b, h, first + r), a.type, a.key_size, queries + r * ordered.key_depth);
         }
         std::fill(mixed, mixed + rows() * ordered.panels.size(), 0.0f);
         std::fill(top, top + rows(), -INF);
         std::fill(total, total + rows(), 0.0f);
         int64_t begin = a.tokens, end = 0;
         for (int64_t r = 0; r < count; r++) {
-            begin = std::min(begin, a.first_of(first + r));
-            end = std::max(end, a.end_of(first + r));
+            begin = std::min(begin, first_of(a, first + r));
+            end = std::max(end, end_of(a, first + r));
         }
         for (int64_t t = begin / TILE * TILE; t < end; t += TILE) {
             const int64_t tokens = std::min(TILE, end - t);
@@ -403,7 +383,7 @@ class Block {
 
     // Whether the mask hides all of these tokens from the whole block.
     bool is_hidden(int64_t t, int64_t tokens) const {
-        if (a.mask_kind != BOOL) return false;
+        if (a.mask_kind != BOOL_MASK) return false;
         const int64_t read = a.mask_strides[3] ? tokens : 1;
         for (int64_t r = 0; r < (a.mask_strides[2] ? count : 1); r++) {
             if (std::memchr(mask_row<uint8_t>(r, t), 1, read)) return false;
@@ -430,7 +410,7 @@ class Block {
     }
 
     // Whether logits are products times a positive number, which `weigh` multiplies with as it goes.
-    bool are_plain() const { return a.mask_kind == NONE && a.softcap == 0.0 && a.scale > 0.0; }
+    bool are_plain() const { return a.mask_kind == NO_MASK && a.softcap == 0.0 && a.scale > 0.0; }
 
     // Turns the scores of a row into logits, in units of log 2, the first `seen` of them.
     void cap_and_mask(int64_t r, int64_t t, int64_t seen, float* x) {
@@ -440,16 +420,16 @@ class Block {
             const Floats scaled = load(x + c) * scale;
             store(x + c, a.softcap != 0.0 ? tanh_of(scaled) * cap : scaled);
         }
-        if (a.mask_kind == BOOL) {
+        if (a.mask_kind == BOOL_MASK) {
             const uint8_t* mask = mask_row<uint8_t>(r, t);
             const int64_t step = a.mask_strides[3];
             for (int64_t c = 0; c < seen; c++) bias[c] = mask[c * step] ? 0.0f : -INF;
-        } else if (a.mask_kind == ADDITIVE) {
+        } else if (a.mask_kind == ADDITIVE_MASK) {
             const float* mask = mask_row<float>(r, t);
             const int64_t step = a.mask_strides[3];
             for (int64_t c = 0; c < seen; c++) bias[c] = mask[c * step] * float(LOG2E);
         }
-        if (a.mask_kind != NONE)
+        if (a.mask_kind != NO_MASK)
             for (int64_t c = 0; c < seen; c++) x[c] += bias[c];
     }
 
@@ -457,8 +437,8 @@ class Block {
     void weigh(int64_t r, int64_t t, int64_t tokens, int64_t end) {
         float* x = scores + r * TILE;
         uint32_t* row = weights + r * WEIGHT_ROW;
-        const int64_t seen = r < count ? std::clamp<int64_t>(a.end_of(first + r) - t, 0, tokens) : 0;
-        const int64_t begin = r < count ? std::clamp<int64_t>(a.first_of(first + r) - t, 0, tokens) : 0;
+        const int64_t seen = r < count ? std::clamp<int64_t>(end_of(a, first + r) - t, 0, tokens) : 0;
+        const int64_t begin = r < count ? std::clamp<int64_t>(first_of(a, first + r) - t, 0, tokens) : 0;
         const int64_t start = begin / PANEL * PANEL, stop = up_to(seen, PANEL);  // of the panels that the row sees
         float largest = -INF, factor = 1;
         if (begin < seen) {
@@ -524,7 +504,7 @@ class Block {
 // ------------------------------------------------------------------------------------------------ all of it
 
 template <class K>
-void attend(const Arguments& a) {
+void attend(const OpenAttention& a) {
     const Ordered<K> shape(a);
     const int64_t copies = a.heads / a.groups, blocks = ceil_div(a.queries, BLOCK), bytes = shape.words() * 4;
     const int64_t at_once = std::clamp<int64_t>(MOST_BYTES / std::max<int64_t>(bytes, 1), 1, a.groups);
@@ -562,7 +542,7 @@ void attend(const Arguments& a) {
 
 extern "C" int64_t lanes() { return LANES; }
 
-extern "C" void open_attention(const Arguments* arguments) {
+extern "C" void open_attention(const OpenAttention* arguments) {
     if (arguments->type != BFLOAT16) return attend<Singles>(*arguments);
 #if MATRIX_UNIT
     if (Tiles::are_allowed()) return attend<Tiles>(*arguments);

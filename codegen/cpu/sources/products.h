@@ -1,5 +1,17 @@
-//: Products of rows of a weight, in the type that the weight has. Stands behind vectors.h and needs <cmath>.
-//: Files that multiply with it get the same bits: the order of a sum depends on neither the rows nor the columns.
+// Products of rows of a weight, in the type that the weight has. Files that multiply with it get the same bits: the
+// order of a sum depends on neither the rows nor the columns.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "vectors.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ numbers
 
 INLINE uint16_t to_bfloat16(float x) {
@@ -189,3 +201,5 @@ INLINE void multiply(const typename T::Input* input, int64_t stride, const typen
     }
     UNROLL(4) for (int i = ALL / 4 * 4; i < ALL; i++) sums[i] = sum_of(all[i]);
 }
+
+}  // namespace

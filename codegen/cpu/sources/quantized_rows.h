@@ -1,4 +1,16 @@
-//: Rows of a tile of quantized values and their scales, and which digits count. Part of attention.cpp.
+// Rows of a tile of quantized values and their scales, and which digits count.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "attention_part.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ rows of a tile
 
 #if INTEGER
@@ -20,10 +32,10 @@ constexpr float SMALL = 256;
 
 // How many channels are multiplied by all digits of `rows` queries, and by all of their weights; others by one. Of one
 // row unpacking takes longest.
-INLINE int fine_keys(const Arguments& a, int rows, const Kernel& k) {
+INLINE int fine_keys(const Attention& a, int rows, const Kernel& k) {
     return a.digits == 2 && rows > 1 ? k.key_fine : 4 * k.key_dwords;
 }
-INLINE int fine_values(const Arguments& a, const Kernel& k) {
+INLINE int fine_values(const Attention& a, const Kernel& k) {
     return a.digits == 2 ? k.value_fine : 16 * k.value_vectors;
 }
 
@@ -39,16 +51,16 @@ INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride, int coun
 // `count` rows of a tile from token t on are copied to where there is room behind them, the last one again up to 16.
 void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t t, int count, uint8_t* room) {
     for (int i = 0; i < 16; i++, room += side.reach) {
-        std::memcpy(room, rows.at<uint8_t>(p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
+        std::memcpy(room, row_at<uint8_t>(rows, p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
     }
 }
 
 // Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
 // `fetches` says so: rows, or what the call names. Rows may be read in whole blocks of 64 bytes.
-INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
+INLINE Sixteen rows_of(const Attention& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
                        int t, int tokens, bool fetches, Scratch& s) {
     const int64_t from = begin + t, stride = rows.token;
-    const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
+    const auto at = [&](int64_t token) { return row_at<uint8_t>(rows, p.b, j, token); };
     if (fetches && a.later_count) s.later.fetch(), fetches = false;
     if (fetches && !p.listed.pages) fetch(side, at(from + side.ahead), stride, 16);
     for (int i = 0; fetches && p.listed.pages && i < std::min(tokens - t, 16); i += SIDE_BY_SIDE) {
@@ -68,15 +80,15 @@ INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int
     std::fill_n(s.scale + whole_vectors(tokens) - 16, 16, 0.0f);  // weights of no token are 0 times it
     int t = 0;
     if (!p.listed.pages && scales.token == 1) {
-        const uint16_t* scale = scales.at<uint16_t>(p.b, j, begin);
+        const uint16_t* scale = row_at<uint16_t>(scales, p.b, j, begin);
         for (; t + LANES <= tokens; t += LANES) {
             __builtin_prefetch(scale + t + side.ahead, 0, 2);
             store(s.scale + t, Float16::load(scale + t));
         }
     }
     for (; t < tokens; t += SIDE_BY_SIDE) {
-        const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
-        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
+        const uint16_t* scale = row_at<uint16_t>(scales, p.b, j, p.listed.at(begin + t));
+        __builtin_prefetch(row_at<uint16_t>(scales, p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
         const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
         if (scales.token == 1 && last == SIDE_BY_SIDE - 1) {
             _mm256_store_ps(s.scale + t, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale))));
@@ -91,7 +103,7 @@ INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int
 constexpr float MINOR = 256;
 
 // Of each of `rows` rows the largest logit for which it does not count.
-INLINE void set_limits(const Arguments& a, int64_t row, int rows, Scratch& s) {
+INLINE void set_limits(const Attention& a, int64_t row, int rows, Scratch& s) {
     const bool all = s.kernel.softcap || a.mask_kind == ADDITIVE_MASK;  // logits are not yet what the softmax sees
     for (int64_t r = row; r < row + rows; r++) {
         s.limits[r] = all ? -INF : s.states[r].top + std::log2(s.states[r].total / MINOR);
@@ -127,3 +139,5 @@ template <class... T>
 void arrange_queries(const T&...) {}
 
 #endif
+
+}  // namespace

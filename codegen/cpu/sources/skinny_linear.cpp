@@ -16,8 +16,6 @@
 // the second-level cache, where more lines can be under way than into the first. Each vector of the weight is read once
 // and multiplied with all rows of the input, which stay in the caches; sums are of float32. With AVX-512 BF16, pairs of
 // bfloat16 are multiplied as they are; other numbers of 16 bits become floats in registers.
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <cmath>
@@ -28,35 +26,20 @@
 #include <utility>
 
 #include "vectors.h"
-
-// ------------------------------------------------------------------------------------------------ arguments
-
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // and the same + BYTES where the weight is signed bytes
-constexpr int64_t BYTES = 3;
-
-struct Arguments {
-    int64_t rows, width, columns, threads;
-    int64_t type;                   // of everything
-    const void* input;              // [M,K], `input_row` numbers from one row to the next
-    int64_t input_row;
-    const void* weight;             // [N,K]
-    int64_t weight_row;
-    const void* bias;               // [N], or null
-    void* output;                   // [M,N], dense
-    const float* scale;             // [N], or null
-    int64_t is_float;               // input and output are of float32, whatever the type
-};
-
+#include "number_types.h"
 #include "products.h"
 #include "gguf_formats.h"
+#include "skinny_call.h"
+
+namespace {
 
 constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
-constexpr int64_t SHARE = 8;    // rows of a weight of which a thread takes a multiple, where it can
+constexpr int64_t SHARE = 8;  // rows of a weight of which a thread takes a multiple, where it can
 
 // ROWS rows of the input times COLUMNS rows of the weight that are `apart`; the next ones are `next` behind these.
 template <class T, int ROWS, int COLUMNS>
-void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column,
-           int64_t apart, int64_t next) {
+void block(const Skinny& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column, int64_t apart,
+           int64_t next) {
     float sums[ROWS * COLUMNS];
     const auto* weight = static_cast<const typename T::Weight*>(a.weight) + column * a.weight_row;
     multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, apart * a.weight_row, next * a.weight_row, a.width,
@@ -77,7 +60,7 @@ void block(const Arguments& a, const typename T::Input* input, int64_t stride, i
 
 // Columns [begin, end) for ROWS rows of the input.
 template <class T, int ROWS>
-void block_of_columns(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t begin,
+void block_of_columns(const Skinny& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t begin,
                       int64_t end) {
     constexpr int COLUMNS = columns_for(ROWS);
     const int64_t count = (end - begin) / COLUMNS, apart = end - begin > CACHED ? count : 1;
@@ -89,7 +72,7 @@ void block_of_columns(const Arguments& a, const typename T::Input* input, int64_
 }
 
 template <class T, int... I>
-void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, const typename T::Input* input,
+void rows_at(std::integer_sequence<int, I...>, int count, const Skinny& a, const typename T::Input* input,
              int64_t stride, int64_t row, int64_t begin, int64_t end) {
     ((count == I + 1 ? block_of_columns<T, I + 1>(a, input, stride, row, begin, end) : void()), ...);
 }
@@ -98,8 +81,8 @@ void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, co
 
 // Products of one input with `count` weights.
 template <class T>
-void products(const Arguments* all, int64_t count) {
-    const Arguments& a = all[0];
+void products(const Skinny* all, int64_t count) {
+    const Skinny& a = all[0];
     const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP + 64 / int64_t(sizeof(typename T::Input));
     const int64_t bytes = (std::max<int64_t>(a.rows, 1) * stride * int64_t(sizeof(typename T::Input)) + 63) / 64 * 64;
     auto* input = static_cast<typename T::Input*>(std::aligned_alloc(64, bytes));
@@ -116,7 +99,7 @@ void products(const Arguments* all, int64_t count) {
     }
     const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t step = blocks > 1 ? CACHED : SHARE;
-    const auto steps_of = [&](const Arguments& p) { return (p.columns + step - 1) / step; };
+    const auto steps_of = [&](const Skinny& p) { return (p.columns + step - 1) / step; };
     int64_t steps = 0, size = 0;
     for (int64_t p = 0; p < count; p++) {
         steps += steps_of(all[p]);
@@ -126,7 +109,7 @@ void products(const Arguments* all, int64_t count) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int share = 0; share < threads; share++) {
         int64_t begin = steps * share / threads, end = steps * (share + 1) / threads;  // of the steps of all weights
-        for (const Arguments* its = all; its < all + count; its++) {
+        for (const Skinny* its = all; its < all + count; its++) {
             const int64_t its_steps = steps_of(*its), last = std::min(end, its_steps);
             const int64_t at_once = blocks > 1 ? 1 : std::max<int64_t>(last, 1);
             for (int64_t s = std::max<int64_t>(begin, 0); s < last; s += at_once) {
@@ -144,23 +127,23 @@ void products(const Arguments* all, int64_t count) {
     std::free(input);
 }
 
-void (*run_blocks)(const Arguments*, int64_t) = nullptr;  // of block_linear.cpp
+void (*run_blocks)(const Skinny*, int64_t) = nullptr;  // of block_linear.cpp
 
 }  // namespace
 
-extern "C" void serve_blocks(void (*run)(const Arguments*, int64_t)) { run_blocks = run; }
+extern "C" void serve_blocks(void (*run)(const Skinny*, int64_t)) { run_blocks = run; }
 
 // Products of one input with `count` weights, all of one type.
-extern "C" void skinny_group(const Arguments* all, int64_t count) {
+extern "C" void skinny_group(const Skinny* all, int64_t count) {
     if (all->type >= FORMATS) return run_blocks(all, count);
     switch (all->type) {
         case FLOAT32: return products<OfFloat32>(all, count);
         case BFLOAT16: return products<OfBFloat16Pairs>(all, count);
         case FLOAT16: return products<OfFloat16>(all, count);
-        case FLOAT32 + BYTES: return products<OfBytes<OfFloat32>>(all, count);
-        case BFLOAT16 + BYTES: return products<OfBytes<OfBFloat16>>(all, count);
+        case FLOAT32 + SIGNED_BYTES: return products<OfBytes<OfFloat32>>(all, count);
+        case BFLOAT16 + SIGNED_BYTES: return products<OfBytes<OfBFloat16>>(all, count);
         default: return products<OfBytes<OfFloat16>>(all, count);
     }
 }
 
-extern "C" void skinny(const Arguments* arguments) { skinny_group(arguments, 1); }
+extern "C" void skinny(const Skinny* arguments) { skinny_group(arguments, 1); }

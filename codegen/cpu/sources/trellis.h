@@ -1,4 +1,14 @@
-//: Values of trellis codes, see fhopt/ops/trellis.py. Needs <cstdint>; stands in an anonymous namespace.
+// Values of trellis codes, see fhopt/ops/trellis.py.
+
+#pragma once
+
+#include <cstdint>
+
+#include "compiler_macros.h"
+#include "trellis_tables.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ trellis codes
 //
 // A bit group of b bits and W channels with a trellis code is a ring of W b bits. The code of channel c is that of a
@@ -6,11 +16,6 @@
 // high-order half h that is LEVELS[h ^ ORDER[l]] + OFFSETS[l].
 
 constexpr int WINDOW = 8;
-// clang-format off
-alignas(16) constexpr uint8_t LEVELS[16] = {$levels};
-alignas(16) constexpr uint8_t OFFSETS[16] = {$offsets};
-alignas(16) constexpr uint8_t ORDER[16] = {$order};
-// clang-format on
 
 struct Table {
     alignas(64) uint8_t code[1 << WINDOW] = {};
@@ -33,3 +38,5 @@ INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int6
 
 // Window i of these.
 INLINE int window_of(uint64_t word, int bits, int i) { return int(word >> (i + 1) * bits & 255); }
+
+}  // namespace

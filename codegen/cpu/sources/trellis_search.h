@@ -1,15 +1,23 @@
-//: Rings of trellis codes from numbers. Part of packing.cpp, behind trellis.h.
+// Rings of trellis codes from numbers.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "trellis.h"
+#include "vectors_of_8.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ search of a trellis
 //
 // The Viterbi algorithm: a state is the WINDOW - BITS newest bits, of which each window, 2^BITS of them, leads to one.
 // The cost of a window is its error's square. Sums are made in the order of fhopt/ops/trellis.py, and of equal costs
 // the first counts.
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
 
 constexpr int WINDOWS = 1 << WINDOW;
 constexpr int AROUND = 12;          // channels on either side of the seam that the first search sees
@@ -25,8 +33,8 @@ INLINE Floats lesser(Floats a, Floats b) {
 }
 
 // Of 16 numbers, those at even places and those at odd ones.
-INLINE Floats even_of(Floats a, Floats b) { return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
-INLINE Floats odd_of(Floats a, Floats b) { return PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+INLINE Floats even_of(Floats a, Floats b) { return SHUFFLE(Ints, a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+INLINE Floats odd_of(Floats a, Floats b) { return SHUFFLE(Ints, a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
 
 // Window s 2^BITS + r leads to state s, from state i 2^BITS + r, where i = s mod GROUPS. For each r, 8 states of a
 // vector come from 8 others (1 and 2 bits: states stand in their order, and are taken apart by r) or from the same one
@@ -107,9 +115,9 @@ struct Trellis {
     static INLINE int first_of_least(const float* costs) {
         const Floats low = load<Floats>(costs), high = load<Floats>(costs + (BRANCHES - 8));
         Floats least = lesser(low, high);
-        least = lesser(least, PICK(least, least, 4, 5, 6, 7, 0, 1, 2, 3));
-        least = lesser(least, PICK(least, least, 2, 3, 0, 1, 6, 7, 4, 5));
-        least = lesser(least, PICK(least, least, 1, 0, 3, 2, 5, 4, 7, 6));
+        least = lesser(least, SHUFFLE(Ints, least, least, 4, 5, 6, 7, 0, 1, 2, 3));
+        least = lesser(least, SHUFFLE(Ints, least, least, 2, 3, 0, 1, 6, 7, 4, 5));
+        least = lesser(least, SHUFFLE(Ints, least, least, 1, 0, 3, 2, 5, 4, 7, 6));
 #if defined(__AVX__)
         const auto places = [&](Floats x) {
             return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)least, _CMP_EQ_OQ)));
@@ -165,3 +173,5 @@ void write_ring(const float* x, int64_t width, int bits, uint8_t* ring) {
         default: return Trellis<4>::encode(x, width, ring);
     }
 }
+
+}  // namespace

@@ -1,7 +1,16 @@
-//: Numbers whose type is known when they are read. Stands behind products.h.
-// ------------------------------------------------------------------------------------------------ types
+// Numbers whose type is known when they are read.
 
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "number_types.h"
+#include "products.h"
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ types
 
 void to_floats(const uint8_t* from, Type type, int64_t count, float* to) {
     const auto* halves = reinterpret_cast<const uint16_t*>(from);
@@ -29,3 +38,5 @@ struct HalfBits {
     explicit HalfBits(float x) : bits(to_float16(x)) {}
     explicit operator float() const { return from_float16(bits); }
 };
+
+}  // namespace

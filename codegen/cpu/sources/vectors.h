@@ -1,21 +1,17 @@
-//: Vectors of floats by compiler extensions, and numbers of 16 bits.
-//: Needs <algorithm>, <cstdint>, <cstring> and <limits>; opens the file's anonymous namespace and leaves it open.
+// Vectors of floats by compiler extensions, and numbers of 16 bits.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
 #if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
-#define PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define UNROLL(times) PRAGMA(unroll times)
-#else
-#define UNROLL(times) PRAGMA(GCC unroll times)
-#endif
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
-#endif
+#include "compiler_macros.h"
 
 namespace {
 
@@ -146,3 +142,5 @@ struct Float16 {
 #endif
     }
 };
+
+}  // namespace

@@ -15,8 +15,6 @@
 // through memory once for DEPTH numbers. A sum runs over K in one order, whatever rows, columns and threads there are.
 //
 //     M rows, K width of the input, N width of the output
-//
-// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
 #include <cmath>
@@ -32,7 +30,8 @@
 #include "panels.h"
 #include "skinny_call.h"
 
-constexpr int64_t BYTES = 3;  // is added to a type whose weight is signed bytes
+namespace {
+
 constexpr int64_t MOST = 128 * VECTOR_ROWS, DEPTH = 384, BLOCK = 128;  // rows, numbers of a row, columns at once
 constexpr int64_t INPUT_ROW = DEPTH + 16, SUMS_ROW = BLOCK + 16;      // powers of two would share cache sets
 constexpr int64_t BLOCKS = 4;  // of a thread, where there are columns enough: threads are not equally fast
@@ -162,7 +161,7 @@ void multiply_block(const float* input, int64_t rows, const float* panels, int64
 template <class T>
 void block_of_columns(const Skinny& a, const float* input, int64_t row, int64_t rows, int64_t first, int64_t columns,
                       float* panels, float* sums) {
-    const Type type = Type(a.type % BYTES);
+    const Type type = Type(a.type % SIGNED_BYTES);
     const int64_t all = up_to(rows, VECTOR_ROWS);
     for (int64_t from = 0; from < a.width; from += DEPTH) {
         const int64_t depth = std::min(DEPTH, a.width - from);
@@ -190,7 +189,7 @@ void block_of_columns(const Skinny& a, const float* input, int64_t row, int64_t 
 template <class T>
 void products(const Skinny& a) {
     if (!a.rows || !a.columns) return;
-    const Type type = Type(a.type % BYTES);
+    const Type type = Type(a.type % SIGNED_BYTES);
     const int64_t parts = ceil_div(a.width, DEPTH), times = ceil_div(a.rows, MOST);  // a weight is read so many times
     const int64_t most = up_to(ceil_div(a.rows, times), VECTOR_ROWS);
     const int64_t size = most * a.width * a.columns;

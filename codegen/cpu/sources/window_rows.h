@@ -1,4 +1,13 @@
-//: Rows of a residual window in 8 bits. Needs <algorithm>, <cmath> and <cstdint>.
+// Rows of a residual window in 8 bits.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ a window of 8 bits
 
 // x[n], less `mean`, as 8-bit values with one scale, as fhopt.ops.packing.round_rows does. Half: of one float.
@@ -28,3 +37,5 @@ void round_row(const T* x, const float* mean, int64_t n, uint8_t* codes, Half& s
         codes[i] = uint8_t(level > 0 ? std::min(level, 255.0f) : 0.0f);
     }
 }
+
+}  // namespace

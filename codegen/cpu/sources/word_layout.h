@@ -1,4 +1,15 @@
-//: Where quantized values of a row go as words of 16 bits, with AVX2. word_products.h multiplies them.
+// Where quantized values of a row go as words of 16 bits, with AVX2. word_codes.h takes them apart.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "byte_layout.h"
+
+namespace {
+
 // ------------------------------------------------------------------------------------------------ codes as words
 //
 // With AVX2, codes are multiplied as words of 16 bits, two products and their sum to a lane of 32. What they are
@@ -138,3 +149,5 @@ struct Layout {
 };
 
 #endif
+
+}  // namespace

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import struct
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,11 @@ from torch import Tensor
 from fhopt import codegen
 from fhopt.codegen.compiler import load
 from fhopt.codegen.cpu import gguf_blocks
+from fhopt.codegen.cpu.calls import kernels
+from fhopt.codegen.cpu.calls.formats import Format
+from fhopt.codegen.cpu.calls.kernels import Skinny
+from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
-from fhopt.codegen.layers import emitter
-from fhopt.codegen.source_files import read_source
 from fhopt.hardware.this_cpu import vector_units
 
 gguf: Any = pytest.importorskip("gguf")
@@ -29,7 +30,7 @@ pytestmark = needs_compiler
 # Relative to the norms of the operands: 15-bit inputs, or one rounding to the dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FORMATS = sorted(HALVES)
-SKINNY = struct.Struct("@5qPqPqPPPq")  # of skinny_call.h
+SKINNY = packer(Skinny)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,8 @@ def product(x: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
 def test_all_formats_are_tested_and_have_the_sizes_of_gguf() -> None:
     assert set(FORMATS) == gguf_blocks.FORMATS.keys()
     for format, size in gguf_blocks.FORMATS.items():
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(format)] == size
+        kind = gguf.GGMLQuantizationType(format)
+        assert gguf.GGML_QUANT_SIZES[kind] == size and Format(format).name == kind.name
         assert gguf_blocks.row_bytes(format, 512) == 512 // size[0] * size[1]
 
 
@@ -175,8 +177,8 @@ def test_several_weights_multiply_one_input(is_float: bool, rows: int, threads: 
     given = x.float() if is_float else x
     made = [torch.zeros(rows, len(b.values), dtype=given.dtype) for b in weights]
     calls = [
-        SKINNY.pack(
-            rows, width, len(b.values), threads, emitter._FORMATS * format + 1, given.data_ptr(), width,
+        SKINNY(
+            rows, width, len(b.values), threads, kernels.FORMATS * format + 1, given.data_ptr(), width,
             b.values.data_ptr(), b.values.stride(0), 0, y.data_ptr(), 0, is_float,
         ) for b, y in zip(weights, made, strict=True)
     ]  # fmt: skip
@@ -217,21 +219,13 @@ def test_results_agree_between_instruction_sets(isa: str, monkeypatch: pytest.Mo
     library = load(gguf_blocks.NAME, gguf_blocks.render())
     for format, (blocks, expected, unpacked) in numbers.items():
         made = torch.zeros(7, 43)
-        call = SKINNY.pack(
-            7, 768, 43, 1, emitter._FORMATS * format, x.data_ptr(), 768, blocks.values.data_ptr(),
+        call = SKINNY(
+            7, 768, 43, 1, kernels.FORMATS * format, x.data_ptr(), 768, blocks.values.data_ptr(),
             blocks.values.stride(0), 0, made.data_ptr(), 0, True,
         )  # fmt: skip
         library.block_group(call, ctypes.c_int64(1))
         assert unpacked is not None
         assert float((made - expected).norm()) <= 1e-5 * float(x.norm() * unpacked.norm())
-
-
-def test_programs_and_kernels_use_the_same_format_names() -> None:
-    text = read_source("fhopt.codegen.cpu", "block_linear.cpp").template
-    assert f"constexpr int64_t FORMATS = {emitter._FORMATS};" in text
-    for format, (numbers, size) in gguf_blocks.FORMATS.items():
-        name = gguf.GGMLQuantizationType(format).name
-        assert f"{name} = {format}" in text and f"case {name}: return {{{numbers}, {size}}};" in text
 
 
 def test_zero_and_empty_inputs_give_zero_and_empty_outputs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -187,12 +186,3 @@ def test_the_op_is_sound() -> None:
         stamp_of(weight),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fhopt.head_logits.default, arguments)
-
-
-# --------------------------------------------------------------------------------------------------- files
-
-
-def test_the_kernel_source_is_reproducible() -> None:
-    assert lm_head.render() == lm_head.render()
-    module = importlib.import_module("fhopt.codegen.cpu.lm_head")
-    assert "$" not in module.render()

@@ -19,6 +19,7 @@ from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue
 from fhopt.hf.cache_steps import _calls
 from fhopt.ops import algebra, packing
+from fhopt.ops.cache_operands import CacheOperands
 
 pytestmark = needs_compiler
 B, H, G, D, R, SINKS, WINDOW, ROOM, PACKED = 2, 4, 2, 16, 24, 3, 5, 8, 40
@@ -59,11 +60,14 @@ def test_a_step_attends_and_appends_its_token(dtype: torch.dtype, packed: int, w
         rooms.append(room)
         exact.append(torch.randn(B, G, SINKS + 1, D).to(dtype))
     options = dict(scale=0.25, softcap=0.0)
+    k, v = sides
+    assert k.window is not None and v.window is not None
     kernels = graph_kernels.cache_kernels(
-        (new[0], *exact, *[x for s in sides for x in (s.rows, s.scale, s.decode)],
-         *[x for s in sides for x in s.window or ()], *(None,) * 6),
+        CacheOperands(
+            new[0], exact[0], exact[1], k.rows, k.scale, k.decode, v.rows, v.scale, v.decode, *k.window, *v.window
+        ),
         algebra.group_options(GROUPS, GROUPS) | options,
-    )  # fmt: skip
+    )
     assert kernels is not None
     places = [
         CacheSide(tokens, opened, room[0], room[1], WINDOW, side.decode, side.mean)

@@ -10,6 +10,7 @@ from needs import needs_compiler
 from torch import Tensor, nn
 from traced_functions import Traced
 
+from fhopt.codegen.cpu.calls.caches import Code
 from fhopt.codegen.layers.instructions import Buffer, Instruction, Value, four, place, row_layout
 from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.trace import UnsupportedError
@@ -34,7 +35,7 @@ def test_buffers_that_live_at_once_do_not_overlap() -> None:
         return Value(torch.empty(size), Buffer(size))
 
     values = [value(n) for n in (10, 100, 30, 7, 64, 20)]
-    steps = [Instruction(0, (1,) * 4, out, a) for a, out in itertools.pairwise(values)]
+    steps = [Instruction(Code.COPY, (1,) * 4, out, a) for a, out in itertools.pairwise(values)]
     size = place(steps)
     for step in steps:
         assert step.a is not None and step.a.buffer is not None and step.out.buffer is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from traced_functions import Products, Traced
 
-from fhopt.codegen.layers.instructions import LINEAR
+from fhopt.codegen.cpu.calls.caches import Code
 from fhopt.codegen.layers.lowering import Lowering, lower
 from fhopt.codegen.layers.trace import UnsupportedError
 
@@ -19,7 +19,7 @@ def test_matmuls_of_one_input_are_one_loop() -> None:
     traced = Traced(module, [torch.randn(1, 1, 48)], module)
     lowering = Lowering(traced.trace)
     lowering.program()
-    joined = [1 + len(i.joined) for i in lowering.segments[0] if i.code == LINEAR]
+    joined = [1 + len(i.joined) for i in lowering.segments[0] if i.code == Code.LINEAR]
     assert joined == [2, 1]
 
 
