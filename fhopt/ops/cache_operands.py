@@ -3,8 +3,8 @@
     fhopt::attend_latents(OPERANDS, *, bit groups, scale, softcap)    fhopt/ops/cache_attention.py
     fhopt::attend_kernel(kernels, OPERANDS, scale, softcap)           fhopt/codegen/cpu/graph_kernels.py, and its C++
 
-Letters: B batch, H query heads, G kv heads, J latent heads, S queries, N exact tokens, M tokens of the 8-bit
-window, V packed latents, F rotary frequencies, D and E head size of keys and values, R latent width.
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, N exact tokens, M tokens of the 8-bit window,
+V packed latents, F rotary frequencies, D and E head size of keys and values, R latent width.
 """
 
 from __future__ import annotations
