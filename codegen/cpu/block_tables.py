@@ -1,10 +1,10 @@
-"""A decode step of one layer on the blocks of a serving engine, in one call of machine code.
+"""A decode step of one layer on the blocks of a serving engine, in one native call.
 
-    BlockLayout                       BlockAttention(layout)           called once a layer and step
-    where what stands in a row   ->   bases in panels, addresses  ->   writes the new tokens, attends with their queries
+    BlockLayout                  BlockAttention(layout)           called once per layer and step
+    fields of a row         ->   bases in panels, addresses  ->   writes the new tokens, attends with their queries
 
-The C++ file (sources/block_tables.cpp) follows block tables; rows are read by the kernels of cpu/attention.py and
-packed by cpu/packing.py. It is the same for all plans, and compiled once on a machine.
+The C++ file (sources/block_tables.cpp) follows block tables. The kernels of cpu/attention.py attend to the rows, and
+cpu/packing.py packs them. The file is the same for all plans, and compiled once per machine.
 
 Letters: B sequences, H query heads, G kv heads, J latent heads, D and E head size of keys and values, R latent width.
 """
@@ -148,7 +148,7 @@ class BlockAttention:
         return query.dtype == self.layout.dtype and self._memory_of(latents, window, first) is not None
 
     def _memory_of(self, latents: Tensor, window: Tensor, first: Tensor) -> Memory | None:
-        """Return the memory of caches, which is looked at once; None where the code does not serve it."""
+        """Return the memory of caches, which is checked once; None if the kernel does not support it."""
         known = self._memory
         if (
             known is None

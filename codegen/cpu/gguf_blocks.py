@@ -1,4 +1,4 @@
-"""Weights in the blocks of GGUF files: products of few rows, and unpacking, in one C++ file for CPUs.
+"""Weights in GGUF blocks: skinny GEMMs and unpacking, in one C++ file for CPUs.
 
     y[m][n] = sum_k x[m][k] w[n][k] + bias[n]      x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
 
@@ -66,7 +66,7 @@ def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
 
 
 def as_in_file(blocks: Blocks) -> NDArray[np.uint8]:
-    """Return the rows of a weight as they stand in a file, uint8 [N, bytes of a row]."""
+    """Return the rows of a weight in file order, uint8 [N, bytes per row]."""
     values = blocks.values.numpy()
     made = np.empty(values.shape, np.uint8)
     made[_whole(made) :] = values[_whole(made) :]
@@ -139,7 +139,7 @@ def most_rows(format: int, dtype: torch.dtype) -> int:
 
 
 def _checked(which: Tensor, rows: int) -> Tensor:
-    """Return numbers of rows as the library reads them. Raises IndexError where they are none, TypeError for others."""
+    """Return row indices as the library takes them. Raises IndexError out of range, TypeError for another dtype."""
     if not which.is_cpu or which.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"numbers of rows are {which.dtype} on {which.device}; expected torch.int64 on the CPU.")
     if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < rows:

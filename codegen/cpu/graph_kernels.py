@@ -1,4 +1,4 @@
-"""C++ ops that graphs compiled for a CPU call in place of the Python ones.
+"""C++ ops that graphs compiled for a CPU call instead of the Python ones.
 
 before                                                        after, in an inference graph for CPUs
 fhopt.latent_attention(q, k, s_k, v, s_v, mask, tiers...)     fhopt.latent_kernel(NAME, q, k, s_k, v, s_v, mask, ...)
@@ -8,7 +8,7 @@ F.linear(x, w, b) of few rows, or many of 16 bits             fhopt.linear_kerne
 
 The ops on the right are implemented in one C++ library, which is compiled against the stable part of torch's
 C++ interface (torch/csrc/stable) and knows kernels by the name of their `KernelSpec`. A call costs 3 to 5 microseconds
-in place of the 20 to 40 of a Python implementation. They do what the ops on the left do, for tensors that a graph has
+versus 20 to 40 for a Python implementation. They do what the ops on the left do, for tensors that a graph has
 checked, and know no gradients. `attend_kernel` is a decoder layer's attention on a KV cache as a whole: it absorbs the
 queries, runs the kernels of packed latents, residual window and newest tokens, expands and merges, where eight
 operations did. `round_rows_into` and `pack_window`, which append to a residual window of 8 bits and pack its oldest

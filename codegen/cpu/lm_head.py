@@ -72,7 +72,7 @@ class Search:
     """Options of a search.
 
     keep: k: the k largest logits are found for certain. margin: logits that are at most this much below them, too.
-    probes: clusters whose rows are looked at, 0: all. spread: how much of a cluster's radius counts for its rank.
+    probes: clusters whose rows are searched, 0: all. spread: how much of a cluster's radius counts for its rank.
     budget: exact rows of a hidden state, at most; a hidden state that needs more is left to the dense head. softcap: of
     logits, after this search, 0: none. bounds: return estimates and upper bounds of all rows too.
     """
@@ -132,7 +132,7 @@ def search(
 ) -> Candidates:
     """Search candidates for hidden [M, C] and weight [V, C] of one type (float32, bfloat16, float16) on a CPU.
 
-    bias: [V] of the same type, or None. function: what `compiled` gave, in place of `library()`. Raises ValueError for
+    bias: [V] of the same type, or None. function: result of `compiled`; None: `library()`. Raises ValueError for
     tensors that do not fit, and where nothing can be compiled.
     """
     run = function or library()

@@ -5,7 +5,7 @@
 The quantized values u and their scales are all that is read of pages that are not selected. Sixteen tokens are reckoned
 at a time, a token in each lane: their rows are turned into words of four values a lane, and multiplied with the query
 in 8 bits, for all query heads that share the latent head. Either the logs of the weights are the result, or the pages
-of each unit that weigh most are handed to the attention kernel, and the mean of values stands for the others: selecting
+of each unit that weigh most are passed to the attention kernel, and the mean of values represents the others: selecting
 and reading are one call, since what lies between two calls of Python costs as much as half of the selection.
 `fhopt.attention.sketches` says what the numbers mean, `fhopt.ops.paged_attention` has the reference.
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def serves(rows: int, weight: Tensor) -> bool:
-    """Return whether the kernel is worth it for so many rows: plain weights below LEAST_BYTES are left to torch."""
+    """Return whether the kernel pays for this number of rows; torch multiplies plain weights below LEAST_BYTES."""
     is_quantized = type(weight) not in (*_PLAIN, FakeTensor)
     is_large = is_quantized or weight.numel() * weight.element_size() >= LEAST_BYTES
     most = MOST_BLOCK_ROWS if is_quantized and hasattr(weight, "gguf_blocks") else MOST_ROWS
@@ -73,7 +73,7 @@ class SignedBytes:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the weight that they stand for."""
+        """The shape of the weight that they represent."""
         return self.values.shape
 
     @property
@@ -100,7 +100,7 @@ class Blocks:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the weight that they stand for."""
+        """The shape of the weight that they represent."""
         return torch.Size((self.values.shape[0], self.width))
 
     @property

@@ -1,8 +1,8 @@
 """The C++ sources as texts that compile by themselves.
 
-    #include "name.h"   the text of that header, once: of a file in `sources`, or of one that is made (calls/headers.py)
+    #include "name.h"   the text of that header, once: of a file in `sources`, or a generated one (calls/headers.py)
 
-Sources are plain C++. `g++ -fsyntax-only -I FOLDER file.cpp` reads one as it is, after `write_headers(FOLDER)`.
+Sources are plain C++: after `write_headers(FOLDER)`, `g++ -fsyntax-only -I FOLDER file.cpp` parses them unmodified.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INCLUDED = re.compile(r'^#include "(\w+\.h)"\n', re.MULTILINE)
 
 @functools.cache
 def read_cpp(name: str) -> str:
-    """Read the file `name` of the sources, with all headers that it includes in place of these lines."""
+    """Return the file `name` of the sources, with the text of its headers instead of its `#include` lines."""
     return _text(name, set())
 
 
@@ -37,6 +37,6 @@ def _included(name: str, known: set[str]) -> str:
 
 
 def write_headers(folder: Path) -> None:
-    """Write the headers that are no files into a folder, for a compiler or an editor that reads the sources."""
+    """Write the generated headers into a folder, for a compiler or an editor of the sources."""
     for name, text in headers().items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
     y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]      x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
 
-All numbers become floats inside the product. In place of it one can convert a weight and let a library multiply; that
+All elements become floats inside the matmul. Instead of this one can convert a weight and let a library multiply; that
 writes and reads it once more, and MKL is made for CPUs of another maker. GFLOP/s on 2 threads of a Zen 3 (AVX2; 197 are
 possible), bfloat16, weights of 1536 x 8960 and 8960 x 1536 numbers:
 
@@ -11,7 +11,7 @@ possible), bfloat16, weights of 1536 x 8960 and 8960 x 1536 numbers:
     here              104 to 127   151 to 169   140          151
 
 Weights that a library keeps as signed bytes with a scale for each row are read as they are
-(fhopt/codegen/cpu/skinny_linear.py, which has the products of few rows).
+(fhopt/codegen/cpu/skinny_linear.py, which has the skinny GEMMs).
 
 Letters: M rows, K width of the input, N width of the output.
 """
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def serves(rows: int, dtype: torch.dtype) -> bool:
-    """Return whether the kernel takes so many rows, and is the fastest way that this CPU has for them.
+    """Return whether the kernel takes this number of rows, and is the fastest way that this CPU has for them.
 
     With AVX-512, where torch has loops for float16 alone, it was not measured beside products of float32.
     """

@@ -1,1 +1,1 @@
-"""What Python and C++ share, each written once: the structs of calls, numbers of types and operations, tables."""
+"""Definitions that Python and C++ share, each written once: argument structs, dtype numbers, opcodes, tables."""

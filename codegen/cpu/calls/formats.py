@@ -1,4 +1,4 @@
-"""The formats of blocks in GGUF files whose products have a kernel, and where the numbers of a block stand."""
+"""The GGUF block formats whose matmuls have a kernel, and the fields of a block."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FormatSize(ctypes.Structure):
 
 @layout
 class FormatField(ctypes.Structure):
-    """Bytes [begin, end) of a block of a format, of which so many stay together."""
+    """Bytes [begin, end) of a block of a format; `unit` of them stay together."""
 
     format: Format
     begin: int

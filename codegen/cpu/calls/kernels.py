@@ -84,10 +84,10 @@ class Attention(ctypes.Structure):
 
     query: float [B,H,S,R_K]; key, value, their float16 scales: [B,J,T,...]; mask: bool or float [B,H,S,T],
     mask_token its stride of T. pages: int32 [B,U,pages], a list for each U-th of the heads; none: all tokens.
-    output, lse: float [B,H,S,R_V] and [B,H,S], dense. kernel: of `new_kernel`. digits: at most so many bytes of
-    queries and weights are multiplied, 3, or 2 for queries of 16 bits. later: what the thread reads after this
-    call, fetched meanwhile in place of later rows. segment: tokens that the same queries read, 0: all of them;
-    query_segment: numbers from these queries to those of the next; shift: of the logits of a segment, float
+    output, lse: float [B,H,S,R_V] and [B,H,S], dense. kernel: of `new_kernel`. digits: max bytes of an element
+    of queries and weights that are multiplied: 3, or 2 for 16-bit queries. later: memory that the thread loads after
+    this call, prefetched instead of later rows. segment: tokens for which the queries are the same, 0: all;
+    query_segment: stride of the queries between segments, in elements; shift: of the logits of a segment, float
     [segments,B,H,S], dense.
     """
 
@@ -256,12 +256,11 @@ class PagedCall(ctypes.Structure):
 
 @layout
 class Skinny(ctypes.Structure):
-    """A product of rows with a weight.
+    """A skinny GEMM: rows times a weight.
 
-    input [M,K] and weight [N,K], `..._row` numbers from one row to the next, bias [N], output [M,N], dense. type:
-    of everything, plus SIGNED_BYTES where the weight is signed bytes, with scale float [N], plus FORMATS times the
-    format where it stands in the blocks of a GGUF file. is_float: input and output are of float32, whatever the
-    type.
+    input [M,K] and weight [N,K], `..._row` their row strides in elements, bias [N], output [M,N], dense. type: of
+    all tensors, plus SIGNED_BYTES if the weight is signed bytes, with scale float [N], plus FORMATS times the format
+    if it is in GGUF blocks. is_float: input and output are float32, whatever the type.
     """
 
     rows: int
