@@ -26,7 +26,7 @@
 #include "typed_numbers.h"
 #include "skinny_call.h"
 #include "gguf_formats.h"
-#include "gguf_blocks.h"
+#include "gguf_products.h"
 
 namespace {
 
