@@ -86,11 +86,11 @@ def calibrate_source(
     return calibrate(replace(data, about={**data.about, **about}), options, progress, layouts)
 
 
-def fit_plan(source: FitSource, request: PlanRequest, progress: Progress = silent, **about: Any) -> FittedPlan:
-    """Run the pipeline. about: further provenance of the plan. Raises FhoptError."""
-    fitted = fit_in_first_process(source, request, progress, is_shared=True, **about)
-    assert fitted is not None, "no process leaves"
-    return fitted
+def fit_plan(source: FitSource, request: PlanRequest, progress: Progress = silent) -> FittedPlan:
+    """Run the pipeline; under torchrun all processes get the same plan. Raises FhoptError."""
+    request, held_out = _for_source(request, source), _held_out(source, request)
+    calibration = request.calibration or calibrate_source(source, request.options, progress)
+    return _finished(source, calibration, request, held_out, progress)
 
 
 def fit_to_text(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> FittedPlan:
@@ -99,19 +99,23 @@ def fit_to_text(loaded: LoadedModel, options: FitOptions, progress: Progress = s
 
 
 def fit_in_first_process(
-    source: FitSource, request: PlanRequest, progress: Progress = silent, *, is_shared: bool = False, **about: Any
+    source: FitSource, request: PlanRequest, progress: Progress = silent, **about: Any
 ) -> FittedPlan | None:
     """Run the pipeline; under torchrun, all but the first process leave after calibration and get None.
 
-    is_shared: all processes continue and get the same plan.
+    about: further provenance of the plan. Raises FhoptError.
     """
-    request = _for_source(request, source)
-    held_out = _held_out(source, request)
-    calibration = request.calibration
-    if calibration is None:
-        calibration = calibrate_source(source, request.options, progress, **about)
-    if not is_shared and collectives.leave() > 0:
+    request, held_out = _for_source(request, source), _held_out(source, request)
+    calibration = request.calibration or calibrate_source(source, request.options, progress, **about)
+    if collectives.leave() > 0:
         return None
+    return _finished(source, calibration, request, held_out, progress)
+
+
+def _finished(
+    source: FitSource, calibration: Calibration, request: PlanRequest, held_out: Tensor | None, progress: Progress
+) -> FittedPlan:
+    """Fit the plan to the calibration, with page selection if it is requested. Raises FhoptError."""
     fitted = _sized(source, calibration, request, held_out, progress)
     if request.pages is None or source.loaded is None:
         return fitted
