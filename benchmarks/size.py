@@ -91,7 +91,7 @@ class Definition:
     lines: int = 1
 
 
-class Size:
+class TreeSize:
     """The counts and lists of a tree. sources: texts by path."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
@@ -204,7 +204,7 @@ def _assigned(node: ast.stmt) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------- report
 
 
-def lines_table(now: Size, before: Size | None = None) -> Table:
+def lines_table(now: TreeSize, before: TreeSize | None = None) -> Table:
     """Tabulate lines by package, and totals; with `before`, also the earlier values."""
     columns = [
         f"{name}{part}" for name in ("Python", "C++") for part in (("", " before", " change") if before else ("",))
@@ -222,7 +222,7 @@ def lines_table(now: Size, before: Size | None = None) -> Table:
     return table
 
 
-def counts_table(now: Size, before: Size | None = None) -> Table:
+def counts_table(now: TreeSize, before: TreeSize | None = None) -> Table:
     """Tabulate the number of entries of every list; with `before`, also the earlier values."""
     table = Table("", "count", *(["before"] if before else []), title="Structure", title_justify="left")
     old = before.counts() if before else {}
@@ -231,7 +231,7 @@ def counts_table(now: Size, before: Size | None = None) -> Table:
     return table
 
 
-def listing(size: Size) -> Iterator[str]:
+def listing(size: TreeSize) -> Iterator[str]:
     """Yield the entries of every nonempty list, a line each, below its title."""
     late = [f"{one.module}:{one.line} -> {one.target}" for one in late_cycles(size.imports)]
     lists = {
@@ -260,8 +260,8 @@ def _named(repeated: Mapping[str, Collection[Definition]]) -> list[str]:
 @click.option("--no-lists", is_flag=True, help="Print the tables only.")
 def main(commit: str | None, against: str | None, no_lists: bool) -> None:
     """Count lines by package, and list import cycles, long files and functions, and repeated names."""
-    now = Size(working_tree() if commit is None else of_commit(commit))
-    before = None if against is None else Size(of_commit(against))
+    now = TreeSize(working_tree() if commit is None else of_commit(commit))
+    before = None if against is None else TreeSize(of_commit(against))
     screen().print(lines_table(now, before), counts_table(now, before))
     if not no_lists:
         click.echo("\n".join(listing(now)))

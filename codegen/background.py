@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fhopt.codegen import compiler
-from fhopt.codegen.build import build, load_library, needs_compiler
+from fhopt.codegen.build import build_kernel, load_library, needs_compiler
 from fhopt.codegen.cpu.attention import NAME
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
@@ -52,7 +52,7 @@ class Builder:
 
         Raises what `codegen.build` raises.
         """
-        return build(spec) if self.has_attention() else None
+        return build_kernel(spec) if self.has_attention() else None
 
     def has_attention(self) -> bool:
         """Return whether the kernel library is built, or failed to build; False while it is being built."""

@@ -17,24 +17,24 @@ from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 
 from fhopt.codegen import compiler, eager
-from fhopt.codegen.compiler import CompileError, load, warn_without_compiler
+from fhopt.codegen.compiler import CompileError, compile_and_load, warn_without_compiler
 from fhopt.codegen.cpu import attention as cpu_attention
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu import attention as gpu_attention
 from fhopt.codegen.gpu.launch import TritonKernel
-from fhopt.codegen.tiers import has_trellis
+from fhopt.codegen.tiers import spec_has_trellis
 from fhopt.errors import FhoptError
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cached_file, text_digest, write_text
 
 
-def render(spec: KernelSpec, target: str) -> str:
+def render_kernel(spec: KernelSpec, target: str) -> str:
     """Render the kernel of `spec` for `target`: "cpp", "torch" or "triton". Raises FhoptError for another target."""
     renderers: dict[str, Callable[[KernelSpec], str]] = {
-        "cpp": cpu_attention.render,
-        "torch": eager.render,
-        "triton": gpu_attention.render,
+        "cpp": cpu_attention.render_attention,
+        "torch": eager.render_torch,
+        "triton": gpu_attention.render_triton,
     }
     if target not in renderers:
         raise FhoptError(f"there is no renderer for {target!r}; expected one of {', '.join(renderers)}.")
@@ -42,7 +42,7 @@ def render(spec: KernelSpec, target: str) -> str:
 
 
 @functools.cache
-def build(spec: KernelSpec) -> LatentKernel:
+def build_kernel(spec: KernelSpec) -> LatentKernel:
     """Build the CPU kernel of `spec`, once per process.
 
     It has the signature of `fhopt.ops.latent_attention_reference`. Compiled C++ if a compiler is found, else (with one
@@ -58,7 +58,7 @@ def build(spec: KernelSpec) -> LatentKernel:
 
 def without_compiler(spec: KernelSpec) -> LatentKernel:
     """Return the torch implementation of `spec`: a generated file, or for trellis codes the reference."""
-    return latent_attention_reference if has_trellis(spec) else build_torch(spec)
+    return latent_attention_reference if spec_has_trellis(spec) else build_torch(spec)
 
 
 def needs_compiler() -> bool:
@@ -67,7 +67,7 @@ def needs_compiler() -> bool:
         flags = compiler.flags_for_products()
     except CompileError:  # no compiler
         return False
-    return compiler.compiles(cpu_attention.NAME, cpu_attention.library(), flags)
+    return compiler.compiles(cpu_attention.NAME, cpu_attention.attention_source(), flags)
 
 
 def load_library() -> None:
@@ -80,7 +80,7 @@ def load_library() -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return load(cpu_attention.NAME, cpu_attention.library(), compiler.flags_for_products())
+    return compile_and_load(cpu_attention.NAME, cpu_attention.attention_source(), compiler.flags_for_products())
 
 
 def build_cpp(spec: KernelSpec) -> LatentKernel:
@@ -90,14 +90,14 @@ def build_cpp(spec: KernelSpec) -> LatentKernel:
 
 def build_torch(spec: KernelSpec) -> LatentKernel:
     """Build the kernel of `spec` in plain torch operations."""
-    kernel: LatentKernel = load_module(spec.name, eager.render(spec)).latent_attention
+    kernel: LatentKernel = load_module(spec.name, eager.render_torch(spec)).latent_attention
     return kernel
 
 
 @functools.cache
 def build_triton(spec: KernelSpec) -> TritonKernel:
     """Build the Triton kernels of `spec`. Raises ImportError without Triton."""
-    return TritonKernel(load_module(f"{spec.name}_triton", gpu_attention.render(spec)), spec)
+    return TritonKernel(load_module(f"{spec.name}_triton", gpu_attention.render_triton(spec)), spec)
 
 
 class _Rendered(SourceFileLoader):

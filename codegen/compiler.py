@@ -29,7 +29,7 @@ class CompileError(Exception):
     """No compiler was found, or it rejected the file. The message is a sentence for the user."""
 
 
-def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> ctypes.CDLL:
+def compile_and_load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile the C++ file `text` with FLAGS and `flags`, and load the library. Raises CompileError."""
     compiler = find_compiler()
     flags = (*FLAGS, *flags, native_flag())
@@ -88,7 +88,7 @@ def compiler_version(compiler: str) -> str:
 def check_compiler() -> str:
     """Compile a one-line function, load it, and return the compiler's version. Raises CompileError."""
     version = compiler_version(find_compiler())
-    load("probe", '#include <cmath>\nextern "C" double probe(double x) { return std::sqrt(x); }\n')
+    compile_and_load("probe", '#include <cmath>\nextern "C" double probe(double x) { return std::sqrt(x); }\n')
     return version
 
 

@@ -39,22 +39,22 @@ _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
 
 
-def install() -> None:
+def register_kernels() -> None:
     """Register the generated kernels of this machine in `fhopt.ops.registry`, so that the ops run through them.
 
     On GPUs without Triton, attention runs on plain torch operations, one tile of tokens at a time.
     """
-    registry.use("latent_attention", "cpu", latent_attention)
-    registry.use("latent_attention", "cuda", latent_attention)
-    registry.use("pack", "cpu", cpu_packing.pack)
-    registry.use("unpack", "cpu", cpu_packing.unpack)
+    registry.use("latent_attention", "cpu", dispatch_latent_attention)
+    registry.use("latent_attention", "cuda", dispatch_latent_attention)
+    registry.use("pack", "cpu", cpu_packing.pack_cpu)
+    registry.use("unpack", "cpu", cpu_packing.unpack_cpu)
     registry.use("page_weights", "cpu", cpu_pages.weigh_pages)
-    registry.use("attend_pages", "cpu", attend_pages)
-    registry.use("attend_latents", "cpu", attend_latents)
+    registry.use("attend_pages", "cpu", dispatch_attend_pages)
+    registry.use("attend_latents", "cpu", dispatch_attend_latents)
     registry.use("round_rows_into", "cpu", round_rows_into)
     registry.use("pack_window", "cpu", pack_window)
-    registry.use("open_attention", "cpu", cpu_prefill.open_attention)
-    registry.use("rebuilt_attention", "cpu", cpu_prefill.rebuilt_attention)
+    registry.use("open_attention", "cpu", cpu_prefill.open_attention_cpu)
+    registry.use("rebuilt_attention", "cpu", cpu_prefill.rebuilt_attention_cpu)
     if has_triton():
         registry.use("pack", "cuda", _pack_by_triton)
         registry.use("unpack", "cuda", _unpack_by_triton)
@@ -62,18 +62,18 @@ def install() -> None:
         registry.use("rebuilt_attention", "cuda", _rebuilt_by_triton)
 
 
-def start() -> None:
+def start_builds() -> None:
     """Start to build the libraries that a model with a plan needs on a CPU, if this machine lacks them."""
     builder.start_attention()
-    cpu_packing.start()
-    cpu_prefill.start()
+    cpu_packing.start_packing()
+    cpu_prefill.start_prefill()
     builder.start(graph_kernels.NAME, graph_kernels.serve_linear)
     builder.start(layer_program.NAME, layer_program.is_built)
 
 
-def prepare() -> None:
+def build_all() -> None:
     """Build the libraries that a model with a plan needs on a CPU, and wait for them."""
-    start()
+    start_builds()
     builder.wait()
 
 
@@ -84,7 +84,7 @@ def prepare_linear() -> None:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
+def wait_for_kernels() -> Iterator[None]:
     """Make every call inside the context wait for the kernels it needs, as in measurements."""
     before, builder.waits = builder.waits, True
     try:
@@ -93,7 +93,7 @@ def waiting() -> Iterator[None]:
         builder.waits = before
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def dispatch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Compute a linear layer with a compiled kernel; None if none is applicable, or it is not built yet.
 
     x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may also be int8, or in GGUF
@@ -102,15 +102,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     without gradients.
     """
     rows, scale, format = x.numel() // max(x.shape[-1], 1) if x.dim() else 0, None, 0
-    is_wide = wide_linear.serves(rows, x.dtype)
-    if not is_wide and not skinny_linear.serves(rows, weight):
+    is_wide = wide_linear.takes_many_rows(rows, x.dtype)
+    if not is_wide and not skinny_linear.takes_rows(rows, weight):
         return None
     if not skinny_linear.takes(x, weight, bias):
         quantized = skinny_linear.quantized(x, weight, bias)
         if quantized is None:
             return None
         weight = quantized.values
-        if isinstance(quantized, skinny_linear.Blocks):
+        if isinstance(quantized, skinny_linear.BlockedWeight):
             if not _has_blocks() or rows > gguf_blocks.most_rows(quantized.format, x.dtype):
                 return None
             format = quantized.format
@@ -122,14 +122,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return output
 
 
-def attend_latents(*operands: Any, **options: Any) -> Tensor | None:
+def dispatch_attend_latents(*operands: Any, **options: Any) -> Tensor | None:
     """Attend to a KV cache in one native call; see `fhopt.attention.attend.attend_latents_reference`.
 
     None if it is not applicable, or its libraries are not built yet.
     """
     if not builder.has_attention() or not _has_ops():
         return None
-    return graph_kernels.attend_latents(CacheOperands(*operands), options)
+    return graph_kernels.call_attend_latents(CacheOperands(*operands), options)
 
 
 def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:
@@ -188,7 +188,7 @@ def layer_programs_are_built() -> bool:
     return bool(builder.get(layer_program.NAME, layer_program.is_built, layer_program.compiles_layers))
 
 
-def latent_attention(
+def dispatch_latent_attention(
     query: Tensor,
     key: Tensor,
     key_scale: Tensor | None,
@@ -252,7 +252,7 @@ def _known_kernel(
     return kernel
 
 
-def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
+def dispatch_attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
     """Select pages and attend to them, with mean values for the other pages, in one native call.
 
     The reference is `fhopt.ops.paged_attention.attend_pages_reference`. None if one of the kernels is not applicable.
@@ -261,7 +261,7 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     sides = step.key_bits, step.key_widths, step.key_steps, step.value_bits, step.value_widths, step.value_steps
     kernel = _known_kernel(step.query, step.key, step.value, sides, False)
-    return cpu_pages.attend_pages(step, kernel) if isinstance(kernel, LibraryKernel) else None
+    return cpu_pages.call_attend_pages(step, kernel) if isinstance(kernel, LibraryKernel) else None
 
 
 def _kernel(
@@ -296,7 +296,7 @@ def _pack_by_triton(
 ) -> tuple[Tensor, Tensor]:
     from fhopt.codegen.gpu import packing  # lazy: importing Triton takes a second, and only GPUs need it
 
-    return packing.pack(latent, bits, widths, steps)
+    return packing.pack_triton(latent, bits, widths, steps)
 
 
 def _unpack_by_triton(
@@ -304,7 +304,7 @@ def _unpack_by_triton(
 ) -> Tensor:
     from fhopt.codegen.gpu import packing
 
-    return packing.unpack(codes, scale, bits, widths, steps)
+    return packing.unpack_triton(codes, scale, bits, widths, steps)
 
 
 def encode_rows_by_triton(
@@ -317,11 +317,11 @@ def encode_rows_by_triton(
     from fhopt.codegen.gpu import encode_rows
 
     rows = empty_rows(x, basis, bits, widths, steps)
-    encode_rows.encode(x, basis, bits, widths, steps, *rows)
+    encode_rows.encode_triton(x, basis, bits, widths, steps, *rows)
     return rows
 
 
 def _rebuilt_by_triton(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    from fhopt.codegen.gpu.prefill_launch import rebuilt_attention
+    from fhopt.codegen.gpu.prefill_launch import rebuilt_attention_triton
 
-    return rebuilt_attention(query, *args, **options)
+    return rebuilt_attention_triton(query, *args, **options)

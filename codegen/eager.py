@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from string import Template
 
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.source_files import read_package_source
 from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
 
-def render(spec: KernelSpec) -> str:
+def render_torch(spec: KernelSpec) -> str:
     """Render the Python file of `spec`, deterministically. Raises FhoptError for unsupported bit groups."""
     check_uniform(spec, "a generated file of torch operations")
-    return read_source("fhopt.codegen", "eager.py.in").substitute(
+    return read_package_source("fhopt.codegen", "eager.py.in").substitute(
         name=spec.name,
         planes="".join(f"{line}\n" for line in PLANES),
         key_legend=legend(spec.key_tiers, spec.key_width),

@@ -17,7 +17,7 @@ _LINES = re.compile(r"^\$(\w+)\n", re.MULTILINE)
 
 
 @functools.cache
-def read_source(package: str, name: str) -> Template:
+def read_package_source(package: str, name: str) -> Template:
     """Load the file `name` of the sources of `package` ("fhopt.codegen.gpu")."""
     text = files(package).joinpath("sources", name).read_text(encoding="utf-8")
     return Template(_LINES.sub(r"${\1}", text))

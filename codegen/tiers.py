@@ -14,7 +14,7 @@ PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), fo
 UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check(spec: KernelSpec) -> None:
+def check_spec(spec: KernelSpec) -> None:
     """Raise FhoptError if no kernel can be generated for `spec`."""
     for side, tiers, width in (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width)):
         if any(bits not in SUPPORTED_BITS or w < 1 or w % TIER_QUANTUM for bits, w, _ in tiers):
@@ -30,15 +30,15 @@ def check(spec: KernelSpec) -> None:
         raise FhoptError(f"no kernel reads uncoded {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors.")
 
 
-def has_trellis(spec: KernelSpec) -> bool:
+def spec_has_trellis(spec: KernelSpec) -> bool:
     """Return True if channels have a trellis code (fhopt/ops/trellis.py), which only CPU kernels support."""
     return any(is_trellis(bits, step) for bits, _, step in (*spec.key_tiers, *spec.value_tiers))
 
 
 def check_uniform(spec: KernelSpec, what: str) -> None:
     """Raise FhoptError as `check` does, and if `spec` has trellis codes, which `what` does not support."""
-    check(spec)
-    if has_trellis(spec):
+    check_spec(spec)
+    if spec_has_trellis(spec):
         raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
 
 

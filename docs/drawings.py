@@ -20,7 +20,7 @@ from fhopt.inspection.drawing import COLOURS, Diagram
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 
@@ -34,8 +34,10 @@ def small_plan() -> LatentPlan:
         num_key_value_heads=4,
     )  # fmt: skip
     model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.ones(1, 16, dtype=torch.int64)
-    (site,) = pipeline.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites.values()
-    tiers = (Tier(8, 8, 1 / 32), Tier(4, 24, 0.3))
+    (site,) = pipeline.find_attentions(
+        capture(model, (), {"input_ids": ids, "use_cache": False}).program
+    ).sites.values()
+    tiers = (BitGroup(8, 8, 1 / 32), BitGroup(4, 24, 0.3))
     side = SidePlan(torch.zeros(1, 32, 4 * 16), torch.zeros(4, 16, 32), tiers)
     return LatentPlan((SitePlan(site, "freq", side, side),), 4, 128, 64)
 

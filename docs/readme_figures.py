@@ -47,7 +47,7 @@ LEGEND = {"o": "fhopt", "V": "KVTC", "K": "KIVI", "A": "AATC", "Q": "QuaRot", "T
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheLoss:
     """Hold what one cache of one size loses, over the texts that calibrated nothing.
 
     name: of family and bits, in the files. size: how many times smaller than a 16-bit cache. mean, worst: rise of
@@ -73,7 +73,7 @@ class Cache:
         return NAMES.get(self.family, self.family) + (f", {bits[1]} bits" if bits else "")
 
 
-def caches(results: Results) -> list[Cache]:
+def caches(results: Results) -> list[CacheLoss]:
     """Read the caches of the benchmark of quality, the least compressed first."""
     found: dict[tuple[float, str], dict[str, list[float]]] = {}
     for metric in ("perplexity_increase_percent", "kl"):
@@ -88,10 +88,10 @@ def caches(results: Results) -> list[Cache]:
     ]
 
 
-def _cache(name: str, size: float, rises: list[float], kl: list[float]) -> Cache:
+def _cache(name: str, size: float, rises: list[float], kl: list[float]) -> CacheLoss:
     """Take means over texts: of perplexity the geometric one, as over all tokens of texts of one length."""
     mean = 100 * math.expm1(sum(math.log1p(rise / 100) for rise in rises) / len(rises))
-    return Cache(name, size, mean, max(rises), sum(kl) / len(kl), len(rises))
+    return CacheLoss(name, size, mean, max(rises), sum(kl) / len(kl), len(rises))
 
 
 # --------------------------------------------------------------------------------------------------- blocks
@@ -109,7 +109,7 @@ def measured(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _loss(four: Cache, eight: Cache) -> str:
+def _loss(four: CacheLoss, eight: CacheLoss) -> str:
     return _item(
         f"**Loss.** With a KV cache {four.size:g} times smaller, the perplexity of {four.texts} kinds of text that "
         f"were not used for calibration changes by {four.mean:+.2f} % (worst text {four.worst:+.2f} %); "
@@ -218,7 +218,7 @@ def rivals(folder: Path) -> str:
     return table(head, lines)
 
 
-def _distance(cache: Cache, size: float) -> float:
+def _distance(cache: CacheLoss, size: float) -> float:
     return abs(math.log(cache.size / size))
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fhopt.codegen import build
-from fhopt.codegen.build import render
+from fhopt.codegen import build_kernel
+from fhopt.codegen.build import render_kernel
 from fhopt.ops.latent_attention import latent_attention_reference
 from fhopt.ops.packing import pack_reference
 from fhopt.plan.kernel_spec import KernelSpec
@@ -33,8 +33,8 @@ def main() -> None:
     keys, key_scale = pack_reference(torch.randn(1, 1, 1000, 64), key_bits, key_widths, key_steps)  # [B, J, T, bytes]
     values, value_scale = pack_reference(torch.randn(1, 1, 1000, 48), value_bits, value_widths, value_steps)
     for target in ("cpp", "triton", "torch"):
-        print(f"{target}: {len(render(SPEC, target).splitlines())} lines")
-    kernel = build(SPEC)  # compiled C++; torch operations where there is no compiler
+        print(f"{target}: {len(render_kernel(SPEC, target).splitlines())} lines")
+    kernel = build_kernel(SPEC)  # compiled C++; torch operations where there is no compiler
     output, _ = kernel(query, keys, key_scale, values, value_scale, None, scale=0.125)  # [B, H, S, R_V]
     expected, _ = latent_attention_reference(
         query, keys, key_scale, values, value_scale, None, scale=0.125, key_bits=key_bits, key_widths=key_widths,

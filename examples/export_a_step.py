@@ -33,9 +33,9 @@ def small_model() -> Any:
 @torch.no_grad()
 def main() -> None:
     model, ids = small_model(), torch.randint(0, 64, (1, 40))
-    sites = pipeline.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites
+    sites = pipeline.find_attentions(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites
     plan = fit_plan.exact_plan(sites.values(), recent=8, block=8)  # or a plan from fhopt.fit
-    exported = pt2_step.export_step(model, plan)
+    exported = pt2_step.export_pt2(model, plan)
     with tempfile.TemporaryDirectory() as folder:
         programs = []
         for name in ("step", "seal"):
@@ -43,7 +43,7 @@ def main() -> None:
             torch.export.save(getattr(exported, name), path)
             programs.append(torch.export.load(path).module())
             print(f"{path.name}: {path.stat().st_size:,} bytes")
-    state = step_state.State(plan, exported.state, *programs)  # what a caller does between two decode steps
+    state = step_state.StepState(plan, exported.state, *programs)  # what a caller does between two decode steps
     fhopt.apply(model, plan)
     cache, difference = latent_cache(model), 0.0
     for token in ids.split(1, 1):

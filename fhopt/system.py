@@ -135,7 +135,7 @@ def cache_fault() -> str:
     return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
 
 
-def cache_bytes() -> int:
+def generated_bytes() -> int:
     """Return the total bytes of all generated files; 0 if there are none."""
     total = 0
     for folder, _, names in os.walk(cache_folder()):

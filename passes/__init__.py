@@ -4,6 +4,6 @@
 describes the contract of a pass.
 """
 
-from fhopt.passes.pipeline import find
+from fhopt.passes.pipeline import find_attentions
 
-__all__ = ["find"]
+__all__ = ["find_attentions"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Step:
+class ReplacedNode:
     """A node that the canonical form replaces, and why the replacement is valid for all inputs.
 
     node: its name. operation: the op it calls. rule: the rule of `recognize.validity`, with its premises.
@@ -54,7 +54,7 @@ class Certificate:
     """
 
     operands: tuple[tuple[str, str], ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ReplacedNode, ...] = ()
     rows: str = ""
     conditions: tuple[str, ...] = ()
     checked: Checked | None = None

@@ -50,7 +50,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 
 
-def find(program: Program, inline_checkpoints: bool = True, assume_finite: bool = False) -> Outcome:
+def find_attentions(program: Program, inline_checkpoints: bool = True, assume_finite: bool = False) -> Outcome:
     """Find every attention of `program`, in place. Exact up to rounding.
 
     inline_checkpoints: replace activation checkpoints by their contents; if False they stay and are reported.
@@ -134,7 +134,7 @@ def _own_name(name: str, taken: Collection[str]) -> str:
     return next(n for n in names if n not in taken)
 
 
-def merge(outcomes: list[Outcome]) -> Outcome:
+def merge_outcomes(outcomes: list[Outcome]) -> Outcome:
     """Merge the outcomes of several graphs of one model; the program is taken from the graph with the most sites."""
     if len(outcomes) == 1:
         return outcomes[0]
@@ -181,7 +181,7 @@ def optimize(
     with run_stage(outcome, absorb.name):
         for node in absorb.candidates(outcome.program):
             absorb.rewrite(outcome.program, absorb.match(node))
-    return lower(outcome, training)
+    return lower_program(outcome, training)
 
 
 def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outcome:
@@ -219,11 +219,11 @@ def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
     decodes = not training and any(map(is_decoding, attentions))
     if not outcome.compressed and not (attentions and (decodes or is_spelled_out(original))):
         return False
-    lower(outcome, training)
+    lower_program(outcome, training)
     return True
 
 
-def lower(outcome: Outcome, training: bool = False) -> Outcome:
+def lower_program(outcome: Outcome, training: bool = False) -> Outcome:
     """Lower the canonical ops to torch ops, which inductor fuses, or to kernels if these are faster."""
     stage = Lower(training)
     with run_stage(outcome, stage.name):

@@ -15,7 +15,7 @@ from fhopt.errors import Miss, PassError
 from fhopt.passes.graph.nodes import source_line
 from fhopt.passes.graph.printing import print_graph
 from fhopt.passes.outcome import Explanation, Outcome
-from fhopt.passes.verify import verify
+from fhopt.passes.verify import check_invariants
 
 
 class run_stage:
@@ -33,7 +33,7 @@ class run_stage:
                 raise PassError(f"pass {self.name} failed: {type(error).__name__}: {error}") from error
             return
         self.outcome.program.module.recompile()
-        verify(self.outcome.program, self.name)
+        check_invariants(self.outcome.program, self.name)
         self.outcome.seconds[self.name] = time.perf_counter() - self.start
         dump_stage(self.outcome, self.name)
 

@@ -9,7 +9,7 @@ from fhopt.passes.graph.nodes import fake
 from fhopt.passes.graph.program import Program
 
 
-def verify(program: Program, after: str) -> None:
+def check_invariants(program: Program, after: str) -> None:
     """Check the invariants of a pass. Raises PassError, which names the pass, if the graph violates one."""
     try:
         program.graph.lint()

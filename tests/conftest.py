@@ -13,7 +13,9 @@ import pytest
 import torch
 from durations import DurationRecorder, Durations
 from hypothesis import settings
-from small_models import Fitted
+from small_models import FittedModel
+
+from fhopt.codegen import build
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One core per worker: threads of subprocesses would only contend with each other.
@@ -164,7 +166,7 @@ def kernels_where_they_are_the_point(request: pytest.FixtureRequest) -> None:
 def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run latent attention on torch operations, for tests of anything but generated C++."""
     dispatch, background = (importlib.import_module(f"fhopt.codegen.{name}") for name in ("dispatch", "background"))
-    monkeypatch.setattr(background, "build", importlib.import_module("fhopt.codegen.build").without_compiler)
+    monkeypatch.setattr(background, "build_kernel", build.without_compiler)
     monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
     monkeypatch.setattr(dispatch, "_kernels", {})
 
@@ -193,18 +195,18 @@ def importable() -> str:
 
 
 @pytest.fixture(scope="session")
-def llama() -> Fitted:
-    return Fitted("llama")
+def llama() -> FittedModel:
+    return FittedModel("llama")
 
 
 @pytest.fixture(scope="session")
-def gpt2() -> Fitted:
-    return Fitted("gpt2")
+def gpt2() -> FittedModel:
+    return FittedModel("gpt2")
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2"])
-def fitted(request: pytest.FixtureRequest) -> Fitted:
-    model: Fitted = request.getfixturevalue(request.param)
+def fitted(request: pytest.FixtureRequest) -> FittedModel:
+    model: FittedModel = request.getfixturevalue(request.param)
     return model
 
 

@@ -30,11 +30,11 @@ import torch
 from rich.progress import Progress
 
 from benchmarks import recording
-from benchmarks.cpu.attention_contenders import Contender, contenders
+from benchmarks.cpu.attention_contenders import AttentionContender, contenders
 from benchmarks.cpu.attention_report import COPY, draw, line, markdown, summary
-from benchmarks.cpu.attention_shapes import BATCHES, DTYPES, SHAPES, TOKENS, Case, cases
+from benchmarks.cpu.attention_shapes import BATCHES, DTYPES, SHAPES, TOKENS, AttentionCase, cases
 from benchmarks.recording import Row, is_quick, record
-from fhopt.codegen.dispatch import install
+from fhopt.codegen.dispatch import register_kernels
 from fhopt.hardware import this_cpu
 
 SECONDS, LEAST, MOST = 0.5, 5, 30  # total time per contender, min and max calls
@@ -43,7 +43,7 @@ TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3}
 
 
 @torch.no_grad()
-def measure(case: Case, seconds: float) -> list[Contender]:
+def measure(case: AttentionCase, seconds: float) -> list[AttentionContender]:
     """Check each implementation, then time them interleaved. Failed ones record their error."""
     torch.set_num_threads(case.threads)
     torch._dynamo.reset()
@@ -69,7 +69,7 @@ def measure(case: Case, seconds: float) -> list[Contender]:
     return measured
 
 
-def rows_of(case: Case, measured: Sequence[Contender], copy_gb_s: float) -> list[Row]:
+def rows_of(case: AttentionCase, measured: Sequence[AttentionContender], copy_gb_s: float) -> list[Row]:
     """Return milliseconds with the fastest torch implementation as baseline, bytes loaded, and the GB/s of a copy."""
     able = [one for one in measured if one.seconds]
     best = min(one.time_ms for one in able if not one.ours)
@@ -96,7 +96,7 @@ def main(
     quick = quick or is_quick()
     if quick:
         shapes, tokens, batches, out = ("GQA 9/3x64",), (4096,), (1,), "attention-quick"
-    install()
+    register_kernels()
     torch._dynamo.config.recompile_limit = 1024
     threads = threads or tuple(dict.fromkeys((1, torch.get_num_threads())))
     chosen, left_out = cases(shapes, tokens, batches, dtypes, threads)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.cpu.attention_shapes import DTYPES, SHAPES, Case
+from benchmarks.cpu.attention_shapes import DTYPES, SHAPES, AttentionCase
 from fhopt.codegen.tiers import Tiers
 from fhopt.ops import algebra, attention, latent_attention
 
@@ -23,7 +23,7 @@ FALL = 9.0  # difference in bits between the strongest and the weakest channel o
 
 
 @dataclass
-class Contender:
+class AttentionContender:
     """One implementation. `size`: bytes loaded per call. `error`: why it cannot run, or how its result is wrong."""
 
     name: str
@@ -61,7 +61,7 @@ def spectrum_tiers(dim: int, size: int) -> Tiers:
     return tuple((b, 8 * n, 3.5 / 2**b) for b, n in counts.items())
 
 
-def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
+def quantized(case: AttentionCase, ratio: int, query: Tensor) -> tuple[AttentionContender, Callable[[], Tensor]]:
     """Return attention on latents quantized to 1/`ratio` of the bytes, and the reference."""
     _, groups, dim = SHAPES[case.shape]
     side = dim * query.element_size() // ratio - 2  # minus 2 bytes for the scale
@@ -83,10 +83,12 @@ def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callabl
         return latent_attention.latent_attention_reference(*exact, **options)[0]
 
     size = sum(x.numel() * x.element_size() for x in (*packed, *scales))
-    return Contender(f"fhopt {ratio}x", attend, size, ours=True), reference
+    return AttentionContender(f"fhopt {ratio}x", attend, size, ours=True), reference
 
 
-def unquantized(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
+def unquantized(
+    name: str, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[AttentionContender, Callable[[], Tensor]]:
     """Return attention on unquantized latents, and the reference."""
     options: dict[str, Any] = algebra.uncoded_options() | dict(scale=key.shape[-1] ** -0.5)
 
@@ -94,7 +96,7 @@ def unquantized(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[C
         return torch.ops.fhopt.latent_attention(query, key, None, value, None, None, **options)[0]
 
     size = 2 * key.numel() * key.element_size()
-    return Contender(name, attend, size, ours=True), lambda: exact_attention(query, key, value)
+    return AttentionContender(name, attend, size, ours=True), lambda: exact_attention(query, key, value)
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def torch_implementations(query: Tensor, key: Tensor, value: Tensor) -> Iterator
     yield "flex_attention", lambda: flex(query, key, value, **shared)
 
 
-def contenders(case: Case) -> Iterator[tuple[Contender, Callable[[], Tensor]]]:
+def contenders(case: AttentionCase) -> Iterator[tuple[AttentionContender, Callable[[], Tensor]]]:
     """Yield all implementations of a case, each with its reference in float64."""
     heads, groups, dim = SHAPES[case.shape]
     dtype = DTYPES[case.dtype]
@@ -146,7 +148,7 @@ def contenders(case: Case) -> Iterator[tuple[Contender, Callable[[], Tensor]]]:
     key, value = (torch.randn(case.batch, groups, case.tokens, dim).to(dtype) for _ in range(2))
     reference = exact_attention(query, key, value)
     for name, attend in torch_implementations(query, key, value):
-        yield Contender(name, attend, case.exact_bytes), lambda: reference
+        yield AttentionContender(name, attend, case.exact_bytes), lambda: reference
     yield unquantized("fhopt full", query, key, value)
     half = [x[..., : dim // 2].contiguous() for x in (query, key, value)]
     yield unquantized("fhopt half width", *half)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from benchmarks import recording
-from benchmarks.cpu.attention_shapes import Case
+from benchmarks.cpu.attention_shapes import AttentionCase
 from benchmarks.recording import Row
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     figure.supxlabel(f"speed-up over the fastest implementation in torch, T={longest:,}, B=1", fontsize=9)
 
 
-def line(case: Case, rows: Sequence[Row]) -> str:
+def line(case: AttentionCase, rows: Sequence[Row]) -> str:
     """Format the results of a case in one line."""
     here = [row for row in rows if row.case == case.name and row.metric == "time_ms"]
     return f"{case.name}: " + ", ".join(f"{row.impl} {row.value:.3g} ({row.ratio:.2f}x)" for row in here)

@@ -16,7 +16,7 @@ SHARE = 0.5  # of the free memory that a case may use
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """One combination of shape, tokens, batch, dtype and threads."""
 
     shape: str
@@ -40,7 +40,7 @@ class Case:
 
 def cases(
     shapes: Sequence[str], tokens: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], threads: Sequence[int]
-) -> tuple[list[Case], list[str]]:
+) -> tuple[list[AttentionCase], list[str]]:
     """Return the cases that fit into memory, and a line about each that does not."""
     fitting, left_out = [], []
     available = psutil.virtual_memory().available
@@ -48,7 +48,7 @@ def cases(
         for count in tokens:
             for batch in batches:
                 for dtype in dtypes:
-                    made = [Case(shape, count, batch, dtype, n) for n in threads]
+                    made = [AttentionCase(shape, count, batch, dtype, n) for n in threads]
                     needed = 3.3 * made[0].exact_bytes  # latents, and copies that inductor and flex make
                     if needed <= SHARE * available:
                         fitting += made

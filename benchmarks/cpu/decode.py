@@ -72,7 +72,7 @@ def grouped_attention(
 
 
 @dataclass
-class Contender:
+class DecodeContender:
     """One implementation of decoding. `call`: the model, compiled or not; `cache`: shared if `rewind` is set."""
 
     name: str
@@ -121,7 +121,7 @@ def fill(cache: Any, prompt: list[tuple[Tensor, Tensor]], batch: int, dtype: tor
 def contenders(
     loaded: LoadedModel, plans: Sequence[LatentPlan], prompt: list[tuple[Tensor, Tensor]], batch: int,
     dtype: torch.dtype,
-) -> list[Contender]:  # fmt: skip
+) -> list[DecodeContender]:  # fmt: skip
     """Return every implementation of a case, its cache filled."""
     tokens = prompt[0][0].shape[2]
     base = copy.deepcopy(loaded.language_model()).to(dtype).eval()
@@ -134,21 +134,21 @@ def contenders(
         plain, no_matcher = _compiled(model), _compiled(model, options={"pattern_matcher": False})
         frozen = _compiled(model, options={"pattern_matcher": False, "freezing": True})
         if attention == "grouped":
-            made.append(Contender("grouped by hand, inductor", no_matcher, **shared))
+            made.append(DecodeContender("grouped by hand, inductor", no_matcher, **shared))
             continue
         if attention == "sdpa":  # eager attention takes 3 s per decode step at batch 8
-            made.append(Contender("eager, sdpa", model, **shared))
-            made.append(Contender("inductor, sdpa", plain, **shared))
+            made.append(DecodeContender("eager, sdpa", model, **shared))
+            made.append(DecodeContender("inductor, sdpa", plain, **shared))
         else:  # the matcher would convert it to sdpa, and has nothing to match in sdpa
-            made.append(Contender("inductor, no pattern matcher, eager", no_matcher, **shared))
-            made.append(Contender("inductor, frozen, eager", frozen, **shared))
-    made.append(Contender("fhopt exact", _flashhead(_with_attention(base, "sdpa"), {"ratio": 1}), **shared))
+            made.append(DecodeContender("inductor, no pattern matcher, eager", no_matcher, **shared))
+            made.append(DecodeContender("inductor, frozen, eager", frozen, **shared))
+    made.append(DecodeContender("fhopt exact", _flashhead(_with_attention(base, "sdpa"), {"ratio": 1}), **shared))
     for plan in plans:
         for fixed in (False, True) if plan is plans[0] else (False,):
             model = fhopt.apply(copy.deepcopy(base), plan)
             held = fill(latent_cache(model, max_cache_len=tokens + SPARE if fixed else None), prompt, batch, dtype)
             name = f"fhopt {plan.provenance.get('ratio', 4):.3g}x, " + ("static" if fixed else "growing")
-            made.append(Contender(name, _flashhead(model, {}) if fixed else fhopt.prepare(model), held, token))
+            made.append(DecodeContender(name, _flashhead(model, {}) if fixed else fhopt.prepare(model), held, token))
     return made
 
 
@@ -179,7 +179,7 @@ def _compiled(model: Any, **options: Any) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(implementations: list[Contender], argument: str, rounds: int) -> None:
+def measure(implementations: list[DecodeContender], argument: str, rounds: int) -> None:
     """Time decode steps of all implementations, interleaved."""
     for one in implementations:
         for _ in range(WARM):
@@ -191,7 +191,7 @@ def measure(implementations: list[Contender], argument: str, rounds: int) -> Non
             one.seconds += [one.step(argument) for _ in range(STEPS)]
 
 
-def rows_of(case: str, batch: int, implementations: list[Contender]) -> list[Row]:
+def rows_of(case: str, batch: int, implementations: list[DecodeContender]) -> list[Row]:
     """Return milliseconds per decode step with the fastest alternative as baseline; tok/s; bytes of the KV cache."""
     times = {one.name: 1e3 * statistics.median(one.seconds) for one in implementations}
     best = min(t for name, t in times.items() if name.startswith(ALTERNATIVES))

@@ -35,7 +35,7 @@ from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument
 from fhopt.models.sites import find_sites
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 from fhopt.planning.pipeline import calibrate_source, text_source
 from fhopt.texts import tokens as texts_tokens
 
@@ -90,7 +90,7 @@ def plain_plan(loaded: LoadedModel) -> LatentPlan:
     """Create a plan with 4 bits for every channel, without calibration."""
 
     def in_four_bits(side: SidePlan) -> SidePlan:
-        return replace(side, tiers=(Tier(4, side.width, 0.4),))
+        return replace(side, tiers=(BitGroup(4, side.width, 0.4),))
 
     sites = fit_plan.exact_plan(find_sites(loaded).sites.values(), recent=64).sites
     plans = tuple(SitePlan(s.site, s.layout, in_four_bits(s.key), in_four_bits(s.value)) for s in sites)

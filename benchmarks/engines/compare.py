@@ -39,8 +39,8 @@ from benchmarks import recording
 from benchmarks.engines import catalog, report
 from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import ENVIRONMENTS, OWN, ModelForms, Unavailable, interpreter, last_error, prompts
-from benchmarks.engines.protocol import Report, Request
-from benchmarks.engines.rounds import Case, Setting, in_a_process, packages, run_rounds, variables
+from benchmarks.engines.protocol import EngineReport, EngineRequest
+from benchmarks.engines.rounds import EngineCase, Setting, in_a_process, packages, run_rounds, variables
 from benchmarks.recording import RESULTS, ROOT, Row, is_quick, record
 
 CONTEXTS, BATCHES = (512, 2048, 8000), (1,)
@@ -55,7 +55,7 @@ def say(text: str) -> None:
 
 
 @dataclass
-class Run:
+class ComparisonRun:
     """One run of the benchmark: the prerequisites of an engine's process, each created once.
 
     requests: the prerequisites of an engine, or why it cannot run.
@@ -87,12 +87,12 @@ class Run:
         plan = {"plan": str(forms.plan(engine.plan, say, self.is_quick))} if engine.plan else {}
         return python, path, {**engine.options, **plan}
 
-    def measure(self, case: Case, engine: EngineConfig) -> tuple[Report, bool]:
+    def measure(self, case: EngineCase, engine: EngineConfig) -> tuple[EngineReport, bool]:
         """Measure in a new process. Raises Unavailable."""
         python, path, options = self.prepare(case.model, engine)
         forms = self.models[case.model]
         ids = prompts(forms, case.context, case.batch, say)
-        request = Request(
+        request = EngineRequest(
             str(path), str(ids), case.context, case.batch, self.setting.new_tokens, self.setting.cores, 0.0,
             options=options,
         )  # fmt: skip
@@ -106,15 +106,15 @@ def positions(forms: ModelForms) -> int:
 
 
 def cases(
-    run: Run, contexts: Sequence[int], batches: Sequence[int], new_tokens: int
-) -> tuple[list[Case], dict[Case, str]]:
+    run: ComparisonRun, contexts: Sequence[int], batches: Sequence[int], new_tokens: int
+) -> tuple[list[EngineCase], dict[EngineCase, str]]:
     """Return the cases that fit the models, and those that are too long for one, with the reason."""
     able, unable = [], {}
     for name, forms in run.models.items():
         most = positions(forms)
         for batch in batches:
             for context in contexts:
-                case = Case(name, context, batch)
+                case = EngineCase(name, context, batch)
                 if context + new_tokens + 3 > most:
                     unable[case] = f"the model has {most:,} positions"
                 else:
@@ -173,7 +173,7 @@ def main(
     torch.set_num_threads(len(setting.cores))  # recorded in the results
     given = dict(pair(text) for text in plans)
     forms = [ModelForms(name, build, given) for name in names]
-    run = Run(build, setting, {form.name: form for form in forms}, quick)
+    run = ComparisonRun(build, setting, {form.name: form for form in forms}, quick)
     try:
         able, unable = cases(run, contexts, batches, new_tokens)
     except Unavailable as error:
@@ -225,7 +225,7 @@ def list_engines() -> None:
         click.echo(engine.name + ("" if engine.is_default else "  (by --engine only)"))
 
 
-def prepare_all(run: Run, engines: Sequence[EngineConfig]) -> None:
+def prepare_all(run: ComparisonRun, engines: Sequence[EngineConfig]) -> None:
     """Install, convert and fit what the engines need, and build fhopt's kernels; report failures."""
     for model in run.models:
         for engine in engines:

@@ -25,14 +25,14 @@ F16, Q4_0, Q8_0, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A Hugging Face folder: its configuration, and weights by name."""
 
     folder: Path
     config: dict[str, Any]
 
     @staticmethod
-    def read(folder: Path) -> Source:
+    def read(folder: Path) -> CheckpointSource:
         """Load the configuration. Raises FhoptError for an unsupported architecture."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = (config.get("architectures") or ["?"])[0]
@@ -41,7 +41,7 @@ class Source:
                 f"{name} cannot be written as GGUF here; known are {', '.join(ARCHITECTURES)}. Convert it with "
                 "llama.cpp's convert_hf_to_gguf.py and give the files by --gguf and --gguf-q4."
             )
-        return Source(folder, config)
+        return CheckpointSource(folder, config)
 
     @property
     def architecture(self) -> str:
@@ -61,7 +61,7 @@ def write(folder: Path, target: Path, kind: str) -> None:
 
     Raises FhoptError for an unsupported model.
     """
-    source = Source.read(folder)
+    source = CheckpointSource.read(folder)
     staging = target.with_name(f".{target.name}.part")
     writer = gguf.GGUFWriter(staging, source.architecture)
     _add_settings(writer, source, kind)
@@ -81,7 +81,7 @@ def write(folder: Path, target: Path, kind: str) -> None:
     staging.replace(target)
 
 
-def _architecture(source: Source) -> Any:
+def _architecture(source: CheckpointSource) -> Any:
     return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == source.architecture)
 
 
@@ -94,7 +94,7 @@ def _type(name: str, data: np.ndarray[Any, Any], kind: str) -> Any:
     return Q8_0 if name.startswith(("token_embd", "output")) else Q4_0
 
 
-def _permuted(source: Source, name: str, weight: torch.Tensor) -> torch.Tensor:
+def _permuted(source: CheckpointSource, name: str, weight: torch.Tensor) -> torch.Tensor:
     """Permute rows of queries and keys for GGUF's Llama, which rotates neighbors; transformers rotates halves."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     part = next((key for key in heads if f".{key}." in name), None)
@@ -105,7 +105,7 @@ def _permuted(source: Source, name: str, weight: torch.Tensor) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _add_settings(writer: Any, source: Source, kind: str) -> None:
+def _add_settings(writer: Any, source: CheckpointSource, kind: str) -> None:
     config = source.config
     heads, size = config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -123,7 +123,7 @@ def _add_settings(writer: Any, source: Source, kind: str) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q4_0)
 
 
-def _add_tokenizer(writer: Any, source: Source) -> None:
+def _add_tokenizer(writer: Any, source: CheckpointSource) -> None:
     """Add tokens and merges of tokenizer.json, padded with unused tokens to the vocabulary size."""
     content = json.loads((source.folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = {index: token for token, index in content["model"]["vocab"].items()}

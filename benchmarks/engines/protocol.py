@@ -23,7 +23,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Request:
+class EngineRequest:
     """One measurement: an engine, a model, a context, a batch size.
 
     model: path in the engine's format. prompts: JSON file with a list of token ids per sequence. started:
@@ -63,7 +63,7 @@ class Request:
 
 
 @dataclass
-class Report:
+class EngineReport:
     """The measurement of a program: the first call of the model in a separate process.
 
     first_token_s: from the start of the process until every sequence has its first new token. second_token_s: until it
@@ -83,10 +83,10 @@ class Report:
 
 
 @dataclass
-class Clock:
+class EngineClock:
     """Times of one measurement: `start` before the prompt, `step` whenever all sequences have a new token."""
 
-    request: Request
+    request: EngineRequest
     started: float = 0.0
     times: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -105,12 +105,12 @@ class Clock:
         """Return whether all timed steps are done."""
         return len(self.times) >= self.request.steps
 
-    def report(self, packages: Sequence[str], tokens: Sequence[int]) -> Report:
+    def report(self, packages: Sequence[str], tokens: Sequence[int]) -> EngineReport:
         """Return the report. Raises RuntimeError if fewer tokens were generated than requested."""
         if not self.is_done:
             raise RuntimeError(f"the engine stopped after {len(self.times)} of {self.request.steps} tokens")
         first, second, base = self.times[0], self.times[1], self.request.warm
-        return Report(
+        return EngineReport(
             first - self.request.started, second - self.request.started, first - self.started,
             self.times[-1] - self.times[base], sum(self.counts[base + 1 :]), peak_bytes(), versions(packages),
             list(tokens),
@@ -124,7 +124,7 @@ class StepCounter:
     Prefill ends with the step after which each sequence has a token. Tokens generated before that are not counted.
     """
 
-    clock: Clock
+    clock: EngineClock
     tokens: list[list[int]] = field(default_factory=list)
     _new: int = 0
 
@@ -132,7 +132,7 @@ class StepCounter:
         self.tokens = [[] for _ in range(self.clock.request.batch)]
 
     @staticmethod
-    def extra_tokens(request: Request, chunk: int) -> int:
+    def extra_tokens(request: EngineRequest, chunk: int) -> int:
         """Return the maximum tokens that a sequence generates during prefill of the others, `chunk` tokens per step."""
         return -(-request.batch * request.context // chunk) + request.batch if request.batch > 1 else 0
 
@@ -147,15 +147,15 @@ class StepCounter:
         if all(self.tokens) and new:
             self.clock.step(new)
 
-    def report(self, packages: Sequence[str]) -> Report:
+    def report(self, packages: Sequence[str]) -> EngineReport:
         """Return the report."""
         return self.clock.report(packages, self.tokens[0])
 
 
-def run(measure: Callable[[Request], Report]) -> None:
+def run(measure: Callable[[EngineRequest], EngineReport]) -> None:
     """Load the request, bind the process to its cores, measure, print the report; on an error, one line at the end."""
     values = json.loads(sys.argv[1])
-    request = Request(**{**values, "cores": tuple(values["cores"])})
+    request = EngineRequest(**{**values, "cores": tuple(values["cores"])})
     if sys.platform == "linux":
         os.sched_setaffinity(0, request.cores)
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel kills this process first

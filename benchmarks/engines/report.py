@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks import recording
 from benchmarks.engines.catalog import OURS, SMALL_WEIGHTS
-from benchmarks.engines.rounds import METRICS, Case, Outcomes, figures
+from benchmarks.engines.rounds import METRICS, EngineCase, Outcomes, figures
 from benchmarks.recording import Row
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def rows_of(outcomes: Outcomes, unit: str) -> list[Row]:
     return rows
 
 
-def failure(case: Case, engine: str, error: str, unit: str) -> Row:
+def failure(case: EngineCase, engine: str, error: str, unit: str) -> Row:
     """Return the row of a failed measurement."""
     first = METRICS[0]
     return Row(case.name(unit), engine, first.name, math.nan, first.unit, error=error)

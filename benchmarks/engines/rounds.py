@@ -14,14 +14,14 @@ from typing import Any
 
 from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import Unavailable, last_error
-from benchmarks.engines.protocol import Report, Request
+from benchmarks.engines.protocol import EngineReport, EngineRequest
 from benchmarks.recording import ROOT
 
 RUNNERS = "benchmarks.engines.runners"
 
 
 @dataclass(frozen=True)
-class Case:
+class EngineCase:
     """A model at a context and a batch size."""
 
     model: str
@@ -34,24 +34,24 @@ class Case:
 
 
 @dataclass
-class Outcome:
+class EngineOutcome:
     """The results of an engine in a case: reports of its processes, or the failure.
 
     cold: of a process that found nothing compiled; ignored if there are others.
     """
 
-    reports: list[Report] = field(default_factory=list)
-    cold: Report | None = None
+    reports: list[EngineReport] = field(default_factory=list)
+    cold: EngineReport | None = None
     error: str = ""
     wall_s: float = 0.0  # of the last process
 
 
-Outcomes = dict[tuple[Case, str], Outcome]
-Measure = Callable[[Case, EngineConfig], tuple[Report, bool]]  # the report, and whether it was a cold start
+Outcomes = dict[tuple[EngineCase, str], EngineOutcome]
+Measure = Callable[[EngineCase, EngineConfig], tuple[EngineReport, bool]]  # the report, and whether it was a cold start
 
 
 def run_rounds(
-    cases: Sequence[Case], engines: Sequence[EngineConfig], rounds: int, budget_s: float, measure: Measure,
+    cases: Sequence[EngineCase], engines: Sequence[EngineConfig], rounds: int, budget_s: float, measure: Measure,
     say: Callable[[str], None], clock: Callable[[], float] = time.monotonic,
 ) -> Outcomes:  # fmt: skip
     """Measure each engine in each case, interleaved, up to `rounds` times.
@@ -59,7 +59,7 @@ def run_rounds(
     After the first round, a round of a case is skipped if it would end later than `budget_s` seconds after the start.
     Failures are not retried in their case; `measure` raises Unavailable for them.
     """
-    outcomes: Outcomes = {(case, engine.name): Outcome() for case in cases for engine in engines}
+    outcomes: Outcomes = {(case, engine.name): EngineOutcome() for case in cases for engine in engines}
     start = clock()
     for index in range(rounds):
         for case in cases:
@@ -76,7 +76,7 @@ def run_rounds(
     return outcomes
 
 
-def _turn(outcome: Outcome, case: Case, engine: EngineConfig, measure: Measure) -> None:
+def _turn(outcome: EngineOutcome, case: EngineCase, engine: EngineConfig, measure: Measure) -> None:
     """Measure once and record the result."""
     try:
         report, is_cold = measure(case, engine)
@@ -89,7 +89,7 @@ def _turn(outcome: Outcome, case: Case, engine: EngineConfig, measure: Measure) 
         outcome.reports.append(report)
 
 
-def line(case: Case, engine: EngineConfig, outcome: Outcome) -> str:
+def line(case: EngineCase, engine: EngineConfig, outcome: EngineOutcome) -> str:
     """Format the newest result of an engine in one line."""
     where = f"{case.context} x {case.batch}, {engine.name}"
     if outcome.error:
@@ -117,8 +117,8 @@ class Setting:
 
 
 def in_a_process(
-    setting: Setting, case: Case, engine: EngineConfig, python: Path, request: Request
-) -> tuple[Report, bool]:
+    setting: Setting, case: EngineCase, engine: EngineConfig, python: Path, request: EngineRequest
+) -> tuple[EngineReport, bool]:
     """Measure in a new process; return its report, and whether it found nothing compiled. Raises Unavailable."""
     cache = cache_folder(setting, case, engine)
     is_cold = engine.is_compiled and not cache.exists()
@@ -128,7 +128,7 @@ def in_a_process(
     return parse(communicate(command, variables(setting, cache), setting.limit_s)), is_cold
 
 
-def cache_folder(setting: Setting, case: Case, engine: EngineConfig) -> Path:
+def cache_folder(setting: Setting, case: EngineCase, engine: EngineConfig) -> Path:
     """Return the folder for an engine's compiled code in a case; a shared one for engines that compile nothing."""
     if not engine.is_compiled:
         return setting.caches / "shared"
@@ -167,12 +167,12 @@ def communicate(command: Sequence[str], environment: Mapping[str, str], limit_s:
     return output
 
 
-def parse(output: str) -> Report:
+def parse(output: str) -> EngineReport:
     """Parse the report from the last JSON object line of a program's output. Raises Unavailable."""
     for text in reversed(output.splitlines()):
         if text.startswith("{"):
             try:
-                return Report(**json.loads(text))
+                return EngineReport(**json.loads(text))
             except (ValueError, TypeError):
                 continue
     raise Unavailable("the program printed no report; the last line was: " + (output.strip().splitlines() or [""])[-1])
@@ -188,7 +188,7 @@ class Metric:
     name: str
     unit: str
     higher: bool
-    value: Callable[[Case, Report], float]
+    value: Callable[[EngineCase, EngineReport], float]
 
 
 METRICS = (
@@ -201,7 +201,7 @@ METRICS = (
 COLD = tuple(replace(m, name=m.name.replace("_s", "_cold_s")) for m in METRICS if m.name.endswith("token_s"))
 
 
-def figures(case: Case, outcome: Outcome) -> Iterator[tuple[Metric, float]]:
+def figures(case: EngineCase, outcome: EngineOutcome) -> Iterator[tuple[Metric, float]]:
     """Yield the median of each metric over the reports of one engine; cold starts under separate names."""
     reports = outcome.reports or ([outcome.cold] if outcome.cold is not None else [])
     for metric in METRICS:
@@ -218,7 +218,7 @@ def _median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
-def packages(outcomes: Mapping[Any, Outcome]) -> dict[str, str]:
+def packages(outcomes: Mapping[Any, EngineOutcome]) -> dict[str, str]:
     """Return the versions of all measured packages."""
     every = [report for outcome in outcomes.values() for report in (*outcome.reports, outcome.cold) if report]
     return {name: version for report in every for name, version in sorted(report.versions.items())}

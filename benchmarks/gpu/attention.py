@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.gpu.cases import Latent, Shape, Sizes
-from benchmarks.gpu.report import Report, line
-from benchmarks.gpu.timing import Call, Machine, rotating
+from benchmarks.gpu.cases import HeadShape, LatentStorage, RunSizes
+from benchmarks.gpu.report import GpuReport, line
+from benchmarks.gpu.timing import Call, TimedDevice, rotating
 from benchmarks.recording import Row
 from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu.tuning import Workload, random_call, tune
@@ -26,7 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 PAGE_TOKENS = 16
 
 
-def dense_implementations(shape: Shape, batch: int, tokens: int, machine: Machine) -> dict[str, Attend]:
+def dense_implementations(shape: HeadShape, batch: int, tokens: int, machine: TimedDevice) -> dict[str, Attend]:
     """Return all installed implementations of attention of q [B,H,1,D] to k, v [B,G,T,D] by name; a call may raise."""
     results: dict[str, Attend] = {}
     backends = (
@@ -73,7 +73,7 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Flashinfer:
     """The package flashinfer, over pages of PAGE_TOKENS tokens in order; planned at the first call."""
 
-    def __init__(self, shape: Shape, batch: int, tokens: int, machine: Machine) -> None:
+    def __init__(self, shape: HeadShape, batch: int, tokens: int, machine: TimedDevice) -> None:
         self.shape, self.batch, self.tokens, self.machine = shape, batch, tokens, machine
         self.wrapper: Any = None
 
@@ -102,7 +102,9 @@ class Flashinfer:
         return wrapper
 
 
-def measure_attention(machine: Machine, report: Report, shape: Shape, batch: int, tokens: int, copy: float) -> None:
+def measure_attention(
+    machine: TimedDevice, report: GpuReport, shape: HeadShape, batch: int, tokens: int, copy: float
+) -> None:
     """Measure all implementations of one case."""
     case = report.case(shape.name, batch, tokens)
     dense = dense_times(machine, report, case, shape, batch, tokens)
@@ -131,7 +133,9 @@ def figures(case: str, impl: str, ms: float, size: int, copy: float, best: float
     ]
 
 
-def dense_times(machine: Machine, report: Report, case: str, shape: Shape, batch: int, tokens: int) -> dict[str, float]:
+def dense_times(
+    machine: TimedDevice, report: GpuReport, case: str, shape: HeadShape, batch: int, tokens: int
+) -> dict[str, float]:
     """Measure milliseconds of every dense implementation that runs."""
     query = torch.randn(batch, shape.heads, 1, shape.dim, dtype=machine.dtype, device=machine.device)
 
@@ -156,7 +160,7 @@ def dense_times(machine: Machine, report: Report, case: str, shape: Shape, batch
     return results
 
 
-def latent_ms(machine: Machine, shape: Shape, latent: Latent, batch: int, tokens: int) -> float:
+def latent_ms(machine: TimedDevice, shape: HeadShape, latent: LatentStorage, batch: int, tokens: int) -> float:
     """Measure milliseconds of the generated kernel in its own configuration."""
     spec = shape.spec(latent, machine.dtype)
     kernel, workload = build_triton(spec), Workload(batch, shape.heads, latent.heads, latent.heads, 1, tokens)
@@ -168,7 +172,7 @@ def latent_ms(machine: Machine, shape: Shape, latent: Latent, batch: int, tokens
     return machine.clock(*rotating(machine, batch * tokens * shape.latent_bytes(latent, machine.dtype), make))
 
 
-def tune_kernels(machine: Machine, sizes: Sizes) -> None:
+def tune_kernels(machine: TimedDevice, sizes: RunSizes) -> None:
     """Time the configurations of every measured kernel; the results are stored in the file cache."""
     batch, tokens = sizes.tuned
     for shape in sizes.shapes:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from fhopt.codegen.gpu.tuning import row_bytes
+from fhopt.codegen.gpu.tuning import token_bytes
 from fhopt.codegen.tiers import Tiers
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -24,7 +24,7 @@ def tiers(*pairs: tuple[int, int]) -> Tiers:
 
 
 @dataclass(frozen=True)
-class Latent:
+class LatentStorage:
     """Storage of keys and values: J latent heads, and the bit groups of both sides; empty: unquantized."""
 
     heads: int
@@ -33,13 +33,13 @@ class Latent:
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     """H query heads and G kv heads of D channels, and the latents that may replace the keys and values."""
 
     heads: int
     kv_heads: int
     dim: int
-    latents: tuple[Latent, ...]
+    latents: tuple[LatentStorage, ...]
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class Shape:
         """Whether every query head has its own keys."""
         return self.heads == self.kv_heads
 
-    def spec(self, latent: Latent, dtype: torch.dtype) -> KernelSpec:
+    def spec(self, latent: LatentStorage, dtype: torch.dtype) -> KernelSpec:
         """Return the kernel spec of a latent."""
         key_width, value_width = (sum(w for _, w, _ in side) or self.dim for side in (latent.key, latent.value))
         return KernelSpec(latent.key, latent.value, key_width, value_width, dtype_name(dtype), False)
@@ -61,11 +61,11 @@ class Shape:
         """Return the bytes of the keys and values of a token."""
         return 2 * self.kv_heads * self.dim * dtype.itemsize
 
-    def latent_bytes(self, latent: Latent, dtype: torch.dtype) -> int:
+    def latent_bytes(self, latent: LatentStorage, dtype: torch.dtype) -> int:
         """Return bytes of the quantized values and scales of a token."""
-        return latent.heads * row_bytes(self.spec(latent, dtype))
+        return latent.heads * token_bytes(self.spec(latent, dtype))
 
-    def label(self, latent: Latent, dtype: torch.dtype) -> str:
+    def label(self, latent: LatentStorage, dtype: torch.dtype) -> str:
         """Return the name of a latent in tables: its compression ratio."""
         ratio = self.dense_bytes(dtype) / self.latent_bytes(latent, dtype)
         return f"fhopt {ratio:.1f}x" if latent.key else "fhopt, uncoded"
@@ -73,22 +73,24 @@ class Shape:
 
 FOUR = tiers((4, 128))
 # Planes of whole words of 32 bytes or more, as in plans for GPUs.
-MHA_SIXTH = Latent(8, tiers((8, 32), (4, 128), (2, 256)), tiers((8, 32), (4, 96), (2, 256)))  # for 4 kv heads each
-MHA_EIGHTH = Latent(8, *[tiers((8, 32), (4, 64), (2, 256))] * 2)
-GQA_FIFTH = Latent(4, *[tiers((8, 32), (4, 64), (2, 128))] * 2)  # for 2 each
-GQA_EIGHTH = Latent(4, *[tiers((4, 64), (2, 128))] * 2)
-MHA = Shape(32, 32, 128, (Latent(32), Latent(32, FOUR, FOUR), MHA_SIXTH, MHA_EIGHTH))
-GQA = Shape(32, 8, 128, (Latent(8), Latent(8, FOUR, FOUR), GQA_FIFTH, GQA_EIGHTH))
+MHA_SIXTH = LatentStorage(
+    8, tiers((8, 32), (4, 128), (2, 256)), tiers((8, 32), (4, 96), (2, 256))
+)  # for 4 kv heads each
+MHA_EIGHTH = LatentStorage(8, *[tiers((8, 32), (4, 64), (2, 256))] * 2)
+GQA_FIFTH = LatentStorage(4, *[tiers((8, 32), (4, 64), (2, 128))] * 2)  # for 2 each
+GQA_EIGHTH = LatentStorage(4, *[tiers((4, 64), (2, 128))] * 2)
+MHA = HeadShape(32, 32, 128, (LatentStorage(32), LatentStorage(32, FOUR, FOUR), MHA_SIXTH, MHA_EIGHTH))
+GQA = HeadShape(32, 8, 128, (LatentStorage(8), LatentStorage(8, FOUR, FOUR), GQA_FIFTH, GQA_EIGHTH))
 WIDE_GQA = replace(GQA, heads=64)
 
 
 @dataclass(frozen=True)
-class Network:
+class ModelShapes:
     """A model by its shapes. `latents`: those of its attention to measure."""
 
     name: str
-    shape: Shape
-    latents: tuple[Latent, ...]
+    shape: HeadShape
+    latents: tuple[LatentStorage, ...]
     layers: int
     hidden: int
     intermediate: int
@@ -113,18 +115,18 @@ class Network:
         return max(0, min(self.layers, int((numbers - rest) // (weights + place * self.shape.kv_heads))))
 
 
-LLAMA_2_7B = Network("Llama-2-7B", MHA, (MHA_SIXTH, MHA_EIGHTH), 32, 4096, 11008, 32000, (8,))
-LLAMA_31_8B = Network("Llama-3.1-8B", GQA, (GQA_FIFTH, GQA_EIGHTH), 32, 4096, 14336, 128256, (16,))
+LLAMA_2_7B = ModelShapes("Llama-2-7B", MHA, (MHA_SIXTH, MHA_EIGHTH), 32, 4096, 11008, 32000, (8,))
+LLAMA_31_8B = ModelShapes("Llama-3.1-8B", GQA, (GQA_FIFTH, GQA_EIGHTH), 32, 4096, 14336, 128256, (16,))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RunSizes:
     """The sizes of a run. checked: tokens of the checks, whole pages of `page`."""
 
-    shapes: tuple[Shape, ...] = (MHA, GQA, WIDE_GQA)
+    shapes: tuple[HeadShape, ...] = (MHA, GQA, WIDE_GQA)
     batches: tuple[int, ...] = (1, 8, 32, 64)
     tokens: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
-    networks: tuple[Network, ...] = (LLAMA_2_7B, LLAMA_31_8B)
+    networks: tuple[ModelShapes, ...] = (LLAMA_2_7B, LLAMA_31_8B)
     step_tokens: tuple[int, ...] = (16384, 32768)
     tuned: tuple[int, int] = (8, 32768)  # batch and tokens for timing configurations
     checked: int = 1088
@@ -132,10 +134,10 @@ class Sizes:
     check_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
 
-QUICK = Sizes(batches=(8,), tokens=(32768,), networks=(replace(LLAMA_31_8B, layers=8),), step_tokens=(16384,))
-TINY = Shape(4, 2, 16, (Latent(2), Latent(1, tiers((4, 16), (2, 8)), tiers((4, 16)))))
-TINY_NETWORK = Network("tiny", TINY, TINY.latents[1:], 1, 32, 48, 64, (1,))
-TINY_SIZES = Sizes((TINY,), (1,), (32, 2048), (TINY_NETWORK,), (40,), (1, 32), 48, 16, (torch.float32,))
+QUICK = RunSizes(batches=(8,), tokens=(32768,), networks=(replace(LLAMA_31_8B, layers=8),), step_tokens=(16384,))
+TINY = HeadShape(4, 2, 16, (LatentStorage(2), LatentStorage(1, tiers((4, 16), (2, 8)), tiers((4, 16)))))
+TINY_NETWORK = ModelShapes("tiny", TINY, TINY.latents[1:], 1, 32, 48, 64, (1,))
+TINY_SIZES = RunSizes((TINY,), (1,), (32, 2048), (TINY_NETWORK,), (40,), (1, 32), 48, 16, (torch.float32,))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

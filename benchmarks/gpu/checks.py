@@ -12,8 +12,8 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import Latent, Shape, Sizes, tiers
-from benchmarks.gpu.timing import Machine
+from benchmarks.gpu.cases import HeadShape, LatentStorage, RunSizes, tiers
+from benchmarks.gpu.timing import TimedDevice
 from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu.launch import Span
 from fhopt.codegen.gpu.tuning import Workload
@@ -26,35 +26,38 @@ from fhopt.plan.window import ResidualWindow
 # For float32, another summation order and exponentials to 22 bits (TF32 would be 3e-4 off); else four roundings.
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 EVERY = tiers(*[(bits, 16) for bits in (3, 16, 5, 8, 4, 2, 1, 6)])
-OTHER_SHAPE = Shape(4, 2, 24, ())
-OTHER_LATENTS = ((Latent(1, EVERY, tiers((3, 24), (16, 8))), 0.0), (Latent(2, (), tiers((4, 32))), 4.0))  # and softcap
+OTHER_SHAPE = HeadShape(4, 2, 24, ())
+OTHER_LATENTS = (
+    (LatentStorage(1, EVERY, tiers((3, 24), (16, 8))), 0.0),
+    (LatentStorage(2, (), tiers((4, 32))), 4.0),
+)  # and softcap
 
 
-class Wrong(click.ClickException):
+class WrongKernel(click.ClickException):
     """A kernel gives wrong values, or fails."""
 
-    def __init__(self, machine: Machine, what: str, actual: str) -> None:
+    def __init__(self, machine: TimedDevice, what: str, actual: str) -> None:
         super().__init__(
             f"{what} is wrong on {machine.name}: {actual}. Nothing was measured. Do not use this kernel here, and "
             "report this line with the versions of torch and triton."
         )
 
 
-def check(machine: Machine, sizes: Sizes) -> int:
+def check(machine: TimedDevice, sizes: RunSizes) -> int:
     """Compare every kernel with its reference; return how many calls were compared. Raises Wrong."""
     count = 0
     for what, compare in checks(machine, sizes):
         try:
             actual = compare()
         except Exception as error:  # Triton's, CUDA's and torch's errors have no common base class
-            raise Wrong(machine, what, f"it fails ({' '.join(str(error).split())[:300]})") from error
+            raise WrongKernel(machine, what, f"it fails ({' '.join(str(error).split())[:300]})") from error
         if actual:
-            raise Wrong(machine, what, actual)
+            raise WrongKernel(machine, what, actual)
         count += 1
     return count
 
 
-def checks(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Callable[[], str]]]:
+def checks(machine: TimedDevice, sizes: RunSizes) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield names of checks, and functions that return a description of the error.
 
     Every measured kernel is checked as it is measured; other kernel features only on a few, in every dtype: each
@@ -71,7 +74,7 @@ def checks(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Callable[[], s
 
 
 def attention_checks(
-    machine: Machine, sizes: Sizes, shape: Shape, latent: Latent, dtype: torch.dtype, softcap: float,
+    machine: TimedDevice, sizes: RunSizes, shape: HeadShape, latent: LatentStorage, dtype: torch.dtype, softcap: float,
     features: Sequence[Feature],
 ) -> Iterator[tuple[str, Callable[[], str]]]:  # fmt: skip
     """Yield the checks of one kernel."""
@@ -90,17 +93,17 @@ class Question:
     mask: Tensor | None = None
 
 
-def one_range(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def one_range(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Process all tokens in one program."""
     return Question(x, {"splits": 1})
 
 
-def merged_ranges(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def merged_ranges(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Process ranges of tokens, one of them empty, and merge them."""
     return Question(x, {"splits": 5})
 
 
-def a_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def a_mask(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Mask some tokens, and all tokens of one row."""
     query, tokens = x[0], x[1].shape[2]
     mask = torch.rand(query.shape[0], 1, query.shape[2], tokens, device=query.device) > 0.4
@@ -108,21 +111,21 @@ def a_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
     return Question((*x[:5], mask), {}, mask)
 
 
-def an_additive_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def an_additive_mask(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Add a bias to every logit."""
     query, tokens = x[0], x[1].shape[2]
     bias = torch.randn(*query.shape[:3], tokens, device=query.device)
     return Question((*x[:5], bias), {}, bias)
 
 
-def lengths(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def lengths(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """End sequences early, the second one at length 0."""
     tokens = x[1].shape[2]
     ends = torch.tensor([tokens - 7, 0], device=x[0].device)
     return Question(x, {"lengths": ends}, torch.arange(tokens, device=x[0].device) < ends.view(2, 1, 1, 1))
 
 
-def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def pages_of_a_pool(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Load the quantized tokens of `x`, between attention sinks and recent window, from pages of a pool."""
     query, page = x[0], sizes.page
     count = x[1].shape[2] // page
@@ -135,7 +138,7 @@ def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
     return Question((query, *pooled, None), {"lengths": ends, "span": Span(Span.QUANTIZED, window, table)}, seen)
 
 
-def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def chosen_pages(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Select different pages for each latent head."""
     query, page = x[0], sizes.page
     units, count = math.lcm(x[1].shape[1], x[3].shape[1]), x[1].shape[2] // page
@@ -146,12 +149,12 @@ def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
     return Question(x, {"pages": pages, "page_tokens": page}, mask)
 
 
-def chosen_short_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
+def chosen_short_pages(x: tuple[Any, ...], sizes: RunSizes) -> Question:
     """Select pages smaller than a tile."""
     return chosen_pages(x, replace(sizes, page=8))
 
 
-Feature = Callable[[tuple[Any, ...], Sizes], Question]
+Feature = Callable[[tuple[Any, ...], RunSizes], Question]
 FEATURES: tuple[Feature, ...] = (
     one_range, merged_ranges, a_mask, an_additive_mask, lengths, pages_of_a_pool, chosen_pages, chosen_short_pages,
 )  # fmt: skip
@@ -166,7 +169,13 @@ def _pooled(x: Tensor, table: Tensor, page: int) -> Tensor:
 
 
 def compare_attention(
-    machine: Machine, sizes: Sizes, shape: Shape, latent: Latent, spec: KernelSpec, softcap: float, feature: Feature
+    machine: TimedDevice,
+    sizes: RunSizes,
+    shape: HeadShape,
+    latent: LatentStorage,
+    spec: KernelSpec,
+    softcap: float,
+    feature: Feature,
 ) -> str:
     """Return a description of the error of one call; "" if it is correct."""
     torch.manual_seed(0)
@@ -222,25 +231,25 @@ def _most(actual: Tensor, reference: Tensor) -> float:
     return float((actual.double() - reference.double()).abs().max()) if actual.numel() else 0.0
 
 
-def compare_pack(machine: Machine) -> str:
+def compare_pack(machine: TimedDevice) -> str:
     """Check packing of integers, whose squares have exact sums: byte-identical."""
     from fhopt.codegen.gpu import packing
 
     z = torch.randint(-9, 10, (2, 3, 35, 128)).float()
-    actual = packing.pack(z.to(machine.device), *_columns(EVERY))
+    actual = packing.pack_triton(z.to(machine.device), *_columns(EVERY))
     return _unequal(actual, ops_packing.pack_reference(z, *_columns(EVERY)))
 
 
-def compare_unpack(machine: Machine) -> str:
+def compare_unpack(machine: TimedDevice) -> str:
     """Check unpacking of random latents: identical values."""
     from fhopt.codegen.gpu import packing
 
     codes, scale = ops_packing.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
-    actual = packing.unpack(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
+    actual = packing.unpack_triton(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
     return _unequal([actual], [ops_packing.unpack_reference(codes, scale, *_columns(EVERY))])
 
 
-def compare_encode(machine: Machine) -> str:
+def compare_encode(machine: TimedDevice) -> str:
     """Check rows encoded between others, from integers and a basis of -1, 0 and 1: byte-identical."""
     from fhopt.codegen.gpu import encode_rows
 
@@ -248,7 +257,7 @@ def compare_encode(machine: Machine) -> str:
     size = sum(b * w for b, w in zip(*_columns(EVERY)[:2], strict=True)) // 8
     reference = torch.full((2, 2, 40, size), 165, dtype=torch.uint8), torch.full((2, 2, 40), 7.0, dtype=torch.float16)
     actual = [part.clone().to(machine.device) for part in reference]
-    encode_rows.encode(x.to(machine.device), basis.to(machine.device), *_columns(EVERY), *actual, at=5)
+    encode_rows.encode_triton(x.to(machine.device), basis.to(machine.device), *_columns(EVERY), *actual, at=5)
     encode_rows.encode_reference(x, basis, *_columns(EVERY), *reference, at=5)
     return _unequal(actual, reference)
 

@@ -15,22 +15,22 @@ from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from transformers import AutoModelForCausalLM, StaticCache
 
 import fhopt
-from benchmarks.gpu.cases import SPARE, Latent, Network, Shape
-from benchmarks.gpu.report import Report, line
-from benchmarks.gpu.timing import SHARE, WARM, Machine
+from benchmarks.gpu.cases import SPARE, HeadShape, LatentStorage, ModelShapes
+from benchmarks.gpu.report import GpuReport, line
+from benchmarks.gpu.timing import SHARE, WARM, TimedDevice
 from benchmarks.recording import Row
 from fhopt.codegen.tiers import Tiers
 from fhopt.hf.apply import latent_cache
 from fhopt.models.model_facts import cache_argument
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 STEPS, ROUNDS = 10, 5  # per model
 CHUNK = 1024  # tokens added to a cache at once
 
 
-def measure_steps(machine: Machine, report: Report, network: Network, batch: int, tokens: int) -> None:
+def measure_steps(machine: TimedDevice, report: GpuReport, network: ModelShapes, batch: int, tokens: int) -> None:
     """Measure decode steps of one model with every implementation."""
     case = report.case(network.name, batch, tokens)
     fitting = network.depth(batch, tokens, SHARE * machine.free() / machine.dtype.itemsize)
@@ -71,7 +71,7 @@ def scaled(layers: int, n: int, at_n: float, m: int, at_m: float) -> float:
 
 
 def step_times(
-    machine: Machine, report: Report, network: Network, layers: int, batch: int, tokens: int
+    machine: TimedDevice, report: GpuReport, network: ModelShapes, layers: int, batch: int, tokens: int
 ) -> dict[str, float]:
     """Measure milliseconds per decode step of each implementation, one by one: two caches may not fit."""
     places = tokens + SPARE
@@ -97,7 +97,7 @@ def step_times(
 
 
 def step_ms(
-    machine: Machine, report: Report, model: Any, batch: int, compiled: Callable[..., Any], cache: Any, what: str
+    machine: TimedDevice, report: GpuReport, model: Any, batch: int, compiled: Callable[..., Any], cache: Any, what: str
 ) -> float:
     """Measure milliseconds per decode step; the median over rounds of STEPS."""
     token = torch.ones(batch, 1, dtype=torch.int64, device=machine.device)
@@ -121,14 +121,14 @@ def step_ms(
     return statistics.median(times[1:])
 
 
-def random_model(machine: Machine, network: Network, layers: int, places: int) -> Any:
+def random_model(machine: TimedDevice, network: ModelShapes, layers: int, places: int) -> Any:
     """Build the model with random weights."""
     with torch.device(machine.device):
         return AutoModelForCausalLM.from_config(network.config(layers, places), dtype=machine.dtype).eval()
 
 
 @torch.no_grad()
-def fill(machine: Machine, network: Network, batch: int, tokens: int, cache: Any) -> Any:
+def fill(machine: TimedDevice, network: ModelShapes, batch: int, tokens: int, cache: Any) -> Any:
     """Fill a cache with random tokens."""
     for start in range(0, tokens, CHUNK):
         size = batch, network.shape.kv_heads, min(CHUNK, tokens - start), network.shape.dim
@@ -138,7 +138,7 @@ def fill(machine: Machine, network: Network, batch: int, tokens: int, cache: Any
     return cache
 
 
-def hand_plan(network: Network, latent: Latent, layers: int) -> LatentPlan:
+def hand_plan(network: ModelShapes, latent: LatentStorage, layers: int) -> LatentPlan:
     """Create a plan with `latent` at every layer and random orthonormal bases: only its size is realistic."""
     shape = network.shape
     sites = []
@@ -153,9 +153,9 @@ def hand_plan(network: Network, latent: Latent, layers: int) -> LatentPlan:
     return LatentPlan(tuple(sites), sinks=4, recent=64, block=64)
 
 
-def random_side(shape: Shape, heads: int, side: Tiers) -> SidePlan:
+def random_side(shape: HeadShape, heads: int, side: Tiers) -> SidePlan:
     """Return encode [J,R,n*D], decode [G,D,R]: the same orthonormal rows in each latent head of n = G/J kv heads."""
     width, shared = sum(w for _, w, _ in side), shape.kv_heads // heads
     basis = torch.linalg.qr(torch.randn(shared * shape.dim, width))[0]  # [n*D, R]
     decode = basis.unflatten(0, (shared, shape.dim)).repeat(heads, 1, 1)
-    return SidePlan(basis.T.repeat(heads, 1, 1), decode, tuple(Tier(*tier) for tier in side))
+    return SidePlan(basis.T.repeat(heads, 1, 1), decode, tuple(BitGroup(*tier) for tier in side))

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from benchmarks import recording
-from benchmarks.gpu.timing import Machine
+from benchmarks.gpu.timing import TimedDevice
 from benchmarks.recording import Row
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Report:
+class GpuReport:
     """Results so far, stored in a file after every case, and notes on them."""
 
     file: str
@@ -72,7 +72,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return lines_of_table
 
 
-def summary(report: Report) -> Table:
+def summary(report: GpuReport) -> Table:
     """Format the table for a terminal."""
     out = Table(title=f"{report.file}: a decode step", title_justify="left")
     for index, name in enumerate(COLUMNS):
@@ -82,7 +82,7 @@ def summary(report: Report) -> Table:
     return out
 
 
-def markdown(report: Report, machine: Machine, copy: float) -> str:
+def markdown(report: GpuReport, machine: TimedDevice, copy: float) -> str:
     """Return the page `gpu.md`."""
     known = ", ".join(f"{name} {version}" for name, version in recording.versions().items())
     lines = [
@@ -101,7 +101,7 @@ def markdown(report: Report, machine: Machine, copy: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(figure: Figure, report: Report) -> None:
+def draw(figure: Figure, report: GpuReport) -> None:
     """Plot speedups over the fastest dense implementation by tokens: a panel per shape, a line per latent and batch."""
     shown = [row for row in report.rows if row.metric == "time_ms" and row.ratio is not None]
     names = list(dict.fromkeys(report.places[row.case][0] for row in shown))

@@ -45,11 +45,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from benchmarks import recording
 from benchmarks.cpu.decode import grouped_attention
 from benchmarks.gpu.attention import measure_attention, tune_kernels
-from benchmarks.gpu.cases import QUICK, TINY_SIZES, Sizes
+from benchmarks.gpu.cases import QUICK, TINY_SIZES, RunSizes
 from benchmarks.gpu.checks import check
 from benchmarks.gpu.decode_steps import measure_steps
-from benchmarks.gpu.report import Report, draw, markdown, summary
-from benchmarks.gpu.timing import Machine, copy_gb_s, dry_machine, this_gpu
+from benchmarks.gpu.report import GpuReport, draw, markdown, summary
+from benchmarks.gpu.timing import TimedDevice, copy_gb_s, dry_machine, this_gpu
 from benchmarks.recording import Row, is_quick, record
 
 
@@ -63,19 +63,19 @@ def main(quick: bool, only_check: bool, tunes: bool, dry: bool, out: Path | None
     """Check the generated kernels on a GPU, then benchmark them."""
     machine = dry_machine() if dry else this_gpu()
     quick = quick or is_quick()
-    sizes = TINY_SIZES if dry else QUICK if quick else Sizes()
+    sizes = TINY_SIZES if dry else QUICK if quick else RunSizes()
     if tunes:
         tune_kernels(machine, sizes)
     click.echo(f"{machine.mark}checked: {check(machine, sizes)} calls are right", err=True)
     if only_check:
         return
-    report = Report("gpu-dry" if dry else "gpu-quick" if quick else "gpu", machine.mark)
+    report = GpuReport("gpu-dry" if dry else "gpu-quick" if quick else "gpu", machine.mark)
     with tempfile.TemporaryDirectory() as folder:
         recording.RESULTS = out or (Path(folder) if dry else recording.RESULTS)
         measure(machine, sizes, report)
 
 
-def measure(machine: Machine, sizes: Sizes, report: Report) -> None:
+def measure(machine: TimedDevice, sizes: RunSizes, report: GpuReport) -> None:
     """Measure everything, and write the files of the report."""
     torch._dynamo.config.recompile_limit = 64  # all contenders share the code object of one class
     AttentionInterface.register("grouped", grouped_attention)

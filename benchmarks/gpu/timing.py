@@ -25,7 +25,7 @@ NEEDS = "bench-gpu needs a GPU that torch can use (torch.cuda.is_available() is 
 
 
 @dataclass(frozen=True)
-class Machine:
+class TimedDevice:
     """Device and clock of a run: everything that --dry changes except the sizes.
 
     dtype: of models. cold, long: total bytes of rotating buffers, and bytes loaded by a measurement. free: available
@@ -46,20 +46,20 @@ class Machine:
     mark: str = ""
 
 
-def this_gpu() -> Machine:
+def this_gpu() -> TimedDevice:
     """Return the GPU of this machine. Without one: print a line, and exit with status 2."""
     if not torch.cuda.is_available():
         click.echo(NEEDS, err=True)
         sys.exit(2)
     cold = COLD * torch.cuda.get_device_properties(0).L2_cache_size
     wait, name = torch.cuda.synchronize, torch.cuda.get_device_name()
-    return Machine(name, "cuda", torch.bfloat16, cold, LONG, gpu_free, graph_ms, wait, None, "inductor")
+    return TimedDevice(name, "cuda", torch.bfloat16, cold, LONG, gpu_free, graph_ms, wait, None, "inductor")
 
 
-def dry_machine() -> Machine:
+def dry_machine() -> TimedDevice:
     """Return a CPU that reports so little memory that some cases are skipped."""
     free, cold = 450_000, 2_000
-    return Machine(
+    return TimedDevice(
         "dry", "cpu", torch.float32, cold, 2 * cold, lambda: free, host_ms, lambda: None,
         lambda call: host_ms([call], 1), "eager", "dry, ",
     )  # fmt: skip
@@ -105,7 +105,7 @@ def host_ms(calls: Sequence[Call], turns: int) -> float:
     return statistics.median(times)
 
 
-def copy_gb_s(machine: Machine) -> float:
+def copy_gb_s(machine: TimedDevice) -> float:
     """Measure the GB/s at which a copy loads and stores."""
     size = min(int(SHARE * machine.free()) // 4, max(machine.cold, machine.long // 2))
     source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
@@ -113,7 +113,7 @@ def copy_gb_s(machine: Machine) -> float:
     return 2 * size / machine.clock([functools.partial(target.copy_, source)], 1) / 1e6
 
 
-def rotating(machine: Machine, size: int, make: Callable[[], T]) -> tuple[list[T], int]:
+def rotating(machine: TimedDevice, size: int, make: Callable[[], T]) -> tuple[list[T], int]:
     """Create buffers of `size` bytes that together exceed the cache; return them and the number of passes to time.
 
     Raises MemoryError, with a message, if they do not fit.

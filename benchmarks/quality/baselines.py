@@ -23,12 +23,12 @@ from benchmarks.quality.methods.joint_caches import JointBlocks
 from benchmarks.quality.methods.kvtc import Components, Kvtc, kvtc
 from benchmarks.quality.methods.quantized_caches import (
     Baseline,
+    CacheShape,
     Codec,
     Kivi,
     QuantizedBlocks,
     RoundToNearest,
     Schedule,
-    Shape,
     Transformers,
 )
 from benchmarks.quality.methods.rotary_embedding import Rotary
@@ -63,7 +63,7 @@ ABSENT = (
 
 
 @dataclass(frozen=True, eq=False)
-class Field:
+class CalibratedModel:
     """A model, its plans by ratio, and its calibration tokens; calibration statistics are collected on demand."""
 
     model: Any
@@ -77,9 +77,9 @@ class Field:
         return Schedule(plan.sinks, plan.recent, plan.block)
 
     @cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> CacheShape:
         """The shape of the model's cache."""
-        return Shape.of(self.model)
+        return CacheShape.of(self.model)
 
     @cached_property
     def ids(self) -> Tensor:
@@ -124,58 +124,58 @@ class Field:
 Offer = Iterable[Baseline | LeftOut]
 
 
-def _blocks(field: Field, codecs: Iterable[Codec]) -> list[Baseline | LeftOut]:
+def _blocks(field: CalibratedModel, codecs: Iterable[Codec]) -> list[Baseline | LeftOut]:
     return [QuantizedBlocks(codec, field.schedule) for codec in codecs]
 
 
-def _kivi_of_128(field: Field) -> Offer:
+def _kivi_of_128(field: CalibratedModel) -> Offer:
     """Return KIVI with a window of 128 tokens and 4 attention sinks, regardless of the plans."""
     return [QuantizedBlocks(Kivi(bits, family="kivi-w128"), Schedule(sinks=4, recent=128)) for bits in (4, 3, 2)]
 
 
-def _transformers(field: Field, backend: str) -> Offer:
+def _transformers(field: CalibratedModel, backend: str) -> Offer:
     for bits in (4, 2):
         baseline = Transformers(backend, bits, field.schedule.first_step)
         yield baseline if baseline.missing is None else LeftOut(baseline.name, baseline.missing)
 
 
-def _low_rank(field: Field) -> Offer:
+def _low_rank(field: CalibratedModel) -> Offer:
     ranks = {rank_for(ratio, field.shape, field.schedule, COUNTED_AT) for ratio in field.plans}
     return _blocks(field, [low_rank(field.heads, rank) for rank in sorted(ranks, reverse=True)])
 
 
-def _ggml(field: Field, bits: int, rotated: bool = False) -> Offer:
+def _ggml(field: CalibratedModel, bits: int, rotated: bool = False) -> Offer:
     codec = GgmlBlocks(bits, rotated)
     if field.shape.kv_heads * field.shape.head_dim % BLOCK:
         return [LeftOut(codec.name, f"blocks of {BLOCK} numbers do not divide the heads of a layer.")]
     return _blocks(field, [codec])
 
 
-def _nvfp4(field: Field) -> Offer:
+def _nvfp4(field: CalibratedModel) -> Offer:
     if field.shape.head_dim % NVFP4_BLOCK:
         return [LeftOut("nvfp4", f"blocks of {NVFP4_BLOCK} numbers do not divide a head of {field.shape.head_dim}.")]
     return _blocks(field, [Nvfp4(field.schedule.block)])
 
 
-def _oscar(field: Field) -> Offer:
+def _oscar(field: CalibratedModel) -> Offer:
     return _blocks(field, [oscar([(layer.queries, layer.scored_values) for layer in field.attention])])
 
 
-def _aatc(field: Field) -> Offer:
+def _aatc(field: CalibratedModel) -> Offer:
     for bits in TRANSFORM_BITS:
         yield JointBlocks(aatc(field.tokens, field.attention, field.shape, bits, field.rotary_size), field.schedule)
 
 
-def _kvtc(field: Field) -> Offer:
+def _kvtc(field: CalibratedModel) -> Offer:
     return [JointBlocks(coder, field.schedule) for coder in field.coders]
 
 
-def _kvtc_deflate(field: Field) -> Offer:
+def _kvtc_deflate(field: CalibratedModel) -> Offer:
     samples = (field.tokens[0].sample, field.tokens[1].sample)
     return [JointBlocks(coder.deflated(samples), field.schedule) for coder in field.coders]
 
 
-def _eviction(field: Field, family: str, scorer: Callable[[Rotary, Schedule], Scorer]) -> Offer:
+def _eviction(field: CalibratedModel, family: str, scorer: Callable[[Rotary, Schedule], Scorer]) -> Offer:
     for ratio, plan in field.plans.items():
         share = share_for(plan.cache_bytes(COUNTED_AT), field.shape, field.schedule, COUNTED_AT)
         if share is None:
@@ -184,7 +184,7 @@ def _eviction(field: Field, family: str, scorer: Callable[[Rotary, Schedule], Sc
             yield Eviction(family, scorer, field.schedule, share, ratio)
 
 
-FAMILIES: dict[str, Callable[[Field], Offer]] = {
+FAMILIES: dict[str, Callable[[CalibratedModel], Offer]] = {
     "kivi": lambda field: _blocks(field, [Kivi(bits) for bits in (4, 3, 2)]),
     "rtn": lambda field: _blocks(field, [RoundToNearest(bits) for bits in (8, 4)]),
     "quanto": lambda field: _transformers(field, "quanto"),  # quantized_caches.PACKAGES
@@ -219,7 +219,7 @@ def check_families(wanted: Iterable[str]) -> set[str]:
     return named
 
 
-def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Baseline], list[LeftOut]]:
+def offered(field: CalibratedModel, wanted: Collection[str], quick: bool) -> tuple[list[Baseline], list[LeftOut]]:
     """Return the methods selected by family or name, and those that cannot run.
 
     Without a selection: all, or, in a quick run, two families. Raises FhoptError for an unknown name.

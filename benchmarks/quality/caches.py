@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.quality.baselines import Field, offered
+from benchmarks.quality.baselines import CalibratedModel, offered
 from benchmarks.quality.measurement import COUNTED_AT, OURS, Implementation, progress_bar
 from benchmarks.recording import screen
 from fhopt.calibration import options as calibration_options
@@ -61,7 +61,7 @@ def baseline_caches(
         """Return the calibration tokens of the plans."""
         return tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
 
-    field = Field(loaded.language_model(), plans, read_ids)
+    field = CalibratedModel(loaded.language_model(), plans, read_ids)
     methods, left_out = offered(field, wanted, quick)
     for baseline in left_out:
         screen().print(str(baseline), markup=False)

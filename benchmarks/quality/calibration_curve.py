@@ -19,7 +19,7 @@ import click
 import torch
 
 from benchmarks.quality.caches import ours
-from benchmarks.quality.measurement import TEXTS, Result, Text, measure, progress_bar, read_texts
+from benchmarks.quality.measurement import TEXTS, QualityResult, QualityText, measure, progress_bar, read_texts
 from benchmarks.recording import Row, is_quick, kept_rows, record, table
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import plan_from_calibration
@@ -41,7 +41,7 @@ def options_for(sequences: int, quick: bool) -> FitOptions:
     return replace(options, context=256, recent=64, sequences=5) if quick else options
 
 
-def measure_count(loaded: LoadedModel, case: str, options: FitOptions, texts: list[Text]) -> list[Row]:
+def measure_count(loaded: LoadedModel, case: str, options: FitOptions, texts: list[QualityText]) -> list[Row]:
     """Calibrate once, fit plans of every ratio, and measure them on the texts."""
     began = time.monotonic()
     with progress_bar(f"calibrate {case}") as bar:
@@ -54,7 +54,7 @@ def measure_count(loaded: LoadedModel, case: str, options: FitOptions, texts: li
     return rows + [row for result in results for row in _rows(name, result)]
 
 
-def _rows(case: str, result: Result) -> list[Row]:
+def _rows(case: str, result: QualityResult) -> list[Row]:
     impl = f"fhopt@{result.impl.ratio:.3g}x"
     worst = max(c.kl for text, c in result.by_text.items() if text.is_unseen)
     return [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality.measurement import OURS, Implementation, Result, Text
+from benchmarks.quality.measurement import OURS, Implementation, QualityResult, QualityText
 from benchmarks.recording import Row
 from fhopt.evaluation.statistics import Comparison
 
@@ -18,8 +18,8 @@ COMPARABLE = 1.65  # a method with more than this many times the plan's bytes is
 class Contest:
     """A plan, and the smallest size of a family that is not smaller than the plan."""
 
-    plan: Result
-    baseline: Result
+    plan: QualityResult
+    baseline: QualityResult
 
     @property
     def bytes_ratio(self) -> float:
@@ -33,13 +33,13 @@ class Contest:
         return mine.kl < other.kl and mine.increase_percent < other.increase_percent
 
 
-def contests(results: Sequence[Result]) -> list[Contest]:
+def contests(results: Sequence[QualityResult]) -> list[Contest]:
     """Pair each plan with each family, those of similar size first."""
     pairs = []
     for plan in results:
         if plan.impl.family != OURS:
             continue
-        nearest: dict[str, Result] = {}
+        nearest: dict[str, QualityResult] = {}
         for baseline in results:
             family = baseline.impl.family
             if family == OURS or not baseline.impl.is_larger(plan.impl):
@@ -50,9 +50,9 @@ def contests(results: Sequence[Result]) -> list[Contest]:
     return pairs
 
 
-def baselines(results: Sequence[Result]) -> dict[str, Result]:
+def baselines(results: Sequence[QualityResult]) -> dict[str, QualityResult]:
     """Return, by size of a plan, the best other method by KL among those of comparable size."""
-    best: dict[str, Result] = {}
+    best: dict[str, QualityResult] = {}
     for contest in contests(results):
         key = size_name(contest.plan.impl)
         if contest.bytes_ratio <= COMPARABLE and (key not in best or contest.baseline.mean.kl < best[key].mean.kl):
@@ -65,7 +65,7 @@ def size_name(impl: Implementation) -> str:
     return f"{impl.ratio:.3g}x"
 
 
-def rows(results: Sequence[Result]) -> list[Row]:
+def rows(results: Sequence[QualityResult]) -> list[Row]:
     """Return results of each implementation on each text; a plan's baseline is from `baselines`, same text."""
     best, out = baselines(results), []
     for result in results:
@@ -78,7 +78,9 @@ def rows(results: Sequence[Result]) -> list[Row]:
     return out
 
 
-def _text_rows(impl: Implementation, text: Text, comparison: Comparison, baseline: Comparison | None) -> list[Row]:
+def _text_rows(
+    impl: Implementation, text: QualityText, comparison: Comparison, baseline: Comparison | None
+) -> list[Row]:
     case = f"{text.name}@{size_name(impl)}"
     low, high = comparison.increase_percent_ci or (math.nan, math.nan)
 

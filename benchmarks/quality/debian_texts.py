@@ -21,7 +21,7 @@ FEWEST = 8_000  # characters, for at least 1,024 tokens in the measured half
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """The location of a text: its Debian package, its file below the root, and its character range."""
 
     package: str
@@ -31,22 +31,22 @@ class Source:
 
 
 SOURCES = {
-    "law": Source("base-files", "usr/share/common-licenses/GPL-3"),
-    "manual": Source("debian-reference-en", f"{DOCS}/debian-reference.en.txt.gz", 268_000, 308_000),
-    "fr": Source("debian-reference-fr", f"{DOCS}/debian-reference.fr.txt.gz", 326_000, 366_000),
-    "de": Source("debian-reference-de", f"{DOCS}/debian-reference.de.txt.gz", 302_000, 342_000),
-    "zh": Source("debian-reference-zh-cn", f"{DOCS}/debian-reference.zh-cn.txt.gz", 8_000, 24_000),
-    "ja": Source("debian-reference-ja", f"{DOCS}/debian-reference.ja.txt.gz", 200_000, 216_000),
-    "dictionary": Source("dict-jargon", "usr/share/dictd/jargon.dict.dz", 200_000, 240_000),
-    "chat": Source("fortunes", "usr/share/games/fortunes/knghtbrd"),
-    "quotations": Source("fortunes", "usr/share/games/fortunes/literature"),
-    "c": Source("zlib1g-dev", "usr/share/doc/zlib1g-dev/examples/gzlog.c"),
-    "perl": Source("perl-modules-5.40", "usr/share/perl/5.40/perl5db.pl", 60_000, 100_000),
-    "numbers": Source("tzdata", "usr/share/zoneinfo/zone1970.tab"),
+    "law": TextSource("base-files", "usr/share/common-licenses/GPL-3"),
+    "manual": TextSource("debian-reference-en", f"{DOCS}/debian-reference.en.txt.gz", 268_000, 308_000),
+    "fr": TextSource("debian-reference-fr", f"{DOCS}/debian-reference.fr.txt.gz", 326_000, 366_000),
+    "de": TextSource("debian-reference-de", f"{DOCS}/debian-reference.de.txt.gz", 302_000, 342_000),
+    "zh": TextSource("debian-reference-zh-cn", f"{DOCS}/debian-reference.zh-cn.txt.gz", 8_000, 24_000),
+    "ja": TextSource("debian-reference-ja", f"{DOCS}/debian-reference.ja.txt.gz", 200_000, 216_000),
+    "dictionary": TextSource("dict-jargon", "usr/share/dictd/jargon.dict.dz", 200_000, 240_000),
+    "chat": TextSource("fortunes", "usr/share/games/fortunes/knghtbrd"),
+    "quotations": TextSource("fortunes", "usr/share/games/fortunes/literature"),
+    "c": TextSource("zlib1g-dev", "usr/share/doc/zlib1g-dev/examples/gzlog.c"),
+    "perl": TextSource("perl-modules-5.40", "usr/share/perl/5.40/perl5db.pl", 60_000, 100_000),
+    "numbers": TextSource("tzdata", "usr/share/zoneinfo/zone1970.tab"),
 }
 
 
-def read(source: Source, root: Path) -> str:
+def read(source: TextSource, root: Path) -> str:
     """Return a text below `root`. Raises click.ClickException if its package is not installed."""
     path = root / source.file
     if not path.is_file():

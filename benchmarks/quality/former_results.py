@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality.baselines import FAMILIES
 from benchmarks.quality.comparison import INCREASE
-from benchmarks.quality.measurement import COUNTED_AT, OURS, Implementation, Result
+from benchmarks.quality.measurement import COUNTED_AT, OURS, Implementation, QualityResult
 from benchmarks.recording import kept_rows
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import Comparison, Interval
@@ -35,14 +35,14 @@ def check_kept(name: str, exact: Mapping[str, float]) -> None:
                 )
 
 
-def kept_results(name: str, measured: Sequence[Result]) -> list[Result]:
+def kept_results(name: str, measured: Sequence[QualityResult]) -> list[QualityResult]:
     """Return the results of other methods in `results/<name>.json` on the texts of `measured`. Raises FhoptError."""
     texts = measured[0].by_text
     check_kept(name, {text.name: now.exact for text, now in texts.items()})
     results = []
     for (impl, size), figures in _figures(name).items():
         held = int(COUNTED_AT * next(iter(figures.values()))["bytes_per_token"])
-        result: Any = Result(Implementation(impl, _family(impl), held, float(size.removesuffix("x"))))
+        result: Any = QualityResult(Implementation(impl, _family(impl), held, float(size.removesuffix("x"))))
         result.by_text = {text: _comparison(figures[text.name], now) for text, now in texts.items()}
         result.mean = _mean([c for text, c in result.by_text.items() if text.is_unseen])
         results.append(result)

@@ -29,7 +29,7 @@ from fhopt.evaluation.statistics import BOOTSTRAP_TOKENS, Comparison, Interval, 
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan
 from fhopt.planning.pipeline import fit_to_text
 from fhopt.progress import Progress
 from fhopt.refine.heal import heal
@@ -51,7 +51,7 @@ def two_bits(loaded: LoadedModel) -> LatentPlan:
     """Return a plan with 2 bits for every channel, without calibration: a high KL."""
 
     def in_two_bits(side: SidePlan) -> SidePlan:
-        return replace(side, tiers=(Tier(2, side.width, 0.9957),))
+        return replace(side, tiers=(BitGroup(2, side.width, 0.9957),))
 
     plan = plain_plan(loaded)
     sites = (replace(s, key=in_two_bits(s.key), value=in_two_bits(s.value)) for s in plan.sites)

@@ -58,7 +58,7 @@ class Implementation:
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
+class QualityText:
     """Token ids [T]; `is_unseen` if its domain was not used for calibration."""
 
     name: str
@@ -66,15 +66,15 @@ class Text:
     is_unseen: bool
 
 
-class Result:
+class QualityResult:
     """The costs of one implementation on each text."""
 
     def __init__(self, impl: Implementation) -> None:
         self.impl = impl
-        self.costs: dict[Text, TokenCosts] = {}
+        self.costs: dict[QualityText, TokenCosts] = {}
 
     @cached_property
-    def by_text(self) -> dict[Text, Comparison]:
+    def by_text(self) -> dict[QualityText, Comparison]:
         """Comparisons by text; valid once all are measured."""
         return {text: costs.compare() for text, costs in self.costs.items()}
 
@@ -89,7 +89,7 @@ class Result:
         ).compare()
 
     @property
-    def worst(self) -> tuple[Text, Comparison]:
+    def worst(self) -> tuple[QualityText, Comparison]:
         """The held-out text with the largest perplexity increase."""
         return max(((t, c) for t, c in self.by_text.items() if t.is_unseen), key=lambda pair: pair[1].increase_percent)
 
@@ -104,7 +104,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def read_texts(
     loaded: LoadedModel, names: Sequence[str], calibration: Sequence[str], context: int, with_seen: bool
-) -> list[Text]:
+) -> list[QualityText]:
     """Load the held-out half of each text, or all of it if the half is too short; at most `context` tokens.
 
     A built-in text that is not installed, or one that is too short, is skipped with a message.
@@ -119,7 +119,7 @@ def read_texts(
                 raise
             screen().print(f"{name} is left out: {error}", markup=False)
             continue
-        texts.append(Text(Path(name).name, ids, is_unseen))
+        texts.append(QualityText(Path(name).name, ids, is_unseen))
     if not any(text.is_unseen for text in texts):
         raise FhoptError(f"no text is left but {', '.join(calibration)}, which calibrates. Give another with --texts.")
     return texts
@@ -141,9 +141,11 @@ def _tokenized(loaded: LoadedModel, text: str, context: int) -> Tensor:
     return torch.as_tensor(loaded.tokenizer(start, return_tensors="pt", verbose=False).input_ids[0][:context])
 
 
-def measure(model: Any, impls: Sequence[Implementation], texts: Sequence[Text], steps: LatentPlan) -> list[Result]:
+def measure(
+    model: Any, impls: Sequence[Implementation], texts: Sequence[QualityText], steps: LatentPlan
+) -> list[QualityResult]:
     """Measure every implementation on every text, in the steps of the plan `steps`."""
-    results = [Result(impl) for impl in impls]
+    results = [QualityResult(impl) for impl in impls]
     with progress_bar("texts and caches") as bar:
         for index, text in enumerate(texts):
             log_p = exact_log_probabilities(model, text.ids, steps)
@@ -161,7 +163,7 @@ def exact_log_probabilities(model: Any, ids: Tensor, steps: LatentPlan) -> Tenso
         return torch.cat([logits[0].double().log_softmax(-1).float() for _, (logits,) in read])
 
 
-def exact_perplexity(model: Any, text: Text, steps: LatentPlan) -> float:
+def exact_perplexity(model: Any, text: QualityText, steps: LatentPlan) -> float:
     """Return the perplexity of a text with the full-precision cache."""
     log_p = exact_log_probabilities(model, text.ids, steps)
     return float(log_p.gather(1, text.ids[1:, None]).double().mean().neg().exp())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from benchmarks.quality.comparison import COMPARABLE, Contest, contests, size_name
-from benchmarks.quality.measurement import COUNTED_AT, OURS, Result
+from benchmarks.quality.measurement import COUNTED_AT, OURS, QualityResult
 from benchmarks.quality.methods.quantized_caches import PACKAGES
 from benchmarks.recording import commit, machine, versions
 from fhopt.evaluation.statistics import Comparison
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COMMAND = "make bench-quality"
 
 
-def summary(results: Sequence[Result]) -> Table:
+def summary(results: Sequence[QualityResult]) -> Table:
     """Format a line per implementation."""
     unseen = sum(text.is_unseen for text in results[0].by_text)
     table = Table(title=f"Loss against bytes, {unseen} unseen texts", title_justify="left")
@@ -36,7 +36,7 @@ def summary(results: Sequence[Result]) -> Table:
 SUMMARY = ("cache", "size", "bytes a token", "perplexity, mean", "95 % interval", "worst text", "KL, mean")
 
 
-def _summary_cells(result: Result) -> tuple[str, ...]:
+def _summary_cells(result: QualityResult) -> tuple[str, ...]:
     text, worst = result.worst
     mean = result.mean
     return (
@@ -53,7 +53,7 @@ def _summary_cells(result: Result) -> tuple[str, ...]:
 CONTESTS = ("plan", "against", "its bytes", "perplexity", "its perplexity", "its KL", "plan is better")
 
 
-def contest_table(results: Sequence[Result]) -> Table:
+def contest_table(results: Sequence[QualityResult]) -> Table:
     """Format the comparison of plans with other methods."""
     table = Table(title="Plans against caches that are not smaller", title_justify="left")
     for heading in CONTESTS:
@@ -87,7 +87,7 @@ def _interval(comparison: Comparison) -> str:
     return f"{_percent(low)[:-2]} to {_percent(high)[:-2]}"
 
 
-def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
+def draw(figure: Figure, results: Sequence[QualityResult], model: str) -> None:
     """Plot both quality metrics against bytes, a line per family; model: its name."""
     left, right = figure.subplots(1, 2, sharex=True)
     _lines(left, results, lambda comparison: comparison.kl)
@@ -108,7 +108,7 @@ def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
     figure.suptitle(f"{model}: loss of smaller KV caches, mean of texts unlike the calibration text")
 
 
-def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
+def _lines(axes: Axes, results: Sequence[QualityResult], loss: Callable[[Comparison], float]) -> None:
     """Plot the points of each family, joined in order of size; fhopt's line is heavier.
 
     There are ten colors: an eleventh family reuses the first one, with dashes and squares.
@@ -122,7 +122,7 @@ def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], f
         axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], label=family, **style)
 
 
-def write_page(path: Path, results: Sequence[Result]) -> None:
+def write_page(path: Path, results: Sequence[QualityResult]) -> None:
     """Write the Markdown page: implementations, contests, texts."""
     lines = [
         "# Quality: the loss of smaller KV caches",
@@ -175,7 +175,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _method(results: Sequence[Result]) -> list[str]:
+def _method(results: Sequence[QualityResult]) -> list[str]:
     texts = list(results[0].by_text)
     unseen = ", ".join(f"{t.name} ({len(t.ids):,} tokens)" for t in texts if t.is_unseen)
     seen = ", ".join(t.name for t in texts if not t.is_unseen)
@@ -190,7 +190,7 @@ def _method(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _by_text(results: Sequence[Result]) -> list[str]:
+def _by_text(results: Sequence[QualityResult]) -> list[str]:
     """Format the perplexity increase, with the full-precision perplexity in the first row."""
     texts = list(results[0].by_text)
     exact = [f"{results[0].by_text[text].exact:.3f}" for text in texts]

@@ -67,7 +67,7 @@ def settled(tables: Tables, rounds: int) -> Tables:
         sums, weights = torch.zeros(WINDOWS, dtype=torch.float64), torch.zeros(WINDOWS, dtype=torch.float64)
         for bits, weight in WEIGHTS.items():
             x, step = gaussian(ROWS, WIDTH, bits), steps[bits]
-            windows = trellis.search(x, bits, step * values).flatten()
+            windows = trellis.viterbi_search(x, bits, step * values).flatten()
             kept, wanted = values[windows].double(), x.flatten().double()
             score += math.log(float((wanted - step * kept).square().mean()))
             sums.scatter_add_(0, windows, weight * step * wanted)
@@ -146,7 +146,7 @@ def best_step(x: Tensor, bits: int, values: Tensor) -> float:
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 def main(minutes: float | None, seed: int) -> None:
     """Print the error of trellis codes on a unit Gaussian, next to the best uniform quantizer's."""
-    values = trellis.table(torch.device("cpu"))
+    values = trellis.window_values(torch.device("cpu"))
     if minutes is not None:
         order, levels, offsets = as_bytes(searched(60 * minutes, seed))
         click.echo(f"LEVELS = {tuple(levels)}\nOFFSETS = {tuple(offsets)}\nORDER = {tuple(order)}")

@@ -27,8 +27,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.recording import Row, is_quick, record, screen
-from fhopt.codegen.cpu.lm_head import search
-from fhopt.lm_head.fitting import HeadOptions, find, fit, fit_weight, hidden_states, site_for
+from fhopt.codegen.cpu.lm_head import search_head
+from fhopt.lm_head.fitting import HeadOptions, find_head, fit_head, fit_weight, hidden_states, site_for
 from fhopt.lm_head.head import Head
 from fhopt.lm_head.module import dense
 from fhopt.models.loader import load_model
@@ -47,7 +47,7 @@ Contender = Callable[[Tensor], Tensor]  # hidden [M, C] -> ids [M]
 
 
 @dataclass(frozen=True)
-class Case:
+class HeadCase:
     """A head and hidden states [N, C] that were not used for its calibration."""
 
     name: str
@@ -56,24 +56,24 @@ class Case:
     head: Head
 
 
-def smollm2(dtype: torch.dtype, positions: int) -> Case:
+def smollm2(dtype: torch.dtype, positions: int) -> HeadCase:
     """Return the head of the demo's model, and its hidden states on the second halves of three texts."""
     loaded = load_model("demo", dtype)
-    head = fit(loaded, HeadOptions())
+    head = fit_head(loaded, HeadOptions())
     captured = loaded.capture(CONTEXT)
     ids = tokens.held_out_ids(loaded.tokenizer, TEXTS, count=positions // CONTEXT, length=CONTEXT)
-    hidden = hidden_states(captured, find(captured), ids).to(dtype)
+    hidden = hidden_states(captured, find_head(captured), ids).to(dtype)
     weight = dict(loaded.language_model().named_parameters())[head.site.weight].detach()
-    return Case(f"SmolLM2 49,152 x 576 {_name(dtype)}", weight, hidden, head)
+    return HeadCase(f"SmolLM2 49,152 x 576 {_name(dtype)}", weight, hidden, head)
 
 
-def random_head(vocabulary: int, width: int, dtype: torch.dtype, positions: int) -> Case:
+def random_head(vocabulary: int, width: int, dtype: torch.dtype, positions: int) -> HeadCase:
     """Return a head whose rows and hidden states are independent Gaussian samples."""
     generator = torch.Generator().manual_seed(7)
     weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
     hidden = torch.randn(positions, width, generator=generator).to(dtype)
     head = fit_weight(site_for(weight), weight, options=HeadOptions(iterations=2))
-    return Case(f"random {vocabulary:,} x {width:,} {_name(dtype)}", weight, hidden, head)
+    return HeadCase(f"random {vocabulary:,} x {width:,} {_name(dtype)}", weight, hidden, head)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -83,7 +83,7 @@ def _name(dtype: torch.dtype) -> str:
 # --------------------------------------------------------------------------------------------------- contenders
 
 
-def dense_contenders(case: Case) -> dict[str, Contender]:
+def dense_contenders(case: HeadCase) -> dict[str, Contender]:
     """Return every dense head."""
     linear = nn.Linear(case.weight.shape[1], case.weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(case.weight, requires_grad=False)
@@ -101,12 +101,12 @@ def _frozen(linear: nn.Linear) -> Contender:
     return lambda x: compiled(x)
 
 
-def searching(case: Case, probes: int) -> Contender:
+def searching(case: HeadCase, probes: int) -> Contender:
     """Return the retrieval head, with the dense head as fallback."""
     options = case.head.search(probes=probes)
 
     def run(x: Tensor) -> Tensor:
-        results = search(x, case.weight, None, case.head.codes, options)
+        results = search_head(x, case.weight, None, case.head.codes, options)
         ids = results.ids[:, 0].long()
         left = (results.counts < 0).nonzero().flatten()
         if len(left):
@@ -116,7 +116,7 @@ def searching(case: Case, probes: int) -> Contender:
     return run
 
 
-def ours(case: Case) -> dict[str, Contender]:
+def ours(case: HeadCase) -> dict[str, Contender]:
     """Return the retrieval head with a certificate, and with fitted clusters."""
     results = {"fhopt, certain": searching(case, 0)}
     if case.head.probes < case.head.clusters:
@@ -128,7 +128,7 @@ def ours(case: Case) -> dict[str, Contender]:
 
 
 @torch.no_grad()
-def times(case: Case, batch: int, rounds: int) -> list[Row]:
+def times(case: HeadCase, batch: int, rounds: int) -> list[Row]:
     """Measure milliseconds of every implementation, medians of interleaved calls."""
     dense = dense_contenders(case)
     contenders = dense | ours(case)
@@ -150,7 +150,7 @@ def times(case: Case, batch: int, rounds: int) -> list[Row]:
 
 
 @torch.no_grad()
-def agreement(case: Case) -> list[Row]:
+def agreement(case: HeadCase) -> list[Row]:
     """Measure the shares of positions with torch's arg-max and with a certificate, and the rows and bytes loaded."""
     parts = case.hidden.split(AT_ONCE)
     expected = torch.cat([F.linear(x, case.weight).argmax(-1) for x in parts])
@@ -159,7 +159,7 @@ def agreement(case: Case) -> list[Row]:
         results = torch.cat([run(x) for x in parts])
         same = 100 * float((results == expected).double().mean())
         rows.append(Row(case.name, name, "agreement_percent", same, "%"))
-    counts = torch.cat([search(x, case.weight, None, case.head.codes, case.head.search()).counts for x in parts])
+    counts = torch.cat([search_head(x, case.weight, None, case.head.codes, case.head.search()).counts for x in parts])
     certain = counts >= 0
     exact = float(counts[certain].double().mean())
     read = case.head.bytes_read + exact * case.weight.shape[1] * case.weight.element_size()
@@ -174,7 +174,7 @@ def agreement(case: Case) -> list[Row]:
     return rows
 
 
-def measure(case: Case, rounds: int, batches: Sequence[int] = BATCHES) -> list[Row]:
+def measure(case: HeadCase, rounds: int, batches: Sequence[int] = BATCHES) -> list[Row]:
     """Measure all rows of a case."""
     rows = agreement(case)
     for batch in batches:
@@ -225,7 +225,7 @@ def main(quick: bool, threads: int) -> None:
     """Measure, and write benchmarks/results/retrieval_head.json."""
     torch.set_num_threads(threads)
     quick = quick or is_quick()
-    makers: list[Callable[[], Case]] = [lambda: smollm2(torch.float32, CONTEXT if quick else POSITIONS)]
+    makers: list[Callable[[], HeadCase]] = [lambda: smollm2(torch.float32, CONTEXT if quick else POSITIONS)]
     if quick:
         makers.append(lambda: random_head(8192, 512, torch.float32, CONTEXT))
     else:
@@ -239,7 +239,7 @@ def main(quick: bool, threads: int) -> None:
     record("retrieval_head", rows, lambda figure: draw(figure, rows), summary(rows))
 
 
-def _random(dtype: torch.dtype) -> Callable[[], Case]:
+def _random(dtype: torch.dtype) -> Callable[[], HeadCase]:
     return lambda: random_head(131_072, 2_048, dtype, POSITIONS)
 
 

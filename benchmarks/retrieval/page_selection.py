@@ -189,7 +189,7 @@ def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int,
 
 def operator(tokens: int) -> list[Row]:
     """Time attention of one token on `tokens` quantized ones: all pages, listed ones, and with page selection."""
-    dispatch.install()
+    dispatch.register_kernels()
     heads, groups, dim = SHAPES[SHAPE]
     query, calls, sizes = torch.randn(1, heads, 1, dim), {}, {}
     tiers = spectrum_tiers(dim, dim * 4 // RATIO - 2)
@@ -271,7 +271,9 @@ def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPla
     if plan.pages is not None:
         return plan
     sized: dict[str, Any] = dict(sequences=1, context=2048) if quick else {}
-    return page_budget.calibrate(loaded, plan, page_options.PagingOptions(share=SHARE, texts=CALIBRATION, **sized))
+    return page_budget.calibrate_pages(
+        loaded, plan, page_options.PagingOptions(share=SHARE, texts=CALIBRATION, **sized)
+    )
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:

@@ -195,7 +195,7 @@ def folders_of(model: str, plans: dict[str, str], at: Path) -> dict[str, str]:
     folders = {EXACT: str(source)}
     for name, path in plans.items():
         folders[f"fhopt@{name}"] = str(at / name)
-        rewrite_folder.rewrite(loaded, LatentPlan.load(path), at / name, source)
+        rewrite_folder.rewrite_folder(loaded, LatentPlan.load(path), at / name, source)
     return folders
 
 

@@ -14,7 +14,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
 
-class Reference(DynamicLayer):  # type: ignore[misc]
+class ExactReference(DynamicLayer):  # type: ignore[misc]
     """A cache of the keys and values of all tokens as attention should use them.
 
     A dynamic cache quantizes a token, in the form the recent window stored it, together with its block. A static cache

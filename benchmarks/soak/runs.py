@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 import fhopt
 from benchmarks.recording import process_bytes
-from benchmarks.soak.reference import Reference
+from benchmarks.soak.reference import ExactReference
 from fhopt.cache.quantized_rows import GROWTH
 from fhopt.cache.residual_window import spare_places
 from fhopt.cache.static_layer import StaticLatentLayer
@@ -128,7 +128,7 @@ def run(variant: Variant, tokens: int, seed: int = 0, made: tuple[Any, LatentPla
     batch, done, length, start = 2, 0, 0, time.perf_counter()
     fhopt.apply(model, plan)
     latent = latent_cache(model, max_cache_len=variant.places)
-    plain = Cache(layers=[Reference(plan, site, variant.places is not None) for site in plan.sites])
+    plain = Cache(layers=[ExactReference(plan, site, variant.places is not None) for site in plan.sites])
     ids = torch.randint(VOCABULARY, (batch, 40))
     for what in operations(rng):
         if what == "reset" or (length > LONGEST - 64 and rng.random() < 0.2):

@@ -216,7 +216,7 @@ def main(
     names: tuple[str, ...], items: int, quick: bool,
 ) -> None:  # fmt: skip
     """Measure tasks of a model with the full-precision cache and with plans, and write the results."""
-    from fhopt.evaluation.task_choice import choose
+    from fhopt.evaluation.task_choice import parse_tasks
 
     quick = quick or is_quick()
     options, chosen = FitOptions(), parts or PARTS
@@ -225,7 +225,7 @@ def main(
         options = replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
         ratios, generated, lengths, items, names = ratios or (8.0,), 256, (1024,), 1, names or ("passkey",)
         chosen = parts or ("generation", "ruler")
-    asked = [n for n in choose(",".join(names) if names else "ruler,copy,digits,arithmetic") if n != "perplexity"]
+    asked = [n for n in parse_tasks(",".join(names) if names else "ruler,copy,digits,arithmetic") if n != "perplexity"]
     try:
         unsolved = human_eval.read_problems(problems)[:first] if "humaneval" in chosen else []
         loaded = load_model(model, getattr(torch, dtype))

@@ -36,7 +36,7 @@ MEASURED, STATE = "measured", "state.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class TestPart:
     """Tests that run in one process: `paths`, below tests/. name: the tested package, or the file itself."""
 
     name: str
@@ -49,22 +49,24 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Run:
+class PartRun:
     """The outcome of a part: "passed", "failed" (some test) or "interrupted" (timeout). seconds: 0 for a reused one."""
 
-    part: Part
+    part: TestPart
     state: str
     seconds: float
 
 
-def parts() -> list[Part]:
+def parts() -> list[TestPart]:
     """List the parts: packages in the order of their names, then the files outside of them."""
     of_packages: dict[str, list[str]] = {}
     for path in sorted(UNIT.rglob("test_*.py")):
         of_packages.setdefault(_package_of_tests(path.parent), []).append(_below_tests(path))
     outside = [path for folder in OUTSIDE for path in sorted((ROOT / "tests" / folder).rglob("test_*.py"))]
     names = [_below_tests(path) for path in outside]
-    return [Part(name, tuple(files)) for name, files in of_packages.items()] + [Part(name, (name,)) for name in names]
+    return [TestPart(name, tuple(files)) for name, files in of_packages.items()] + [
+        TestPart(name, (name,)) for name in names
+    ]
 
 
 def _package_of_tests(folder: Path) -> str:
@@ -89,7 +91,7 @@ def package_of(file: str) -> str:
 # --------------------------------------------------------------------------------------------------- execution
 
 
-def is_current(part: Part) -> bool:
+def is_current(part: TestPart) -> bool:
     """Return whether a part was measured to its end, with the current versions of its package and its tests."""
     state = _state(part)
     if not state or state["state"] == "interrupted":
@@ -98,12 +100,12 @@ def is_current(part: Part) -> bool:
     return state["tests"] == digests(_tests(part)) and mine.items() <= state["sources"].items()
 
 
-def kept(part: Part) -> Run | None:
+def kept(part: TestPart) -> PartRun | None:
     """Return the outcome of a part that need not be rerun; None if it must be."""
-    return Run(part, _state(part)["state"], 0.0) if is_current(part) else None
+    return PartRun(part, _state(part)["state"], 0.0) if is_current(part) else None
 
 
-def run(part: Part, seconds: float) -> Run:
+def run(part: TestPart, seconds: float) -> PartRun:
     """Run the tests of a part under coverage.py for at most `seconds`; save the data measured until then."""
     shutil.rmtree(part.folder, ignore_errors=True)
     part.folder.mkdir(parents=True)
@@ -120,7 +122,7 @@ def run(part: Part, seconds: float) -> Run:
         whole.combine(files)
         whole.save()
     (part.folder / STATE).write_text(json.dumps(before | {"state": state}, indent=1))
-    return Run(part, state, time.monotonic() - start)
+    return PartRun(part, state, time.monotonic() - start)
 
 
 def _wait(child: subprocess.Popen[Any], seconds: float) -> str:
@@ -137,20 +139,20 @@ def _wait(child: subprocess.Popen[Any], seconds: float) -> str:
     return "interrupted"
 
 
-def _command(part: Part) -> list[str]:
+def _command(part: TestPart) -> list[str]:
     tests = [f"tests/{path}" for path in part.paths]
     options = ["-q", "-p", "no:xdist", "-p", "no:randomly", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
     return [sys.executable, "-m", "coverage", "run", "--rcfile=pyproject.toml", "-m", "pytest", *options, *tests]
 
 
-def _environment(part: Part) -> dict[str, str]:
+def _environment(part: TestPart) -> dict[str, str]:
     """Return the environment of a part: sys.monitoring, which supports branches from Python 3.14 on, else a tracer."""
     core = "sysmon" if sys.version_info >= (3, 14) else "ctrace"
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return os.environ | one_thread | {"COVERAGE_CORE": core, "COVERAGE_FILE": str(part.folder / "data")}
 
 
-def _state(part: Part) -> dict[str, Any]:
+def _state(part: TestPart) -> dict[str, Any]:
     path = part.folder / STATE
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -165,7 +167,7 @@ def _folder(path: Path) -> str:
     return str(path.relative_to(ROOT).parent)
 
 
-def _tests(part: Part) -> list[Path]:
+def _tests(part: TestPart) -> list[Path]:
     return [ROOT / "tests" / path for path in part.paths]
 
 
@@ -177,7 +179,7 @@ def digests(paths: Iterable[Path]) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------- combination
 
 
-def combined(chosen: Iterable[Part]) -> dict[str, Any]:
+def combined(chosen: Iterable[TestPart]) -> dict[str, Any]:
     """Return coverage.py's report on all measured parts: by path below the root, `summary` and lines."""
     report = FOLDER / "coverage.json"
     with_data = [part for part in chosen if (part.folder / MEASURED).exists()]
@@ -191,7 +193,7 @@ def combined(chosen: Iterable[Part]) -> dict[str, Any]:
     return {str(Path(file).resolve().relative_to(ROOT)): about for file, about in files.items()}
 
 
-def _of_unchanged(part: Part) -> Path:
+def _of_unchanged(part: TestPart) -> Path:
     """Copy the data of a part, without modules that have changed since; return the path of the copy."""
     copy = part.folder / f"{MEASURED}.unchanged"
     shutil.copyfile(part.folder / MEASURED, copy)

@@ -27,7 +27,7 @@ import click
 from rich.table import Table
 
 from benchmarks.recording import Row, record, screen
-from benchmarks.testing.coverage_runs import Part, Run, combined, is_current, kept, package_of, parts, run
+from benchmarks.testing.coverage_runs import PartRun, TestPart, combined, is_current, kept, package_of, parts, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -114,11 +114,13 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
 # --------------------------------------------------------------------------------------------------- command
 
 
-def measure(chosen: Sequence[Part], workers: int, seconds: float, part_seconds: float, again: bool) -> list[Run]:
+def measure(
+    chosen: Sequence[TestPart], workers: int, seconds: float, part_seconds: float, again: bool
+) -> list[PartRun]:
     """Run the unmeasured parts, `workers` at a time; parts beyond the time limit are skipped."""
     end = time.monotonic() + seconds
 
-    def one(part: Part) -> Run | None:
+    def one(part: TestPart) -> PartRun | None:
         earlier = None if again else kept(part)
         if earlier is not None:
             return earlier
@@ -133,7 +135,7 @@ def measure(chosen: Sequence[Part], workers: int, seconds: float, part_seconds: 
         return [done for done in pool.map(one, chosen) if done is not None]
 
 
-def chosen_parts(names: Sequence[str]) -> list[Part]:
+def chosen_parts(names: Sequence[str]) -> list[TestPart]:
     """Return the parts of these names, all if empty. Raises BadParameter for an unknown name."""
     known = {part.name: part for part in parts()}
     unknown = [name for name in names if name not in known]

@@ -32,7 +32,7 @@ SHOWN = ("python", "torch", "transformers", "triton", "numpy")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EnvironmentOutcome:
     """Outcome of one environment: "success", "skipped", "failed" or "aborted", and why."""
 
     name: str
@@ -50,7 +50,7 @@ class Outcome:
         return self.state in ("success", "skipped") and not self.failed
 
 
-def run(names: tuple[str, ...]) -> list[Outcome]:
+def run(names: tuple[str, ...]) -> list[EnvironmentOutcome]:
     """Run environments (all if `names` is empty), one after the other, with their output on the screen."""
     for old in REPORTS.glob("*.*"):
         if not names or old.stem in names:
@@ -64,13 +64,13 @@ def run(names: tuple[str, ...]) -> list[Outcome]:
     return [outcome_of(session, REPORTS) for session in sessions]
 
 
-def outcome_of(session: dict[str, Any], reports: Path) -> Outcome:
+def outcome_of(session: dict[str, Any], reports: Path) -> EnvironmentOutcome:
     """Combine nox's report of a session with the files that the session left in `reports`."""
     name = session["signatures"][-1].partition("(")[2].rstrip(")")
     known, tests = reports / f"{name}.json", reports / f"{name}.xml"
     versions = json.loads(known.read_text()) if known.exists() else {}
     counts = counted(tests.read_text()) if tests.exists() else {}
-    return Outcome(name, session["result"], session["reason"] or "", session["duration"], versions, **counts)
+    return EnvironmentOutcome(name, session["result"], session["reason"] or "", session["duration"], versions, **counts)
 
 
 def counted(xml: str) -> dict[str, int]:
@@ -83,7 +83,7 @@ def counted(xml: str) -> dict[str, int]:
     return {"passed": sums["tests"] - failed - sums["skipped"], "failed": failed, "skipped": sums["skipped"]}
 
 
-def rows_of(outcome: Outcome) -> list[Row]:
+def rows_of(outcome: EnvironmentOutcome) -> list[Row]:
     """Return the results of an environment; NaN, with the reason, if it was not tested."""
     tested = bool(outcome.passed or outcome.failed)
     figures = (
@@ -109,14 +109,14 @@ def kept(names: tuple[str, ...]) -> list[Row]:
     ]
 
 
-def said(outcome: Outcome) -> str:
+def said(outcome: EnvironmentOutcome) -> str:
     """Return the versions of an environment, or why it was not tested."""
     if not outcome.passed + outcome.failed:
         return f"not tested: {outcome.reason or outcome.state}"
     return ", ".join(f"{name} {outcome.versions[name]}" for name in SHOWN if name in outcome.versions)
 
 
-def table(outcomes: list[Outcome]) -> Table:
+def table(outcomes: list[EnvironmentOutcome]) -> Table:
     """Format a line per environment."""
     out = Table(title="versions", title_justify="left")
     for heading in ("environment", "installed"):

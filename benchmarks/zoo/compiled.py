@@ -43,7 +43,7 @@ from torch._dynamo.utils import counters
 import fhopt
 from benchmarks.recording import Row, is_quick, record, screen
 from benchmarks.zoo.compiled_modes import train
-from benchmarks.zoo.compiled_results import TOLERANCE, Result, Seen, Task
+from benchmarks.zoo.compiled_results import TOLERANCE, CompilerResult, TaskResult, ZooTask
 from benchmarks.zoo.compiled_tasks import tasks
 from fhopt.errors import FhoptError
 
@@ -66,18 +66,18 @@ COMPILERS: dict[str, dict[str, Any] | None] = {  # arguments of torch.compile
 }
 
 
-def check(task: Task) -> Result:
+def check(task: ZooTask) -> TaskResult:
     """Run the task with every compiler; an exception is recorded as a `refusal`."""
     seen = {name: _see(task, options) for name, options in COMPILERS.items()}
     if task.exact is not None:
         seen["float32"] = _see(replace(task, build=task.exact, run=train), None)
-    return Result(task, seen)
+    return TaskResult(task, seen)
 
 
-def _see(task: Task, options: dict[str, Any] | None) -> Seen:
+def _see(task: ZooTask, options: dict[str, Any] | None) -> CompilerResult:
     torch._dynamo.reset()
     counters.clear()
-    start, seen = time.perf_counter(), Seen()
+    start, seen = time.perf_counter(), CompilerResult()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -95,7 +95,7 @@ def _see(task: Task, options: dict[str, Any] | None) -> Seen:
     return seen
 
 
-def _compiled(module: nn.Module, task: Task, options: dict[str, Any] | None) -> Any:
+def _compiled(module: nn.Module, task: ZooTask, options: dict[str, Any] | None) -> Any:
     if options is None:
         return module
     if not task.by_layers:
@@ -160,7 +160,7 @@ def _be_quiet() -> None:
     logging.getLogger("torch").setLevel(logging.CRITICAL)
 
 
-def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
+def _checked(chosen: Sequence[ZooTask]) -> Iterator[TaskResult]:
     """Yield results one by one; compiled graphs are cyclic, and freed only by garbage collection."""
     for number, task in enumerate(track(chosen, "compiled", transient=True)):
         yield check(task)
@@ -168,12 +168,12 @@ def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
             gc.collect()
 
 
-def compared(results: Iterable[Result]) -> list[Result]:
+def compared(results: Iterable[TaskResult]) -> list[TaskResult]:
     """Return the results that can be compared."""
     return [result for result in results if not result.excuse]
 
 
-def rows(results: Iterable[Result]) -> list[Row]:
+def rows(results: Iterable[TaskResult]) -> list[Row]:
     """Return results of each mode and family, over the tasks that eager and inductor support.
 
     The baseline is inductor's; for `tasks` it is their number, and the value is the number compared.
@@ -190,19 +190,19 @@ def rows(results: Iterable[Result]) -> list[Row]:
     return found
 
 
-def _has_gradients(result: Result) -> bool:
+def _has_gradients(result: TaskResult) -> bool:
     """Return whether there are gradients, and inductor's equal those of eager mode."""
     return bool(result.seen["eager"].gradients) and math.isfinite(result.figure("max_gradient_error", "inductor"))
 
 
-def _groups(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    groups: dict[tuple[str, str], list[Result]] = {}
+def _groups(results: Iterable[TaskResult]) -> dict[tuple[str, str], list[TaskResult]]:
+    groups: dict[tuple[str, str], list[TaskResult]] = {}
     for result in results:
         groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
     return groups
 
 
-def summary(results: Iterable[Result]) -> Table:
+def summary(results: Iterable[TaskResult]) -> Table:
     """Format a line per mode and family."""
     groups = _groups(results)
     table = Table(title="The zoo, compiled (fhopt / inductor)", title_justify="left")
@@ -218,14 +218,14 @@ def summary(results: Iterable[Result]) -> Table:
     return table
 
 
-def _both(results: Sequence[Result], metric: str) -> str:
+def _both(results: Sequence[TaskResult], metric: str) -> str:
     """Format a metric of flashhead and of inductor, over all results."""
     _, over, form = METRICS[metric]
     figures = ([r.figure(metric, c) for r in results if not r.seen[c].refusal] for c in ("flashhead", "inductor"))
     return " / ".join(format(over(of), form) if of else "-" for of in figures)
 
 
-def draw(figure: Figure, results: Iterable[Result]) -> None:
+def draw(figure: Figure, results: Iterable[TaskResult]) -> None:
     """Plot the differences of outputs and gradients from eager's, for flashhead and inductor, sorted."""
     panels = figure.subplots(1, 2, sharey=True)
     known = [r for r in compared(results) if not r.seen["flashhead"].refusal]

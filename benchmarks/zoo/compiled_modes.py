@@ -8,17 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from model_zoo import Case
+from model_zoo import ZooCase
 from torch import Tensor
 
-from benchmarks.zoo.compiled_results import Seen
+from benchmarks.zoo.compiled_results import CompilerResult
 
 NEW = 4  # single tokens after the first call of a generation task
 
 
-def call_twice(call: Callable[..., Any], case: Case) -> Seen:
+def call_twice(call: Callable[..., Any], case: ZooCase) -> CompilerResult:
     """Call without gradients; a second time unless a cache grows, which would be another task."""
-    seen = Seen()
+    seen = CompilerResult()
     with torch.no_grad():
         for _ in range(1 if _has_cache(case) else 2):
             seen.values += [_copied(x) for x in _leaves(call(*case.args, **case.kwargs))]
@@ -26,13 +26,13 @@ def call_twice(call: Callable[..., Any], case: Case) -> Seen:
 
 
 def train(
-    call: Callable[..., Any], case: Case, around: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> Seen:
+    call: Callable[..., Any], case: ZooCase, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> CompilerResult:
     """Compute outputs and gradients of one random projection of them; then update the weights and repeat.
 
     Gradients are those of all parameters and of all floating arguments. Frozen models have none.
     """
-    seen, parameters = Seen(), [p for p in case.module.parameters() if p.requires_grad]
+    seen, parameters = CompilerResult(), [p for p in case.module.parameters() if p.requires_grad]
     if not parameters:
         raise Skipped("frozen")
     for _ in range(2):
@@ -57,7 +57,7 @@ class Skipped(Exception):
     """A mode does not apply to a model."""
 
 
-def _tracked(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+def _tracked(case: ZooCase) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
     """Return arguments whose floating tensors require gradients, each as a copy: a leaf must not be written to."""
     inputs: list[Tensor] = []
 
@@ -75,9 +75,9 @@ def _directions(outputs: Iterable[Tensor]) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
 
 
-def vary_lengths(call: Callable[..., Any], case: Case) -> Seen:
+def vary_lengths(call: Callable[..., Any], case: ZooCase) -> CompilerResult:
     """Call with token ids of four lengths, in batches of several sizes."""
-    seen = Seen()
+    seen = CompilerResult()
     with torch.no_grad():
         for batch, tokens in ((2, 9), (3, 12), (2, 15), (5, 7)):
             ids = {k: torch.randint(3, 97, (batch, tokens)) for k in case.kwargs if k.endswith("ids")}
@@ -89,9 +89,9 @@ def vary_lengths(call: Callable[..., Any], case: Case) -> Seen:
     return seen
 
 
-def vary_batches(call: Callable[..., Any], case: Case) -> Seen:
+def vary_batches(call: Callable[..., Any], case: ZooCase) -> CompilerResult:
     """Make the entry's call, then another with one more of everything that has the first argument's batch size."""
-    seen, size = Seen(), case.args[0].shape[0]
+    seen, size = CompilerResult(), case.args[0].shape[0]
 
     def one_more(value: Any) -> Any:
         grows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
@@ -104,12 +104,12 @@ def vary_batches(call: Callable[..., Any], case: Case) -> Seen:
     return seen
 
 
-def generate(call: Callable[..., Any], case: Case, places: int, eagerly: bool = False) -> Seen:
+def generate(call: Callable[..., Any], case: ZooCase, places: int, eagerly: bool = False) -> CompilerResult:
     """Run the entry's tokens, then single ones, with a cache of `places` positions (0: a dynamic cache).
 
     eagerly: the first call is not compiled, as in transformers.
     """
-    seen, cache = Seen(), _new_cache(case, places)
+    seen, cache = CompilerResult(), _new_cache(case, places)
     names = inspect.signature(case.module.forward).parameters
     keyword = "cache" if "cache" in names else "past_key_values"
     inputs = {k: v for k, v in case.kwargs.items() if k != "use_cache"} | {keyword: cache}
@@ -126,7 +126,7 @@ def generate(call: Callable[..., Any], case: Case, places: int, eagerly: bool = 
     return seen
 
 
-def _new_cache(case: Case, places: int) -> Any:
+def _new_cache(case: ZooCase, places: int) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     config: Any = case.module.config
@@ -135,14 +135,14 @@ def _new_cache(case: Case, places: int) -> Any:
     return StaticCache(config, max_cache_len=places) if places else DynamicCache(config=config)
 
 
-def _with_changes(seen: Seen, case: Case) -> Seen:
+def _with_changes(seen: CompilerResult, case: ZooCase) -> CompilerResult:
     """Add the arguments, caches and buffers after the call to the results."""
     left = [*_leaves(case.args), *_leaves(dict(case.kwargs)), *case.module.buffers()]
     seen.values += [_copied(x) for x in left]
     return seen
 
 
-def _has_cache(case: Case) -> bool:
+def _has_cache(case: ZooCase) -> bool:
     return any("cache" in type(value).__name__.lower() for value in case.kwargs.values())
 
 

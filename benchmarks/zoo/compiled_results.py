@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from model_zoo import Case, Entry
+from model_zoo import Entry, ZooCase
 from torch import Tensor
 
 TOLERANCE = 1e-4  # float32, other summation orders, through two layers and a softmax: the backend's guarantee
 
 
 @dataclass(frozen=True)
-class Task:
+class ZooTask:
     """One use of a model. build: creates module and arguments. run: calls it, and returns the results.
 
     by_layers: each layer is compiled instead of the model, so that layers may share graphs. exact: creates the same in
@@ -24,12 +24,12 @@ class Task:
 
     entry: Entry
     mode: str
-    build: Callable[[], Case]
-    run: Callable[[Callable[..., Any], Case], Seen]
+    build: Callable[[], ZooCase]
+    run: Callable[[Callable[..., Any], ZooCase], CompilerResult]
     dynamic: bool | None = None
     by_layers: bool = False
     tolerance: float = TOLERANCE
-    exact: Callable[[], Case] | None = None
+    exact: Callable[[], ZooCase] | None = None
 
     @property
     def label(self) -> str:
@@ -38,7 +38,7 @@ class Task:
 
 
 @dataclass
-class Seen:
+class CompilerResult:
     """Results of a task with one compiler. values: outputs, changed caches and buffers, in order; None: no gradient."""
 
     values: list[Any] = field(default_factory=list)
@@ -52,11 +52,11 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """Results of a task with all compilers."""
 
-    task: Task
-    seen: Mapping[str, Seen]
+    task: ZooTask
+    seen: Mapping[str, CompilerResult]
 
     @property
     def excuse(self) -> str:

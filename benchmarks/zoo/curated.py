@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 import torch
 from model_zoo import Entry
-from model_zoo.checking import TOLERANCE, Result, check, entries
+from model_zoo.checking import TOLERANCE, ZooResult, check, entries
 from rich.progress import track
 from rich.table import Table
 
@@ -87,7 +87,7 @@ def sample(zoo: Iterable[Entry]) -> list[Entry]:
     return [variants[index % len(variants)] for index, variants in enumerate(list(by_name.values())[::SAMPLE])]
 
 
-def rows(results: Sequence[Result]) -> list[Row]:
+def rows(results: Sequence[ZooResult]) -> list[Row]:
     """Return the results of each entry, then the totals."""
     each = [
         Row(result.entry.label, "find", metric, float(getattr(result, metric)), unit)
@@ -105,9 +105,9 @@ def rows(results: Sequence[Result]) -> list[Row]:
 # --------------------------------------------------------------------------------------------------- screen
 
 
-def summary(results: Iterable[Result]) -> Table:
+def summary(results: Iterable[ZooResult]) -> Table:
     """Format a line per family."""
-    families: dict[str, list[Result]] = {}
+    families: dict[str, list[ZooResult]] = {}
     for result in results:
         families.setdefault(result.entry.family, []).append(result)
     table = Table(title="The zoo", title_justify="left")
@@ -123,17 +123,17 @@ def summary(results: Iterable[Result]) -> Table:
     return table
 
 
-def _found(results: Iterable[Result]) -> str:
+def _found(results: Iterable[ZooResult]) -> str:
     pairs = [(result.sites_found, result.sites_expected) for result in results]
     return f"{sum(found for found, _ in pairs)}/{sum(expected for _, expected in pairs)}"
 
 
-def _explained(results: Iterable[Result]) -> str:
+def _explained(results: Iterable[ZooResult]) -> str:
     pairs = [(result.sites_explained, result.entry.explained) for result in results]
     return f"{sum(found for found, _ in pairs)}/{sum(expected for _, expected in pairs)}"
 
 
-def draw(figure: Figure, results: Sequence[Result]) -> None:
+def draw(figure: Figure, results: Sequence[ZooResult]) -> None:
     """Plot the distance of outputs and gradients from the captured graph's, and the detection time."""
     errors, times = figure.subplots(1, 2)
     for name, values in (
@@ -152,7 +152,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
 # --------------------------------------------------------------------------------------------------- page
 
 
-def write_page(path: Path, results: Sequence[Result]) -> None:
+def write_page(path: Path, results: Sequence[ZooResult]) -> None:
     """Write the Markdown page: a table per family, a line per model."""
     used, on = versions(), machine()
     known, _, state = commit().partition("-")
@@ -183,9 +183,9 @@ def _worst(errors: Iterable[float]) -> str:
     return f"{max(errors, default=0.0):.1e}"
 
 
-def _family_table(results: Iterable[Result]) -> list[str]:
+def _family_table(results: Iterable[ZooResult]) -> list[str]:
     """Format a line per name, over all its implementations and steps."""
-    by_name: dict[str, list[Result]] = {}
+    by_name: dict[str, list[ZooResult]] = {}
     for result in results:
         by_name.setdefault(result.entry.name, []).append(result)
     lines = ["| model | implementations and steps | found | rewritten | left alone, and why |", "|---|---|---|---|---|"]
@@ -208,7 +208,7 @@ def _runs(zoo: Sequence[Entry]) -> str:
     return "; ".join(f"{', '.join(names)}: {of}" if any(names) else of for of, names in together.items())
 
 
-def _rewritten(results: Iterable[Result]) -> str:
+def _rewritten(results: Iterable[ZooResult]) -> str:
     """Describe the sites, each property once."""
     sites = [site for result in results for site in result.sites]
     facts: list[Callable[[AttentionSite], str]] = [_shape, _rotation, _mask, _extras, lambda site: _cache(site.cache)]
@@ -244,7 +244,7 @@ def _cache(cache: str) -> str:
     return "" if cache == "none" else f"{cache} cache"
 
 
-def _left_alone(results: Iterable[Result]) -> str:
+def _left_alone(results: Iterable[ZooResult]) -> str:
     """Format the reasons, each once, with its number of sites."""
     counts: dict[str, int] = {}
     for result in results:

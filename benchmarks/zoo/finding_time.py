@@ -49,7 +49,7 @@ def finding_seconds(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, int
         program = capture(model, (), {"input_ids": ids, "use_cache": False}).program
         nodes = len(program.graph.nodes)
         start = time.perf_counter()
-        sites = len(pipeline.find(program).sites)
+        sites = len(pipeline.find_attentions(program).sites)
         seconds.append(time.perf_counter() - start)
     return nodes, sites, statistics.median(seconds)
 

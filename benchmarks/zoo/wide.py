@@ -32,7 +32,7 @@ from benchmarks.recording import RESULTS, ROOT, commit, is_quick, machine, scree
 from benchmarks.zoo.forked_jobs import Ended, run_apart
 from benchmarks.zoo.other_libraries import library_candidates
 from benchmarks.zoo.transformers_classes import DECODERS, Candidate, build, candidates
-from benchmarks.zoo.wide_check import BAD, Row, check, one_line
+from benchmarks.zoo.wide_check import BAD, WideRow, check, one_line
 from benchmarks.zoo.wide_report import page, table
 
 KEPT = ROOT / "build" / "zoo_wide.jsonl"
@@ -97,7 +97,7 @@ def _jobs(
     return [(candidate, i) for i in candidate.implementations if implementation in (None, i)]
 
 
-def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
+def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[WideRow]:
     """Check the remaining jobs; write the results and the page, with the rows of other jobs unchanged."""
     if again:
         KEPT.unlink(missing_ok=True)
@@ -120,17 +120,19 @@ def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
     return rows
 
 
-def _kept() -> list[Row]:
+def _kept() -> list[WideRow]:
     """Return the rows of an interrupted run."""
     lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
-    return [Row.from_dict(json.loads(line)) for line in lines]
+    return [WideRow.from_dict(json.loads(line)) for line in lines]
 
 
-def _former() -> list[Row]:
+def _former() -> list[WideRow]:
     """Return the rows of the current results."""
     path = RESULTS / "zoo_wide.json"
     return (
-        [Row.from_result(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+        [WideRow.from_result(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        if path.exists()
+        else []
     )
 
 
@@ -145,10 +147,10 @@ def within(
         yield from check([job])
 
 
-def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[Row]:
+def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[WideRow]:
     """Yield a row per job, and print it."""
     for number, (candidate, implementation) in enumerate(jobs, 1):
-        row = Row(candidate.name, candidate.family, implementation)
+        row = WideRow(candidate.name, candidate.family, implementation)
         start = time.perf_counter()
         try:
             row = run_apart(partial(attempt, candidate, implementation), SECONDS)
@@ -159,9 +161,9 @@ def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[Row]:
         yield row
 
 
-def attempt(candidate: Candidate, implementation: str) -> Row:
+def attempt(candidate: Candidate, implementation: str) -> WideRow:
     """Build and check one class, in a separate process."""
-    row = Row(candidate.name, candidate.family, implementation)
+    row = WideRow(candidate.name, candidate.family, implementation)
     try:
         model, arguments = (candidate.build or partial(build, candidate))(implementation)
     except Exception as error:  # a class may raise anything for an unsuitable configuration
@@ -174,14 +176,14 @@ def attempt(candidate: Candidate, implementation: str) -> Row:
         return row
 
 
-class Written(Protocol):
+class WrittenRow(Protocol):
     """A row of results."""
 
     def as_result(self) -> dict[str, Any]:
         """Return the row in the form of the file."""
 
 
-def write(path: Path, rows: Iterable[Written]) -> None:
+def write(path: Path, rows: Iterable[WrittenRow]) -> None:
     """Write the results atomically: a line per row."""
     head = {"machine": machine(), "versions": versions(), "commit": commit()}
     lines = ",\n".join(f"  {json.dumps(row.as_result(), allow_nan=False)}" for row in rows)

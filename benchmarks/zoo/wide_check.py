@@ -29,7 +29,7 @@ FAULT = "a fault of fhopt"  # in the reason of a site on which a pass failed
 
 
 @dataclass
-class Row:
+class WideRow:
     """The result of one class with one attention implementation.
 
     found: attentions that were rewritten exactly; sites: those of them that a plan could compress. explained: not
@@ -56,17 +56,17 @@ class Row:
         return asdict(self) | {"max_error": error, "seconds": round(self.seconds, 1)}
 
     @staticmethod
-    def from_dict(fields: Mapping[str, Any]) -> Row:
+    def from_dict(fields: Mapping[str, Any]) -> WideRow:
         """Return the row of `as_dict`."""
         error = math.inf if fields["max_error"] is None else fields["max_error"]
-        return Row(**dict(fields) | {"max_error": error})
+        return WideRow(**dict(fields) | {"max_error": error})
 
     @staticmethod
-    def from_result(fields: Mapping[str, Any]) -> Row:
+    def from_result(fields: Mapping[str, Any]) -> WideRow:
         """Return the row of `as_result`, with its reasons, and without its time."""
-        known = {name: fields[name] for name in Row.__dataclass_fields__ if name in fields}
+        known = {name: fields[name] for name in WideRow.__dataclass_fields__ if name in fields}
         counted = {"found": fields["value"], "expected": fields["baseline"]}
-        return Row.from_dict({"max_error": 0.0} | known | counted)
+        return WideRow.from_dict({"max_error": 0.0} | known | counted)
 
     def as_result(self) -> dict[str, Any]:
         """Return the row in the form of the results: the common fields, and further ones."""
@@ -104,7 +104,7 @@ class _Graph:
     unread: int = 0
 
 
-def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
+def check(row: WideRow, model: nn.Module, arguments: Mapping[str, Any]) -> WideRow:
     """Fill the row with the finder's results for `model(**arguments)`."""
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
     return row
 
 
-def _compare_in_double(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+def _compare_in_double(row: WideRow, model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Repeat the comparison in float64, since a model itself may amplify float32 rounding beyond the tolerance.
 
     The model is then converted to float64. A model that does not run in it stays wrong.
@@ -148,7 +148,7 @@ def _compare_in_double(row: Row, model: nn.Module, arguments: Mapping[str, Any])
         graphs = [_check_graph(one) for one in captured]
     except Exception:  # kernels of float64 are missing, or the model hard-codes a dtype
         return
-    again = Row(row.case, row.family, row.impl, row.expected)
+    again = WideRow(row.case, row.family, row.impl, row.expected)
     _sum_up(again, [one.runs for one in captured], graphs)
     if again.found == row.found and again.max_error <= DOUBLE_TOLERANCE:
         row.max_error, row.status = again.max_error, again.status
@@ -199,13 +199,13 @@ def _outputs_or_none(program: Program, values: dict[str, Any]) -> list[Any] | No
 
 
 def _find(program: Program, graph: _Graph) -> None:
-    outcome = pipeline.find(program)
+    outcome = pipeline.find_attentions(program)
     graph.found = sum(n.target is torch.ops.fhopt.attention.default for n in program.graph.nodes)
     graph.sites = len(outcome.sites)
     graph.reasons = [m.reason for m in outcome.missed if _is_of_attention(m)]
     graph.others = [m.reason for m in outcome.missed if not _is_of_attention(m)]
     graph.fault = next((m.reason for m in outcome.missed if FAULT in m.reason), "")
-    pipeline.lower(outcome)
+    pipeline.lower_program(outcome)
     program.module.recompile()
 
 
@@ -213,7 +213,7 @@ def _is_of_attention(missed: Explanation) -> bool:
     return missed.stage != "find_attention" and not missed.reason.lower().startswith(IS_NO_ATTENTION)
 
 
-def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
+def _sum_up(row: WideRow, runs: list[int], graphs: list[_Graph]) -> None:
     """Set counts and status; a graph counts as often as it ran."""
     counted = [(graph, n) for graph, n in zip(graphs, runs, strict=True)]
     row.expected -= sum(g.unread * n for g, n in counted)
@@ -233,7 +233,7 @@ def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
     row.why = faults or row.why
 
 
-def _status(row: Row, faults: list[str], silent: int, outside: int) -> str:
+def _status(row: WideRow, faults: list[str], silent: int, outside: int) -> str:
     checks: list[tuple[Callable[[], bool], str]] = [
         (lambda: bool(faults), "crashed"),
         (lambda: not row.max_error <= TOLERANCE, "wrong"),

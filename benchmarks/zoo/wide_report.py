@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.zoo.wide_check import Row
+from benchmarks.zoo.wide_check import WideRow
 
 STATUSES = {
     "found": "all found",
@@ -23,16 +23,16 @@ STATUSES = {
 ORDER = ("decoders", "text", "vision", "audio", "others")
 
 
-def families(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def families(rows: Iterable[WideRow]) -> dict[str, list[WideRow]]:
     """Return rows by family and implementation, decoders first."""
-    known: dict[str, list[Row]] = {}
+    known: dict[str, list[WideRow]] = {}
     for row in rows:
         known.setdefault(f"{row.family}, {row.impl}", []).append(row)
     first = {name: index for index, name in enumerate(ORDER)}
     return dict(sorted(known.items(), key=lambda item: first.get(item[0].split(",")[0], len(first))))
 
 
-def _cells(members: Sequence[Row]) -> list[str]:
+def _cells(members: Sequence[WideRow]) -> list[str]:
     expected = sum(row.expected for row in members)
     found = sum(min(row.found, row.expected) for row in members)
     share = f"{100 * found / expected:.1f} %" if expected else "-"
@@ -45,7 +45,7 @@ def _cells(members: Sequence[Row]) -> list[str]:
 HEADINGS = ("classes", "attentions", "found", "share", "explained", *STATUSES.values(), "largest difference")
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[WideRow]) -> Table:
     """Format a line per family and implementation, for the screen."""
     out = Table(title="The wide zoo", title_justify="left")
     out.add_column("family")
@@ -56,7 +56,7 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
-def page(rows: Sequence[Row], versions: Mapping[str, str], commit: str, untried: int = 0) -> str:
+def page(rows: Sequence[WideRow], versions: Mapping[str, str], commit: str, untried: int = 0) -> str:
     """Return the Markdown page. untried: number of classes without a row."""
     known, _, state = commit.partition("-")
     lines = [

@@ -20,20 +20,20 @@ from typing import Any
 from fhopt.codegen.compiler import FLAGS
 from fhopt.codegen.cpu.calls.kernels import Tier, Type
 from fhopt.codegen.cpu.source_text import read_cpp
-from fhopt.codegen.tiers import Tiers, check
+from fhopt.codegen.tiers import Tiers, check_spec
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "attention"  # of the library
 
 
-def library() -> str:
+def attention_source() -> str:
     """Read the C++ file that serves every spec."""
     return read_cpp("attention.cpp")
 
 
-def render(spec: KernelSpec) -> str:
+def render_attention(spec: KernelSpec) -> str:
     """Render the C++ file with the table of `spec`. The same spec gives the same text. Raises FhoptError."""
-    return f"// c++ {' '.join(FLAGS)} -march=native -fopenmp\n{library()}{table(spec)}"
+    return f"// c++ {' '.join(FLAGS)} -march=native -fopenmp\n{attention_source()}{render_table(spec)}"
 
 
 def table_name(spec: KernelSpec) -> str:
@@ -41,9 +41,9 @@ def table_name(spec: KernelSpec) -> str:
     return f"table_{spec.name.rpartition('_')[2]}"
 
 
-def table(spec: KernelSpec) -> str:
+def render_table(spec: KernelSpec) -> str:
     """Render the C++ function that makes the table of `spec`, once. Raises FhoptError for odd bit groups."""
-    check(spec)
+    check_spec(spec)
     return _TABLE.substitute(
         name=table_name(spec),
         keys=_rows(spec.key_tiers),
@@ -55,7 +55,7 @@ def table(spec: KernelSpec) -> str:
 
 def new_kernel(function: Any, spec: KernelSpec) -> int:
     """Call `new_kernel` of the compiled library for `spec`; return the address of the table. Raises FhoptError."""
-    check(spec)
+    check_spec(spec)
     sides = (spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)
     numbers = [x for tiers, width in sides for x in (_packed(tiers), *_sizes(tiers, width))]
     return int(function(*numbers, *_kinds(spec)))

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
-from fhopt.codegen.build import build
-from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.build import build_kernel
+from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.calls.blocks import (
     PANEL_COLUMNS,
@@ -79,7 +79,7 @@ def table_of(table: Tensor, size: int) -> Struct:
     return Struct(BlockTable(table.data_ptr(), table.stride(0), size), table)
 
 
-class Memory:
+class BlockMemory:
     """The memory of a layer's packed latents, residual window and first tokens, uint8 [blocks,1,size,bytes] each."""
 
     __slots__ = ("caches", "struct")
@@ -97,7 +97,7 @@ class BlockAttention:
     def __init__(self, layout: BlockLayout, library: ctypes.CDLL, kernels: list[LibraryKernel], pack: int) -> None:
         self.layout, self._function = layout, library.attend_blocks
         self._kept: list[Any] = []  # memory that the struct points to
-        self._memory: Memory | None = None  # of the last call
+        self._memory: BlockMemory | None = None  # of the last call
         decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
         encodes_as = layout.key.encode.dtype
         sides = (
@@ -147,7 +147,7 @@ class BlockAttention:
         """Return whether queries and caches are of the type, and on the device, that the code is made for."""
         return query.dtype == self.layout.dtype and self._memory_of(latents, window, first) is not None
 
-    def _memory_of(self, latents: Tensor, window: Tensor, first: Tensor) -> Memory | None:
+    def _memory_of(self, latents: Tensor, window: Tensor, first: Tensor) -> BlockMemory | None:
         """Return the memory of caches, which is checked once; None if the kernel does not support it."""
         known = self._memory
         if (
@@ -158,7 +158,7 @@ class BlockAttention:
         ):
             itemsize = self.layout.dtype.itemsize
             aligned = all(cache.is_cpu and cache.stride(2) % itemsize == 0 for cache in (latents, window, first))
-            self._memory = known = Memory(latents, window, first) if aligned else None
+            self._memory = known = BlockMemory(latents, window, first) if aligned else None
         return known
 
     def __call__(
@@ -182,7 +182,7 @@ class BlockAttention:
         )
 
 
-def round_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
+def round_window_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
     """Round numbers x [T,G,D] into rows uint8 [T,bytes] of a residual window in 8 bits; return whether that was done.
 
     start, scale: bytes of a row before numbers and before scales, one float16 for each head. Not where nothing can be
@@ -202,7 +202,7 @@ def round_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
     return True
 
 
-def place_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> bool:
+def write_block_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> bool:
     """Write rows uint8 [N,bytes] into a cache uint8 [blocks,1,size,bytes]; return whether that was done.
 
     blocks, offsets int64 [N]: where each row goes. Not where nothing can be compiled, or memory is not a CPU's.
@@ -226,7 +226,7 @@ def attention_of(layout: BlockLayout) -> BlockAttention | None:
     if layout.dtype not in TYPES:
         return None
     functions, loaded = packing.library(), library()
-    kernels = [build(_for_floats(spec)) for spec in layout.specs()]
+    kernels = [build_kernel(_for_floats(spec)) for spec in layout.specs()]
     if functions is None or loaded is None:
         return None
     served = [kernel for kernel in kernels if isinstance(kernel, LibraryKernel)]
@@ -253,7 +253,7 @@ def compiles_library() -> bool:
 def library() -> ctypes.CDLL | None:
     """Compile and load the library; None where it cannot be compiled."""
     try:
-        loaded = load(NAME, render())
+        loaded = compile_and_load(NAME, render())
     except CompileError as error:
         log.info("%s Decode steps on blocks run on torch operations.", error)
         return None

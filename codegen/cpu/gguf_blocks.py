@@ -30,13 +30,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import skinny_linear
 from fhopt.codegen.cpu.calls.formats import EIGHT as EIGHT
 from fhopt.codegen.cpu.calls.formats import FIELDS
 from fhopt.codegen.cpu.calls.formats import FORMATS as FORMATS
 from fhopt.codegen.cpu.calls.kernels import TYPES
-from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.skinny_linear import BlockedWeight
 from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "blocks"  # of the library
@@ -44,13 +44,13 @@ _PART = 1 << 19  # bytes of a weight that are arranged at once
 log = logging.getLogger(__name__)
 
 
-def row_bytes(format: int, width: int) -> int:
+def blocked_row_bytes(format: int, width: int) -> int:
     """Return the bytes of a row of `width` numbers."""
     numbers, size = FORMATS[format]
     return width // numbers * size
 
 
-def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
+def interleave_rows(rows: NDArray[np.uint8], format: int, width: int) -> BlockedWeight:
     """Return a weight whose rows are those of a file, uint8 [N, bytes of a row], with eight of them side by side."""
     made = np.empty(rows.shape, np.uint8)
     made[_whole(rows) :] = rows[_whole(rows) :]
@@ -62,10 +62,10 @@ def arranged(rows: NDArray[np.uint8], format: int, width: int) -> Blocks:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy copies side by side
         list(threads.map(arrange, _parts(rows, made, format)))
-    return Blocks(torch.from_numpy(made), format, width)
+    return BlockedWeight(torch.from_numpy(made), format, width)
 
 
-def as_in_file(blocks: Blocks) -> NDArray[np.uint8]:
+def as_in_file(blocks: BlockedWeight) -> NDArray[np.uint8]:
     """Return the rows of a weight in file order, uint8 [N, bytes per row]."""
     values = blocks.values.numpy()
     made = np.empty(values.shape, np.uint8)
@@ -117,7 +117,7 @@ def needs_compiling() -> bool:
 def library() -> ctypes.CDLL | None:
     """Return the compiled library; None where it cannot be compiled."""
     try:
-        loaded = load(NAME, render())
+        loaded = compile_and_load(NAME, render())
     except CompileError as error:
         log.info("%s Weights in blocks are dequantized.", error)
         return None
@@ -147,8 +147,8 @@ def _checked(which: Tensor, rows: int) -> Tensor:
     return which.long().contiguous()
 
 
-def unpack(
-    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
+def unpack_rows(
+    blocks: BlockedWeight, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Return rows of a weight in a dtype of `TYPES`: [first, end), or those of a list; None where there is no compiler.
@@ -182,10 +182,10 @@ def unpack(
 
 
 @functools.cache
-def serve() -> bool:
+def register_blocks() -> bool:
     """Make products with blocks known to the library of few rows; False where that cannot be done."""
     try:
-        few = load(skinny_linear.NAME, skinny_linear.render())
+        few = compile_and_load(skinny_linear.NAME, skinny_linear.render())
     except CompileError:
         return False
     loaded = library()

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fhopt.codegen.build import build
-from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.build import build_kernel
+from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import gguf_blocks, packing, skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.cpu.source_text import read_cpp
@@ -159,8 +159,8 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    few = isinstance(rows, int) and skinny_linear.serves(rows, weight)
-    many = wide_linear.serves(_known(rows), x.dtype)
+    few = isinstance(rows, int) and skinny_linear.takes_rows(rows, weight)
+    many = wide_linear.takes_many_rows(_known(rows), x.dtype)
     if not (few or (many and serve_wide())) or not serve_linear():
         return None
     return torch.ops.fhopt.linear_kernel.default, tuple(operands.get(name) for name in names), {}
@@ -190,7 +190,7 @@ def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]
     if values["query"].dtype not in _DTYPES or not _masks(_value(mask)) or not _counts(_value(lengths)):
         return None
     spec = _spec(values, node.kwargs)
-    if spec is None or not serve(spec):
+    if spec is None or not register_kernel(spec):
         return None
     numbers = (node.kwargs["scale"], node.kwargs.get("softcap", 0.0), spec.value_width)
     operands = (query, key, key_scale, value, value_scale, mask, lengths, pages, page_tokens)
@@ -206,7 +206,7 @@ def _attend_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     return torch.ops.fhopt.attend_kernel.default, (*names, *node.args, *numbers), {}
 
 
-def attend_latents(operands: CacheOperands, options: dict[str, Any]) -> Tensor | None:
+def call_attend_latents(operands: CacheOperands, options: dict[str, Any]) -> Tensor | None:
     """Compute `fhopt::attend_latents` of operands and options; None where no kernel serves.
 
     For calls without gradients.
@@ -264,7 +264,7 @@ def _served_names(
     opened = KernelSpec((), (), key_width, value_width, dtype, cap)
     rounded = KernelSpec(((8, key_width, 1.0),), ((8, value_width, 1.0),), key_width, value_width, "float32", cap)
     specs = [latent, rounded, opened] if with_window else [latent, opened]
-    if any(spec is None or not serve(spec) for spec in specs):
+    if any(spec is None or not register_kernel(spec) for spec in specs):
         return None
     assert latent is not None
     return latent.name, rounded.name if with_window else "", opened.name
@@ -325,11 +325,11 @@ _served: dict[str, bool] = {}
 _kernels: dict[str, LibraryKernel] = {}  # of those that are served
 
 
-def serve(spec: KernelSpec) -> bool:
+def register_kernel(spec: KernelSpec) -> bool:
     """Build the kernel of `spec` and make it known to the library; False where that cannot be done."""
     known = _served.get(spec.name)
     if known is None:
-        loaded, kernel = library(), build(spec)
+        loaded, kernel = library(), build_kernel(spec)
         known = loaded is not None and isinstance(kernel, LibraryKernel)
         if loaded is not None and isinstance(kernel, LibraryKernel):
             flags = is_scaled(spec.key_tiers) + 2 * is_scaled(spec.value_tiers)
@@ -343,7 +343,7 @@ def serve(spec: KernelSpec) -> bool:
 @functools.cache
 def serve_linear() -> bool:
     """Make linear layers known to the library, on few rows at least; False where that cannot be done."""
-    loaded, address = library(), skinny_linear.address()
+    loaded, address = library(), skinny_linear.skinny_address()
     if loaded is None or address is None:
         return False
     loaded.fhopt_serve_skinny.argtypes = ctypes.c_void_p, ctypes.c_int64
@@ -357,7 +357,7 @@ def serve_linear() -> bool:
 @functools.cache
 def serve_wide() -> bool:
     """Make linear layers on many rows known to the library; False where that cannot be done."""
-    loaded, address = library(), wide_linear.address()
+    loaded, address = library(), wide_linear.wide_address()
     if loaded is None or address is None:
         return False
     loaded.fhopt_serve_wide.argtypes, loaded.fhopt_serve_wide.restype = (ctypes.c_void_p,), None
@@ -368,7 +368,7 @@ def serve_wide() -> bool:
 @functools.cache
 def serve_blocks() -> bool:
     """Make linear layers with weights in blocks of GGUF files known to the library; False where that cannot be done."""
-    if not serve_linear() or not gguf_blocks.serve():
+    if not serve_linear() or not gguf_blocks.register_blocks():
         return False
     loaded = library()
     assert loaded is not None
@@ -411,7 +411,7 @@ def library() -> ctypes.CDLL | None:
     if functions is None:
         return None
     try:
-        loaded = load(NAME, render(), _flags(), ("-ltorch_cpu",))
+        loaded = compile_and_load(NAME, render(), _flags(), ("-ltorch_cpu",))
     except CompileError as error:
         log.info("%s Calls of kernels go through Python, which costs some 30 microseconds each.", error)
         return None

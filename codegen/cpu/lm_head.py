@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.calls.kernels import HEAD_BLOCK, HeadSearch
 from fhopt.codegen.cpu.calls.kernels import TYPES as TYPES
 from fhopt.codegen.cpu.source_text import read_cpp
@@ -119,7 +119,7 @@ def library() -> Any | None:
 def compiled(*flags: str) -> Any | None:
     """Compile the function `search` with further flags; None where it cannot be compiled."""
     try:
-        function = load("head", render(), flags).search
+        function = compile_and_load("head", render(), flags).search
     except CompileError as error:
         log.info("%s The head stays dense.", error)
         return None
@@ -127,7 +127,7 @@ def compiled(*flags: str) -> Any | None:
     return function
 
 
-def search(
+def search_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search, function: Any | None = None
 ) -> Candidates:
     """Search candidates for hidden [M, C] and weight [V, C] of one type (float32, bfloat16, float16) on a CPU.
@@ -188,6 +188,6 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, op
         raise ValueError(f"keep={options.keep}, budget={options.budget}, margin={options.margin}")
 
 
-def block_bytes(rank: int, lead: int) -> int:
+def head_block_bytes(rank: int, lead: int) -> int:
     """Return the bytes of a block of 16 rows: quantized values, numbers and which rows they are."""
     return BLOCK * (lead + (rank - lead) // 2 + 2 * NUMBERS + 4)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.background import builder
-from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
+from fhopt.codegen.compiler import CompileError, compile_and_load, compiles, warn_without_compiler
 from fhopt.codegen.cpu.calls.kernels import TYPES, Pack, Tier
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.source_text import read_cpp
@@ -32,7 +32,7 @@ NAME = "pack"  # of the library
 _FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the other
 
 
-class Table(NamedTuple):
+class BitGroupTable(NamedTuple):
     """The bit groups of a row, checked, as the kernels read them."""
 
     tiers: Any  # memory that holds an array of the C++ struct `Tier`
@@ -42,7 +42,9 @@ class Table(NamedTuple):
     row_bytes: int
 
 
-def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
+def pack_cpu(
+    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Pack latents as `fhopt.ops.pack_reference` does, compiled.
 
     Calls that it does not serve run the reference: without a compiler, with gradients, on latents that are not float32,
@@ -54,7 +56,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
         return pack_reference(latent, bits, widths, steps)
     shape = latent.shape[:-1]
     if len(shape) > 3:
-        codes, scale = pack(latent.flatten(0, -4), bits, widths, steps)
+        codes, scale = pack_cpu(latent.flatten(0, -4), bits, widths, steps)
         return codes.view(*shape, table.row_bytes), scale.view(shape)
     rows = latent if latent.stride(-1) == 1 else latent.contiguous()
     codes = latent.new_empty((*shape, table.row_bytes), dtype=torch.uint8)
@@ -63,7 +65,9 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     return codes, scale
 
 
-def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
+def unpack_cpu(
+    codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> Tensor:
     """Unpack latents as `fhopt.ops.unpack_reference` does, compiled; other calls run the reference."""
     table = tier_table(tuple(bits), tuple(widths), tuple(steps))
     functions = _built() if table is not None and codes.is_cpu and can_unpack(codes, scale, table) else None
@@ -71,7 +75,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
         return unpack_reference(codes, scale, bits, widths, steps)
     shape = codes.shape[:-1]
     if len(shape) > 3:
-        latent = unpack(codes.flatten(0, -4), scale.flatten(0, -3), bits, widths, steps)
+        latent = unpack_cpu(codes.flatten(0, -4), scale.flatten(0, -3), bits, widths, steps)
         return latent.view(*shape, table.width)
     rows = codes if codes.stride(-1) == 1 else codes.contiguous()
     latent = codes.new_empty((*shape, table.width), dtype=torch.float32)
@@ -95,7 +99,7 @@ def compiles_library() -> bool:
     return compiles(NAME, render(), _FLAGS)
 
 
-def start() -> None:
+def start_packing() -> None:
     """Start to build the library, in the background."""
     builder.start(NAME, library)
 
@@ -104,7 +108,7 @@ def start() -> None:
 def library() -> tuple[Any, Any] | None:
     """Compile the functions `pack` and `unpack`; None, and a warning, where they cannot be compiled."""
     try:
-        loaded = load(NAME, render(), _FLAGS)
+        loaded = compile_and_load(NAME, render(), _FLAGS)
     except CompileError as error:
         warn_without_compiler(error)
         return None
@@ -114,7 +118,7 @@ def library() -> tuple[Any, Any] | None:
 
 
 @functools.cache
-def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...]) -> Table | None:
+def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...]) -> BitGroupTable | None:
     """Make the table of bit groups that kernels read; None for those that only the reference takes, or refuses."""
     tiers = tuple(zip(bits, widths, steps, strict=False))
     if not tiers or not len(bits) == len(widths) == len(steps):
@@ -124,17 +128,19 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
     if any(is_trellis(b, step) and b not in TRELLIS_BITS for b, _, step in tiers):
         return None
     memory = (Tier * len(tiers))(*[Tier(*tier) for tier in tiers])
-    return Table(memory, ctypes.addressof(memory), len(tiers), sum(widths), sum(b * w for b, w, _ in tiers) // 8)
+    return BitGroupTable(
+        memory, ctypes.addressof(memory), len(tiers), sum(widths), sum(b * w for b, w, _ in tiers) // 8
+    )
 
 
-def can_pack(latent: Tensor, table: Table) -> bool:
+def can_pack(latent: Tensor, table: BitGroupTable) -> bool:
     """Return True for latents that kernels read, without gradients."""
     shape = latent.shape
     fits = len(shape) > 0 and shape[-1] == table.width and latent.dtype in TYPES
     return fits and not (latent.requires_grad and torch.is_grad_enabled())
 
 
-def can_unpack(codes: Tensor, scale: Tensor, table: Table) -> bool:
+def can_unpack(codes: Tensor, scale: Tensor, table: BitGroupTable) -> bool:
     """Return True for quantized values and scales as `pack` gives them, without gradients."""
     shape = codes.shape
     fits = len(shape) > 0 and shape[-1] == table.row_bytes and scale.shape == shape[:-1]
@@ -142,7 +148,9 @@ def can_unpack(codes: Tensor, scale: Tensor, table: Table) -> bool:
     return fits and typed and not (scale.requires_grad and torch.is_grad_enabled())
 
 
-def _arguments_of(shape: Sequence[int], kind: int, table: Table, latent: Tensor, codes: Tensor, scale: Tensor) -> bytes:
+def _arguments_of(
+    shape: Sequence[int], kind: int, table: BitGroupTable, latent: Tensor, codes: Tensor, scale: Tensor
+) -> bytes:
     """Fill in the struct `Pack` for tensors whose at most 3 leading dimensions are `shape`."""
     ones = (1, 1, 1)[len(shape) :]
     return _arguments(

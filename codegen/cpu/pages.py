@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.calls.kernels import MAX_PAGE_TOKENS, MAX_SKETCH_WORDS, Choice, PagedCall, Sketches
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
@@ -50,7 +50,7 @@ def render() -> str:
 def _compiled() -> ctypes.CDLL | None:
     """Compile the functions `weigh_pages` and `attend_pages`; None where they cannot be compiled."""
     try:
-        library = load("pages", render())
+        library = compile_and_load("pages", render())
     except CompileError as error:
         log.info("%s Pages are weighed by torch.", error)
         return None
@@ -85,7 +85,7 @@ def weigh_pages(
     return out
 
 
-def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor, Tensor] | None:
+def call_attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor, Tensor] | None:
     """Select pages and attend to them by `kernel`, as `attend_pages_reference` does; None where it cannot serve."""
     library = _compiled()
     words = _words(tuple(step.bits), tuple(step.widths), tuple(step.steps))

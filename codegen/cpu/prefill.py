@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.background import builder
-from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.calls.kernels import TYPES, OpenAttention, Rows
 from fhopt.codegen.cpu.launch import mask_operand
@@ -36,14 +36,14 @@ LEAST_LANES = 8
 log = logging.getLogger(__name__)
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether the kernel takes these tensors: of one type of 32 or 16 bits, and none of them empty."""
     alike = query.dtype == key.dtype == value.dtype and query.dtype in TYPES and query.is_cpu
     shaped = query.dim() == key.dim() == value.dim() == 4 and 0 not in (*query.shape, *key.shape, *value.shape)
     return alike and shaped and query.shape[1] % key.shape[1] == 0
 
 
-def open_attention(
+def open_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float,
     softcap: float = 0.0, spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
@@ -54,7 +54,7 @@ def open_attention(
     to before the second; then output is float32, for it is a part of something. Returns o [B,H,S,E] in the dtype of
     query, and lse [B,H,S] float32: -inf, and o = 0, where a query sees nothing. For calls without gradients.
     """
-    function = builder.get(NAME, library, compiles_library) if serves(query, key, value) else None
+    function = builder.get(NAME, library, compiles_library) if can_attend(query, key, value) else None
     if function is None:
         return None
     dtype = query.dtype if spans is None else torch.float32
@@ -70,7 +70,7 @@ def causal_spans(queries: int, tokens: int) -> Tensor:
     return torch.stack([torch.zeros_like(ends), ends], -1)
 
 
-def rebuilt_attention(
+def rebuilt_attention_cpu(
     query: Tensor, key: Tensor, key_scale: Tensor | None, key_decode: Tensor | None, value: Tensor,
     value_scale: Tensor | None, value_decode: Tensor | None, mask: Tensor | None, lengths: Tensor | None, *,
     key_bits: Sequence[int], key_widths: Sequence[int], key_steps: Sequence[float], value_bits: Sequence[int],
@@ -87,8 +87,8 @@ def rebuilt_attention(
     if lengths is not None:
         mask, tokens = within(lengths, tokens, mask), min(tokens, max(1, int(lengths.max())))
     sides = (
-        LatentRows(key, key_scale, key_decode, (key_bits, key_widths, key_steps)),
-        LatentRows(value, value_scale, value_decode, (value_bits, value_widths, value_steps)),
+        PrefillRows(key, key_scale, key_decode, (key_bits, key_widths, key_steps)),
+        PrefillRows(value, value_scale, value_decode, (value_bits, value_widths, value_steps)),
     )
     at_once = max(LEAST_TOKENS, NUMBERS // max(1, sum(side.numbers for side in sides)) // LEAST_TOKENS * LEAST_TOKENS)
     parts = []
@@ -103,7 +103,7 @@ def rebuilt_attention(
     return output.to(query.dtype), lse
 
 
-class LatentRows(NamedTuple):
+class PrefillRows(NamedTuple):
     """Latents of keys or of values, and how they are read: see `SideRows` of fhopt/attention/cache_view.py."""
 
     rows: Tensor
@@ -121,7 +121,7 @@ class LatentRows(NamedTuple):
     def reconstruct(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Reconstruct keys or values [B,G,T,D] of `dtype` from a part of the rows."""
         rows = self.rows[:, :, part]
-        latent = rows if self.scale is None else packing.unpack(rows, self.scale[:, :, part], *self.groups)
+        latent = rows if self.scale is None else packing.unpack_cpu(rows, self.scale[:, :, part], *self.groups)
         if self.decode is None:
             return latent.to(dtype)
         exact = algebra.product_dtype(dtype, latent.device)
@@ -169,7 +169,7 @@ def compiles_library() -> bool:
     return compiles(NAME, render())
 
 
-def start() -> None:
+def start_prefill() -> None:
     """Start to build the library, in the background."""
     builder.start(NAME, library)
 
@@ -178,7 +178,7 @@ def start() -> None:
 def library() -> Any | None:
     """Compile the function `open_attention`; None where it cannot be compiled, or vectors are of less than 8 floats."""
     try:
-        loaded = load(NAME, render())
+        loaded = compile_and_load(NAME, render())
     except CompileError as error:
         log.info("%s Attention of many queries is left to torch.", error)
         return None

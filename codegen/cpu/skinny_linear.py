@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.cpu.source_text import read_cpp
 
@@ -38,7 +38,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no mor
 log = logging.getLogger(__name__)
 
 
-def serves(rows: int, weight: Tensor) -> bool:
+def takes_rows(rows: int, weight: Tensor) -> bool:
     """Return whether the kernel pays for this number of rows; torch multiplies plain weights below LEAST_BYTES."""
     is_quantized = type(weight) not in (*_PLAIN, FakeTensor)
     is_large = is_quantized or weight.numel() * weight.element_size() >= LEAST_BYTES
@@ -87,7 +87,7 @@ class SignedBytes:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class BlockedWeight:
     """A weight [N, width] in blocks: uint8 [N, bytes of a row], dense, on the CPU (of `gguf_blocks.arranged`)."""
 
     values: Tensor
@@ -112,7 +112,7 @@ class Blocks:
 _signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `SignedBytes`; None where kernels do not take it
 
 
-def quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> SignedBytes | Blocks | None:
+def quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> SignedBytes | BlockedWeight | None:
     """Return what a quantized weight is kept as, where kernels take it with these operands; None for others."""
     if type(weight) in _PLAIN:
         return None
@@ -120,10 +120,10 @@ def quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> SignedBytes | B
     return found if found is not None and _takes(x, found.shape, bias) else None
 
 
-def kept_quantized(weight: Tensor) -> SignedBytes | Blocks | None:
+def kept_quantized(weight: Tensor) -> SignedBytes | BlockedWeight | None:
     """Return what a quantized weight is kept as now, the same object as long as that is so; None of any other."""
     blocks = getattr(weight, "gguf_blocks", None)
-    if isinstance(blocks, Blocks):
+    if isinstance(blocks, BlockedWeight):
         return blocks
     found: SignedBytes | None = _signed_bytes.get(weight)
     if found is None and weight in _signed_bytes:
@@ -157,10 +157,10 @@ def render() -> str:
 
 
 @functools.cache
-def address() -> int | None:
+def skinny_address() -> int | None:
     """Return the address of the compiled function `skinny`; None where it cannot be compiled."""
     try:
-        return ctypes.cast(load(NAME, render()).skinny, ctypes.c_void_p).value
+        return ctypes.cast(compile_and_load(NAME, render()).skinny, ctypes.c_void_p).value
     except CompileError as error:
         log.info("%s Products of few rows are left to torch.", error)
         return None

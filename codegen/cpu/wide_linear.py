@@ -24,7 +24,7 @@ import logging
 
 import torch
 
-from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.system import multiplies_by_loops
@@ -34,7 +34,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 
 
-def serves(rows: int, dtype: torch.dtype) -> bool:
+def takes_many_rows(rows: int, dtype: torch.dtype) -> bool:
     """Return whether the kernel takes this number of rows, and is the fastest way that this CPU has for them.
 
     With AVX-512, where torch has loops for float16 alone, it was not measured beside products of float32.
@@ -53,10 +53,10 @@ def render() -> str:
 
 
 @functools.cache
-def address() -> int | None:
+def wide_address() -> int | None:
     """Return the address of the compiled function `wide`; None where it cannot be compiled."""
     try:
-        return ctypes.cast(load(NAME, render()).wide, ctypes.c_void_p).value
+        return ctypes.cast(compile_and_load(NAME, render()).wide, ctypes.c_void_p).value
     except CompileError as error:
         log.info("%s Products of many rows are left to torch.", error)
         return None

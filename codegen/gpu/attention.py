@@ -28,8 +28,8 @@ from __future__ import annotations
 
 from string import Template
 
-from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces, places
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, OperandField, Piece, fields, pieces, places
+from fhopt.codegen.source_files import read_package_source
 from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
@@ -40,11 +40,11 @@ MERGED = 64  # channels per program of `merge_kernel`
 # --------------------------------------------------------------------------------------------------- rendering
 
 
-def render(spec: KernelSpec) -> str:
+def render_triton(spec: KernelSpec) -> str:
     """Render the Triton file of `spec`, deterministically. Raises FhoptError for unsupported bit groups."""
     check_uniform(spec, "a GPU")
     keys, values = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
-    return read_source("fhopt.codegen.gpu", "attention.py.in").substitute(
+    return read_package_source("fhopt.codegen.gpu", "attention.py.in").substitute(
         name=spec.name,
         planes="".join(f"{line}\n" for line in PLANES),
         key_legend=legend(spec.key_tiers, spec.key_width),
@@ -72,7 +72,7 @@ def render(spec: KernelSpec) -> str:
 def reading(dtype: str) -> str:
     """Render the functions that load rows: `load`, `load_as`, `load_odd_halves` and `codes`."""
     packed = _PACKED.substitute(dtype=dtype, ones=ONES[dtype] * 65537) if dtype != "float32" else ""
-    return read_source("fhopt.codegen.gpu", "read_rows.py.in").substitute(packed=packed)
+    return read_package_source("fhopt.codegen.gpu", "read_rows.py.in").substitute(packed=packed)
 
 
 def _indented(by: int, lines: list[str]) -> str:
@@ -146,7 +146,7 @@ def _load(side: str, piece: Piece) -> list[str]:
     return [f"# channels {piece.channel} to {end - 1}: {what}", f"x = {call}"]
 
 
-def _operand(piece: Piece, field: Field, dtype: str) -> str:
+def _operand(piece: Piece, field: OperandField, dtype: str) -> str:
     """Render the expression for an operand extracted from loaded words."""
     if not piece.is_coded:
         return "x.to(DTYPE)"

@@ -18,7 +18,7 @@ from torch import Tensor
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.build import build_triton
 from fhopt.codegen.cpu.packing import tier_table
-from fhopt.codegen.gpu.block_tables import encode_kernel, join_kernel, write_kernel
+from fhopt.codegen.gpu.block_tables import encode_blocks_kernel, join_kernel, write_kernel
 from fhopt.codegen.gpu.encode_rows import BLOCK_D, BLOCK_G, BLOCK_T, CUDA_OPTIONS, OPTIONS
 from fhopt.codegen.gpu.launch import Span
 from fhopt.codegen.gpu.packing import device_table
@@ -28,7 +28,7 @@ from fhopt.codegen.tiers import Tiers
 JOINED, SUMMED = 64, 32  # of a program of `join_kernel`: output channels, and latent channels per iteration
 
 
-class Blocks(NamedTuple):
+class DeviceBlocks(NamedTuple):
     """A cache uint8 [blocks, 1, block size, bytes], and the blocks of each sequence, int32 [B, blocks]."""
 
     cache: Tensor
@@ -38,9 +38,9 @@ class Blocks(NamedTuple):
 class StepBlocks(NamedTuple):
     """The blocks of a layer's three caches."""
 
-    latents: Blocks
-    window: Blocks
-    first: Blocks
+    latents: DeviceBlocks
+    window: DeviceBlocks
+    first: DeviceBlocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class _Views:
     means: tuple[Tensor | None, Tensor | None]
 
 
-class BlockAttention:
+class TritonBlockAttention:
     """Cache writes and attention of decode steps on a layer's blocks, on one device (CPU: Triton's interpreter).
 
     Raises FhoptError for bit groups without a kernel.
@@ -181,7 +181,7 @@ class BlockAttention:
             size = layout.sizes[at] if x is not None else 0
             numbers += [*known, size, *_strides(x, 2), *_strides(known[1], 3), *_strides(known[2], 3)]
             numbers += _strides(known[3], 2)
-        encode_kernel[tiles + (count if layout.means_from else 0), basis.shape[0]](
+        encode_blocks_kernel[tiles + (count if layout.means_from else 0), basis.shape[0]](
             *numbers, basis, codes, scale, None if table is None else device_table(bits, widths, steps, self.device),
             lengths, *(x.table for x in blocks),
             count, 0 if table is None else table.tier_count, _coded(tiers, basis.shape[1]),

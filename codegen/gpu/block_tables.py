@@ -111,7 +111,7 @@ def write_kernel(
 
 
 @_jit_entry
-def encode_kernel(
+def encode_blocks_kernel(
     x: tl.tensor,  # new keys or values [B, G, D]
     x_window: tl.tensor,  # rows of the recent window, as in write_kernel
     x_window_scale: tl.tensor,

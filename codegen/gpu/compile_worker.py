@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from fhopt.codegen.gpu.machine_code import read_resources
-from fhopt.codegen.gpu.resources import Request, Resources
+from fhopt.codegen.gpu.resources import CompileRequest, Resources
 
 
-def main() -> None:
+def compile_order() -> None:
     """Load an order from standard input, compile, and write a line per kernel to standard output."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of Triton and its tools goes to stderr
     order = json.load(sys.stdin)
     with tempfile.TemporaryDirectory(prefix="fhopt-") as folder:
         for i, fields in enumerate(order["requests"]):
-            resources = _resources(Request.from_json(fields), order["target"], Path(folder) / f"kernel{i}.py")
+            resources = _resources(CompileRequest.from_json(fields), order["target"], Path(folder) / f"kernel{i}.py")
             print(json.dumps(dataclasses.asdict(resources)), file=results, flush=True)
 
 
-def _resources(request: Request, target: Mapping[str, Any], path: Path) -> Resources:
+def _resources(request: CompileRequest, target: Mapping[str, Any], path: Path) -> Resources:
     """Compile one kernel, whose file is written to `path`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -58,4 +58,4 @@ def _message(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    compile_order()

@@ -40,7 +40,7 @@ class Config:
     num_stages: int
 
 
-def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
+def candidate_configs(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
     """Return configurations worth trying for `rows` = S * H/J query rows of a latent head, defaults first."""
     tried = [default_config(spec, rows), default_config(spec, rows, "hip")]
     sizes = dict.fromkeys(config.block_m for config in tried)
@@ -153,6 +153,6 @@ def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Con
 
 def config_path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Path:
     """Return the file of a configuration, by kernel text, device, Triton version and M up to a power of two."""
-    parts = (attention.render(spec), device_name, triton_version())
+    parts = (attention.render_triton(spec), device_name, triton_version())
     known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"{kind}-{spec.name}-m{1 << (rows - 1).bit_length()}-{known}.json"

@@ -46,7 +46,7 @@ _jit_entry: Callable[..., Any] = triton.jit(  # specialize on the alignment of t
 # ----------------------------------------------------------------------------------------------- torch entry points
 
 
-def encode(
+def encode_triton(
     x: Tensor,
     basis: Tensor,
     bits: Sequence[int],
@@ -84,7 +84,7 @@ def encode(
     if 0 in grid:
         return None
     with torch.cuda.device_of(x):
-        encode_kernel[grid](
+        encode_rows_kernel[grid](
             x, basis, codes, scale, device_table(*tiers, x.device), places, table,
             tokens, known.tier_count, coded, at, groups // basis.shape[0], size,
             *x.stride()[:3], *basis.stride()[:2], *codes.stride()[:3], *scale.stride(),
@@ -155,7 +155,7 @@ def _check(x: Tensor, basis: Tensor, codes: Tensor, scale: Tensor, places: Tenso
 
 
 @_jit_entry
-def encode_kernel(
+def encode_rows_kernel(
     x: tl.tensor,  # float32, bfloat16 or float16 [B, G, T, D]
     basis: tl.tensor,  # float32 [J, R, n*D]
     codes: tl.tensor,  # uint8 [B, J, rows, bytes], or [pool, J, P, bytes] with `table`

@@ -31,7 +31,9 @@ UNIT = 2.0**-24  # float32 rounding unit
 _jit: Callable[..., Any] = triton.jit
 
 
-def search(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
+def search_head_triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search
+) -> Candidates:
     """Search candidates for hidden [M, C] and weight [V, C] of one type on a GPU, over all rows regardless of `probes`.
 
     `budget` rows, at most 256 (or `keep`), are computed exactly. counts: -1 if that is too few to be certain. `margin`
@@ -78,7 +80,7 @@ def _lowest_tie(top: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
 def bound(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes) -> tuple[Tensor, Tensor]:
     """Compute (estimates, upper bounds) [M, V], float32, of logits of hidden [M, C]; not finite for large h."""
     count, slots = len(hidden), codes.codes.shape[0] * BLOCK
-    coded, about = prepare(hidden, codes)
+    coded, about = quantize_hidden(hidden, codes)
     results = [hidden.new_empty(count, codes.vocabulary, dtype=torch.float32) for _ in range(2)]
     grid = (triton.cdiv(slots, ROWS), triton.cdiv(count, BLOCK_M))
     with torch.cuda.device_of(hidden):
@@ -94,7 +96,7 @@ def bound(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes) -> 
     return results[0], results[1]
 
 
-def prepare(hidden: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+def quantize_hidden(hidden: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """Quantize hidden states: h' int8 [M, R], and float32 [M, 10], the kernel's other data per hidden state.
 
     The columns: offset, slack, steps of both bit groups, half their sums, norms, rounding errors.

@@ -40,11 +40,13 @@ _jit_entry: Callable[..., Any] = triton.jit(
 # ----------------------------------------------------------------------------------------------- torch entry points
 
 
-def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
+def pack_triton(
+    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Pack latents on a GPU; see `fhopt.ops.pack_reference`, which runs calls that the kernel does not support."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
-    if table is None or not can_pack(latent, table) or has_trellis(bits, steps):
+    if table is None or not can_pack(latent, table) or groups_have_trellis(bits, steps):
         return pack_reference(latent, bits, widths, steps)
     shape = latent.shape[:-1]
     rows = _rows(latent)
@@ -59,7 +61,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     return codes, scale
 
 
-def has_trellis(bits: Sequence[int], steps: Sequence[float]) -> bool:
+def groups_have_trellis(bits: Sequence[int], steps: Sequence[float]) -> bool:
     """Return whether a bit group has a trellis code, which GPU kernels do not support."""
     return any(map(is_trellis, bits, steps))
 
@@ -67,15 +69,17 @@ def has_trellis(bits: Sequence[int], steps: Sequence[float]) -> bool:
 def packs_right(device: torch.device) -> bool:
     """Return whether packing some latents on a GPU gives the reference result. Raises what Triton raises."""
     rows, options = torch.ones(16, 64), ((4,), (64,), (0.4,))
-    packed, _ = pack(rows.to(device), *options)
+    packed, _ = pack_triton(rows.to(device), *options)
     return torch.equal(packed.cpu(), pack_reference(rows, *options)[0])
 
 
-def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
+def unpack_triton(
+    codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> Tensor:
     """Unpack latents on a GPU; see `fhopt.ops.unpack_reference`, which runs calls that the kernel does not support."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
-    if table is None or not can_unpack(codes, scale, table) or has_trellis(bits, steps):
+    if table is None or not can_unpack(codes, scale, table) or groups_have_trellis(bits, steps):
         return unpack_reference(codes, scale, bits, widths, steps)
     rows = _rows(codes)
     latent = codes.new_empty((*codes.shape[:-1], table.width), dtype=torch.float32)
@@ -92,7 +96,7 @@ def device_table(
     bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...], device: torch.device
 ) -> Tensor:
     """Create the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
-    if has_trellis(bits, steps):
+    if groups_have_trellis(bits, steps):
         raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
     lines, channel, byte = [], 0, 0
     for b, w in zip(bits, widths, strict=True):

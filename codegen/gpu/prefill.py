@@ -30,19 +30,19 @@ from dataclasses import dataclass
 from string import Template
 
 from fhopt.codegen.gpu.attention import reading
-from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces
-from fhopt.codegen.source_files import read_source
+from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, OperandField, Piece, fields, pieces
+from fhopt.codegen.source_files import read_package_source
 from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.plan.kernel_spec import KernelSpec
 
 # --------------------------------------------------------------------------------------------------- operands
 
 
-def operands(piece: Piece, dtype: str) -> tuple[Field, ...]:
+def operands(piece: Piece, dtype: str) -> tuple[OperandField, ...]:
     """Split a piece into operands as a decode step does, except that values wider than the mantissa stay whole."""
     if not is_converted(piece, dtype):
         return fields(piece, dtype)
-    return tuple(Field(lane, piece.bits * lane, piece.bits, 1) for lane in range(piece.lanes))
+    return tuple(OperandField(lane, piece.bits * lane, piece.bits, 1) for lane in range(piece.lanes))
 
 
 def is_converted(piece: Piece, dtype: str) -> bool:
@@ -51,7 +51,7 @@ def is_converted(piece: Piece, dtype: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Table:
+class OperandTable:
     """Rows of a decoder in operand order, K of them: channel (R: padding), factor, and the mean of u."""
 
     channels: tuple[int, ...]
@@ -60,7 +60,7 @@ class Table:
 
 
 @functools.cache
-def table(tiers: Tiers, width: int, dtype: str) -> Table:
+def operand_table(tiers: Tiers, width: int, dtype: str) -> OperandTable:
     """Create the table of one side, for matmuls of `dtype`."""
     channels, factors, middles = list[int](), list[float](), list[float]()
     for piece in _ordered(tiers, width):
@@ -74,7 +74,7 @@ def table(tiers: Tiers, width: int, dtype: str) -> Table:
                 factor, middle = piece.unit * 2**field.bits, field.middle
             factors += [factor] * piece.size
             middles += [middle] * piece.size
-    return Table(tuple(channels), tuple(factors), tuple(middles))
+    return OperandTable(tuple(channels), tuple(factors), tuple(middles))
 
 
 def _ordered(tiers: Tiers, width: int) -> list[Piece]:
@@ -90,11 +90,11 @@ def padded(size: int) -> int:
 # --------------------------------------------------------------------------------------------------- rendering
 
 
-def render(spec: KernelSpec) -> str:
+def render_prefill(spec: KernelSpec) -> str:
     """Render the Triton file of `spec`, deterministically. Raises FhoptError for unsupported bit groups."""
     check_uniform(spec, "a GPU")
     sides = (("key", "D", spec.key_tiers, spec.key_width), ("value", "E", spec.value_tiers, spec.value_width))
-    return read_source("fhopt.codegen.gpu", "prefill.py.in").substitute(
+    return read_package_source("fhopt.codegen.gpu", "prefill.py.in").substitute(
         name=spec.name,
         planes="".join(f"{line}\n" for line in PLANES),
         key_legend=legend(spec.key_tiers, spec.key_width),
@@ -104,8 +104,8 @@ def render(spec: KernelSpec) -> str:
         integer="int32" if spec.dtype == "float32" else "int16",
         one=f"0x{ONES[spec.dtype]:X}",
         softcap=spec.softcap,
-        key_operands=len(table(spec.key_tiers, spec.key_width, spec.dtype).channels),
-        value_operands=len(table(spec.value_tiers, spec.value_width, spec.dtype).channels),
+        key_operands=len(operand_table(spec.key_tiers, spec.key_width, spec.dtype).channels),
+        value_operands=len(operand_table(spec.value_tiers, spec.value_width, spec.dtype).channels),
         rebuilding="\n\n".join(_rebuild(*side, spec.dtype) for side in sides),
         reading=reading(spec.dtype),
     )
@@ -144,7 +144,7 @@ def _load(piece: Piece) -> list[str]:
     return [f"# channels {piece.channel} to {end - 1}: {what}", f"z = {call}"]
 
 
-def _operand(piece: Piece, field: Field, dtype: str) -> str:
+def _operand(piece: Piece, field: OperandField, dtype: str) -> str:
     """Render the expression for an operand extracted from loaded words."""
     if not piece.is_coded:
         return "z.to(DTYPE)"

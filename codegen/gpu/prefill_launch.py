@@ -19,7 +19,7 @@ from fhopt.codegen.gpu import configs
 from fhopt.codegen.gpu.configs import LONGEST, Config, prefill_config, rebuild_config
 from fhopt.codegen.gpu.launch import SHORTEST as SPLIT_TOKENS
 from fhopt.codegen.gpu.launch import choose_splits, mask_as_read, processors, rows_as_read
-from fhopt.codegen.gpu.prefill import padded, render, table
+from fhopt.codegen.gpu.prefill import operand_table, padded, render_prefill
 from fhopt.codegen.rows import RowFormat
 from fhopt.codegen.tiers import Tiers
 from fhopt.plan.kernel_spec import KernelSpec
@@ -32,7 +32,7 @@ Rows = tuple[Tensor, Tensor | None, Tensor | None]  # of one side: rows, their s
 Decoder = tuple[Tensor | None, Tensor | None]  # the result of `decoder_rows`
 
 
-def rebuilt_attention(
+def rebuilt_attention_triton(
     query: Tensor,
     key: Tensor,
     key_scale: Tensor | None,
@@ -98,7 +98,7 @@ def _apart(
             query, (keys, None, None), (values, None, None), None if mask is None else mask[..., cut],
             None if lengths is None else (lengths - start).clamp(min=0), scale=scale, softcap=softcap, exact=True,
         )  # fmt: skip
-        result = part if result is None else joined(*map(torch.stack, zip(result, part, strict=True)))
+        result = part if result is None else merge_ranges(*map(torch.stack, zip(result, part, strict=True)))
     assert result is not None, "there are no tokens"
     return result[0].to(query.dtype), result[1]
 
@@ -107,7 +107,7 @@ def _cut(x: Tensor | None, tokens: slice) -> Tensor | None:
     return None if x is None else x[:, :, tokens]
 
 
-def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_ranges(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention over ranges of tokens, outputs [n,B,H,S,E] and lses [n,B,H,S], into that over all; float32."""
     top = lses.amax(0)
     weights = torch.exp(lses - torch.where(top == -torch.inf, 0.0, top))
@@ -119,7 +119,7 @@ def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def build_prefill(spec: KernelSpec) -> PrefillKernel:
     """Build the prefill kernels of `spec`. Raises ImportError without Triton."""
-    return PrefillKernel(load_module(f"{spec.name}_chunk", render(spec)), spec)
+    return PrefillKernel(load_module(f"{spec.name}_chunk", render_prefill(spec)), spec)
 
 
 class PrefillKernel:
@@ -158,7 +158,7 @@ class PrefillKernel:
         spec, sizes = self.spec, self.sizes(sides)
         tiers = (spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)
         return sum(
-            len(table(*side, spec.dtype).channels) * padded(size) * getattr(torch, spec.dtype).itemsize
+            len(operand_table(*side, spec.dtype).channels) * padded(size) * getattr(torch, spec.dtype).itemsize
             for side, (_, size), (_, _, decode) in zip(tiers, sizes, sides, strict=True)
             if decode is not None
         )
@@ -226,7 +226,7 @@ class PrefillKernel:
                 )  # fmt: skip
         if splits == 1:
             return outputs[0], lses[0]
-        output, lse = joined(outputs, lses)
+        output, lse = merge_ranges(outputs, lses)
         return output if exact else output.to(query.dtype), lse
 
     def rebuild(self, side: int, rows: Tensor, scale: Tensor | None, size: int, decoder: Decoder) -> Tensor:
@@ -285,7 +285,7 @@ def decoder_rows(decode: Tensor, tiers: Tiers, dtype: torch.dtype) -> tuple[Tens
 @functools.cache
 def _on(tiers: Tiers, width: int, dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tensors of a `Table` on a device."""
-    order = table(tiers, width, dtype)
+    order = operand_table(tiers, width, dtype)
     with torch.inference_mode(False):
         numbers = [torch.tensor(x, dtype=torch.float32, device=device) for x in (order.factors, order.middles)]
         return torch.tensor(order.channels, device=device), numbers[0], numbers[1]

@@ -48,7 +48,7 @@ TENSOR_COLUMNS = 512  # of the memory of Blackwell's tensor cores
 
 
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """One kernel to compile.
 
     text: the Python file that contains it. signature: type of each argument ("*bf16", "i32", "constexpr", ...).
@@ -71,9 +71,9 @@ class Request:
         return plain | {"attrs": [[list(path), known] for path, known in self.attrs.items()]}
 
     @staticmethod
-    def from_json(x: Mapping[str, Any]) -> Request:
+    def from_json(x: Mapping[str, Any]) -> CompileRequest:
         """Create a request from the result of `as_json`."""
-        return Request(**(dict(x) | {"attrs": {tuple(path): known for path, known in x["attrs"]}}))
+        return CompileRequest(**(dict(x) | {"attrs": {tuple(path): known for path, known in x["attrs"]}}))
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _rounded_up(number: int, unit: int) -> int:
 
 
 def compile_kernels(
-    requests: Sequence[Request], gpu: Gpu, progress: Callable[[int, int], None] = lambda *_: None
+    requests: Sequence[CompileRequest], gpu: Gpu, progress: Callable[[int, int], None] = lambda *_: None
 ) -> list[Resources]:
     """Compile kernels for `gpu`, unless they are in the file cache, and return their resources in order.
 
@@ -201,7 +201,7 @@ def triton_version() -> str:
     return version[1] if version else "unknown"
 
 
-def _file_name(request: Request, gpu: Gpu, version: str) -> str:
+def _file_name(request: CompileRequest, gpu: Gpu, version: str) -> str:
     """Return the cache file name of a kernel's resources, by everything they depend on."""
     parts = [repr(gpu.arch), version, json.dumps(request.as_json(), sort_keys=True)]
     parts += [Path(__file__).with_name(name).read_text() for name in _OWN_FILES]
@@ -229,7 +229,7 @@ def _keep(resources: Resources, path: Path) -> None:
         target.write_text(json.dumps(dataclasses.asdict(resources), indent=1))
 
 
-def _compile(requests: Sequence[Request], gpu: Gpu) -> Iterator[Resources | str]:
+def _compile(requests: Sequence[CompileRequest], gpu: Gpu) -> Iterator[Resources | str]:
     """Yield results of the requests in order; if the process ends early, finally the reason."""
     target = {"backend": gpu.backend, "arch": gpu.arch, "warp_size": gpu.warp_size}
     order = json.dumps({"target": target, "requests": [request.as_json() for request in requests]})

@@ -49,7 +49,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Field:
+class OperandField:
     """An operand: `bits` bits of a word from `shift` on. They belong to channel `lane` and count `times` as much."""
 
     lane: int
@@ -100,14 +100,14 @@ def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
     return tuple(runs)
 
 
-def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
+def fields(piece: Piece, dtype: str) -> tuple[OperandField, ...]:
     """Split a piece into operands. An 8-bit value becomes two if the mantissa has 7 bits."""
     if not piece.is_coded:
-        return (Field(0, 0, piece.bits, 1),)
+        return (OperandField(0, 0, piece.bits, 1),)
     split = piece.bits > MANTISSA[dtype]
     bits = piece.bits // 2 if split else piece.bits
     return tuple(
-        Field(lane, piece.bits * lane + part, bits, 2**part)
+        OperandField(lane, piece.bits * lane + part, bits, 2**part)
         for lane in range(piece.lanes)
         for part in ((0, bits) if split else (0,))
     )

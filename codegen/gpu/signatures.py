@@ -6,7 +6,7 @@ from math import gcd
 
 from fhopt.codegen.gpu.attention import MERGED, sides_of
 from fhopt.codegen.gpu.configs import Config, rebuild_config
-from fhopt.codegen.gpu.prefill import padded, table
+from fhopt.codegen.gpu.prefill import operand_table, padded
 from fhopt.codegen.gpu.row_layout import row_size
 from fhopt.codegen.tiers import is_scaled
 from fhopt.plan.kernel_spec import KernelSpec
@@ -105,7 +105,7 @@ def prefill_example(
     if rebuilds:
         rows = {"rows": types["key"], "scale": types["key_scale"], "table": number, "bias": "*fp32", "output": number}
         rows |= dict.fromkeys(("rows_b", "rows_h", "rows_t", "scale_b", "scale_h", "scale_t", "tokens", "group"), "i32")
-        tile = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels)).block_t
+        tile = rebuild_config(len(operand_table(spec.key_tiers, spec.key_width, spec.dtype).channels)).block_t
         known: dict[str, object] = {"scale": None} if rows["scale"] == "constexpr" else {}
         known |= {"scale_t": 1, "VALUES": False, "D": key_size, "BLOCK_D": padded(key_size), "ALIGN": aligned[0]}
         kernels["rebuild_kernel"] = example_of(rows, known | {"PACKED": packed, "BLOCK_T": tile})

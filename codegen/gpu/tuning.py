@@ -29,9 +29,9 @@ from torch import Tensor
 
 from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu import attention
-from fhopt.codegen.gpu.configs import Config, candidates, default_config, write_config
+from fhopt.codegen.gpu.configs import Config, candidate_configs, default_config, write_config
 from fhopt.codegen.gpu.gpus import Gpu, gpu_named
-from fhopt.codegen.gpu.resources import Occupancy, Request, Resources, compile_kernels, objection, occupancy
+from fhopt.codegen.gpu.resources import CompileRequest, Occupancy, Resources, compile_kernels, objection, occupancy
 from fhopt.codegen.gpu.signatures import attention_example
 from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.errors import FhoptError
@@ -46,7 +46,7 @@ KERNEL = "attention_kernel"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConfigAssessment:
     """Assessment of one configuration. reason: why it is rejected; "" if it is not.
 
     bytes_ahead: of rows, in flight per multiprocessor. token_instructions: of warps, in the loops, per token and latent
@@ -62,14 +62,14 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TunedConfigs:
     """Configurations of a kernel on a GPU; `best` is None if all are rejected."""
 
-    best: Verdict | None
-    verdicts: tuple[Verdict, ...]  # of all tried ones, the default first
+    best: ConfigAssessment | None
+    verdicts: tuple[ConfigAssessment, ...]  # of all tried ones, the default first
 
 
-def choose(spec: KernelSpec, rows: int, gpu: Gpu, most: int = 0) -> Choice:
+def tune_kernel(spec: KernelSpec, rows: int, gpu: Gpu, most: int = 0) -> TunedConfigs:
     """Choose the best configuration for `rows` = M on `gpu` by compiling, and save it for `tuned_config`.
 
     most: max candidates to compile, the default and evenly spaced others; 0: all. Raises FhoptError without Triton.
@@ -80,14 +80,14 @@ def choose(spec: KernelSpec, rows: int, gpu: Gpu, most: int = 0) -> Choice:
 def choose_each(
     kernels: Sequence[tuple[KernelSpec, int]], gpu: Gpu, most: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> list[Choice]:  # fmt: skip
+) -> list[TunedConfigs]:  # fmt: skip
     """Choose a configuration for each kernel (spec, M), compiled in one process. progress: as in `compile_kernels`."""
     tried = []
     for spec, rows in kernels:
         first = default_config(spec, rows, gpu.backend)
-        tried.append(_some(tuple(dict.fromkeys((first, *candidates(spec, rows)))), most))
+        tried.append(_some(tuple(dict.fromkeys((first, *candidate_configs(spec, rows)))), most))
     requests = [
-        request(attention.render(spec), spec, config, gpu)
+        request(attention.render_triton(spec), spec, config, gpu)
         for (spec, _), configs in zip(kernels, tried, strict=True)
         for config in configs
     ]
@@ -98,24 +98,24 @@ def choose_each(
     ]
 
 
-def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) -> Choice:
+def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[ConfigAssessment, ...]) -> TunedConfigs:
     left = [v for v in verdicts if not v.reason]
     if not left:
-        return Choice(None, verdicts)
+        return TunedConfigs(None, verdicts)
     best = max(left, key=_rank)  # the first of equals
     with contextlib.suppress(FhoptError):  # `compile_kernels` has already reported an unwritable cache
         write_config("chosen", spec, rows, gpu.name, best.config, {})
-    return Choice(best, verdicts)
+    return TunedConfigs(best, verdicts)
 
 
-def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu) -> Request:
+def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu) -> CompileRequest:
     """Request the attention kernel of a rendered file, with the launcher's arguments for one query."""
     types, constants, attrs = attention_example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return Request(text, KERNEL, types, constants, attrs, options)
+    return CompileRequest(text, KERNEL, types, constants, attrs, options)
 
 
-def row_bytes(spec: KernelSpec) -> int:
+def token_bytes(spec: KernelSpec) -> int:
     """Return the bytes of one token in one latent head: packed latents and scales, or floats, of keys and values."""
     itemsize = getattr(torch, spec.dtype).itemsize
 
@@ -133,22 +133,22 @@ def _some(configs: tuple[Config, ...], most: int) -> tuple[Config, ...]:
     return tuple(configs[i * len(configs) // most] for i in range(most))
 
 
-def _judge(spec: KernelSpec, rows: int, config: Config, resources: Resources, gpu: Gpu) -> Verdict:
+def _judge(spec: KernelSpec, rows: int, config: Config, resources: Resources, gpu: Gpu) -> ConfigAssessment:
     reason = objection(resources, gpu)
     if not reason and not resources.tensor_cores and spec.dtype != "float32":
         reason = "uses no tensor core"
     if reason:
-        return Verdict(config, resources, reason=reason)
+        return ConfigAssessment(config, resources, reason=reason)
     held = occupancy(resources, gpu)
     tiles = 1 + resources.copied_share * max(0, config.num_stages - 2)
-    ahead = round(held.blocks * config.block_t * tiles * row_bytes(spec))
+    ahead = round(held.blocks * config.block_t * tiles * token_bytes(spec))
     passes = -(-rows // config.block_m)  # over the tokens
-    return Verdict(
+    return ConfigAssessment(
         config, resources, held, ahead, passes * resources.loop_instructions * resources.num_warps / config.block_t
     )
 
 
-def _rank(verdict: Verdict) -> tuple[float, ...]:
+def _rank(verdict: ConfigAssessment) -> tuple[float, ...]:
     assert verdict.occupancy is not None
     return min(verdict.bytes_ahead, ENOUGH_BYTES), -verdict.token_instructions, verdict.occupancy.warps
 
@@ -200,10 +200,10 @@ def tune(
         device_name = device_name or torch.cuda.get_device_name(device)
         timer = timer or _by_events
     kernel = kernel or build_triton(spec)
-    tried, rejected = candidates(spec, workload.rows), dict[Config, str]()
+    tried, rejected = candidate_configs(spec, workload.rows), dict[Config, str]()
     gpu = gpu_named(device_name)
     if gpu is not None:
-        rejected = {v.config: v.reason for v in choose(spec, workload.rows, gpu).verdicts if v.reason}
+        rejected = {v.config: v.reason for v in tune_kernel(spec, workload.rows, gpu).verdicts if v.reason}
     arguments, options = random_call(spec, workload, device)
     times: dict[Config, float] = {}
     for config in tried:

@@ -58,7 +58,7 @@ class CacheSide:
         )  # fmt: skip
 
 
-class DecodeStep:
+class LayerCall:
     """A layer's decode step as one call: its layer program, and attention on one cache, bound to addresses.
 
     All its tensors must stay alive and in place as long as the step is run. The step counts the window's tokens itself.
@@ -129,7 +129,7 @@ class Spent:
 class DecodeSteps:
     """Steps to run in sequence: each may use results of earlier ones."""
 
-    def __init__(self, steps: Sequence[DecodeStep]) -> None:
+    def __init__(self, steps: Sequence[LayerCall]) -> None:
         compiled = functions()
         assert compiled is not None
         self._run, self._steps, self._count = compiled.run_decode_steps, tuple(steps), len(steps)

@@ -16,11 +16,11 @@ from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.layers import operations
 from fhopt.codegen.layers.emitter import Emitter
 from fhopt.codegen.layers.instructions import Instruction, Value, four, packed, place
-from fhopt.codegen.layers.program import LayerProgram, Segment, Stored
+from fhopt.codegen.layers.program import LayerProgram, ProgramSegment, Stored
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, TracedOp, TracedValue, UnsupportedError
 
 
-def lower(trace: LayerTrace) -> LayerProgram:
+def lower_trace(trace: LayerTrace) -> LayerProgram:
     """Lower a trace to a program. Raises UnsupportedError."""
     return Lowering(trace).program()
 
@@ -42,7 +42,7 @@ class Lowering(Emitter):
         self._store(self.value(self.trace.output), self.trace.values[self.trace.output.number])
         arena = place([i for segment in self.segments for i in segment])
         segments = tuple(
-            Segment(_array([one for i in segment for one in packed(i)]), tuple(stored))
+            ProgramSegment(_array([one for i in segment for one in packed(i)]), tuple(stored))
             for segment, stored in zip(self.segments, self.stored, strict=True)
         )
         return LayerProgram(segments, arena, self.externals, frozenset(self.read))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import skinny_linear
 from fhopt.codegen.cpu.calls.caches import PackedInstruction, ProgramRun
 from fhopt.codegen.cpu.source_text import read_cpp
@@ -34,7 +34,7 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class ProgramSegment:
     """Instructions up to an attention or to the end, as C++ reads them, and the tensors that they write."""
 
     instructions: ctypes.Array[PackedInstruction]
@@ -48,7 +48,7 @@ class LayerProgram:
     arena: floats that a run needs. externals: their count. read: numbers of the loaded values.
     """
 
-    segments: tuple[Segment, ...]
+    segments: tuple[ProgramSegment, ...]
     arena: int
     externals: int
     read: frozenset[int]
@@ -72,8 +72,10 @@ class Functions(NamedTuple):
 def functions() -> Functions | None:
     """Return the functions of the libraries; None if they cannot be compiled."""
     try:
-        library = load(NAME, render())
-        group = ctypes.cast(load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p).value
+        library = compile_and_load(NAME, render())
+        group = ctypes.cast(
+            compile_and_load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p
+        ).value
     except CompileError as error:
         log.info("%s Layers run operation by operation.", error)
         return None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.attention.cache_view import AnyLatents, Latents, SideRows
+from fhopt.attention.cache_view import AnyLatents, CacheView, SideRows
 from fhopt.attention.exact_tokens import exact_parts, split_off
 from fhopt.attention.latent_parts import latent_parts
 from fhopt.attention.operands import AttentionOperands, PartMasks
@@ -43,10 +43,10 @@ def attend(
     """
     operands = AttentionOperands(
         query, key, value, latents.key, latents.value, _part_masks(query, key, latents, mask), scale, softcap, sinks,
-        causal=mask is None and isinstance(latents, Latents),
+        causal=mask is None and isinstance(latents, CacheView),
     )  # fmt: skip
     index = latents.index
-    observer = latents.observer if isinstance(latents, Latents) else None
+    observer = latents.observer if isinstance(latents, CacheView) else None
     if observer is not None:
         observer(query, key, value, latents, scale, softcap)
     elif index is not None and selects_pages(query, index):

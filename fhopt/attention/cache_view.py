@@ -105,7 +105,7 @@ class _Ordered:
 
 
 @dataclass(frozen=True, eq=False)
-class Latents(_Ordered):
+class CacheView(_Ordered):
     """View of a dynamic cache: `visible` quantized tokens, after the first `sinks` open tokens.
 
     index: selects pages; None: attention uses all pages. observer: called before attention, which then uses all pages
@@ -204,4 +204,4 @@ class StaticLatents(_Ordered):
         return (self.positions >= 0) & (self.positions <= asking), far
 
 
-AnyLatents = Latents | StaticLatents
+AnyLatents = CacheView | StaticLatents

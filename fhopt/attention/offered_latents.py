@@ -26,7 +26,7 @@ from fhopt.errors import FhoptError
 ATTRIBUTE = "fhopt_latents"  # attribute of exact keys under torch.compile
 
 
-class Reader:
+class LatentReader:
     """State of the attention that consumes a cache's latents.
 
     active: it is `latent_attention_forward`, which supports latents in compiled graphs, too. pending: in a compiled
@@ -37,7 +37,7 @@ class Reader:
         self.active, self.pending = active, False
 
 
-def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: Reader) -> tuple[Tensor, Tensor]:
+def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: LatentReader) -> tuple[Tensor, Tensor]:
     """Attach latents to exact keys and values [B,G,N,D] for attention.
 
     Raises FhoptError in a compiled graph if the previous layer's latents were not consumed: an operation on its keys

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fhopt.ops import packing, page_selection
 from fhopt.ops.algebra import BitGroups
-from fhopt.plan.site_plan import SketchPlan, Tier
+from fhopt.plan.site_plan import BitGroup, SketchPlan
 
 LOST = {2: 0.35, 4: 0.11}  # approximate standard deviation of the rounding error of a unit normal channel, by bits
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
@@ -70,7 +70,7 @@ class Sketcher:
         """Subtract the mean and divide by the deviation: [B,J,T,R] float32."""
         return (latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1)
 
-    def _each(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tier]]:
+    def _each(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, BitGroup]]:
         return zip(parts, self.plan.tiers, strict=True)
 
     def kept(self, x: Tensor) -> Tensor:

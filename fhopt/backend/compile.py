@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 from fhopt.backend import compile_report, compiled_generate, online_fit
 from fhopt.backend.bound_inputs import Binder
 from fhopt.backend.compile_report import CompileReport
-from fhopt.backend.inductor import Compiled, Compiler, takes_gradients
+from fhopt.backend.inductor import Compiled, InductorCompiler, takes_gradients
 from fhopt.backend.settings import Settings, loaded_plans
 from fhopt.cache import module_buffers
 from fhopt.codegen import dispatch
@@ -40,7 +40,7 @@ from fhopt.errors import FhoptError, PassError, Stale
 from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
 from fhopt.passes.graph.program import Program, copy_program
-from fhopt.plan.fingerprint import check_model
+from fhopt.plan.fingerprint import check_fingerprint
 
 _outcomes: list[passes_outcome.Outcome] = []
 
@@ -59,7 +59,7 @@ def flashhead(
 ) -> Compiled:
     """Compile one Dynamo graph. Raises FhoptError for invalid options."""
     settings, theirs = Settings.parse(options or {})
-    compiler = Compiler(mode, theirs, settings.products)
+    compiler = InductorCompiler(mode, theirs, settings.products)
     program = copy_program(module, example_inputs)
     training = takes_gradients(module.graph) and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     root = compile_report.owner(program.weights.values())
@@ -84,8 +84,8 @@ def reset() -> None:
     """Discard compile reports, loaded plans and unfinished online fits; `torch.compiler.reset` calls it."""
     _outcomes.clear()
     loaded_plans.clear()
-    compile_report.forget()
-    online_fit.forget()
+    compile_report.forget_reports()
+    online_fit.forget_fits()
 
 
 flashhead.reset = reset  # type: ignore[attr-defined]  # where torch looks for it
@@ -99,7 +99,9 @@ def _find(program: Program, training: bool, settings: Settings) -> passes_outcom
     rewritten.
     """
     try:
-        outcome = pipeline.find(program, inline_checkpoints=not training, assume_finite=settings.assume_finite)
+        outcome = pipeline.find_attentions(
+            program, inline_checkpoints=not training, assume_finite=settings.assume_finite
+        )
         return outcome if training else pipeline.absorb_projections(outcome, settings.plan)
     except PassError as error:
         warnings.warn(f"fhopt left a graph to inductor: {error}", RuntimeWarning, stacklevel=2)
@@ -114,12 +116,12 @@ def _compile_exactly(
     example_inputs: list[Any],
     outcome: passes_outcome.Outcome,
     training: bool,
-    compiler: Compiler,
+    compiler: InductorCompiler,
 ) -> Compiled:
     """Compile every attention to its fastest exact implementation; pass a graph without gain to inductor unchanged."""
     if not pipeline.exact(outcome, module.graph, training):
         return compiler.now(module, example_inputs)
-    dispatch.install()
+    dispatch.register_kernels()
     later = compiler.later(copy_program(module, example_inputs).module)
     return _bind(outcome.program, example_inputs, compiler, lambda inputs, stale: later(*inputs))
 
@@ -129,14 +131,14 @@ def _compile_exactly(
 
 def _compile_with_plan(
     module: fx.GraphModule, example_inputs: list[Any], outcome: passes_outcome.Outcome, training: bool,
-    settings: Settings, compiler: Compiler, report: CompileReport,
+    settings: Settings, compiler: InductorCompiler, report: CompileReport,
 ) -> Compiled:  # fmt: skip
     """Compile the graph with the sites that the plan names on latents."""
     plan = settings.plan
     assert plan is not None
     if not plan.weights and not settings.trusting:
-        check_model(plan, outcome.program.weights, "the model that is compiled")
-    dispatch.install()
+        check_fingerprint(plan, outcome.program.weights, "the model that is compiled")
+    dispatch.register_kernels()
     original = copy_program(module, example_inputs).module
     pipeline.optimize(outcome, plan, training, settings.trusting, keeper=module_buffers.BufferKeeper())
     if not outcome.compressed:
@@ -165,7 +167,12 @@ class _OtherWeights:
     """
 
     def __init__(
-        self, original: fx.GraphModule, training: bool, settings: Settings, compiler: Compiler, report: CompileReport
+        self,
+        original: fx.GraphModule,
+        training: bool,
+        settings: Settings,
+        compiler: InductorCompiler,
+        report: CompileReport,
     ) -> None:
         self.original, self.training, self.settings = original, training, settings
         self.compiler, self.report = compiler, report
@@ -226,7 +233,10 @@ class _Variant:
 
 
 def _bind(
-    program: Program, example_inputs: list[Any], compiler: Compiler, others: Callable[[Sequence[Any], Stale], Any]
+    program: Program,
+    example_inputs: list[Any],
+    compiler: InductorCompiler,
+    others: Callable[[Sequence[Any], Stale], Any],
 ) -> Compiled:
     """Compile the rewritten graph and bind its extra inputs at every call."""
     extra = list(program.values.values())[len(example_inputs) :]

@@ -149,7 +149,7 @@ def report_of(module: torch.nn.Module | None) -> CompileReport:
     return _reports.setdefault(module, CompileReport(type(module).__name__))
 
 
-def forget() -> None:
+def forget_reports() -> None:
     """Discard all reports."""
     _reports.clear()
     _unowned.graphs.clear()

@@ -27,7 +27,7 @@ def takes_gradients(graph: fx.Graph) -> bool:
 
 
 @dataclass(frozen=True)
-class Compiler:
+class InductorCompiler:
     """Inductor with the user's mode and options. products: whether fhopt's kernels may run matmuls."""
 
     mode: str | None

@@ -251,7 +251,7 @@ _fits: weakref.WeakKeyDictionary[torch.nn.Module, OnlineFit] = weakref.WeakKeyDi
 _warned: set[str] = set()
 
 
-def forget() -> None:
+def forget_fits() -> None:
     """Discard all online fits, and restore Dynamo's recompile limit."""
     _fits.clear()
     _warned.clear()
@@ -318,7 +318,7 @@ def _obstacle(root: torch.nn.Module | None, online: OnlineFit | None, target: Fi
         return f"its calls are recorded with {online.target}, not {target}. Call torch.compiler.reset() to change it"
     if hasattr(root, "_fhopt_applied"):
         return "" if online else "a plan is already applied. Call fhopt.unapply(model) to fit another one"
-    if reason := unfit(root):
+    if reason := why_no_fit(root):
         return f"{reason}. {_BY_PLAN}"
     if training:
         return "calls that record gradients are not recorded. Call the model inside torch.no_grad() to fit a plan"
@@ -327,7 +327,7 @@ def _obstacle(root: torch.nn.Module | None, online: OnlineFit | None, target: Fi
 
 def _stay_exact(obstacle: str, root: torch.nn.Module | None, target: FitTarget, report: CompileReport) -> None:
     """Report why a graph stays exact, and warn once if a fit was requested."""
-    if not target.is_requested and (root is None or not unfit(root)):
+    if not target.is_requested and (root is None or not why_no_fit(root)):
         return
     report.add_event(f"stays exact: {obstacle}")
     message = f"fhopt: {type(root).__name__ if root is not None else 'a function'} stays exact: {obstacle}."
@@ -336,7 +336,7 @@ def _stay_exact(obstacle: str, root: torch.nn.Module | None, target: FitTarget, 
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def unfit(model: Any) -> str:
+def why_no_fit(model: Any) -> str:
     """Return why no plan can be fitted to the calls of a model; "" if one can."""
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "generate"):
         return f"{type(model).__name__} is not a language model of transformers, whose KV cache a plan compresses"
@@ -370,4 +370,4 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-__all__ = ["FitTarget", "OnlineFit", "TokenStream", "fit_recorded", "forget", "recording", "unfit"]
+__all__ = ["FitTarget", "OnlineFit", "TokenStream", "fit_recorded", "forget_fits", "recording", "why_no_fit"]

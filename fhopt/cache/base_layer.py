@@ -39,15 +39,15 @@ from transformers.cache_utils import CacheLayerMixin
 
 from fhopt.attention.cache_view import AnyLatents, SideRows
 from fhopt.attention.manual_attention import reconstructed
-from fhopt.attention.offered_latents import Reader, offer
+from fhopt.attention.offered_latents import LatentReader, offer
 from fhopt.attention.paged import SAMPLE, log_fill
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.left_padding import PADDING, LeftPadding
 from fhopt.cache.quantized_rows import (
     PackedLatents,
-    Sketches,
     StaticPackedLatents,
     StaticSketches,
+    TokenSketches,
     encoder_inputs,
 )
 from fhopt.cache.residual_window import ExactWindow, StaticWindow
@@ -68,7 +68,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     site: SitePlan
     packed_keys: PackedLatents
     packed_values: PackedLatents  # the same object as `packed_keys` if keys and values share a latent
-    sketches: Sketches | None = None  # if the plan has page selection at the site
+    sketches: TokenSketches | None = None  # if the plan has page selection at the site
     means: SequenceMeans | None = None  # if the plan has means
     padding: LeftPadding  # not in cross attention, which has no attention sinks
     lists: Tensor  # `PageIndex.counters`, with page selection
@@ -78,7 +78,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool, window: ResidualWindow | None = None) -> None:
         # Does not call the parent's `__init__`, which would set the properties `keys` and `values`.
         self.plan, self.window, self.site, self.absorb = plan, plan.window if window is None else window, site, absorb
-        self.reader = Reader()  # the model's, once a plan is applied
+        self.reader = LatentReader()  # the model's, once a plan is applied
         self.is_initialized = False
         self.each_query = False  # whether each query of a multi-query call selects its own pages
         self.observer: Callable[..., None] | None = None  # see `Latents`
@@ -171,7 +171,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             keys, values = self.means.differences(keys, values)
         encode_sides(self.site, keys, values, use)
 
-    def _use_pages(self, make: Callable[[bool], Sketches]) -> None:
+    def _use_pages(self, make: Callable[[bool], TokenSketches]) -> None:
         """Store sketches if the plan has page selection at the site. make: called with whether there is a limit."""
         if self.plan.pages is not None and self.share < 1:
             self.sketches = self.stores[SKETCHES] = make(self.plan.pages.limit < 1)
@@ -259,7 +259,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Put loaded parts into a store, in place if its size is fixed. Raises ValueError."""
         is_fixed = isinstance(store, (StaticPackedLatents, StaticWindow, StaticSketches, SequenceMeans))
         expected = list(store.parts)
-        if type(store) is Sketches and parts:
+        if type(store) is TokenSketches and parts:
             blank, key = self._blank()[0], self.site.key
             expected = list(store.make(blank.new_zeros(blank.shape[0], key.groups, 0, key.width)))
         if type(store) is PackedLatents and parts:
@@ -309,7 +309,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         out = {"sinks": 0, QUANTIZED: 0, "index": 0, "window": 0, "spare": 0}
         quantized = self.quantized_tokens
         for store in self.stores.values():
-            if isinstance(store, (PackedLatents, Sketches)):
+            if isinstance(store, (PackedLatents, TokenSketches)):
                 used = sum(part[:, :, :quantized].nbytes for part in store.parts)
                 out[QUANTIZED if isinstance(store, PackedLatents) else "index"] += used
                 out["spare"] += store.nbytes - used
@@ -364,7 +364,7 @@ def encode_sides(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[st
 
 def _used(store: Store, quantized: int) -> int | None:
     """Return the slice end for `quantized` tokens in a dynamic store; None (all) for other stores."""
-    return quantized if type(store) in (PackedLatents, Sketches) else None
+    return quantized if type(store) in (PackedLatents, TokenSketches) else None
 
 
 def _but_tokens(x: Tensor) -> tuple[int, ...]:

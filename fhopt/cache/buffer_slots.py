@@ -18,7 +18,7 @@ from fhopt.cache.residual_window import StaticWindow
 from fhopt.cache.store import Bases, Store
 from fhopt.ops import masks
 from fhopt.plan.module_buffer import Places
-from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan
 
 CHUNK = 1024  # slots quantized at a time
 
@@ -26,7 +26,7 @@ CHUNK = 1024  # slots quantized at a time
 # --------------------------------------------------------------------------------------------------- tokens in slots
 
 
-class Slots:
+class BufferSlots:
     """Tokens of one pair of buffers. `ring` [capacity]: buffer slot of the token in each ring entry, or -1."""
 
     ring: Tensor
@@ -163,10 +163,10 @@ def attend_buffered(
     new token that goes into it, counted from 1, or 0. parts: of `Slots`, updated in place. bases: encode and decode of
     keys, then of values. places: the sizes of `Places`.
     """
-    tiers = [tuple([Tier(*tier) for tier in side]) for side in (key_tiers, value_tiers)]
+    tiers = [tuple([BitGroup(*tier) for tier in side]) for side in (key_tiers, value_tiers)]
     key_bases, value_bases = Bases(*bases[:2]), Bases(*bases[2:])
     key_side, value_side = SidePlan(bases[0], bases[1], tiers[0]), SidePlan(bases[2], bases[3], tiers[1])
-    held = Slots(key_side, value_side, is_shared, Places.of(places))
+    held = BufferSlots(key_side, value_side, is_shared, Places.of(places))
     held.place(key_bases, value_bases)
     held.put(parts)
     slots = arriving(numbers.flatten(), key.shape[2])

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fhopt.attention.cache_view import Latents
+from fhopt.attention.cache_view import CacheView
 from fhopt.cache.base_layer import LatentLayerBase, encode_sides, make_packed
 from fhopt.cache.quantized_rows import PackedLatents
 from fhopt.cache.store import named_stores
@@ -73,7 +73,7 @@ class CrossLatentLayer(LatentLayerBase):
         if not self.count:
             return None, None
         keys, values = self._blank()
-        return self._for_attention(keys, values, Latents(*self._sides(0, self.count), 0, self.count))
+        return self._for_attention(keys, values, CacheView(*self._sides(0, self.count), 0, self.count))
 
     def _blank(self) -> tuple[Tensor, Tensor]:
         assert self.shapes is not None

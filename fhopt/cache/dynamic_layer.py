@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fhopt.attention.attend import reads_at_once
-from fhopt.attention.cache_view import Latents, SideRows
+from fhopt.attention.cache_view import CacheView, SideRows
 from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, make_packed
-from fhopt.cache.quantized_rows import LatentEnergy, PackedLatents, Sketches
+from fhopt.cache.quantized_rows import LatentEnergy, PackedLatents, TokenSketches
 from fhopt.cache.residual_window import RoundedWindow, growing_windows, spare_places
 from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.plan.latent_plan import LatentPlan
@@ -34,7 +34,7 @@ class LatentLayer(LatentLayerBase):
         self.packed_keys, self.packed_values = make_packed(site, PackedLatents)
         self.window_keys, self.window_values = growing_windows(self.window)
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
-        self._use_pages(Sketches)
+        self._use_pages(TokenSketches)
         self._use_means(self.window_keys, self.window_values)
         self._use_padding()
         self.quantized = 0
@@ -75,7 +75,7 @@ class LatentLayer(LatentLayerBase):
         hidden = self.hidden
         sides = self._sides(hidden, self.quantized, rounded_keys, rounded_values)
         index = self._with_mean(self._index(self.quantized), *sides)
-        latents = Latents(*sides, self.window.sinks, self.quantized - hidden, index, self.observer, order=order)
+        latents = CacheView(*sides, self.window.sinks, self.quantized - hidden, index, self.observer, order=order)
         return self._for_attention(keys, values, latents)
 
     def _reads_window(self, new_keys: tuple[Tensor, ...]) -> bool:
@@ -171,7 +171,7 @@ class LatentLayer(LatentLayerBase):
 
     def _count(self, counters: dict[str, Any]) -> None:
         self.quantized = int(counters[QUANTIZED])
-        stores = [s for s in self.stores.values() if isinstance(s, (PackedLatents, Sketches))]
+        stores = [s for s in self.stores.values() if isinstance(s, (PackedLatents, TokenSketches))]
         held = {part.shape[2] for store in stores for part in store.parts} or {0}
         if held != {self.quantized} or self.window_keys.count != self.window_values.count:
             raise ValueError(f"{self.quantized} quantized tokens, packed latents for {sorted(held)}")

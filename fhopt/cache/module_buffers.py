@@ -29,22 +29,22 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fhopt.cache.buffer_slots import Slots, attend_buffered
+from fhopt.cache.buffer_slots import BufferSlots, attend_buffered
 from fhopt.cache.store import place_bases
 from fhopt.errors import FhoptError, Stale
-from fhopt.plan.module_buffer import Held
+from fhopt.plan.module_buffer import BufferPair
 from fhopt.plan.site_plan import SitePlan
 
 # --------------------------------------------------------------------------------------------------- between calls
 
 
-class State:
+class BufferState:
     """State that replaces one pair of buffers."""
 
-    def __init__(self, held: Held, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, held: BufferPair, keys: Tensor, values: Tensor) -> None:
         self.held, self.values = held, weakref.ref(values)
         site, like = held.site, held.in_order(keys, values)
-        self.slots = Slots(site.key, site.value, site.is_shared, held.places)
+        self.slots = BufferSlots(site.key, site.value, site.is_shared, held.places)
         self.slots.place(place_bases(site.key, like[0]), place_bases(site.value, like[1]))
         self.slots.start(*like)
 
@@ -53,7 +53,7 @@ class State:
         """Bytes of quantized values, scales, sinks and ring."""
         return sum(part.nbytes for part in self.slots.parts)
 
-    def is_for(self, held: Held, values: Tensor) -> bool:
+    def is_for(self, held: BufferPair, values: Tensor) -> bool:
         """Return whether the state is for these values, with the same slots and plan."""
         alike = (held.places, held.key_axes, held.value_axes) == (
             self.held.places, self.held.key_axes, self.held.value_axes,
@@ -64,25 +64,25 @@ class State:
 _states = WeakTensorKeyDictionary()  # keys' buffer -> State
 
 
-def state_of(keys: Tensor) -> State | None:
+def state_of(keys: Tensor) -> BufferState | None:
     """Return the state that replaces a buffer of keys; None if the buffer holds its tokens itself."""
-    state: State | None = _states.get(keys)
+    state: BufferState | None = _states.get(keys)
     return state
 
 
-def blank(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+def blank(held: BufferPair, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """Return parts of `Slots` for such buffers, without tokens."""
     with torch.inference_mode(False), torch.no_grad():
-        return State(held, keys, values).slots.parts
+        return BufferState(held, keys, values).slots.parts
 
 
-def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+def parts(held: BufferPair, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """Return the parts that replace these buffers, taking the buffers over if they or their contents are new.
 
     Raises Stale for buffers that cannot be taken over, FhoptError if their tokens are lost.
     """
     for buffer in (keys, values):
-        if reason := unfit(buffer):
+        if reason := why_kept(buffer):
             raise Stale(f"a buffer of {held.site.site.name} {reason}")
     with torch.inference_mode(False), torch.no_grad():
         state = state_of(keys)
@@ -92,7 +92,7 @@ def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         if "released" in contents:
             raise _lost(held.site, "of its two buffers only one was filled anew")
         if state is None or not state.is_for(held, values):
-            state = _states[keys] = State(held, keys, values)
+            state = _states[keys] = BufferState(held, keys, values)
         if "tokens" in contents:
             state.slots.fill(*held.in_order(keys, values))
         else:
@@ -117,7 +117,7 @@ def restore(tensors: Iterable[Any]) -> None:
             del _states[keys]
 
 
-def unfit(buffer: Tensor) -> str:
+def why_kept(buffer: Tensor) -> str:
     """Return why the memory of a buffer cannot be released; "" if it can."""
     if buffer.is_inference():
         return "was made in inference mode: its changes are not counted"
@@ -159,7 +159,7 @@ def _content(site: SitePlan, buffer: Tensor) -> str:
     return "tokens"
 
 
-def _known(state: State | None, held: Held, values: Tensor) -> State:
+def _known(state: BufferState | None, held: BufferPair, values: Tensor) -> BufferState:
     if state is None:
         raise _lost(held.site, "its buffer is a copy of one whose memory was released")
     if not state.is_for(held, values):
@@ -190,7 +190,7 @@ class BufferKeeper:
     """Implementation of latent buffers for `fhopt.passes.rewrite.latent_buffers`."""
 
     attend_buffered = staticmethod(attend_buffered)
-    unfit = staticmethod(unfit)
+    why_kept = staticmethod(why_kept)
     is_released = staticmethod(is_released)
     blank = staticmethod(blank)
     parts = staticmethod(parts)

@@ -170,7 +170,7 @@ class PackedLatents(Store):
         self.parts = _trimmed(self.parts, count, block)
 
 
-class Sketches(Store):
+class TokenSketches(Store):
     """Sketches of quantized tokens, grown in place: values uint8 [B,J,N,bytes], scales, and with a limit errors."""
 
     sketcher: Sketcher  # set when the first tokens arrive
@@ -255,7 +255,7 @@ class StaticPackedLatents(PackedLatents):
         return self._unpacked(*[part.index_select(2, places) for part in self.parts])
 
 
-class StaticSketches(Sketches):
+class StaticSketches(TokenSketches):
     """Sketches in fixed slots: the parts of `Sketches`, with `capacity` + 1 slots."""
 
     def __init__(self, limited: bool, capacity: int) -> None:

@@ -44,7 +44,7 @@ def named_costs(costs: Costs) -> Sums:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ResumableStage:
     """A resumable stage of work, as progress output, files and messages name it.
 
     name: of the stage; also the suffix of its file if `is_suffix`. work: the task that the stage belongs to. verb: the
@@ -60,7 +60,7 @@ class Stage:
     is_suffix: bool = True
 
 
-MOMENTS, RATES = (Stage(name, "calibration", "calibrate", "model or options") for name in ("moments", "rates"))
+MOMENTS, RATES = (ResumableStage(name, "calibration", "calibrate", "model or options") for name in ("moments", "rates"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Checkpoint:
 
     path: str | os.PathLike[str] | None
     key: Mapping[str, Any]
-    stage: Stage
+    stage: ResumableStage
 
     @property
     def file(self) -> Path | None:

@@ -46,7 +46,7 @@ from fhopt.calibration.probe import Batch, Probed, run_probed
 from fhopt.calibration.probed_attention import OnGradients
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, empty_costs
-from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, placed, turned
+from fhopt.fitting.statistics import SiteStatistics, concatenate_heads, differences, empty_statistics, placed, turned
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
@@ -103,7 +103,7 @@ def _turned(site: AttentionSite, gradient: Tensor, later: Tensor | None) -> Tens
 
 def _rows(x: Tensor, groups: int) -> Tensor:
     """Flatten tokens and convert to float64: [B,G,T,D] -> [J, B*T, n*D]."""
-    return joined(x, groups).flatten(1, 2).double()
+    return concatenate_heads(x, groups).flatten(1, 2).double()
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def _read_by(sides: Sequence[Basis], keys: Tensor, values: Tensor) -> tuple[Tens
 @torch.no_grad()
 def _errors(basis: Basis, x: Tensor, levels: Mapping[int, float]) -> Tensor:
     """Return quantization errors of latents of x [B,G,T,D] at each bit width in `levels`: [levels, J, B, T, R]."""
-    latent = joined(x.to(_exact(x)), basis.groups) @ basis.encode.to(x.device, _exact(x)).unsqueeze(1).mT
+    latent = concatenate_heads(x.to(_exact(x)), basis.groups) @ basis.encode.to(x.device, _exact(x)).unsqueeze(1).mT
     used = max(1, latent.shape[-1] // 2)  # about the number of channels that share a token's scale in a plan
     scale = latent[..., :used].square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14)
     unit = latent / scale
@@ -206,7 +206,7 @@ def _add_costs(costs: SideCosts, basis: Basis, errors: Tensor, gradient: Tensor,
     errors: from `_errors`. gradient: [B,G,N,D]. bits: the levels.
     """
     decode = basis.decode.to(gradient.device, _exact(gradient)).unsqueeze(1)
-    effect = joined(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
+    effect = concatenate_heads(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
     # The product for all levels is no larger than `errors`, which exist for all layouts at once.
     summed = (effect * errors[:, :, :, : effect.shape[2]]).sum(3).double()  # [levels, J, B, R]
     for level, cost in zip(bits, summed.square().sum(2).cpu(), strict=True):

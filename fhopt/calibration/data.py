@@ -68,7 +68,7 @@ def of_text(loaded: LoadedModel, options: FitOptions) -> CalibrationData:
     ids = texts_tokens.calibration_ids(loaded.tokenizer, options.texts, count=count, length=options.context)
     batches = [_batch(row) for row in ids]
     source: Source = find_dispatched(model, batches[0]) if is_dispatched(model) else loaded.capture(options.context)
-    digest = texts_tokens.digest(ids)
+    digest = texts_tokens.tokens_digest(ids)
     about = {
         "model": loaded.name,
         "texts": list(options.texts),

@@ -22,7 +22,7 @@ from torch import Tensor
 from fhopt import codegen
 from fhopt.attention.exact_tokens import no_token
 from fhopt.calibration.probe import Batch, Probed, positions
-from fhopt.calibration.probed_attention import additive_mask, cut, tiles
+from fhopt.calibration.probed_attention import additive_mask, probed_tiles, slice_mask
 from fhopt.fitting.loss_interval import LossCheck
 from fhopt.fitting.statistics import differences, relative_to_segments, turned
 from fhopt.ops import algebra, attention, packing, prefill_attention
@@ -58,17 +58,19 @@ class PlanAttention:
         if output is not None:
             return output.to(given)
         bias, outputs = additive_mask(allowed, q), []
-        for rows, columns in tiles(q, k, bias):
-            masks = cut(bias, rows, columns), cut(extra, rows, slice(None))
-            tile = [Part(cut(p.seen, rows, columns), p.k[:, :, columns], p.v[:, :, columns]) for p in parts]
+        for rows, columns in probed_tiles(q, k, bias):
+            masks = slice_mask(bias, rows, columns), slice_mask(extra, rows, slice(None))
+            tile = [
+                KeysValues(slice_mask(p.seen, rows, columns), p.k[:, :, columns], p.v[:, :, columns]) for p in parts
+            ]
             outputs.append(_attended(q[:, :, rows] * scale, tile, *masks, softcap))
         return torch.cat(outputs, 2).to(given)
 
-    def _parts(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
+    def _parts(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor) -> list[KeysValues]:
         """Return keys and values in full precision, rounded as in the window, and decoded from packed latents."""
         planned = self.sites.get(site.name)
         if planned is None or self.plan is None:
-            return [Part(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), k, v)]
+            return [KeysValues(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), k, v)]
         sinks, recent = site.exact_tokens(self.plan.sinks, self.recent)
         near, far = self._split(q, k, sinks, recent)
         own, _ = self._split(q, k, sinks, min(recent, 1))
@@ -77,12 +79,12 @@ class PlanAttention:
         moved = [read - x for read, x in zip(_through_latents(planned, *relative), relative, strict=True)]
         if later is not None:
             moved[0] = turned(site, moved[0], -later)
-        parts = [Part(far, k + moved[0], v + moved[1])]
+        parts = [KeysValues(far, k + moved[0], v + moved[1])]
         if self.plan.window_bits == 16:
-            return [Part(near, k, v), *parts]
+            return [KeysValues(near, k, v), *parts]
         plain = differences(site, k, v, self.plan.sinks, self.plan.mean_tokens)
         moved = [packing.unround_rows(*packing.round_rows(x), x.dtype) - x for x in plain]
-        return [Part(own, k, v), Part(near & ~own, k + moved[0], v + moved[1]), *parts]
+        return [KeysValues(own, k, v), KeysValues(near & ~own, k + moved[0], v + moved[1]), *parts]
 
     def _split(self, q: Tensor, k: Tensor, sinks: int, recent: int) -> tuple[Tensor, Tensor]:
         """Return which keys each query sees in full precision, and which through latents: bool [S,T] each."""
@@ -92,7 +94,7 @@ class PlanAttention:
         return self._masks[key]
 
 
-class Part(NamedTuple):
+class KeysValues(NamedTuple):
     """Keys and values [B,G,T,D] in one precision, and which queries see them: bool [S,T]."""
 
     seen: Tensor
@@ -101,7 +103,7 @@ class Part(NamedTuple):
 
 
 def _attended_by_kernels(
-    q: Tensor, parts: Sequence[Part], allowed: Tensor | None, extra: Tensor | None, numbers: Mapping[str, float]
+    q: Tensor, parts: Sequence[KeysValues], allowed: Tensor | None, extra: Tensor | None, numbers: Mapping[str, float]
 ) -> Tensor | None:
     """Attend with queries [B,H,S,D] to each part with the CPU kernel, and merge; None if it does not support them."""
     attended = []
@@ -116,7 +118,9 @@ def _attended_by_kernels(
     return algebra.merge(attended)
 
 
-def _attended(q: Tensor, parts: Sequence[Part], bias: Tensor | None, extra: Tensor | None, softcap: float) -> Tensor:
+def _attended(
+    q: Tensor, parts: Sequence[KeysValues], bias: Tensor | None, extra: Tensor | None, softcap: float
+) -> Tensor:
     """Attend with scaled queries [B,H,S,D] to keys and values, each of which is seen in one of the parts."""
     products = [attention.grouped_scores(q, part.k) * part.seen for part in parts]
     logits = sum(products[1:], products[0])
@@ -155,7 +159,7 @@ def check_losses(
     Installs the kernels of this machine. plans: (predicted nats, plan). recent: as in `PlanAttention`. `done(number)`
     is called after each batch.
     """
-    codegen.install()
+    codegen.register_kernels()
 
     def measure(numbered: tuple[int, Batch]) -> Tensor:
         number, batch = numbered

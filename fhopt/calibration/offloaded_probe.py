@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from fhopt.calibration.probe import Attends, Batch, Watch
 from fhopt.errors import FhoptError
 from fhopt.hardware.float_products import fast_products
-from fhopt.hf.apply import IMPLEMENTATION, register
+from fhopt.hf.apply import IMPLEMENTATION, register_attention
 from fhopt.hf.attention_interface import WATCH
 from fhopt.models.capture import capture
 from fhopt.models.model_facts import implementations, text_key, uses_interface
@@ -71,7 +71,7 @@ class Dispatched:
     @contextlib.contextmanager
     def _watched(self, watch: Attends) -> Iterator[None]:
         """Run attention of the sites by `watch` inside the context."""
-        register()
+        register_attention()
         before = implementations(self.model.config)
         self.model.set_attn_implementation(before | {text_key(self.model.config): IMPLEMENTATION})
         for site in self.outcome.sites.values():
@@ -100,7 +100,7 @@ def find_dispatched(model: Any, batch: Batch) -> Dispatched:
         )
     inputs = {name: value.cpu() for name, value in batch.items()}
     captured = capture(outline(model), (), {**inputs, **_without_cache(model)})
-    outcome = pipeline.find(captured.program, assume_finite=True)
+    outcome = pipeline.find_attentions(captured.program, assume_finite=True)
     modules = {site.name: model.get_submodule(site.name.partition("#")[0]) for site in outcome.sites.values()}
     by_hand = [name for name, module in modules.items() if not uses_interface(module)]
     if by_hand or len({id(module) for module in modules.values()}) < len(outcome.sites):

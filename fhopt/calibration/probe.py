@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fhopt.calibration import segments
 from fhopt.calibration.float32_graph import Float32Interpreter, is_widened
-from fhopt.calibration.probed_attention import BITS, OnGradients, ProbedAttention, Tile, additive_mask, tiled
+from fhopt.calibration.probed_attention import BITS, OnGradients, ProbedAttention, ProbedTile, additive_mask, tiled
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured
 from fhopt.ops import masks as ops_masks
@@ -49,7 +49,7 @@ class Watch:
     def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], OnGradients]) -> None:
         self.far, self.see = far, see
         self.leaf = torch.zeros((), requires_grad=True)
-        self._matrices: deque[tuple[Any, Tensor | None, list[Tile]]] = deque(maxlen=MASKS)
+        self._matrices: deque[tuple[Any, Tensor | None, list[ProbedTile]]] = deque(maxlen=MASKS)
 
     def attend(
         self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
@@ -68,7 +68,9 @@ class Watch:
         result: Tensor = ProbedAttention.apply(q, k, v, matrix, extra, scale, softcap, observe)
         return result.to(given, copy=True)  # the graph may write to its copy, but backward needs `result`
 
-    def _tiled(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, exact: tuple[int, int]) -> list[Tile]:
+    def _tiled(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, exact: tuple[int, int]
+    ) -> list[ProbedTile]:
         """Return the tiles of an attention matrix, cached for layers that share a mask."""
         version = None if mask is None or mask.is_inference() else mask._version
         key = (version, is_causal, exact, q.shape[2], k.shape[2], q.dtype, q.device)
@@ -192,8 +194,8 @@ class ProbedGraph:
         """Segments to differentiate one at a time: a single one if the activations are small."""
         graph = self.captured.program.graph
         if segments.activation_bytes(graph, self.outcome.sites) <= ACTIVATION_BYTES:
-            return segments.cut(graph, (), self._result)
-        return segments.cut(graph, self.outcome.sites, self._result)
+            return segments.split_graph(graph, (), self._result)
+        return segments.split_graph(graph, self.outcome.sites, self._result)
 
 
 def probed(captured: Captured | Probed, outcome: Outcome) -> Probed:

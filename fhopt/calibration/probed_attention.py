@@ -32,7 +32,7 @@ def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
 
 
-def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
+def slice_mask(mask: Tensor | None, rows: slice, columns: slice) -> Any:
     """Slice a mask broadcastable to [..., S, T] to a tile."""
     if mask is None:
         return None
@@ -40,7 +40,7 @@ def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
     return mask if mask.shape[-1] == 1 else mask[..., columns]
 
 
-def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
+def probed_tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
     """Return (queries, keys that any of them sees) for each tile."""
     queries, keys = q.shape[2], k.shape[2]
     out = []
@@ -48,7 +48,7 @@ def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]
         rows = slice(start, min(start + QUERIES, queries))
         seen = keys
         if bias is not None:
-            seen = max(1, _columns_until(cut(bias, rows, EVERY) > -math.inf, keys))
+            seen = max(1, _columns_until(slice_mask(bias, rows, EVERY) > -math.inf, keys))
         out.append((rows, slice(0, seen)))
     return out
 
@@ -65,7 +65,7 @@ def _in_any_row(mask: Tensor, keys: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Tile:
+class ProbedTile:
     """A block of queries with the keys that any of them sees: which of these are masked, and which are far."""
 
     rows: slice
@@ -78,16 +78,16 @@ class Tile:
     none: Columns  # columns that are far for no row
 
     @classmethod
-    def of(cls, rows: slice, columns: slice, bias: Tensor | None, far: Tensor) -> Tile:
+    def of(cls, rows: slice, columns: slice, bias: Tensor | None, far: Tensor) -> ProbedTile:
         """Build a tile from a mask that is added to logits, in nats, and the far pairs, bool [S,T]."""
-        said, count = cut(bias, rows, columns), columns.stop
-        far, masked = cut(far, rows, columns), slice(0, 0)
+        said, count = slice_mask(bias, rows, columns), columns.stop
+        far, masked = slice_mask(far, rows, columns), slice(0, 0)
         pairs = (far, ~far) if said is None else (far & (said > -math.inf), ~far & (said > -math.inf))
         of_far, of_near = (_in_any_row(mask, count) for mask in pairs)
         if said is not None:
             changed = _in_any_row(said != 0, count).nonzero()
             masked = slice(int(changed[0]), int(changed[-1]) + 1) if len(changed) else masked
-            said = cut(said, EVERY, masked) * BITS if len(changed) else None
+            said = slice_mask(said, EVERY, masked) * BITS if len(changed) else None
         last, some = of_far.nonzero(), _columns((of_far & of_near).nonzero().squeeze(-1))
         return cls(
             rows, columns, masked, said, int(last[-1]) + 1 if len(last) else 0, some,
@@ -109,9 +109,9 @@ def _columns(numbers: Tensor) -> Columns:
     return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
 
 
-def tiled(q: Tensor, k: Tensor, bias: Tensor | None, far: Tensor) -> list[Tile]:
+def tiled(q: Tensor, k: Tensor, bias: Tensor | None, far: Tensor) -> list[ProbedTile]:
     """Return the tiles of queries q [B,H,S,D] on keys k [B,G,T,D]; bias, far: as in `Tile.of`."""
-    return [Tile.of(rows, columns, bias, far) for rows, columns in tiles(q, k, bias)]
+    return [ProbedTile.of(rows, columns, bias, far) for rows, columns in probed_tiles(q, k, bias)]
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -127,7 +127,7 @@ class ProbedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, matrix: list[Tile], sinks: Tensor | None, scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, matrix: list[ProbedTile], sinks: Tensor | None, scale: float,
         softcap: float, observe: Callable[[Tensor, Tensor], OnGradients],
     ) -> Tensor:  # fmt: skip
         """Attend with q [B,H,S,D] to k [B,G,T,D] and v [B,G,T,E] by the tiles of `tiled`: [B,H,S,E]."""
@@ -135,7 +135,7 @@ class ProbedAttention(torch.autograd.Function):
         for tile in matrix:
             logits = tile.add_mask(_logits(scaled[:, :, tile.rows], k[:, :, tile.columns], softcap))
             if sinks is not None:
-                more = cut(sinks, tile.rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
+                more = slice_mask(sinks, tile.rows, EVERY).to(logits).expand(*logits.shape[:3], -1)
                 logits = torch.cat((logits, more * BITS), -1)
             top = logits.amax(-1, keepdim=True)
             top = torch.where(top == -math.inf, 0.0, top)  # queries that see nothing

@@ -97,7 +97,7 @@ def plan_from_calibration(calibration: Calibration, options: FitOptions) -> Late
     bases = select_bases(
         calibration.bases, calibration.sites, options.layout, tokens=options.tokens, device=options.device
     )
-    plan = fit_plan.fit(
+    plan = fit_plan.fit_ratio(
         calibration.statistics, bases=bases, costs=calibration.costs, ratio=options.ratio, layout=options.layout,
         bits=options.bits, sinks=options.sinks, recent=options.recent_tokens, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
@@ -214,7 +214,7 @@ class _Passes:
         sums = named_moments(statistics)
         batches = moments.batches(self.batches, sums)
         collect(self.data.source, self.outcome, batches, into=statistics, done=moments.done, **self._far)
-        collectives.share(sums)
+        collectives.reduce_sums(sums)
         self.read = moments.sequences
         if not any(int(s.key.count) for s in statistics.values()):
             raise FhoptError("no calibration batch was given; expected at least one.")
@@ -235,7 +235,7 @@ class _Passes:
             self.data.source, self.outcome, batches, bases, STEPS, into=costs, done=rates.done, segments=segments,
             **self._far,
         )  # fmt: skip
-        collectives.share(sums)
+        collectives.reduce_sums(sums)
         if not rates.sequences:
             raise FhoptError(
                 f"the {self.options.sequences} batches for the bases took all there were, and bits are chosen by "
@@ -271,7 +271,7 @@ def find_compressible(data: CalibrationData) -> passes_outcome.Outcome:
     if isinstance(data.source, Dispatched):
         outcome = data.source.outcome
     else:
-        outcome = pipeline.find(data.source.program, assume_finite=True)
+        outcome = pipeline.find_attentions(data.source.program, assume_finite=True)
     cached = {site.name for site in decoder_sites(outcome.sites.values(), data.encoder)}
     decoding = {node: site for node, site in outcome.sites.items() if site.name in cached}
     if not decoding:

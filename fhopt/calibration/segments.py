@@ -47,7 +47,7 @@ def activation_bytes(graph: fx.Graph, sites: Collection[str]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.is_floating_point())
 
 
-def cut(graph: fx.Graph, sites: Collection[str], result: fx.Node) -> list[Segment]:
+def split_graph(graph: fx.Graph, sites: Collection[str], result: fx.Node) -> list[Segment]:
     """Cut the graph up to `result` between the attention nodes named in `sites`; one segment if it cannot be cut.
 
     A graph that modifies tensors in place is not cut, since recomputation would modify them twice.

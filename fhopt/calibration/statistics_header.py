@@ -12,12 +12,12 @@ from fhopt.plan.field_kinds import provenance_kind, site_kind
 from fhopt.plan.json_kinds import (
     Kind,
     WrongField,
-    line,
+    check_line,
+    check_plain,
     mapping,
     maybe,
     number,
     one_of,
-    plain,
     record,
     several,
     text,
@@ -30,7 +30,7 @@ STATISTICS_VERSION, WITH_SEGMENTS = 1, 2  # the second: keys relative to segment
 _OPTIONS: dict[str, Kind] = {
     "texts": several(text),
     "ratio": number(1, 1000),
-    "layout": line,
+    "layout": check_line,
     "bits": several(one_of(*SUPPORTED_BITS)),
     "sequences": whole(),
     "rate_sequences": whole(),
@@ -41,7 +41,7 @@ _OPTIONS: dict[str, Kind] = {
     "window_bits": one_of(8, 16),
     "tokens": whole(1),
     "seed": whole(),
-    "device": maybe(line),
+    "device": maybe(check_line),
     "mean_tokens": whole(),
     "segment": maybe(whole(0, MAX_SEGMENT)),
 }
@@ -50,7 +50,7 @@ _FIELDS: dict[str, Kind] = {
     "sites": several(site_kind),
     "layouts": mapping(record({}, dict.fromkeys(LAYOUTS, whole(1, 2)))),
     "levels": several(one_of(0, *SUPPORTED_BITS)),
-    "options": record({}, _OPTIONS, plain),  # earlier versions have fewer
+    "options": record({}, _OPTIONS, check_plain),  # earlier versions have fewer
     "prints": record({"fingerprint": text}, {"weights": mapping(text)}),
     "provenance": provenance_kind,
     "digest": text,

@@ -40,7 +40,7 @@ class Argument(ParamType):
         raise NotImplementedError
 
 
-class Model(Argument):
+class ModelParameter(Argument):
     """MODEL of a command. Raises FhoptError if it does not exist."""
 
     name = "text"
@@ -102,7 +102,7 @@ class Folder(Argument):
             )
 
 
-class Device(Argument):
+class DeviceParameter(Argument):
     """Name of a device of the cost model. Raises FhoptError for any other."""
 
     name = "text"
@@ -113,7 +113,7 @@ class Device(Argument):
             find_device(value)
 
 
-class Text(Argument):
+class TextParameter(Argument):
     """A text: a built-in one, a file or a folder. Raises FhoptError for any other path."""
 
     name = "text"
@@ -123,6 +123,6 @@ class Text(Argument):
         check_text(value)
 
 
-MODEL, STATISTICS, DEVICE, TEXT = Model(), Statistics(), Device(), Text()
+MODEL, STATISTICS, DEVICE, TEXT = ModelParameter(), Statistics(), DeviceParameter(), TextParameter()
 PLAN, COMING_PLAN = Plan(), Plan(may_come=True)
 REWRITTEN, EXPORTED = Folder(MANIFEST), Folder(MANIFEST, "step.json")

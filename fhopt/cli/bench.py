@@ -19,7 +19,7 @@ from fhopt.cli.options import (
     progress_bar,
     read_counts,
 )
-from fhopt.cli.text_model import INTERRUPTED, TextModel, interruptible, load_text_model, read_plan
+from fhopt.cli.text_model import INTERRUPTED, TextModel, interruptible, load_text_model, read_model_plan
 
 if TYPE_CHECKING:
     from fhopt.evaluation.throughput import Throughput
@@ -96,8 +96,8 @@ def _read_plans(model: str, paths: tuple[Path, ...]) -> dict[str, LatentPlan | N
     names = [path.name for path in paths]
     for path in paths:
         name = path.name if names.count(path.name) == 1 and path.name not in ("", *plans) else str(path)
-        plans[f"plan {name}" if name in plans else name] = read_plan(model, path)
-    own = None if paths else read_plan(model, None)
+        plans[f"plan {name}" if name in plans else name] = read_model_plan(model, path)
+    own = None if paths else read_model_plan(model, None)
     return plans if own is None else plans | {"plan": own}
 
 
@@ -116,12 +116,12 @@ def _measure(
     network: Any, plans: dict[str, LatentPlan | None], chosen: ThroughputOptions, as_json: bool
 ) -> tuple[list[Throughput], bool]:
     """Return the results, and whether they are complete: Ctrl-C ends the measurement."""
-    from fhopt.evaluation.throughput import measure
+    from fhopt.evaluation.throughput import measure_throughput
 
     rows: list[Throughput] = []
     try:
         with progress_bar(as_json, {"bench": 1.0}) as progress:
-            for results in measure(network, plans, chosen, progress):
+            for results in measure_throughput(network, plans, chosen, progress):
                 rows += results
     except KeyboardInterrupt:
         return rows, False

@@ -17,7 +17,7 @@ from fhopt.cli.text_model import (
     TextModel,
     interruptible,
     load_text_model,
-    read_plan,
+    read_model_plan,
     read_sampling,
     sampling_options,
     statistics,
@@ -51,7 +51,7 @@ def chat(
     """
     with interruptible():
         sampling = read_sampling(model, max_new_tokens, temperature, top_p, seed, needs_template=True)
-        plan = read_plan(model, plan_path, exact)
+        plan = read_model_plan(model, plan_path, exact)
         opened = load_text_model(model, dtype, device_map, plan, as_json, keep_blocks)
         from fhopt.hf import chat as conversations
 

@@ -44,7 +44,7 @@ def run_demo(
         ratio=ratio, sequences=SEQUENCES, rate_sequences=RATE_SEQUENCES, device=most_alike()
     )  # speed is measured on this CPU
     options.check()
-    html_report.check_installed()
+    html_report.check_report_packages()
     check_writable(out)
     progress("loading", 0, 1)
     loaded = load_model("demo")
@@ -70,16 +70,16 @@ def run_demo(
     result["seconds"] = time.perf_counter() - start
     progress("report", 0, 1)
     writing = time.perf_counter()
-    html_report.write(replace(html_report.build(loaded, plan), measured=result), out / "report.html")
+    html_report.write(replace(html_report.build_report(loaded, plan), measured=result), out / "report.html")
     result["report_seconds"] = time.perf_counter() - writing
     console.print(summary_table(result))
     for name in ("exact", "plan"):
         console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)
-    console.print(verdict(result), soft_wrap=True, highlight=False)
+    console.print(demo_summary(result), soft_wrap=True, highlight=False)
     return result
 
 
-def verdict(result: dict[str, Any]) -> str:
+def demo_summary(result: dict[str, Any]) -> str:
     """Summarize the plan in one line: how much smaller and faster, from which context, and if the answer differs."""
     speeds = {int(n): speed["plan"] / speed["exact"] for n, speed in result["speed_by_context"].items()}
     longest = max(speeds)
@@ -94,7 +94,7 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
-def break_even(speeds: Mapping[int, Mapping[str, float]]) -> int | None:
+def measured_break_even(speeds: Mapping[int, Mapping[str, float]]) -> int | None:
     """Return the shortest measured context from which the plan is at least as fast; None if it never is."""
     pays = None
     for length in sorted(speeds, reverse=True):
@@ -140,7 +140,7 @@ def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[
         "cache_nbytes": speed["bytes"],
         "tokens_per_second": {k: speed[k] for k in ("exact", "plan")},
         "speed_by_context": {str(length): of_both for length, of_both in speed["contexts"].items()},
-        "break_even_tokens": break_even(speed["contexts"]),
+        "break_even_tokens": measured_break_even(speed["contexts"]),
         "answer": answers,
         "threads": torch.get_num_threads(),
     }

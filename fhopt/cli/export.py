@@ -58,7 +58,7 @@ _EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of 
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @json_option
-def rewrite(
+def rewrite_command(
     model: str, plan_path: Path, texts: tuple[str, ...], measure: bool, sequences: int, context: int,
     dtype: str | None, shard_size: str, kind: str, aot: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
@@ -92,12 +92,12 @@ def rewrite(
             write(loaded, plan, out, compiled=aot)
         print_json({"path": str(out)}) if as_json else click.echo(f"programs written to {out}")
         return
-    rewrite_folder.check(loaded, plan, out, source)
+    rewrite_folder.check_rewritable(loaded, plan, out, source)
     with progress_bar(as_json, {"loss": 10.0, "writing": 1.0}) as progress:
         progress("loss", 0, len(texts))
         losses = rewrite_folder.losses(loaded, plan, texts if measure else (), sequences, context, progress)
         progress("writing", 0, 1)
-        written = rewrite_folder.rewrite(loaded, plan, out, source, shard_size, losses)
+        written = rewrite_folder.rewrite_folder(loaded, plan, out, source, shard_size, losses)
     if as_json:
         ratios = {"ratio": plan.ratio(), "whole_ratio": cache_size(plan, layers=measured_layers(loaded.module)).ratio}
         print_json(asdict(written) | {"path": str(out), "digest": plan.digest()} | ratios)
@@ -136,7 +136,7 @@ def _check_size(text: str) -> None:
 @click.option("--bytecode", is_flag=True, help="Write MLIR as bytecode instead of text.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write. [default: FOLDER-TARGET]")
 @json_option
-def export_step(
+def export_command(
     folder: Path, target: str, arch: str, dialect: str, bytecode: bool, out: Path | None, as_json: bool
 ) -> None:
     """Export a decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, with its weights.

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @calibration_placement_options
 @json_option
 @fails_together
-def calibrate(
+def calibrate_command(
     model: str, layouts: tuple[str, ...], out: Path, device_map: str | None, dtype: str, as_json: bool, **options: Any
 ) -> None:
     """Calibrate MODEL on text and write statistics, from which plans of any size are fitted in seconds.
@@ -169,7 +169,7 @@ def calibrate(
 @json_option
 @click.pass_context
 @fails_together
-def fit(
+def fit_command(
     invoked: click.Context, model: str | None, statistics_file: Path | None, ratios: tuple[float, ...],
     bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...], window_bits: str,
     pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None, dtype: str,
@@ -349,7 +349,7 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comp
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
 @json_option
-def heal(
+def heal_command(
     model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
@@ -432,7 +432,8 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
 def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fit a retrieval language-model head for MODEL, which finds the largest logits from few of its bytes.
 
-    The largest logits are certified for every hidden state. In Python: fhopt.lm_head.apply(model, Head.load(FOLDER)).
+    The largest logits are certified for every hidden state. In Python:
+    fhopt.lm_head.apply_head(model, Head.load(FOLDER)).
     """
     from fhopt.files import check_folder, check_writable
     from fhopt.lm_head.options import FILES, HeadOptions
@@ -445,17 +446,17 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
 
     import torch
 
-    from fhopt.lm_head.api import fit
-    from fhopt.lm_head.evaluate import measure
+    from fhopt.lm_head.evaluate import measure_head
+    from fhopt.lm_head.fitting import fit_head
     from fhopt.models.loader import load_model
 
     shares = {"loading": 1.0, "states": 5.0, "basis": 1.0, "clusters": 10.0, "quantize": 1.0, "measuring": 5.0}
     with progress_bar(as_json, shares) as progress:
         progress("loading", 0, 1)
         loaded = load_model(model, getattr(torch, dtype))
-        made = fit(loaded, chosen, progress)
+        made = fit_head(loaded, chosen, progress)
         progress("measuring", 0, 1)
-        result = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
+        result = measure_head(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
     made.save(out)
     if as_json:
         about = {"head_path": str(out), "site": asdict(made.site), "fitted": made.about, "clusters": made.clusters}

@@ -17,7 +17,7 @@ from fhopt.cli.text_model import (
     TextModel,
     interruptible,
     load_text_model,
-    read_plan,
+    read_model_plan,
     read_sampling,
     sampling_options,
     statistics,
@@ -60,7 +60,7 @@ def generate(
     with interruptible():
         sampling = read_sampling(model, max_new_tokens, temperature, top_p, seed, needs_template=bool(chat))
         text = _read_prompt(prompt, prompt_file)
-        plan = read_plan(model, plan_path, exact)
+        plan = read_model_plan(model, plan_path, exact)
         _check_prompt(model, text, chat, sampling)
         opened = load_text_model(model, dtype, device_map, plan, as_json, keep_blocks)
         ids, used = _tokens(opened.tokenizer, text, chat, model)

@@ -28,7 +28,7 @@ from fhopt.files import EXPLORER_GRAPH, GRAPHS, check_graph, check_writable
 )
 @device_option
 @json_option
-def inspect(
+def inspect_command(
     model: str, plan_path: Path | None, site: str | None, graph: Path | None, stage: str | None,
     devices: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
@@ -59,7 +59,7 @@ def inspect(
         loaded = load_model(model)
         progress("finding attention", 0, 1)
         outcome = find_sites(loaded)
-        result = facts.inspect(loaded, outcome, plan, devices)
+        result = facts.site_facts(loaded, outcome, plan, devices)
         if site is not None:
             site = result.site(site).site.name
         if graph is not None and plan is not None:
@@ -112,7 +112,7 @@ def explain(model: str, as_json: bool) -> None:
 @device_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
 @json_option
-def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Path, as_json: bool) -> None:
+def report_command(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Write a report of MODEL and its plan as one HTML file that opens without a network.
 
     It shows each site before and after, spectra, bits, sensitivity, loss against bytes, rooflines, the generated
@@ -124,13 +124,13 @@ def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Pa
     from fhopt.models.loader import load_model
     from fhopt.plan.latent_plan import LatentPlan
 
-    pages.check_installed()
+    pages.check_report_packages()
     plan = LatentPlan.load(plan_path) if plan_path else None
     with progress_bar(as_json, {"loading": 1.0, "report": 2.0}) as progress:
         progress("loading", 0, 1)
         loaded = load_model(model)
         progress("report", 0, 1)
-        made = pages.build(loaded, plan, devices=devices)
+        made = pages.build_report(loaded, plan, devices=devices)
         pages.write(made, out)
     if as_json:
         print_json({"report_path": str(out)} | made.as_json())
@@ -158,13 +158,13 @@ def view(model: str, plan_path: Path | None, devices: tuple[str, ...], port: int
 
     def make(has_plan: bool) -> str:
         plan = LatentPlan.load(plan_path) if plan_path is not None and has_plan else None
-        return pages.page(pages.build(load_model(model), plan, devices=devices))
+        return pages.page(pages.build_report(load_model(model), plan, devices=devices))
 
-    pages.check_installed()
-    server.check_installed()
+    pages.check_report_packages()
+    server.check_server_packages()
     listening = server.listen(port)
     address = f"http://{server.HOST}:{listening.getsockname()[1]}/"
     click.echo(f"{address} shows {model}; stop with Ctrl-C")
     if opens:
         webbrowser.open(address)
-    server.serve(server.Viewer(make, Path(os.path.abspath(plan_path)) if plan_path else None), listening)
+    server.serve_report(server.Viewer(make, Path(os.path.abspath(plan_path)) if plan_path else None), listening)

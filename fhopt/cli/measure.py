@@ -84,11 +84,11 @@ def evaluate(
     strings and numbers far back in the context. MODEL must be a causal language model with a tokenizer. Under torchrun
     the processes share the sequences and items. For models larger than one device: --device-map.
     """
-    from fhopt.evaluation.task_choice import choose, read_lengths
+    from fhopt.evaluation.task_choice import parse_tasks, read_lengths
 
     if record and plan_path is None:
         raise FhoptError("--record writes into a plan, and none is given; expected --plan PLAN.")
-    chosen, cells = choose(tasks), read_lengths(lengths)
+    chosen, cells = parse_tasks(tasks), read_lengths(lengths)
 
     from fhopt.parallel.device_map import placement
 
@@ -223,7 +223,7 @@ def cost(
     from fhopt.models.loader import load_model
     from fhopt.models.model_facts import decoder_sites, encoder_path
     from fhopt.models.sites import find_sites
-    from fhopt.plan.fingerprint import check_model
+    from fhopt.plan.fingerprint import check_fingerprint
     from fhopt.plan.latent_plan import LatentPlan
 
     devices = [find_device(name) for name in names]
@@ -237,7 +237,7 @@ def cost(
     parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
     costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan:
-        check_model(plan, weights, loaded.name)
+        check_fingerprint(plan, weights, loaded.name)
         costs["plan"] = model_cost(sites, plan, parameters=parameters, itemsize=itemsize)
     else:
         for ratio in RATIOS:
@@ -280,7 +280,7 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     from fhopt.hardware import this_cpu
     from fhopt.inspection.tables import machine_table
 
-    results = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
+    results = [this_cpu.measure_cpu(n) if again else this_cpu.measured(n) for n in counts]
     kernels = vector_unit()
     if as_json:
         print_json({"kernels": kernels, "measured": [asdict(one) for one in results]})
@@ -319,7 +319,7 @@ def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     Kernels for GPUs are compiled to read their resources; no GPU is needed.
     """
-    from fhopt.hardware.kernel_table import Options, rejected_table, table, write_kernels
+    from fhopt.hardware.kernel_table import Options, rejected_table, terminal_table, write_kernels
     from fhopt.plan.latent_plan import LatentPlan
 
     plan = LatentPlan.load(plan_path)
@@ -330,7 +330,7 @@ def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
         print_json({"folder": str(out)} | made.as_json())
         return
     console = output_console(as_json)
-    console.print(table(made))
+    console.print(terminal_table(made))
     if any(row.rejected for row in made.rows):
         console.print(rejected_table(made))
     console.print(f"{len(made.files)} files and kernels.md written to {out}", soft_wrap=True, highlight=False)

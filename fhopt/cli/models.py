@@ -25,9 +25,9 @@ def models(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
 
-    from fhopt.models.converted_models import entries, limit_bytes, models_folder
+    from fhopt.models.converted_models import converted_models, limit_bytes, models_folder
 
-    found, limit = entries(), limit_bytes()
+    found, limit = converted_models(), limit_bytes()
     if as_json:
         print_json({"models": _rows(found), "folder": str(models_folder()), "limit_bytes": limit})
         return
@@ -48,9 +48,9 @@ def models(context: click.Context, as_json: bool) -> None:
 @json_option
 def prune_models(is_all: bool, as_json: bool) -> None:
     """Remove converted models beyond FHOPT_MODELS_GB, and what interrupted commands left more than a day ago."""
-    from fhopt.models.converted_models import prune
+    from fhopt.models.converted_models import prune_converted
 
-    removed = prune(0 if is_all else None)
+    removed = prune_converted(0 if is_all else None)
     if as_json:
         print_json({"models": _rows(removed)})
         return

@@ -23,7 +23,7 @@ from fhopt.planning.request import CALIBRATING
 
 if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel
-    from fhopt.planning.plan_store import Entry
+    from fhopt.planning.plan_store import StoredPlan
 
 
 @main.group(invoke_without_command=True)
@@ -35,18 +35,18 @@ def plans(context: click.Context, as_json: bool) -> None:
     In other commands: --plan "$(fhopt plans path NAME)".
     """
     if context.invoked_subcommand is None:
-        from fhopt.planning.plan_store import entries
+        from fhopt.planning.plan_store import stored_plans
 
-        _show_plans(entries(), as_json)
+        _show_plans(stored_plans(), as_json)
 
 
-def _show_plans(results: list[Entry], as_json: bool) -> None:
-    from fhopt.planning.plan_store import table
+def _show_plans(results: list[StoredPlan], as_json: bool) -> None:
+    from fhopt.planning.plan_store import plan_table
 
     if as_json:
         print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in results]})
     else:
-        output_console(as_json).print(table(results))
+        output_console(as_json).print(plan_table(results))
 
 
 @plans.command("fit")
@@ -102,9 +102,9 @@ def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
 @json_option
 def plan_path(name: str, as_json: bool) -> None:
     """Print the folder of the plan whose name or digest begins with NAME."""
-    from fhopt.planning.plan_store import find
+    from fhopt.planning.plan_store import find_plan
 
-    result = find(name)
+    result = find_plan(name)
     if as_json:
         print_json(asdict(result) | {"path": str(result.path)})
     else:
@@ -117,11 +117,11 @@ def plan_path(name: str, as_json: bool) -> None:
 @json_option
 def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Check all bytes of plans and report damaged ones; exit code 1 where there are any."""
-    from fhopt.planning.plan_store import entries, find, verify
+    from fhopt.planning.plan_store import find_plan, stored_plans, verify_plan
 
-    asked = [find(n) for n in names] if names else entries()
+    asked = [find_plan(n) for n in names] if names else stored_plans()
     loaded = _loaded(model, as_json) if model else None
-    checked = [verify(e, loaded) for e in asked]
+    checked = [verify_plan(e, loaded) for e in asked]
     _show_plans(checked, as_json)
     if any(e.fault for e in checked):
         raise SystemExit(1)
@@ -140,9 +140,9 @@ def _loaded(model: str, as_json: bool) -> LoadedModel:
 @json_option
 def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
     """Remove damaged plans, and files that interrupted commands left more than a day ago."""
-    from fhopt.planning.plan_store import prune
+    from fhopt.planning.plan_store import prune_plans
 
-    done = prune(keep, dry_run)
+    done = prune_plans(keep, dry_run)
     if as_json:
         print_json(asdict(done) | {"dry_run": dry_run})
         return

@@ -79,7 +79,7 @@ def read_sampling(
     return chosen
 
 
-def read_plan(model: str, plan_path: Path | None, exact: bool = False) -> LatentPlan | None:
+def read_model_plan(model: str, plan_path: Path | None, exact: bool = False) -> LatentPlan | None:
     """Load the plan for MODEL, by default that of a rewritten folder, and check it against stored weights.
 
     Returns None for the full-precision KV cache. Raises FhoptError.

@@ -93,7 +93,7 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def main() -> None:
+def run_lm_eval() -> None:
     """Run lm-eval's own command line, with the model `fhopt` registered."""
     try:
         harness_model()
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_lm_eval()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fhopt.evaluation.statistics import Score, TokenCosts
 from fhopt.hardware.float_products import with_fast_products
-from fhopt.hf.apply import apply, held_plan, unapply, waiting
+from fhopt.hf.apply import apply, held_plan, unapply, waiting_for_kernels
 from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.cache_size import recorded_layers, sliding_windows
@@ -60,7 +60,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
     before = getattr(model, "_fhopt_applied", None)
     try:
         (unapply(model) if plan is None else apply(model, plan))
-        with waiting():
+        with waiting_for_kernels():
             yield
     finally:
         (unapply(model) if before is None else apply(model, before.whole_plan, *before.fast))

@@ -88,7 +88,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Task:
+class RulerTask:
     """Function that words an item from random draws, and the depths of its needle in percent.
 
     A depth of None spreads the needles evenly over the context.
@@ -265,12 +265,12 @@ def _long_copy(rng: random.Random, _: Room) -> Wording:
 
 
 RULER = {
-    "niah_single": Task(_niah_single, (10, 50, 90)),
-    "niah_multikey": Task(_niah_multikey, (None,)),
-    "niah_multivalue": Task(_niah_multivalue, (None,)),
-    "variable_tracking": Task(_variable_tracking, (None,)),
-    "common_words": Task(_common_words, (None,)),
-    "question": Task(_question, (10, 50, 90)),
-    "json_extraction": Task(_json_extraction, (None,)),
-    "long_copy": Task(_long_copy),
+    "niah_single": RulerTask(_niah_single, (10, 50, 90)),
+    "niah_multikey": RulerTask(_niah_multikey, (None,)),
+    "niah_multivalue": RulerTask(_niah_multivalue, (None,)),
+    "variable_tracking": RulerTask(_variable_tracking, (None,)),
+    "common_words": RulerTask(_common_words, (None,)),
+    "question": RulerTask(_question, (10, 50, 90)),
+    "json_extraction": RulerTask(_json_extraction, (None,)),
+    "long_copy": RulerTask(_long_copy),
 }

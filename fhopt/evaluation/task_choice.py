@@ -11,7 +11,7 @@ RULER = (  # fhopt/evaluation/ruler.py
 )  # fmt: skip
 
 
-def choose(names: str) -> list[str]:
+def parse_tasks(names: str) -> list[str]:
     """Parse a comma-separated list of tasks; returns each once, in the order of this module. Raises FhoptError.
 
     `all` means perplexity and the tasks of `fhopt.evaluation.tasks`, `ruler` those of `fhopt.evaluation.ruler`.

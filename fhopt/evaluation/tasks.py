@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, read_steps, switched
-from fhopt.evaluation.ruler import FIRST_NAMES, RULER, Room, Task, Wording
+from fhopt.evaluation.ruler import FIRST_NAMES, RULER, Room, RulerTask, Wording
 from fhopt.evaluation.statistics import Interval, bootstrap_interval, mcnemar, paired_rate_interval
 from fhopt.hardware.float_products import with_fast_products
 from fhopt.models.model_facts import check_length
@@ -121,10 +121,10 @@ def _joined(before: str, lines: Sequence[tuple[str, ...]], after: str) -> tuple[
 
 
 TASKS = {
-    "passkey": Task(_passkey, (10, 30, 50, 70, 90)),
-    "copy": Task(_copy),
-    "digits": Task(_digits),
-    "arithmetic": Task(_arithmetic),
+    "passkey": RulerTask(_passkey, (10, 30, 50, 70, 90)),
+    "copy": RulerTask(_copy),
+    "digits": RulerTask(_digits),
+    "arithmetic": RulerTask(_arithmetic),
 }
 
 

@@ -53,7 +53,7 @@ class Throughput:
     layers_counted: float = 0.0
 
 
-def measure(
+def measure_throughput(
     model: Any, caches: Mapping[str, LatentPlan | None], options: ThroughputOptions, progress: Progress = silent
 ) -> Iterator[list[Throughput]]:
     """Measure each context and batch; yields a result for each of `caches` (name: plan; None: full precision).

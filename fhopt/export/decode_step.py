@@ -37,7 +37,7 @@ from fhopt.errors import FhoptError
 from fhopt.export.step_attention import SiteAttention, state_tensors
 from fhopt.hf.apply import attended_by
 from fhopt.models.model_facts import cache_argument
-from fhopt.plan.fingerprint import check_model
+from fhopt.plan.fingerprint import check_fingerprint
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import layer_indices
@@ -46,7 +46,7 @@ from fhopt.plan.site_plan import SitePlan
 IMPLEMENTATION = "fhopt_step"
 
 
-class Step(nn.Module):
+class ExportedStep(nn.Module):
     """Decode step of a model that calls transformers' attention interface; see the module docstring."""
 
     def __init__(self, model: nn.Module, plan: LatentPlan, kernels: bool = False) -> None:
@@ -80,7 +80,7 @@ class Step(nn.Module):
 class Seal(nn.Module):
     """Quantization of a block of tokens; see the module docstring. Exported as the program `seal`."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: ExportedStep) -> None:
         super().__init__()
         self.sites = step.sites
 
@@ -99,7 +99,7 @@ def _check(model: Any, plan: LatentPlan) -> None:
         raise FhoptError(
             f"{type(model).__name__} takes no position_ids; expected a causal language model of transformers that does."
         )
-    check_model(plan, dict(model.named_parameters()), type(model).__name__)
+    check_fingerprint(plan, dict(model.named_parameters()), type(model).__name__)
     plan.check_no_means("an exported decode step")
     plan.check_uniform("an exported decode step")
     module = inspect.getmodule(type(model))
@@ -123,7 +123,7 @@ def _serve(site: SitePlan) -> str:
     from fhopt.codegen.cpu import graph_kernels
 
     spec = KernelSpec.of(site, "float32")
-    if not graph_kernels.serve(spec):
+    if not graph_kernels.register_kernel(spec):
         raise FhoptError("the kernels could not be compiled; expected g++ or clang++ on PATH. Install one.")
     return spec.name
 

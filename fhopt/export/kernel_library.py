@@ -23,13 +23,16 @@ from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
 
 
-def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
+def render_library(specs: Sequence[KernelSpec]) -> dict[str, str]:
     """Render the C++ files of the library by name: one for the op, one for attention with the tables of all specs.
 
     Deterministic for the same specs.
     """
     unique = list({spec.name: spec for spec in specs}.values())
-    texts = {"op.cpp": _op(unique), "attention.cpp": attention.library() + "".join(map(attention.table, unique))}
+    texts = {
+        "op.cpp": _op(unique),
+        "attention.cpp": attention.attention_source() + "".join(map(attention.render_table, unique)),
+    }
     return {name: f"{_COMMAND}\n{text}" for name, text in texts.items()}
 
 
@@ -56,7 +59,7 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
     """
     folder = path.with_suffix("")
     folder.mkdir()
-    files = render(specs)
+    files = render_library(specs)
     for name, text in files.items():
         (folder / name).write_text(text)
     try:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
-from fhopt.export.decode_step import Seal, Step, unrounded
+from fhopt.export.decode_step import ExportedStep, Seal, unrounded
 from fhopt.export.pt2_step import (
     DESCRIPTION,
     VERSION,
@@ -35,11 +35,11 @@ from fhopt.export.pt2_step import (
     describe_state,
     dynamic_rows,
     example_inputs,
-    read_description,
+    read_step_description,
     write_description,
 )
 from fhopt.export.step_attention import StateTensor
-from fhopt.export.step_state import State
+from fhopt.export.step_state import StepState
 from fhopt.export.targets import TARGETS, Target
 from fhopt.files import appearing_folder, check_tensor_file
 from fhopt.models.loaded_model import LoadedModel
@@ -80,9 +80,9 @@ class _Functional(nn.Module):
         return torch.func.functional_call(self.hidden[0], dict(zip(self.names, weights, strict=True)), tuple(inputs))
 
 
-def lower(model: nn.Module, plan: LatentPlan, dialect: str = "linalg") -> Lowered:
+def lower_step(model: nn.Module, plan: LatentPlan, dialect: str = "linalg") -> Lowered:
     """Lower the decode step of a causal language model, for one sequence and token, to MLIR. Raises FhoptError."""
-    step = Step(model, unrounded(plan)).eval()
+    step = ExportedStep(model, unrounded(plan)).eval()
     ids, counts, state = example_inputs(step)
     weights = {n: t.detach() for n, t in [*step.named_parameters(), *step.named_buffers()]}
     inputs = [ids, counts, *state]
@@ -134,7 +134,7 @@ def export(loaded: LoadedModel, plan: LatentPlan, target: Target, out: Path) -> 
 
     target.check()
     check_out(out, DESCRIPTION)
-    lowered = lower(loaded.language_model(), plan, target.dialect)
+    lowered = lower_step(loaded.language_model(), plan, target.dialect)
     with appearing_folder(out) as staging:
         for name in ("step", "seal"):
             _write_module(getattr(lowered, name), staging / name, target)
@@ -197,12 +197,12 @@ def _describe(loaded: LoadedModel, plan: LatentPlan, lowered: Lowered, target: T
 # --------------------------------------------------------------------------------------------------- running
 
 
-def open_module(folder: Path) -> State:
+def open_module(folder: Path) -> StepState:
     """Open an exported IREE module for this CPU as a `State` that takes tokens. Raises FhoptError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    about, plan = read_description(folder), LatentPlan.load(folder / PLAN)
+    about, plan = read_step_description(folder), LatentPlan.load(folder / PLAN)
     if about.get("target", {}).get("name") != "iree-cpu":
         raise FhoptError(f"{folder} is for {about.get('target')}; expected an export with --target iree-cpu.")
     try:
@@ -213,7 +213,7 @@ def open_module(folder: Path) -> State:
     state = [StateTensor(t["name"], tuple(t["shape"]), getattr(torch, t["dtype"])) for t in about["state"]]
     step = _Function(folder / "step.vmfb", "step", [weights[n] for n in about["weights"]])
     seal = _Function(folder / "seal.vmfb", "seal", [weights[n] for n in about["bases"]])
-    return State(plan, state, step, seal)
+    return StepState(plan, state, step, seal)
 
 
 class _Function:

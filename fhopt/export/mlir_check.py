@@ -57,7 +57,7 @@ class CountedOperation:
 
 
 @dataclass
-class Walk:
+class OperationCounts:
     """Operation counts of a function, polynomials in T.
 
     macs: multiply-adds of contractions. results: results of contractions that grow with T. tensors: float results of
@@ -71,7 +71,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MlirCheck:
     """Result of a check: `faults` is empty if all requirements hold. Counts per quantized token; macs as text."""
 
     macs: str
@@ -83,20 +83,20 @@ class Verdict:
     faults: tuple[str, ...]
 
 
-def verify_folder(folder: Path) -> Verdict:
+def verify_folder(folder: Path) -> MlirCheck:
     """Check an export of `fhopt export`, or a rewritten folder, whose step is lowered first. Raises FhoptError."""
     from fhopt.export import mlir
-    from fhopt.export.pt2_step import read_description
+    from fhopt.export.pt2_step import read_step_description
     from fhopt.models import rewritten_folder
     from fhopt.models.rewritten_model import load_exact
 
     if rewritten_folder.is_rewritten(folder):
         rewritten = rewritten_folder.read_folder(folder)
         model = load_exact(rewritten).eval()
-        step = mlir.lower(model, rewritten.plan).step
+        step = mlir.lower_step(model, rewritten.plan).step
         text = step.operation.get_asm(enable_debug_info=True)
         return verify_text(text, rewritten.plan, next(model.parameters()).element_size())
-    about = read_description(folder)
+    about = read_step_description(folder)
     files = [folder / name for name in ("step.mlir", "step.mlirbc") if (folder / name).is_file()]
     if not files:
         raise FhoptError(f"{folder} holds no MLIR; expected what `fhopt export FOLDER --target mlir` wrote.")
@@ -105,15 +105,15 @@ def verify_folder(folder: Path) -> Verdict:
     return verify_text(read_file(files[0], PROGRAM_BYTES), plan, getattr(torch, window_dtypes[0]).itemsize)
 
 
-def verify_text(text: str | bytes, plan: LatentPlan, itemsize: int = 4) -> Verdict:
+def verify_text(text: str | bytes, plan: LatentPlan, itemsize: int = 4) -> MlirCheck:
     """Check a step in linalg (text or bytecode as MLIR prints it) against a plan.
 
     itemsize: bytes per element of unquantized latents. Raises FhoptError for anything but linalg.
     """
-    return verdict(walk(text), plan, itemsize)
+    return compare_counts(walk(text), plan, itemsize)
 
 
-def walk(text: str | bytes) -> Walk:
+def walk(text: str | bytes) -> OperationCounts:
     """Count the operations of a module's functions. Raises FhoptError if it cannot be parsed or counted."""
     ir = _bindings()
     context = ir.Context()
@@ -122,7 +122,7 @@ def walk(text: str | bytes) -> Walk:
         module = ir.Module.parse(text, context)
     except Exception as error:  # the parser's own type is not public
         raise FhoptError(f"this is not MLIR ({str(error).splitlines()[0][:200]}). Export it again.") from error
-    counts = Walk()
+    counts = OperationCounts()
     for function in module.body.operations:
         if function.operation.name == "func.func":
             for argument in function.regions[0].blocks[0].arguments:
@@ -164,7 +164,7 @@ def _check_dialects(function: Any) -> None:
 # --------------------------------------------------------------------------------------------------- counting
 
 
-def _count(ir: Any, operation: Any, counts: Walk) -> None:
+def _count(ir: Any, operation: Any, counts: OperationCounts) -> None:
     """Add an operation to the counts."""
     is_contraction = operation.name in _NAMED or (operation.name == "linalg.generic" and _multiplies(operation))
     if is_contraction:
@@ -245,7 +245,7 @@ def _source(operation: Any) -> str:
 # --------------------------------------------------------------------------------------------------- verdict
 
 
-def verdict(counts: Walk, plan: LatentPlan, itemsize: int = 4) -> Verdict:
+def compare_counts(counts: OperationCounts, plan: LatentPlan, itemsize: int = 4) -> MlirCheck:
     """Compare the counts of a step with those of a plan."""
     scores = max(site.site.heads for site in plan.sites)
     most = max(scores, *(_widest_group(site) for site in plan.sites))
@@ -269,7 +269,7 @@ def verdict(counts: Walk, plan: LatentPlan, itemsize: int = 4) -> Verdict:
         faults.append(f"a token takes {macs:,} multiplications, expected {expected_macs:,} for attention on latents")
     unique = tuple(dict.fromkeys(faults))
     exact = plan.exact_token_bytes(itemsize)
-    return Verdict(str(sympy.expand(counts.macs)), macs, bytes_, largest, scores, exact, unique)
+    return MlirCheck(str(sympy.expand(counts.macs)), macs, bytes_, largest, scores, exact, unique)
 
 
 def _widest_group(site: SitePlan) -> int:

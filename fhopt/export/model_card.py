@@ -14,7 +14,7 @@ from fhopt.plan.cache_size import CacheLayer, cache_size, compressed_sites
 from fhopt.plan.expected_loss import calibration_warning, expected_loss
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import MeasuredText
-from fhopt.plan.quality_card import card as card_of
+from fhopt.plan.quality_card import quality_card as card_of
 from fhopt.version import __version__
 
 COUNTED_AT = (1024, 8192, 32768)  # tokens
@@ -40,7 +40,7 @@ Without fhopt, vLLM refuses it and names the unknown method `fhopt`.
 """
 
 
-def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison], source: Path | None) -> str:
+def model_card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison], source: Path | None) -> str:
     """Return the text of README.md."""
     network: Any = loaded.module
     auto = "AutoModelForSeq2SeqLM" if network.config.is_encoder_decoder else "AutoModelForCausalLM"

@@ -33,7 +33,7 @@ from fhopt.cache import module_buffers
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.errors import FhoptError
 from fhopt.export.kernel_library import compile_library
-from fhopt.export.pt2_step import check_out, compile_program, describe_state, short, write_description
+from fhopt.export.pt2_step import check_out, compile_program, describe_state, first_line, write_description
 from fhopt.export.step_attention import StateTensor
 from fhopt.files import appearing_folder
 from fhopt.models.capture import from_exported
@@ -42,7 +42,7 @@ from fhopt.models.rewritten_folder import PLAN
 from fhopt.ops import encode_rows, latent_attention, packing, prefill_attention
 from fhopt.passes import pipeline
 from fhopt.passes.graph.program import Program
-from fhopt.plan.fingerprint import check_model
+from fhopt.plan.fingerprint import check_fingerprint
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -104,7 +104,7 @@ def export_module(loaded: LoadedModel, plan: LatentPlan, kernels: bool = False) 
     kernels: attention on quantized latents is the op of C++ kernels. Raises FhoptError if the module cannot be
     exported, or the plan names sites that it does not have.
     """
-    check_model(plan, loaded.weights(), loaded.name)
+    check_fingerprint(plan, loaded.weights(), loaded.name)
     plan.check_no_means("an exported module")
     plan.check_uniform("an exported module")
     rewritten = _rewritten(loaded, plan)
@@ -134,7 +134,7 @@ def _exported(
             return torch.export.export(module, args, dict(kwargs or {}), strict=False)
         except Exception as error:  # the module's code may do what export does not support
             raise FhoptError(
-                f"{name} cannot be exported: {type(error).__name__}: {short(error)}. Expected a module that "
+                f"{name} cannot be exported: {type(error).__name__}: {first_line(error)}. Expected a module that "
                 "torch.export takes."
             ) from error
 
@@ -160,7 +160,7 @@ def _kernel_call(specs: list[KernelSpec]) -> Callable[..., tuple[Tensor, Tensor]
         operands = (query, key, key_scale, value, value_scale, mask)
         spec = _spec(query, options, softcap)
         readable = mask is None or mask.dtype in (torch.bool, torch.float32)
-        if spec is None or not readable or not graph_kernels.serve(spec):
+        if spec is None or not readable or not graph_kernels.register_kernel(spec):
             return latent_attention.latent_attention_reference(
                 *operands, scale=scale, softcap=softcap, lengths=lengths, **options
             )
@@ -243,7 +243,7 @@ def _rewritten(loaded: LoadedModel, plan: LatentPlan) -> _Rewritten:
     program = captured.program
     _mark_buffers(program)
     with torch.no_grad():
-        outcome = pipeline.find(program, assume_finite=True)
+        outcome = pipeline.find_attentions(program, assume_finite=True)
         _remove_dead_attention(program)
         pipeline.optimize(outcome, plan, keeper=_ProgramKeeper())
     left = sorted({site.site.name for site in plan.sites} - outcome.compressed.keys())
@@ -256,7 +256,7 @@ def _rewritten(loaded: LoadedModel, plan: LatentPlan) -> _Rewritten:
 class _ProgramKeeper(module_buffers.BufferKeeper):
     """Buffer keeper for exported programs, which never writes the module's own buffers."""
 
-    unfit = staticmethod(lambda buffer: "")
+    why_kept = staticmethod(lambda buffer: "")
     parts = staticmethod(module_buffers.blank)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
-from fhopt.export.decode_step import Seal, Step, unrounded
+from fhopt.export.decode_step import ExportedStep, Seal, unrounded
 from fhopt.export.kernel_library import compile_library
 from fhopt.export.step_attention import StateTensor
 from fhopt.files import appearing_folder
@@ -78,12 +78,12 @@ class Exported:
     state: tuple[StateTensor, ...]
 
 
-def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Exported:
+def export_pt2(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Exported:
     """Export the programs `step` and `seal` of a causal language model for one sequence, a token at a time.
 
     kernels: attention on quantized tokens is the op of C++ kernels. Raises FhoptError if no step can be exported.
     """
-    step = Step(model, unrounded(plan), kernels).eval()
+    step = ExportedStep(model, unrounded(plan), kernels).eval()
     ids, counts, state = example_inputs(step)
     sizes = dynamic_rows(step)
     blocks = tuple(t.empty(0)[:, :, : plan.block].clone() for t in step.tensors if None not in t.shape)
@@ -94,14 +94,14 @@ def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Ex
             )
         except Exception as error:  # the model's code may do what export does not support
             raise FhoptError(
-                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {short(error)}. Expected a model "
-                "that torch.export takes."
+                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}. Expected a "
+                "model that torch.export takes."
             ) from error
         seal = torch.export.export(Seal(step), blocks, strict=False)
     return Exported(exported, seal, tuple(step.tensors))
 
 
-def example_inputs(step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
+def example_inputs(step: ExportedStep) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Create the inputs (ids, counts, state) that a step is exported with."""
     rows = EXAMPLE_BLOCKS * step.plan.block
     return (
@@ -111,13 +111,13 @@ def example_inputs(step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
     )
 
 
-def dynamic_rows(step: Step) -> tuple[dict[int, Any] | None, ...]:
+def dynamic_rows(step: ExportedStep) -> tuple[dict[int, Any] | None, ...]:
     """Return the dynamic dimensions of each tensor of the state: one size for all of them."""
     rows = torch.export.Dim("rows", min=2)
     return tuple({2: rows} if None in t.shape else None for t in step.tensors)
 
 
-def short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip() or "no message").splitlines()[0][:200]
 
@@ -131,7 +131,7 @@ def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: b
     check_out(out, DESCRIPTION)
     model = loaded.language_model()
     with appearing_folder(out) as staging:
-        plain = export_step(model, plan)
+        plain = export_pt2(model, plan)
         for name in ("step", "seal"):
             torch.export.save(getattr(plain, name), staging / f"{name}.pt2")
         if compiled:
@@ -149,7 +149,7 @@ def check_out(out: Path, *descriptions: str) -> None:
 
 
 def _write_compiled(model: nn.Module, plan: LatentPlan, staging: Path) -> None:
-    compile_program(export_step(model, plan, kernels=True).step, staging / "step-aot.pt2")
+    compile_program(export_pt2(model, plan, kernels=True).step, staging / "step-aot.pt2")
     compile_library([KernelSpec.of(site, "float32") for site in plan.sites], staging / "fhopt_kernels.so")
 
 
@@ -158,7 +158,7 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # inductor and the compiler raise many types
-        raise FhoptError(f"AOTInductor could not compile it: {short(error)}. Leave it out: --no-aot.") from error
+        raise FhoptError(f"AOTInductor could not compile it: {first_line(error)}. Leave it out: --no-aot.") from error
 
 
 def describe_state(tensors: Sequence[StateTensor]) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _describe(
     (staging / "README.md").write_text(text)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_step_description(folder: Path) -> dict[str, Any]:
     """Load `step.json`. Raises FhoptError if it is missing, damaged or of another version."""
     from fhopt.models.rewritten_folder import read_json
 

@@ -22,7 +22,7 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import Comparison
-from fhopt.export.model_card import LICENSES, card
+from fhopt.export.model_card import LICENSES, model_card
 from fhopt.files import appearing_folder
 from fhopt.hf.apply import apply, unapply
 from fhopt.models import rewritten_folder
@@ -52,7 +52,7 @@ class Rewritten:
     losses: Mapping[str, Comparison] = field(default_factory=dict)
 
 
-def rewrite(
+def rewrite_folder(
     loaded: LoadedModel, plan: LatentPlan, out: Path | str, source: Path | None = None, shard_size: str = SHARD_SIZE,
     losses: Mapping[str, Comparison] | None = None,
 ) -> Rewritten:  # fmt: skip
@@ -63,7 +63,7 @@ def rewrite(
     cannot be written, or `out` contains anything else.
     """
     out = Path(out)
-    model = check(loaded, plan, out, source)
+    model = check_rewritable(loaded, plan, out, source)
     with appearing_folder(out) as staging:
         copied = source is not None and stored_dtype(source) == next(model.parameters()).dtype
         if source is not None:
@@ -74,7 +74,7 @@ def rewrite(
         _write_config(model, source if copied else None, staging)
         plan.save(staging / PLAN)
         _write_manifest(model, plan, staging)
-        (staging / "README.md").write_text(card(loaded, plan, losses or {}, source), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(loaded, plan, losses or {}, source), encoding="utf-8")
         for file in staging.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # readable by all users
         return _sizes(staging, out, copied, losses or {})
@@ -107,7 +107,7 @@ def _dtype(name: str) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def check(loaded: LoadedModel, plan: LatentPlan, out: Path, source: Path | None = None) -> Any:
+def check_rewritable(loaded: LoadedModel, plan: LatentPlan, out: Path, source: Path | None = None) -> Any:
     """Return the model. Raises FhoptError unless it can be written to `out` with this plan."""
     model: Any = loaded.module
     if not hasattr(model, "save_pretrained") or not getattr(model, "can_generate", lambda: False)():

@@ -12,7 +12,7 @@ from fhopt.export.step_attention import StateTensor
 from fhopt.plan.latent_plan import LatentPlan
 
 
-class State:
+class StepState:
     """Caller's side of an exported step: the buffers, and how the results of a step are written to them.
 
     run_step, run_seal: functions that compute `Step` and `Seal` on torch tensors. tokens: number of tokens in the

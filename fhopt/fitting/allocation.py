@@ -303,7 +303,7 @@ def channel_nats(basis: Basis, costs: SideCosts | None, bits: int) -> Tensor:
 
 def chunk_nats(basis: Basis, costs: SideCosts | None, grain: Grain) -> dict[int, list[float]]:
     """Return nats/token of each chunk at 0 bits and at each of the grain's levels, with the grain's code."""
-    share = functools.partial(codes.share, grain.code)
+    share = functools.partial(codes.relative_error, grain.code)
     return {bits: _per_chunk(share(bits) * channel_nats(basis, costs, bits)) for bits in (0, *grain.levels)}
 
 

@@ -7,7 +7,7 @@ uniform quantizer's, not 0.68), so the expected KL of small groups is underestim
 
 from __future__ import annotations
 
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 UNIFORM, TRELLIS, AUTO = "uniform", "trellis", "auto"
 CODES = (UNIFORM, TRELLIS)
@@ -29,16 +29,16 @@ def chosen(code: str, ratio: float, is_read: bool) -> str:
     return TRELLIS if is_read and ratio >= TRELLIS_FROM else UNIFORM
 
 
-def is_trellis(code: str, bits: int, width: int) -> bool:
+def gets_trellis(code: str, bits: int, width: int) -> bool:
     """Return whether a bit group gets a trellis code when `code` is requested."""
     return code == TRELLIS and bits in STEP and bits * width >= LEAST_RING
 
 
-def trellis_tier(bits: int, width: int) -> Tier:
+def trellis_tier(bits: int, width: int) -> BitGroup:
     """Return a bit group with a trellis code for channels of unit variance."""
-    return Tier(bits, width, -STEP[bits])
+    return BitGroup(bits, width, -STEP[bits])
 
 
-def share(code: str, bits: int) -> float:
+def relative_error(code: str, bits: int) -> float:
     """Return the error of channels with `code`, relative to uniform quantizers."""
     return SHARE.get(bits, 1.0) if code == TRELLIS else 1.0

@@ -29,7 +29,7 @@ TIME = "time"  # provenance key: device, relative time, expected KL of the plan 
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """Layouts of sites by name, their bits, and how they were chosen.
 
     rate: nats per second of decode time. without: the allocation that ignores time, if this one does not.
@@ -57,7 +57,7 @@ def channel_times(
     }
 
 
-def provenance(choice: Choice, allocation: Allocation, budget: int, device: str | None) -> dict[str, Any]:
+def provenance(choice: LayoutChoice, allocation: Allocation, budget: int, device: str | None) -> dict[str, Any]:
     """Return provenance for KL traded for time: JSON values under `TIME`, or nothing.
 
     allocation: of the plan, which may differ from that of the choice.
@@ -81,14 +81,14 @@ def bound_of(least: float) -> float:
     return max(DEARER * least, min(MOST * least, LITTLE))
 
 
-def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, device: str | None) -> Choice:
+def choose_fastest(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, device: str | None) -> LayoutChoice:
     """Choose layouts and bits for a budget of bits per token: the fastest found within the bound if sides have a time.
 
     At each rate layouts compete starting from the best choice so far, and from the fastest layouts. Raises FhoptError
     if the budget is below the minimum that all sides need.
     """
     layouts, least = choose_layouts(bases, sides, budget, grain)
-    best = Choice(layouts, least)
+    best = LayoutChoice(layouts, least)
     if device is None or not least.seconds or not least.nats:
         return best
     bound, enough = bound_of(least.nats), _memory_seconds(budget, device)
@@ -100,7 +100,7 @@ def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, devic
         tried = []
         for start in (best.layouts, fastest):
             try:
-                tried.append(Choice(*choose_layouts(bases, sides, budget, grain, rate, start), rate, least))
+                tried.append(LayoutChoice(*choose_layouts(bases, sides, budget, grain, rate, start), rate, least))
             except FhoptError:  # too few bytes for that many latent heads
                 continue
         for choice in tried:
@@ -130,7 +130,7 @@ def _fastest(name: str, layouts: Mapping[str, Sequence[Basis]], sides: Sides) ->
     return min(layouts, key=seconds)
 
 
-def nats_of_another(choice: Choice, bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> float:
+def nats_of_another(choice: LayoutChoice, bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> float:
     """Estimate the KL of a choice at another budget, with the rate scaled in proportion to KL over time.
 
     Raises FhoptError like `choose`.

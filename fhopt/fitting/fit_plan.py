@@ -43,20 +43,20 @@ from fhopt.fitting.fit_summary import (
     SHARED,
     SIDES,
     Evidence,
+    PlanSize,
     SideEvidence,
-    Size,
-    short,
+    round_digits,
     side_evidence,
 )
-from fhopt.fitting.kernel_shapes import GPU_SHAPES, SiteChunks, share
+from fhopt.fitting.kernel_shapes import GPU_SHAPES, SiteChunks, share_shapes
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
-from fhopt.plan.site_plan import TIER_QUANTUM, SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import TIER_QUANTUM, BitGroup, SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
 
 
-def fit(
+def fit_ratio(
     statistics: Mapping[str, SiteStatistics],
     *,
     ratio: float,
@@ -105,13 +105,13 @@ def fit(
     times = fast_choice.channel_times(bases, sites, device)
     candidates = candidate_sides(bases, costs, grain, weights, times)
     most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
-    choice = fast_choice.choose(bases, candidates, asked, grain, device)
+    choice = fast_choice.choose_fastest(bases, candidates, asked, grain, device)
     chosen, free = choice.layouts, choice.allocation
     chunks = {
         name: _chunks(sites[name], name, which, bases, costs, grain, weights[name], times.get((name, which), 0.0))
         for name, which in chosen.items()
     }
-    allocation = free if most is None else share(chunks, free, asked, grain, most, choice.rate)
+    allocation = free if most is None else share_shapes(chunks, free, asked, grain, most, choice.rate)
     plans = []
     for name, which in chosen.items():
         sides = [_coded(basis, allocation.bits[name, i], i == 1, code) for i, basis in enumerate(bases[name][which])]
@@ -160,8 +160,8 @@ def _curve(
     budget: Budget,
     sites: Collection[AttentionSite],
     grain: Grain,
-    choice: fast_choice.Choice,
-) -> tuple[Size, ...]:
+    choice: fast_choice.LayoutChoice,
+) -> tuple[PlanSize, ...]:
     """Return the expected KL of plans of other sizes, up to the largest ratio that can be reached."""
     exact, sizes = budget.exact_bytes(sites) / budget.tokens, []
     for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
@@ -172,7 +172,7 @@ def _curve(
                 nats = fast_choice.nats_of_another(choice, bases, sides, asked, grain)
         except FhoptError:  # below the minimum that all sides need
             break
-        sizes.append(Size(ratio, short(exact / ratio), short(nats)))
+        sizes.append(PlanSize(ratio, round_digits(exact / ratio), round_digits(nats)))
     return tuple(sizes)
 
 
@@ -215,7 +215,9 @@ def _lossless(
     return tuple(plans)
 
 
-def _site_plan(site: AttentionSite, layout: str, sides: Sequence[tuple[Tensor, Tensor, tuple[Tier, ...]]]) -> SitePlan:
+def _site_plan(
+    site: AttentionSite, layout: str, sides: Sequence[tuple[Tensor, Tensor, tuple[BitGroup, ...]]]
+) -> SitePlan:
     """Build the plan of a site from (encode, decode [J, n*D, R], tiers) of each side, or of one side for both."""
     if layout == "input":
         return _shared(site, *sides[0])
@@ -223,7 +225,7 @@ def _site_plan(site: AttentionSite, layout: str, sides: Sequence[tuple[Tensor, T
     return SitePlan(site, layout, key, value)
 
 
-def _shared(site: AttentionSite, encode: Tensor, decode: Tensor, tiers: tuple[Tier, ...]) -> SitePlan:
+def _shared(site: AttentionSite, encode: Tensor, decode: Tensor, tiers: tuple[BitGroup, ...]) -> SitePlan:
     """Build a plan in the layout `input` from encode [1, R, G*(D+E)] and decode [1, G*(D+E), R]."""
     key, value = _by_head(decode, site.kv_heads).split([site.key_dim, site.value_dim], 1)
     nothing = torch.zeros(1, encode.shape[1], 0)
@@ -250,7 +252,7 @@ def exact_plan(sites: Iterable[AttentionSite], *, sinks: int = 4, recent: int = 
     return LatentPlan(tuple(plans), sinks, recent, block, {"layout": "identity", "ratio": 1.0, "predicted_nats": 0.0})
 
 
-def _coded(basis: Basis, bits: Sequence[int], unbiased: bool, code: str) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
+def _coded(basis: Basis, bits: Sequence[int], unbiased: bool, code: str) -> tuple[Tensor, Tensor, tuple[BitGroup, ...]]:
     """Return (encode, decode, tiers) of the channels that got bits, in bit groups of descending bits.
 
     unbiased: scale decoders by the gains that make errors uncorrelated with the input.
@@ -263,8 +265,8 @@ def _coded(basis: Basis, bits: Sequence[int], unbiased: bool, code: str) -> tupl
     widths = {b: TIER_QUANTUM * list(bits).count(b) for b in sorted(set(bits) - {0}, reverse=True)}
     tiers, gains = [], []
     for b, w in widths.items():
-        is_trellis = codes.is_trellis(code, b, w)
-        tiers.append(codes.trellis_tier(b, w) if is_trellis else Tier(b, w, STEPS.get(b, 1.0)))
+        is_trellis = codes.gets_trellis(code, b, w)
+        tiers.append(codes.trellis_tier(b, w) if is_trellis else BitGroup(b, w, STEPS.get(b, 1.0)))
         gains += [(codes.GAIN if is_trellis else UNBIASED).get(b, 1.0) if unbiased else 1.0] * w
     decode = decode.float() * torch.tensor(gains, device=decode.device)
     return encode, decode, tuple(tiers)

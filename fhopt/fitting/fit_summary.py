@@ -43,7 +43,7 @@ class SideEvidence:
 
 
 @dataclass(frozen=True)
-class Size:
+class PlanSize:
     """A plan of another size from the same calibration: ratio, bytes per token including everything, expected KL."""
 
     ratio: float
@@ -56,7 +56,7 @@ class Evidence:
     """All evidence of a fit: sides by site name, and other sizes in ascending order of ratio."""
 
     sites: Mapping[str, tuple[SideEvidence, ...]]
-    curve: tuple[Size, ...]
+    curve: tuple[PlanSize, ...]
 
     def nats(self, site: str) -> float:
         """Return the expected KL of a site in nats/token."""
@@ -74,7 +74,7 @@ def _side_json(side: SideEvidence) -> dict[str, Any]:
     return vars(side) | {"spectrum": list(side.spectrum), "bits": list(side.bits)}
 
 
-def short(number: float) -> float:
+def round_digits(number: float) -> float:
     """Round to DIGITS significant digits."""
     return float(f"{number:.{DIGITS}g}")
 
@@ -91,8 +91,8 @@ def side_evidence(
     least = 2 if 2 in costs else min(b for b in costs if b)
     used = tuple(bits[:chunks])
     lost = sum(costs[b][i] for i, b in enumerate(used))
-    spectrum = tuple(short(v) for v in (0.5 * variance.sum(0)).tolist())
-    return SideEvidence(side, spectrum, used, short(lost), short(sum(costs[least])))
+    spectrum = tuple(round_digits(v) for v in (0.5 * variance.sum(0)).tolist())
+    return SideEvidence(side, spectrum, used, round_digits(lost), round_digits(sum(costs[least])))
 
 
 def evidence_of(plan: LatentPlan) -> Evidence | None:
@@ -104,4 +104,4 @@ def evidence_of(plan: LatentPlan) -> Evidence | None:
         name: tuple(SideEvidence(**s | {"spectrum": tuple(s["spectrum"]), "bits": tuple(s["bits"])}) for s in sides)
         for name, sides in held["sites"].items()
     }
-    return Evidence(sites, tuple(Size(**size) for size in held["curve"]))
+    return Evidence(sites, tuple(PlanSize(**size) for size in held["curve"]))

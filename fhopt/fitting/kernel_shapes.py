@@ -54,7 +54,7 @@ class SiteChunks:
         return [sorted(range(len(side[0])), key=lambda i: -side[0][i]) for side in self.nats]
 
 
-def share(
+def share_shapes(
     sites: Mapping[str, SiteChunks], free: Allocation, budget: int, grain: Grain, most: int, rate: float = 0.0
 ) -> Allocation:
     """Allocate `budget` bits per token with at most `most` shapes, or one for each kind of site if more.

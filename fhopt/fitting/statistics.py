@@ -25,7 +25,7 @@ def latent_groups(site: AttentionSite) -> int:
     )
 
 
-def joined(x: Tensor, groups: int) -> Tensor:
+def concatenate_heads(x: Tensor, groups: int) -> Tensor:
     """Concatenate the n = G/J heads of a latent head, as `ops.encode` expects: [B,G,T,D] -> [J, B, T, n*D]."""
     b, g, t, d = x.shape
     return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)

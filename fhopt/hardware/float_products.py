@@ -48,7 +48,7 @@ MOST_FEW_ROWS = 16  # up to this many rows, converting the weight does not pay
 CONVERTED = 1 << 20  # elements of a weight that are in float32 at once
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute x [..., K] w^T [K, N] + bias [N] -> [..., N], without gradients, by the fastest method on this CPU."""
     return _way(x, weight, bias)(x, weight, bias)
 
@@ -72,7 +72,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a 16-bit linear layer by float32 matmuls."""
-    found = codegen.linear(x, weight, bias)
+    found = codegen.dispatch_linear(x, weight, bias)
     if found is not None:
         return found
     return by_parts(x, weight, bias)
@@ -89,7 +89,7 @@ def by_parts(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: int | None
     flat = output.view(rows, columns)
     for part in _parts(columns, width, numbers):
         added = None if bias is None else bias[part].float()
-        flat[:, part] = linear(given, weight[part].float(), added)
+        flat[:, part] = fastest_linear(given, weight[part].float(), added)
     return output  # not a view: a view returned by an autograd function may not be written to
 
 

@@ -22,11 +22,11 @@ from typing import Any
 
 from rich.table import Table
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu.configs import Config
 from fhopt.codegen.gpu.gpus import find_gpu
 from fhopt.codegen.gpu.resources import Occupancy, triton_version
-from fhopt.codegen.gpu.tuning import Choice, choose_each
+from fhopt.codegen.gpu.tuning import TunedConfigs, choose_each
 from fhopt.errors import FhoptError
 from fhopt.files import check_folder, check_writable, write_folder
 from fhopt.hardware.cost_model import BATCH, ITEMSIZES, QUANTIZED, QUERIES, Cost, Work, site_cost
@@ -135,7 +135,7 @@ def write_kernels(
     choices = _choices(list(kernels), device, options, progress)
     rows = tuple(_row(kernel, kernels[kernel], choices[kernel], plan, device, options) for kernel in kernels)
     version = triton_version() if device.kind == "gpu" else ""
-    texts = {name: render(spec, "triton" if device.kind == "gpu" else "cpp") for name, spec in files.items()}
+    texts = {name: render_kernel(spec, "triton" if device.kind == "gpu" else "cpp") for name, spec in files.items()}
     written = Kernels(options, version, rows, texts)
     tables = dict(zip(TABLE_FILES, (markdown(written), json.dumps(written.as_json(), indent=1) + "\n"), strict=True))
     write_folder(out, {name: text.encode() for name, text in (texts | tables).items()})
@@ -170,11 +170,11 @@ def _file(spec: KernelSpec, device: Device) -> str:
 
 def _choices(
     kernels: Sequence[Kernel], device: Device, options: Options, progress: Callable[[str, int, int], None]
-) -> dict[Kernel, Choice]:
+) -> dict[Kernel, TunedConfigs]:
     """Choose the configuration of each kernel; none on a CPU."""
     if device.kind != "gpu":
-        return dict.fromkeys(kernels, Choice(None, ()))
-    chosen = dict[Kernel, Choice]()
+        return dict.fromkeys(kernels, TunedConfigs(None, ()))
+    chosen = dict[Kernel, TunedConfigs]()
     for stage, most in (("compile", min(1, options.candidates)), ("compile more", options.candidates)):
         left = [kernel for kernel in kernels if kernel not in chosen or chosen[kernel].best is None]
         requests = [(kernel[0], _tile_rows(kernel, options)) for kernel in left]
@@ -190,7 +190,7 @@ def _tile_rows(kernel: Kernel, options: Options) -> int:
 
 
 def _row(
-    kernel: Kernel, sites: list[SitePlan], choice: Choice, plan: LatentPlan, device: Device, options: Options
+    kernel: Kernel, sites: list[SitePlan], choice: TunedConfigs, plan: LatentPlan, device: Device, options: Options
 ) -> KernelRow:
     spec, heads, key_heads, value_heads = kernel
     work = _latents(sites[0], options.dtype)
@@ -213,7 +213,7 @@ def _row(
     )
 
 
-def _compiled(choice: Choice) -> Compiled | None:
+def _compiled(choice: TunedConfigs) -> Compiled | None:
     best = choice.best
     if best is None or best.occupancy is None:
         return None
@@ -293,7 +293,7 @@ def _about(kernels: Kernels) -> str:
     return f"{chosen.device}, batch {chosen.batch}, queries {chosen.queries}, {chosen.dtype}"
 
 
-def table(kernels: Kernels) -> Table:
+def terminal_table(kernels: Kernels) -> Table:
     """Build the table for a terminal, one line per cell: a row has more cells than fit side by side."""
     head, rows = cells(kernels)
     shown = Table(title=f"Attention on latents: {_about(kernels)}", title_justify="left", show_header=False)

@@ -52,10 +52,10 @@ def measured(threads: int) -> CpuRates:
     try:
         return CpuRates(**json.loads(read_file(path)))
     except (OSError, ValueError, TypeError, RecursionError, FhoptError):  # missing, damaged, or of another version
-        return measure(threads)
+        return measure_cpu(threads)
 
 
-def measure(threads: int) -> CpuRates:
+def measure_cpu(threads: int) -> CpuRates:
     """Measure the rates of this CPU, and cache them if the cache folder is writable."""
     rates = CpuRates(
         cpu=cpu_name(),

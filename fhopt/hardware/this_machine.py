@@ -20,7 +20,7 @@ import torch
 from fhopt.codegen.compiler import CompileError, check_compiler, vector_unit
 from fhopt.codegen.gpu.gpus import gpu_named
 from fhopt.hardware import this_cpu
-from fhopt.system import CACHE_VARIABLE, cache_bytes, cache_fault, cache_folder, cores, has_triton, memory_bytes
+from fhopt.system import CACHE_VARIABLE, cache_fault, cache_folder, cores, generated_bytes, has_triton, memory_bytes
 from fhopt.version import __version__
 
 GOOD, SLOW, MISSING = "good", "slow", "missing"
@@ -102,7 +102,7 @@ def examine() -> Machine:
         gpu_fault=gpu_fault,
         versions={"fhopt": __version__, "python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
         cache_folder=_folder(),
-        cache_bytes=cache_bytes() if _folder() else 0,
+        cache_bytes=generated_bytes() if _folder() else 0,
         cache_fault=cache_fault(),
     )
 

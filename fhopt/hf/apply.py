@@ -32,7 +32,7 @@ from fhopt.models.model_facts import (
 )
 from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import local_plan
-from fhopt.plan.fingerprint import check_model
+from fhopt.plan.fingerprint import check_fingerprint
 from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
 from fhopt.plan.site_plan import SitePlan
 
@@ -83,7 +83,7 @@ def apply(
     Kernels that are not built yet compile in the background during the first calls; `prepare` waits for them.
     """
     import fhopt.codegen
-    from fhopt.attention.offered_latents import Reader
+    from fhopt.attention.offered_latents import LatentReader
     from fhopt.plan.layer_index import cached_sites, layer_indices
 
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
@@ -100,7 +100,7 @@ def apply(
             f"{weights.absent[0]} of {type(model).__name__} is on the meta device: it has no numbers. Load the weights "
             "first, with device_map where they are more than one device holds."
         )
-    check_model(plan, weights, type(model).__name__)
+    check_fingerprint(plan, weights, type(model).__name__)
     check_segments(network.config, plan.segment, type(model).__name__)
     if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):  # meta: offloaded to disk
         plan.check_uniform("a GPU")
@@ -113,7 +113,7 @@ def apply(
         by_name = layer_indices([s for s in sites if s.kind == kind])
         layers |= {name: _layer_index(modules[name], index) for name, index in by_name.items()}
         cached_sites(plan, kind, layers)
-    register()
+    register_attention()
     unapply(model)
     before = implementations(network.config)
     interface = all(map(uses_interface, modules.values()))
@@ -126,12 +126,12 @@ def apply(
     parameters = tuple(inspect.signature(model.forward).parameters)
     network._fhopt_applied = _Applied(
         whole_plan, plan, hooks, before, layers, cache_argument(model), parameters, is_set=interface,
-        interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
-        fast=(skinny_products, layer_programs),
+        interface=interface and all(site.mask != "relative" for site in sites), reader=LatentReader(),
+        config=network.config, fast=(skinny_products, layer_programs),
     )  # fmt: skip
-    fhopt.codegen.install()
+    fhopt.codegen.register_kernels()
     if _reads_latents(network):
-        fhopt.codegen.start()
+        fhopt.codegen.start_builds()
     if skinny_products:
         replace_products(model)
     if layer_programs and network._fhopt_applied.interface:
@@ -151,7 +151,7 @@ def _check_loaded(model: torch.nn.Module, _: Any) -> None:
     Runs as a post-hook: the weights are loaded already.
     """
     try:
-        check_model(_applied(model).whole_plan, Weights(model), type(model).__name__)
+        check_fingerprint(_applied(model).whole_plan, Weights(model), type(model).__name__)
     except FhoptError as error:
         warnings.warn(f"weights were loaded while a plan is applied: {error}", RuntimeWarning, stacklevel=2)
 
@@ -191,16 +191,16 @@ def prepare(model: torch.nn.Module) -> torch.nn.Module:
     import fhopt.codegen
 
     if _record(model) is not None and _reads_latents(model):
-        fhopt.codegen.prepare()
+        fhopt.codegen.build_all()
     return model
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
+def waiting_for_kernels() -> Iterator[None]:
     """Wait inside the context for kernels that calls need, which speeds up work on many tokens."""
     import fhopt.codegen
 
-    with fhopt.codegen.waiting():
+    with fhopt.codegen.wait_for_kernels():
         yield
 
 
@@ -268,7 +268,7 @@ def _uses_latents(config: Any) -> bool:
     return bool(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
 
 
-def register() -> None:
+def register_attention() -> None:
     """Register `latent_attention_forward` with transformers as IMPLEMENTATION."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -402,7 +402,7 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     note_padding(layers, mask, ids.shape[1], positions)
 
 
-def site_layers(model: torch.nn.Module) -> dict[str, int]:
+def applied_site_layers(model: torch.nn.Module) -> dict[str, int]:
     """Return the cache layer index of each site of `model`. Raises FhoptError if no plan is applied."""
     return dict(_applied(model).layers)
 

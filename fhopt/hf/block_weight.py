@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks, skinny_linear
-from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.skinny_linear import BlockedWeight
 from fhopt.hf.skinny_products import product
 
 PART = 1 << 21  # elements of a weight dequantized at once
@@ -58,10 +58,10 @@ class BlockWeight(Tensor):
     Read-only: an operation that would write to it raises RuntimeError.
     """
 
-    gguf_blocks: Blocks
+    gguf_blocks: BlockedWeight
 
     @staticmethod
-    def __new__(cls, blocks: Blocks, dtype: torch.dtype) -> BlockWeight:
+    def __new__(cls, blocks: BlockedWeight, dtype: torch.dtype) -> BlockWeight:
         """Wrap blocks as a weight."""
         values, numbers = blocks.values, gguf_blocks.FORMATS.get(blocks.format, (0, 0))[0]
         if not numbers or blocks.width % numbers or not values.is_cpu:
@@ -69,7 +69,7 @@ class BlockWeight(Tensor):
                 f"a weight of width {blocks.width} in blocks of format {blocks.format} on {values.device}; expected a "
                 f"format of {sorted(gguf_blocks.FORMATS)}, whole blocks, the CPU."
             )
-        size = gguf_blocks.row_bytes(blocks.format, blocks.width)
+        size = gguf_blocks.blocked_row_bytes(blocks.format, blocks.width)
         if values.dtype != torch.uint8 or values.dim() != 2 or values.shape[1] != size or not values.is_contiguous():
             shape = tuple(values.shape)
             raise ValueError(f"blocks are {values.dtype} {shape}; expected torch.uint8 [N, {size}], dense.")
@@ -77,7 +77,7 @@ class BlockWeight(Tensor):
         made.gguf_blocks = blocks
         return made
 
-    def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
+    def __init__(self, blocks: BlockedWeight, dtype: torch.dtype) -> None:
         """See `__new__`."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -139,12 +139,12 @@ def _about(weight: BlockWeight) -> tuple[int, int, torch.dtype]:
 
 
 def _made(values: Tensor, format: int, width: int, dtype: torch.dtype, is_parameter: bool = False) -> Any:
-    made = BlockWeight(Blocks(values, format, width), dtype)
+    made = BlockWeight(BlockedWeight(values, format, width), dtype)
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 
 def _made_of_file(values: Tensor, format: int, width: int, dtype: torch.dtype, is_parameter: bool) -> Any:
-    arranged = gguf_blocks.arranged(values.numpy(), format, width)
+    arranged = gguf_blocks.interleave_rows(values.numpy(), format, width)
     return _made(arranged.values, format, width, dtype, is_parameter)
 
 
@@ -160,7 +160,7 @@ def _is_cast(kwargs: dict[str, Any]) -> bool:
 
 
 def rows_of(
-    blocks: Blocks, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
+    blocks: BlockedWeight, dtype: torch.dtype, first: int = 0, end: int | None = None, which: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Dequantize rows [first, end) of a weight, or the rows `which`. Raises IndexError for a row out of range.
@@ -168,7 +168,7 @@ def rows_of(
     memory: a buffer of the dtype, as of `gguf_blocks.unpack`; the next call overwrites the rows.
     """
     unpacked = dtype if dtype in skinny_linear.DTYPES else torch.float32
-    found = gguf_blocks.unpack(blocks, unpacked, first, end, which, memory)
+    found = gguf_blocks.unpack_rows(blocks, unpacked, first, end, which, memory)
     if found is None:  # no compiler
         import gguf
 
@@ -179,7 +179,7 @@ def rows_of(
     return found.to(dtype)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def block_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x [..., K] w^T + bias [N] -> [..., N] with a `BlockWeight`; only x gets a gradient."""
     blocks, needed = getattr(weight, "gguf_blocks", None), (input, bias)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)
@@ -187,7 +187,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if blocks is None or needs_gradient or others or torch.is_autocast_enabled("cpu"):
         plain = [t.dequantize() if isinstance(t, BlockWeight) else t for t in (input, weight, bias)]
         return torch.nn.functional.linear(*plain)  # type: ignore[arg-type]
-    found = codegen.linear(input, weight, bias)
+    found = codegen.dispatch_linear(input, weight, bias)
     if found is not None:
         return found
     output = input.new_empty((*input.shape[:-1], blocks.shape[0]))
@@ -205,12 +205,12 @@ def embedding(
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     """Dequantize the rows of a `BlockWeight` at the indices `input` -> [..., K]."""
-    blocks: Blocks | None = getattr(weight, "gguf_blocks", None)
+    blocks: BlockedWeight | None = getattr(weight, "gguf_blocks", None)
     if blocks is None or max_norm is not None:
         raise RuntimeError("an embedding with a weight in blocks has plain numbers of rows, and no largest norm.")
     return rows_of(blocks, weight.dtype, which=input.reshape(-1)).view(*input.shape, blocks.width)
 
 
 _OWN: dict[Any, Callable[..., Tensor]] = {
-    torch.nn.functional.linear: linear, torch.nn.functional.embedding: embedding,
+    torch.nn.functional.linear: block_linear, torch.nn.functional.embedding: embedding,
 }  # fmt: skip

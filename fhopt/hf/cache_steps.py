@@ -26,7 +26,7 @@ from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.residual_window import RoundedWindow
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, DecodeSteps
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeSteps, LayerCall
 from fhopt.codegen.layers.decode_step import Spent as Spent
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
@@ -49,7 +49,7 @@ class CacheStep:
     """A prepared step of one cache layer. `left`: how many times it may run."""
 
     def __init__(
-        self, layer: LatentLayer, step: DecodeStep, rooms: tuple[Room, Room], left: int, threads: int,
+        self, layer: LatentLayer, step: LayerCall, rooms: tuple[Room, Room], left: int, threads: int,
         latents: Callable[[SideRows, SideRows], bytes] | None,
     ) -> None:  # fmt: skip
         """latents: returns the arguments of the packed-latents kernel; None if there are no latents."""
@@ -202,7 +202,7 @@ def prepare_step(
     latents = None if parts[0] is None else partial(_latents_call, parts[0][0], tensors.query, options)
     scale = options["scale"]
     pair: Any = sides
-    step = DecodeStep(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
+    step = LayerCall(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
     for window, places in zip(windows, room, strict=True):
         window.take(places, 0)
     return CacheStep(layer, step, room, left, threads, latents)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fhopt import codegen
-from fhopt.codegen.cpu.gguf_blocks import FORMATS, arranged
+from fhopt.codegen.cpu.gguf_blocks import FORMATS, interleave_rows
 from fhopt.errors import FhoptError
 from fhopt.hf.block_weight import BlockWeight
-from fhopt.models.gguf_files import check_packages, forget, frugal, not_read
+from fhopt.models.gguf_files import check_packages, frugal, not_read, release_pages
 from fhopt.models.transformers_import import QuietProgress, transformers
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
@@ -41,7 +41,7 @@ def load_gguf(file: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16)
     if not path.is_file():
         raise FhoptError(f"{path} is not a file; expected a GGUF file.")
     check_packages()
-    codegen.install()
+    codegen.register_kernels()
     codegen.start_blocks()
     with not_read(path), QuietProgress(), frugal():
         hf = transformers()
@@ -79,7 +79,7 @@ def _fill(model: Any, path: Path, dtype: torch.dtype) -> None:
         if weight is None:
             numbers = process(gguf.dequantize(tensor.data, tensor.tensor_type), tensor.name)
             weight = torch.from_numpy(np.array(numbers)).to(dtype)
-        forget(tensor.data)
+        release_pages(tensor.data)
         _set(model, name, weight)
     model.tie_weights()
     absent = [name for name, weight in model.named_parameters() if weight.is_meta]
@@ -129,7 +129,7 @@ def _kept(tensor: Any, process: Process, dtype: torch.dtype) -> Tensor | None:
         return None
     is_in_order = bool((order == np.arange(rows)).all())
     in_order = np.asarray(data) if is_in_order else np.asarray(data)[order]
-    return BlockWeight(arranged(in_order, format, width), dtype)
+    return BlockWeight(interleave_rows(in_order, format, width), dtype)
 
 
 def _set(model: Any, name: str, weight: Tensor) -> None:

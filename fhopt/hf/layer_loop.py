@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fhopt.hf.steps_ahead import Walk
+from fhopt.hf.steps_ahead import LayerWalk
 
 LOOP = "_fhopt_layer_loop"  # attribute of a module with a layer list
 TRUSTED = ("torch", "transformers")  # packages whose decorators call the wrapped function
@@ -43,7 +43,7 @@ LOOKS_UP = (
 class SharedState(Protocol):
     """The part of a model's shared state that a loop needs (fhopt/hf/layer_programs.py)."""
 
-    walk: Walk
+    walk: LayerWalk
 
     def state_of(self, layer: torch.nn.Module, /) -> Any:
         """Return the state of a layer; None if it has none."""
@@ -52,7 +52,7 @@ class SharedState(Protocol):
 class _Turn:
     """Proxy of a layer in one iteration of a loop."""
 
-    def __init__(self, layer: torch.nn.Module, state: Any, turns: Turns, walk: Walk) -> None:
+    def __init__(self, layer: torch.nn.Module, state: Any, turns: Turns, walk: LayerWalk) -> None:
         self._fhopt_layer, self._fhopt_state, self._fhopt_turns, self._fhopt_walk = layer, state, turns, walk
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ class Turns:
         return getattr(self._layers, name)
 
 
-def _walked(turns: tuple[Any, ...], walk: Walk) -> Iterator[Any]:
+def _walked(turns: tuple[Any, ...], walk: LayerWalk) -> Iterator[Any]:
     """Yield consecutive turns, except those that the previous turn already ran."""
     at = 0
     while at < len(turns):

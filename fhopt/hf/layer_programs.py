@@ -32,14 +32,14 @@ from torch import Tensor
 from fhopt.codegen import layer_programs_are_built
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.codegen.layers.held_objects import Entry
-from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.lowering import lower_trace
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
 from fhopt.hf.bound_program import BoundProgram, ReadyStep
 from fhopt.hf.layer_loop import drop_loop, use_loop
 from fhopt.hf.layer_structure import WeightPlace, structure_of, twin_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse
-from fhopt.hf.steps_ahead import Follower, Walk
+from fhopt.hf.steps_ahead import Follower, LayerWalk
 from fhopt.plan.latent_plan import LatentPlan
 
 STATE = "_fhopt_layer_programs"  # attribute of a layer
@@ -111,7 +111,7 @@ class LayerPrograms:
         self.candidates: dict[LayerTrace, _Candidate] = {}
         self.patterns: dict[Hashable, _Pattern | None] = {}
         self.arguments: dict[Hashable, Any] = {}  # of programs: layers with equal arguments share one object
-        self.walk = Walk()
+        self.walk = LayerWalk()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as an empty state: programs are bound to weight addresses."""
@@ -141,7 +141,7 @@ class LayerPrograms:
 
 def _lowered(trace: LayerTrace) -> _Candidate:
     try:
-        return _Candidate(lower(trace), "", set())
+        return _Candidate(lower_trace(trace), "", set())
     except UnsupportedError as error:
         return _Candidate(None, str(error), set())
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
+from fhopt.codegen.cpu.skinny_linear import BlockedWeight, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.layer_trace import SCALARS, Weight, leaves
 
@@ -115,12 +115,12 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter)
 
 
-def _kept(x: Tensor) -> SignedBytes | Blocks | None:
+def _kept(x: Tensor) -> SignedBytes | BlockedWeight | None:
     """Return the quantized storage of a weight; None if it is a plain tensor or has no kernel."""
     return None if _is_plain(x) else kept_quantized(x)
 
 
-def _looks(kept: SignedBytes | Blocks | None) -> Hashable:
+def _looks(kept: SignedBytes | BlockedWeight | None) -> Hashable:
     """Return a key that is equal for weights that one program can load: format, dtypes, shapes and strides."""
     if kept is None:
         return None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fhopt.codegen.cpu.skinny_linear import Blocks, SignedBytes, kept_quantized
+from fhopt.codegen.cpu.skinny_linear import BlockedWeight, SignedBytes, kept_quantized
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 from fhopt.hf.attention_interface import rehearsed
 
@@ -38,7 +38,7 @@ class Weight:
     name: str
     tensor: Tensor
     address: int
-    kept: SignedBytes | Blocks | None = None
+    kept: SignedBytes | BlockedWeight | None = None
 
     def is_current(self) -> bool:
         """Return whether the module still has this tensor, at this address."""

@@ -24,7 +24,7 @@ from fhopt.cache.layer_map import LATENT_LAYERS
 from fhopt.cache.left_padding import PADDING
 from fhopt.errors import FhoptError
 from fhopt.files import check_digest, read_tensors, write_tensors
-from fhopt.hf.apply import applied_plan, latent_cache, site_layers
+from fhopt.hf.apply import applied_plan, applied_site_layers, latent_cache
 from fhopt.parallel.offloaded_weights import execution_device, named_weights
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -136,7 +136,7 @@ def _devices(model: torch.nn.Module) -> dict[str, torch.device]:
     """Return the device of each latent layer, by its name in the file."""
     devices = {}
     for site in applied_plan(model).sites:
-        index = site_layers(model).get(site.site.name)
+        index = applied_site_layers(model).get(site.site.name)
         if index is not None:
             module = model.get_submodule(site.site.name.partition("#")[0])
             devices[f"{site.site.kind}.{index}"] = execution_device(module)

@@ -63,11 +63,11 @@ class FhoptQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def register() -> None:
+def register_fhopt_quantizer() -> None:
     """Register configuration and quantizer with transformers, once."""
     if rewritten_folder.METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(rewritten_folder.METHOD)(FhoptConfig)
         register_quantizer(rewritten_folder.METHOD)(FhoptQuantizer)
 
 
-register()  # the purpose of importing this module
+register_fhopt_quantizer()  # the purpose of importing this module

@@ -121,7 +121,7 @@ class DueSteps:
         return ready if is_it else None
 
 
-class Walk(threading.local):
+class LayerWalk(threading.local):
     """Per-thread sequence of a model's layer calls.
 
     turns: of the loop that is calling a layer; due: steps that ran ahead for its next turns. may_skip: a layer, and how

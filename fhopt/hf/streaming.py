@@ -77,7 +77,7 @@ class Generated:
         }
 
 
-def new_cache(model: Any) -> Any:
+def new_streaming_cache(model: Any) -> Any:
     """Make an empty KV cache: latent if a plan is applied; None for a model that makes its own."""
     if hasattr(model, "_fhopt_applied"):
         return latent_cache(model)
@@ -98,7 +98,7 @@ def generate_text(
     incomplete. Raises FhoptError if the prompt is empty or too long for the model.
     """
     configuration = sampling.configuration(model, tokenizer, sampling.room(len(ids), positions_of(model)))
-    cache = new_cache(model) if cache is None else cache
+    cache = new_streaming_cache(model) if cache is None else cache
     held = 0 if cache is None else int(cache.get_seq_length())
     stream, stop = _Stream(tokenizer, write), _Interruptions()
     options = {} if cache is None else {cache_argument(model): cache}

@@ -71,10 +71,10 @@ class Diagram:
         graph.edge_attr.update(_EDGE)
         for name, (role, lines) in self.nodes.items():
             fill, line = COLOURS[role]
-            label = "\\n".join(plain(text) for text in lines)
+            label = "\\n".join(escape_label(text) for text in lines)
             graph.add_node(name, label=label, fillcolor=fill, color=line, **{"class": role})
         for number, (source, target, text) in enumerate(self.edges):
-            graph.add_edge(source, target, key=str(number), label=f" {plain(text)} ")
+            graph.add_edge(source, target, key=str(number), label=f" {escape_label(text)} ")
         return graph
 
 
@@ -240,7 +240,7 @@ def _dims(key: int, value: int) -> str:
 # --------------------------------------------------------------------------------------------------- SVG
 
 
-def plain(text: str) -> str:
+def escape_label(text: str) -> str:
     """Escape a text for Graphviz, which interprets entities and backslashes in labels, and HTML between < and >."""
     return html.escape(text, quote=False).replace("\\", "\\\\")
 

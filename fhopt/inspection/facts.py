@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fhopt.errors import FhoptError
-from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidence_of
+from fhopt.fitting.fit_summary import KEY, Evidence, PlanSize, SideEvidence, evidence_of
 from fhopt.fitting.loss_interval import CHECKS, LossCheck, checks_of, loss_interval
 from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
@@ -28,9 +28,9 @@ from fhopt.plan.cache_size import KEY as LAYERS_KEY
 from fhopt.plan.cache_size import CacheLayer, CacheSize, cache_size, compressed_sites
 from fhopt.plan.display import mask_words, rope_words, tiers
 from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
-from fhopt.plan.fingerprint import check_model
+from fhopt.plan.fingerprint import check_fingerprint
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.quality_card import QUALITY, QualityCard, card
+from fhopt.plan.quality_card import QUALITY, QualityCard, quality_card
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.plan.window import COUNTED_AT
@@ -151,7 +151,7 @@ class PlanFacts:
     warning: str | None
     digest: str
     formulas: Formulas
-    curve: tuple[Size, ...]
+    curve: tuple[PlanSize, ...]
     provenance: Mapping[str, Any]  # without what other fields show
     card: QualityCard
 
@@ -242,7 +242,7 @@ class Inspection:
 # --------------------------------------------------------------------------------------------------- making it
 
 
-def inspect(
+def site_facts(
     loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = SHOWN,
     tokens: int = TOKENS,
 ) -> Inspection:  # fmt: skip
@@ -253,7 +253,7 @@ def inspect(
     """
     weights = loaded.weights()
     if plan is not None:
-        check_model(plan, weights, loaded.name)
+        check_fingerprint(plan, weights, loaded.name)
     parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
     sites, layers = list(outcome.sites.values()), measured_layers(loaded.module) if loaded.module is not None else ()
     cached = {site.name for site in decoder_sites(sites, encoder_path(loaded.module))}
@@ -394,11 +394,11 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> 
         formulas=_formulas(planned),
         curve=_checked_curve(seen.curve if seen else (), checks_of(plan.provenance.get(CHECKS, ()))),
         provenance=provenance,
-        card=card(plan),
+        card=quality_card(plan),
     )
 
 
-def _checked_curve(curve: Sequence[Size], checks: Sequence[LossCheck]) -> tuple[Size, ...]:
+def _checked_curve(curve: Sequence[PlanSize], checks: Sequence[LossCheck]) -> tuple[PlanSize, ...]:
     """Return plans of other sizes, with the KL that follows from measurements if there are any."""
     if not checks:
         return tuple(curve)

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fhopt.errors import FhoptError
 from fhopt.files import appearing, check_graph
-from fhopt.inspection.drawing import COLOURS, FONT, laid_out, plain
+from fhopt.inspection.drawing import COLOURS, FONT, escape_label, laid_out
 from fhopt.inspection.optional import need
 from fhopt.passes.graph.nodes import fake, op_name, source_line
 from fhopt.passes.graph.program import Program, module_path
@@ -136,18 +136,20 @@ def _drawn(graph: nx.DiGraph, title: str, kind: str) -> str:
 def agraph_of(graph: nx.DiGraph, title: str) -> Any:
     """Build the graph for Graphviz, with sites as boxes around their nodes."""
     agraph = need("pygraphviz", "a drawing").AGraph(
-        directed=True, label=plain(title), labelloc="t", fontname=FONT, nodesep="0.2", ranksep="0.3"
+        directed=True, label=escape_label(title), labelloc="t", fontname=FONT, nodesep="0.2", ranksep="0.3"
     )
     agraph.node_attr.update(shape="box", style="filled,rounded", fontname=FONT, fontsize="11", margin="0.1,0.05")
     agraph.edge_attr.update(fontname=FONT, fontsize="9", arrowsize="0.6", color="#71717a", fontcolor="#52525b")
     sites: dict[str, list[str]] = {}
     for node, about in graph.nodes(data=True):
         fill, line = COLOURS[about["role"]]
-        label = plain(about["parameter"] or about["op"]) + (f"\\n{about['shape']}" if about["shape"] else "")
+        label = escape_label(about["parameter"] or about["op"]) + (f"\\n{about['shape']}" if about["shape"] else "")
         agraph.add_node(node, label=label, fillcolor=fill, color=line, **{"class": about["role"]})
         sites.setdefault(about.get("site", ""), []).append(node)
     agraph.add_edges_from(graph.edges)
     for number, (site, nodes) in enumerate(sites.items()):
         if site:
-            agraph.add_subgraph(nodes, name=f"cluster_{number}", label=plain(site), color="#a1a1aa", fontname=FONT)
+            agraph.add_subgraph(
+                nodes, name=f"cluster_{number}", label=escape_label(site), color="#a1a1aa", fontname=FONT
+            )
     return agraph

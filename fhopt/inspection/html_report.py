@@ -24,7 +24,7 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.hardware.devices import SHOWN
 from fhopt.inspection import charts, drawing
-from fhopt.inspection.facts import Inspection, common_form, inspect, short_name
+from fhopt.inspection.facts import Inspection, common_form, short_name, site_facts
 from fhopt.inspection.kernel_listing import LANGUAGES, Listings, list_kernels, style_sheet
 from fhopt.inspection.optional import need
 from fhopt.inspection.snapshots import Snapshots, StageChanges
@@ -45,7 +45,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 @dataclass(frozen=True)
-class Report:
+class HtmlReport:
     """Contents of a report.
 
     drawings: SVG, without duplicates. drawn: (before, after) of each site as indices into `drawings`, -1 for none.
@@ -69,7 +69,7 @@ class Report:
         return {"fhopt": __version__} | self.inspection.as_json() | more
 
 
-def build(loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = SHOWN) -> Report:
+def build_report(loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = SHOWN) -> HtmlReport:
     """Collect the report of a model and its plan.
 
     Raises FhoptError if there is no attention or the plan is for another model.
@@ -77,20 +77,20 @@ def build(loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Seque
     snapshots = Snapshots()
     with snapshots.taking():
         result = find_sites(loaded)
-        facts = replace(inspect(loaded, result, plan, devices), proofs=proofs_text(result.proofs))
+        facts = replace(site_facts(loaded, result, plan, devices), proofs=proofs_text(result.proofs))
         if plan is not None:
             pipeline.optimize(result, plan)
     return assemble(facts, plan, tuple(snapshots.changes()))
 
 
-def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChanges, ...] = ()) -> Report:
+def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChanges, ...] = ()) -> HtmlReport:
     """Build a report from facts, with drawings and kernels.
 
     Raises FhoptError if the extra `report` is not installed.
     """
     drawings, drawn = _drawings([site.site for site in facts.sites], plan)
     listings = list_kernels(plan) if plan is not None else Listings()
-    return Report(facts, drawings, drawn, listings, stages)
+    return HtmlReport(facts, drawings, drawn, listings, stages)
 
 
 def _drawings(
@@ -117,13 +117,13 @@ def _drawings(
 # --------------------------------------------------------------------------------------------------- the page
 
 
-def check_installed() -> None:
+def check_report_packages() -> None:
     """Raise FhoptError if a package that a report needs is not installed, before anything slow starts."""
     for module in ("jinja2", "pygraphviz", "vl_convert"):
         need(module, "a report")
 
 
-def page(report: Report) -> str:
+def page(report: HtmlReport) -> str:
     """Render the HTML page. Raises FhoptError if the extra `report` is not installed."""
     facts = json.loads(json.dumps(report.as_json()))  # as parsed from the JSON
     form = common_form(tuple(site["name"] for site in facts["sites"]))
@@ -148,7 +148,7 @@ def template(name: str) -> Any:
     ).get_template(name)
 
 
-def write(report: Report, path: Path) -> Path:
+def write(report: HtmlReport, path: Path) -> Path:
     """Write the page, atomically. Raises FhoptError if the path is not writable."""
     text = page(report)
     try:
@@ -160,7 +160,7 @@ def write(report: Report, path: Path) -> Path:
     return path
 
 
-def _compressed_parts(report: Report) -> dict[str, Any]:
+def _compressed_parts(report: HtmlReport) -> dict[str, Any]:
     """Return the parts that the page decompresses on demand."""
     return {
         "drawings": report.drawings,
@@ -241,4 +241,4 @@ def _number(facts: Any, path: str, form: str) -> Any:
     return markup('<span data-path="{}" data-form="{}">{}</span>').format(path, form, FORMS[form](at(facts, path)))
 
 
-__all__ = ["Report", "assemble", "build", "page", "write"]
+__all__ = ["HtmlReport", "assemble", "build_report", "page", "write"]

@@ -15,8 +15,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexer import Lexer
 from pygments.lexers import CppLexer, PythonLexer
 
-from fhopt.codegen.build import render
-from fhopt.codegen.tiers import has_trellis
+from fhopt.codegen.build import render_kernel
+from fhopt.codegen.tiers import spec_has_trellis
 from fhopt.errors import FhoptError
 from fhopt.hardware.kernel_table import kernels_of
 from fhopt.plan.kernel_spec import KernelSpec
@@ -63,9 +63,9 @@ def list_kernels(plan: LatentPlan) -> Listings:
     for target in ("cpp", "triton"):
         lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
         for name, (spec, names) in by_spec.items():
-            if target != "cpp" and has_trellis(spec):  # trellis codes: only CPU kernels support them
+            if target != "cpp" and spec_has_trellis(spec):  # trellis codes: only CPU kernels support them
                 continue
-            text = render(spec, target)
+            text = render_kernel(spec, target)
             pieces = tuple(_piece(result, known, target, lexer, piece) for piece in _pieces(text, target))
             lines = text.count("\n")
             result.files.append(Listing(name + _ENDINGS[target], target, tuple(names), lines, pieces))

@@ -26,7 +26,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass
-class Stage:
+class ProgressStage:
     """One part of a run: `done` of `total` steps after `seconds`; its first step ended after `first_seconds`."""
 
     name: str
@@ -51,7 +51,7 @@ class Progress:
     process: int
     started: float  # seconds since 1970
     message: str = ""
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[ProgressStage] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return one object for the page."""
@@ -96,7 +96,7 @@ class ProgressFile:
         """Record that `done` of `total` steps of a stage are done."""
         now, stages = time.monotonic(), self.now.stages
         if not stages or stages[-1].name != stage:
-            stages.append(Stage(stage, total, first_done=done))
+            stages.append(ProgressStage(stage, total, first_done=done))
             stages[-1].first_seconds = now - self.since
         stages[-1].done, stages[-1].total, stages[-1].seconds = done, total, now - self.since
         self._write()
@@ -116,7 +116,7 @@ def read_progress(path: Path) -> Progress | None:
     """Load a progress file; None if there is none, or if it is unreadable."""
     try:
         content = json.loads(read_file(path))
-        stages = [Stage(**stage) for stage in content.pop("stages")]
+        stages = [ProgressStage(**stage) for stage in content.pop("stages")]
         progress = Progress(**content, stages=stages)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FhoptError):
         return None

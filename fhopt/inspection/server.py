@@ -96,7 +96,7 @@ class Viewer:
         }
 
 
-def check_installed() -> None:
+def check_server_packages() -> None:
     """Raise FhoptError if a package that `fhopt view` needs is not installed."""
     for module in ("starlette", "uvicorn"):
         need(module, "fhopt view", "view")
@@ -147,7 +147,7 @@ def listen(port: int = 0) -> socket.socket:
     return listening
 
 
-def serve(viewer: Viewer, listening: socket.socket) -> None:
+def serve_report(viewer: Viewer, listening: socket.socket) -> None:
     """Serve until the process is interrupted."""
     uvicorn = need("uvicorn", "fhopt view", "view")
     config = uvicorn.Config(application(viewer), log_level="warning", access_log=False, server_header=False)

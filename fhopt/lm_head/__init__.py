@@ -1,11 +1,11 @@
 """Retrieval LM head: scores all rows with quantized values, and computes exact logits of few rows only.
 
     loaded = load_model("demo")
-    head = fit(loaded, HeadOptions())               find the head, collect hidden states, quantize its rows
+    head = fit_head(loaded, HeadOptions())          find the head, collect hidden states, quantize its rows
     head.save("head"); head = Head.load("head")
-    apply(loaded.module, head)                      generate() as before; the largest logits are certain
-    report(loaded.module)                           hidden states with a certificate, those of the dense head, bytes
-    unapply(loaded.module)
+    apply_head(loaded.module, head)                 generate() as before; the largest logits are certain
+    head_report(loaded.module)                      hidden states with a certificate, those of the dense head, bytes
+    unapply_head(loaded.module)
 
 The dense head loads every row of the weight for every token. The retrieval head loads quantized values of all rows,
 about 4 bits each, which give an upper bound of every logit. Then it loads the exact rows whose bounds reach the largest
@@ -27,23 +27,23 @@ from typing import TYPE_CHECKING
 from fhopt.import_hook import lazily
 
 if TYPE_CHECKING:
-    from fhopt.lm_head.api import apply as apply
-    from fhopt.lm_head.api import fit as fit
-    from fhopt.lm_head.api import report as report
-    from fhopt.lm_head.api import unapply as unapply
+    from fhopt.lm_head.fitting import fit_head as fit_head
     from fhopt.lm_head.head import Head as Head
+    from fhopt.lm_head.install import apply_head as apply_head
+    from fhopt.lm_head.install import head_report as head_report
+    from fhopt.lm_head.install import unapply_head as unapply_head
     from fhopt.lm_head.module import RetrievalHead as RetrievalHead
     from fhopt.lm_head.options import HeadOptions as HeadOptions
 
 _WHERE = {
+    "apply_head": "fhopt.lm_head.install",
+    "fit_head": "fhopt.lm_head.fitting",
+    "head_report": "fhopt.lm_head.install",
+    "unapply_head": "fhopt.lm_head.install",
     "Head": "fhopt.lm_head.head",
     "HeadOptions": "fhopt.lm_head.options",
     "RetrievalHead": "fhopt.lm_head.module",
-    "apply": "fhopt.lm_head.api",
-    "fit": "fhopt.lm_head.api",
-    "report": "fhopt.lm_head.api",
-    "unapply": "fhopt.lm_head.api",
 }
 __getattr__ = lazily(__name__, _WHERE)
 
-__all__ = ["Head", "HeadOptions", "RetrievalHead", "apply", "fit", "report", "unapply"]
+__all__ = ["Head", "HeadOptions", "RetrievalHead", "apply_head", "fit_head", "head_report", "unapply_head"]

@@ -49,7 +49,7 @@ class HeadMetrics:
 
 
 @torch.no_grad()
-def measure(
+def measure_head(
     loaded: LoadedModel,
     head: Head,
     texts: Sequence[str],

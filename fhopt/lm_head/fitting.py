@@ -21,9 +21,9 @@ from torch import Tensor, fx
 from fhopt.codegen.cpu.lm_head import BLOCK, WIDEST
 from fhopt.errors import FhoptError, Miss
 from fhopt.lm_head.clustering import Clusters, balanced_kmeans
-from fhopt.lm_head.head import Head, fingerprint
+from fhopt.lm_head.head import Head, head_fingerprint
 from fhopt.lm_head.options import HeadOptions
-from fhopt.lm_head.quantize import QUANTUM, Balance, Basis, balance, quantize_rows, quantize_weight, with_bit_groups
+from fhopt.lm_head.quantize import QUANTUM, Balance, HeadBasis, balance, quantize_rows, quantize_weight, with_bit_groups
 from fhopt.models.capture import Captured
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.passes.graph.evaluate import Evaluator
@@ -42,7 +42,7 @@ ROOM = 1.5  # factor on the clusters for that recall: hidden states of other tex
 Progress = Callable[[str, int, int], None]
 
 
-def find(captured: Captured) -> HeadSite:
+def find_head(captured: Captured) -> HeadSite:
     """Find the head of a captured graph's main output. Raises FhoptError with the reason if there is none."""
     program, stage = captured.program, FindHead()
     if captured.result < 0:
@@ -66,11 +66,12 @@ def find(captured: Captured) -> HeadSite:
         ) from miss
 
 
-def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = None) -> Head:
+def fit_head(loaded: LoadedModel, options: HeadOptions | None = None, progress: Progress | None = None) -> Head:
     """Fit the retrieval head of a causal language model to its hidden states on text.
 
     Raises FhoptError if no head is recognized, or the texts are too short.
     """
+    options = options or HeadOptions()
     options.check()
     module = loaded.language_model()
     ids = tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
@@ -78,14 +79,19 @@ def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = N
     hidden = hidden_states(captured, site, ids, progress)
     parameters = dict(module.named_parameters())
     weight, bias = parameters[site.weight], parameters[site.bias] if site.bias else None
-    about = {"model": loaded.name, "texts": list(options.texts), "positions": len(hidden), "ids": tokens.digest(ids)}
+    about = {
+        "model": loaded.name,
+        "texts": list(options.texts),
+        "positions": len(hidden),
+        "ids": tokens.tokens_digest(ids),
+    }
     return fit_weight(site, weight.detach(), None if bias is None else bias.detach(), hidden, options, progress, about)
 
 
 def site_and_graph(loaded: LoadedModel, context: int) -> tuple[Captured, HeadSite]:
     """Capture the model's graph on `context` tokens, and find the head in it. Raises FhoptError."""
     captured = loaded.capture(context)
-    return captured, find(captured)
+    return captured, find_head(captured)
 
 
 def hidden_states(captured: Captured, site: HeadSite, ids: Tensor, progress: Progress | None = None) -> Tensor:
@@ -160,7 +166,7 @@ def fit_weight(
         "seed": options.seed, "bits": options.bits,
     }  # fmt: skip
     dtype = str(weight.dtype).removeprefix("torch.")
-    return Head(site, codes, dtype, fingerprint(weight, bias), probes, spread, metadata | (about or {}))
+    return Head(site, codes, dtype, head_fingerprint(weight, bias), probes, spread, metadata | (about or {}))
 
 
 def site_for(weight: Tensor, bias: str = "") -> HeadSite:
@@ -231,7 +237,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
-def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
+def _upper(basis: HeadBasis, rows: Tensor, sample: Tensor) -> Tensor:
     """Compute upper bounds [M, n] of h.w for centered rows [n, C], without the rounding error of h."""
     coordinates, hidden = basis.rows(rows), basis.hidden(sample)
     out = hidden @ coordinates.float().T
@@ -246,7 +252,7 @@ def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
 
 
 def _choose_probes(
-    weight: Tensor, bias: Tensor | None, basis: Basis, clusters: Clusters, radii: Tensor, hidden: Tensor | None
+    weight: Tensor, bias: Tensor | None, basis: HeadBasis, clusters: Clusters, radii: Tensor, hidden: Tensor | None
 ) -> tuple[int, float, float]:
     """Choose (probes, spread, recall) such that probed clusters contain the best row of RECALL of the hidden states."""
     count = len(radii)
@@ -276,4 +282,4 @@ def _best(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ).argmax(1)
 
 
-__all__ = ["HeadOptions", "find", "fit", "fit_weight", "hidden_states", "site_and_graph", "site_for"]
+__all__ = ["HeadOptions", "find_head", "fit_head", "fit_weight", "hidden_states", "site_and_graph", "site_for"]

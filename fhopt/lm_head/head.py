@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.lm_head import BLOCK, NUMBERS, Codes, Search, block_bytes
+from fhopt.codegen.cpu.lm_head import BLOCK, NUMBERS, Codes, Search, head_block_bytes
 from fhopt.errors import FhoptError
 from fhopt.files import check_tensor_file, digest, read_file, write_folder
 from fhopt.lm_head.options import FILES
@@ -131,7 +131,7 @@ def _checked(head: Head) -> Head:
     codes, site = head.codes, head.site
     count, blocks = codes.centroids.shape[0], codes.codes.shape[0]
     shapes = {
-        "codes": (codes.codes, torch.uint8, (blocks, block_bytes(codes.rank, codes.lead))),
+        "codes": (codes.codes, torch.uint8, (blocks, head_block_bytes(codes.rank, codes.lead))),
         "centre": (codes.centre, torch.float32, (site.width,)),
         "centroids": (codes.centroids, torch.bfloat16, (count, codes.rank)),
         "radii": (codes.radii, torch.float32, (count,)),
@@ -156,7 +156,7 @@ def _checked(head: Head) -> Head:
     return head
 
 
-def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
+def head_fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     """Hash all elements of weight and bias, since bounds hold only for the quantized weight."""
     h = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}{bias is not None}".encode())
     for part in (*weight.detach().split(4096), *([] if bias is None else [bias.detach()])):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fhopt.codegen.cpu import lm_head as cpu_lm_head
 from fhopt.errors import FhoptError
-from fhopt.lm_head.head import Head, fingerprint
+from fhopt.lm_head.head import Head, head_fingerprint
 from fhopt.lm_head.intercept import HeadHooks
 from fhopt.lm_head.module import HeadReport, RetrievalHead
 from fhopt.passes.recognize.find_lm_head import HeadSite
@@ -33,7 +33,7 @@ class _Replaced:
         setattr(self.parent, self.name, self.layer)
 
 
-def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
+def apply_head(model: nn.Module, head: Head, **options: Any) -> nn.Module:
     """Make `model` compute its logits with a `RetrievalHead`, created with these options. Returns the model.
 
     The retrieval head replaces the linear layer; if a module computes logits in its own forward, matmuls with the
@@ -42,12 +42,12 @@ def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
     these. Weights are not copied. Applying another head replaces the first. Raises FhoptError if the head was fitted
     for another weight, or the bias is added outside of the linear layer.
     """
-    unapply(model)
+    unapply_head(model)
     site = head.site
     weight, bias = (_parameter(model, name) for name in (site.weight, site.bias))
     owner = _owner(model, site.module)
     assert weight is not None
-    if head.fingerprint != fingerprint(weight, bias):
+    if head.fingerprint != head_fingerprint(weight, bias):
         raise FhoptError(
             f"the head was made for another {site.weight} ({head.dtype}, {head.site.vocabulary} rows) than this "
             f"{str(weight.dtype).removeprefix('torch.')} one. Make one for these weights with: fhopt head"
@@ -89,7 +89,7 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def unapply(model: nn.Module) -> nn.Module:
+def unapply_head(model: nn.Module) -> nn.Module:
     """Undo `apply`, if it was called. Returns the model."""
     applied: _Replaced | HeadHooks | None = getattr(model, KEPT, None)
     if applied is not None:
@@ -102,11 +102,13 @@ def applied_head(model: nn.Module) -> RetrievalHead:
     """Return the module that `apply` installed in the model. Raises FhoptError without one."""
     applied: _Replaced | HeadHooks | None = getattr(model, KEPT, None)
     if applied is None:
-        raise FhoptError(f"no head is applied to {type(model).__name__}. Call fhopt.lm_head.apply(model, head) first.")
+        raise FhoptError(
+            f"no head is applied to {type(model).__name__}. Call fhopt.lm_head.apply_head(model, head) first."
+        )
     return applied.head
 
 
-def report(model: nn.Module) -> HeadReport:
+def head_report(model: nn.Module) -> HeadReport:
     """Return counts and bytes of the applied head so far. Raises FhoptError without one."""
     return applied_head(model).report()
 

@@ -50,7 +50,7 @@ def search_logits(
     if not can_search(hidden, weight) or not _is_fresh(weight, stamp):
         counts[1] += len(hidden)
         return dense(hidden, weight, bias)
-    result = candidates(hidden, weight, bias, quantized, options)
+    result = search_candidates(hidden, weight, bias, quantized, options)
     logits = result.logits
     assert logits is not None
     if result.estimates is not None:  # estimates are below the certain logits, as their bounds are
@@ -95,13 +95,13 @@ def can_search(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.is_cuda and has_triton()
 
 
-def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
+def search_candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
     """Search with the kernel for the device of the hidden states; `can_search` must hold."""
     if hidden.is_cpu:
-        return cpu_lm_head.search(hidden, weight, bias, codes, options)
+        return cpu_lm_head.search_head(hidden, weight, bias, codes, options)
     from fhopt.codegen.gpu import lm_head as gpu_lm_head  # late: importing Triton takes a second
 
-    return gpu_lm_head.search(hidden, weight, bias, codes, options)
+    return gpu_lm_head.search_head_triton(hidden, weight, bias, codes, options)
 
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

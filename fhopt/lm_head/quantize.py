@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.lm_head import BLOCK, Codes, block_bytes
+from fhopt.codegen.cpu.lm_head import BLOCK, Codes, head_block_bytes
 from fhopt.lm_head.clustering import Clusters
 
 CHUNK = 4096  # rows quantized at once
@@ -35,7 +35,7 @@ CLIPS = {8: (1.0, 0.9), 4: (1.0, 0.9, 0.8, 0.7)}  # ends of the quantized range,
 
 
 @dataclass(frozen=True)
-class Basis:
+class HeadBasis:
     """Basis of a head.
 
     transform: bfloat16 [R, C] or None; inverse: float64 [R, C], w' = inverse (w - m), of the rounded transform; lead:
@@ -98,19 +98,19 @@ def _scale(moment: Tensor) -> float:
     return float(moment.diagonal().mean()) or 1.0
 
 
-def with_bit_groups(balanced: Balance, width: int, lead: int, seed: int = 0) -> Basis:
+def with_bit_groups(balanced: Balance, width: int, lead: int, seed: int = 0) -> HeadBasis:
     """Build the basis with its first `lead` coordinates (a multiple of 8; the rank: all of them) in 8 bits."""
     rank = math.ceil(width / QUANTUM) * QUANTUM
     lead = min(lead, rank)
     if balanced.forward is None:
-        return Basis(None, None, rank, lead)
+        return HeadBasis(None, None, rank, lead)
     generator = torch.Generator().manual_seed(seed)
     parts = [part for part in balanced.forward.split([min(lead, width), width - min(lead, width)]) if len(part)]
     rotated = torch.cat([_rotation(len(part), generator) @ part for part in parts])
     transform = rotated.to(torch.bfloat16)
     inverse = torch.linalg.inv(transform.double()).T.contiguous()
     extra = torch.zeros(rank - width, width)
-    return Basis(torch.cat([transform, extra.bfloat16()]), torch.cat([inverse, extra.double()]), rank, lead)
+    return HeadBasis(torch.cat([transform, extra.bfloat16()]), torch.cat([inverse, extra.double()]), rank, lead)
 
 
 def _rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -160,12 +160,12 @@ def rounded_up(x: Tensor) -> Tensor:
     return ((bits + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def quantize_weight(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clusters) -> Codes:
+def quantize_weight(weight: Tensor, basis: HeadBasis, centre: Tensor, clusters: Clusters) -> Codes:
     """Quantize weight [V, C] minus `centre` (float32 [C]), with rows in the order of the clusters."""
     count = clusters.centroids.shape[0]
     blocks = math.ceil(int(torch.bincount(clusters.labels, minlength=count).max()) / BLOCK)
     order = slots(clusters.labels, count, blocks * BLOCK)
-    packed = torch.empty(count * blocks, block_bytes(basis.rank, basis.lead), dtype=torch.uint8)
+    packed = torch.empty(count * blocks, head_block_bytes(basis.rank, basis.lead), dtype=torch.uint8)
     centroids = clusters.centroids.to(torch.bfloat16)
     radii = torch.zeros(count, dtype=torch.float64)
     step = CHUNK // BLOCK * BLOCK

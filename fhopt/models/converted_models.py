@@ -58,7 +58,7 @@ def limit_bytes() -> int:
     return round(1e9 * limit)
 
 
-def entries() -> list[Converted]:
+def converted_models() -> list[Converted]:
     """List the converted models, most recently used first."""
     folder = models_folder()
     paths = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
@@ -66,7 +66,7 @@ def entries() -> list[Converted]:
     return sorted(known, key=lambda c: c.used, reverse=True)
 
 
-def find(file: Path, dtype: torch.dtype) -> Path | None:
+def find_converted(file: Path, dtype: torch.dtype) -> Path | None:
     """Return the folder of a file's conversion to `dtype`; None if there is none."""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         path = models_folder() / _name(file, dtype)
@@ -112,7 +112,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(limit: int | None = None) -> list[Converted]:
+def prune_converted(limit: int | None = None) -> list[Converted]:
     """Evict models beyond `limit` bytes, least recently used first, and interrupted conversions; return the evicted."""
     removed = _make_room(limit_bytes() if limit is None else limit)
     folder = models_folder()
@@ -123,7 +123,7 @@ def prune(limit: int | None = None) -> list[Converted]:
 
 
 def _make_room(limit: int) -> list[Converted]:
-    known = entries()
+    known = converted_models()
     total, removed = sum(c.nbytes for c in known), []
     while known and total > max(0, limit):
         removed.append(known.pop())

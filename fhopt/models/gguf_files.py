@@ -169,11 +169,11 @@ def _dequantize_rows(dequantize: Callable[[Any, Any], Any], data: Any, kind: Any
     result[:rows] = first
     for start in range(rows, len(data), rows):
         result[start : start + rows] = dequantize(data[start : start + rows], kind)
-        forget(data)
+        release_pages(data)
     return result
 
 
-def forget(data: Any) -> None:
+def release_pages(data: Any) -> None:
     """Release a mapped file's pages from memory, which are not needed again."""
     while isinstance(data, np.ndarray):
         data = data.base

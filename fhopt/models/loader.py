@@ -90,7 +90,7 @@ def _load_demo(dtype: torch.dtype) -> LoadedModel:
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     """Load a GGUF file, dequantized: from the cache of converted models, else converted and cached."""
-    kept = converted_models.find(path, dtype)
+    kept = converted_models.find_converted(path, dtype)
     read = _load_converted(kept, dtype) if kept else None
     if read is None:
         read = read_gguf(path, dtype)

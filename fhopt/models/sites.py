@@ -27,4 +27,4 @@ def explain_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
     captured = loaded.captures()
     if not captured:
         raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")
-    return pipeline.merge([pipeline.find(graph.program, assume_finite=True) for graph in captured])
+    return pipeline.merge_outcomes([pipeline.find_attentions(graph.program, assume_finite=True) for graph in captured])

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fhopt.models.rewritten_folder import METHOD, is_rewritten, read_json
-from fhopt.plan.fingerprint import check_model
+from fhopt.plan.fingerprint import check_fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 
 
@@ -26,7 +26,7 @@ def check_stored(plan: LatentPlan, folder: Path) -> None:
     with contextlib.suppress(OSError, SafetensorError):  # the loader reports unreadable files
         found = _weights(folder, names)
         if found.keys() == names:
-            check_model(plan, found, folder.name)
+            check_fingerprint(plan, found, folder.name)
 
 
 def _is_quantized(folder: Path) -> bool:

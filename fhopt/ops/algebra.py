@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fhopt.ops.attention import safe_softmax
-from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan
 from fhopt.system import multiplies_by_loops
 
 # --------------------------------------------------------------------------------------------------- building blocks
@@ -112,7 +112,7 @@ class BitGroups(NamedTuple):
     steps: list[float]
 
     @staticmethod
-    def of(tiers: Sequence[Tier]) -> BitGroups:
+    def of(tiers: Sequence[BitGroup]) -> BitGroups:
         """Convert a plan's bit groups to op arguments."""
         return BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
 

@@ -79,7 +79,7 @@ def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
     With a negative step: a trellis code, as a ring of bits.
     """
     if step < 0:
-        return trellis.encode(x / -step, bits)
+        return trellis.encode_rings(x / -step, bits)
     levels = 2**bits
     codes = (torch.floor(x / step) + levels // 2).clamp(0, levels - 1).to(torch.uint8)
     widths = planes(bits)
@@ -125,7 +125,7 @@ def _values(row: Tensor, bits: int, step: float) -> Tensor:
     if bits == 16:  # copied: a view must start at an even byte, which preceding groups, such as 3-bit ones, may prevent
         return row.clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
     if step < 0:
-        return trellis.decode(row, bits) * -step
+        return trellis.decode_rings(row, bits) * -step
     return (_codes(row, bits).to(torch.float32) - (2**bits - 1) / 2) * step
 
 

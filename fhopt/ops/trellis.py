@@ -37,7 +37,7 @@ ORDER = (9, 13, 5, 1, 3, 13, 15, 1, 9, 1, 13, 5, 6, 9, 1, 8)
 
 
 @functools.cache
-def table(device: torch.device) -> Tensor:
+def window_values(device: torch.device) -> Tensor:
     """Return the value of each window, in steps, float32 [256]."""
     return values_of(LEVELS, OFFSETS, ORDER).to(device)
 
@@ -58,16 +58,16 @@ def windows(ring: Tensor, bits: int) -> Tensor:
     return (pair >> shift & 255).to(torch.uint8)
 
 
-def decode(ring: Tensor, bits: int) -> Tensor:
+def decode_rings(ring: Tensor, bits: int) -> Tensor:
     """Decode rings: uint8 [..., W*bits/8] -> float32 [..., W], in steps."""
-    return table(ring.device)[windows(ring, bits).long()]
+    return window_values(ring.device)[windows(ring, bits).long()]
 
 
-def encode(x: Tensor, bits: int) -> Tensor:
+def encode_rings(x: Tensor, bits: int) -> Tensor:
     """Encode x [..., W], in steps, to rings uint8 [..., W*bits/8] of approximately these values."""
     rows = x.to(torch.float32).flatten(0, -2) if x.dim() > 1 else x.to(torch.float32)[None]
     rows = torch.where(rows > -FARTHEST, rows, -FARTHEST).clamp(max=FARTHEST)  # NaN becomes the minimum
-    values, parts = table(rows.device), rows.split(TOGETHER)
+    values, parts = window_values(rows.device), rows.split(TOGETHER)
     ring = torch.cat([_ring(closed(part, bits, values), bits) for part in parts])
     return ring.view(*x.shape[:-1], x.shape[-1] * bits // 8)
 
@@ -80,11 +80,11 @@ def closed(x: Tensor, bits: int, values: Tensor) -> Tensor:
     """
     width, around = x.shape[-1], min(AROUND, x.shape[-1] // 2)
     seam = torch.cat([x[:, width - around :], x[:, :around]], -1)
-    state = search(seam, bits, values)[:, around - 1] >> bits
-    return search(x, bits, values, state)
+    state = viterbi_search(seam, bits, values)[:, around - 1] >> bits
+    return viterbi_search(x, bits, values, state)
 
 
-def search(x: Tensor, bits: int, values: Tensor, seam: Tensor | None = None) -> Tensor:
+def viterbi_search(x: Tensor, bits: int, values: Tensor, seam: Tensor | None = None) -> Tensor:
     """Return the windows [n, W] of least error for x [n, W], given their `values` [256], by the Viterbi algorithm.
 
     seam [n]: the state before the first and after the last channel; None: any.

@@ -48,7 +48,7 @@ def leave() -> int:
     return rank
 
 
-def share(sums: Sums) -> None:
+def reduce_sums(sums: Sums) -> None:
     """All-reduce the sums, in place. Raises OtherFailed."""
     if processes()[1] == 1:
         return
@@ -75,11 +75,11 @@ def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Te
         shape = torch.zeros(16, dtype=torch.int64)
         if rank == 0 and own:  # rank 0 has a row if any process has
             shape[: own[0].dim() + 1] = torch.tensor([own[0].dim(), *own[0].shape])
-        share({"shape": shape})
+        reduce_sums({"shape": shape})
         every = torch.zeros(len(rows), *shape[1 : 1 + int(shape[0])].tolist(), dtype=torch.float64)
         if own:
             every[rank::count] = torch.stack(own).to(every)
-        share({"rows": every})
+        reduce_sums({"rows": every})
     return list(every)
 
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan as LatentPlan
     from fhopt.plan.site import AttentionSite as AttentionSite
     from fhopt.plan.site import Rope as Rope
+    from fhopt.plan.site_plan import BitGroup as BitGroup
     from fhopt.plan.site_plan import HeadGather as HeadGather
     from fhopt.plan.site_plan import PagePlan as PagePlan
     from fhopt.plan.site_plan import SidePlan as SidePlan
     from fhopt.plan.site_plan import SitePlan as SitePlan
     from fhopt.plan.site_plan import SketchPlan as SketchPlan
-    from fhopt.plan.site_plan import Tier as Tier
 
 _WHERE = {
     "AttentionSite": "fhopt.plan.site",
@@ -31,12 +31,13 @@ _WHERE = {
     "SidePlan": "fhopt.plan.site_plan",
     "SitePlan": "fhopt.plan.site_plan",
     "SketchPlan": "fhopt.plan.site_plan",
-    "Tier": "fhopt.plan.site_plan",
+    "BitGroup": "fhopt.plan.site_plan",
 }
 __getattr__ = lazily(__name__, _WHERE)
 
 __all__ = [
     "AttentionSite",
+    "BitGroup",
     "HeadGather",
     "KernelSpec",
     "LatentPlan",
@@ -45,5 +46,4 @@ __all__ = [
     "SidePlan",
     "SitePlan",
     "SketchPlan",
-    "Tier",
 ]

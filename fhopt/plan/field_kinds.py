@@ -14,12 +14,12 @@ from fhopt.plan.cache_size import KEY as LAYERS
 from fhopt.plan.json_kinds import (
     Kind,
     WrongField,
-    line,
+    check_line,
+    check_plain,
     mapping,
     maybe,
     number,
     one_of,
-    plain,
     record,
     row,
     several,
@@ -47,8 +47,8 @@ _ROPE = record(
 )
 _SITE = record(
     {
-        "name": line,
-        "projections": mapping(several(line)),
+        "name": check_line,
+        "projections": mapping(several(check_line)),
         "kind": one_of("self", "cross"),
         "heads": SIZE,
         "kv_heads": SIZE,
@@ -89,7 +89,7 @@ def site_kind(value: Any, where: str) -> None:
 
 _CACHE_LAYERS = several(
     record(
-        {"name": line},
+        {"name": check_line},
         {
             "mask": one_of("", "sliding", "chunked"),
             "window": whole(),
@@ -130,7 +130,7 @@ def _gate(value: Any, where: str) -> None:
     """Check the measurements of a loss target; if it names its texts it is displayed, and all fields are required."""
     is_whole = isinstance(value, dict) and "texts" in value
     needed = _LOSS | {"texts": several(text)} if is_whole else {}
-    record(needed, _LOSS | {"max_loss": number()}, plain)(value, where)
+    record(needed, _LOSS | {"max_loss": number()}, check_plain)(value, where)
 
 
 def _loss_check(value: Any, where: str) -> None:
@@ -162,9 +162,11 @@ provenance_kind = record(
         "request": text,
         "evidence": maybe(_EVIDENCE),
         "gate": maybe(_gate),
-        "healing": record({}, {"tokens": whole(), "texts": several(text), "before": plain, "after": plain}, plain),
-        "pages": maybe(record({}, {"read": mapping(number(0, 1))}, plain)),
+        "healing": record(
+            {}, {"tokens": whole(), "texts": several(text), "before": check_plain, "after": check_plain}, check_plain
+        ),
+        "pages": maybe(record({}, {"read": mapping(number(0, 1))}, check_plain)),
         "quality": maybe(record({}, {"texts": mapping(record(_LOSS)), "tasks": mapping(_TASK)})),
     },
-    plain,
+    check_plain,
 )

@@ -35,7 +35,7 @@ def weight_prints(parameters: Mapping[str, Tensor], sites: Iterable[AttentionSit
     return {n: weight_print([w for w in ws if w is not None]) for n, ws in known.items() if ws and None not in ws}
 
 
-def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) -> None:
+def check_fingerprint(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) -> None:
     """Raise FhoptError if the plan has a fingerprint that differs from the model's."""
     expected = plan.provenance.get("fingerprint")
     if expected is not None and fingerprint(parameters, [s.site for s in plan.sites]) != expected:

@@ -76,7 +76,7 @@ def _is_halved(value: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def line(value: Any, where: str) -> None:
+def check_line(value: Any, where: str) -> None:
     """Check a name: a short printable string, so that a message can quote it."""
     if not isinstance(value, str) or len(value) > LONGEST_LINE or not value.isprintable():
         raise _wrong(value, where, f"at most {LONGEST_LINE} printable characters")
@@ -165,14 +165,14 @@ def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = Non
     return check
 
 
-def plain(value: Any, where: str, depth: int = 0) -> None:
+def check_plain(value: Any, where: str, depth: int = 0) -> None:
     """Check any JSON value of limited depth; numbers need not be finite."""
     if depth > DEEPEST:
         raise WrongField(f"{where[:SHOWN]}... has more than {DEEPEST} values within each other; expected fewer")
     if isinstance(value, (dict, list)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             text(str(name), where)
-            plain(item, _at(where, str(name)), depth + 1)
+            check_plain(item, _at(where, str(name)), depth + 1)
     elif isinstance(value, str):
         text(value, where)
     elif type(value) in (int, float):

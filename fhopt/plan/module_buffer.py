@@ -36,7 +36,7 @@ class Places:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class BufferPair:
     """How a pair of buffers is stored: the site's plan, the places, and which buffer axes are B, G, T and D."""
 
     site: SitePlan

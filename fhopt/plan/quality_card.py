@@ -73,7 +73,7 @@ def with_measured(
     return plan.with_provenance(**{QUALITY: quality})
 
 
-def card(plan: LatentPlan) -> QualityCard:
+def quality_card(plan: LatentPlan) -> QualityCard:
     """Return the card of a plan; empty if nothing was recorded."""
     known = plan.provenance.get(QUALITY)
     known = known if isinstance(known, Mapping) else {}

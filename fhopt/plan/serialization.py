@@ -23,7 +23,7 @@ from fhopt.plan.json_kinds import WrongField
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.plan_files import PLAN_FILES, altered, damage_named, read_files
 from fhopt.plan.site import site_from
-from fhopt.plan.site_plan import PagePlan, SidePlan, SitePlan, SketchPlan, Tier
+from fhopt.plan.site_plan import BitGroup, PagePlan, SidePlan, SitePlan, SketchPlan
 
 
 def save_plan(plan: LatentPlan, folder: str | os.PathLike[str]) -> Path:
@@ -151,12 +151,12 @@ def _site_plan(item: dict[str, Any], tensors: _Tensors) -> SitePlan:
 
     def side(which: str) -> SidePlan:
         prefix = f"{site.name}.{which}"
-        tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item[which])
+        tiers = tuple(BitGroup(int(b), int(w), float(s)) for b, w, s in item[which])
         return SidePlan(tensors.take(f"{prefix}.encode"), tensors.take(f"{prefix}.decode"), tiers)
 
     sketch = None
     if "sketch" in item:
-        tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item["sketch"])
+        tiers = tuple(BitGroup(int(b), int(w), float(s)) for b, w, s in item["sketch"])
         parts = {part: tensors.take(f"{site.name}.sketch.{part}") for part in _SKETCH}
         sketch = SketchPlan(**parts, tiers=tiers)
     return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch, segment=item.get("segment", 0))

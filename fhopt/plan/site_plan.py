@@ -38,7 +38,7 @@ def is_step(bits: int, step: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Tier:
+class BitGroup:
     """A bit group: consecutive latent channels stored with the same number of bits.
 
     Quantized values are unsigned integers u of `bits` bits; the value is (u - (2^bits - 1)/2) * step * scale[token].
@@ -67,7 +67,7 @@ class SidePlan:
 
     encode: Tensor
     decode: Tensor
-    tiers: tuple[Tier, ...]
+    tiers: tuple[BitGroup, ...]
 
     def __deepcopy__(self, memo: Any) -> SidePlan:
         return self  # immutable; copies of a model's cache share its plan
@@ -105,7 +105,7 @@ class SketchPlan:
     channels: Tensor
     mean: Tensor
     deviation: Tensor
-    tiers: tuple[Tier, ...]
+    tiers: tuple[BitGroup, ...]
 
     def __deepcopy__(self, memo: Any) -> SketchPlan:
         return self

@@ -119,7 +119,7 @@ def _finished(
     fitted = _sized(source, calibration, request, held_out, progress)
     if request.pages is None or source.loaded is None:
         return fitted
-    return replace(fitted, plan=page_budget.calibrate(source.loaded, fitted.plan, request.pages, progress))
+    return replace(fitted, plan=page_budget.calibrate_pages(source.loaded, fitted.plan, request.pages, progress))
 
 
 def _for_source(request: PlanRequest, source: FitSource) -> PlanRequest:

@@ -43,7 +43,7 @@ def plans_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredPlan:
     """One plan, as described in its plan.json. fault: why it cannot be used, "" if no reason is known.
 
     request: one or more results of `_request`, separated by spaces. ratio and bytes_per_token: the plan's own, at 8,192
@@ -68,31 +68,31 @@ class Entry:
         return self.request.split()
 
 
-def entries() -> list[Entry]:
+def stored_plans() -> list[StoredPlan]:
     """List all plans of the store by model and size, including damaged ones."""
     folder = plans_folder()
     paths = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
     return sorted(map(_entry, paths), key=lambda e: (e.model, e.ratio, e.name))
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> StoredPlan:
     try:
         described = json.loads(read_file(path / "plan.json"))
         known = described["provenance"]
         match = re.search(r"-([0-9.]+)x-[0-9a-f]+$", path.name)
-        return Entry(
+        return StoredPlan(
             name=path.name, path=path, model=str(known.get("model", "")), fingerprint=str(known.get("fingerprint", "")),
             digest=str(described["digest"]), request=str(known.get("request", "")), sites=len(described["sites"]),
             ratio=float(match[1]) if match else 0.0, nbytes=sum((path / n).stat().st_size for n in PLAN_FILES),
             modified=(path / "plan.json").stat().st_mtime,
         )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, FhoptError) as error:
-        return Entry(path.name, path, fault=f"its description cannot be read ({type(error).__name__})")
+        return StoredPlan(path.name, path, fault=f"its description cannot be read ({type(error).__name__})")
 
 
-def find(name: str) -> Entry:
+def find_plan(name: str) -> StoredPlan:
     """Find the plan whose name or digest begins with `name`. Raises FhoptError unless exactly one matches."""
-    known = entries()
+    known = stored_plans()
     matches = [e for e in known if e.name == name] or [
         e for e in known if name and (e.name.startswith(name) or e.digest.startswith(name))
     ]
@@ -103,7 +103,7 @@ def find(name: str) -> Entry:
     return matches[0]
 
 
-def add(plan: LatentPlan) -> Entry:
+def add(plan: LatentPlan) -> StoredPlan:
     """Add a plan to the store; if it is there already, only add its request.
 
     Raises FhoptError if it cannot be written.
@@ -111,7 +111,7 @@ def add(plan: LatentPlan) -> Entry:
     path = plans_folder() / _name(plan)
     known = _entry(path) if path.is_dir() else None
     request = str(plan.provenance.get("request", ""))
-    if known is None or verify(known).fault:
+    if known is None or verify_plan(known).fault:
         plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may be stored there, too
         plan.save(path)
     elif request and request not in known.requests:
@@ -126,7 +126,7 @@ def _name(plan: LatentPlan) -> str:
     return f"{model}-{plan.ratio():.2f}x-{plan.digest()[:12]}"
 
 
-def table(plans: Iterable[Entry]) -> Table:
+def plan_table(plans: Iterable[StoredPlan]) -> Table:
     """Build a table with one row per plan."""
     rows = Table(title=f"Plans in {plans_folder()}", title_justify="left")
     for name, justify in (("name", "left"), ("model", "left"), ("sites", "right"), ("ratio", "right"), ("MB", "right")):
@@ -140,7 +140,7 @@ def table(plans: Iterable[Entry]) -> Table:
 # --------------------------------------------------------------------------------------------------- verify, prune
 
 
-def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
+def verify_plan(entry: StoredPlan, model: LoadedModel | None = None) -> StoredPlan:
     """Load all bytes of a plan and return its entry, with any problem in `fault`.
 
     model: also report a plan that was fitted to another model.
@@ -148,13 +148,13 @@ def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
     if entry.fault:
         return entry
 
-    from fhopt.plan.fingerprint import check_model
+    from fhopt.plan.fingerprint import check_fingerprint
     from fhopt.plan.latent_plan import LatentPlan
 
     try:
         plan = LatentPlan.load(entry.path)
         if model is not None and model.module is not None:
-            check_model(plan, dict(model.module.named_parameters()), model.name)
+            check_fingerprint(plan, dict(model.module.named_parameters()), model.name)
     except FhoptError as error:
         return replace(entry, fault=str(error))
     except Exception as error:  # a damaged file can raise anything
@@ -170,12 +170,12 @@ class Pruned:
     nbytes: int
 
 
-def prune(keep: int | None = None, dry: bool = False) -> Pruned:
+def prune_plans(keep: int | None = None, dry: bool = False) -> Pruned:
     """Remove damaged plans, day-old files of interrupted commands, and all but the `keep` newest plans of each model.
 
     Never removes a folder that holds anything but files of a plan. dry: only report.
     """
-    checked = [verify(e) for e in entries()]
+    checked = [verify_plan(e) for e in stored_plans()]
     doomed = [e.path for e in checked if e.fault and _is_ours(e.path)]
     if keep is not None:
         doomed += _beyond(keep, [e for e in checked if not e.fault])
@@ -186,7 +186,7 @@ def prune(keep: int | None = None, dry: bool = False) -> Pruned:
     return Pruned(tuple(p.name for p in doomed), nbytes)
 
 
-def _beyond(keep: int, sound: Sequence[Entry]) -> list[Path]:
+def _beyond(keep: int, sound: Sequence[StoredPlan]) -> list[Path]:
     newest = sorted(sound, key=lambda e: e.modified, reverse=True)
     by_model: dict[str, list[Path]] = {}
     for entry in newest:
@@ -214,7 +214,7 @@ def _size(path: Path) -> int:
 
 def fit_ratios(
     loaded: LoadedModel, options: FitOptions, ratios: Iterable[float], progress: Progress = silent
-) -> list[Entry]:
+) -> list[StoredPlan]:
     """Fit plans of several ratios to one calibration and store them; skips those in the store.
 
     An interrupted calibration resumes. Raises FhoptError for invalid options.
@@ -229,7 +229,7 @@ def fit_ratios(
         one.check()
     weights = weights_print(loaded.language_model())
     requests = {ratio: _request(one, weights) for ratio, one in asked.items()}
-    known = {request: e for e in entries() if e.requests and not verify(e).fault for request in e.requests}
+    known = {request: e for e in stored_plans() if e.requests and not verify_plan(e).fault for request in e.requests}
     missing = [ratio for ratio in wanted if requests[ratio] not in known]
     if missing:
         name = _request(replace(options, ratio=1.0), weights)  # independent of the ratios

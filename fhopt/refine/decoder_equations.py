@@ -86,7 +86,7 @@ def solved(plan: LatentPlan, equations: Equations, ridge: float) -> LatentPlan:
 
 
 @dataclass(frozen=True)
-class Reader:
+class CapturedModel:
     """A captured language model, and the site plans of its attention nodes that `plan` does not make exact."""
 
     captured: Captured
@@ -94,9 +94,9 @@ class Reader:
     sites: Mapping[str, SitePlan]
 
     @staticmethod
-    def of(captured: Captured, plan: LatentPlan) -> Reader:
+    def of(captured: Captured, plan: LatentPlan) -> CapturedModel:
         """Match the plan to the graph. Raises FhoptError if the plan approximates no site of the graph."""
-        outcome, compress = pipeline.find(captured.program, assume_finite=True), Compress(plan)
+        outcome, compress = pipeline.find_attentions(captured.program, assume_finite=True), Compress(plan)
         nodes = {n.name: n for n in outcome.program.graph.nodes}
         sites, reasons = {}, set[str]()
         for name, site in outcome.sites.items():
@@ -110,7 +110,7 @@ class Reader:
         if not sites:
             why = "; ".join(sorted(reasons)) or "every site of the plan is exact"
             raise FhoptError(f"there is nothing to heal: {why}. Expected a plan for this model that loses something.")
-        return Reader(captured, plan, sites)
+        return CapturedModel(captured, plan, sites)
 
     @torch.no_grad()
     def read(self, ids: Tensor, equations: Equations) -> None:
@@ -121,7 +121,7 @@ class Reader:
 class _Runner(fx.Interpreter):
     """Interpreter that runs the graph unchanged and adds operands of attention nodes to the equations."""
 
-    def __init__(self, reader: Reader, equations: Equations) -> None:
+    def __init__(self, reader: CapturedModel, equations: Equations) -> None:
         super().__init__(reader.captured.program.module)
         self.reader, self.equations = reader, equations
 

@@ -25,22 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fhopt.calibration.checkpoint import SAVE_EVERY, Checkpoint, Stage
+from fhopt.calibration.checkpoint import SAVE_EVERY, Checkpoint, ResumableStage
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import switched, token_costs
 from fhopt.evaluation.statistics import Comparison
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import check_length
-from fhopt.plan.fingerprint import check_model, fingerprint
+from fhopt.plan.fingerprint import check_fingerprint, fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import QUALITY
 from fhopt.progress import Progress, silent
-from fhopt.refine.decoder_equations import Equations, Reader, solved
+from fhopt.refine.decoder_equations import CapturedModel, Equations, solved
 from fhopt.refine.options import HealOptions
 from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
 
-HEALING = Stage("heal", "healing", "heal", "model, plan, text or version", unit="sequences", is_suffix=False)
+HEALING = ResumableStage("heal", "healing", "heal", "model, plan, text or version", unit="sequences", is_suffix=False)
 
 
 def heal(
@@ -57,12 +57,12 @@ def heal(
     options.check_plan(plan)
     network = loaded.language_model()
     check_length(network, options.context)
-    check_model(plan, dict(network.named_parameters()), loaded.name)
+    check_fingerprint(plan, dict(network.named_parameters()), loaded.name)
     ids, test = _texts(loaded, options)
     checkpoint = Checkpoint(options.checkpoint, _key(loaded, plan, ids), HEALING)
     checkpoint.check()
     with switched(network, None):
-        reader = Reader.of(loaded.capture(options.context), plan)
+        reader = CapturedModel.of(loaded.capture(options.context), plan)
     before = _measure(network, test, plan, "before", progress)
     healed = solved(plan, read(reader, ids, checkpoint, progress), options.ridge)
     after = _measure(network, test, healed, "after", progress)
@@ -104,7 +104,7 @@ def _record(
     """Return the provenance entry; JSON values only."""
     return {
         "texts": list(options.texts),
-        "text_sha256": texts_tokens.digest(ids),
+        "text_sha256": texts_tokens.tokens_digest(ids),
         "tokens": int(ids.numel()),
         "context": options.context,
         "ridge": options.ridge,
@@ -124,7 +124,7 @@ def _with_provenance(plan: LatentPlan, record: dict[str, Any]) -> LatentPlan:
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def read(reader: Reader, ids: Tensor, checkpoint: Checkpoint, progress: Progress = silent) -> Equations:
+def read(reader: CapturedModel, ids: Tensor, checkpoint: Checkpoint, progress: Progress = silent) -> Equations:
     """Accumulate the equations over all rows of ids [N, T]. Raises FhoptError if keys or values are not finite."""
     tensors, done = checkpoint.load()
     equations = Equations.of(tensors)
@@ -150,6 +150,6 @@ def _key(loaded: LoadedModel, plan: LatentPlan, ids: Tensor) -> dict[str, Any]:
         "weights": fingerprint(weights, [p.site for p in plan.sites]),
         "dtype": str(next(iter(weights.values())).dtype),
         "plan": plan.digest(),
-        "data": texts_tokens.digest(ids),
+        "data": texts_tokens.tokens_digest(ids),
         "version": __version__,
     }

@@ -13,7 +13,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan, SitePlan, no_pages
 from fhopt.progress import Progress, silent
 from fhopt.refine.page_options import PagingOptions
-from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves, measure
+from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves, measure_pages
 from fhopt.refine.page_sketches import with_sketches
 from fhopt.texts import tokens as texts_tokens
 
@@ -90,7 +90,9 @@ def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOp
     return replace(plan, pages=paged).with_provenance(pages=record)
 
 
-def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent) -> LatentPlan:
+def calibrate_pages(
+    loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent
+) -> LatentPlan:
     """Return the plan with page selection, calibrated on the first halves of the texts. Raises FhoptError."""
     options.check(plan.block, plan.window.first_length)
     if plan.segment:
@@ -107,4 +109,4 @@ def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, pro
 
     sketched = with_sketches(model, plan, ids, options.sketch)
     count(1)
-    return with_pages(sketched, measure(model, sketched, ids, options, count), options)
+    return with_pages(sketched, measure_pages(model, sketched, ids, options, count), options)

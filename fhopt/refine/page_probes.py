@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from fhopt.attention import paged as attention_paged
-from fhopt.attention.cache_view import Latents
+from fhopt.attention.cache_view import CacheView
 from fhopt.attention.exact_tokens import attend_open_tokens
 from fhopt.attention.manual_attention import latent_logits
 from fhopt.attention.paged import mean_values
@@ -171,7 +171,7 @@ class _FullAttention:
     near: tuple[Tensor, Tensor]
 
     @staticmethod
-    def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _FullAttention:
+    def of(query: Tensor, key: Tensor, value: Tensor, latents: CacheView, **numbers: float) -> _FullAttention:
         """Attend with query [B,H,S,D] to exact keys and values and to latents; numbers: scale and softcap."""
         centred = replace(latents, key=replace(latents.key, mean=None))  # as the estimates from sketches are
         far = latent_logits(query, centred, **numbers)
@@ -186,7 +186,7 @@ class _FullAttention:
 
 
 def fill_errors(
-    full: _FullAttention, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex
+    full: _FullAttention, absorbed: Tensor, latents: CacheView, estimates: Tensor, index: PageIndex
 ) -> Tensor:
     """Return summed squared errors of each head's output with each of FILLS, for the pages that `index` selects.
 
@@ -222,7 +222,7 @@ class _Probe:
         self.curves, self.options, self.fills = curves, options, fills
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
+        self, query: Tensor, key: Tensor, value: Tensor, latents: CacheView, scale: float, softcap: float
     ) -> None:
         """Add the last QUERIES queries of a call to the curves."""
         index, query = latents.index, query[:, :, -QUERIES:]
@@ -244,7 +244,7 @@ class _Probe:
 
 
 @torch.inference_mode()
-def measure(
+def measure_pages(
     model: Any, plan: LatentPlan, ids: Tensor, options: PagingOptions, progress: Callable[[int], None] = lambda n: None
 ) -> dict[str, Curves]:
     """Measure the weight that each site of `plan` with a sketch leaves out, and its cost.

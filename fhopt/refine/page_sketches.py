@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fhopt.attention import sketches
-from fhopt.attention.cache_view import Latents
+from fhopt.attention.cache_view import CacheView
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, switched
@@ -19,7 +19,7 @@ from fhopt.fitting.allocation import STEPS
 from fhopt.models.model_facts import cache_argument
 from fhopt.ops import algebra
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SKETCH_BITS, TIER_QUANTUM, SketchPlan, Tier
+from fhopt.plan.site_plan import SKETCH_BITS, TIER_QUANTUM, BitGroup, SketchPlan
 from fhopt.refine.page_options import PIECE
 
 # --------------------------------------------------------------------------------------------------- sketches
@@ -33,7 +33,7 @@ class _Moments:
         self.count, self.sums, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
+        self, query: Tensor, key: Tensor, value: Tensor, latents: CacheView, scale: float, softcap: float
     ) -> None:
         """Add the absorbed queries of a call."""
         absorbed = algebra.absorb(query, latents.key.decode).double()
@@ -93,7 +93,7 @@ def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
     return SketchPlan(kept.contiguous().cpu(), mean.float().cpu(), deviation.float().cpu(), tiers)
 
 
-def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
+def sketch_tiers(wrong: Tensor, size: int) -> tuple[BitGroup, ...]:
     """Allocate bits to the channels of a sketch: the bit groups with the least error in `size` bytes.
 
     wrong [R]: squared logit error per channel, descending. Every bit group is a multiple of four-byte words, the unit
@@ -101,7 +101,7 @@ def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
     """
     steps = [TIER_QUANTUM if bits > 2 else 2 * TIER_QUANTUM for bits in SKETCH_BITS]
     ranges = [range(0, min(len(wrong), 8 * size // b) + 1, n) for b, n in zip(SKETCH_BITS, steps, strict=True)]
-    best: tuple[float, tuple[Tier, ...]] = (math.inf, ())
+    best: tuple[float, tuple[BitGroup, ...]] = (math.inf, ())
     for widths in itertools.product(*ranges):
         groups = list(zip(SKETCH_BITS, widths, strict=True))[::-1]
         if sum(widths) > len(wrong) or sum(b * w for b, w in groups) > 8 * size or not any(widths):
@@ -109,5 +109,5 @@ def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
         left = torch.tensor([sketches.LOST[b] ** 2 for b, w in groups for _ in range(w)], dtype=wrong.dtype)
         error = float((wrong[: len(left)].cpu() * left).sum() + wrong[len(left) :].sum())
         if error < best[0]:
-            best = error, tuple(Tier(b, w, STEPS[b]) for b, w in groups if w)
+            best = error, tuple(BitGroup(b, w, STEPS[b]) for b, w in groups if w)
     return best[1]

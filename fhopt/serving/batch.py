@@ -48,7 +48,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Tile:
+class QueryTile:
     """Queries at positions `start` to `stop` that attend to `quantized` tokens as latents."""
 
     start: int
@@ -56,12 +56,12 @@ class Tile:
     quantized: int
 
 
-def tiles(window: ResidualWindow, start: int, stop: int) -> Iterator[Tile]:
+def split_queries(window: ResidualWindow, start: int, stop: int) -> Iterator[QueryTile]:
     """Split queries at positions `start` to `stop` where the number of tokens attended as latents changes."""
     while start < stop:
         behind = start - window.first_length  # from here on it changes with every block
         end = min(stop, start - behind if behind < 0 else start + window.block - behind % window.block)
-        yield Tile(start, end, window.quantized_tokens(start))
+        yield QueryTile(start, end, window.quantized_tokens(start))
         start = end
 
 
@@ -145,7 +145,7 @@ class Batch:
         return [s for s in self.sequences if s.start < means_from <= s.stop]
 
 
-class Blocks:
+class BlockTable:
     """Block table of one cache: int32 [sequences, blocks of each], with `size` tokens per block."""
 
     def __init__(self, batch: Batch, table: Tensor, size: int) -> None:
@@ -192,5 +192,5 @@ def place_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> 
 
     blocks, offsets int64 [N]: destination of each row.
     """
-    if not block_tables.place_rows(cache, blocks, offsets, rows):
+    if not block_tables.write_block_rows(cache, blocks, offsets, rows):
         cache[blocks, 0, offsets, : rows.shape[1]] = rows

@@ -55,7 +55,7 @@ class BlockSizes:
         return math.lcm(self.latents, self.window, self.first)
 
 
-def choose(needs: CacheNeeds, latents: int | None = None) -> BlockSizes:
+def choose_block_sizes(needs: CacheNeeds, latents: int | None = None) -> BlockSizes:
     """Choose the block sizes that (nearly) minimize the bytes of a request of `needs.tokens` tokens.
 
     latents: tokens per block of packed latents, if fixed. Avoids sizes with a large least common multiple, or that need

@@ -12,9 +12,9 @@ from torch import Tensor
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.cpu.block_tables import BlockAttention, Struct, attention_of, step_of, table_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
-from fhopt.serving.batch import Batch, Blocks
+from fhopt.serving.batch import Batch, BlockTable
 from fhopt.serving.layer_rows import Caches, LayerRows
-from fhopt.serving.rows import Part
+from fhopt.serving.rows import RowPart
 
 
 class CompiledStep:
@@ -63,7 +63,7 @@ class CompiledStep:
         return numbers
 
 
-def _table(blocks: Blocks) -> Struct:
+def _table(blocks: BlockTable) -> Struct:
     if blocks.compiled is None:
         blocks.compiled = table_of(blocks.table, blocks.size)
     table: Struct = blocks.compiled
@@ -88,7 +88,7 @@ def layout_of(layer: LayerRows, dtype: torch.dtype) -> BlockLayout:
     )  # fmt: skip
 
 
-def _starts(parts: list[Part]) -> tuple[int, int, int, int]:
+def _starts(parts: list[RowPart]) -> tuple[int, int, int, int]:
     """Return the start bytes of up to four parts of a row; 0 for missing parts."""
     first, second, third, fourth = [*(part.start for part in parts), 0, 0][:4]
     return first, second, third, fourth

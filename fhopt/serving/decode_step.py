@@ -19,11 +19,11 @@ from fhopt.attention.attend import attend_parts
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.plan.window import ResidualWindow
-from fhopt.serving.batch import Batch, Blocks
+from fhopt.serving.batch import Batch, BlockTable
 from fhopt.serving.layer_rows import Caches, LayerRows
 
 
-class DecodeStep:
+class AttendedRows:
     """Rows that the queries of a decode step attend to.
 
     tokens [B]: batch index of each sequence's new token. quantized int64 [B]: tokens attended as latents. opened bool
@@ -49,27 +49,27 @@ class DecodeStep:
         self._latents: tuple[Tensor, int] | None = None
 
     @staticmethod
-    def of(batch: Batch, window: ResidualWindow) -> DecodeStep:
+    def of(batch: Batch, window: ResidualWindow) -> AttendedRows:
         """Return the step of a batch, made once for all layers."""
         if window not in batch.made:
-            batch.made[window] = DecodeStep(batch, window)
-        step: DecodeStep = batch.made[window]
+            batch.made[window] = AttendedRows(batch, window)
+        step: AttendedRows = batch.made[window]
         return step
 
-    def window_places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    def window_places(self, blocks: BlockTable) -> tuple[Tensor, Tensor]:
         """Return blocks and offsets of the window's rows, int64 [B,N] each."""
         if id(blocks) not in self._places:
             self._places[id(blocks)] = blocks.places(self.owners.unsqueeze(1), self.positions)
         return self._places[id(blocks)]
 
-    def latent_blocks(self, blocks: Blocks) -> tuple[Tensor, int]:
+    def latent_blocks(self, blocks: BlockTable) -> tuple[Tensor, int]:
         """Return the blocks [B,n] of packed latents, and the offset of the first row in the first block."""
         if self._latents is None:
             self._latents = blocks.span(self.owners, self.sinks, self.sinks + self.most)
         return self._latents
 
 
-def attend_step(layer: LayerRows, caches: Caches, step: DecodeStep, query: Tensor) -> Tensor:
+def attend_step(layer: LayerRows, caches: Caches, step: AttendedRows, query: Tensor) -> Tensor:
     """Attend with the queries [B,H,1,D] of a decode step: [B,H,1,E]."""
     pages = caches.first.cache[caches.first.blocks.table[step.owners, 0].long(), 0, 0]  # [B, bytes]
     key, value = _open_tokens(layer, caches, step, pages, query.dtype)
@@ -83,7 +83,7 @@ def attend_step(layer: LayerRows, caches: Caches, step: DecodeStep, query: Tenso
 
 
 def _open_tokens(
-    layer: LayerRows, caches: Caches, step: DecodeStep, pages: Tensor, dtype: torch.dtype
+    layer: LayerRows, caches: Caches, step: AttendedRows, pages: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return keys [B,G,N,D] and values [B,G,N,E] of attention sinks and residual window."""
     blocks, places = step.window_places(caches.window.blocks)
@@ -97,7 +97,7 @@ def _open_tokens(
 
 
 def _sides(
-    layer: LayerRows, caches: Caches, step: DecodeStep, means: tuple[Tensor | None, Tensor | None]
+    layer: LayerRows, caches: Caches, step: AttendedRows, means: tuple[Tensor | None, Tensor | None]
 ) -> tuple[SideRows, SideRows]:
     """Return packed latents [B,J,V,...] of all sequences; padding rows are 0."""
     blocks, first = step.latent_blocks(caches.latents.blocks)

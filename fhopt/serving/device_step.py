@@ -21,7 +21,7 @@ from fhopt.serving.layer_rows import Caches, LayerRows
 from fhopt.system import has_triton
 
 if TYPE_CHECKING:
-    from fhopt.codegen.gpu.block_launch import BlockAttention, StepBlocks
+    from fhopt.codegen.gpu.block_launch import StepBlocks, TritonBlockAttention
 
 log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class DeviceStep:
     """The decode step of one layer."""
 
-    def __init__(self, attention: BlockAttention) -> None:
+    def __init__(self, attention: TritonBlockAttention) -> None:
         self._attention = attention
 
     def serves(self, caches: Caches, query: Tensor) -> bool:
@@ -68,10 +68,10 @@ class DeviceStep:
 
     @staticmethod
     def _blocks(caches: Caches, tables: list[Tensor]) -> StepBlocks:
-        from fhopt.codegen.gpu.block_launch import Blocks, StepBlocks
+        from fhopt.codegen.gpu.block_launch import DeviceBlocks, StepBlocks
 
         held = caches.latents.cache, caches.window.cache, caches.first.cache
-        return StepBlocks(*(Blocks(cache, table) for cache, table in zip(held, tables, strict=True)))
+        return StepBlocks(*(DeviceBlocks(cache, table) for cache, table in zip(held, tables, strict=True)))
 
     @staticmethod
     def _singles(caches: Caches) -> _Singles:
@@ -99,10 +99,10 @@ def device_step(layer: LayerRows, device: torch.device) -> DeviceStep | None:
     """Build the decode step of a layer on a GPU; None, with a warning, if there are no kernels for it."""
     reason = _objection(layer, device)
     if not reason:
-        from fhopt.codegen.gpu.block_launch import BlockAttention  # deferred: importing Triton takes a second
+        from fhopt.codegen.gpu.block_launch import TritonBlockAttention  # deferred: importing Triton takes a second
 
         try:
-            return DeviceStep(BlockAttention(layout_of(layer, layer.dtype), device))
+            return DeviceStep(TritonBlockAttention(layout_of(layer, layer.dtype), device))
         except FhoptError as error:
             reason = str(error)
     log.warning("%s: decode steps run on torch operations, slower: %s", layer.site.site.name, reason)

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fhopt.attention.attend import attend
-from fhopt.attention.cache_view import Latents, SideRows
+from fhopt.attention.cache_view import CacheView, SideRows
 from fhopt.ops.masks import additive, causal_mask
 from fhopt.ops.prefill_attention import attend_on_cpu
-from fhopt.serving.batch import Batch, Sequence, Tile, place_rows, tiles
+from fhopt.serving.batch import Batch, QueryTile, Sequence, place_rows, split_queries
 from fhopt.serving.compiled_step import compiled_step
-from fhopt.serving.decode_step import DecodeStep, attend_step
+from fhopt.serving.decode_step import AttendedRows, attend_step
 from fhopt.serving.device_step import device_step
 from fhopt.serving.layer_rows import Caches, LayerRows
 
 FEW_QUERIES = 4  # maximum queries per tile with absorption; above it, keys and values are reconstructed
 
 
-class Step(Protocol):
+class BlockStepKernels(Protocol):
     """Kernels for cache writes and attention of sequences with one new token."""
 
     def serves(self, caches: Caches, query: Tensor) -> bool:
@@ -47,7 +47,7 @@ class Step(Protocol):
 class LayerCache(LayerRows):
     """Cache writes and attention of one layer. compiled: its decode step in kernels, if any."""
 
-    compiled: Step | None = None
+    compiled: BlockStepKernels | None = None
 
     def compile(self) -> None:
         """Build the decode step: one native call on CPU, Triton kernels on GPU.
@@ -144,7 +144,7 @@ class LayerCache(LayerRows):
         if self.compiled and self.compiled.serves(caches, query):
             self.compiled(caches, query, query, query, output, writes=False)
         elif batch.singles:
-            step = DecodeStep.of(batch, self.window)
+            step = AttendedRows.of(batch, self.window)
             out = attend_step(self, caches, step, query[step.tokens].unsqueeze(2))
             output[step.tokens] = out[:, :, 0].to(output.dtype)
         for one in batch.several:
@@ -153,7 +153,7 @@ class LayerCache(LayerRows):
             if attended is not None:
                 output[one.begin : one.end] = attended[0].transpose(0, 1).to(output.dtype)
                 continue
-            for tile in tiles(self.window, one.start, one.stop):
+            for tile in split_queries(self.window, one.start, one.stop):
                 new = slice(one.begin + tile.start - one.start, one.begin + tile.stop - one.start)
                 out = reader.attend(tile, query[new].transpose(0, 1)[None])
                 output[new] = out[0].transpose(0, 1).to(output.dtype)
@@ -197,7 +197,7 @@ class _Reader:
         key, value = (SideRows(groups, *latents, decode, mean=mean) for groups, latents, decode, mean in parts)
         return replace(key, rotation=self.layer.rotation), value
 
-    def attend(self, tile: Tile, query: Tensor) -> Tensor:
+    def attend(self, tile: QueryTile, query: Tensor) -> Tensor:
         """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""
         if not tile.quantized or self.sides is None or query.shape[2] > FEW_QUERIES:
             return self._plain(tile, query)
@@ -206,7 +206,7 @@ class _Reader:
         parts = zip(self.sinks, self.open, strict=True)
         keys, values = (torch.cat([x[:, :, :sinks], w[:, :, opened]], 2) for x, w in parts)
         key, value = (_first(side, tile.quantized) for side in self.sides)
-        latents = Latents(key, value, sinks, tile.quantized)
+        latents = CacheView(key, value, sinks, tile.quantized)
         return attend(query, keys, values, latents, None, scale=self.layer.scale)
 
     def attend_at_once(self, query: Tensor) -> Tensor | None:
@@ -260,7 +260,7 @@ class _Reader:
         )
         return key, value
 
-    def _plain(self, tile: Tile, query: Tensor) -> Tensor:
+    def _plain(self, tile: QueryTile, query: Tensor) -> Tensor:
         """Attend to keys and values of all tokens, some of them reconstructed from latents."""
         sinks, (key, value) = self.layer.window.sinks, self._whole
         if tile.quantized > self._placed:

@@ -13,18 +13,18 @@ from torch import Tensor
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site_plan import SitePlan
-from fhopt.serving.batch import Batch, Blocks, Sequence, means_from
+from fhopt.serving.batch import Batch, BlockTable, Sequence, means_from
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 
 CPU = torch.device("cpu")
 
 
 @dataclass(eq=False, slots=True)  # not frozen, for speed: one per cache, layer and step
-class Held:
+class CacheMemory:
     """Memory of one cache of a layer, uint8 [blocks, 1, tokens per block, bytes], and a batch's blocks in it."""
 
     cache: Tensor
-    blocks: Blocks
+    blocks: BlockTable
 
     def read(self, sequence: Sequence, start: int, stop: int) -> Tensor:
         """Return the rows [stop - start, bytes] of a sequence's tokens at positions `start` to `stop`."""
@@ -35,9 +35,9 @@ class Held:
 class Caches:
     """The three caches of a layer, for one batch."""
 
-    latents: Held
-    window: Held
-    first: Held
+    latents: CacheMemory
+    window: CacheMemory
+    first: CacheMemory
 
     @property
     def batch(self) -> Batch:

@@ -26,7 +26,7 @@ from fhopt.serving.batch import means_from
 from fhopt.serving.layer_cache import LayerCache
 
 
-class FhoptConfig(QuantizationConfig):  # type: ignore[misc]
+class VllmConfig(QuantizationConfig):  # type: ignore[misc]
     """The quantization configuration of a rewritten folder."""
 
     def __init__(self) -> None:
@@ -52,14 +52,14 @@ class FhoptConfig(QuantizationConfig):  # type: ignore[misc]
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> FhoptConfig:
+    def from_config(cls, config: dict[str, Any]) -> VllmConfig:
         """Make the configuration from `quantization_config`."""
         return cls()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Load and verify the model's folder. Raises FhoptError."""
         folder = read_folder(Path(model_name))
-        refusals.check_folder(folder, hf_config)
+        refusals.check_served_folder(folder, hf_config)
         self.plan = folder.plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -82,7 +82,7 @@ class FhoptConfig(QuantizationConfig):  # type: ignore[misc]
         return _Made(self.plan, get_current_vllm_config())
 
 
-register_quantization_config(METHOD)(FhoptConfig)
+register_quantization_config(METHOD)(VllmConfig)
 
 
 class _Made:
@@ -90,8 +90,8 @@ class _Made:
 
     def __init__(self, plan: LatentPlan, config: Any) -> None:
         refusals.check_engine(plan, config)
-        codegen.install()
-        codegen.prepare()
+        codegen.register_kernels()
+        codegen.build_all()
         parallel = config.parallel_config
         self.plan, dtype = plan, config.model_config.dtype
         self.device = torch.device(config.device_config.device_type)
@@ -99,7 +99,7 @@ class _Made:
         self.caches = {site.site.name: self._cache(site, dtype) for site in sites}
         self.rows = block_sizes.uneven({name: cache.latent_rows.size for name, cache in self.caches.items()})
         given = config.cache_config.block_size if config.cache_config.user_specified_block_size else None
-        self.sizes = block_sizes.choose(self._needs(config.model_config.max_model_len), given)
+        self.sizes = block_sizes.choose_block_sizes(self._needs(config.model_config.max_model_len), given)
 
     def _cache(self, site: SitePlan, dtype: torch.dtype) -> LayerCache:
         cache = LayerCache(self.plan, site, site.site.scale, dtype, self.device)

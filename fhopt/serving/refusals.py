@@ -18,7 +18,7 @@ from fhopt.plan.segment_rotation import MAX_TOKENS
 from fhopt.plan.site_plan import SitePlan
 
 
-def check_folder(folder: RewrittenFolder, hf_config: Any) -> None:
+def check_served_folder(folder: RewrittenFolder, hf_config: Any) -> None:
     """Raise FhoptError for a folder whose plan an engine cannot serve. hf_config: of transformers, or None."""
     plan = folder.plan
     check_stored(plan, folder.path)

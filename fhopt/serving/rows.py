@@ -27,7 +27,7 @@ Packed = tuple[Tensor, Tensor | None]  # rows [1,J,T,bytes or R], scales [1,J,T]
 
 
 @dataclass(frozen=True)
-class Part:
+class RowPart:
     """A part of a row, from byte `start` on: `heads` times `numbers` elements of `dtype`."""
 
     start: int
@@ -50,16 +50,16 @@ class Part:
         place.copy_(numbers.reshape(place.shape))
 
 
-def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[Part], int]:
+def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[RowPart], int]:
     """Lay out parts (heads, elements per head, dtype) in a row: (parts in the given order, bytes of the row).
 
     Heads of an even number of bytes come before others: GPUs load them in 16-bit words.
     """
     order = sorted(range(len(wanted)), key=lambda i: (-wanted[i][2].itemsize, wanted[i][1] % 2))
-    parts: dict[int, Part] = {}
+    parts: dict[int, RowPart] = {}
     start = 0
     for i in order:
-        parts[i] = Part(start, *wanted[i])
+        parts[i] = RowPart(start, *wanted[i])
         start = parts[i].stop
     unit = max([LEAST_ALIGNMENT, *(dtype.itemsize for _, _, dtype in wanted)])
     return [parts[i] for i in range(len(wanted))], max(1, -(-start // unit)) * unit
@@ -119,7 +119,7 @@ class WindowRows:
         for i, x in enumerate((keys, values)):
             if self.is_rounded:
                 codes, scales = self.parts[i], self.parts[2 + i]
-                if not block_tables.round_rows(x, rows, codes.start, scales.start):
+                if not block_tables.round_window_rows(x, rows, codes.start, scales.start):
                     _round_into(x, codes.read(rows), scales.read(rows)[..., 0])
             else:
                 self.parts[i].write(rows, x)

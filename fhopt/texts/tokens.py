@@ -124,6 +124,6 @@ def sequences(tokenizer: Any, text: str, *, count: int, length: int, what: str) 
     )
 
 
-def digest(ids: Tensor) -> str:
+def tokens_digest(ids: Tensor) -> str:
     """Hash token ids, for a plan's provenance."""
     return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()

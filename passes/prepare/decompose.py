@@ -48,7 +48,7 @@ KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass
-class Expansion:
+class Decomposition:
     """A composite and its decomposition: `body`, a graph with fake values whose placeholders are bound to `inputs`."""
 
     node: fx.Node
@@ -71,7 +71,7 @@ class Decompose:
             seen.update(new)
             yield from new
 
-    def match(self, node: fx.Node, program: Program) -> Expansion:
+    def match(self, node: fx.Node, program: Program) -> Decomposition:
         """Trace the computation of `node`. Raises Miss."""
         name = qualified_name(node)
         if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
@@ -85,9 +85,9 @@ class Decompose:
         is_flex = name == "flex_attention"
         body = trace_flex(node, program) if is_flex else trace_composite(COMPOSITES[name], node, program)
         _check_results(node, body)
-        return Expansion(node, body, tuple(node.all_input_nodes))
+        return Decomposition(node, body, tuple(node.all_input_nodes))
 
-    def rewrite(self, program: Program, expansion: Expansion) -> None:
+    def rewrite(self, program: Program, expansion: Decomposition) -> None:
         """Replace the node by the body."""
         node, inputs = expansion.node, expansion.node.all_input_nodes
         with program.graph.inserting_before(node):
@@ -101,7 +101,7 @@ class Decompose:
         _erase_unused(program.graph, [*(n for n in inputs if n.op == "get_attr"), *copies])
         remove_makers(program.graph, inputs if qualified_name(node) == "flex_attention" else [])
 
-    def _called_body(self, node: fx.Node, program: Program, name: str) -> Expansion:
+    def _called_body(self, node: fx.Node, program: Program, name: str) -> Decomposition:
         if "checkpoint" in name and not self.inline_checkpoints:
             raise Miss("attention inside an activation checkpoint is not rewritten while training", node)
         if name not in BODIES:
@@ -115,7 +115,7 @@ class Decompose:
         _check_users(node, graph.output_node().args[0])
         graph = _framed(graph, node) if name.startswith("wrap_with") else graph
         assert isinstance(node.args[place], fx.Node)
-        return Expansion(node, graph, arguments, f"{node.args[place].target}.")  # type: ignore[union-attr]
+        return Decomposition(node, graph, arguments, f"{node.args[place].target}.")  # type: ignore[union-attr]
 
 
 # --------------------------------------------------------------------------------------------------- candidates
@@ -219,7 +219,7 @@ def _check_users(node: fx.Node, result: Any) -> None:
 # --------------------------------------------------------------------------------------------------- insertion
 
 
-def _copy(graph: fx.Graph, expansion: Expansion) -> tuple[list[fx.Node], Any]:
+def _copy(graph: fx.Graph, expansion: Decomposition) -> tuple[list[fx.Node], Any]:
     """Copy the body to the insertion point; return (copies, results)."""
     inputs = iter(expansion.inputs)
     known: dict[fx.Node, Any] = {}
@@ -234,7 +234,7 @@ def _copy(graph: fx.Graph, expansion: Expansion) -> tuple[list[fx.Node], Any]:
     return copies, fx.node.map_arg(expansion.body.output_node().args[0], known.__getitem__)
 
 
-def _describe(copy: fx.Node, original: fx.Node, expansion: Expansion) -> None:
+def _describe(copy: fx.Node, original: fx.Node, expansion: Decomposition) -> None:
     """Set the fake value and the source line of a copied node: the body's, or else the composite's."""
     copy.meta = dict(original.meta) if expansion.prefix else {}
     if copy.op == "get_attr":

@@ -31,7 +31,7 @@ from fhopt.passes.graph.nodes import copy_node, fake, fake_mode, on_fakes, op_na
 from fhopt.passes.graph.program import Program
 from fhopt.passes.prepare.memory import (
     RANDOM,
-    Memory,
+    GraphMemory,
     Step,
     behind_first,
     called_name,
@@ -39,7 +39,7 @@ from fhopt.passes.prepare.memory import (
     form_of,
     is_idle,
     named_callable,
-    needs_gradient,
+    node_needs_gradient,
     plain_operation,
 )
 
@@ -60,12 +60,12 @@ class Functionalize:
 
     def candidates(self, program: Program) -> list[fx.Node]:
         """Return the nodes that change a tensor in place, except copies into inputs at the very end."""
-        memory = Memory(program)
+        memory = GraphMemory(program)
         return [node for node in memory.writes if node not in memory.final]
 
     def run(self, program: Program) -> Functionalized:
         """Rewrite `program` in place. Nodes that must change their tensor in place keep their position."""
-        memory = Memory(program)
+        memory = GraphMemory(program)
         left = tuple(Miss(reason, node) for node in memory.writes if (reason := memory.reason(node)))
         changed = len(memory.writes) - len(memory.final) - len(left)
         if changed:
@@ -123,7 +123,7 @@ class _Rewriting:
     date, with its views. known: node -> (version, the node that holds its value).
     """
 
-    def __init__(self, program: Program, memory: Memory, chosen: set[int]) -> None:
+    def __init__(self, program: Program, memory: GraphMemory, chosen: set[int]) -> None:
         self.program, self.graph, self.memory = program, program.graph, memory
         self.mode = fake_mode(program)
         self.output = next(iter(reversed(program.graph.nodes)))
@@ -226,7 +226,7 @@ class _Rewriting:
         could then not be written back: `written` saves a copy.
         """
         plain = plain_operation(node) if base is self.targets[node] and node not in self.memory.autocast else None
-        saved = self._current(base).op == "placeholder" and any(map(needs_gradient, node.all_input_nodes))
+        saved = self._current(base).op == "placeholder" and any(map(node_needs_gradient, node.all_input_nodes))
         if plain is None or saved:
             return None
         op, target, args, kwargs = plain

@@ -156,7 +156,7 @@ def _why_not(node: fx.Node, targets: tuple[fx.Node, ...]) -> str:
 
 def is_idle(node: fx.Node) -> bool:
     """Return whether a node is a `detach_` of a tensor without gradient: torch.export adds one after each constant."""
-    return op_name(node) == "detach_" and not needs_gradient(first_tensor(node))
+    return op_name(node) == "detach_" and not node_needs_gradient(first_tensor(node))
 
 
 def _runs_hidden_code(node: fx.Node) -> bool:
@@ -186,7 +186,7 @@ def plain_operation(node: fx.Node) -> Call | None:
         return None
     if name == "copy_":  # a clone would have no gradient, but the written tensor has one
         source, target = argument(node, 1, "src"), first_tensor(node)
-        loses_gradient = needs_gradient(target) and isinstance(source, fx.Node) and not needs_gradient(source)
+        loses_gradient = node_needs_gradient(target) and isinstance(source, fx.Node) and not node_needs_gradient(source)
         return None if loses_gradient else ("call_function", torch.clone, (source,), {})
     if kwargs.pop("out", None) is not None:
         return None if isinstance(node.target, OpOverload) else ("call_function", node.target, args, kwargs)
@@ -214,7 +214,7 @@ def _function_without_underscore(node: fx.Node) -> Any:
 # ------------------------------------------------------------------------------------------------------------- aliasing
 
 
-class Memory:
+class GraphMemory:
     """The memory of a graph: a tree of views for each storage, and the nodes that write it.
 
     storage: node -> its storage. roots: storage -> the node that made it. parent, depth: the tree. same: node -> the
@@ -322,7 +322,7 @@ class Memory:
             if pointer and pointers[pointer] > 1:
                 self._spoil([key], f"another input shares the memory of {root.name}")
         for node, key in self.storage.items():
-            if len(self._modes[key]) > 1 and needs_gradient(node):
+            if len(self._modes[key]) > 1 and node_needs_gradient(node):
                 self._spoil([key], f"{node.name} is made, viewed or written under another gradient mode")
             if node in transformed and (node in self.parent or node in self.writes):
                 self._spoil([key], f"{node.name} is made inside a function transform")
@@ -366,7 +366,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, Tensor)]
 
 
-def needs_gradient(node: fx.Node) -> bool:
+def node_needs_gradient(node: fx.Node) -> bool:
     """Return whether a node's value requires a gradient."""
     return any(tensor.requires_grad for tensor in _tensors(fake(node)))
 

@@ -20,7 +20,16 @@ from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape
 from fhopt.passes.graph.nodes import fake, op_name, shape
 from fhopt.passes.recognize.contraction import Contraction
-from fhopt.passes.recognize.layout import MOVEMENT, Layout, Steps, arrangement, coordinates, line, moved, read_layout
+from fhopt.passes.recognize.layout import (
+    MOVEMENT,
+    Layout,
+    Steps,
+    arrangement,
+    axis_values,
+    coordinates,
+    moved,
+    read_layout,
+)
 from fhopt.passes.recognize.node_roles import Kind, Roles
 from fhopt.passes.recognize.readable import check_operands
 from fhopt.passes.recognize.softmax import Softmax
@@ -69,7 +78,7 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
         placed = moved(base, {product.node: probe}, region.nodes, softmax.scores)
         if placed is None:
             raise Miss("the path from the product of queries and keys to the softmax is unknown", softmax.scores)
-        row = line(placed, softmax.axis)
+        row = axis_values(placed, softmax.axis)
         row = row[row >= 0]
         if row.numel() == probe.shape[position] and bool((row == torch.arange(row.numel())).all()):
             labels.append(label)
@@ -172,7 +181,7 @@ def origins(query: fx.Node, roles: Roles, base: Evaluator) -> dict[int, Origin]:
     features, rows = placed
     if features is None or rows is None:
         return {}
-    return {axis: _origin(line(features, axis), line(rows, axis)) for axis in range(features.dim())}
+    return {axis: _origin(axis_values(features, axis), axis_values(rows, axis)) for axis in range(features.dim())}
 
 
 def _numbered(sizes: tuple[int, ...], features: tuple[int, ...], of_features: bool) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.ops import masks
 from fhopt.ops.attention import attention_reference, blank_scores
-from fhopt.passes.certificate import Certificate, Checked, Step
+from fhopt.passes.certificate import Certificate, Checked, ReplacedNode
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
 from fhopt.passes.graph.nodes import (
     call,
@@ -39,7 +39,7 @@ from fhopt.passes.graph.nodes import (
     storage_root,
 )
 from fhopt.passes.graph.program import Program
-from fhopt.passes.prepare.memory import needs_gradient
+from fhopt.passes.prepare.memory import node_needs_gradient
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, random_sides
 from fhopt.passes.recognize.kv_head_repetition import Operand
@@ -81,7 +81,7 @@ class Core:
     zeroed: bool = False  # rows without keys give zero
     empty_is_nan: bool = False  # rows without keys give NaN
     conditions: tuple[str, ...] = ()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ReplacedNode, ...] = ()
     checked: Checked | None = None
 
     @property
@@ -92,12 +92,12 @@ class Core:
         """
         if self.scores is None or not self.scores.levels or self.zeroed or self.sinks:
             return False
-        return not self.scores.absorbing or needs_gradient(self.output)
+        return not self.scores.absorbing or node_needs_gradient(self.output)
 
     @property
     def blocks(self) -> bool:
         """Whether the NaN of a row without keys reaches only the gradient of values."""
-        return self.scores is not None and self.scores.blocks and needs_gradient(self.output)
+        return self.scores is not None and self.scores.blocks and node_needs_gradient(self.output)
 
     @property
     def hides(self) -> bool:
@@ -169,8 +169,8 @@ def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolera
         size = 30.0 if draw == LARGE else 1.0
         values = {n: size * (random_like(n, i) + 0.1 * i) for i, n in enumerate(region.inputs)}
         known = {**random_sides(region, roles, draw), **values}
-        differentiable = draw != LARGE and needs_gradient(core.output)
-        leaves = [v for n, v in known.items() if differentiable and _is_float(v) and needs_gradient(n)]
+        differentiable = draw != LARGE and node_needs_gradient(core.output)
+        leaves = [v for n, v in known.items() if differentiable and _is_float(v) and node_needs_gradient(n)]
         for leaf in leaves:
             leaf.requires_grad_()
         old, new = region.run(known, differentiable), _canonical(core, known, base, differentiable)

@@ -56,7 +56,7 @@ class LatentAxes:
 
 
 @dataclass(frozen=True)
-class Expansion:
+class LatentExpansion:
     """Keys or values as a function of latents and weights, extracted from a graph.
 
     program: its inputs are the latents, then the weights. reduced: sizes to run it with instead of the example's
@@ -113,7 +113,7 @@ class LatentSide:
     """Keys or values: the nodes of their latents, their expansion, and the weights that determine D and c."""
 
     nodes: tuple[fx.Node, ...]
-    expansion: Expansion
+    expansion: LatentExpansion
     sources: tuple[str, ...]
     facts: ExpansionFacts
 
@@ -135,7 +135,7 @@ def read_side(
     facts: ExpansionFacts | Miss = roles.known[fact]
     if isinstance(facts, Miss):
         raise Miss(facts.reason, operand)
-    return LatentSide(nodes, Expansion(part, facts.latents, facts.reduced), sources, facts)
+    return LatentSide(nodes, LatentExpansion(part, facts.latents, facts.reduced), sources, facts)
 
 
 def _measure(
@@ -152,7 +152,7 @@ def _measure(
         choices = ([LatentAxes(s, *axes) for axes in token_axes(n, key)] for n, s in zip(nodes, sizes, strict=True))
         for latents in itertools.islice(itertools.product(*choices), CHOICES):
             try:
-                return _check_affine(Expansion(part, latents, reduced), others, fake(key).device, tolerance)
+                return _check_affine(LatentExpansion(part, latents, reduced), others, fake(key).device, tolerance)
             except Miss as failure:
                 miss = failure
             except Exception as error:  # user code may raise anything
@@ -161,7 +161,7 @@ def _measure(
 
 
 def _check_affine(
-    expansion: Expansion, weights: list[Tensor], device: torch.device, tolerance: float
+    expansion: LatentExpansion, weights: list[Tensor], device: torch.device, tolerance: float
 ) -> ExpansionFacts:
     """Compare the expansion with D z + c on random latents. Raises Miss if they differ."""
     basis, offset = expansion.maps(weights, device)

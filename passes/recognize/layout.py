@@ -170,7 +170,7 @@ def _axis_atoms(probes: Mapping[str, Tensor], axis: int) -> tuple[str, ...]:
     """Return the atoms that vary along one axis, the slowest first."""
     changes: dict[str, int] = {}
     for atom, value in probes.items():
-        row = line(value, axis)
+        row = axis_values(value, axis)
         row = row[row >= 0]
         different = (row != row[:1]).nonzero()
         if different.numel():
@@ -178,7 +178,7 @@ def _axis_atoms(probes: Mapping[str, Tensor], axis: int) -> tuple[str, ...]:
     return tuple(sorted(changes, key=lambda atom: -changes[atom]))
 
 
-def line(value: Tensor, axis: int) -> Tensor:
+def axis_values(value: Tensor, axis: int) -> Tensor:
     """Return the values along one axis, at index 0 of all others."""
     for other in reversed(range(value.dim())):
         if other != axis:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.certificate import Step
+from fhopt.passes.certificate import ReplacedNode
 from fhopt.passes.graph.evaluate import Region, example_shape
 from fhopt.passes.graph.nodes import argument, fake, op_name, source_line
 from fhopt.passes.prepare.flex import body_of, score_mod
@@ -75,7 +75,7 @@ class Proof:
     zeroed: masked weights are set to zero again, so rows without keys give zero. hides_nan: NaN weights become zero.
     """
 
-    steps: list[Step]
+    steps: list[ReplacedNode]
     zeroed: bool = False
     hides_nan: bool = False
 
@@ -102,7 +102,7 @@ class _Prover:
             if self._flows(node):
                 rule = self.rule(node)
                 self.flows.add(node)
-                self.proof.steps.append(Step(node.name, op_name(node), rule, source_line(node)))
+                self.proof.steps.append(ReplacedNode(node.name, op_name(node), rule, source_line(node)))
         return self.proof
 
     def _flows(self, node: fx.Node) -> bool:

@@ -254,7 +254,7 @@ def numbered(new: Tensor, axis: int) -> Tensor:
     return numbers.view([-1 if i == axis else 1 for i in range(new.dim())])
 
 
-def arranged(new: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def arrange_tokens(new: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Arrange the new tokens as [B, G, S, D]."""
     known = [axis for axis in axes if axis >= 0]
     ordered = new.permute(*known, *[i for i in range(new.dim()) if i not in known])

@@ -46,7 +46,7 @@ NO_WEIGHTS: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
+class FittedSite:
     """The plan of a site, and the weights it was fitted for.
 
     sources: placeholders of these weights, empty if unknown. own: their fingerprint. others: plans of sites that fit
@@ -87,7 +87,7 @@ class Compress:
     trusting: bool = False
     name: str = "compress"
 
-    def match(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor] = NO_WEIGHTS) -> Fitted:
+    def match(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor] = NO_WEIGHTS) -> FittedSite:
         """Choose the plan for the site at `node`. weights: values of the program's parameters, by qualified name.
 
         Raises Miss without a plan, for other weights, or if the graph's shapes differ from the plan's.
@@ -106,7 +106,7 @@ class Compress:
             raise Miss(f"keys and values have (heads, size) {sizes}; the plan was fitted for {expected}", node)
         return fitted
 
-    def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> Fitted:
+    def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> FittedSite:
         """Choose a plan by the weights, which also works for part of a model, else by the site's name. Raises Miss."""
         held = [weights.get(name) for name in site.cached_weights]
         fingerprint = weight_print([w for w in held if w is not None]) if held and None not in held else ""
@@ -119,9 +119,9 @@ class Compress:
         if fingerprint and fingerprint != own and not self.trusting:
             raise Miss("the weights are not those that the plan was fitted for", node)
         others = {key: other for key, other in known.items() if _serves(other, plan)}
-        return Fitted(plan, site.cached_weights if fingerprint else (), own, others, self.trusting or self.training)
+        return FittedSite(plan, site.cached_weights if fingerprint else (), own, others, self.trusting or self.training)
 
-    def rewrite(self, program: Program, node: fx.Node, fitted: Fitted) -> fx.Node:
+    def rewrite(self, program: Program, node: fx.Node, fitted: FittedSite) -> fx.Node:
         """Replace the canonical node and return the node that holds the result."""
         site = fitted.site
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
@@ -151,7 +151,7 @@ class Compress:
         return result
 
     def _through_latents(
-        self, program: Program, key: fx.Node, value: fx.Node, fitted: Fitted, name: str
+        self, program: Program, key: fx.Node, value: fx.Node, fitted: FittedSite, name: str
     ) -> tuple[fx.Node, fx.Node]:
         """Insert decode(encode(x)) for keys and values, from one latent if the plan shares it."""
         is_shared = fitted.site.is_shared
@@ -162,7 +162,7 @@ class Compress:
             latent = self._latent(program, value, fitted, "value", name)
         return decoded_k, _decoded(program, latent, fitted, "value", name)
 
-    def _latent(self, program: Program, node: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
+    def _latent(self, program: Program, node: fx.Node, fitted: FittedSite, which: str, name: str) -> fx.Node:
         """Insert encode(x), with the rounding of the bit groups."""
         side: SidePlan = getattr(fitted.site, which)
         encoder = _basis(program, node, fitted, which, "encode", name)
@@ -177,11 +177,11 @@ class Compress:
         return call(program, torch.ops.fhopt.unpack.default, (rows, scale, *tiers))
 
 
-def _decoded(program: Program, latent: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
+def _decoded(program: Program, latent: fx.Node, fitted: FittedSite, which: str, name: str) -> fx.Node:
     return call(program, algebra.decode, (latent, _basis(program, latent, fitted, which, "decode", name)))
 
 
-def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: str, name: str) -> fx.Node:
+def _basis(program: Program, node: fx.Node, fitted: FittedSite, which: str, kind: str, name: str) -> fx.Node:
     """Add an input that holds a basis, on the device of `node`."""
     value = node.meta.get("example_value", node.meta.get("val"))
     device = value.device if isinstance(value, Tensor) else torch.device("cpu")
@@ -193,7 +193,7 @@ def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: st
     return add_constant(program, f"{name}_{which}_{kind}", pick(fitted.site), fitted.bound(pick))
 
 
-def _placed(program: Program, fitted: Fitted) -> Fitted:
+def _placed(program: Program, fitted: FittedSite) -> FittedSite:
     """Replace the names of the weights by their placeholders."""
     nodes = {name: node for node, name in program.parameters.items()}
     return replace(fitted, sources=tuple(nodes[name] for name in fitted.sources))

@@ -27,15 +27,15 @@ from fhopt.passes.graph.program import Bound, Program
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.rewrite.buffer_updates import (
     Update,
-    arranged,
+    arrange_tokens,
     own_buffer,
     read_update,
     slots_read,
     stand_in,
     written_slots,
 )
-from fhopt.passes.rewrite.compress import Compress, Fitted
-from fhopt.plan.module_buffer import Held, Places
+from fhopt.passes.rewrite.compress import Compress, FittedSite
+from fhopt.plan.module_buffer import BufferPair, Places
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
 
@@ -47,16 +47,16 @@ class Keeper(Protocol):
     def attend_buffered(self) -> Callable[..., Tensor]:
         """Attention over a buffer and new tokens, as called by graphs."""
 
-    def unfit(self, buffer: Tensor) -> str:
+    def why_kept(self, buffer: Tensor) -> str:
         """Return why a buffer cannot be replaced, "" if it can."""
 
     def is_released(self, buffer: Tensor) -> bool:
         """Return whether a buffer has released its memory."""
 
-    def blank(self, held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    def blank(self, held: BufferPair, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Return examples of the parts for buffers of keys and values."""
 
-    def parts(self, held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, held: BufferPair, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Return the parts for these buffers, which release their memory."""
 
 
@@ -65,8 +65,8 @@ class Buffered:
     """A site whose keys and values are buffers."""
 
     node: fx.Node
-    fitted: Fitted
-    held: Held
+    fitted: FittedSite
+    held: BufferPair
     key: Update
     value: Update
 
@@ -92,7 +92,7 @@ class LatentBuffers:
             raise Miss("its buffers hold the tokens of an encoder; expected the attention's own tokens", node)
         for operand in node.args[1:3]:
             buffer = own_buffer(program, operand)
-            if buffer is not None and (reason := self.keeper.unfit(program.values[buffer.name])):
+            if buffer is not None and (reason := self.keeper.why_kept(program.values[buffer.name])):
                 raise Miss(f"its buffer {reason}", node)
         operands = [a for a in node.args[1:3] if isinstance(a, fx.Node)]
         key, value = (read_update(program, node, operand, roles, base) for operand in operands)
@@ -109,7 +109,7 @@ class LatentBuffers:
         places = Places(key.tokens, plan.window)
         inputs = {name: placeholder for placeholder, name in program.parameters.items()}
         fitted = replace(fitted, sources=tuple(inputs[name] for name in fitted.sources))
-        return Buffered(node, fitted, Held(fitted.site, places, key.axes, value.axes), key, value)
+        return Buffered(node, fitted, BufferPair(fitted.site, places, key.axes, value.axes), key, value)
 
     def rewrite(self, program: Program, buffered: Buffered) -> fx.Node:
         """Replace the canonical node and return the node that holds the result."""
@@ -117,7 +117,7 @@ class LatentBuffers:
         with program.graph.inserting_before(node):
             numbers = stand_in(program, buffered.key)
             dtype = fake(buffered.key.buffer).dtype
-            new = [call(program, arranged, (u.new, u.new_axes, dtype)) for u in (buffered.key, buffered.value)]
+            new = [call(program, arrange_tokens, (u.new, u.new_axes, dtype)) for u in (buffered.key, buffered.value)]
             mask = node.args[3] if len(node.args) > 3 else None
             read = slots_read(program, buffered.key, numbers)
             bases = [
@@ -159,7 +159,7 @@ class LatentBuffers:
         return [add_constant(program, f"{name}_{i}", examples[i], bound[i]) for i in range(len(examples))]
 
 
-def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..., Tensor]:
+def _part(keeper: Keeper, fitted: FittedSite, held: BufferPair, index: int) -> Callable[..., Tensor]:
     """Return the function of (keys, values, weights) that gives one of the parts."""
 
     def make(keys: Tensor, values: Tensor, *weights: Tensor) -> Tensor:
@@ -181,4 +181,4 @@ def _basis(program: Program, buffered: Buffered, side: str, kind: str) -> fx.Nod
     return add_constant(program, f"{buffered.node.name}_{side}_{kind}", pick(buffered.held.site), bound)
 
 
-__all__ = ["Buffered", "Held", "Keeper", "LatentBuffers", "Places"]
+__all__ = ["BufferPair", "Buffered", "Keeper", "LatentBuffers", "Places"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import size
-from benchmarks.size import Size
+from benchmarks.size import TreeSize
 from benchmarks.source_imports import Import, late_cycles, module_cycles, package_cycles, read_imports
 
 
@@ -95,7 +95,7 @@ def test_lines_are_counted_by_package_and_language() -> None:
         "codegen/cpu/sources/a.cpp": "1\n2\n3\n",
         "tests/golden/attention/a.h": "1\n",
     }
-    now, before = Size(tree), Size({"fhopt/errors.py": "1\n2\n3\n", "docs/conf.py": "1\n"})
+    now, before = TreeSize(tree), TreeSize({"fhopt/errors.py": "1\n2\n3\n", "docs/conf.py": "1\n"})
     assert shown(size.lines_table(now))[:3] == [
         ["codegen/cpu", "0", "3"],
         ["codegen/gpu", "1", "0"],
@@ -116,7 +116,7 @@ def test_long_files_and_functions_are_listed_the_longest_first() -> None:
         "fhopt/d.py": "\n" * 400 + "def short():\n" + "    pass\n" * 59,
         "tests/golden/e.cpp": "\n" * 999,
     }
-    found = Size(tree)
+    found = TreeSize(tree)
     assert [(one.where, one.lines) for one in found.long_functions] == [("fhopt/a.py:63", 62), ("fhopt/a.py:1", 61)]
     assert [one.lines for one in found.long_files(size.WARN_FILE)] == [460, 451, 401]
     assert [one.where for one in found.long_files(size.MAX_FILE)] == ["fhopt/d.py", "fhopt/c.py"]
@@ -128,7 +128,7 @@ def test_names_defined_in_several_modules_are_listed() -> None:
         "codegen/b.py": "class _Own: pass\ndef fit(): pass\ndef f(): pass\ndef once(): pass",
         "tests/c.py": "class Walk: pass\ndef once(): pass",
     }
-    found = Size(tree)
+    found = TreeSize(tree)
     assert {n: [p.where for p in ps] for n, ps in found.repeated_classes.items()} == {
         "Walk": ["fhopt/a.py:1", "tests/c.py:1"]
     }
@@ -143,7 +143,7 @@ def test_outdated_names_of_limits_are_listed() -> None:
         "fhopt/a.py": "MOST_ROWS, MAX_ROWS = 1, 2\n_LEAST: int = 1\nALMOST = MOSTLY = 3\n",
         "codegen/cpu/a.h": "constexpr int PARTS = 1, MOST = 2;\nint x = MOST;\n",
     }
-    found = [(one.where, one.name) for one in Size(tree).old_limits]
+    found = [(one.where, one.name) for one in TreeSize(tree).old_limits]
     assert found == [("fhopt/a.py:1", "MOST_ROWS"), ("fhopt/a.py:2", "_LEAST"), ("codegen/cpu/a.h:1", "MOST")]
 
 

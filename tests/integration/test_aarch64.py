@@ -83,7 +83,7 @@ def test_matmuls_with_blocks_agree_with_float64(cpu: str, tmp_path: Path) -> Non
         given = random_rows(format, columns, width)
         numbers = gguf.dequantize(given, gguf.GGMLQuantizationType(format)).astype(np.float64)
         x = torch.randn(rows, width).numpy()
-        blocks = gguf_blocks.arranged(given, format, width).values.numpy()
+        blocks = gguf_blocks.interleave_rows(given, format, width).values.numpy()
         sizes = np.array([format, rows, width, columns, blocks.shape[1]], dtype=np.int64)
         (tmp_path / "case").write_bytes(sizes.tobytes() + x.tobytes() + blocks.tobytes())
         command = [EMULATOR, "-cpu", "max", "products", "case", "result"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compiled_models import captured_sites, forward, tiny_bert, with_backend, with_biases
 from hand_plans import CODED, shared_plan
-from small_models import Fitted, cached, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import FittedModel, cached, found, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.backend.compile import last_outcome
@@ -17,17 +17,17 @@ from fhopt.cache.latent_cache import LatentCache
 
 
 @pytest.mark.slow
-def test_inductor_compiles_the_rewritten_graph_with_gradients(llama: Fitted) -> None:
+def test_inductor_compiles_the_rewritten_graph_with_gradients(llama: FittedModel) -> None:
     check_full_width(llama, "freq")
 
 
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("layout", ["freq", "identity"])
-def test_full_width_latents_are_lossless_when_compiled_and_train(fitted: Fitted, layout: str) -> None:
+def test_full_width_latents_are_lossless_when_compiled_and_train(fitted: FittedModel, layout: str) -> None:
     check_full_width(fitted, layout)
 
 
-def check_full_width(fitted: Fitted, layout: str) -> None:
+def check_full_width(fitted: FittedModel, layout: str) -> None:
     ids = token_ids(1, 40)
     compiled = with_backend(fitted.model, plan=fitted.plan(1, layout))
     expected, found = forward(fitted.model, ids), forward(compiled, ids)
@@ -42,7 +42,7 @@ def check_full_width(fitted: Fitted, layout: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -> None:
+def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: FittedModel) -> None:
     ids, plan = token_ids(1, 60), llama.plan(4)
     compiled = with_backend(llama.model, plan=plan)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: Fitted) -> None:
+def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: FittedModel) -> None:
     model = tiny_llama()
     model.load_state_dict(llama.model.state_dict())
     fhopt.apply(model, llama.plan(4))
@@ -83,7 +83,7 @@ def assert_compiled_generation_is_eager(model: Any, new_tokens: int, atol: float
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
+def test_dynamic_shapes_work_with_a_plan(llama: FittedModel) -> None:
     compiled = with_backend(llama.model, True, plan=llama.plan(1))
     with torch.no_grad():
         for tokens in (20, 33, 57):
@@ -92,7 +92,7 @@ def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_works_when_compiled_only_by_inductor(llama: Fitted) -> None:
+def test_a_cache_works_when_compiled_only_by_inductor(llama: FittedModel) -> None:
     """The ops are ordinary custom ops, and give correct results without fhopt's backend."""
     ids, plan = token_ids(1, 40), llama.plan(4)
     fhopt.apply(llama.model, plan)
@@ -111,7 +111,7 @@ def test_a_cache_works_when_compiled_only_by_inductor(llama: Fitted) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("with_plan", [False, True])
-def test_one_graph_serves_every_length(llama: Fitted, with_plan: bool) -> None:
+def test_one_graph_serves_every_length(llama: FittedModel, with_plan: bool) -> None:
     from torch._dynamo.utils import counters
 
     options = {"plan": llama.plan(1)} if with_plan else {}
@@ -174,7 +174,7 @@ def test_compiled_generation_with_one_latent_and_a_quantized_window_gives_the_ea
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_prompts_of_several_lengths_on_an_applied_plan_are_whole_graphs(llama: Fitted) -> None:
+def test_prompts_of_several_lengths_on_an_applied_plan_are_whole_graphs(llama: FittedModel) -> None:
     model = copy.deepcopy(llama.model)
     fhopt.apply(model, llama.plan(1))
     compiled: Any = torch.compile(model, backend="flashhead", options={"ratio": 1}, fullgraph=True)

@@ -83,7 +83,7 @@ def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:
         expected = model(input_ids=ids).logits
         captured = loaded.capture(300)
         captured.program.values[next(iter(captured.inputs))] = ids
-        outcome = pipeline.optimize(pipeline.find(captured.program), plan)
+        outcome = pipeline.optimize(pipeline.find_attentions(captured.program), plan)
         assert len(outcome.compressed) == 30
         graph = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[captured.result]
         fhopt.apply(model, plan)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from offloaded_models import PLACES, offloaded
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -45,7 +45,7 @@ def generated(model: Any, ids: Tensor) -> Tensor:
 
 
 def test_a_plan_works_on_a_dispatched_model_and_its_caches_load_from_files(
-    llama: Fitted, folder: Path, tmp_path: Path
+    llama: FittedModel, folder: Path, tmp_path: Path
 ) -> None:
     plan, ids = llama.plan(4), token_ids(1, 60)
     whole, away = tiny_llama().double(), offloaded(folder)

@@ -63,7 +63,7 @@ def test_an_example_that_compiles_much_prints_its_output(name: str, capsys: pyte
     try:
         printed = output_of(name, capsys)
     finally:
-        online_fit.forget()
+        online_fit.forget_fits()
     assert re.search(COMPILED[name], printed), printed
 
 

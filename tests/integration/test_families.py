@@ -36,7 +36,7 @@ def prepared(name: str) -> tuple[Any, dict[str, torch.Tensor], LatentPlan]:
     row = MODELS[name]
     model: Any = zoo._make(row, row.implementations[-1])
     given = row.inputs()
-    sites = pipeline.find(capture(model, (), given | {"use_cache": False}).program).sites
+    sites = pipeline.find_attentions(capture(model, (), given | {"use_cache": False}).program).sites
     plan = fit_plan.exact_plan(sites.values(), recent=4, block=4)
     if "input_features" in given:
         return model, {"input_features": given["input_features"]}, plan
@@ -130,7 +130,7 @@ def test_layers_of_linear_attention_are_not_changed(name: str, kind: str) -> Non
     torch.manual_seed(0)
     model: Any = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     prompt = {"input_ids": torch.randint(3, zoo.VOCABULARY, (2, PROMPT))}
-    sites = pipeline.find(capture(model, (), prompt | {"use_cache": False}).program).sites
+    sites = pipeline.find_attentions(capture(model, (), prompt | {"use_cache": False}).program).sites
     options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
     expected = generate(model, prompt, **options)
     kept = [s for s in sites.values() if s.name.endswith("self_attn")]
@@ -147,7 +147,7 @@ def test_submodels_keep_their_attention_and_get_it_back() -> None:
     model: Any = zoo._make(row, "eager")
     given = row.inputs()
     path, ids = "model.language_model", {"input_ids": given["input_ids"], "use_cache": False}
-    sites = pipeline.find(capture(model.get_submodule(path), (), ids).program).sites
+    sites = pipeline.find_attentions(capture(model.get_submodule(path), (), ids).program).sites
     kept = [replace(s, name=f"{path}.{s.name}") for s in sites.values()]
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits
@@ -164,7 +164,7 @@ def test_static_caches_without_a_quantized_block_support_explicit_attention(name
     from fhopt.hf.apply import latent_cache
 
     model, prompt, _ = prepared(name)
-    sites = pipeline.find(capture(model, (), prompt | {"use_cache": False}).program).sites
+    sites = pipeline.find_attentions(capture(model, (), prompt | {"use_cache": False}).program).sites
     ids = prompt["input_ids"][:1]
     fhopt.apply(model, fit_plan.exact_plan(sites.values()))
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_one_latent_of_the_input_halves_keys_and_values_without_loss(name: str) 
         assert 2 * site.token_bytes() <= 2 * site.site.exact_numbers_per_token  # 16-bit elements have two bytes
     captured = capture(model, (), batch)
     exact = run(captured)
-    outcome = passes_pipeline.optimize(passes_pipeline.find(captured.program), plan)
+    outcome = passes_pipeline.optimize(passes_pipeline.find_attentions(captured.program), plan)
     assert len(outcome.compressed) == len(plan.sites)
     found = run(captured)
     assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4  # the promise; about 1e-6 is measured
@@ -127,7 +127,7 @@ def test_a_shared_latent_beats_separate_ones_at_the_same_bytes() -> None:
     for plan in (shared, separate):
         captured = capture(model, (), batch)
         exact = run(captured)
-        assert passes_pipeline.optimize(passes_pipeline.find(captured.program), plan).compressed
+        assert passes_pipeline.optimize(passes_pipeline.find_attentions(captured.program), plan).compressed
         losses.append(float((run(captured) - exact).square().mean()))
     assert losses[0] < losses[1] / 2
 

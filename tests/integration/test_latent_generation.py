@@ -8,7 +8,7 @@ import pytest
 import torch
 from generation import MODES, batch_of, cache_of, generate
 from latent_caches import gpt2_with_biases, plans, shared
-from small_models import Fitted, cached, tiny_gpt2, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
@@ -22,7 +22,7 @@ def test_latents_of_full_width_generate_the_same_tokens(
     name: str, kind: str, mode: str, request: pytest.FixtureRequest
 ) -> None:
     """Every mode runs with both models and both plans; cache operations of a mode do not depend on bases."""
-    fitted: Fitted = request.getfixturevalue(name)
+    fitted: FittedModel = request.getfixturevalue(name)
     model, batch = fitted.model, batch_of(mode)
     ids = token_ids(batch, 40)
     expected = generate(model, MODES[mode], ids)
@@ -38,7 +38,7 @@ def test_latents_of_full_width_generate_the_same_tokens(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_generate_makes_latent_caches_and_unapply_undoes_it(fitted: Fitted) -> None:
+def test_generate_makes_latent_caches_and_unapply_undoes_it(fitted: FittedModel) -> None:
     fhopt.apply(fitted.model, fitted.plan(4))
     with_latents = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
     fhopt.unapply(fitted.model)
@@ -48,7 +48,7 @@ def test_generate_makes_latent_caches_and_unapply_undoes_it(fitted: Fitted) -> N
     assert fitted.model.config._attn_implementation == "sdpa"
 
 
-def test_left_padding_is_masked_in_latents_too(fitted: Fitted) -> None:
+def test_left_padding_is_masked_in_latents_too(fitted: FittedModel) -> None:
     ids, mask = token_ids(2, 50), torch.ones(2, 50, dtype=torch.long)
     mask[0, :9] = 0
     expected = generate(fitted.model, MODES["greedy"], ids, attention_mask=mask)
@@ -58,7 +58,7 @@ def test_left_padding_is_masked_in_latents_too(fitted: Fitted) -> None:
     assert torch.equal(found.sequences, expected.sequences)
 
 
-def test_a_continued_chat_reuses_its_cache(llama: Fitted) -> None:
+def test_a_continued_chat_reuses_its_cache(llama: FittedModel) -> None:
     ids = token_ids(1, 40)
     fhopt.apply(llama.model, llama.plan(1))
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from paged_plans import LONG, decoded, paged
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
@@ -25,13 +25,13 @@ from fhopt.ops.page_selection import FEWEST
 
 
 @pytest.fixture(scope="module")
-def double(llama: Fitted) -> Any:
+def double(llama: FittedModel) -> Any:
     """A float64 model, so that every implementation rounds every latent to the same code."""
     return copy.deepcopy(llama.model).double()
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
-def test_evaluation_in_chunks_agrees_with_single_tokens(llama: Fitted, double: Any, fill: bool) -> None:
+def test_evaluation_in_chunks_agrees_with_single_tokens(llama: FittedModel, double: Any, fill: bool) -> None:
     plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(1, LONG)
     with torch.no_grad(), switched(double, plan):
         steps = torch.cat([x for _, (x,) in read_steps(double, ids, [new_cache(double, plan)], plan, 20)], 1)
@@ -43,7 +43,7 @@ def test_evaluation_in_chunks_agrees_with_single_tokens(llama: Fitted, double: A
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
-def test_a_static_cache_selects_the_same_pages_as_a_dynamic_one(llama: Fitted, double: Any, fill: bool) -> None:
+def test_a_static_cache_selects_the_same_pages_as_a_dynamic_one(llama: FittedModel, double: Any, fill: bool) -> None:
     plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(2, LONG)
     growing = decoded(double, plan, ids, 120)
     static = decoded(double, plan, ids, 120, max_cache_len=LONG + 40)
@@ -51,7 +51,7 @@ def test_a_static_cache_selects_the_same_pages_as_a_dynamic_one(llama: Fitted, d
 
 
 @pytest.mark.parametrize("max_cache_len", [None, 200])
-def test_a_saved_cache_continues_where_it_was(llama: Fitted, max_cache_len: int | None, tmp_path: Path) -> None:
+def test_a_saved_cache_continues_where_it_was(llama: FittedModel, max_cache_len: int | None, tmp_path: Path) -> None:
     plan, ids = paged(llama.plan(4), fill=True), token_ids(1, LONG)
     options = {} if max_cache_len is None else {"max_cache_len": max_cache_len}
     with torch.no_grad(), switched(llama.model, plan):
@@ -64,7 +64,7 @@ def test_a_saved_cache_continues_where_it_was(llama: Fitted, max_cache_len: int 
 
 
 @pytest.mark.parametrize("max_cache_len", [None, 200])
-def test_bytes_of_a_step_are_those_of_the_selected_pages(llama: Fitted, max_cache_len: int | None) -> None:
+def test_bytes_of_a_step_are_those_of_the_selected_pages(llama: FittedModel, max_cache_len: int | None) -> None:
     """Most pages do not reach the lift."""
     plan, ids = paged(llama.plan(4), share=0.5, lift=2.0), token_ids(2, LONG)
     listed = []
@@ -100,7 +100,7 @@ def test_bytes_of_a_step_are_those_of_the_selected_pages(llama: Fitted, max_cach
 
 
 @pytest.mark.parametrize("each", [False, True], ids=["lists", "masks"])
-def test_an_unreachable_limit_gives_dense_attention(llama: Fitted, double: Any, each: bool) -> None:
+def test_an_unreachable_limit_gives_dense_attention(llama: FittedModel, double: Any, each: bool) -> None:
     plan, ids = llama.plan(4, window_bits=16), token_ids(2, LONG)
     dense = decoded(double, plan, ids, 120)
     for max_cache_len in (None, 200):
@@ -115,7 +115,7 @@ def test_an_unreachable_limit_gives_dense_attention(llama: Fitted, double: Any, 
 # --------------------------------------------------------------------------------------------------- plans
 
 
-def test_perplexity_with_pages_is_measured_and_worse_than_with_all_pages(llama: Fitted) -> None:
+def test_perplexity_with_pages_is_measured_and_worse_than_with_all_pages(llama: FittedModel) -> None:
     ids, found = token_ids(2, 200), {}
     for name, plan in (("all", llama.plan(2)), ("some", paged(llama.plan(2), share=0.05))):
         with switched(llama.model, plan):
@@ -135,7 +135,7 @@ def test_perplexity_with_pages_is_measured_and_worse_than_with_all_pages(llama: 
         ("pages with a limit", 1),
     ],
 )
-def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: Fitted, kind: str, queries: int) -> None:
+def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: FittedModel, kind: str, queries: int) -> None:
     """For tokens after a cache, whose graph with gradients must not contain non-differentiable operations."""
     plan, ids = llama.plan(4, window_bits=8 if kind == "window of 8 bits" else 16), token_ids(1, LONG)
     if "pages" in kind:
@@ -158,7 +158,7 @@ def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: Fitted, kind
 
 
 @pytest.mark.parametrize("fixed", [{}, {"max_cache_len": LONG}], ids=["growing", "fixed"])
-def test_codes_in_a_cache_have_no_autograd_history(llama: Fitted, fixed: dict[str, int]) -> None:
+def test_codes_in_a_cache_have_no_autograd_history(llama: FittedModel, fixed: dict[str, int]) -> None:
     plan, ids = paged(llama.plan(4, window_bits=8)), token_ids(1, LONG)
     model = copy.deepcopy(llama.model).requires_grad_(True)
     with switched(model, plan):
@@ -171,7 +171,7 @@ def test_codes_in_a_cache_have_no_autograd_history(llama: Fitted, fixed: dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
-def test_a_compiled_step_with_a_static_cache_selects_like_an_eager_one(llama: Fitted, fill: bool) -> None:
+def test_a_compiled_step_with_a_static_cache_selects_like_an_eager_one(llama: FittedModel, fill: bool) -> None:
     """One graph for all steps, in float32: of two pages with equal weight, either may be selected."""
     plan, ids = paged(llama.plan(4, window_bits=16), share=0.5, fill=fill), token_ids(1, LONG)
     eager = decoded(llama.model, plan, ids, 140, max_cache_len=200)

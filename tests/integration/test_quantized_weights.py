@@ -95,7 +95,7 @@ def test_int8_weights_are_multiplied_without_dequantization(
     monkeypatch.setattr(skinny_linear, "quantized", watched)
     x = torch.randn(2, 3, 256, dtype=dtype)
     weight, bias = linear.weight.dequantize().double(), linear.bias.double()
-    fhopt.codegen.prepare()
+    fhopt.codegen.build_all()
     replace_products(model)
     with torch.no_grad():
         found, many = model(x), model(x.expand(9, 2, 3, 256))

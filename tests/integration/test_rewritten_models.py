@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rewritten_folders import ROUNDING, difference, generated, written
-from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import FittedModel, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -22,7 +22,7 @@ from fhopt.cli.app import main
 from fhopt.fitting import fit_plan
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 GENERATE = """
 import sys, torch
@@ -92,7 +92,7 @@ def check_process(
 
 
 @pytest.fixture(scope="session")
-def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rewritten tiny Llama in three shards."""
     out = tmp_path_factory.mktemp("folders") / "llama"
     written(out, llama.model, llama.plan(4), shard_size="200KB")
@@ -105,7 +105,7 @@ def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES)
 def test_a_folder_opens_in_a_new_process_with_the_tokens_of_the_model_in_memory(
-    process: str, folder: Path, llama: Fitted, tmp_path: Path
+    process: str, folder: Path, llama: FittedModel, tmp_path: Path
 ) -> None:
     ids = token_ids(2, 60)
     rounding = 1e-4  # another model in one process has other weight addresses: 2.4e-5 was measured with a 4x plan
@@ -174,7 +174,7 @@ def test_smollm2_opens_by_every_route_with_the_tokens_of_the_model_in_memory(tmp
 
 def _eight_bits(plan: LatentPlan) -> LatentPlan:
     def side(one: SidePlan) -> SidePlan:
-        return SidePlan(one.encode, one.decode, (Tier(8, one.width, 2 / 64),))
+        return SidePlan(one.encode, one.decode, (BitGroup(8, one.width, 2 / 64),))
 
     sites = tuple(SitePlan(s.site, s.layout, side(s.key), side(s.value)) for s in plan.sites)
     return LatentPlan(sites, plan.sinks, plan.recent, plan.block, plan.provenance)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generation import MODES, cache_of, generate
-from small_models import Fitted, cached, token_ids
+from small_models import FittedModel, cached, token_ids
 from torch import Tensor
 
 import fhopt
@@ -28,7 +28,7 @@ def test_every_step_of_a_compiled_model_runs_one_graph(
 ) -> None:
     from torch._dynamo.testing import CompileCounter
 
-    fitted: Fitted = request.getfixturevalue(name)
+    fitted: FittedModel = request.getfixturevalue(name)
     model, ids = fitted.model, token_ids(2, 70)
     fhopt.apply(model, fitted.plan(ratio, window_bits=16))
     torch._dynamo.reset()
@@ -49,7 +49,7 @@ def test_every_step_of_a_compiled_model_runs_one_graph(
 
 
 @pytest.mark.parametrize("absorbs", [True, False])
-def test_a_compiled_step_rotates_queries_for_every_segment(llama: Fitted, absorbs: bool) -> None:
+def test_a_compiled_step_rotates_queries_for_every_segment(llama: FittedModel, absorbs: bool) -> None:
     from torch._dynamo.testing import CompileCounter
 
     plan, ids = llama.plan(4, window_bits=16), token_ids(2, 170)
@@ -72,7 +72,7 @@ def test_a_compiled_step_rotates_queries_for_every_segment(llama: Fitted, absorb
 
 
 @pytest.mark.slow
-def test_the_sizes_of_another_plan_are_compiled_as_static(llama: Fitted) -> None:
+def test_the_sizes_of_another_plan_are_compiled_as_static(llama: FittedModel) -> None:
     """Dynamo makes sizes dynamic once they change, and dynamic sizes have no kernels."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -96,7 +96,7 @@ def test_the_sizes_of_another_plan_are_compiled_as_static(llama: Fitted) -> None
         assert not isinstance(value, Tensor) or all(str(size).isdecimal() for size in value.shape), node.name
 
 
-def test_generate_compiles_its_steps(llama: Fitted) -> None:
+def test_generate_compiles_its_steps(llama: FittedModel) -> None:
     from transformers import CompileConfig
 
     model, ids = llama.model, token_ids(2, 40)
@@ -111,7 +111,7 @@ def test_generate_compiles_its_steps(llama: Fitted) -> None:
     assert all(isinstance(layer, StaticLatentLayer) for layer in cache_of(found).layers)
 
 
-def test_a_compiled_graph_refuses_more_tokens_than_fit_and_changes_nothing(llama: Fitted) -> None:
+def test_a_compiled_graph_refuses_more_tokens_than_fit_and_changes_nothing(llama: FittedModel) -> None:
     model, ids = llama.model, token_ids(1, 31)
     fhopt.apply(model, llama.plan(4))
     torch._dynamo.reset()
@@ -132,7 +132,7 @@ def test_a_compiled_graph_refuses_more_tokens_than_fit_and_changes_nothing(llama
 # ---- use
 
 
-def test_memory_may_be_reserved_ahead_so_that_the_first_call_compiles_too(llama: Fitted) -> None:
+def test_memory_may_be_reserved_ahead_so_that_the_first_call_compiles_too(llama: FittedModel) -> None:
     model, ids = llama.model, token_ids(2, 40)
     fhopt.apply(model, llama.plan(1))
     with torch.no_grad():

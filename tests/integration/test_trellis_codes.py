@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, cached, token_ids
+from small_models import FittedModel, cached, token_ids
 
 import fhopt
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import token_costs
-from fhopt.export.decode_step import Step
+from fhopt.export.decode_step import ExportedStep
 from fhopt.export.pt2_module import export_module
 from fhopt.fitting.codes import TRELLIS
 from fhopt.hf.apply import latent_cache
@@ -23,7 +23,7 @@ from fhopt.ops import registry
 from fhopt.plan.latent_plan import LatentPlan
 
 
-def test_it_has_less_loss_at_the_same_size(fitted: Fitted) -> None:
+def test_it_has_less_loss_at_the_same_size(fitted: FittedModel) -> None:
     plans = [fitted.plan(6, code=code) for code in ("uniform", TRELLIS)]
     assert not plans[0].has_trellis and plans[1].has_trellis
     assert plans[1].ratio(4096) == pytest.approx(plans[0].ratio(4096), rel=0.03)
@@ -34,14 +34,16 @@ def test_it_has_less_loss_at_the_same_size(fitted: Fitted) -> None:
     assert predicted[1] < 0.9 * predicted[0]
 
 
-def test_a_plan_on_disk_has_its_codes(llama: Fitted, tmp_path: Path) -> None:
+def test_a_plan_on_disk_has_its_codes(llama: FittedModel, tmp_path: Path) -> None:
     plan = llama.plan(6, code=TRELLIS)
     loaded = LatentPlan.load(plan.save(tmp_path / "plan"))
     assert [s.key.tiers for s in loaded.sites] == [s.key.tiers for s in plan.sites] and loaded.has_trellis
 
 
 @pytest.mark.parametrize("segment", [0, 64])
-def test_every_cache_agrees_with_the_references(llama: Fitted, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cache_agrees_with_the_references(
+    llama: FittedModel, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, ids, model = llama.plan(6, code=TRELLIS, window_bits=16), token_ids(2, 150), llama.model
     plan = replace(plan, sites=tuple(replace(s, segment=segment) for s in plan.sites))
     fhopt.apply(model, plan)
@@ -68,7 +70,7 @@ def rows(cache: Any) -> list[torch.Tensor]:
     return [x for layer in cache.layers for x in layer.tensors if x.dtype in (torch.uint8, torch.float16)]
 
 
-def test_a_compiled_step_is_one_graph(llama: Fitted) -> None:
+def test_a_compiled_step_is_one_graph(llama: FittedModel) -> None:
     from torch._dynamo.testing import CompileCounter
 
     model, ids = llama.model, token_ids(2, 70)
@@ -93,7 +95,7 @@ def test_a_compiled_step_is_one_graph(llama: Fitted) -> None:
     assert counter.frame_count == 1
 
 
-def test_a_rewritten_graph_runs_with_it(llama: Fitted) -> None:
+def test_a_rewritten_graph_runs_with_it(llama: FittedModel) -> None:
     ids, errors = token_ids(1, 96), []
     with torch.no_grad():
         exact = llama.model(ids, use_cache=False).logits
@@ -105,12 +107,12 @@ def test_a_rewritten_graph_runs_with_it(llama: Fitted) -> None:
     assert 0 < errors[1] < errors[0]
 
 
-def test_a_gpu_and_exports_refuse_it_in_one_sentence(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_and_exports_refuse_it_in_one_sentence(llama: FittedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = llama.plan(6, code=TRELLIS, window_bits=16)
     with pytest.raises(FhoptError, match="an exported module reads no trellis codes"):
         export_module(LoadedModel("llama", llama.model, None), plan)
     with pytest.raises(FhoptError, match=r"an exported decode step reads no trellis codes.*--code uniform"):
-        Step(llama.model, plan)
+        ExportedStep(llama.model, plan)
     elsewhere = [SimpleNamespace(device=torch.device("cuda"))]
     monkeypatch.setattr(llama.model, "parameters", lambda: iter(elsewhere))
     with pytest.raises(FhoptError, match="a GPU reads no trellis codes"):

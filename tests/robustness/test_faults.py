@@ -19,13 +19,12 @@ from typing import Any
 
 import pytest
 from command_models import save_tiny_model
-from small_models import Fitted
+from small_models import FittedModel
 from written_files import WRITES, Write
 
 from fhopt.errors import FhoptError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-build: Any = importlib.import_module("fhopt.codegen.build")
 COMPILER: Any = importlib.import_module("fhopt.codegen.compiler")
 DONE, TOLD, INTERRUPTED = 0, 3, 130
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "tempfile.mkdtemp"}
@@ -111,7 +110,7 @@ def largest(path: Path) -> int:
 
 
 @pytest.fixture(params=WRITES)
-def written(request: pytest.FixtureRequest, llama: Fitted, tmp_path: Path) -> Write:
+def written(request: pytest.FixtureRequest, llama: FittedModel, tmp_path: Path) -> Write:
     folder = tmp_path / "out"
     folder.mkdir()
     write = WRITES[request.param](folder, llama)
@@ -164,11 +163,11 @@ def test_a_kernel_that_could_not_be_stored_is_compiled_again(
     failed = mmap.mmap(-1, 1)
     for number in range(1, 50):
         name = f"answer{number}"
-        status = child(partial(COMPILER.load, name, TEXT), at_change(number, tmp_path, fail, failed))
+        status = child(partial(COMPILER.compile_and_load, name, TEXT), at_change(number, tmp_path, fail, failed))
         assert status in (DONE, {kill: 128 + signal.SIGKILL, interrupt: INTERRUPTED, no_room: DONE}[fail])
         for path in (tmp_path / "kernels").glob(f"{name}*.so"):
             assert path.stat().st_size > 1000
-        assert COMPILER.load(name, TEXT).answer() == 42
+        assert COMPILER.compile_and_load(name, TEXT).answer() == 42
         if not failed[0]:
             break
     assert number > 3

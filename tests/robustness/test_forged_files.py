@@ -24,7 +24,7 @@ from interrupted_calibration import OPTIONS, sequences
 from paged_plans import paged
 from rewritten_folders import sign, sign_files, sign_plan
 from safetensors.torch import load_file, save_file
-from small_models import Fitted
+from small_models import FittedModel
 from torch import Tensor
 
 import fhopt
@@ -37,14 +37,14 @@ from fhopt.hf.apply import latent_cache
 from fhopt.models.model_facts import cache_argument
 from fhopt.plan.cache_size import CacheLayer, record_of
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 SAVED = Path(__file__).parents[1] / "golden" / "saved" / "folder"
 EXAMPLES = settings(
     deadline=None, max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
-TRELLIS = (Tier(8, 8, 2 / 64), Tier(2, 8, -0.0225))
+TRELLIS = (BitGroup(8, 8, 2 / 64), BitGroup(2, 8, -0.0225))
 FORM = re.compile(r"[^\n]+; expected [^\n]+\. [A-Z][^\n]+\.$")
 
 
@@ -160,7 +160,7 @@ def test_invalid_bases_are_refused(how: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def statistics(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def statistics(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = dict(llama.model.named_parameters())
     measured = run.calibrate(
         CalibrationData(llama.captured, sequences(), weights, "tiny"),

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from attention_spellings import functions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_zoo import Case, Entry, checking
+from model_zoo import Entry, ZooCase, checking
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._pytree import tree_leaves
@@ -245,9 +245,9 @@ class Drawn(nn.Module):
         )
 
 
-def case_of(spelling: Spelling) -> Case:
+def case_of(spelling: Spelling) -> ZooCase:
     torch.manual_seed(2)
-    return Case(Drawn(spelling).eval(), (torch.randn(spelling.batch, spelling.tokens, spelling.channels),))
+    return ZooCase(Drawn(spelling).eval(), (torch.randn(spelling.batch, spelling.tokens, spelling.channels),))
 
 
 @st.composite
@@ -302,7 +302,7 @@ def test_full_width_latents_give_the_same_results_in_every_spelling(spelling: Sp
     case = case_of(spelling)
     (captured,) = capture_graphs(case.module, case.args)
     before = checking._Run(captured.program)
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     pipeline.optimize(outcome, fit_plan.exact_plan(outcome.sites.values()))
     assert len(outcome.compressed) == 1 + spelling.twice
     after = checking._Run(captured.program)

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from small_models import Fitted
+from small_models import FittedModel
 from written_files import WRITES, Write
 
 from fhopt.codegen.gpu import configs, resources
@@ -136,7 +136,7 @@ class Kept:
 
 
 @pytest.fixture(scope="module", params=WRITES)
-def kept(request: pytest.FixtureRequest, llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+def kept(request: pytest.FixtureRequest, llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Kept:
     folder = tmp_path_factory.mktemp("damaged") / "out"
     folder.mkdir()
     write = WRITES[request.param](folder, llama)
@@ -186,7 +186,7 @@ def test_a_damaged_file_of_the_cache_folder_counts_as_absent(
 ) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
     anew: Any = object()
-    monkeypatch.setattr(this_cpu, "measure", lambda threads: anew)
+    monkeypatch.setattr(this_cpu, "measure_cpu", lambda threads: anew)
     this_cpu.measured.cache_clear()
     place = tmp_path / "any.json"
     monkeypatch.setattr(configs, "config_path", lambda *which: place)

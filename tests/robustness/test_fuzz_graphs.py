@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from found_programs import FOUND
-from graph_programs import Call, Input, Invalid, Program, Sizes, Wrong, check
+from graph_programs import AttentionProgram, Call, CallSizes, Input, Invalid, WrongProgram, check
 from program_runs import Tally, run
 from torch import fx
 
@@ -48,7 +48,7 @@ def test_a_program_that_was_wrong_once_agrees_with_eager_mode(name: str) -> None
 
 
 def test_a_plain_attention_is_rewritten_and_right() -> None:
-    assert check(Program(ATTENTION, INPUTS)).sites == 1
+    assert check(AttentionProgram(ATTENTION, INPUTS)).sites == 1
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference", "autocast", "autocast no_grad"])
@@ -56,17 +56,17 @@ def test_a_plain_attention_is_rewritten_and_right() -> None:
 def test_a_plain_attention_is_right_in_every_mode_and_dtype(mode: str, dtype: str) -> None:
     if mode.startswith("autocast") and dtype == "float64":
         pytest.skip("autocast is for lower precision")
-    check(Program(ATTENTION, INPUTS, calls=(Call(mode=mode),) * 3, dtype=dtype))
+    check(AttentionProgram(ATTENTION, INPUTS, calls=(Call(mode=mode),) * 3, dtype=dtype))
 
 
 def test_sizes_may_differ_from_call_to_call() -> None:
-    calls = (Call(Sizes(S=5, T=6)), Call(Sizes(B=3, S=7, T=4)), Call(Sizes(S=2, T=9)))
-    check(Program(ATTENTION, INPUTS, calls=calls, dynamic=True))
+    calls = (Call(CallSizes(S=5, T=6)), Call(CallSizes(B=3, S=7, T=4)), Call(CallSizes(S=2, T=9)))
+    check(AttentionProgram(ATTENTION, INPUTS, calls=calls, dynamic=True))
 
 
 def test_a_program_that_cannot_run_in_eager_mode_is_invalid() -> None:
     with pytest.raises(Invalid, match="eager: "):
-        check(Program("def program(q):\n    return q @ q", INPUTS[:1], calls=(Call(Sizes(S=5, D=4)),)))
+        check(AttentionProgram("def program(q):\n    return q @ q", INPUTS[:1], calls=(Call(CallSizes(S=5, D=4)),)))
 
 
 def test_a_wrong_backend_is_noticed_in_the_call_in_which_values_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,13 +78,15 @@ def test_a_wrong_backend_is_noticed_in_the_call_in_which_values_matter(monkeypat
         return fx.GraphModule(module, module.graph).forward
 
     monkeypatch.setattr("fhopt.backend.compile._compile_exactly", compile_without_factor)
-    with pytest.raises(Wrong, match=r"call 2 of 3: outputs\[0\]: differs by"):
-        check(Program(ATTENTION, INPUTS, calls=(Call(mode="no_grad"),) * 3))
+    with pytest.raises(WrongProgram, match=r"call 2 of 3: outputs\[0\]: differs by"):
+        check(AttentionProgram(ATTENTION, INPUTS, calls=(Call(mode="no_grad"),) * 3))
 
 
 def test_a_program_prints_source_that_recreates_it() -> None:
-    program = Program(ATTENTION, INPUTS, calls=(Call(Sizes(S=3)), Call()), dtype="float64", dynamic=True, seed=4)
-    names: dict[str, Any] = {"Program": Program, "Input": Input, "Call": Call, "Sizes": Sizes}
+    program = AttentionProgram(
+        ATTENTION, INPUTS, calls=(Call(CallSizes(S=3)), Call()), dtype="float64", dynamic=True, seed=4
+    )
+    names: dict[str, Any] = {one.__name__: one for one in (AttentionProgram, Input, Call, CallSizes)}
     exec(f"again = {program}", names)
     again = names["again"]
     assert (again.inputs, again.calls, again.dtype, again.seed) == (program.inputs, program.calls, "float64", 4)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rewritten_folders import nothing_runs, places, sign, sign_files, written
-from small_models import Fitted
+from small_models import FittedModel
 
 import fhopt
 from fhopt.errors import FhoptError
@@ -21,7 +21,7 @@ from fhopt.models import rewritten_folder
 
 
 @pytest.fixture(scope="session")
-def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rewritten tiny Llama in three shards."""
     out = tmp_path_factory.mktemp("folders") / "llama"
     written(out, llama.model, llama.plan(4), shard_size="200KB")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fhopt
-from fhopt.export.pt2_step import export_step
-from fhopt.export.step_state import State
+from fhopt.export.pt2_step import export_pt2
+from fhopt.export.step_state import StepState
 from fhopt.models.model_facts import cache_argument
 
 SAVED = Path(__file__).parents[1] / "golden" / "saved"
@@ -77,6 +77,6 @@ def test_an_exported_step_gives_the_stored_logits(expected: dict[str, Tensor], t
         path.write_bytes(gzip.decompress((SAVED / f"{name}.pt2.gz").read_bytes()))
         programs.append(torch.export.load(path).module())
     plan = fhopt.LatentPlan.load(SAVED / "folder" / "plan")
-    state = State(plan, export_step(fhopt.unapply(fhopt.load(SAVED / "folder")), plan).state, *programs)
+    state = StepState(plan, export_pt2(fhopt.unapply(fhopt.load(SAVED / "folder")), plan).state, *programs)
     logits = torch.cat([state.step(token) for token in expected["ids"].split(1, 1)], 1)
     assert_same(logits, expected["stepped"])

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from rewritten_folders import written
-from small_models import MAKERS, Fitted, cached, numbered, token_ids
+from small_models import MAKERS, FittedModel, cached, numbered, token_ids
 from torch import Tensor
 
 import fhopt
@@ -74,7 +74,7 @@ def cache_of(output: Any) -> Any:
     return output["cache"] if "cache" in output else output["past_key_values"]
 
 
-def plans_of(fitted: Fitted) -> dict[str, LatentPlan]:
+def plans_of(fitted: FittedModel) -> dict[str, LatentPlan]:
     """Plans as made by `fhopt.fit`, with fingerprints of their weights."""
     weights = dict(fitted.model.named_parameters())
     plans = {name: fitted.plan(sinks=4, **options) for name, options in PLANS.items()}
@@ -386,7 +386,7 @@ class CompiledStates(ModelStates):
 
 
 def run_states(
-    fitted: Fitted, strange: Fitted, folder: Path, examples: int, states: type[ModelStates] = ModelStates
+    fitted: FittedModel, strange: FittedModel, folder: Path, examples: int, states: type[ModelStates] = ModelStates
 ) -> None:
     kind = "llama" if "Llama" in type(fitted.model).__name__ else "gpt2"
     about = {"kind": kind, "plans": plans_of(fitted), "strange": strange.plan(4), "folder": folder}
@@ -400,25 +400,27 @@ def run_states(
 @pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
-def test_the_results_of_a_model_depend_on_its_current_state(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_the_results_of_a_model_depend_on_its_current_state(
+    llama: FittedModel, gpt2: FittedModel, tmp_path: Path
+) -> None:
     run_states(llama, gpt2, tmp_path, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
-def test_so_do_those_of_a_model_with_fused_projections(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_so_do_those_of_a_model_with_fused_projections(llama: FittedModel, gpt2: FittedModel, tmp_path: Path) -> None:
     run_states(gpt2, llama, tmp_path, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.hypothesis
-def test_so_do_those_of_kernels(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_so_do_those_of_kernels(llama: FittedModel, gpt2: FittedModel, tmp_path: Path) -> None:
     run_states(llama, gpt2, tmp_path, 10, ThoroughStates)
 
 
 @pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling", "traced_only")
-def test_so_do_those_of_a_compiled_model(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+def test_so_do_those_of_a_compiled_model(llama: FittedModel, gpt2: FittedModel, tmp_path: Path) -> None:
     run_states(llama, gpt2, tmp_path, 15, CompiledStates)

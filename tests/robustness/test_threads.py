@@ -12,16 +12,16 @@ from unittest import mock
 
 import pytest
 import torch
-from small_models import Fitted, cached, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import FittedModel, cached, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 import fhopt
+from fhopt.codegen import build
 from fhopt.fitting import fit_plan
 from fhopt.hf.apply import latent_cache
 from fhopt.plan.latent_plan import LatentPlan
 
-BUILD: Any = importlib.import_module("fhopt.codegen.build")
 COMPILER: Any = importlib.import_module("fhopt.codegen.compiler")
 DISPATCH: Any = importlib.import_module("fhopt.codegen.dispatch")
 THREADS = 4
@@ -51,9 +51,9 @@ def no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Remove compiled kernels from this process and the cache folder."""
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(DISPATCH, "_kernels", {})
-    BUILD.build.cache_clear()
+    build.build_kernel.cache_clear()
     yield
-    BUILD.build.cache_clear()
+    build.build_kernel.cache_clear()
 
 
 def at_once(*actions: Callable[[], Any]) -> list[Any]:
@@ -90,7 +90,7 @@ def read(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize(("options", "is_new"), [({}, True), ({"max_cache_len": 90}, False)], ids=["growing", "static"])
 def test_threads_that_share_one_model_with_separate_caches_get_the_results_of_one(
-    options: dict[str, Any], is_new: bool, llama: Fitted, request: pytest.FixtureRequest
+    options: dict[str, Any], is_new: bool, llama: FittedModel, request: pytest.FixtureRequest
 ) -> None:
     if is_new:
         request.getfixturevalue("no_kernels")
@@ -101,7 +101,7 @@ def test_threads_that_share_one_model_with_separate_caches_get_the_results_of_on
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_threads_that_generate_concurrently_get_the_results_of_one(llama: Fitted) -> None:
+def test_threads_that_generate_concurrently_get_the_results_of_one(llama: FittedModel) -> None:
     model: Any = fhopt.apply(tiny_llama(), llama.plan(4))
     prompts = [token_ids(1, 40 + i) for i in range(THREADS)]
     ways: list[dict[str, Any]] = [
@@ -120,7 +120,7 @@ def test_threads_that_generate_concurrently_get_the_results_of_one(llama: Fitted
     assert all(torch.equal(made, generate(*pair)) for made, pair in zip(together, pairs, strict=True))
 
 
-def test_plans_of_two_models_do_not_interfere(llama: Fitted, gpt2: Fitted) -> None:
+def test_plans_of_two_models_do_not_interfere(llama: FittedModel, gpt2: FittedModel) -> None:
     """One is applied and removed repeatedly while the other model runs."""
     first, second = fhopt.apply(tiny_llama(), llama.plan(4)), tiny_gpt2()
     ids = token_ids(1, 55)
@@ -143,7 +143,7 @@ def test_a_kernel_that_threads_need_at_once_is_compiled_once(no_kernels: None, m
 
     monkeypatch.setattr(COMPILER, "_compile", watched)
     text = 'extern "C" int answer() { return 42; }\n'
-    libraries = at_once(*(lambda: COMPILER.load("answer", text) for _ in range(THREADS)))
+    libraries = at_once(*(lambda: COMPILER.compile_and_load("answer", text) for _ in range(THREADS)))
     assert [library.answer() for library in libraries] == [42] * THREADS
     assert len(compiled) == 1
 
@@ -189,7 +189,7 @@ def test_threads_that_call_a_compiled_model_for_the_first_time_at_once_agree_wit
 
 
 @pytest.mark.slow
-def test_graphs_are_searched_in_threads_at_once(llama: Fitted) -> None:
+def test_graphs_are_searched_in_threads_at_once(llama: FittedModel) -> None:
     """`capture` resets Dynamo; the finder does not use it."""
     from fhopt.models.capture import capture
     from fhopt.passes import pipeline
@@ -197,7 +197,7 @@ def test_graphs_are_searched_in_threads_at_once(llama: Fitted) -> None:
 
     given = {"input_ids": token_ids(1, 16), "use_cache": False}
     programs = [capture(tiny_llama(), (), given).program for _ in range(THREADS + 1)]
-    pipeline.find(programs[-1])
-    at_once(*(lambda program=program: pipeline.find(program) for program in programs[:-1]))
+    pipeline.find_attentions(programs[-1])
+    at_once(*(lambda program=program: pipeline.find_attentions(program) for program in programs[:-1]))
     texts = {print_graph(program.graph) for program in programs}
     assert len(texts) == 1

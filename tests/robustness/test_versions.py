@@ -72,7 +72,9 @@ def test_a_session_becomes_a_table_row(tmp_path: Path) -> None:
     (tmp_path / "oldest.json").write_text(json.dumps(versions))
     (tmp_path / "oldest.xml").write_text(XML)
     outcome = version_matrix.outcome_of(session("oldest", "failed"), tmp_path)
-    assert outcome == version_matrix.Outcome("oldest", "failed", "", 90.0, versions, passed=14, failed=3, skipped=3)
+    assert outcome == version_matrix.EnvironmentOutcome(
+        "oldest", "failed", "", 90.0, versions, passed=14, failed=3, skipped=3
+    )
     assert not outcome.is_good
     rows = {row.metric: row for row in version_matrix.rows_of(outcome)}
     assert rows["failed"].value == 3 and rows["minutes"].value == 1.5

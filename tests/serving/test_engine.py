@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from served_models import LENGTH, WINDOW, Served, folder_of, plan_of, prompt
-from small_models import Fitted, cached
+from small_models import FittedModel, cached
 
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.plan.latent_plan import LatentPlan
@@ -23,12 +23,12 @@ SHARE = 0.005  # of nats/token: the window also rounds a token for itself, and w
 
 
 @pytest.fixture(scope="module")
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     return plan_of(llama, mean_tokens=24, segment=64)
 
 
 @pytest.fixture(scope="module")
-def folder(llama: Fitted, plan: LatentPlan, tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(llama: FittedModel, plan: LatentPlan, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder_of(tmp_path_factory.mktemp("served") / "folder", llama.model, plan)
 
 
@@ -98,7 +98,7 @@ def own_log_likelihood(model: Any, plan: LatentPlan, ids: list[int]) -> float:
     return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean())
 
 
-def test_the_likelihood_agrees_with_the_own_cache(llama: Fitted, plan: LatentPlan, served: Served) -> None:
+def test_the_likelihood_agrees_with_the_own_cache(llama: FittedModel, plan: LatentPlan, served: Served) -> None:
     ids = prompt(11, LENGTH - 2)
     expected = own_log_likelihood(llama.model, plan, ids)
     assert abs(served.log_likelihood(ids) - expected) < SHARE * abs(expected)
@@ -136,7 +136,7 @@ def test_speculative_decoding_changes_no_token(folder: str, alone: list[list[int
 
 
 @pytest.mark.parametrize("layout", ["band", "head"])
-def test_without_rounding_of_the_window_it_is_equal(layout: str, llama: Fitted, tmp_path: Path) -> None:
+def test_without_rounding_of_the_window_it_is_equal(layout: str, llama: FittedModel, tmp_path: Path) -> None:
     plan = replace(plan_of(llama, layout=layout), window_bits=16)
     engine = Served(folder_of(tmp_path / "folder", llama.model, plan))
     ids = prompt(12, 400)

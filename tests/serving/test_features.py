@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from served_models import LENGTH, Served, folder_of, plan_of, prompt
-from small_models import VOCABULARY, Fitted
+from small_models import VOCABULARY, FittedModel
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -32,12 +32,12 @@ RANK = 4
 
 
 @pytest.fixture(scope="module")
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     return plan_of(llama, layout="head")  # a latent per kv head, as required by several processes
 
 
 @pytest.fixture(scope="module")
-def folder(llama: Fitted, plan: LatentPlan, tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(llama: FittedModel, plan: LatentPlan, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder_of(tmp_path_factory.mktemp("served") / "folder", llama.model, plan)
 
 
@@ -70,7 +70,7 @@ def save_adapter(path: Path, model: Any) -> None:
 
 
 def test_an_adapter_changes_only_its_own_requests(
-    folder: str, llama: Fitted, expected: list[list[int]], tmp_path: Path
+    folder: str, llama: FittedModel, expected: list[list[int]], tmp_path: Path
 ) -> None:
     """No batch mixes requests with and without an adapter: vLLM 0.32 for CPUs confuses them, even without a plan."""
     from vllm.lora.request import LoRARequest

@@ -13,14 +13,14 @@ import pytest
 from rewritten_folders import sign_files
 from safetensors.torch import load_file, save_file
 from served_models import Served, folder_of, plan_of
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 from fhopt.errors import FhoptError
 from fhopt.plan.fingerprint import fingerprint
 
 
 @pytest.fixture(scope="module")
-def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("refused") / "folder"
     plan = plan_of(llama)
     known = fingerprint(dict(llama.model.named_parameters()), [site.site for site in plan.sites])

@@ -26,8 +26,8 @@ class Absorbing:
 
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         program = copy_program(module, inputs)
-        outcome = pipeline.absorb_projections(pipeline.find(program))
-        self.outcomes.append(pipeline.lower(outcome))
+        outcome = pipeline.absorb_projections(pipeline.find_attentions(program))
+        self.outcomes.append(pipeline.lower_program(outcome))
         bind = Binder(program, len(inputs))
         return lambda *given: program.module(*given, *bind(given))
 

@@ -36,7 +36,7 @@ Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]  # query, k
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One kernel and the shapes it runs on."""
 
     key_tiers: Tiers
@@ -78,22 +78,22 @@ class Case:
 
 
 CASES = {
-    "9 heads read one latent": Case(MIXED, MIXED, 9, 1, 1, 1, 203),
-    "keys shared by 9 heads, values by 3": Case(FOUR, MIXED, 9, 1, 3, 5, 70),
-    "float16 channels beside codes, softcap": Case(HALVES, TWO, 6, 2, 3, 1, 131, softcap=4.0),
-    "a head for each latent head, values uncoded": Case(TWO, UNCODED, 4, 4, 4, 5, 77, width=20),
-    "tiers of one and two bit planes": Case(PLANES, ODD, 9, 3, 1, 1, 203),
-    "tiers of two bit planes, several queries, softcap": Case(ODD, PLANES, 6, 1, 2, 3, 67, softcap=4.0),
-    "one token": Case(HALVES, HALVES, 3, 1, 1, 1, 1),
-    "uncoded, several queries": Case(UNCODED, UNCODED, 9, 3, 3, 5, 100, width=16),
+    "9 heads read one latent": KernelCase(MIXED, MIXED, 9, 1, 1, 1, 203),
+    "keys shared by 9 heads, values by 3": KernelCase(FOUR, MIXED, 9, 1, 3, 5, 70),
+    "float16 channels beside codes, softcap": KernelCase(HALVES, TWO, 6, 2, 3, 1, 131, softcap=4.0),
+    "a head for each latent head, values uncoded": KernelCase(TWO, UNCODED, 4, 4, 4, 5, 77, width=20),
+    "tiers of one and two bit planes": KernelCase(PLANES, ODD, 9, 3, 1, 1, 203),
+    "tiers of two bit planes, several queries, softcap": KernelCase(ODD, PLANES, 6, 1, 2, 3, 67, softcap=4.0),
+    "one token": KernelCase(HALVES, HALVES, 3, 1, 1, 1, 1),
+    "uncoded, several queries": KernelCase(UNCODED, UNCODED, 9, 3, 3, 5, 100, width=16),
 }
 # Cases that only CPU kernels support.
 TRELLIS_CASES = {
-    "trellis codes beside others": Case(RINGS, RINGS, 9, 1, 1, 1, 203),
-    "a short ring, long ones": Case(RING, LONG_RINGS, 6, 2, 3, 5, 131),
-    "float16 channels beside rings, softcap": Case(LONG_RINGS, RING, 4, 4, 1, 3, 70, softcap=4.0),
-    "one token of a ring": Case(RINGS, RING, 3, 1, 1, 1, 1),
-    "rings of keys, values uncoded": Case(RINGS, UNCODED, 4, 2, 4, 1, 77, width=20),
+    "trellis codes beside others": KernelCase(RINGS, RINGS, 9, 1, 1, 1, 203),
+    "a short ring, long ones": KernelCase(RING, LONG_RINGS, 6, 2, 3, 5, 131),
+    "float16 channels beside rings, softcap": KernelCase(LONG_RINGS, RING, 4, 4, 1, 3, 70, softcap=4.0),
+    "one token of a ring": KernelCase(RINGS, RING, 3, 1, 1, 1, 1),
+    "rings of keys, values uncoded": KernelCase(RINGS, UNCODED, 4, 2, 4, 1, 77, width=20),
 }
 
 
@@ -105,7 +105,7 @@ def side(tiers: Tiers, heads: int, tokens: int, width: int, batch: int = 2) -> t
     return pack_reference(z, [b for b, _, _ in tiers], [w for _, w, _ in tiers], [s for _, _, s in tiers])
 
 
-def inputs(case: Case) -> Inputs:
+def inputs(case: KernelCase) -> Inputs:
     query = torch.randn(2, case.heads, case.queries, case.key_width)
     key, key_scale = side(case.key_tiers, case.key_heads, case.tokens, case.key_width)
     value, value_scale = side(case.value_tiers, case.value_heads, case.tokens, case.value_width)
@@ -113,7 +113,7 @@ def inputs(case: Case) -> Inputs:
     return query.to(case.dtype), key, key_scale, value, value_scale
 
 
-def masks(case: Case) -> list[Tensor | None]:
+def masks(case: KernelCase) -> list[Tensor | None]:
     """None; bool with a fully masked row; additive, full shape; bool, broadcast over queries; additive [T]."""
     whole = torch.rand(2, 1, case.queries, case.tokens) > 0.4
     whole[0, 0, -1] = False
@@ -124,14 +124,14 @@ def masks(case: Case) -> list[Tensor | None]:
     return [None, whole, bias, padding, torch.randn(case.tokens)]
 
 
-def expected(case: Case, x: Inputs, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def expected(case: KernelCase, x: Inputs, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Run the reference on unpacked latents, with float64 matmuls."""
     query, key, key_scale, value, value_scale = x
     unpacked = []
     for rows, scale, tiers in ((key, key_scale, case.key_tiers), (value, value_scale, case.value_tiers)):
         bits, widths, steps = [b for b, _, _ in tiers], [w for _, w, _ in tiers], [s for _, _, s in tiers]
         unpacked.append((rows if scale is None else unpack_reference(rows, scale, bits, widths, steps)).double())
-    options = Case(UNCODED, UNCODED, 0, 0, 0, 0, 0, softcap=case.softcap).options()
+    options = KernelCase(UNCODED, UNCODED, 0, 0, 0, 0, 0, softcap=case.softcap).options()
     return latent_attention_reference(query.double(), unpacked[0], None, unpacked[1], None, mask, **options)  # type: ignore[arg-type]
 
 

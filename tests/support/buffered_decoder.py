@@ -16,7 +16,7 @@ from fhopt.fitting import fit_plan
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 H, G, D, C, V, SLOTS = 4, 2, 16, 64, 50, 96
 CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)  # q D . z and q . D z round differently
@@ -59,7 +59,7 @@ SPELLINGS: dict[str, tuple[tuple[int, ...], Write]] = {
 }
 
 
-class Attention(nn.Module):
+class BufferedAttention(nn.Module):
     """Attends to the slots that `read` selects: "all" or "some", with a mask; "no mask" for single tokens."""
 
     k_cache: Tensor
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.words, self.places, self.out = nn.Embedding(V, C), nn.Embedding(SLOTS, C), nn.Linear(C, V)
         self.norms = nn.ModuleList([nn.LayerNorm(C) for _ in range(layers)])
-        self.layers = nn.ModuleList([Attention(spelling, read, batch) for _ in range(layers)])
+        self.layers = nn.ModuleList([BufferedAttention(spelling, read, batch) for _ in range(layers)])
         self.batch = batch
 
     def forward(self, ids: Tensor, at: Tensor, start: int, given: Any = None) -> Tensor:
@@ -147,14 +147,14 @@ def sites_of(model: Any) -> list[Any]:
 def _sites_of(layers: int) -> list[Any]:
     with torch.no_grad(), torch.random.fork_rng():
         program = capture(decoder(layers=layers), (words(5), torch.arange(5), 0)).program
-    return list(pipeline.find(program).sites.values())
+    return list(pipeline.find_attentions(program).sites.values())
 
 
 def exact_plan(model: Any) -> LatentPlan:
     return fit_plan.exact_plan(sites_of(model), sinks=3, recent=8, block=8)
 
 
-def coded_plan(model: Any, tiers: tuple[Tier, ...] = CODED, **options: Any) -> LatentPlan:
+def coded_plan(model: Any, tiers: tuple[BitGroup, ...] = CODED, **options: Any) -> LatentPlan:
     """A plan with an orthogonal basis, half of whose channels have 8 bits and half 4."""
     basis = torch.linalg.qr(torch.randn(G, D, D, generator=torch.Generator().manual_seed(5)))[0]
     side = SidePlan(basis, basis.transpose(1, 2).contiguous(), tiers)
@@ -167,7 +167,7 @@ def compiled_with(model: Any, plan: LatentPlan) -> Any:
     return torch.compile(model, backend="flashhead", options=options)
 
 
-class Reference(nn.Module):
+class LatentReference(nn.Module):
     """The module with static latent layers instead of its buffers, uncompiled."""
 
     def __init__(self, model: Any, plan: LatentPlan) -> None:

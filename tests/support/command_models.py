@@ -44,7 +44,7 @@ def make_unwritable(folder: Path) -> str:
     return str(folder / "file" / "below")
 
 
-class Broken(Encoder):
+class GraphBreak(Encoder):
     """A forward pass with a graph break."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Broken(Encoder):
 
 
 def broken() -> tuple[nn.Module, tuple[Tensor]]:
-    return Broken(), (torch.randn(1, 6, 32),)
+    return GraphBreak(), (torch.randn(1, 6, 32),)
 
 
 def save_tiny_model(folder: Path, scale: float = 1.0) -> None:

@@ -42,4 +42,4 @@ def with_biases(model: Any) -> Any:
 def captured_sites(model: Any, tokens: int = 96) -> tuple[Captured, outcome.Outcome]:
     options = {"use_cache": False} if hasattr(model, "lm_head") else {}
     captured = capture(model, (), {"input_ids": token_ids(1, tokens), **options})
-    return captured, pipeline.find(captured.program)
+    return captured, pipeline.find_attentions(captured.program)

@@ -19,7 +19,7 @@ from fhopt.passes.graph.printing import print_graph
 from fhopt.passes.graph.program import Program, copy_program
 from fhopt.passes.prepare.composites import COMPOSITES
 from fhopt.passes.prepare.decompose import Decompose, qualified_name
-from fhopt.passes.verify import verify
+from fhopt.passes.verify import check_invariants
 
 B, H, G, S, T, D = 2, 4, 2, 5, 7, 8
 E = H * D
@@ -73,7 +73,7 @@ def decomposed(program: Program, **options: Any) -> tuple[Program, list[Miss]]:
             continue
         stage.rewrite(after, found)
     after.module.recompile()
-    verify(after, stage.name)
+    check_invariants(after, stage.name)
     known = {n.name for n in program.graph.nodes}
     new = [n for n in after.graph.nodes if n.name not in known and n.op in ("call_function", "call_method")]
     bare = {op_name(n) for n in new if fake(n) is None or n.meta.get("val") is not fake(n)}
@@ -124,7 +124,7 @@ def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ v
 
 
-class Checkpointed(nn.Module):
+class TwiceCheckpointed(nn.Module):
     """A block in two nested checkpoints."""
 
     def __init__(self, inner: Callable[..., Any] = core) -> None:

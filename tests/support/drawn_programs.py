@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attention_spellings import JOINED, MIXED, PRODUCTS, REPEATED, WEIGHED, statements
-from graph_programs import Call, Input, Program, Sizes
+from graph_programs import AttentionProgram, Call, CallSizes, Input
 from hypothesis import strategies as st
 
 # --------------------------------------------------------------------------------------------------- inputs
@@ -303,7 +303,7 @@ SDPA = {
 # --------------------------------------------------------------------------------------------------- drawing
 
 
-class Writer:
+class ProgramWriter:
     """Collects the lines of a program and draws the inputs that they name."""
 
     def __init__(self, draw: st.DrawFn, can_hold: bool) -> None:
@@ -365,11 +365,11 @@ OPERAND_VALUES = ("normal", "normal", "large", "small", "zeros", "positive")
 
 
 @st.composite
-def programs(draw: st.DrawFn, only: str = "") -> Program:
+def programs(draw: st.DrawFn, only: str = "") -> AttentionProgram:
     """Draw a program. only: a table and one of its entries, "TABLE.entry", which becomes the program's only step."""
     dynamic = draw(st.sampled_from([*[False] * 8, True, None]))
     sizes = draw(_all_sizes(varied=dynamic is not False))
-    writer = Writer(draw, can_hold=dynamic is False)
+    writer = ProgramWriter(draw, can_hold=dynamic is False)
     parts = _Parts(writer, only)
     wrapped = only.removeprefix("WRAPPED.") if only.startswith("WRAPPED.") else ""
     if not only:
@@ -390,7 +390,9 @@ def programs(draw: st.DrawFn, only: str = "") -> Program:
         sorted(map(_tamed, writer.inputs) if is_coarse else writer.inputs, key=lambda i: i.held != "argument")
     )
     source = _source([i.name for i in inputs], writer.lines, wrapped, writer.inputs[0].name)
-    return Program(source, inputs, calls, dtype, dynamic, draw(st.integers(0, 99)), draw(st.integers(0, 3)) == 3)
+    return AttentionProgram(
+        source, inputs, calls, dtype, dynamic, draw(st.integers(0, 99)), draw(st.integers(0, 3)) == 3
+    )
 
 
 def _tamed(given: Input) -> Input:
@@ -399,21 +401,21 @@ def _tamed(given: Input) -> Input:
 
 
 @st.composite
-def _all_sizes(draw: st.DrawFn, varied: bool) -> tuple[Sizes, ...]:
+def _all_sizes(draw: st.DrawFn, varied: bool) -> tuple[CallSizes, ...]:
     heads = draw(st.sampled_from([(4, 4), (4, 2), (2, 1), (1, 1), (6, 3)]))
     size = draw(st.sampled_from([4, 8]))
     square = draw(st.booleans())
-    results: list[Sizes] = []
+    results: list[CallSizes] = []
     for _ in range(3):
         if results and not varied:
             results.append(results[0])
             continue
         batch, queries, keys = (draw(st.sampled_from(c)) for c in ([2, 3, 1], [5, 7, 3, 2], [6, 5, 9, 4]))
-        results.append(Sizes(batch, *heads, queries, queries if square else keys, size))
+        results.append(CallSizes(batch, *heads, queries, queries if square else keys, size))
     return tuple(results)
 
 
-def _operands(writer: Writer, sizes: Sizes) -> None:
+def _operands(writer: ProgramWriter, sizes: CallSizes) -> None:
     """Add lines that make q [B, H, S, D], k and v [B, H, T, D]."""
     repeats = sizes.H // sizes.G
     values = [("normal", writer.pick(OPERAND_VALUES), writer.pick(OPERAND_VALUES)) for _ in range(3)]
@@ -436,7 +438,7 @@ def _operands(writer: Writer, sizes: Sizes) -> None:
 class _Parts:
     """Adds table entries to a program: drawn ones, or the plain ones except for `only`."""
 
-    writer: Writer
+    writer: ProgramWriter
     only: str
 
     def add_steps(self, name: str, table: Mapping[str, str], often: int) -> None:

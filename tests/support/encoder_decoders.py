@@ -35,7 +35,7 @@ def plan_of(name: str, layout: str) -> LatentPlan:
     """A lossless plan: keys and values unchanged, or one latent for both, which are linear in one input."""
     torch.manual_seed(1)
     inputs = {"input_ids": ids(1, 250), "decoder_input_ids": ids(1, 240), "use_cache": False}  # most of the vocabulary
-    outcome = pipeline.find(capture(model_of(name), (), inputs).program)
+    outcome = pipeline.find_attentions(capture(model_of(name), (), inputs).program)
     if layout == "identity":
         return fit_plan.exact_plan(outcome.sites.values(), recent=4, block=4)
     return shared_plan(outcome, width=64, recent=4, block=4)

@@ -19,7 +19,7 @@ from fhopt.hf.apply import latent_cache
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 
 def by_the_model(model: Any, plan: LatentPlan, ids: Tensor) -> list[Tensor]:
@@ -32,12 +32,12 @@ def by_the_model(model: Any, plan: LatentPlan, ids: Tensor) -> list[Tensor]:
     return found
 
 
-def difference(state: step_state.State, ids: Tensor, expected: list[Tensor]) -> float:
+def difference(state: step_state.StepState, ids: Tensor, expected: list[Tensor]) -> float:
     steps = (state.step(ids[:, i : i + 1]) for i in range(ids.shape[1]))
     return max(float((step - wanted).abs().max()) for step, wanted in zip(steps, expected, strict=True))
 
 
-def with_tiers(plan: LatentPlan, tiers: tuple[Tier, ...]) -> LatentPlan:
+def with_tiers(plan: LatentPlan, tiers: tuple[BitGroup, ...]) -> LatentPlan:
     """Return the plan with other bit groups of the same width on the same bases."""
 
     def side(one: SidePlan) -> SidePlan:
@@ -113,7 +113,7 @@ def as_loaded(made: tuple[Any, ...]) -> LoadedModel:
     return LoadedModel("module", made[0], inputs=(made[1], made[2] if len(made) > 2 else {}))
 
 
-def plan_of(loaded: LoadedModel, tiers: tuple[Tier, ...] = ()) -> LatentPlan:
+def plan_of(loaded: LoadedModel, tiers: tuple[BitGroup, ...] = ()) -> LatentPlan:
     with torch.no_grad():
-        outcome = pipeline.find(loaded.capture().program)
+        outcome = pipeline.find_attentions(loaded.capture().program)
     return with_tiers(fit_plan.exact_plan(outcome.sites.values(), sinks=2, recent=4, block=4), tiers)

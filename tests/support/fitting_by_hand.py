@@ -57,7 +57,7 @@ def wide(groups: int, channels: int, ratio: float, device: str | None = "h100", 
         for n, fall in zip(names, (1000.0, 10.0), strict=True)
     }
     chosen: dict[str, Any] = dict(sinks=0, recent=1, block=1, tokens=100_000, layout="band") | options
-    return fit_plan.fit(kept, bases=bases, ratio=ratio, device=device, **chosen)
+    return fit_plan.fit_ratio(kept, bases=bases, ratio=ratio, device=device, **chosen)
 
 
 def nats(plan: LatentPlan) -> float:

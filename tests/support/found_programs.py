@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from graph_programs import Call, Input, Program, Sizes
+from graph_programs import AttentionProgram, Call, CallSizes, Input
 
 _QKV = (Input("q", "B H S D"), Input("k", "B H T D"), Input("v", "B H T D"))
 
-FOUND: dict[str, Program] = {
-    "weights filled with zero where a mask is true in later calls": Program(
+FOUND: dict[str, AttentionProgram] = {
+    "weights filled with zero where a mask is true in later calls": AttentionProgram(
         """
     def program(q, k, v, hidden):
         s = q @ k.mT
@@ -16,7 +16,7 @@ FOUND: dict[str, Program] = {
     """,
         inputs=(*_QKV, Input("hidden", "B 1 1 T", values=("none", "few", "most"))),
     ),
-    "keys indexed by an input that is in order in the first call": Program(
+    "keys indexed by an input that is in order in the first call": AttentionProgram(
         """
     def program(q, k, v, keys):
         s = (q @ k.mT)[..., keys]
@@ -24,7 +24,7 @@ FOUND: dict[str, Program] = {
     """,
         inputs=(*_QKV, Input("keys", "T", values=("in order", "shuffled", "drawn"), below="T")),
     ),
-    "kv heads indexed by an input": Program(
+    "kv heads indexed by an input": AttentionProgram(
         """
     def program(q, k, v, groups):
         k, v = k[:, groups], v[:, groups]
@@ -36,9 +36,9 @@ FOUND: dict[str, Program] = {
             Input("v", "B G T D"),
             Input("groups", "H", values=("in order", "shuffled", "drawn"), below="G"),
         ),
-        calls=(Call(Sizes(H=4, G=2)),) * 3,
+        calls=(Call(CallSizes(H=4, G=2)),) * 3,
     ),
-    "scores clamped to a bound that the first call does not reach": Program(
+    "scores clamped to a bound that the first call does not reach": AttentionProgram(
         """
     def program(q, k, v):
         s = (q @ k.mT).clamp(-50.0, 50.0)
@@ -46,7 +46,7 @@ FOUND: dict[str, Program] = {
     """,
         inputs=(Input("q", "B H S D", values=("normal", "large")), *_QKV[1:]),
     ),
-    "weights detached": Program(
+    "weights detached": AttentionProgram(
         """
     def program(q, k, v):
         p = (q @ k.mT).softmax(-1).detach()
@@ -54,21 +54,21 @@ FOUND: dict[str, Program] = {
     """,
         inputs=_QKV,
     ),
-    "weights times a learned gate of ones": Program(
+    "weights times a learned gate of ones": AttentionProgram(
         """
     def program(q, k, v, gate):
         return ((q @ k.mT).softmax(-1) * gate) @ v
     """,
         inputs=(*_QKV, Input("gate", "H 1 1", values=("ones", "normal"), held="parameter")),
     ),
-    "rows whose keys are all masked with -inf": Program(
+    "rows whose keys are all masked with -inf": AttentionProgram(
         """
     def program(q, k, v, keep):
         return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
     """,
         inputs=(*_QKV, Input("keep", "B 1 1 T", values=("all", "whole rows"))),
     ),
-    "two finite levels of masks": Program(
+    "two finite levels of masks": AttentionProgram(
         """
     def program(q, k, v, padding):
         future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
@@ -77,7 +77,7 @@ FOUND: dict[str, Program] = {
     """,
         inputs=(*_QKV, Input("padding", "B 1 1 T", values=("none", "whole rows", "most"))),
     ),
-    "scores overwritten by a finite value": Program(
+    "scores overwritten by a finite value": AttentionProgram(
         """
     def program(q, k, v, own):
         s = (q @ k.mT).masked_fill(own, -5e4)
@@ -85,7 +85,7 @@ FOUND: dict[str, Program] = {
     """,
         inputs=(*_QKV, Input("own", "B 1 S 1", values=("none", "most"))),
     ),
-    "exponentials whose sum overflows": Program(
+    "exponentials whose sum overflows": AttentionProgram(
         """
     def program(q, k, v):
         e = (q @ k.mT).exp()
@@ -98,7 +98,7 @@ FOUND: dict[str, Program] = {
         ),
         calls=(Call(mode="no_grad"),) * 3,
     ),
-    "scores that overflow in float16": Program(
+    "scores that overflow in float16": AttentionProgram(
         """
     def program(q, k, v):
         return ((q * 40).half() @ (k * 40).half().mT).softmax(-1) @ v.half()
@@ -106,7 +106,7 @@ FOUND: dict[str, Program] = {
         inputs=(Input("q", "B H S D", values=("normal", "large")), *_QKV[1:]),
         calls=(Call(mode="no_grad"),) * 3,
     ),
-    "scores that are the real part of a complex product": Program(
+    "scores that are the real part of a complex product": AttentionProgram(
         """
     def program(q, k, v):
         q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
@@ -114,7 +114,7 @@ FOUND: dict[str, Program] = {
     """,
         inputs=_QKV,
     ),
-    "gradient by torch.func": Program(
+    "gradient by torch.func": AttentionProgram(
         """
     def program(q, k, v):
         return torch.func.grad(lambda x: ((x @ k.mT).softmax(-1) @ v).square().sum())(q)
@@ -122,7 +122,7 @@ FOUND: dict[str, Program] = {
         inputs=_QKV,
         calls=(Call(mode="no_grad"),) * 3,
     ),
-    "dropout of the result in training": Program(
+    "dropout of the result in training": AttentionProgram(
         """
     def program(x, wq, wk, wv):
         q, k, v = ((x @ w).unflatten(-1, (4, 4)).transpose(1, 2) for w in (wq, wk, wv))

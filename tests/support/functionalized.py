@@ -15,7 +15,7 @@ from fhopt.passes.graph.nodes import fake
 from fhopt.passes.graph.printing import print_graph
 from fhopt.passes.graph.program import Program
 from fhopt.passes.prepare.functionalize import Functionalize, Functionalized
-from fhopt.passes.verify import verify
+from fhopt.passes.verify import check_invariants
 
 
 def fresh(program: Program, gradients: bool = False) -> list[Any]:
@@ -30,7 +30,7 @@ def fresh(program: Program, gradients: bool = False) -> list[Any]:
 
 
 @dataclass
-class Seen:
+class Observed:
     """Everything a caller can observe of one run."""
 
     outputs: list[Tensor]
@@ -40,7 +40,7 @@ class Seen:
     gradients: list[Tensor | None]
 
 
-def observe(program: Program, gradients: bool = False) -> Seen:
+def observe(program: Program, gradients: bool = False) -> Observed:
     """Run the graph on its example inputs."""
     torch.manual_seed(0)
     inputs = fresh(program, gradients)
@@ -52,13 +52,13 @@ def observe(program: Program, gradients: bool = False) -> Seen:
         weighted = [(t * torch.arange(1.0, 1 + t.numel()).view_as(t)).sum() for t in outputs if t.requires_grad]
         total = torch.stack(weighted).sum()
         found += torch.autograd.grad(total, [t for t in inputs if t.requires_grad], allow_unused=True)
-    return Seen(
+    return Observed(
         [t.detach().clone() for t in outputs], [t.detach().clone() for t in inputs],
         [[a == b for a in places] for b in places], [t.stride() for t in outputs], found,
     )  # fmt: skip
 
 
-def assert_same(before: Seen, after: Seen, atol: float) -> None:
+def assert_same(before: Observed, after: Observed, atol: float) -> None:
     """Require exact equality, except for gradients (float32: 1e-5), which are summed in another order."""
     torch.testing.assert_close([*after.outputs, *after.inputs], [*before.outputs, *before.inputs], rtol=0, atol=atol)
     assert (after.shared, after.strides) == (before.shared, before.strides)
@@ -70,7 +70,7 @@ def functionalized(program: Program, gradients: bool = False, atol: float = 0.0)
     before, known = observe(program, gradients), set(program.graph.nodes)
     result = Functionalize().run(program)
     program.module.recompile()
-    verify(program, "functionalize")
+    check_invariants(program, "functionalize")
     assert_same(before, observe(program, gradients), atol)
     assert [miss.node for miss in result.left] == Functionalize().candidates(program)
     text = print_graph(program.graph)
@@ -80,7 +80,7 @@ def functionalized(program: Program, gradients: bool = False, atol: float = 0.0)
     return result
 
 
-class Network(nn.Module):
+class CacheNetwork(nn.Module):
     """`core(y, cache, count)` after a projection, so that y requires a gradient."""
 
     def __init__(self, core: Callable[..., Any]) -> None:
@@ -96,7 +96,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def program_of(core: Callable[..., Any]) -> Program:
-    return capture(Network(core), inputs()).program
+    return capture(CacheNetwork(core), inputs()).program
 
 
 def multiplied(y: Tensor, cache: Tensor, count: Tensor) -> Any:

@@ -42,7 +42,7 @@ LARGEST_OPERAND = 1e3  # larger elements of inputs are masks
 INDUCTOR = "torch._inductor.compile_fx.compile_fx"
 
 
-class Sizes(NamedTuple):
+class CallSizes(NamedTuple):
     """Sizes of one call."""
 
     B: int = 2
@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
         return tuple(int(x) if x.isdigit() else known[x] for x in letters.split())
 
 
-SIZES = Sizes()
+SIZES = CallSizes()
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Input:
         """Whether its dtype is floating-point."""
         return self.values[0] in FLOATS
 
-    def draw(self, call: int, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    def draw(self, call: int, sizes: CallSizes, generator: torch.Generator) -> Tensor:
         """Draw the value of a call: float64, bool or int64."""
         shape, kind = sizes.shape(self.shape), self.values[min(call, len(self.values) - 1)]
         if kind in FLOATS:
@@ -98,12 +98,12 @@ class Input:
 class Call:
     """Sizes and mode of one call."""
 
-    sizes: Sizes = SIZES
+    sizes: CallSizes = SIZES
     mode: str = "train"
 
 
 @dataclass(frozen=True)
-class Program:
+class AttentionProgram:
     """A program and its calls.
 
     source: a function `program` of all inputs, held ones last. dynamic: of torch.compile. aot: trace the graphs passed
@@ -149,7 +149,7 @@ class Program:
 
     def __str__(self) -> str:
         """Format it as Python source that recreates it."""
-        lines = ["Program(", '    """']
+        lines = ["AttentionProgram(", '    """']
         lines += textwrap.indent(textwrap.dedent(self.source).strip(), "    ").splitlines()
         lines += ['    """,', "    inputs=(", *(f"        {_shown(i)}," for i in self.inputs), "    ),"]
         lines += ["    calls=(", *(f"        {_shown(c)}," for c in self.calls), "    ),"]
@@ -229,7 +229,7 @@ def _rows(shape: Shape, g: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Result:
+class CallResult:
     """What one call gives: outputs, gradients of the inputs (None without one), and inputs after the call."""
 
     outputs: tuple[Any, ...]
@@ -240,7 +240,7 @@ class Result:
 class Holder(nn.Module):
     """A module that holds the parameters and buffers of a program; arguments come with the call."""
 
-    def __init__(self, program: Program, values: Sequence[Tensor]) -> None:
+    def __init__(self, program: AttentionProgram, values: Sequence[Tensor]) -> None:
         super().__init__()
         self.function = program.function
         self.names: list[str] = []
@@ -270,13 +270,13 @@ def _in_mode(mode: str) -> Iterator[None]:
         yield
 
 
-def converted(program: Program, values: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+def converted(program: AttentionProgram, values: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
     """Cast inputs to their dtypes; floating ones to `dtype` unless it is None."""
     own = [dtype or DTYPES[i.dtype or program.dtype] for i in program.inputs]
     return [v.to(d) if v.is_floating_point() else v for v, d in zip(values, own, strict=True)]
 
 
-def run(program: Program, runner: Any, values: Sequence[Tensor], mode: str) -> Result:
+def run(program: AttentionProgram, runner: Any, values: Sequence[Tensor], mode: str) -> CallResult:
     """Call a function of the arguments, or a compiled Holder, on copies of these values."""
     module = getattr(runner, "_orig_mod", None)
     leaves: list[Tensor] = []
@@ -296,10 +296,12 @@ def run(program: Program, runner: Any, values: Sequence[Tensor], mode: str) -> R
         outputs = tuple(tree_leaves(runner(*passed)))
     gradients = _gradients(program, outputs, leaves) if mode in WITH_GRADIENTS else ()
     with torch.no_grad():
-        return Result(outputs, gradients, tuple(x.detach().clone() for x in leaves))
+        return CallResult(outputs, gradients, tuple(x.detach().clone() for x in leaves))
 
 
-def _gradients(program: Program, outputs: Sequence[Any], leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    program: AttentionProgram, outputs: Sequence[Any], leaves: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
     ends = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     wanted = [x for x in leaves if x.requires_grad]
     if not ends or not wanted:
@@ -312,10 +314,10 @@ def _gradients(program: Program, outputs: Sequence[Any], leaves: Sequence[Tensor
 # --------------------------------------------------------------------------------------------------- comparing
 
 
-class Wrong(AssertionError):
+class WrongProgram(AssertionError):
     """The compiled program is wrong; the message contains its source."""
 
-    def __init__(self, program: Program, call: int, problem: str) -> None:
+    def __init__(self, program: AttentionProgram, call: int, problem: str) -> None:
         super().__init__(f"call {call + 1} of {len(program.calls)}: {problem}\n\n{program}")
         self.program, self.call, self.problem = program, call, problem
 
@@ -325,7 +327,7 @@ class Invalid(Exception):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CompiledAs:
     """How a correct program was compiled. sites: calls of fhopt functions in the compiled graphs."""
 
     sites: int
@@ -336,12 +338,12 @@ class Verdict:
 class Expected:
     """Eager results of one call, and float64 results with the error that rounding may cause."""
 
-    plain: Result
-    precise: Result
+    plain: CallResult
+    precise: CallResult
     errors: tuple[tuple[float, ...], ...]
 
 
-def check(program: Program) -> Verdict:
+def check(program: AttentionProgram) -> CompiledAs:
     """Compile a program once and run all its calls. Raises Wrong, or Invalid if nothing can be compared."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -359,11 +361,11 @@ def check(program: Program) -> Verdict:
         with mock.patch(INDUCTOR, compile_fx):
             failure = _first_problem(program, expected, dict(backend="flashhead", options={"ratio": 1}))
         if failure is None:
-            return Verdict(sum(seen), len(seen))
+            return CompiledAs(sum(seen), len(seen))
         again = _first_problem(program, expected[: failure[0] + 1], dict(backend="aot_eager"))
         if again is not None and again[0] <= failure[0]:
             raise Invalid(f"aot_eager: {again[1]}")
-    raise Wrong(program, *failure)
+    raise WrongProgram(program, *failure)
 
 
 def _leave_transforms() -> None:
@@ -382,7 +384,9 @@ def _rewritten(module: Any) -> int:
     return sum("attention" in name and name.startswith(("fhopt", "torch._opsfhopt")) for name in names)
 
 
-def _first_problem(program: Program, expected: Sequence[Expected], how: dict[str, Any]) -> tuple[int, str] | None:
+def _first_problem(
+    program: AttentionProgram, expected: Sequence[Expected], how: dict[str, Any]
+) -> tuple[int, str] | None:
     torch._dynamo.reset()
     is_held = any(i.held != "argument" for i in program.inputs)
     values = converted(program, program.values(0), None)
@@ -400,7 +404,7 @@ def _first_problem(program: Program, expected: Sequence[Expected], how: dict[str
     return None
 
 
-def _expected(program: Program, call: int) -> Expected:
+def _expected(program: AttentionProgram, call: int) -> Expected:
     mode, values = program.calls[call].mode, program.values(call)
     plain_mode = mode.removeprefix("autocast ") if mode != "autocast" else "train"
     plain = run(program, program.function, converted(program, values, None), mode)
@@ -417,7 +421,7 @@ def _expected(program: Program, call: int) -> Expected:
 
 
 def _errors(
-    epsilon: float, level: float, plain: Result, precise: Result, single: Result, moved: Result
+    epsilon: float, level: float, plain: CallResult, precise: CallResult, single: CallResult, moved: CallResult
 ) -> tuple[tuple[float, ...], ...]:
     """Estimate how much rounding changes each tensor of a result.
 
@@ -433,7 +437,7 @@ def _errors(
     unit = 8 * epsilon * level
     floors = {"outputs": unit * size, "gradients": unit * max(size, size**4), "inputs": 0.0}
     results: list[tuple[float, ...]] = []
-    for field in fields(Result):
+    for field in fields(CallResult):
         lists = [getattr(r, field.name) for r in (plain, precise, single, moved)]
         floor = floors[field.name]
         results.append(tuple(_error(epsilon, least, floor, *tensors) for tensors in zip(*lists, strict=False)))
@@ -458,12 +462,12 @@ def _largest(x: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def difference(expected: Expected, found: Result) -> str | None:
+def difference(expected: Expected, found: CallResult) -> str | None:
     """Describe the first difference between the expected and the actual result; None if they agree."""
     has_nan = any(
         isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()) for x in expected.plain.outputs
     )
-    for field, errors in zip(fields(Result), expected.errors, strict=True):
+    for field, errors in zip(fields(CallResult), expected.errors, strict=True):
         if has_nan and field.name == "gradients":
             continue  # which gradients NaN reaches depends on the order of operations
         plain, precise, mine = (getattr(r, field.name) for r in (expected.plain, expected.precise, found))

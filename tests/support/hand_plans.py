@@ -11,16 +11,16 @@ from fhopt.passes.graph.evaluate import Evaluator
 from fhopt.passes.outcome import Outcome
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite, Rope
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
-CODED = (Tier(8, 8, 2 / 64), Tier(4, 8, 0.4))
+CODED = (BitGroup(8, 8, 2 / 64), BitGroup(4, 8, 0.4))
 SITE = AttentionSite(
     "layers.0", {}, "self", heads=4, kv_heads=2, key_dim=16, value_dim=8, scale=0.25, rope=None, key_norm=False,
     mask="causal", softcap=0.0, cache="cat", source="",
 )  # fmt: skip
 
 
-def random_plan(layout: str, tiers: tuple[Tier, ...] = (), **options: Any) -> LatentPlan:
+def random_plan(layout: str, tiers: tuple[BitGroup, ...] = (), **options: Any) -> LatentPlan:
     """Random 16-channel latents for `SITE`, one per head, in float64: every implementation rounds to the same codes."""
     generator = torch.Generator().manual_seed(0)
 
@@ -42,7 +42,7 @@ def in_segments(plan: LatentPlan, segment: int = 64) -> LatentPlan:
     return replace(plan, sites=sites)
 
 
-def shared_plan(outcome: Outcome, width: int, tiers: tuple[Tier, ...] = (), **options: Any) -> LatentPlan:
+def shared_plan(outcome: Outcome, width: int, tiers: tuple[BitGroup, ...] = (), **options: Any) -> LatentPlan:
     """A plan with one latent of `width` channels per site: the principal directions of its example keys and values."""
     base = Evaluator(outcome.program)
     nodes = {n.name: n for n in outcome.program.graph.nodes}

@@ -8,10 +8,10 @@ import torch
 from small_models import VOCABULARY
 
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 CONTEXT, COUNT = 64, 12
-CODED = (Tier(4, 8, 0.3352), Tier(2, 8, 0.9957))
+CODED = (BitGroup(4, 8, 0.3352), BitGroup(2, 8, 0.9957))
 
 
 class Letters:

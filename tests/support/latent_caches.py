@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fhopt.fitting import fit_plan
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan
 
 
 def logits(model: Any, cache: Any, ids: Tensor, cuts: list[int]) -> Tensor:
@@ -29,7 +29,7 @@ def coded(plan: LatentPlan) -> LatentPlan:
     """Return the plan with its latents in 4 bits."""
 
     def side(old: SidePlan) -> SidePlan:
-        return replace(old, tiers=(Tier(4, old.width, 0.4),))
+        return replace(old, tiers=(BitGroup(4, old.width, 0.4),))
 
     return replace(plan, sites=tuple(replace(s, key=side(s.key), value=side(s.value)) for s in plan.sites))
 

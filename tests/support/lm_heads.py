@@ -9,8 +9,8 @@ import torch
 from small_models import token_ids
 from torch import Tensor
 
-from fhopt.lm_head import api, fitting
-from fhopt.lm_head.fitting import HeadOptions, find, fit_weight, site_for
+from fhopt.lm_head import apply_head, fitting
+from fhopt.lm_head.fitting import HeadOptions, find_head, fit_weight, site_for
 from fhopt.lm_head.head import Head
 from fhopt.models.capture import capture
 
@@ -58,9 +58,9 @@ def made(weight: Tensor, hidden: Tensor | None = None, bias: Tensor | None = Non
 def applied(model: Any, **options: Any) -> tuple[Any, Head]:
     """Return the model with a head applied, fitted to its hidden states on random tokens."""
     captured = capture(model, (), {"input_ids": token_ids(1, 16), "use_cache": False})
-    site = find(captured)
+    site = find_head(captured)
     weight = model.get_parameter(site.weight).detach()
     with torch.no_grad():
         states = model(token_ids(4, 60), output_hidden_states=True).hidden_states[-1].flatten(0, 1)
     head = fit_weight(site, weight, None, states, HeadOptions(iterations=2))
-    return api.apply(model, head, **options), head
+    return apply_head(model, head, **options), head

@@ -18,7 +18,7 @@ from fhopt.fitting.allocation import STEPS
 from fhopt.hf.apply import latent_cache
 from fhopt.ops import algebra, packing, paged_attention, registry
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import PagePlan, SidePlan, SketchPlan, Tier
+from fhopt.plan.site_plan import BitGroup, PagePlan, SidePlan, SketchPlan
 
 TOKENS = 4  # per page
 LONG = 150  # length of a sequence with enough pages
@@ -31,7 +31,7 @@ def sketch(key: SidePlan, seed: int = 0, bits: tuple[int, ...] = (4,)) -> Sketch
     channels = torch.rand(key.groups, key.width, generator=generator).argsort(-1)[:, :width]
     mean = torch.randn(key.groups, key.width, generator=generator) / 4
     deviation = torch.rand(key.groups, key.width, generator=generator) + 0.5
-    return SketchPlan(channels, mean, deviation, tuple(Tier(b, 8, STEPS[b]) for b in bits))
+    return SketchPlan(channels, mean, deviation, tuple(BitGroup(b, 8, STEPS[b]) for b in bits))
 
 
 def paged(
@@ -71,7 +71,7 @@ def naive_mask(lists: Tensor, page_tokens: int, heads: int, tokens: int) -> Tens
 
 @contextmanager
 def kernels(generated: bool) -> Iterator[None]:
-    before = registry.use("latent_attention", "cpu", dispatch.latent_attention if generated else None)
+    before = registry.use("latent_attention", "cpu", dispatch.dispatch_latent_attention if generated else None)
     try:
         yield
     finally:
@@ -111,7 +111,7 @@ def rounded(weights: Tensor, options: Any) -> Tensor:
 
 @contextmanager
 def page_kernel() -> Iterator[None]:
-    kernels: dict[str, registry.Kernel] = {"page_weights": weigh_pages, "attend_pages": dispatch.attend_pages}
+    kernels: dict[str, registry.Kernel] = {"page_weights": weigh_pages, "attend_pages": dispatch.dispatch_attend_pages}
     before = {op: registry.use(op, "cpu", kernel) for op, kernel in kernels.items()}
     try:
         yield

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import hypothesis
 from drawn_programs import programs
-from graph_programs import Invalid, Program, Wrong, check
+from graph_programs import AttentionProgram, Invalid, WrongProgram, check
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 
@@ -46,9 +46,9 @@ class Tally:
 def run(seed: int, seconds: float, rounds: int = 10**9, examples: int = ROUND, shrink: bool = True) -> Tally:
     """Check programs until the time is over or one is wrong; the failure is that program, shrunk."""
     tally, start, cpu_start = Tally(), time.monotonic(), time.process_time()
-    known: set[Program] = set()
+    known: set[AttentionProgram] = set()
 
-    def body(program: Program) -> None:
+    def body(program: AttentionProgram) -> None:
         if time.monotonic() - start > seconds and not tally.seconds_to_failure:
             return
         if program in known:
@@ -59,7 +59,7 @@ def run(seed: int, seconds: float, rounds: int = 10**9, examples: int = ROUND, s
         except Invalid as invalid:
             tally.outcomes["invalid"] += 1
             tally.reasons[str(invalid)[:100]] += 1
-        except Wrong:
+        except WrongProgram:
             tally.seconds_to_failure = tally.seconds_to_failure or time.monotonic() - start
             raise
         else:
@@ -80,7 +80,7 @@ def run(seed: int, seconds: float, rounds: int = 10**9, examples: int = ROUND, s
         test = hypothesis.seed(seed + FURTHER_SEED * index)(options(given(programs())(body)))
         try:
             test()
-        except Wrong as wrong:
+        except WrongProgram as wrong:
             tally.failure = str(wrong)
             break
         except FlakyFailure as flaky:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fhopt.codegen.cpu.gguf_blocks import FORMATS, arranged
-from fhopt.codegen.cpu.skinny_linear import Blocks
+from fhopt.codegen.cpu.gguf_blocks import FORMATS, interleave_rows
+from fhopt.codegen.cpu.skinny_linear import BlockedWeight
 
 # Offsets of a block's float16 values, by format: random bytes there could be infinite or NaN.
 HALVES = {2: (0,), 3: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2), 14: (208,), 20: (0,), 23: (0,)}
 
 
-def random_blocks(format: int, rows: int, width: int, seed: int = 0) -> Blocks:
+def random_blocks(format: int, rows: int, width: int, seed: int = 0) -> BlockedWeight:
     """A weight [rows, width] with random codes and scales."""
-    return arranged(random_rows(format, rows, width, seed), format, width)
+    return interleave_rows(random_rows(format, rows, width, seed), format, width)
 
 
 def random_rows(format: int, rows: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

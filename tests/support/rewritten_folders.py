@@ -29,7 +29,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def written(out: Path, model: Any, plan: LatentPlan, **options: Any) -> rewrite_folder.Rewritten:
-    return rewrite_folder.rewrite(LoadedModel("small", model), plan, out, **options)
+    return rewrite_folder.rewrite_folder(LoadedModel("small", model), plan, out, **options)
 
 
 def generated(model: Any, ids: Tensor, tokens: int = 12) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from hand_plans import CODED, SITE, random_plan
-from small_models import Fitted
+from small_models import FittedModel
 from torch import Tensor, nn
 
-from fhopt.fitting.fit_summary import KEY, SIDES, Evidence, SideEvidence, Size, side_evidence
+from fhopt.fitting.fit_summary import KEY, SIDES, Evidence, PlanSize, SideEvidence, side_evidence
 from fhopt.inspection.facts import Missed, inspect_sites
-from fhopt.inspection.html_report import Report, assemble, build
+from fhopt.inspection.html_report import HtmlReport, assemble, build_report
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -21,13 +21,13 @@ HOSTILE = "<script>alert(1)</script>"
 LINE = "</script><img src=x onerror=alert(2)> {{ 7*7 }} \"'\\"
 
 
-def tiny_report(llama: Fitted) -> tuple[Report, LatentPlan]:
+def tiny_report(llama: FittedModel) -> tuple[HtmlReport, LatentPlan]:
     """Make a report end to end: a captured model, a fitted plan."""
     plan = llama.plan(4).with_provenance(model="tiny")
-    return build(loaded(llama), plan), plan
+    return build_report(loaded(llama), plan), plan
 
 
-def loaded(llama: Fitted) -> LoadedModel:
+def loaded(llama: FittedModel) -> LoadedModel:
     ids = torch.arange(1, 17).unsqueeze(0)
     return LoadedModel("tiny", llama.model, inputs=((), {"input_ids": ids, "use_cache": False}))
 
@@ -40,7 +40,7 @@ def synthetic_plan(sites: int) -> LatentPlan:
         for i in range(sites)
     )
     seen = {p.site.name: tuple(_side(side, i) for side in SIDES) for i, p in enumerate(planned)}
-    curve = tuple(Size(r, 2048 * sites / r, 1e-4 * r**2) for r in (2.0, 4.0, 8.0))
+    curve = tuple(PlanSize(r, 2048 * sites / r, 1e-4 * r**2) for r in (2.0, 4.0, 8.0))
     provenance = {"model": "synthetic", "ratio": 4.0, "predicted_nats": 0.01, KEY: Evidence(seen, curve).as_json()}
     return replace(one, sites=planned, provenance=provenance)
 
@@ -51,12 +51,12 @@ def _side(side: str, index: int) -> SideEvidence:
     return side_evidence(side, variance, costs, (8, 4))
 
 
-def synthetic_report(sites: int) -> Report:
+def synthetic_report(sites: int) -> HtmlReport:
     plan = synthetic_plan(sites)
     return assemble(inspect_sites("synthetic", [p.site for p in plan.sites], plan), plan)
 
 
-def hostile_report() -> Report:
+def hostile_report() -> HtmlReport:
     """A report in which every user-supplied string is an attack."""
     plan = synthetic_plan(3)
     attacks: dict[str, Any] = dict(
@@ -70,7 +70,7 @@ def hostile_report() -> Report:
     return assemble(inspect_sites(HOSTILE, [p.site for p in sites], plan, missed=missed), plan)
 
 
-class Block(nn.Module):
+class SampleBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({n: nn.Linear(32, 32) for n in "qkvo"})
@@ -87,7 +87,7 @@ class Hostile(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({HOSTILE: Block()})
+        self.layers = nn.ModuleDict({HOSTILE: SampleBlock()})
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layers[HOSTILE](x)

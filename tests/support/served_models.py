@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rewritten_folders import written
-from small_models import VOCABULARY, Fitted
+from small_models import VOCABULARY, FittedModel
 
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -25,7 +25,7 @@ ENGINE: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def plan_of(fitted: Fitted, ratio: float = 4, segment: int = 0, **options: Any) -> LatentPlan:
+def plan_of(fitted: FittedModel, ratio: float = 4, segment: int = 0, **options: Any) -> LatentPlan:
     """Fit a plan. segment: encode keys relative to segments, although the bases were fitted without."""
     plan = fitted.plan(ratio, **(WINDOW | options))
     return replace(plan, sites=tuple(replace(site, segment=segment) for site in plan.sites))

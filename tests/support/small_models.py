@@ -61,7 +61,7 @@ def token_ids(batch: int = 1, tokens: int = 16) -> Tensor:
 
 def found(model: Any, tokens: int = 16) -> tuple[Captured, outcome.Outcome]:
     captured = capture(model, (), {"input_ids": token_ids(1, tokens), "use_cache": False})
-    return captured, pipeline.find(captured.program)
+    return captured, pipeline.find_attentions(captured.program)
 
 
 def run(captured: Captured, batch: probe.Batch | None = None) -> Tensor:
@@ -75,7 +75,7 @@ FAR: dict[str, Any] = dict(sinks=4, recent=8)
 TOKENS = 2048  # context length for plans of `Fitted`
 
 
-class Fitted:
+class FittedModel:
     """A model with statistics, bases of every layout and their rates, so that plans are cheap to make."""
 
     def __init__(self, name: str) -> None:
@@ -96,7 +96,7 @@ class Fitted:
         bases = {name: {w: pair for w, pair in t.items() if w in wanted} for name, t in self.bases.items()}
         chosen: dict[str, Any] = dict(recent=8, block=8, tokens=TOKENS) | options
         known = bases if all(bases.values()) else None  # no site of this model has the layout `input`
-        return fit_plan.fit(self.statistics, bases=known, costs=self.costs, ratio=ratio, layout=layout, **chosen)
+        return fit_plan.fit_ratio(self.statistics, bases=known, costs=self.costs, ratio=ratio, layout=layout, **chosen)
 
 
 def numbered(count: int, tokens: int = 96, start: int = 0) -> list[tuple[int, dict[str, Tensor]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from character_tokenizer import characters
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from tokenizers import decoders
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def save_text_model(folder: Path, template: str | None = TEMPLATE, model: Any = 
     return folder
 
 
-def save_plan(folder: Path, llama: Fitted) -> Path:
+def save_plan(folder: Path, llama: FittedModel) -> Path:
     return llama.plan(4).save(folder)
 
 

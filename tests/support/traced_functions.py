@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.lowering import lower_trace
 from fhopt.codegen.layers.program import LayerProgram, run_segment
 from fhopt.codegen.layers.trace import LayerTrace, Ref
 from fhopt.hf.layer_trace import _Recorder
@@ -29,7 +29,7 @@ class Traced:
 
     def run(self, program: LayerProgram | None = None) -> Tensor:
         """Run the program of the trace, or another one, on the same tensors."""
-        program = lower(self.trace) if program is None else program
+        program = lower_trace(self.trace) if program is None else program
         (segment,) = program.segments
         (stored,) = segment.stored
         externals = (ctypes.c_int64 * program.externals)(*[x.data_ptr() for x in self.tensors])

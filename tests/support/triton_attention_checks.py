@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from attention_cases import FOUR, ODD, PLANES, UNCODED, Case, Inputs, expected, inputs, masks
+from attention_cases import FOUR, ODD, PLANES, UNCODED, Inputs, KernelCase, expected, inputs, masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,7 +29,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
 
 
-def attend(case: Case, x: Inputs, mask: Tensor | None = None, **features: Any) -> tuple[Tensor, Tensor]:
+def attend(case: KernelCase, x: Inputs, mask: Tensor | None = None, **features: Any) -> tuple[Tensor, Tensor]:
     kernel: LatentKernel = build_triton(case.spec())
     return kernel(*x, mask, **({"config": SMALL} | case.options() | features))
 
@@ -50,10 +50,10 @@ a_side = st.lists(
 
 
 @st.composite
-def a_case(draw: st.DrawFn) -> Case:
+def a_case(draw: st.DrawFn) -> KernelCase:
     heads = draw(st.integers(1, 9))
     divisors = st.sampled_from([n for n in (1, 2, 3, heads) if heads % n == 0 and n <= 4])
-    return Case(
+    return KernelCase(
         draw(a_side), draw(a_side), heads, draw(divisors), draw(divisors), draw(st.integers(1, 3)),
         draw(st.integers(1, 40)), softcap=draw(st.sampled_from([0.0, 4.0])), width=draw(st.integers(1, 40)),
     )  # fmt: skip
@@ -61,7 +61,7 @@ def a_case(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=a_case(), kind=st.integers(0, 4), splits=st.integers(1, 4), seed=st.integers(0, 99))
-def any_spec_agrees_with_the_reference(case: Case, kind: int, splits: int, seed: int) -> None:
+def any_spec_agrees_with_the_reference(case: KernelCase, kind: int, splits: int, seed: int) -> None:
     torch.manual_seed(seed)
     x = inputs(case)
     one = tuple(t if t is None else t[:1] for t in x)
@@ -71,7 +71,7 @@ def any_spec_agrees_with_the_reference(case: Case, kind: int, splits: int, seed:
 
 
 def ragged_lengths_end_where_they_say() -> None:
-    case = Case(FOUR, PLANES, 3, 1, 1, 2, 40)
+    case = KernelCase(FOUR, PLANES, 3, 1, 1, 2, 40)
     x = inputs(case)
     ragged, few = torch.tensor([40, 17]), torch.tensor([0, 1], dtype=torch.int32)
     for lengths, splits in ((ragged, 1), (ragged, 3), (few, 3), (torch.tensor(33), 1)):
@@ -81,7 +81,7 @@ def ragged_lengths_end_where_they_say() -> None:
 
 def no_token_at_all_gives_zeros() -> None:
     for tokens in (0, 1):
-        case = Case(FOUR, ODD, 2, 1, 1, 1, tokens)
+        case = KernelCase(FOUR, ODD, 2, 1, 1, 1, tokens)
         x = inputs(replace(case, tokens=1))
         x = tuple(t if t is None or i == 0 else t[:, :, :tokens] for i, t in enumerate(x))  # type: ignore[assignment]
         wanted = (
@@ -94,7 +94,7 @@ def no_token_at_all_gives_zeros() -> None:
 
 
 def a_row_that_sees_nothing_gives_zeros() -> None:
-    case = Case(FOUR, FOUR, 2, 1, 1, 2, 40)
+    case = KernelCase(FOUR, FOUR, 2, 1, 1, 2, 40)
     x = inputs(case)
     mask = torch.ones(2, 1, 2, 40, dtype=torch.bool)
     mask[0, 0, 1] = False
@@ -105,7 +105,7 @@ def a_row_that_sees_nothing_gives_zeros() -> None:
 
 
 def the_lowest_mask_lets_a_row_attend_evenly() -> None:
-    case = Case(UNCODED, UNCODED, 1, 1, 1, 1, 20, width=16)
+    case = KernelCase(UNCODED, UNCODED, 1, 1, 1, 1, 20, width=16)
     x = inputs(case)
     low = torch.full((1, 1, 1, 20), torch.finfo(torch.float32).min)
     output, _ = attend(case, x, low)
@@ -113,7 +113,7 @@ def the_lowest_mask_lets_a_row_attend_evenly() -> None:
 
 
 def a_head_reads_the_pages_it_chose() -> None:
-    case = Case(FOUR, FOUR, 4, 2, 2, 1, 90)
+    case = KernelCase(FOUR, FOUR, 4, 2, 2, 1, 90)
     x = inputs(case)
     pages = torch.tensor([[[0, 2, -1], [5, 1, 4]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)
     short = torch.tensor([[[0, 3, 11], [1, 2, -1]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)
@@ -134,7 +134,7 @@ def the_rule_of_a_window_says_what_is_read_of_pages_of_any_size() -> None:
         torch.tensor([90, 17], dtype=torch.int32),
     )  # at a border: 17 = 3 + 5 + 8 + 1
     for tiers, page in ((FOUR, 7), (ODD, 12), (UNCODED, 16)):
-        case = Case(tiers, tiers, 4, 2, 2, 1, 9 * page)
+        case = KernelCase(tiers, tiers, 4, 2, 2, 1, 9 * page)
         x = inputs(case)
         table = torch.randperm(18).view(2, 9).to(torch.int32)
         pooled = [t if t is None or i == 0 else scattered(t, table, page) for i, t in enumerate(x)]
@@ -163,7 +163,7 @@ def scattered(x: Tensor, table: Tensor, page: int) -> Tensor:
 
 
 def rows_of_a_longer_cache_are_read_where_they_are() -> None:
-    case = Case(ODD, FOUR, 4, 2, 2, 1, 30)
+    case = KernelCase(ODD, FOUR, 4, 2, 2, 1, 30)
     long = inputs(replace(case, tokens=50))
     for cut in (slice(7, 37), slice(1, 31)):
         x = tuple(t if t is None or i == 0 else t[:, :, cut] for i, t in enumerate(long))
@@ -179,7 +179,7 @@ def half_precision_multiplies_in_its_own_type() -> None:
     right_bfloat16()
     for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
         for tiers in (((8, 16, 0.02), (4, 64, 0.3)), ((6, 64, 0.08), (16, 16, 0.0)), UNCODED):
-            case = Case(tiers, tiers, 4, 1, 1, 1, 40, dtype=dtype)
+            case = KernelCase(tiers, tiers, 4, 1, 1, 1, 40, dtype=dtype)
             x = inputs(case)
             found = attend(case, x, splits=2)
             assert found[0].dtype == dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_attention_checks import right_bfloat16
 
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 from fhopt.serving.block_sizes import BlockSizes
 from fhopt.serving.compiled_step import layout_of
 from fhopt.serving.device_step import DeviceStep
@@ -22,11 +22,18 @@ from fhopt.serving.device_step import DeviceStep
 SIZES = BlockSizes(12, 4, 24)
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # torch rounds between operations
 FLIPS = 0.002  # share of bytes: latents near a rounding boundary, summed in another order
-CODED = (Tier(8, 8, 2 / 64), Tier(4, 8, 0.4))
-MIXED = (Tier(8, 8, 2 / 64), Tier(6, 8, 0.08), Tier(5, 8, 0.15), Tier(4, 8, 0.3), Tier(3, 8, 0.5), Tier(2, 8, 0.9))
+CODED = (BitGroup(8, 8, 2 / 64), BitGroup(4, 8, 0.4))
+MIXED = (
+    BitGroup(8, 8, 2 / 64),
+    BitGroup(6, 8, 0.08),
+    BitGroup(5, 8, 0.15),
+    BitGroup(4, 8, 0.3),
+    BitGroup(3, 8, 0.5),
+    BitGroup(2, 8, 0.9),
+)
 
 
-def plan_of(layout: str = "head", tiers: tuple[Tier, ...] = CODED, width: int = 16, **options: Any) -> LatentPlan:
+def plan_of(layout: str = "head", tiers: tuple[BitGroup, ...] = CODED, width: int = 16, **options: Any) -> LatentPlan:
     """A handmade float32 plan of `width` channels. layout "joint": one latent for all heads of a side."""
     plan = random_plan("head" if layout == "joint" else layout, CODED if tiers else (), **options)
 
@@ -48,7 +55,9 @@ PLANS: dict[str, LatentPlan] = {
     "bit groups of 2 to 8 bits, means, window of 8 bits": plan_of("head", MIXED, 48, mean_tokens=12, window_bits=8),
     "not quantized": plan_of(tiers=(), width=20),
     "no sinks, window of 8 bits": plan_of("joint", sinks=0, window_bits=8),
-    "odd numbers": plan_of("joint", (Tier(3, 8, 0.5), Tier(16, 8, 0.0)), sinks=5, recent=7, block=16, mean_tokens=9),
+    "odd numbers": plan_of(
+        "joint", (BitGroup(3, 8, 0.5), BitGroup(16, 8, 0.0)), sinks=5, recent=7, block=16, mean_tokens=9
+    ),
 }
 
 
@@ -64,14 +73,14 @@ class Counted(DeviceStep):
 
 def engines(plan: LatentPlan, dtype: torch.dtype, **options: Any) -> tuple[Engine, Engine]:
     """Make two engines with the same blocks: the first on torch operations, the second on kernels."""
-    from fhopt.codegen.gpu.block_launch import BlockAttention  # late import: only in the process that interprets
+    from fhopt.codegen.gpu.block_launch import TritonBlockAttention  # late import: only in the process that interprets
 
     made = []
     for _ in range(2):
         torch.manual_seed(1)
         made.append(Engine(plan, SIZES, dtype=dtype, **options))
     layer = made[1].layer
-    layer.compiled = Counted(BlockAttention(layout_of(layer, dtype), layer.device))
+    layer.compiled = Counted(TritonBlockAttention(layout_of(layer, dtype), layer.device))
     return made[0], made[1]
 
 

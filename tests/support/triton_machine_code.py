@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu.configs import default_config
 from fhopt.codegen.gpu.row_layout import Piece
 from fhopt.codegen.gpu.signatures import attention_example
@@ -35,7 +35,7 @@ def compile_for(targets: list[tuple[str, int | str, int]], specs: list[KernelSpe
 
     found = []
     for spec in specs:
-        module = load_module(spec.name, render(spec, "triton"))
+        module = load_module(spec.name, render_kernel(spec, "triton"))
         for target in targets:
             config = default_config(spec, rows, target[0])
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -101,7 +101,7 @@ def compile_features() -> None:
         {"pages": True, "page": 8, "lengths": True, "mask": "bool"},
     ]
     spec = replace(INT4, softcap=True)
-    module = load_module(spec.name, render(spec, "triton"))
+    module = load_module(spec.name, render_kernel(spec, "triton"))
     for features in every:
         for block_m in (8, 32):
             config = replace(default_config(spec, 8), block_m=block_m)
@@ -123,7 +123,7 @@ def bytes_of(piece: Piece) -> range:
     return range(begin, begin + piece.used * (2 if piece.bits == 16 else piece.word // 8))
 
 
-class Stub(ModuleType):
+class StubModule(ModuleType):
     """A module whose kernels are never launched."""
 
     attention_kernel = merge_kernel = None

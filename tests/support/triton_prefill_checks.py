@@ -73,7 +73,7 @@ class Chunk:
 
 Found = tuple[Tensor, Tensor]
 reference: Any = rebuilt_attention_reference
-rebuilt: Any = prefill_launch.rebuilt_attention
+rebuilt: Any = prefill_launch.rebuilt_attention_triton
 
 
 def expected(chunk: Chunk, x: list[Any], mask: Tensor | None, lengths: Tensor | None = None) -> Found:

@@ -12,7 +12,7 @@ import torch
 from command_models import save_tiny_model
 from hand_plans import random_plan
 from lm_heads import made, weights
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 import fhopt
 from fhopt.calibration.checkpoint import MOMENTS, Checkpoint
@@ -33,7 +33,7 @@ class Write:
     read: Callable[[], int | None]  # returns the number of the stored version; raises if it is neither
 
 
-def plan_write(folder: Path, _: Fitted) -> Write:
+def plan_write(folder: Path, _: FittedModel) -> Write:
     plans = [random_plan("head", sinks=n) for n in range(2)]
     place = folder / "plan"
 
@@ -43,7 +43,7 @@ def plan_write(folder: Path, _: Fitted) -> Write:
     return Write(place, lambda n: plans[n].save(place), read)
 
 
-def head_write(folder: Path, _: Fitted) -> Write:
+def head_write(folder: Path, _: FittedModel) -> Write:
     weight = weights("random", 40, 8)
     heads = [made(weight, bits="8", iterations=n + 1) for n in range(2)]
     heads = [replace(head, about={"number": n}) for n, head in enumerate(heads)]
@@ -55,7 +55,7 @@ def head_write(folder: Path, _: Fitted) -> Write:
     return Write(place, lambda n: heads[n].save(place), read)
 
 
-def cache_write(folder: Path, llama: Fitted) -> Write:
+def cache_write(folder: Path, llama: FittedModel) -> Write:
     applied = fhopt.apply(copy.deepcopy(llama.model), llama.plan(4))
     caches = []
     for tokens in (40, 60):
@@ -72,14 +72,14 @@ def cache_write(folder: Path, llama: Fitted) -> Write:
     return Write(place, lambda n: fhopt.save_cache(applied, caches[n], place), read)
 
 
-def rewritten_write(folder: Path, llama: Fitted) -> Write:
+def rewritten_write(folder: Path, llama: FittedModel) -> Write:
     source = folder.parent / f"{folder.name}-source"
     save_tiny_model(source)
     loaded = load_model(str(source))
     place = folder / "model"
 
     def write(number: int) -> None:
-        rewrite_folder.rewrite(loaded, llama.plan(4, sinks=number), place, source if number else None)
+        rewrite_folder.rewrite_folder(loaded, llama.plan(4, sinks=number), place, source if number else None)
 
     def read() -> int | None:
         if not place.exists():
@@ -90,7 +90,7 @@ def rewritten_write(folder: Path, llama: Fitted) -> Write:
     return Write(place, write, read)
 
 
-def checkpoint_write(folder: Path, _: Fitted) -> Write:
+def checkpoint_write(folder: Path, _: FittedModel) -> Write:
     place = folder / "state.moments"
     checkpoint = Checkpoint(folder / "state", {"model": "x"}, MOMENTS)
 

@@ -67,7 +67,6 @@ WITHOUT_A_FILE = {
     "fhopt/inspection/optional": "commands without an extra, unit/cli/test_app.py",
     "fhopt/inspection/plots": PAGES,
     "fhopt/inspection/tables": COMMANDS,
-    "fhopt/lm_head/api": "unit/lm_head/test_module.py and test_install.py",
     "fhopt/lm_head/evaluate": "unit/cli/test_fit_head.py",
     "fhopt/lm_head/fitting": "unit/lm_head/test_install.py and test_quantize.py",
     "fhopt/models/example_inputs": MODELS,

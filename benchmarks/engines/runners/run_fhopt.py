@@ -16,7 +16,7 @@ import torch
 from transformers import StaticCache
 
 import fhopt
-from benchmarks.engines.protocol import Report, Request, run
+from benchmarks.engines.protocol import EngineReport, EngineRequest, run
 from benchmarks.engines.runners.run_transformers import decode_steps, generate, load
 from fhopt.hf.apply import latent_cache
 from fhopt.plan.latent_plan import LatentPlan
@@ -24,7 +24,7 @@ from fhopt.plan.latent_plan import LatentPlan
 PACKAGES = ("transformers", "torch")
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
     model, plan = _load(request), request.options.get("plan")
     if plan:
@@ -40,14 +40,14 @@ def measure(request: Request) -> Report:
     return decode_steps(model, step, cache, request, PACKAGES)
 
 
-def _load(request: Request) -> Any:
+def _load(request: EngineRequest) -> Any:
     if not request.model.endswith(".gguf"):
         return load(request)
     torch.set_num_threads(request.threads)
     return fhopt.load_gguf(request.model)[0]
 
 
-def _plan(folder: str, request: Request) -> LatentPlan:
+def _plan(folder: str, request: EngineRequest) -> LatentPlan:
     """Return the plan; for a file quantized from the model it was fitted to, a plan without the model's fingerprint."""
     plan = LatentPlan.load(folder)
     if request.model.endswith(".gguf"):

@@ -10,11 +10,11 @@ from typing import Any
 
 from ik_llama_cpp import _ctypes_api as library
 
-from benchmarks.engines.protocol import Report, Request, run, versions
+from benchmarks.engines.protocol import EngineReport, EngineRequest, run, versions
 from benchmarks.engines.runners.run_llama_cpp import check, context_of, generate
 
 
-def context(request: Request) -> tuple[Any, int]:
+def context(request: EngineRequest) -> tuple[Any, int]:
     """Return a context for all sequences, and the size of the vocabulary."""
     library.llama_backend_init()
     model_params = library.llama_model_default_params()
@@ -27,7 +27,7 @@ def context(request: Request) -> tuple[Any, int]:
     return context_of(library, model, params, request, "ik_llama")
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
     report = generate(library, *context(request), request)
     report.versions = versions(("ik-llama-cpp-python",))

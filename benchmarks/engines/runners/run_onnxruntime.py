@@ -10,10 +10,10 @@ import json
 import numpy as np
 import onnxruntime_genai as og
 
-from benchmarks.engines.protocol import Clock, Report, Request, run
+from benchmarks.engines.protocol import EngineClock, EngineReport, EngineRequest, run
 
 
-def load(request: Request) -> og.Model:
+def load(request: EngineRequest) -> og.Model:
     """Load the model with a number of threads."""
     config = og.Config(request.model)
     options = {"intra_op_num_threads": request.threads, "inter_op_num_threads": 1}
@@ -21,9 +21,9 @@ def load(request: Request) -> og.Model:
     return og.Model(config)
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
-    clock, model = Clock(request), load(request)
+    clock, model = EngineClock(request), load(request)
     params = og.GeneratorParams(model)
     params.set_search_options(batch_size=request.batch, max_length=request.most, min_length=request.most)
     params.set_search_options(do_sample=False, past_present_share_buffer=True)

@@ -10,13 +10,13 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 
-from benchmarks.engines.protocol import Clock, Report, Request, StepCounter, run
+from benchmarks.engines.protocol import EngineClock, EngineReport, EngineRequest, StepCounter, run
 
 BLOCK = 32  # tokens per block of its KV cache on a CPU
 CHUNK = 2048  # max tokens per prefill step
 
 
-def pipeline(request: Request) -> genai.ContinuousBatchingPipeline:
+def pipeline(request: EngineRequest) -> genai.ContinuousBatchingPipeline:
     """Load the model with a KV cache for all sequences."""
     scheduler = genai.SchedulerConfig()
     scheduler.num_kv_blocks = request.batch * (-(-_most(request) // BLOCK) + 1) + 1
@@ -31,14 +31,14 @@ def pipeline(request: Request) -> genai.ContinuousBatchingPipeline:
     return genai.ContinuousBatchingPipeline(request.model, scheduler, "CPU", properties)
 
 
-def _most(request: Request) -> int:
+def _most(request: EngineRequest) -> int:
     """Return the positions of a sequence: the first one generates during prefill of the last one's prompt."""
     return request.most + StepCounter.extra_tokens(request, CHUNK)
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
-    clock, made = Clock(request), pipeline(request)
+    clock, made = EngineClock(request), pipeline(request)
     config = genai.GenerationConfig()
     config.max_new_tokens = _most(request) - request.context
     config.ignore_eos = True

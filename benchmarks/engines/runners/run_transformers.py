@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.engines.protocol import Clock, Report, Request, run
+from benchmarks.engines.protocol import EngineClock, EngineReport, EngineRequest, run
 
 
 class Ticks(StoppingCriteria):  # type: ignore[misc, unused-ignore]
     """Records the time of each token of `generate()`; never stops it."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: EngineClock) -> None:
         self.clock = clock
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -31,7 +31,7 @@ class Ticks(StoppingCriteria):  # type: ignore[misc, unused-ignore]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
-def load(request: Request) -> Any:
+def load(request: EngineRequest) -> Any:
     """Load the model of a Hugging Face folder."""
     torch.set_num_threads(request.threads)
     options = request.options
@@ -60,9 +60,9 @@ def quantize(model: Any, kind: str) -> None:
 
 
 @torch.no_grad()
-def generate(model: Any, request: Request, packages: tuple[str, ...]) -> Report:
+def generate(model: Any, request: EngineRequest, packages: tuple[str, ...]) -> EngineReport:
     """Measure `model.generate()`, greedy."""
-    clock, ids = Clock(request), torch.tensor(request.tokens())
+    clock, ids = EngineClock(request), torch.tensor(request.tokens())
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id = None, 0
     chunk = {"prefill_chunk_size": request.options["chunk"]} if request.options.get("chunk") else {}
@@ -76,10 +76,10 @@ def generate(model: Any, request: Request, packages: tuple[str, ...]) -> Report:
 
 @torch.no_grad()
 def decode_steps(
-    model: Any, step: Callable[..., Any], cache: Any, request: Request, packages: tuple[str, ...]
-) -> Report:
+    model: Any, step: Callable[..., Any], cache: Any, request: EngineRequest, packages: tuple[str, ...]
+) -> EngineReport:
     """Measure a loop: `model` prefills `cache`, `step`, its compiled form, generates token by token."""
-    clock, ids = Clock(request), torch.tensor(request.tokens())
+    clock, ids = EngineClock(request), torch.tensor(request.tokens())
     parts = ids.split(request.options.get("chunk") or request.context, 1)
     clock.start()
     for part in parts[:-1]:
@@ -99,7 +99,7 @@ def _next(output: Any) -> torch.Tensor:
     return output.logits[:, -1].argmax(-1, keepdim=True)
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
     model = load(request)
     packages = ("transformers", "torch", *(("torchao",) if request.options.get("weights") else ()))

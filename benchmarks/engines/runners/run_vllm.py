@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 
-from benchmarks.engines.protocol import Clock, Report, Request, StepCounter, run
+from benchmarks.engines.protocol import EngineClock, EngineReport, EngineRequest, StepCounter, run
 
 CHUNK = 2048  # max tokens per prefill step
 GIB = 2**30
 
 
-def engine(request: Request) -> object:
+def engine(request: EngineRequest) -> object:
     """Return an engine with a KV cache for all sequences."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, request.cores))
@@ -31,7 +31,7 @@ def engine(request: Request) -> object:
     return LLMEngine.from_engine_args(arguments)
 
 
-def cache_bytes(request: Request, length: int) -> int:
+def cache_bytes(request: EngineRequest, length: int) -> int:
     """Return the bytes of the 16-bit keys and values of all sequences, plus two spare blocks of 128 tokens."""
     from transformers import AutoConfig
 
@@ -41,11 +41,11 @@ def cache_bytes(request: Request, length: int) -> int:
     return int(token * request.batch * (length + 256) + token * 256)
 
 
-def measure(request: Request) -> Report:
+def measure(request: EngineRequest) -> EngineReport:
     """Measure one request."""
     from typing import Any
 
-    clock = Clock(request)
+    clock = EngineClock(request)
     made: Any = engine(request)
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from benchmarks.quality.methods.quantized_caches import Schedule, Shape
+from benchmarks.quality.methods.quantized_caches import CacheShape, Schedule
 from benchmarks.quality.methods.rotary_embedding import Rotary, watched
 
 OBSERVED = 64  # queries of SnapKV's window
@@ -182,7 +182,7 @@ class Eviction:
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache; the model must run with it inside `reading`."""
         rotary = Rotary.of(model)
-        layers = range(Shape.of(model).layers)
+        layers = range(CacheShape.of(model).layers)
         return Cache(
             layers=[EvictingLayer(self.scorer(rotary, self.schedule), self.schedule, self.share) for _ in layers]
         )
@@ -191,13 +191,13 @@ class Eviction:
         """Return a context in which layers of the cache receive the queries of the model."""
         return watched(model, _tell_layer)
 
-    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+    def cache_bytes(self, shape: CacheShape, tokens: int) -> int:
         """Return the bytes of the stored tokens, in full precision."""
         passed = self.schedule.quantized(tokens)
         return (round(self.share * passed) + tokens - passed) * shape.exact_token_bytes
 
 
-def share_for(bytes_held: int, shape: Shape, schedule: Schedule, tokens: int) -> float | None:
+def share_for(bytes_held: int, shape: CacheShape, schedule: Schedule, tokens: int) -> float | None:
     """Return the smallest share whose cache is not smaller than `bytes_held`, at `tokens` tokens.
 
     None if sinks and recent window are already larger.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from benchmarks.quality.methods.quantized_caches import Blocks, Schedule, Shape, replaced
+from benchmarks.quality.methods.quantized_caches import BlockCodec, CacheShape, Schedule, replaced
 from benchmarks.quality.methods.rotary_embedding import Rotary
 
 
@@ -30,7 +30,7 @@ class JointCodec(Protocol):
     def name(self) -> str:
         """Name of the method at this size."""
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         """Return the bytes of one token, keys and values of all heads and layers."""
 
     def keys(self, x: Tensor) -> Tensor:
@@ -72,15 +72,15 @@ class JointCache(Cache):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class JointBlocks(Blocks):
+class JointBlocks(BlockCodec):
     """A codec that quantizes all layers and heads of a token together."""
 
     codec: JointCodec
 
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache."""
-        return JointCache(self.codec, self.schedule, Shape.of(model).layers, Rotary.of(model))
+        return JointCache(self.codec, self.schedule, CacheShape.of(model).layers, Rotary.of(model))
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         """Return the bytes of one quantized token, keys and values of all heads and layers."""
         return self.codec.token_bytes(shape)

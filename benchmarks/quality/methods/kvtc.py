@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.methods.calibration_moments import TokenMoments, from_token_rows, token_rows
-from benchmarks.quality.methods.quantized_caches import AsymmetricCodes, Shape, to_16_bits
+from benchmarks.quality.methods.quantized_caches import AsymmetricCodes, CacheShape, to_16_bits
 
 UNIT = 16  # components in the smallest group
 SIZES = (1, 4, 16, 64)  # units
@@ -126,7 +126,7 @@ class Kvtc:
         """Family and bits."""
         return f"{self.family}-{self.bits:g}bit"
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         """Return the bytes per token, keys and values of all layers."""
         sides = zip((self.key_transform, self.value_transform), self.shares or (1.0, 1.0), strict=True)
         return sum(side.token_bytes - (1 - share) * side.code_bytes for side, share in sides)

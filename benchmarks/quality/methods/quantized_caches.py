@@ -64,7 +64,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Shape:
+class CacheShape:
     """L layers of G kv heads of D channels."""
 
     layers: int
@@ -82,12 +82,12 @@ class Shape:
         return self.heads * 2 * self.head_dim * NUMBER_BYTES
 
     @staticmethod
-    def of(model: Any) -> Shape:
+    def of(model: Any) -> CacheShape:
         """Return the shape of a transformers decoder's cache."""
         config = model.config.get_text_config(decoder=True)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return Shape(config.num_hidden_layers, heads, dim)
+        return CacheShape(config.num_hidden_layers, heads, dim)
 
 
 class Baseline(Protocol):
@@ -107,7 +107,7 @@ class Baseline(Protocol):
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """Return the context in which `model` runs with a new cache."""
 
-    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+    def cache_bytes(self, shape: CacheShape, tokens: int) -> int:
         """Return the bytes of one sequence of `tokens` tokens, everything included, unquantized values in 16 bits."""
 
 
@@ -251,7 +251,7 @@ def replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockCodec:
     """A codec, of any kind, for all tokens between a plan's attention sinks and recent window."""
 
     codec: Any
@@ -271,28 +271,28 @@ class Blocks:
         """Return a context that changes nothing."""
         return nullcontext()
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         """Return the bytes of one quantized token, keys and values of all heads and layers."""
         raise NotImplementedError
 
-    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+    def cache_bytes(self, shape: CacheShape, tokens: int) -> int:
         """Return the bytes with the quantized tokens in the codec, and all others in full precision."""
         quantized = self.schedule.quantized(tokens)
         return math.ceil(quantized * self.token_bytes(shape)) + (tokens - quantized) * shape.exact_token_bytes
 
 
 @dataclass(frozen=True)
-class QuantizedBlocks(Blocks):
+class QuantizedBlocks(BlockCodec):
     """A codec that quantizes keys and values of each head and layer separately."""
 
     codec: Codec
 
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache."""
-        layers = range(Shape.of(model).layers)
+        layers = range(CacheShape.of(model).layers)
         return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         """Return the bytes of one quantized token, keys and values of all heads and layers."""
         return shape.heads * self.codec.token_bytes(shape.head_dim)
 
@@ -342,7 +342,7 @@ class Transformers:
         """Return a context that changes nothing."""
         return nullcontext()
 
-    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+    def cache_bytes(self, shape: CacheShape, tokens: int) -> int:
         """Return the bytes with all tokens quantized, except those since the last full residual window."""
         exact = max(0, tokens - self.first_step) % self.residual
         packed_bytes = 2 * shape.head_dim * (self.bits + 32 / self.group) / 8

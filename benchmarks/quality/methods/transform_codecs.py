@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.methods.calibration_moments import AttentionMoments, TokenMoments
-from benchmarks.quality.methods.quantized_caches import NUMBER_BYTES, SMALLEST_SCALE, Schedule, Shape, to_16_bits
+from benchmarks.quality.methods.quantized_caches import NUMBER_BYTES, SMALLEST_SCALE, CacheShape, Schedule, to_16_bits
 
 MOST_BITS = 8  # per channel
 HEADS = 4  # max per group
@@ -86,7 +86,7 @@ def _leading(moment: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(moment)[1][..., -rank:].float()
 
 
-def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int:
+def rank_for(ratio: float, shape: CacheShape, schedule: Schedule, tokens: int) -> int:
     """Return the smallest rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
     quantized = schedule.quantized(tokens)
     left = tokens / ratio - (tokens - quantized)  # in full-precision tokens
@@ -135,7 +135,7 @@ class Aatc:
         """Family and average bits per channel."""
         return f"{self.family}-{self.target:g}bit"
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         """Return bytes of quantized values and of a 16-bit scale per group of heads, of keys and values."""
         transforms = [t for side in (self.key_transforms, self.value_transforms) for layer in side for t in layer]
         return sum(float(t.bits.sum()) / 8 + NUMBER_BYTES for t in transforms)
@@ -160,7 +160,7 @@ def _transformed(x: Tensor, transforms: Sequence[Sequence[ChannelTransform]]) ->
 
 
 def aatc(
-    moments: tuple[TokenMoments, TokenMoments], attention: Sequence[AttentionMoments], shape: Shape, bits: float,
+    moments: tuple[TokenMoments, TokenMoments], attention: Sequence[AttentionMoments], shape: CacheShape, bits: float,
     rotary_size: int = 0,
 ) -> Aatc:  # fmt: skip
     """Fit the transforms to calibrated moments and allocate `bits` bits per channel on average, over keys and values.
@@ -183,7 +183,7 @@ def _pair_mean(weights: Tensor, rotary_size: int) -> Tensor:
     return torch.cat([pairs, pairs, rest], 1)
 
 
-def _fitted(moments: TokenMoments, weights: Sequence[Tensor], shape: Shape) -> list[list[ChannelTransform]]:
+def _fitted(moments: TokenMoments, weights: Sequence[Tensor], shape: CacheShape) -> list[list[ChannelTransform]]:
     """Return transforms without bits, from the covariance of each group of heads and weights [G, D, D] of a layer."""
     heads = max(h for h in range(1, HEADS + 1) if shape.kv_heads % h == 0)
     size = heads * shape.head_dim

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.cpu import attention, attention_contenders, attention_report, attention_shapes
-from benchmarks.cpu.attention_contenders import Contender
-from benchmarks.cpu.attention_shapes import Case
-from fhopt.codegen.dispatch import install
+from benchmarks.cpu.attention_contenders import AttentionContender
+from benchmarks.cpu.attention_shapes import AttentionCase
+from fhopt.codegen.dispatch import register_kernels
 
 
 @pytest.mark.parametrize(("dim", "size"), [(64, 6), (64, 30), (64, 62), (128, 14), (128, 62), (128, 126)])
@@ -31,8 +31,8 @@ def test_each_implementation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatc
         return ((name, call) for name, call in real(*operands) if "inductor" not in name and "flex" not in name)
 
     monkeypatch.setattr(attention_contenders, "torch_implementations", without_compiling)
-    install()
-    case = Case("GQA 9/3x64", 96, 2, "float32", 1)
+    register_kernels()
+    case = AttentionCase("GQA 9/3x64", 96, 2, "float32", 1)
     found = attention.measure(case, 0.0)
     assert {one.name: one.error for one in found if one.error} == {}
     assert {"sdpa", "bmm", "fhopt full", "fhopt half width, float16", "fhopt 8x"} <= {one.name for one in found}
@@ -46,13 +46,13 @@ def test_each_implementation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_wrong_result_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def contenders(case: Case) -> Any:
-        yield Contender("right", lambda: torch.ones(2), 8), lambda: torch.ones(2).double()
-        yield Contender("wrong", lambda: torch.zeros(2), 8), lambda: torch.ones(2).double()
-        yield Contender("failing", lambda: torch.ones(2).expand(3), 8), lambda: torch.ones(2).double()
+    def contenders(case: AttentionCase) -> Any:
+        yield AttentionContender("right", lambda: torch.ones(2), 8), lambda: torch.ones(2).double()
+        yield AttentionContender("wrong", lambda: torch.zeros(2), 8), lambda: torch.ones(2).double()
+        yield AttentionContender("failing", lambda: torch.ones(2).expand(3), 8), lambda: torch.ones(2).double()
 
     monkeypatch.setattr(attention, "contenders", contenders)
-    right, wrong, failing = attention.measure(Case("GQA 9/3x64", 8, 1, "float32", 1), 0.0)
+    right, wrong, failing = attention.measure(AttentionCase("GQA 9/3x64", 8, 1, "float32", 1), 0.0)
     assert right.seconds and not right.error
     assert "differs from float64 by 1.0e+00" in wrong.error and not wrong.seconds
     assert "RuntimeError" in failing.error and not failing.seconds
@@ -68,8 +68,11 @@ def test_cases_too_large_for_memory_are_left_out(monkeypatch: pytest.MonkeyPatch
 def test_the_page_has_every_case_and_the_promises() -> None:
     rows = []
     for tokens in (4096, 32768):
-        case = Case("GQA 32/8x128", tokens, 1, "float32", 1)
-        found = [Contender("bmm", torch.ones, 100, False, [2.0]), Contender("fhopt 8x", torch.ones, 12, True, [0.25])]
+        case = AttentionCase("GQA 32/8x128", tokens, 1, "float32", 1)
+        found = [
+            AttentionContender("bmm", torch.ones, 100, False, [2.0]),
+            AttentionContender("fhopt 8x", torch.ones, 12, True, [0.25]),
+        ]
         rows += attention.rows_of(case, found, 20.0)
     assert attention_report.promised(rows) == [("GQA 32/8x128, T=32768, B=1, float32, 1 thread: fhopt 8x", 5.0, 8.0)]
     page = attention_report.markdown(rows, ["a case: needs 9 GB"])

@@ -20,10 +20,10 @@ from benchmarks.recording import process_bytes
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.cache.report import cache_bytes
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 LAYERS, HEADS, SIZE, TOKENS = 30, 3, 64, 8192
-TIERS = (Tier(4, 40, 0.4), Tier(3, 24, 0.7))  # 29 bytes and a scale instead of 128
+TIERS = (BitGroup(4, 40, 0.4), BitGroup(3, 24, 0.7))  # 29 bytes and a scale instead of 128
 
 
 def plan() -> LatentPlan:
@@ -55,7 +55,7 @@ def measure(kind: str) -> dict[str, int]:
 
     import fhopt.codegen
 
-    fhopt.codegen.install()
+    fhopt.codegen.register_kernels()
     used = plan()
     make: Callable[[], Any] = (lambda: LatentCache(used)) if kind == "latent" else DynamicCache
     fill(make(), 1000)

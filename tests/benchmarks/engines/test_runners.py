@@ -18,14 +18,14 @@ from text_models import save_text_model
 from benchmarks.engines import protocol, rounds
 from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import Unavailable
-from benchmarks.engines.protocol import Clock, Request, StepCounter
+from benchmarks.engines.protocol import EngineClock, EngineRequest, StepCounter
 from benchmarks.engines.runners import run_fhopt, run_transformers
 from fhopt.fitting import fit_plan
 from fhopt.models.loader import load_model
 from fhopt.models.sites import find_sites
 
 RUNNERS = Path(protocol.__file__).parent / "runners"
-REQUEST = Request("model", "prompts", 4, 2, 3, (0,), 0.0)
+REQUEST = EngineRequest("model", "prompts", 4, 2, 3, (0,), 0.0)
 
 
 # --------------------------------------------------------------------------------------------------- protocol
@@ -34,7 +34,7 @@ REQUEST = Request("model", "prompts", 4, 2, 3, (0,), 0.0)
 def test_a_clock_counts_prefill_and_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 13.0, 20.0, 21.0, 22.0, 23.0, 24.5])
     monkeypatch.setattr("benchmarks.engines.protocol.time.monotonic", lambda: next(times))
-    clock = Clock(replace(REQUEST, started=8.0))
+    clock = EngineClock(replace(REQUEST, started=8.0))
     clock.start()
     while not clock.is_done:
         clock.step()
@@ -44,7 +44,7 @@ def test_a_clock_counts_prefill_and_steps_after_the_warm_up(monkeypatch: pytest.
 
 
 def test_tokens_generated_during_the_prefill_of_other_prompts_do_not_count() -> None:
-    clock = Clock(REQUEST)
+    clock = EngineClock(REQUEST)
     counter = StepCounter(clock)
     clock.start()
     counter.add(0, [1])
@@ -60,7 +60,7 @@ def test_tokens_generated_during_the_prefill_of_other_prompts_do_not_count() -> 
 
 
 def test_an_engine_that_stops_early_is_an_error() -> None:
-    clock = Clock(REQUEST)
+    clock = EngineClock(REQUEST)
     clock.step()
     with pytest.raises(RuntimeError, match="stopped after 1 of 6 tokens"):
         clock.report((), [])
@@ -110,15 +110,15 @@ def test_a_failed_process_reports_the_cause_in_one_line(tmp_path: Path, body: st
 
 
 @pytest.fixture
-def request_of_a_small_model(tmp_path: Path) -> Request:
+def request_of_a_small_model(tmp_path: Path) -> EngineRequest:
     folder = save_text_model(tmp_path / "model")
     prompts = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    return Request(str(folder), str(tmp_path / "prompts.json"), 12, 2, 3, (0,), 0.0, options={"dtype": "float32"})
+    return EngineRequest(str(folder), str(tmp_path / "prompts.json"), 12, 2, 3, (0,), 0.0, options={"dtype": "float32"})
 
 
 def test_transformers_and_fhopt_generate_the_same_tokens_in_every_way(
-    request_of_a_small_model: Request, tmp_path: Path
+    request_of_a_small_model: EngineRequest, tmp_path: Path
 ) -> None:
     from transformers import StaticCache
 
@@ -137,13 +137,13 @@ def test_transformers_and_fhopt_generate_the_same_tokens_in_every_way(
 
 
 def test_a_runner_starts_in_any_working_directory(
-    request_of_a_small_model: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_of_a_small_model: EngineRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     setting = rounds.Setting(tmp_path / "caches", 3, (min(os.sched_getaffinity(0)),), 120.0)
     given = replace(request_of_a_small_model, cores=setting.cores)
     engine = EngineConfig("transformers sdpa", "transformers", "fhopt", "folder")
-    report, is_cold = rounds.in_a_process(setting, rounds.Case("m", 12, 2), engine, Path(sys.executable), given)
+    report, is_cold = rounds.in_a_process(setting, rounds.EngineCase("m", 12, 2), engine, Path(sys.executable), given)
     assert len(report.tokens) == given.steps and not is_cold
 
 
@@ -155,7 +155,7 @@ def test_fhopt_runs_a_gguf_file_with_the_plan_of_its_original_model(tmp_path: Pa
     (tmp_path / "prompts.json").write_text(json.dumps([list(range(3, 15))]))
     options = {"plan": str(plan.save(tmp_path / "plan"))}
     report = run_fhopt.measure(
-        Request(str(tmp_path / "m.gguf"), str(tmp_path / "prompts.json"), 12, 1, 3, (0,), 0.0, options=options)
+        EngineRequest(str(tmp_path / "m.gguf"), str(tmp_path / "prompts.json"), 12, 1, 3, (0,), 0.0, options=options)
     )
     assert len(report.tokens) == 6 and report.decode_tokens == 3  # the first one, two warm-up steps, three timed ones
 

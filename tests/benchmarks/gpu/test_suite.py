@@ -108,7 +108,7 @@ def test_the_first_failed_check_is_named_with_its_result(monkeypatch: pytest.Mon
         monkeypatch.setattr(
             checks, "checks", lambda *_, c=compare: iter([("encode", str), ("pack", c), ("unpack", fail)])
         )
-        with pytest.raises(checks.Wrong) as found:
+        with pytest.raises(checks.WrongKernel) as found:
             checks.check(machine, sizes)
         assert found.value.message.startswith(f"pack is wrong on dry: {words}. Nothing was measured.")
 
@@ -166,7 +166,8 @@ def test_a_graph_has_every_call_once_per_repetition_and_gives_the_time_of_one(mo
 
 def test_the_measured_latents_have_the_target_ratios() -> None:
     found = {
-        shape.name: [shape.label(latent, torch.bfloat16) for latent in shape.latents] for shape in cases.Sizes().shapes
+        shape.name: [shape.label(latent, torch.bfloat16) for latent in shape.latents]
+        for shape in cases.RunSizes().shapes
     }
     of_gqa = ["fhopt, uncoded", "fhopt 3.9x", "fhopt 5.2x", "fhopt 7.8x"]
     assert found == {
@@ -215,7 +216,7 @@ def test_a_step_of_all_layers_is_not_scaled() -> None:
 
 
 @pytest.mark.parametrize(
-    "latent", (*cases.TINY.latents[1:], cases.Latent(2, cases.tiers((8, 16)), cases.tiers((2, 8))))
+    "latent", (*cases.TINY.latents[1:], cases.LatentStorage(2, cases.tiers((8, 16)), cases.tiers((2, 8))))
 )
 def test_a_handmade_plan_has_orthonormal_bases_and_the_counted_bytes(latent: Any) -> None:
     shape = cases.TINY

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from small_models import tiny_llama, token_ids
 
-from benchmarks.quality.baselines import FAMILIES, Field, LeftOut, check_families, offered
+from benchmarks.quality.baselines import FAMILIES, CalibratedModel, LeftOut, check_families, offered
 from benchmarks.quality.measurement import COUNTED_AT, Implementation, costs, exact_log_probabilities
 from benchmarks.quality.methods.quantized_caches import Transformers
 from fhopt.errors import FhoptError
@@ -33,11 +33,13 @@ def plan(ratio: float) -> Any:
 
 
 @pytest.fixture(scope="module")
-def field() -> Field:
-    return Field(tiny_llama(), {4.0: plan(4.0), 8.0: plan(8.0)}, lambda: token_ids(4, 150))
+def field() -> CalibratedModel:
+    return CalibratedModel(tiny_llama(), {4.0: plan(4.0), 8.0: plan(8.0)}, lambda: token_ids(4, 150))
 
 
-def test_a_run_offers_every_family_and_names_the_omitted_ones(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_offers_every_family_and_names_the_omitted_ones(
+    field: CalibratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Transformers, "missing", "it is not installed.")
     methods, left_out = offered(field, (), quick=False)
     assert {baseline.family for baseline in methods} == set(WANTED)
@@ -52,7 +54,7 @@ def test_a_run_offers_every_family_and_names_the_omitted_ones(field: Field, monk
     assert len({baseline.name for baseline in methods}) == len(methods)
 
 
-def test_sizes_of_a_family_fall(field: Field) -> None:
+def test_sizes_of_a_family_fall(field: CalibratedModel) -> None:
     methods, _ = offered(field, WANTED, quick=False)
     for family in WANTED:
         sizes = [baseline.cache_bytes(field.shape, COUNTED_AT) for baseline in methods if baseline.family == family]
@@ -60,7 +62,7 @@ def test_sizes_of_a_family_fall(field: Field) -> None:
         assert sizes[0] < COUNTED_AT * field.shape.exact_token_bytes
 
 
-def test_a_quick_run_collects_no_more_statistics(field: Field) -> None:
+def test_a_quick_run_collects_no_more_statistics(field: CalibratedModel) -> None:
     methods, left_out = offered(field, (), quick=True)
     assert {baseline.name for baseline in methods} == {"kivi-2bit", "low-rank-4", "low-rank-2"}
     assert [str(baseline) for baseline in left_out] == [
@@ -68,7 +70,7 @@ def test_a_quick_run_collects_no_more_statistics(field: Field) -> None:
     ]
 
 
-def test_a_family_or_a_name_can_be_selected(field: Field) -> None:
+def test_a_family_or_a_name_can_be_selected(field: CalibratedModel) -> None:
     def names(*wanted: str) -> list[str]:
         return [baseline.name for baseline in offered(field, wanted, quick=True)[0]]
 
@@ -83,25 +85,27 @@ def test_an_unknown_family_is_refused_with_the_available_ones() -> None:
     assert check_families(["q4_0-hadamard", "kivi-3bit"]) == {"q4_0", "q4_0-hadamard", "kivi"}
 
 
-def test_an_unknown_size_is_refused_with_the_available_ones(field: Field) -> None:
+def test_an_unknown_size_is_refused_with_the_available_ones(field: CalibratedModel) -> None:
     with pytest.raises(FhoptError, match="unknown size 'kivi-5bit'; its family has kivi-4bit, kivi-3bit, kivi-2bit"):
         offered(field, ["kivi-5bit"], quick=False)
 
 
 def test_an_eviction_without_a_share_for_the_size_is_left_out() -> None:
-    small = Field(tiny_llama(), {500.0: plan(500.0)}, lambda: token_ids(2, 100))
+    small = CalibratedModel(tiny_llama(), {500.0: plan(500.0)}, lambda: token_ids(2, 100))
     methods, left_out = offered(small, ["snapkv"], quick=False)
     assert not methods and left_out[0].name == "snapkv-500x" and "residual window alone" in left_out[0].reason
 
 
 def test_formats_whose_blocks_do_not_fit_are_left_out() -> None:
     odd = tiny_llama(num_key_value_heads=1, head_dim=24, num_attention_heads=2)
-    _, left_out = offered(Field(odd, {4.0: plan(4.0)}, lambda: token_ids(2, 100)), ["q4_0", "nvfp4"], quick=False)
+    _, left_out = offered(
+        CalibratedModel(odd, {4.0: plan(4.0)}, lambda: token_ids(2, 100)), ["q4_0", "nvfp4"], quick=False
+    )
     assert {baseline.name for baseline in left_out} >= {"nvfp4", "q4_0"}
 
 
 @pytest.mark.parametrize("family", [family for family in WANTED if family != OWN_WINDOW])
-def test_every_family_runs_on_a_text(field: Field, family: str) -> None:
+def test_every_family_runs_on_a_text(field: CalibratedModel, family: str) -> None:
     baseline = offered(field, [family], quick=False)[0][0]
     ids = token_ids(1, 140)[0]
     steps = field.plans[4.0]
@@ -115,7 +119,7 @@ def test_every_family_runs_on_a_text(field: Field, family: str) -> None:
     assert field.model.config._attn_implementation == "sdpa"
 
 
-def test_kivi_with_its_own_window_keeps_that_exact(field: Field) -> None:
+def test_kivi_with_its_own_window_keeps_that_exact(field: CalibratedModel) -> None:
     (baseline,), left_out = offered(field, [f"{OWN_WINDOW}-3bit"], quick=False)
     assert not left_out and baseline.name == f"{OWN_WINDOW}-3bit"
     ids, steps = token_ids(1, 260)[0], field.plans[4.0]

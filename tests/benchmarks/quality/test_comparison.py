@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.quality.comparison import baselines, contests, gain, rows
-from benchmarks.quality.measurement import Implementation, Result, Text
+from benchmarks.quality.measurement import Implementation, QualityResult, QualityText
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts
 from fhopt.texts import tokens
@@ -16,12 +16,12 @@ from fhopt.texts import tokens
 # --------------------------------------------------------------------------------------------------- the benchmark
 
 
-PROSE = Text("prose", torch.arange(129), True)
+PROSE = QualityText("prose", torch.arange(129), True)
 
 
-def result(family: str, name: str, size: int, loss: float) -> Result:
+def result(family: str, name: str, size: int, loss: float) -> QualityResult:
     """An implementation that loses `loss` nats/token, by both metrics."""
-    found = Result(Implementation(name, family, size, 1000 / size))
+    found = QualityResult(Implementation(name, family, size, 1000 / size))
     exact = torch.zeros(1, 128, dtype=torch.float64)
     found.costs = {PROSE: TokenCosts(exact, exact + loss, exact + loss)}
     return found

@@ -12,21 +12,21 @@ import torch
 from benchmarks import recording
 from benchmarks.quality import former_results
 from benchmarks.quality.comparison import contests, rows
-from benchmarks.quality.measurement import COUNTED_AT, OURS, Implementation, Result, Text
+from benchmarks.quality.measurement import COUNTED_AT, OURS, Implementation, QualityResult, QualityText
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts
 
 LENGTH = 256
 
 
-def results(plan_loss: float) -> list[Result]:
+def results(plan_loss: float) -> list[QualityResult]:
     """A plan and another method on two texts, with random token losses."""
     generator = torch.Generator().manual_seed(0)
-    texts = [Text(name, torch.arange(LENGTH), True) for name in ("law", "chat")]
+    texts = [QualityText(name, torch.arange(LENGTH), True) for name in ("law", "chat")]
     exact = [2 + torch.rand(1, LENGTH, dtype=torch.float64, generator=generator) for _ in texts]
     found = []
     for name, family, size, loss in ((OURS, OURS, 8.0, plan_loss), ("kivi-2bit", "kivi", 6.0, 0.1)):
-        result = Result(Implementation(name, family, int(46080 * COUNTED_AT / size), size))
+        result = QualityResult(Implementation(name, family, int(46080 * COUNTED_AT / size), size))
         for text, costs in zip(texts, exact, strict=True):
             noise = loss * torch.rand(1, LENGTH, dtype=torch.float64, generator=generator)
             result.costs[text] = TokenCosts(costs, costs + noise, noise)
@@ -35,7 +35,7 @@ def results(plan_loss: float) -> list[Result]:
 
 
 @pytest.fixture
-def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
+def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[QualityResult]:
     """Results of an earlier run, saved in a file."""
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     both = results(0.02)
@@ -43,7 +43,7 @@ def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     return both
 
 
-def test_they_equal_those_of_the_earlier_run(former: list[Result]) -> None:
+def test_they_equal_those_of_the_earlier_run(former: list[QualityResult]) -> None:
     plan, _ = results(0.01)
     (kept,) = former_results.kept_results("quality-model", [plan])
     assert (kept.impl.name, kept.impl.family, kept.impl.ratio) == ("kivi-2bit", "kivi", 6.0)
@@ -56,7 +56,7 @@ def test_they_equal_those_of_the_earlier_run(former: list[Result]) -> None:
     assert contest.baseline is kept and contest.is_won
 
 
-def test_combined_rows_equal_those_of_a_single_run(former: list[Result]) -> None:
+def test_combined_rows_equal_those_of_a_single_run(former: list[QualityResult]) -> None:
     plan, _ = results(0.02)
     found = rows([plan, *former_results.kept_results("quality-model", [plan])])
     for mine, other in zip(found, rows(former), strict=True):
@@ -65,7 +65,7 @@ def test_combined_rows_equal_those_of_a_single_run(former: list[Result]) -> None
         assert mine.baseline == (other.baseline and pytest.approx(other.baseline, rel=1e-5))
 
 
-def test_other_texts_and_another_model_are_refused(former: list[Result], tmp_path: Path) -> None:
+def test_other_texts_and_another_model_are_refused(former: list[QualityResult], tmp_path: Path) -> None:
     plan, _ = results(0.01)
     path = tmp_path / "quality-model.json"
     file: dict[str, Any] = json.loads(path.read_text())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 from benchmarks.tasks.generation import BLOCK, Drift, drift_of, own_text, repeated
 from fhopt.errors import FhoptError
@@ -17,7 +17,7 @@ from fhopt.fitting.fit_plan import exact_plan
 PROMPT = [1, 5, 9, 2, 7]
 
 
-def test_greedy_text_equals_that_of_generate(llama: Fitted) -> None:
+def test_greedy_text_equals_that_of_generate(llama: FittedModel) -> None:
     written = own_text(llama.model, PROMPT, 12, temperature=0.0)
     whole = llama.model.generate(
         torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0
@@ -25,12 +25,12 @@ def test_greedy_text_equals_that_of_generate(llama: Fitted) -> None:
     assert written == whole[0, len(PROMPT) :].tolist()
 
 
-def test_sampled_text_depends_only_on_its_seed(llama: Fitted) -> None:
+def test_sampled_text_depends_only_on_its_seed(llama: FittedModel) -> None:
     one, again, other = (own_text(llama.model, PROMPT, 30, seed=seed) for seed in (1, 1, 2))
     assert one == again != other and len(one) == 30
 
 
-def test_drift_equals_the_divergence_after_the_prompt(llama: Fitted) -> None:
+def test_drift_equals_the_divergence_after_the_prompt(llama: FittedModel) -> None:
     ids = token_ids(1, 200)[0]
     prompt, text = ids[:40].tolist(), ids[40:].tolist()
     # float64: the two split tokens into calls differently, and float32 rounding could change codes.
@@ -45,7 +45,7 @@ def test_drift_equals_the_divergence_after_the_prompt(llama: Fitted) -> None:
     assert interval[0] <= mean <= interval[1]
 
 
-def test_an_exact_plan_does_not_drift(llama: Fitted) -> None:
+def test_an_exact_plan_does_not_drift(llama: FittedModel) -> None:
     plan = exact_plan([s.site for s in llama.plan(8).sites], sinks=2, recent=8, block=8)
     text = own_text(llama.model, PROMPT, 60)
     drift = drift_of(llama.model, PROMPT, text, plan)
@@ -57,7 +57,7 @@ def test_the_first_difference_is_the_number_of_tokens_that_agree() -> None:
     assert Drift(torch.zeros(4), agrees, torch.zeros(4)).first_difference == 2
 
 
-def test_more_tokens_than_positions_are_refused(llama: Fitted) -> None:
+def test_more_tokens_than_positions_are_refused(llama: FittedModel) -> None:
     positions = llama.model.config.max_position_embeddings
     with pytest.raises(FhoptError, match="positions"):
         own_text(llama.model, PROMPT, positions)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from character_tokenizer import characters
-from small_models import Fitted, cached, tiny_gpt2, tiny_llama
+from small_models import FittedModel, cached, tiny_gpt2, tiny_llama
 from tokenizers import decoders
 
 from benchmarks.tasks import human_eval
@@ -205,7 +205,7 @@ def one_by_one(model: Any, ids: list[int], plan: LatentPlan, count: int) -> list
     return written[len(ids) :]
 
 
-def test_a_plan_completes_like_token_by_token_decoding(llama: Fitted, tokenizer: Any) -> None:
+def test_a_plan_completes_like_token_by_token_decoding(llama: FittedModel, tokenizer: Any) -> None:
     ids = list(tokenizer(PREFIX + ADD.prompt).input_ids)
     exactly = text_of(tokenizer, generated(llama.model, ids, 12))
     for ratio in (1, 4):
@@ -238,7 +238,7 @@ def test_batched_problems_are_completed_like_single_ones(
     assert complete(model, tokenizer, others(5), exact(model), 24, prefix=prefix) == alone
 
 
-def test_a_plan_completes_batched_problems_after_a_prefix(llama: Fitted, tokenizer: Any) -> None:
+def test_a_plan_completes_batched_problems_after_a_prefix(llama: FittedModel, tokenizer: Any) -> None:
     """The prefix is quantized; a prompt's tokens are in the window, after any padding."""
     plan = llama.plan(4, window_bits=16)
     with switched(llama.model, plan):

@@ -72,7 +72,7 @@ def test_a_part_is_measured_again_after_a_change_of_its_package_or_tests(
         (tmp_path / path).write_text("")
     monkeypatch.setattr(coverage_runs, "ROOT", tmp_path)
     monkeypatch.setattr(coverage_runs, "FOLDER", tmp_path / "build")
-    part = coverage_runs.Part("fhopt/plan", ("unit/plan/test_site.py",))
+    part = coverage_runs.TestPart("fhopt/plan", ("unit/plan/test_site.py",))
     part.folder.mkdir(parents=True)
 
     def ended(state: str) -> None:
@@ -84,7 +84,7 @@ def test_a_part_is_measured_again_after_a_change_of_its_package_or_tests(
     ended("interrupted")
     assert not coverage_runs.is_current(part)
     ended("failed")
-    assert coverage_runs.kept(part) == coverage_runs.Run(part, "failed", 0.0)
+    assert coverage_runs.kept(part) == coverage_runs.PartRun(part, "failed", 0.0)
     (tmp_path / "fhopt" / "errors.py").write_text("changed")
     assert coverage_runs.is_current(part)
     for path in ("fhopt/plan/site.py", "tests/unit/plan/test_site.py"):

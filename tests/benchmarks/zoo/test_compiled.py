@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.zoo import compiled, compiled_results, compiled_tasks
-from benchmarks.zoo.compiled_results import Seen, Task
+from benchmarks.zoo.compiled_results import CompilerResult, ZooTask
 from fhopt.backend.compile import last_outcome
 from fhopt.ops import attention
 
@@ -35,7 +35,7 @@ SLOW = """
 """
 
 
-def chosen(labels: str) -> list[Task]:
+def chosen(labels: str) -> list[ZooTask]:
     """Select tasks by their labels, separated by spaces."""
     known = {task.label: task for task in TASKS}
     return [known[label] for label in labels.split()]
@@ -49,7 +49,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def check(task: Task) -> None:
+def check(task: ZooTask) -> None:
     result = compiled.check(task)
     if result.excuse:
         pytest.skip(result.excuse)
@@ -58,13 +58,13 @@ def check(task: Task) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [*SMALL[::EVERY], *chosen(FAST)], ids=lambda t: t.label)
-def test_a_compiled_model_agrees_in_no_more_graphs_than_inductor_needs(task: Task) -> None:
+def test_a_compiled_model_agrees_in_no_more_graphs_than_inductor_needs(task: ZooTask) -> None:
     check(task)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", chosen(SLOW), ids=lambda t: t.label)
-def test_so_does_every_kind_of_model_in_every_mode(task: Task) -> None:
+def test_so_does_every_kind_of_model_in_every_mode(task: ZooTask) -> None:
     check(task)
 
 
@@ -88,14 +88,14 @@ def test_training_is_fused_unless_a_mask_input_may_hide_whole_rows(mode: str, is
 # ---- faults that the benchmark must notice
 
 
-def broken(task: Task, monkeypatch: pytest.MonkeyPatch, backend: Any) -> list[str]:
+def broken(task: ZooTask, monkeypatch: pytest.MonkeyPatch, backend: Any) -> list[str]:
     """Return the failures of a task with `backend` instead of ours."""
     ours = {"flashhead": {"backend": backend}}
     monkeypatch.setattr(compiled, "COMPILERS", {**compiled.COMPILERS, **ours})
     return compiled.check(task).failures
 
 
-def a_task(mode: str = "train") -> Task:
+def a_task(mode: str = "train") -> ZooTask:
     return next(t for t in SMALL if t.label == f"softcap-forward/{mode}")
 
 
@@ -120,10 +120,10 @@ def test_a_compiler_that_specializes_a_size_is_noticed(monkeypatch: pytest.Monke
 
 
 def test_an_abandoned_graph_is_noticed() -> None:
-    seen = {name: Seen([torch.ones(2)], graphs=1) for name in compiled.COMPILERS}
-    assert compiled_results.Result(a_task(), seen).failures == []
+    seen = {name: CompilerResult([torch.ones(2)], graphs=1) for name in compiled.COMPILERS}
+    assert compiled_results.TaskResult(a_task(), seen).failures == []
     seen["flashhead"] = replace(seen["flashhead"], given_up=["fhopt left a graph to inductor: ..."], breaks=1)
-    assert compiled_results.Result(a_task(), seen).failures == [
+    assert compiled_results.TaskResult(a_task(), seen).failures == [
         "fhopt left a graph to inductor: ...",
         "1 breaks, inductor has 0",
     ]

@@ -23,7 +23,7 @@ from benchmarks.zoo.forked_jobs import Ended, run_apart
 from benchmarks.zoo.forward_inputs import NoInputs, forward_arguments
 from benchmarks.zoo.tiny_configs import tiny
 from benchmarks.zoo.transformers_classes import DECODERS, Candidate, candidates
-from benchmarks.zoo.wide_check import Row, check
+from benchmarks.zoo.wide_check import WideRow, check
 
 ZOO = {entry.label: entry for entry in entries()}
 COUNTED = """
@@ -126,15 +126,15 @@ def attend() -> tuple[nn.Module, dict[str, Any]]:
     return Attention().requires_grad_(False), {"x": torch.randn(2, 5, 8)}
 
 
-def checked() -> Row:
-    return check(Row("Attention", "text", "eager"), *attend())
+def checked() -> WideRow:
+    return check(WideRow("Attention", "text", "eager"), *attend())
 
 
 def test_a_class_whose_attentions_are_rewritten_is_found() -> None:
     row = checked()
     assert (row.status, row.expected, row.found, row.sites, row.graphs) == ("found", 1, 1, 1, 1)
     written = row.as_dict()
-    assert row.max_error < 1e-5 and Row.from_dict(json.loads(json.dumps(written))).as_dict() == written
+    assert row.max_error < 1e-5 and WideRow.from_dict(json.loads(json.dumps(written))).as_dict() == written
     assert row.as_result()["ratio"] == 1 and row.as_result()["metric"] == "attentions_found"
 
 
@@ -144,7 +144,7 @@ def test_an_attention_with_an_unused_result_does_not_count() -> None:
             super().forward(x + 1)
             return super().forward(x)
 
-    row = check(Row("Unread", "text", "eager"), Unread().requires_grad_(False), {"x": torch.randn(2, 5, 8)})
+    row = check(WideRow("Unread", "text", "eager"), Unread().requires_grad_(False), {"x": torch.randn(2, 5, 8)})
     assert (row.status, row.expected, row.found) == ("found", 1, 1)
 
 
@@ -183,7 +183,7 @@ def test_a_failing_pass_is_a_crash_and_other_results_are_wrong(monkeypatch: pyte
     def fail(*args: Any) -> Any:
         raise ValueError("no")
 
-    monkeypatch.setattr("fhopt.passes.pipeline.lower", fail)
+    monkeypatch.setattr("fhopt.passes.pipeline.lower_program", fail)
     row = checked()
     assert row.status == "crashed" and row.why == ["ValueError: no"]
 
@@ -201,7 +201,7 @@ def test_a_pass_that_fails_on_a_rewritten_site_is_a_crash(monkeypatch: pytest.Mo
 
 def test_a_class_with_non_finite_outputs_does_not_judge_the_finder() -> None:
     module, arguments = attend()
-    row = check(Row("Attention", "text", "eager"), module, {k: v * float("nan") for k, v in arguments.items()})
+    row = check(WideRow("Attention", "text", "eager"), module, {k: v * float("nan") for k, v in arguments.items()})
     assert (row.status, row.expected) == ("not built", 0)
     assert row.why == ["its own numbers are not finite on small inputs"]
 
@@ -231,12 +231,12 @@ def test_a_job_that_dies_or_hangs_gives_a_reason() -> None:
 # ---- rows and the page
 
 
-def rows() -> list[Row]:
+def rows() -> list[WideRow]:
     return [
-        Row("LlamaForCausalLM", DECODERS, "eager", 2, 2, 2, status="found"),
-        Row("OddForCausalLM", DECODERS, "eager", 4, 3, 3, 1, status="explained", why=["heads are mixed by 3"]),
-        Row("RwkvModel", "text", "eager", status="no attention"),
-        Row("BigModel", "vision", "eager", status="not built", why=["ValueError: too large"]),
+        WideRow("LlamaForCausalLM", DECODERS, "eager", 2, 2, 2, status="found"),
+        WideRow("OddForCausalLM", DECODERS, "eager", 4, 3, 3, 1, status="explained", why=["heads are mixed by 3"]),
+        WideRow("RwkvModel", "text", "eager", status="no attention"),
+        WideRow("BigModel", "vision", "eager", status="not built", why=["ValueError: too large"]),
     ]
 
 
@@ -254,9 +254,9 @@ def test_a_stopped_run_resumes_and_its_rows_are_written(tmp_path: Path, monkeypa
     (tmp_path / "kept.jsonl").write_text(json.dumps(rows()[0].as_dict()) + "\n")
     tried: list[str] = []
 
-    def attempt(candidate: Candidate, implementation: str) -> Row:
+    def attempt(candidate: Candidate, implementation: str) -> WideRow:
         tried.append(candidate.name)
-        return Row(candidate.name, candidate.family, implementation, status="no attention")
+        return WideRow(candidate.name, candidate.family, implementation, status="no attention")
 
     monkeypatch.setattr(wide, "run_apart", lambda job, seconds: job())
     monkeypatch.setattr(wide, "attempt", attempt)
@@ -269,9 +269,9 @@ def test_a_stopped_run_resumes_and_its_rows_are_written(tmp_path: Path, monkeypa
 
 
 def test_a_row_of_the_results_is_loaded_unchanged_except_for_its_time() -> None:
-    full = Row("A", "text", "eager", 3, 2, 1, 1, 2e-6, 1, 4.0, "explained", ["one reason", "another"])
-    for row in (full, Row("B", "text", "sdpa", status="not built"), Row("C", "text", max_error=math.inf)):
-        assert Row.from_result(json.loads(json.dumps(row.as_result()))) == replace(row, seconds=0.0)
+    full = WideRow("A", "text", "eager", 3, 2, 1, 1, 2e-6, 1, 4.0, "explained", ["one reason", "another"])
+    for row in (full, WideRow("B", "text", "sdpa", status="not built"), WideRow("C", "text", max_error=math.inf)):
+        assert WideRow.from_result(json.loads(json.dumps(row.as_result()))) == replace(row, seconds=0.0)
 
 
 def test_running_one_family_keeps_the_rows_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +279,12 @@ def test_running_one_family_keeps_the_rows_of_others(tmp_path: Path, monkeypatch
     monkeypatch.setattr(wide, "ROOT", tmp_path)
     monkeypatch.setattr(wide, "KEPT", tmp_path / "build" / "kept.jsonl")
     monkeypatch.setattr(wide, "PAGE", tmp_path / "page.md")
-    former = [Row("Old", "text", "eager", 1, 1, status="found"), Row("New", "vision", "eager", status="crashed")]
+    former = [
+        WideRow("Old", "text", "eager", 1, 1, status="found"),
+        WideRow("New", "vision", "eager", status="crashed"),
+    ]
     wide.write(tmp_path / "zoo_wide.json", former)
-    fresh = Row("New", "vision", "eager", 2, 2, status="found")
+    fresh = WideRow("New", "vision", "eager", 2, 2, status="found")
     monkeypatch.setattr(wide, "_checked", lambda jobs: iter([fresh] if jobs else []))
     monkeypatch.setattr(wide, "every", list)
     jobs = [(Candidate("New", "vision", "vision", ("eager",)), "eager")]

@@ -22,7 +22,7 @@ def has_transformers(*least: int) -> bool:
 
 
 @dataclass
-class Case:
+class ZooCase:
     """A call to capture: `module(*args, **kwargs)`. Caches in kwargs are new and filled."""
 
     module: nn.Module
@@ -41,7 +41,7 @@ class Entry:
 
     name: str  # "llama", "added_mask", ...
     family: str  # "huggingface", "torch", "hand-written", "spelling", "look-alike"
-    build: Callable[[], Case]
+    build: Callable[[], ZooCase]
     sites: int
     implementation: str = ""  # "eager", "sdpa", "flex"; "" if there is only one
     step: str = "forward"  # "forward", "prefill", "decode", "decode static"

@@ -29,7 +29,7 @@ from fhopt.passes.graph.program import Program
 from fhopt.passes.outcome import Explanation
 from fhopt.plan.site import AttentionSite
 
-from . import Case, Entry
+from . import Entry, ZooCase
 
 MODULES = ("huggingface", "torch_modules", "handwritten", "spellings", "lookalikes")
 TOLERANCE = 1e-5  # float32 sums in another order: about 100 roundings of 1.2e-7
@@ -55,7 +55,7 @@ def _entries_of(name: str) -> list[Entry]:
 
 
 @dataclass
-class Result:
+class ZooResult:
     """Results of the finder on one entry, over all its graphs.
 
     max_error: of any output or changed input, relative to the largest element of that tensor. max_gradient_error: of
@@ -114,12 +114,12 @@ class Result:
         return not self.failures
 
 
-def check(entry: Entry, exported: bool = False) -> Result:
+def check(entry: Entry, exported: bool = False) -> ZooResult:
     """Capture the entry, with `torch.export` if `exported`, run the finder, and compare.
 
     Exceptions are not raised but added to the result's `failures`.
     """
-    result = Result(entry)
+    result = ZooResult(entry)
     case = entry.build()
     start = time.perf_counter()
     try:
@@ -134,7 +134,7 @@ def check(entry: Entry, exported: bool = False) -> Result:
     return result
 
 
-def _export(case: Case) -> Captured:
+def _export(case: ZooCase) -> Captured:
     if any(type(value).__name__ == "DynamicCache" for value in case.kwargs.values()):
         from transformers.integrations.executorch import register_dynamic_cache_export_support
 
@@ -142,7 +142,7 @@ def _export(case: Case) -> Captured:
     return from_exported(torch.export.export(case.module, case.args, dict(case.kwargs), strict=False))
 
 
-def _check_graph(program: Program, result: Result) -> None:
+def _check_graph(program: Program, result: ZooResult) -> None:
     """Run the finder on one graph and add the outcome to the result."""
     result.graphs += 1
     result.nodes += len(program.graph.nodes)
@@ -152,7 +152,7 @@ def _check_graph(program: Program, result: Result) -> None:
     versions = {name: _version(value) for name, value in program.values.items()}
     start = time.perf_counter()
     try:
-        outcome = pipeline.find(program)
+        outcome = pipeline.find_attentions(program)
     except Exception as error:  # a failing pass fails this entry, not the whole zoo
         result.problems.append(f"find failed: {_one_line(error)}")
         return
@@ -312,7 +312,7 @@ def _largest_difference(before: _Run, after: _Run) -> float:
     return max((_relative(*_difference(expected, actual)) for expected, actual in pairs), default=0.0)
 
 
-def _compare_gradients(before: _Run, after: _Run, result: Result) -> None:
+def _compare_gradients(before: _Run, after: _Run, result: ZooResult) -> None:
     if before.refusal:
         return
     if after.refusal:

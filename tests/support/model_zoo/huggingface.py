@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Case, Entry, has_transformers
+from . import Entry, ZooCase, has_transformers
 
 VOCABULARY = 97
 BATCH, TOKENS, CACHED, STATIC_PLACES = 2, 9, 5, 12
@@ -34,7 +34,7 @@ DECODER_STEPS = ("prefill", "decode", "decode static")
 
 
 @dataclass(frozen=True)
-class Model:
+class ZooModel:
     """One row of the table: a transformers model, and how to run it.
 
     config, cls: names of the classes in transformers. options: fields of the configuration. inputs: makes the
@@ -85,20 +85,20 @@ class Model:
 # --------------------------------------------------------------------------------------------------- building
 
 
-def _build(model: Model, implementation: str, step: str) -> Case:
+def _build(model: ZooModel, implementation: str, step: str) -> ZooCase:
     torch.manual_seed(0)
     module = _make(model, implementation)
     inputs: dict[str, Any] = model.inputs()
     if step == "forward":
-        return Case(module, (), inputs)
+        return ZooCase(module, (), inputs)
     if step == "prefill":
-        return Case(module, (), inputs | {"use_cache": False})
+        return ZooCase(module, (), inputs | {"use_cache": False})
     if "decoder_input_ids" in inputs:
         return _behind_two_caches(module, inputs)
     return _behind_a_cache(module, step)
 
 
-def _make(model: Model, implementation: str) -> nn.Module:
+def _make(model: ZooModel, implementation: str) -> nn.Module:
     parts = {name: _named(cls)(**options) for name, cls, options in model.composed}
     chosen = "flex_attention" if implementation == FLEX else implementation
     attends = ["", *(name for name, cls, _ in model.composed if cls != CONVOLUTIONAL)]  # "": the model itself
@@ -145,7 +145,7 @@ def _inputs(part: Any) -> int:
     return part.weight[0].numel() if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)) else 0
 
 
-def _behind_a_cache(module: Any, step: str) -> Case:
+def _behind_a_cache(module: Any, step: str) -> ZooCase:
     """Prepare a single token after 5 cached ones; `decode second` has run one more step, eagerly."""
     from transformers import DynamicCache, StaticCache
 
@@ -161,10 +161,10 @@ def _behind_a_cache(module: Any, step: str) -> Case:
             module(input_ids=_ids(1), **{keyword: cache})
     if flex:
         module.set_attn_implementation(chosen)
-    return Case(module, (), {"input_ids": _ids(1), keyword: cache})
+    return ZooCase(module, (), {"input_ids": _ids(1), keyword: cache})
 
 
-def _behind_two_caches(module: Any, inputs: dict[str, Any]) -> Case:
+def _behind_two_caches(module: Any, inputs: dict[str, Any]) -> ZooCase:
     """Prepare a decoder's next token after 5 cached ones, with the encoder's keys in the cache."""
     from transformers import DynamicCache, EncoderDecoderCache
 
@@ -173,7 +173,7 @@ def _behind_two_caches(module: Any, inputs: dict[str, Any]) -> Case:
     with torch.no_grad():
         first = module(**inputs | {"decoder_input_ids": _ids(CACHED), keyword: cache})
     encoded = (first.encoder_last_hidden_state,)
-    return Case(module, (), {"encoder_outputs": encoded, "decoder_input_ids": _ids(1), keyword: cache})
+    return ZooCase(module, (), {"encoder_outputs": encoded, "decoder_input_ids": _ids(1), keyword: cache})
 
 
 def _cache_keyword(module: nn.Module) -> str:
@@ -262,22 +262,22 @@ BART: dict[str, Any] = SPECIAL | dict(
 )  # fmt: skip
 
 
-def _decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> Model:
+def _decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> ZooModel:
     """Return a row for `{prefix}Config` and `{prefix}ForCausalLM` (or as given by traits), with all decoder steps."""
     row: dict[str, Any] = dict(
         name=name, config=f"{prefix}Config", cls=f"{prefix}ForCausalLM", options=options, inputs=text,
         steps=DECODER_STEPS, kv_heads=options.get("num_key_value_heads", HEADS),
     )  # fmt: skip
-    return Model(**(row | traits))
+    return ZooModel(**(row | traits))
 
 
-def _encoder_decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> Model:
+def _encoder_decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> ZooModel:
     """Return a row for an encoder-decoder: each decoder layer has a self and a cross attention."""
     row: dict[str, Any] = dict(
         name=name, config=f"{prefix}Config", cls=f"{prefix}ForConditionalGeneration", options=options,
         inputs=text_to_text, steps=("prefill", "decode"), sites=3 * LAYERS, decode_sites=2 * LAYERS,
     )  # fmt: skip
-    return Model(**(row | traits))
+    return ZooModel(**(row | traits))
 
 
 LLAMA = _decoder("llama", "Llama", GROUPED, steps=(*DECODER_STEPS, "decode second"))
@@ -339,40 +339,40 @@ ENCODER_DECODERS = [
 ]  # fmt: skip
 
 ENCODERS = [
-    Model("bert", "BertConfig", "BertModel", TEXT, padded_text),
-    Model("distilbert", "DistilBertConfig", "DistilBertModel", SPECIAL | dict(
+    ZooModel("bert", "BertConfig", "BertModel", TEXT, padded_text),
+    ZooModel("distilbert", "DistilBertConfig", "DistilBertModel", SPECIAL | dict(
         vocab_size=VOCABULARY, dim=HIDDEN, hidden_dim=96, n_layers=LAYERS, n_heads=HEADS, max_position_embeddings=64),
         padded_text),
-    Model("roberta", "RobertaConfig", "RobertaModel", TEXT, padded_text),
-    Model("deberta_v2", "DebertaV2Config", "DebertaV2Model", TEXT | dict(
+    ZooModel("roberta", "RobertaConfig", "RobertaModel", TEXT, padded_text),
+    ZooModel("deberta_v2", "DebertaV2Config", "DebertaV2Model", TEXT | dict(
         relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, max_relative_positions=16),
         padded_text, EAGER),
-    Model("vit", "ViTConfig", "ViTModel", VISION, image),
-    Model("dinov3_vit", "DINOv3ViTConfig", "DINOv3ViTModel", VISION | dict(num_register_tokens=2), image),
-    Model("pixtral_vision", "PixtralVisionConfig", "PixtralVisionModel", VISION | dict(image_size=32), sized_image),
-    Model("llama4_vision", "Llama4VisionConfig", "Llama4VisionModel", VISION | dict(
+    ZooModel("vit", "ViTConfig", "ViTModel", VISION, image),
+    ZooModel("dinov3_vit", "DINOv3ViTConfig", "DINOv3ViTModel", VISION | dict(num_register_tokens=2), image),
+    ZooModel("pixtral_vision", "PixtralVisionConfig", "PixtralVisionModel", VISION | dict(image_size=32), sized_image),
+    ZooModel("llama4_vision", "Llama4VisionConfig", "Llama4VisionModel", VISION | dict(
         image_size=16, intermediate_size=4 * HIDDEN, vision_output_dim=HIDDEN, projector_input_dim=HIDDEN,
         projector_output_dim=HIDDEN), partial(image, 16)),
-    Model("qwen2_vl_vision", "Qwen2VLVisionConfig",
+    ZooModel("qwen2_vl_vision", "Qwen2VLVisionConfig",
         "models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel", dict(
         depth=LAYERS, embed_dim=HIDDEN, hidden_size=HIDDEN, num_heads=HEADS, patch_size=4, temporal_patch_size=1,
         spatial_merge_size=2), patches, reason="", sites=BATCH),
-    Model("clip", "CLIPConfig", "CLIPModel", dict(projection_dim=32), text_and_image, sites=2 * LAYERS, composed=(
+    ZooModel("clip", "CLIPConfig", "CLIPModel", dict(projection_dim=32), text_and_image, sites=2 * LAYERS, composed=(
         ("text_config", "CLIPTextConfig", TEXT | dict(projection_dim=32)),
         ("vision_config", "CLIPVisionConfig", VISION | dict(projection_dim=32)))),
-    Model("siglip_vision", "SiglipVisionConfig", "SiglipVisionModel", VISION, image, sites=LAYERS + 1),
-    Model("swin", "SwinConfig", "SwinModel", WINDOWED_VISION, partial(image, 32), sites=4, heads=0, kv_heads=0),
-    Model("swinv2", "Swinv2Config", "Swinv2Model", WINDOWED_VISION, partial(image, 32), EAGER, sites=4, heads=0,
+    ZooModel("siglip_vision", "SiglipVisionConfig", "SiglipVisionModel", VISION, image, sites=LAYERS + 1),
+    ZooModel("swin", "SwinConfig", "SwinModel", WINDOWED_VISION, partial(image, 32), sites=4, heads=0, kv_heads=0),
+    ZooModel("swinv2", "Swinv2Config", "Swinv2Model", WINDOWED_VISION, partial(image, 32), EAGER, sites=4, heads=0,
           kv_heads=0),
-    Model("detr", "DetrConfig", "DetrModel", dict(
+    ZooModel("detr", "DetrConfig", "DetrModel", dict(
         d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
         decoder_attention_heads=HEADS, encoder_ffn_dim=96, decoder_ffn_dim=96, num_queries=7),
         partial(image, 32), sites=3 * LAYERS, composed=(("backbone_config", CONVOLUTIONAL, dict(
             embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])),)),
-    Model("wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model", SIZES | dict(
+    ZooModel("wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model", SIZES | dict(
         conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 8], num_feat_extract_layers=2,
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4), sound),
-    Model("llava", "LlavaConfig", "LlavaForConditionalGeneration", dict(
+    ZooModel("llava", "LlavaConfig", "LlavaForConditionalGeneration", dict(
         image_token_index=VOCABULARY - 1, image_seq_length=9, vision_feature_layer=-1), text_with_image,
         steps=("prefill",), sites=2 * LAYERS, kv_heads=0, slow=True, composed=(
         ("text_config", "LlamaConfig", GROUPED), ("vision_config", "CLIPVisionConfig", VISION))),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo import Case, Entry
+from model_zoo import Entry, ZooCase
 from model_zoo.functional import Functional, Run, settled, weight
 
 B, T, C, E = 2, 12, 16, 4
@@ -34,9 +34,9 @@ def look_alike(inputs: Callable[[], tuple[Any, ...]] = tokens, explained: int = 
     """Return a decorator that makes `f(m, *inputs)` an entry; `has` makes the members of m."""
 
     def add(function: Run) -> Run:
-        def build() -> Case:
+        def build() -> ZooCase:
             torch.manual_seed(1)
-            return Case(settled(Functional(function, has)), inputs())
+            return ZooCase(settled(Functional(function, has)), inputs())
 
         ENTRIES.append(Entry(function.__name__, "look-alike", build, sites=0, explained=explained))
         return function

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from . import Case, Entry
+from . import Entry, ZooCase
 from .huggingface import enliven
 
 BATCH, TOKENS, MEMORY = 2, 7, 5
@@ -30,7 +30,12 @@ LAYERS = 2
 
 
 def _entry(
-    name: str, make: Callable[[], nn.Module], inputs: Callable[[], Case], sites: int, frozen: bool = False, kv: int = 0
+    name: str,
+    make: Callable[[], nn.Module],
+    inputs: Callable[[], ZooCase],
+    sites: int,
+    frozen: bool = False,
+    kv: int = 0,
 ) -> Entry:
     return Entry(
         name, "torch", partial(_build, make, inputs, frozen), sites, heads=HEADS, kv_heads=kv or HEADS,
@@ -38,18 +43,18 @@ def _entry(
     )  # fmt: skip
 
 
-def _build(make: Callable[[], nn.Module], inputs: Callable[[], Case], frozen: bool) -> Case:
+def _build(make: Callable[[], nn.Module], inputs: Callable[[], ZooCase], frozen: bool) -> ZooCase:
     torch.manual_seed(0)
     module = make().eval().requires_grad_(not frozen)
     with torch.no_grad():
         enliven(module)
     call = inputs()
-    return Case(module, call.args, call.kwargs)
+    return ZooCase(module, call.args, call.kwargs)
 
 
-def _call(*args: Any, **kwargs: Any) -> Case:
+def _call(*args: Any, **kwargs: Any) -> ZooCase:
     """The arguments only; the module is added later."""
-    return Case(nn.Identity(), args, kwargs)
+    return ZooCase(nn.Identity(), args, kwargs)
 
 
 # --------------------------------------------------------------------------------------------------- masks
@@ -75,28 +80,28 @@ def biases() -> Tensor:
 # --------------------------------------------------------------------------------------------------- MultiheadAttention
 
 
-def _alone(batch_first: bool, **kwargs: Callable[[], Tensor]) -> Case:
+def _alone(batch_first: bool, **kwargs: Callable[[], Tensor]) -> ZooCase:
     """Self attention; each case makes new masks."""
     x = torch.randn(BATCH, TOKENS, WIDTH) if batch_first else torch.randn(TOKENS, BATCH, WIDTH)
     return _call(x, x, x, **{name: value() for name, value in kwargs.items()})
 
 
-def _unbatched() -> Case:
+def _unbatched() -> ZooCase:
     x = torch.randn(TOKENS, WIDTH)
     return _call(x, x, x)
 
 
-def _cross(key_width: int = WIDTH, value_width: int = WIDTH) -> Case:
+def _cross(key_width: int = WIDTH, value_width: int = WIDTH) -> ZooCase:
     query, key = torch.randn(TOKENS, BATCH, WIDTH), torch.randn(MEMORY, BATCH, key_width)
     return _call(query, key, key if value_width == key_width else torch.randn(MEMORY, BATCH, value_width))
 
 
-def _asking(inputs: Callable[[], Case], **asked: bool) -> Case:
+def _asking(inputs: Callable[[], ZooCase], **asked: bool) -> ZooCase:
     case = inputs()
     return _call(*case.args, **case.kwargs, **asked)
 
 
-MULTIHEAD: list[tuple[str, dict[str, Any], Callable[[], Case]]] = [
+MULTIHEAD: list[tuple[str, dict[str, Any], Callable[[], ZooCase]]] = [
     ("self", {}, partial(_alone, False)),
     ("batch_first", dict(batch_first=True), partial(_alone, True)),
     ("no_bias", dict(bias=False), partial(_alone, False)),
@@ -158,16 +163,16 @@ def _whole() -> nn.Module:
     return nn.Transformer(**_layer_options(), num_encoder_layers=LAYERS, num_decoder_layers=LAYERS)
 
 
-def _source(**kwargs: Callable[[], Any]) -> Case:
+def _source(**kwargs: Callable[[], Any]) -> ZooCase:
     return _call(torch.randn(BATCH, TOKENS, WIDTH), **{name: value() for name, value in kwargs.items()})
 
 
-def _target_and_memory() -> Case:
+def _target_and_memory() -> ZooCase:
     target, memory = torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, MEMORY, WIDTH)
     return _call(target, memory, tgt_mask=causal(), tgt_is_causal=True, memory_key_padding_mask=padding(MEMORY))
 
 
-def _source_and_target() -> Case:
+def _source_and_target() -> ZooCase:
     source, target = torch.randn(BATCH, MEMORY, WIDTH), torch.randn(BATCH, TOKENS, WIDTH)
     return _call(source, target, tgt_mask=causal(), tgt_is_causal=True)  # without the hint, a graph break
 
@@ -218,7 +223,7 @@ class Projections(nn.Module):
         return y
 
 
-class Block(Projections):
+class ResidualBlock(Projections):
     """Attention in a common handwritten style, with a residual."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,12 +232,12 @@ class Block(Projections):
         return x + self.join(scores.softmax(-1) @ v)
 
 
-class Checkpointed(nn.Module):
+class CheckpointedBlocks(nn.Module):
     """Blocks whose activations are recomputed in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(ResidualBlock() for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -309,6 +314,6 @@ def _flex_entries() -> list[Entry]:
 ENTRIES: list[Entry] = [
     *_multihead_entries(),
     *_transformer_entries(),
-    _entry("checkpointed", Checkpointed, _source, LAYERS),
+    _entry("checkpointed", CheckpointedBlocks, _source, LAYERS),
     *_flex_entries(),
 ]

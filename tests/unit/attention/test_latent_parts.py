@@ -88,7 +88,7 @@ def test_products_by_hand_are_those_with_reconstructed_keys(means: int) -> None:
 def test_many_queries_attend_to_keys_rotated_back(masks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.codegen import dispatch
 
-    dispatch.install()
+    dispatch.register_kernels()
     monkeypatch.setattr(parts_module, "NUMBERS_AT_ONCE", 1)  # in several parts
     monkeypatch.setattr(parts_module, "LEAST_AT_ONCE", 100)
     given, expected = operands(2, 128, masks)
@@ -97,8 +97,8 @@ def test_many_queries_attend_to_keys_rotated_back(masks: str, monkeypatch: pytes
         key_side=replace(given.key_side, decode=given.key_side.decode.float()),
         value_side=replace(given.value_side, decode=given.value_side.decode.float()),
     )  # fmt: skip
-    with dispatch.waiting(), torch.inference_mode():
-        dispatch.prepare()
+    with dispatch.wait_for_kernels(), torch.inference_mode():
+        dispatch.build_all()
         assert parts_module._reads_finished(single)
         torch.testing.assert_close(attend_parts(single).double(), expected, rtol=1e-4, atol=1e-4)
 

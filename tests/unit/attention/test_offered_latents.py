@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from latent_caches import found_sites, logits
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_llama, token_ids
 
 import fhopt
 from fhopt.cache.latent_cache import LatentCache
@@ -35,7 +35,7 @@ def test_a_compiled_model_that_loses_the_latents_is_refused() -> None:
             step(input_ids=ids[:, :1], **cached(cache), use_cache=True)
 
 
-def test_a_model_without_the_plan_applied_also_attends_to_latents(fitted: Fitted) -> None:
+def test_a_model_without_the_plan_applied_also_attends_to_latents(fitted: FittedModel) -> None:
     """Its own attention gets full-length tensors that hold latents, so results are right with and without a plan."""
     ids = token_ids(2, 60)
     plan = fitted.plan(2)  # small quantization steps: codes of the next layer may round differently

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from paged_plans import LONG, TOKENS, decoded, index_of, kernels, paged
-from small_models import Fitted, tiny_gpt2, token_ids
+from small_models import FittedModel, tiny_gpt2, token_ids
 from torch import Tensor
 
 from fhopt.attention import paged as attention_paged
@@ -21,13 +21,13 @@ from fhopt.ops import page_selection
 
 
 @pytest.fixture(scope="module")
-def double(llama: Fitted) -> Any:
+def double(llama: FittedModel) -> Any:
     """A float64 model, so that every implementation rounds every latent to the same code."""
     return copy.deepcopy(llama.model).double()
 
 
 def test_a_step_selects_some_pages_and_selects_the_same_ones_again(
-    llama: Fitted, double: Any, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, double: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoding the same tokens again selects the same pages, only some of them, and differs from dense attention."""
     plan, ids, seen = paged(llama.plan(4)), token_ids(2, LONG), []
@@ -48,7 +48,7 @@ def test_a_step_selects_some_pages_and_selects_the_same_ones_again(
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
-def test_left_padding_is_never_attended_to(llama: Fitted, double: Any, fill: bool) -> None:
+def test_left_padding_is_never_attended_to(llama: FittedModel, double: Any, fill: bool) -> None:
     plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(2, LONG)
     mask = torch.ones_like(ids)
     mask[0, :70] = 0
@@ -67,7 +67,7 @@ def test_left_padding_is_never_attended_to(llama: Fitted, double: Any, fill: boo
     torch.testing.assert_close(run(other), run(ids), rtol=1e-5, atol=1e-5)
 
 
-def test_one_latent_for_keys_and_values_is_paged_too(gpt2: Fitted) -> None:
+def test_one_latent_for_keys_and_values_is_paged_too(gpt2: FittedModel) -> None:
     plan = gpt2.plan(2, "input")
     assert all(site.is_shared for site in plan.sites)
     ids, model = token_ids(1, LONG), copy.deepcopy(tiny_gpt2()).double()
@@ -76,7 +76,7 @@ def test_one_latent_for_keys_and_values_is_paged_too(gpt2: Fitted) -> None:
     assert bool(found.isfinite().all()) and float((found - dense).abs().max()) > 1e-6
 
 
-def test_all_pages_are_dense_attention_to_the_bit(llama: Fitted) -> None:
+def test_all_pages_are_dense_attention_to_the_bit(llama: FittedModel) -> None:
     plan, ids = llama.plan(4), token_ids(1, LONG)
     whole = paged(plan, share=1.0)
     with kernels(True):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_plans import index_of, paged, sketch
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 from torch import Tensor
 
 from fhopt.attention import paged as attention_paged
@@ -80,7 +80,7 @@ def test_no_logit_is_larger_than_what_its_sketch_allows(seed: int, size: float, 
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.5])
-def test_sketches_do_not_depend_on_how_tokens_are_split_into_calls(llama: Fitted, limit: float) -> None:
+def test_sketches_do_not_depend_on_how_tokens_are_split_into_calls(llama: FittedModel, limit: float) -> None:
     plan = paged(llama.plan(4, window_bits=16), limit=limit)
     site, tokens = plan.sites[0], (torch.randn(2, 2, 90, 16), torch.randn(2, 2, 90, 16))
     growing, whole, single = (
@@ -102,7 +102,7 @@ def test_sketches_do_not_depend_on_how_tokens_are_split_into_calls(llama: Fitted
 
 
 @pytest.mark.parametrize("kind", ["growing", "static"])
-def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, kind: str) -> None:
+def test_sketches_stay_right_through_crops_beams_and_selection(llama: FittedModel, kind: str) -> None:
     plan = paged(llama.plan(4, window_bits=16))
     site = plan.sites[0]
     layer = LatentLayer(plan, site) if kind == "growing" else StaticLatentLayer(plan, site, 120)
@@ -134,7 +134,7 @@ def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, ki
     grow(60)
 
 
-def test_the_mean_of_values_follows_what_happens_to_a_cache(llama: Fitted) -> None:
+def test_the_mean_of_values_follows_what_happens_to_a_cache(llama: FittedModel) -> None:
     """Quantized blocks, reordering, crop and copy: the same outputs as when the mean is recomputed at every step."""
     plan, ids = paged(llama.plan(4), share=0.25, fill=True), token_ids(3, 180)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_models import forward, with_backend
-from small_models import Fitted, found, tiny_llama, token_ids
+from small_models import FittedModel, found, tiny_llama, token_ids
 
 import fhopt
 from fhopt.backend.compile import last_outcome
@@ -47,7 +47,7 @@ def test_weights_may_change_after_compilation() -> None:
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_a_plan_of_another_model_is_refused_by_the_compiler_too(llama: Fitted) -> None:
+def test_a_plan_of_another_model_is_refused_by_the_compiler_too(llama: FittedModel) -> None:
     from fhopt.plan.fingerprint import fingerprint
 
     plan = llama.plan(4)
@@ -73,14 +73,14 @@ def other_weights(model: Any) -> Any:
     return other
 
 
-def with_prints(fitted: Fitted, plan: LatentPlan) -> LatentPlan:
+def with_prints(fitted: FittedModel, plan: LatentPlan) -> LatentPlan:
     """Return the plan as `fhopt.fit` would make it, with fingerprints of each site's weights."""
     weights, sites = dict(fitted.model.named_parameters()), [s.site for s in plan.sites]
     return plan.with_provenance(weights=weight_prints(weights, sites))
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_layers_that_share_a_graph_get_their_own_bases(llama: Fitted) -> None:
+def test_layers_that_share_a_graph_get_their_own_bases(llama: FittedModel) -> None:
     """Dynamo compiles one graph for all layers; their bases and bit groups differ."""
     model, plan, ids = copy.deepcopy(llama.model), with_prints(llama, llama.plan(4)), token_ids(1, 60)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_layers_that_share_a_graph_get_their_own_bases(llama: Fitted) -> None:
 
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("prints", [True, False], ids=["of the plan", "of the first call"])
-def test_weights_that_the_plan_was_not_fitted_for_run_exactly_with_a_warning(llama: Fitted, prints: bool) -> None:
+def test_weights_that_the_plan_was_not_fitted_for_run_exactly_with_a_warning(llama: FittedModel, prints: bool) -> None:
     model, ids, plan = copy.deepcopy(llama.model), token_ids(1, 60), llama.plan(4)
     compiled = with_backend(model, plan=with_prints(llama, plan) if prints else plan)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_weights_that_the_plan_was_not_fitted_for_run_exactly_with_a_warning(lla
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_trusted_weights_keep_the_plan(llama: Fitted) -> None:
+def test_trusted_weights_keep_the_plan(llama: FittedModel) -> None:
     model, ids = other_weights(llama.model), token_ids(1, 60)
     compiled = with_backend(model, plan=with_prints(llama, llama.plan(4)), weights="trust")
     with torch.no_grad():

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from compiled_models import forward, with_backend
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 from fhopt.backend.compile import last_outcome
 from fhopt.plan.latent_plan import LatentPlan
@@ -32,7 +32,7 @@ def test_checkpoints_save_memory_in_training_and_are_rewritten_otherwise(trainin
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_a_plan_stays_in_use_during_training(llama: Fitted) -> None:
+def test_a_plan_stays_in_use_during_training(llama: FittedModel) -> None:
     model, ids = copy.deepcopy(llama.model).train(), token_ids(1, 60)
     compiled = with_backend(model, plan=llama.plan(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -70,7 +70,7 @@ def test_gradients_enabled_within_a_graph_are_not_lost() -> None:
 
 
 @pytest.mark.slow
-def test_caches_of_compiled_graphs_know_the_plan(llama: Fitted) -> None:
+def test_caches_of_compiled_graphs_know_the_plan(llama: FittedModel) -> None:
     """AOTAutograd's cache hits for the same plan, and misses for another plan of the same shapes."""
     from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_cache

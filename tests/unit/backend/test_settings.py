@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from compiled_models import forward, with_backend
-from small_models import Fitted, tiny_gpt2, token_ids
+from small_models import FittedModel, tiny_gpt2, token_ids
 
 
 @pytest.mark.slow
-def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: Fitted, tmp_path: Path) -> None:
+def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: FittedModel, tmp_path: Path) -> None:
     path = str(llama.plan(1).save(tmp_path / "plan"))
     compiled = with_backend(llama.model, plan=path, max_autotune=False)
     with torch.no_grad():
@@ -21,7 +21,7 @@ def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: Fitted
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_a_plan_that_fits_nothing_warns_once_or_refuses_when_strict(llama: Fitted) -> None:
+def test_a_plan_that_fits_nothing_warns_once_or_refuses_when_strict(llama: FittedModel) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -42,7 +42,7 @@ def test_a_wrong_plan_option_is_one_clear_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
-def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_old_one(llama: Fitted, tmp_path: Path) -> None:
+def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_old_one(llama: FittedModel, tmp_path: Path) -> None:
     path = llama.plan(1).save(tmp_path / "plan")
     compiled = with_backend(llama.model, plan=str(path))
     with torch.no_grad():

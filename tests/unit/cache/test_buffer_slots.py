@@ -12,7 +12,7 @@ from buffered_decoder import (
     CLOSE,
     D,
     G,
-    Reference,
+    LatentReference,
     caches,
     call,
     coded_plan,
@@ -30,7 +30,7 @@ from fhopt.cache import buffer_slots
 from fhopt.cache.store import Bases
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.module_buffer import Places
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
 
 pytestmark = pytest.mark.usefixtures("traced_only")
@@ -90,7 +90,7 @@ def test_a_lossy_plan_gives_what_static_latent_layers_give(window_bits: int, tie
     model, ids = decoder(), words(90)
     is_one = tiers is None
     plan = one_latent_plan(model, window_bits) if is_one else coded_plan(model, tiers, window_bits=window_bits)
-    reference, plain = Reference(copy.deepcopy(model), plan), copy.deepcopy(model)
+    reference, plain = LatentReference(copy.deepcopy(model), plan), copy.deepcopy(model)
     compiled, errors = compiled_with(model, plan), []
     for start, stop in [(0, 40), *((t, t + 1) for t in range(40, 60)), (60, 70), (70, 71)]:
         new = ids[:, start:stop]
@@ -133,7 +133,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     places = Places(50, ResidualWindow(sinks=3, recent=6, block=4))
     plan = random_site(CODED if seed % 2 else ())
-    slots, slow = buffer_slots.Slots(plan.key, plan.value, False, places), Written(plan, places)
+    slots, slow = buffer_slots.BufferSlots(plan.key, plan.value, False, places), Written(plan, places)
     slots.place(*[Bases(side.encode, side.decode) for side in (plan.key, plan.value)])
     blank = torch.zeros(1, G, places.tokens, D, dtype=torch.float64)
     slots.start(blank, blank)
@@ -155,7 +155,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
         assert latents.positions[latents.positions >= 0].unique().numel() == (latents.positions >= 0).sum()
 
 
-def random_site(tiers: tuple[Tier, ...]) -> SitePlan:
+def random_site(tiers: tuple[BitGroup, ...]) -> SitePlan:
     generator = torch.Generator().manual_seed(3)
 
     def basis() -> Tensor:

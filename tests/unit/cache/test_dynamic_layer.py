@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from naive import naive_code, naive_round
-from small_models import Fitted
+from small_models import FittedModel
 from torch import Tensor
 
 from fhopt.cache.dynamic_layer import LatentLayer
@@ -128,7 +128,7 @@ def run_states(plan: LatentPlan) -> None:
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama: Fitted, ratio: float) -> None:
+def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama: FittedModel, ratio: float) -> None:
     run_states(replace(llama.plan(ratio), sites=llama.plan(ratio).sites[:1]))
 
 

@@ -12,7 +12,7 @@ import torch
 from generation import MODES, cache_of, generate
 from hand_plans import CODED, random_plan
 from latent_caches import gpt2_with_biases, logits, shared
-from small_models import Fitted, cached, found, token_ids
+from small_models import FittedModel, cached, found, token_ids
 from torch import Tensor
 
 import fhopt
@@ -33,7 +33,7 @@ def test_a_plan_may_be_the_path_of_one(tmp_path: Path) -> None:
             LatentCache(wrong)  # type: ignore[arg-type]
 
 
-def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:
+def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: FittedModel) -> None:
     ids = token_ids(16, 80)  # random: with so few, a KL of 0.07 changes the mean by 0.01 either way
     exact = score(llama.model, ids, None).nats
     for ratio, bound in ((1, 1e-5), (4, 0.05)):
@@ -66,7 +66,7 @@ def test_keys_and_values_from_one_latent_survive_a_crop(absorb: bool) -> None:
 # ---- wrong use
 
 
-def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -> None:
+def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: FittedModel) -> None:
     layer = LatentLayer(llama.plan(4), llama.plan(4).sites[0], absorb=False)
     layer.update(torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16))
     state = [t.clone() for t in layer.tensors]
@@ -83,7 +83,7 @@ def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -
     assert all(torch.equal(a, b) for a, b in zip(layer.tensors, state, strict=True))
 
 
-def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays_empty(llama: Fitted) -> None:
+def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays_empty(llama: FittedModel) -> None:
     cache = LatentCache(replace(llama.plan(4), sites=llama.plan(4).sites[:1]))
     with torch.no_grad():
         for _ in range(2):
@@ -95,7 +95,7 @@ def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays
     assert [row["kind"] for row in cache.report()] == ["band", "exact"]
 
 
-def test_a_cache_with_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
+def test_a_cache_with_the_plan_of_another_model_is_refused(llama: FittedModel, gpt2: FittedModel) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     cache = LatentCache(gpt2.plan(4))
     with torch.no_grad(), pytest.raises(FhoptError, match="plan for another model"):
@@ -106,7 +106,7 @@ def test_a_cache_with_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: 
     assert cache.get_seq_length() == 0
 
 
-def test_a_cache_continues_in_its_first_dtype(llama: Fitted) -> None:
+def test_a_cache_continues_in_its_first_dtype(llama: FittedModel) -> None:
     cache = LatentCache(llama.plan(4))
     with torch.no_grad():
         llama.model(token_ids(1, 60), **cached(cache))
@@ -132,7 +132,7 @@ def test_layers_of_a_model_that_is_spread_over_devices_stay_where_their_tokens_a
     assert [{t.device.type for t in layer.tensors} for layer in cache.layers] == [{"cpu"}, {"meta"}]
 
 
-def test_a_copy_of_a_cache_is_independent_and_shares_the_bases(llama: Fitted) -> None:
+def test_a_copy_of_a_cache_is_independent_and_shares_the_bases(llama: FittedModel) -> None:
     """transformers' documentation reuses a prompt by copy.deepcopy."""
     cache, ids = LatentCache(llama.plan(4)), token_ids(1, 60)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_copy_of_a_cache_is_independent_and_shares_the_bases(llama: Fitted) ->
 # ---- found in a review
 
 
-def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
+def test_a_dropped_cache_is_freed_at_once(llama: FittedModel) -> None:
     import gc
     import weakref
 
@@ -198,7 +198,7 @@ def layer_keys(plan: LatentPlan, keys: Tensor, values: Tensor) -> LatentCache:
     return cache
 
 
-def test_latents_have_the_calibration_energy_on_such_text_and_more_on_other(llama: Fitted) -> None:
+def test_latents_have_the_calibration_energy_on_such_text_and_more_on_other(llama: FittedModel) -> None:
     plan = llama.plan(4)
     cache = LatentCache(plan)
     fhopt.apply(llama.model, plan)
@@ -211,7 +211,7 @@ def test_latents_have_the_calibration_energy_on_such_text_and_more_on_other(llam
     assert quiet is not None and loud == pytest.approx(9 * quiet, rel=1e-3)
 
 
-def test_energy_is_unknown_for_few_tokens_unquantized_latents_and_after_a_reset(llama: Fitted) -> None:
+def test_energy_is_unknown_for_few_tokens_unquantized_latents_and_after_a_reset(llama: FittedModel) -> None:
     plan, many = llama.plan(4), torch.randn(1, 2, 480, 16)
     assert layer_keys(plan, many[:, :, :200], many[:, :, :200]).latent_energy is None
     cache = layer_keys(plan, many, many)
@@ -222,7 +222,7 @@ def test_energy_is_unknown_for_few_tokens_unquantized_latents_and_after_a_reset(
     assert LatentCache(random_plan("head", ())).latent_energy is None
 
 
-def test_it_warns_once_of_out_of_distribution_text(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_warns_once_of_out_of_distribution_text(llama: FittedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhopt.system._warned", set())
     plan, many = llama.plan(4), torch.randn(1, 2, 480, 16)
     with pytest.warns(RuntimeWarning, match=r"unlike what the plan was calibrated on.* times the energy"):

@@ -13,7 +13,7 @@ from generation import MODES, batch_of, cache_of, generate
 from latent_caches import found_sites, gpt2_with_biases, shared
 from padded_batches import alone, call, divergence, padded, read
 from paged_plans import paged
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_llama, token_ids
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -36,7 +36,7 @@ SEGMENT = 64
 
 
 @pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     return llama.plan(8, mean_tokens=16)
 
 
@@ -60,7 +60,7 @@ def filled(plan: LatentPlan, model: Any, lengths: tuple[int, ...], **options: An
 
 @KINDS
 def test_attention_sinks_are_the_first_tokens_of_each_sequence(
-    options: dict[str, int], llama: Fitted, plan: LatentPlan
+    options: dict[str, int], llama: FittedModel, plan: LatentPlan
 ) -> None:
     layer, keys, values = filled(plan, llama.model, LENGTHS, **options)
     for window, x in ((layer.window_keys, keys), (layer.window_values, values)):
@@ -70,7 +70,7 @@ def test_attention_sinks_are_the_first_tokens_of_each_sequence(
 
 
 @KINDS
-def test_means_are_computed_per_sequence(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+def test_means_are_computed_per_sequence(options: dict[str, int], llama: FittedModel, plan: LatentPlan) -> None:
     layer, keys, values = filled(plan, llama.model, LENGTHS, **options)
     for mean, x in zip(layer.means.parts, (keys, values), strict=True):
         for row, length in enumerate(LENGTHS):
@@ -81,7 +81,7 @@ def test_means_are_computed_per_sequence(options: dict[str, int], llama: Fitted,
 
 @KINDS
 def test_prompts_shorter_than_the_attention_sinks_take_means_of_later_tokens(
-    options: dict[str, int], llama: Fitted, plan: LatentPlan
+    options: dict[str, int], llama: FittedModel, plan: LatentPlan
 ) -> None:
     layer, keys, _ = filled(plan, llama.model, (70, 2), **options)
     assert torch.equal(layer.window_keys.parts[0][1, :, :2], keys[1, :, -2:])
@@ -98,7 +98,7 @@ def test_prompts_shorter_than_the_attention_sinks_take_means_of_later_tokens(
 @KINDS
 @pytest.mark.parametrize("window_bits", [8, 16])
 def test_keys_and_values_are_attended_to_in_order_of_position(
-    window_bits: int, options: dict[str, int], llama: Fitted
+    window_bits: int, options: dict[str, int], llama: FittedModel
 ) -> None:
     plan = llama.plan(1, window_bits=window_bits)
     layer, keys, values = filled(plan, llama.model, (*LENGTHS, 2), absorb=False, **options)
@@ -107,7 +107,7 @@ def test_keys_and_values_are_attended_to_in_order_of_position(
         torch.testing.assert_close(found[:, :, : x.shape[2]], x, rtol=0.0, atol=1e-4 if kept[1] < 0 else 0.05)
 
 
-def test_without_padding_no_padding_state_is_stored(llama: Fitted, plan: LatentPlan) -> None:
+def test_without_padding_no_padding_state_is_stored(llama: FittedModel, plan: LatentPlan) -> None:
     ids, mask = padded((60, 60), 20)
     found, cache = read(llama.model, plan, (ids, mask), 20)
     with torch.no_grad(), switched(llama.model, plan):
@@ -120,7 +120,7 @@ def test_without_padding_no_padding_state_is_stored(llama: Fitted, plan: LatentP
         assert one.regions() == other.regions()
 
 
-def test_its_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
+def test_its_bytes_are_counted(llama: FittedModel, plan: LatentPlan) -> None:
     (_, with_padding), (_, without) = (read(llama.model, plan, padded(n), 0) for n in ((70, 21), (70, 70)))
     numbers = 2 * 3 * 8  # three int64 per sequence
     assert with_padding.nbytes - without.nbytes == len(with_padding.layers) * numbers
@@ -133,7 +133,7 @@ def test_its_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
 @pytest.mark.parametrize("window_bits", [8, 16])
 @pytest.mark.parametrize("lengths", [LENGTHS, (90, 26, 41)])
 def test_a_short_sequence_gives_the_same_results_as_without_padding(
-    lengths: tuple[int, ...], window_bits: int, options: dict[str, int], llama: Fitted
+    lengths: tuple[int, ...], window_bits: int, options: dict[str, int], llama: FittedModel
 ) -> None:
     """Equal up to rounding if padding is whole blocks; otherwise other tokens are the newest of a block.
 
@@ -156,7 +156,7 @@ def test_a_short_sequence_gives_the_same_results_as_without_padding(
 
 @KINDS
 @torch.no_grad()
-def test_segments_begin_where_position_counting_begins(options: dict[str, Any], llama: Fitted) -> None:
+def test_segments_begin_where_position_counting_begins(options: dict[str, Any], llama: FittedModel) -> None:
     """Without position ids, the model's positions count padding; those of `generate` do not."""
     plan, (ids, mask) = in_parts(llama.plan(8, mean_tokens=16)), padded((120, 40))
     errors, counted = [], {"position_ids": (mask.cumsum(1) - 1).clamp(0)}
@@ -172,7 +172,7 @@ def test_segments_begin_where_position_counting_begins(options: dict[str, Any], 
     assert 0 < errors[0] < 1.2 * errors[1] and errors[1] < 1.2 * errors[0]
 
 
-def test_greedy_tokens_at_8x_are_those_of_each_sequence_without_padding(llama: Fitted, plan: LatentPlan) -> None:
+def test_greedy_tokens_at_8x_are_those_of_each_sequence_without_padding(llama: FittedModel, plan: LatentPlan) -> None:
     ids, mask = padded((70, 46, 22))  # padding in whole blocks
     with switched(llama.model, plan):
         found = generate(llama.model, MODES["greedy"], ids, attention_mask=mask).sequences[:, -24:]
@@ -187,7 +187,7 @@ def test_greedy_tokens_at_8x_are_those_of_each_sequence_without_padding(llama: F
 
 @pytest.mark.parametrize("mode", [m for m in MODES if batch_of(m) > 1 and "custom_generate" not in MODES[m]])
 @pytest.mark.parametrize("kind", ["full width", "one latent"])
-def test_latents_of_full_width_generate_the_exact_tokens(kind: str, mode: str, llama: Fitted) -> None:
+def test_latents_of_full_width_generate_the_exact_tokens(kind: str, mode: str, llama: FittedModel) -> None:
     model, plan = (llama.model, llama.plan(1)) if kind == "full width" else (gpt2_with_biases(), shared())
     ids, mask = padded((50, 23))
     expected = generate(model, MODES[mode], ids, attention_mask=mask)
@@ -200,7 +200,7 @@ def test_latents_of_full_width_generate_the_exact_tokens(kind: str, mode: str, l
 
 
 @pytest.mark.parametrize("mode", ["chunked prefill", "static chunked prefill"])
-def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mode: str, llama: Fitted) -> None:
+def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mode: str, llama: FittedModel) -> None:
     ids, mask = padded((50, 45, 20))  # chunks of 13 tokens
     expected = generate(llama.model, MODES["greedy"], ids, attention_mask=mask)
     with switched(llama.model, llama.plan(1)):
@@ -211,7 +211,7 @@ def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mod
 
 
 @KINDS
-def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: Fitted, plan: LatentPlan) -> None:
+def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: FittedModel, plan: LatentPlan) -> None:
     """Segments and means are those of the unpadded sequence; its first tokens are quantized because it has no sinks."""
     ids, mask = padded((110, 21))
     cache = LatentCache(in_parts(plan), llama.model.config, **options)
@@ -242,7 +242,7 @@ def test_models_with_explicit_attention_attend_in_order_of_position(attention: s
 
 @KINDS
 @pytest.mark.parametrize("absorb", [True, False])
-def test_a_second_turn_continues_after_the_first(absorb: bool, options: dict[str, int], llama: Fitted) -> None:
+def test_a_second_turn_continues_after_the_first(absorb: bool, options: dict[str, int], llama: FittedModel) -> None:
     ids, mask = padded(LENGTHS, 50)
     with torch.no_grad():
         expected = call(llama.model, (ids, mask), (0, 120), None).logits[:, 70:]
@@ -256,7 +256,7 @@ def test_a_second_turn_continues_after_the_first(absorb: bool, options: dict[str
 
 @KINDS
 def test_without_a_mask_later_tokens_see_the_padding_as_in_an_exact_cache(
-    options: dict[str, int], llama: Fitted
+    options: dict[str, int], llama: FittedModel
 ) -> None:
     ids, mask = padded(LENGTHS, 10)
     outputs = []
@@ -268,7 +268,7 @@ def test_without_a_mask_later_tokens_see_the_padding_as_in_an_exact_cache(
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_selected_pages_contain_no_padding(share: float, llama: Fitted) -> None:
+def test_selected_pages_contain_no_padding(share: float, llama: FittedModel) -> None:
     plan, batch = paged(llama.plan(4), share), padded((140, 61), 20)
     found, cache = read(llama.model, plan, batch, 20)
     other = batch[0].clone()
@@ -280,7 +280,7 @@ def test_selected_pages_contain_no_padding(share: float, llama: Fitted) -> None:
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_compiled_steps_support_it_and_other_padding_needs_no_other_graph(
-    segments: bool, llama: Fitted, plan: LatentPlan
+    segments: bool, llama: FittedModel, plan: LatentPlan
 ) -> None:
     model, plan = llama.model, in_parts(plan) if segments else plan
     compiled: Any = torch.compile(model, backend="eager", dynamic=False)
@@ -304,7 +304,7 @@ def test_compiled_steps_support_it_and_other_padding_needs_no_other_graph(
     assert graphs[0] == graphs[1]
 
 
-def test_compiled_steps_continue_after_reordering_sequences(llama: Fitted, plan: LatentPlan) -> None:
+def test_compiled_steps_continue_after_reordering_sequences(llama: FittedModel, plan: LatentPlan) -> None:
     """Beam search reorders after each step; the graph then recomputes the rotations of keys and queries."""
     model, plan = llama.model, in_parts(plan)
     compiled: Any = torch.compile(model, backend="eager", dynamic=False)
@@ -327,7 +327,9 @@ def test_compiled_steps_continue_after_reordering_sequences(llama: Fitted, plan:
 
 @KINDS
 @torch.no_grad()
-def test_a_graph_of_the_whole_model_knows_positions_but_not_padding(options: dict[str, Any], llama: Fitted) -> None:
+def test_a_graph_of_the_whole_model_knows_positions_but_not_padding(
+    options: dict[str, Any], llama: FittedModel
+) -> None:
     """Tokens are not reordered in it; keys are as accurate as in an uncompiled call."""
     model, plan, (ids, mask) = llama.model, in_parts(llama.plan(8, mean_tokens=16)), padded((120, 40))
     positions = (mask.cumsum(1) - 1).clamp(0)
@@ -351,7 +353,7 @@ def test_a_graph_of_the_whole_model_knows_positions_but_not_padding(options: dic
 
 
 @KINDS
-def test_padding_moves_with_its_sequence(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+def test_padding_moves_with_its_sequence(options: dict[str, int], llama: FittedModel, plan: LatentPlan) -> None:
     order = torch.tensor([2, 0, 2])
     ids, mask = padded(LENGTHS, LATER)
     expected, _ = read(llama.model, plan, (ids[order], mask[order]), LATER, **options)
@@ -362,7 +364,7 @@ def test_padding_moves_with_its_sequence(options: dict[str, int], llama: Fitted,
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 1:], **CLOSE)
 
 
-def test_padding_is_repeated_and_selected(llama: Fitted, plan: LatentPlan) -> None:
+def test_padding_is_repeated_and_selected(llama: FittedModel, plan: LatentPlan) -> None:
     _, cache = read(llama.model, plan, padded(LENGTHS), 0)
     ahead = [[[0, 4, 0]], [[24, 4, 24]], [[49, 4, 49]]]
     cache.batch_repeat_interleave(2)
@@ -375,7 +377,7 @@ def test_padding_is_repeated_and_selected(llama: Fitted, plan: LatentPlan) -> No
 
 
 @KINDS
-def test_a_reset_cache_reads_the_padding_again(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+def test_a_reset_cache_reads_the_padding_again(options: dict[str, int], llama: FittedModel, plan: LatentPlan) -> None:
     batch, outputs = padded((70, 70), 5), []
     for before in ((70, 70), (70, 21)):
         with switched(llama.model, plan):
@@ -389,7 +391,7 @@ def test_a_reset_cache_reads_the_padding_again(options: dict[str, int], llama: F
 
 @KINDS
 @pytest.mark.parametrize("target", [75, 60, 51, 40, 10, 2, 0])
-def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama: Fitted) -> None:
+def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama: FittedModel) -> None:
     """Crop at token 53, after the sinks of the shortest sequence, and before them."""
     ids, mask = padded((*LENGTHS, 2), 30)
     first = torch.cat([ids[:, :target], token_ids(4, 80 - target)], 1)
@@ -411,7 +413,7 @@ def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama
 
 
 @KINDS
-def test_saved_caches_include_it(options: dict[str, int], llama: Fitted, plan: LatentPlan, tmp_path: Path) -> None:
+def test_saved_caches_include_it(options: dict[str, int], llama: FittedModel, plan: LatentPlan, tmp_path: Path) -> None:
     ids, mask = padded(LENGTHS, 10)
     expected, _ = read(llama.model, plan, (ids, mask), 10, **options)
     _, cache = read(llama.model, plan, (ids[:, :70], mask[:, :70]), 0, **options)
@@ -425,7 +427,7 @@ def test_saved_caches_include_it(options: dict[str, int], llama: Fitted, plan: L
     "wrong",
     [torch.tensor([[[-1, 4, 0]], [[49, 4, 0]]]), torch.tensor([[[0, 4, 0]], [[90, 4, 0]]]), torch.zeros(1, 1, 3)],
 )
-def test_invalid_padding_is_refused(wrong: Tensor, llama: Fitted, plan: LatentPlan) -> None:
+def test_invalid_padding_is_refused(wrong: Tensor, llama: FittedModel, plan: LatentPlan) -> None:
     _, cache = read(llama.model, plan, padded((70, 21)), 0)
     state = cache.layers[0].state()
     state["parts"][PADDING] = [wrong]
@@ -449,7 +451,7 @@ def test_padding_is_derived_from_masks_of_every_kind() -> None:
         assert padding_ahead(given) is None
 
 
-def test_the_padding_of_another_batch_is_not_used(llama: Fitted, plan: LatentPlan) -> None:
+def test_the_padding_of_another_batch_is_not_used(llama: FittedModel, plan: LatentPlan) -> None:
     site = plan.sites[0].site
     for batch, tokens in ((3, 70), (2, 69)):
         layer = LatentCache(plan, llama.model.config).layers[0]

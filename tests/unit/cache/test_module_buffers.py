@@ -11,7 +11,7 @@ from buffered_decoder import (
     SLOTS,
     D,
     G,
-    Reference,
+    LatentReference,
     caches,
     call,
     coded_plan,
@@ -133,7 +133,7 @@ def test_loaded_buffers_are_taken_over() -> None:
 def test_two_modules_and_two_plans_do_not_mix() -> None:
     first, second, ids = decoder(), decoder(), words(60)
     plain, plan = copy.deepcopy(first), coded_plan(first)
-    reference = Reference(copy.deepcopy(second), plan)
+    reference = LatentReference(copy.deepcopy(second), plan)
     one, other = compiled_with(first, exact_plan(first)), compiled_with(second, plan)
     for start, stop in [(0, 40), (40, 41), (41, 42)]:
         new = ids[:, start:stop]

@@ -11,7 +11,7 @@ import torch
 from hand_plans import CODED, random_plan
 from latent_caches import coded, gpt2_with_biases, logits, shared
 from model_zoo import huggingface as zoo
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_llama, token_ids
 
 import fhopt
 from fhopt.attention import manual_attention
@@ -51,7 +51,7 @@ def decoding(model: Any, cache: Any, steps: int) -> Callable[[], None]:
 @pytest.mark.parametrize("kernel", ["compiled", "torch"])
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_decoding_never_allocates_keys_or_values_of_full_length(
-    llama: Fitted, static: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, static: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decode past 3,000 tokens, across a block that is quantized, and record every allocation.
 
@@ -59,7 +59,7 @@ def test_decoding_never_allocates_keys_or_values_of_full_length(
     elements per token.
     """
     if kernel == "torch":
-        monkeypatch.setattr(background, "build", build_torch)
+        monkeypatch.setattr(background, "build_kernel", build_torch)
         monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
         monkeypatch.setattr(dispatch, "_kernels", {})
         monkeypatch.setattr(manual_attention, "TILE", 64)
@@ -85,7 +85,9 @@ def test_nor_do_models_with_explicit_attention(name: str, monkeypatch: pytest.Mo
     row = next(m for m in zoo.DECODERS if m.name == name)
     limit = {"max_seq_len": 4096} if name == "mpt" else {}
     model: Any = zoo._make(replace(row, options={**row.options, **limit}), row.implementations[-1])
-    sites = pipeline.find(capture(model, (), {"input_ids": token_ids(1, 9), "use_cache": False}).program).sites
+    sites = pipeline.find_attentions(
+        capture(model, (), {"input_ids": token_ids(1, 9), "use_cache": False}).program
+    ).sites
     plan = coded(fit_plan.exact_plan(sites.values(), recent=8, block=8))
     fhopt.apply(model, plan)
     cache = latent_cache(model)
@@ -100,7 +102,7 @@ def test_nor_do_models_with_explicit_attention(name: str, monkeypatch: pytest.Mo
 # ---- bytes
 
 
-def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
+def test_the_cache_holds_what_the_plan_says(fitted: FittedModel) -> None:
     plan = fitted.plan(4)
     fhopt.apply(fitted.model, plan)
     cache = LatentCache(plan)

@@ -87,7 +87,7 @@ def test_tokens_rounded_into_spare_places_equal_concatenated_ones(
 
 @needs_compiler
 def test_returned_parts_of_a_window_do_not_change_when_tokens_are_appended() -> None:
-    fhopt.codegen.install()
+    fhopt.codegen.register_kernels()
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0])
     parts_after(layer, [30, 1])
@@ -118,7 +118,7 @@ def test_a_cropped_or_reordered_window_is_not_written_in_place() -> None:
 @needs_compiler
 @pytest.mark.parametrize("change", ["each", "crop", "copy"])
 def test_a_changed_window_has_no_reserved_room(change: str) -> None:
-    fhopt.codegen.install()
+    fhopt.codegen.register_kernels()
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0], absorb=True)
     parts_after(layer, [30, 1, 1])
@@ -138,7 +138,7 @@ def test_a_changed_window_has_no_reserved_room(change: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize(("quantized", "moves"), [(300, 64 // 8), (2048, 64 // 32), (6000, 1)])
 def test_a_longer_cache_copies_its_window_less_often(quantized: int, moves: int) -> None:
-    fhopt.codegen.install()
+    fhopt.codegen.register_kernels()
     window = RoundedWindow(ResidualWindow(0, 64, 64, 8))
     window.start(torch.randn(1, 2, 1, 8))
     window.spare = spare_places(quantized, 64)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, cached, token_ids
+from small_models import FittedModel, cached, token_ids
 from torch import Tensor
 
 from fhopt.cache.latent_cache import LatentCache
@@ -23,7 +23,7 @@ COUNT = 16  # that the means are computed from
 
 
 @pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     return llama.plan(4, mean_tokens=COUNT)
 
 
@@ -73,7 +73,9 @@ def test_a_length_on_the_device_gives_the_same_means(calls: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("window_bits", [8, 16])
-def test_attention_adds_the_means_that_reconstructed_keys_and_values_include(llama: Fitted, window_bits: int) -> None:
+def test_attention_adds_the_means_that_reconstructed_keys_and_values_include(
+    llama: FittedModel, window_bits: int
+) -> None:
     plan, ids = llama.plan(4, mean_tokens=COUNT, window_bits=window_bits), token_ids(2, 41)
     absorbed, cache = logits(llama.model, plan, ids)
     plain, _ = logits(llama.model, plan, ids, absorb=False)
@@ -81,21 +83,21 @@ def test_attention_adds_the_means_that_reconstructed_keys_and_values_include(lla
     torch.testing.assert_close(absorbed, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_means_change_what_is_quantized(llama: Fitted, plan: LatentPlan) -> None:
+def test_means_change_what_is_quantized(llama: FittedModel, plan: LatentPlan) -> None:
     ids = token_ids(1, 60)
     with_means, _ = logits(llama.model, plan, ids)
     without, _ = logits(llama.model, replace(plan, mean_tokens=0), ids)
     assert (with_means - without).abs().max() > 1e-3
 
 
-def test_a_static_cache_gives_the_same(llama: Fitted, plan: LatentPlan) -> None:
+def test_a_static_cache_gives_the_same(llama: FittedModel, plan: LatentPlan) -> None:
     ids = token_ids(2, 41)
     growing, _ = logits(llama.model, plan, ids)
     static, _ = logits(llama.model, plan, ids, max_cache_len=64)
     torch.testing.assert_close(static, growing, rtol=1e-4, atol=1e-4)
 
 
-def test_a_constant_offset_of_keys_and_values_costs_no_bits(plan: LatentPlan, llama: Fitted) -> None:
+def test_a_constant_offset_of_keys_and_values_costs_no_bits(plan: LatentPlan, llama: FittedModel) -> None:
     """An offset of any size is subtracted before rounding, in latents and in the 8-bit window, and restored exactly."""
     site = plan.sites[0].site
     common = torch.randn(1, site.kv_heads, 1, site.key_dim)
@@ -117,7 +119,7 @@ def test_a_constant_offset_of_keys_and_values_costs_no_bits(plan: LatentPlan, ll
     assert (errors(replace(plan, mean_tokens=0), 100.0) > 20 * small).all()
 
 
-def test_with_capped_logits_keys_have_no_mean(plan: LatentPlan, llama: Fitted) -> None:
+def test_with_capped_logits_keys_have_no_mean(plan: LatentPlan, llama: FittedModel) -> None:
     first = plan.sites[0]
     capped = replace(plan, sites=(replace(first, site=replace(first.site, softcap=5.0)), *plan.sites[1:]))
     cache = LatentCache(capped, llama.model.config)
@@ -128,7 +130,7 @@ def test_with_capped_logits_keys_have_no_mean(plan: LatentPlan, llama: Fitted) -
 
 
 @pytest.mark.parametrize("length", [None, 64])
-def test_means_move_with_their_sequences(llama: Fitted, plan: LatentPlan, length: int | None) -> None:
+def test_means_move_with_their_sequences(llama: FittedModel, plan: LatentPlan, length: int | None) -> None:
     """Reordering, saved state and copies; a reset cache computes new ones."""
     ids = token_ids(3, 50)
     _, cache = logits(llama.model, plan, ids, max_cache_len=length)
@@ -146,7 +148,7 @@ def test_means_move_with_their_sequences(llama: Fitted, plan: LatentPlan, length
 
 
 @pytest.mark.parametrize("length", [None, 64])
-def test_a_copy_has_its_own_means(llama: Fitted, plan: LatentPlan, length: int | None) -> None:
+def test_a_copy_has_its_own_means(llama: FittedModel, plan: LatentPlan, length: int | None) -> None:
     """Assisted decoding copies the cache: changes of the copy do not affect it, and both give the same logits."""
     ids = token_ids(2, 50)
     _, cache = logits(llama.model, plan, ids, max_cache_len=length)
@@ -159,7 +161,7 @@ def test_a_copy_has_its_own_means(llama: Fitted, plan: LatentPlan, length: int |
     torch.testing.assert_close(found, expected)
 
 
-def test_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
+def test_bytes_are_counted(llama: FittedModel, plan: LatentPlan) -> None:
     ids, size = token_ids(1, 60), 4
     _, cache = logits(llama.model, plan, ids)
     means = sum(2 * p.site.kv_heads * p.site.key_dim * size for p in plan.sites)
@@ -169,7 +171,7 @@ def test_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
     assert cache.nbytes - spare == plan.cache_bytes(60, size)
 
 
-def test_a_plan_with_means_has_the_requested_size(llama: Fitted) -> None:
+def test_a_plan_with_means_has_the_requested_size(llama: FittedModel) -> None:
     plan = llama.plan(5, mean_tokens=COUNT)
     assert plan.ratio(2048) >= 5
 

@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from naive import naive_code, naive_round
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -172,7 +172,7 @@ def in_float64(plan: LatentPlan) -> LatentPlan:
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_static_and_dynamic_caches_give_the_same_logits(fitted: Fitted, ratio: float) -> None:
+def test_static_and_dynamic_caches_give_the_same_logits(fitted: FittedModel, ratio: float) -> None:
     """The window has 16 bits: with 8 bits, dynamic caches quantize rounded tokens and static ones exact tokens.
 
     In float64, so that both round every latent to the same code.
@@ -207,7 +207,7 @@ def test_static_and_dynamic_layers_store_the_same_keys_in_segments() -> None:
     assert error < 1.5  # random bases store little; keys of another segment would be worse than zero
 
 
-def test_a_static_cache_allocates_all_its_places_at_once(llama: Fitted) -> None:
+def test_a_static_cache_allocates_all_its_places_at_once(llama: FittedModel) -> None:
     plan = llama.plan(4, window_bits=16)
     cache = LatentCache(plan, llama.model.config, max_cache_len=400)
     with torch.no_grad():
@@ -221,7 +221,7 @@ def test_a_static_cache_allocates_all_its_places_at_once(llama: Fitted) -> None:
     assert cache.layers[0].capacity == (400 - plan.sinks - plan.recent) // plan.block * plan.block
 
 
-def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_layer_stores_them(llama: Fitted) -> None:
+def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_layer_stores_them(llama: FittedModel) -> None:
     cache = LatentCache(llama.plan(4), llama.model.config, max_cache_len=50)
     with torch.no_grad():
         llama.model(token_ids(1, 45), **cached(cache))
@@ -232,7 +232,7 @@ def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_layer_st
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
 
 
-def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_same_object(llama: Fitted) -> None:
+def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_same_object(llama: FittedModel) -> None:
     from transformers import StaticCache
 
     model, ids = llama.model, token_ids(1, 40)
@@ -246,7 +246,7 @@ def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_same_ob
     assert all(isinstance(layer, StaticLatentLayer) for layer in cache.layers)
 
 
-def test_without_a_plan_applied_a_static_cache_still_works(llama: Fitted) -> None:
+def test_without_a_plan_applied_a_static_cache_still_works(llama: FittedModel) -> None:
     ids = token_ids(1, 60)
     cache = LatentCache(llama.plan(1), llama.model.config, max_cache_len=64, absorb=False)
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_sliding_layers_are_static_too_and_stay_exact() -> None:
     assert not any(isinstance(layer, LatentLayer) for layer in LatentCache(plan, config, max_cache_len=64).layers)
 
 
-def test_an_empty_cache_takes_another_batch_and_a_filled_one_does_not(llama: Fitted) -> None:
+def test_an_empty_cache_takes_another_batch_and_a_filled_one_does_not(llama: FittedModel) -> None:
     cache = LatentCache(llama.plan(1), llama.model.config, max_cache_len=64)
     with torch.no_grad():
         for batch in (2, 3, 1):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small_models import FAR, VOCABULARY, Fitted, numbered, tiny_gpt2, token_ids
+from small_models import FAR, VOCABULARY, FittedModel, numbered, tiny_gpt2, token_ids
 from torch import Tensor
 
 from fhopt.calibration import checkpoint, collect, probe, probed_attention
@@ -35,7 +35,7 @@ def sums(statistics: dict[str, SiteStatistics]) -> list[Tensor]:
     return list(checkpoint.named_moments(statistics).values())
 
 
-def test_moments_and_metrics_sum_over_batches(fitted: Fitted) -> None:
+def test_moments_and_metrics_sum_over_batches(fitted: FittedModel) -> None:
     batches = numbered(2)
 
     def part(chosen: list[Any], **more: Any) -> dict[str, SiteStatistics]:
@@ -48,7 +48,7 @@ def test_moments_and_metrics_sum_over_batches(fitted: Fitted) -> None:
         assert torch.equal(a, d)
 
 
-def test_moments_are_those_of_the_keys_after_the_sinks(llama: Fitted) -> None:
+def test_moments_are_those_of_the_keys_after_the_sinks(llama: FittedModel) -> None:
     """Compare with keys and values recorded in the graph; heads of a latent head are concatenated."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -66,7 +66,7 @@ def test_moments_are_those_of_the_keys_after_the_sinks(llama: Fitted) -> None:
             torch.testing.assert_close(side.moment[0], rows.mT @ rows)
 
 
-def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fitted) -> None:
+def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: FittedModel) -> None:
     """Moments and metrics are both relative, so positions do not exceed those of a segment."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -91,7 +91,7 @@ def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fi
             assert not torch.allclose(total[0], plain.mT @ plain, rtol=1e-3)
 
 
-def test_keys_and_values_without_rotation_are_also_summed_together(fitted: Fitted) -> None:
+def test_keys_and_values_without_rotation_are_also_summed_together(fitted: FittedModel) -> None:
     """Cross moments and both sides' moments form one matrix, which must have no negative direction."""
     for s in fitted.statistics.values():
         if s.site.rope is not None:
@@ -108,7 +108,7 @@ def test_keys_and_values_without_rotation_are_also_summed_together(fitted: Fitte
             assert float(cross.abs().max()) > 0
 
 
-def test_random_choices_depend_only_on_batch_number_and_seed(llama: Fitted) -> None:
+def test_random_choices_depend_only_on_batch_number_and_seed(llama: FittedModel) -> None:
     first, second = numbered(2)
 
     def metrics(batches: list[Any], seed: int = 0) -> Tensor:
@@ -120,12 +120,12 @@ def test_random_choices_depend_only_on_batch_number_and_seed(llama: Fitted) -> N
         assert float((other - both).abs().max() / both.abs().max()) > 0.01
 
 
-def test_a_batch_of_another_shape_is_refused(llama: Fitted) -> None:
+def test_a_batch_of_another_shape_is_refused(llama: FittedModel) -> None:
     with pytest.raises(FhoptError, match=r"input_ids of shape \(1, 95\), expected \(1, 96\)"):
         collect.collect(llama.captured, llama.outcome, numbered(1, 95), **FAR)
 
 
-def test_progress_is_reported_batch_by_batch(llama: Fitted) -> None:
+def test_progress_is_reported_batch_by_batch(llama: FittedModel) -> None:
     done: list[int] = []
     collect.collect(llama.captured, llama.outcome, numbered(2, start=5), done=done.append, **FAR)
     assert done == [5, 6]
@@ -136,7 +136,7 @@ def test_progress_is_reported_batch_by_batch(llama: Fitted) -> None:
 
 @pytest.mark.parametrize("rows", [24, 128])
 def test_the_cost_of_dropping_is_the_square_of_a_sum_over_the_sequence(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch, rows: int
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """For one sequence: ((sum over tokens of g x^T) applied to each channel's direction)^2, by queries.
 
@@ -172,7 +172,7 @@ def test_the_cost_of_dropping_is_the_square_of_a_sum_over_the_sequence(
         assert int(measured.tokens) == 92
 
 
-def test_the_cost_of_one_latent_for_keys_and_values_is_that_of_both_errors_together(gpt2: Fitted) -> None:
+def test_the_cost_of_one_latent_for_keys_and_values_is_that_of_both_errors_together(gpt2: FittedModel) -> None:
     """At 0 bits, one sequence: the effects of a channel on keys and on values are added, then squared."""
     name, layouts = next(iter(gpt2.bases.items()))
     (basis,) = layouts["input"]
@@ -190,13 +190,13 @@ def test_the_cost_of_one_latent_for_keys_and_values_is_that_of_both_errors_toget
     torch.testing.assert_close(costs[name, "input", 0].sums[0][0], direct, rtol=1e-3, atol=1e-5 * float(direct.max()))
 
 
-def test_more_bits_cost_less_from_2_to_8(fitted: Fitted) -> None:
+def test_more_bits_cost_less_from_2_to_8(fitted: FittedModel) -> None:
     for measured in fitted.costs.values():
         totals = [float(measured.sums[b].sum()) for b in (0, 2, 4, 6, 8)]
         assert totals == sorted(totals, reverse=True)
 
 
-def test_costs_sum_over_batches(llama: Fitted) -> None:
+def test_costs_sum_over_batches(llama: FittedModel) -> None:
     batches, bases = numbered(2), fit_bases(llama.statistics, context=96)
 
     def measured(*parts: list[Any]) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ def test_costs_sum_over_batches(llama: Fitted) -> None:
         assert torch.equal(total, parts[name]) and total.any(), name
 
 
-def test_costs_of_a_bfloat16_model_are_those_of_latents_in_float32(llama: Fitted) -> None:
+def test_costs_of_a_bfloat16_model_are_those_of_latents_in_float32(llama: FittedModel) -> None:
     x, gradient = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(2))
     basis = llama.bases[SITE]["band"][0]
     one, two = (SideCosts({bits: torch.zeros_like(basis.variance) for bits in (0, 8)}) for _ in range(2))
@@ -283,7 +283,7 @@ def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None
     options = {} if kind in ("bidirectional",) else {"use_cache": False}
     captured = capture(model, (), example | options)
     assert captured.is_logits == (kind != "bidirectional")  # BERT without a head returns hidden states
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     statistics = collect.collect(captured, outcome, enumerate([example, inputs()]), **FAR)
     assert len(statistics) == count
     for s in statistics.values():
@@ -294,7 +294,7 @@ def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None
                 assert bool(matrix.isfinite().all()) and float(matrix.abs().max()) > 0
     bases = fit_bases(statistics, context=64, tokens=2048)
     costs = collect.measure_costs(captured, outcome, [(2, inputs())], bases, allocation.STEPS, **FAR)
-    plan = fit_plan.fit(statistics, bases=bases, costs=costs, ratio=4, tokens=2048, recent=8, block=8)
+    plan = fit_plan.fit_ratio(statistics, bases=bases, costs=costs, ratio=4, tokens=2048, recent=8, block=8)
     assert 4 <= plan.ratio(2048) < 5
     assert math.isfinite(plan.provenance["predicted_nats"])
 

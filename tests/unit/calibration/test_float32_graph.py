@@ -35,7 +35,7 @@ def small(kind: str) -> nn.Module:
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     captured = capture(model, (), batch)
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     return ProbedGraph(captured, outcome).run(batch, PlanAttention(None))
 
 

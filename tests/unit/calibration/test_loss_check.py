@@ -12,7 +12,7 @@ import torch
 from interrupted_calibration import OPTIONS, sequences
 from needs import needs_compiler
 from offloaded_models import offloaded
-from small_models import FAR, Fitted, found, numbered, tiny_llama, token_ids
+from small_models import FAR, FittedModel, found, numbered, tiny_llama, token_ids
 
 from fhopt import codegen
 from fhopt.calibration import loss_check, probe, run
@@ -29,7 +29,7 @@ TEXT = [("one", {"input_ids": token_ids(1, 96)})]
 
 
 @pytest.mark.parametrize("options", [{"window_bits": 8, "mean_tokens": 16}, {"window_bits": 16}, {"layout": "auto"}])
-def test_losses_are_those_of_the_real_cache(llama: Fitted, options: dict[str, Any]) -> None:
+def test_losses_are_those_of_the_real_cache(llama: FittedModel, options: dict[str, Any]) -> None:
     """Compare with a real cache, called in steps of 8 tokens with a window of 8 to 15: equal only approximately."""
     plan = llama.plan(4, **options)
     model = probe.probed(llama.captured, llama.outcome)
@@ -39,14 +39,14 @@ def test_losses_are_those_of_the_real_cache(llama: Fitted, options: dict[str, An
     assert real / 1.6 < check.measured[0] < real * 1.6
 
 
-def test_an_exact_plan_loses_nothing(llama: Fitted) -> None:
+def test_an_exact_plan_loses_nothing(llama: FittedModel) -> None:
     plan = exact_plan(llama.outcome.sites.values(), sinks=4, recent=8, block=8)
     model = probe.probed(llama.captured, llama.outcome)
     (check,) = check_losses(model, TEXT, [(0.0, plan)], 8)
     assert 0 <= check.measured[0] < 1e-9  # float32 sums in another order
 
 
-def test_attention_without_a_plan_equals_the_model(llama: Fitted) -> None:
+def test_attention_without_a_plan_equals_the_model(llama: FittedModel) -> None:
     model = probe.probed(llama.captured, llama.outcome)
     exact = model.run(TEXT[0][1], loss_check.PlanAttention(None))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_attention_without_a_plan_equals_the_model(llama: Fitted) -> None:
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("masked", ["causal", "bool", "additive", "none"])
 def test_kernels_attend_with_one_softmax_over_all_parts(
-    llama: Fitted, masked: str, extra: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, masked: str, extra: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = llama.outcome.sites[next(iter(llama.outcome.sites))]
     q, k = torch.randn(2, site.heads, 60, site.key_dim), torch.randn(2, site.kv_heads, 60, site.key_dim)
@@ -68,7 +68,7 @@ def test_kernels_attend_with_one_softmax_over_all_parts(
     further = torch.randn(1, site.heads, 1, 1) if extra else None
     attention = loss_check.PlanAttention(llama.plan(4, window_bits=8, mean_tokens=16), 12)
     options: dict[str, Any] = {"scale": 0.2, "is_causal": masked == "causal", "softcap": softcap}
-    codegen.install()
+    codegen.register_kernels()
     used, by_kernels = list[bool](), loss_check._attended_by_kernels
 
     def watched(*args: Any) -> torch.Tensor | None:
@@ -77,13 +77,13 @@ def test_kernels_attend_with_one_softmax_over_all_parts(
         return output
 
     monkeypatch.setattr(loss_check, "_attended_by_kernels", watched)
-    with codegen.waiting():
+    with codegen.wait_for_kernels():
         found = [attention.attend(site, q, k, v, mask, further, **options) for _ in range(2)]
     assert used == [True, False]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_dispatched_model_is_checked_like_one_in_memory(llama: Fitted, tmp_path: Path) -> None:
+def test_a_dispatched_model_is_checked_like_one_in_memory(llama: FittedModel, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     away = find_dispatched(offloaded(tmp_path / "model"), TEXT[0][1])
     losses = [
@@ -93,7 +93,7 @@ def test_a_dispatched_model_is_checked_like_one_in_memory(llama: Fitted, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_a_calibration_stores_its_checks_and_its_plans_have_an_interval(llama: Fitted, tmp_path: Path) -> None:
+def test_a_calibration_stores_its_checks_and_its_plans_have_an_interval(llama: FittedModel, tmp_path: Path) -> None:
     steps: list[tuple[str, int]] = []
     held_out = [(f"text {i}", batch) for i, batch in numbered(2, start=50)]
     data = CalibrationData(llama.captured, sequences(), name="tiny", held_out=held_out)
@@ -111,7 +111,7 @@ def test_a_calibration_stores_its_checks_and_its_plans_have_an_interval(llama: F
     assert loss.interval[0] < check.measured[0] < loss.interval[1]
 
 
-def test_a_calibration_without_held_out_text_has_no_checks(llama: Fitted) -> None:
+def test_a_calibration_without_held_out_text_has_no_checks(llama: FittedModel) -> None:
     measured = run.calibrate(CalibrationData(llama.captured, sequences(), {}, "tiny"), OPTIONS)
     loss = expected_loss(run.plan_from_calibration(measured, OPTIONS))
     assert CHECKS not in measured.provenance and loss is not None and loss.interval is None
@@ -145,7 +145,7 @@ def test_tokens_masked_in_both_contribute_no_divergence() -> None:
 
 
 def test_losses_of_a_16_bit_model_are_those_of_its_weights_in_float32(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama().to(torch.bfloat16)
     plans = [(0.01, llama.plan(2.2))]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, numbered
+from small_models import FittedModel, numbered
 from torch import Tensor, nn
 
 from fhopt.calibration import probe as calibration_probe
@@ -17,7 +17,7 @@ SITE = "model.layers.1.self_attn"
 
 
 @pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min])
-def test_a_mask_of_large_finite_values_hides_like_infinite_ones(llama: Fitted, hidden: float) -> None:
+def test_a_mask_of_large_finite_values_hides_like_infinite_ones(llama: FittedModel, hidden: float) -> None:
     """A fully masked query has no weights in either."""
     allowed = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
     allowed[0, :, :, :6] = False  # padding, whose queries are fully masked
@@ -37,7 +37,7 @@ def test_a_mask_of_large_finite_values_hides_like_infinite_ones(llama: Fitted, h
 
 
 @pytest.mark.parametrize("change", ["another mask", "written to", "causal"])
-def test_tiles_of_a_mask_are_reused_while_the_mask_is_unchanged(llama: Fitted, change: str) -> None:
+def test_tiles_of_a_mask_are_reused_while_the_mask_is_unchanged(llama: FittedModel, change: str) -> None:
     """Layers with the same mask share its tiles; a mask that was written to counts as another."""
     site = next(iter(llama.outcome.sites.values()))
     q, k, v = (torch.randn(1, heads, 20, 16) for heads in (4, 2, 2))
@@ -55,7 +55,7 @@ def test_tiles_of_a_mask_are_reused_while_the_mask_is_unchanged(llama: Fitted, c
     assert not torch.allclose(out, first)
 
 
-def test_the_metric_consists_of_gradients_of_the_random_score(llama: Fitted) -> None:
+def test_the_metric_consists_of_gradients_of_the_random_score(llama: FittedModel) -> None:
     """Compare with each sequence's gradient by the last layer's values, with no query in the window: recent is 0."""
     seen: list[Tensor] = []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from interrupted_calibration import measure
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_llama, token_ids
 
 import fhopt
 from fhopt.calibration import run
@@ -21,12 +21,12 @@ from fhopt.evaluation.prefilled import prefilled
 from fhopt.plan.latent_plan import LatentPlan
 
 
-def test_no_batch_at_all_is_refused(llama: Fitted) -> None:
+def test_no_batch_at_all_is_refused(llama: FittedModel) -> None:
     with pytest.raises(FhoptError, match="no calibration batch"):
         measure(llama.captured, count=0)
 
 
-def test_batches_that_leave_none_for_choosing_bits_are_refused(llama: Fitted) -> None:
+def test_batches_that_leave_none_for_choosing_bits_are_refused(llama: FittedModel) -> None:
     with pytest.raises(FhoptError, match="bits are chosen by others"):
         measure(llama.captured, count=6)
 
@@ -34,7 +34,7 @@ def test_batches_that_leave_none_for_choosing_bits_are_refused(llama: Fitted) ->
 OPTIONS = FitOptions(sequences=3, rate_sequences=2, sinks=4, recent=8, block=8, tokens=2048, mean_tokens=16)
 
 
-def test_plans_have_means_if_statistics_are_of_differences_from_them(llama: Fitted) -> None:
+def test_plans_have_means_if_statistics_are_of_differences_from_them(llama: FittedModel) -> None:
     """Their moments differ; calibration of arbitrary modules subtracts none, even if requested."""
     torch.manual_seed(0)
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
@@ -55,7 +55,7 @@ def test_plans_have_means_if_statistics_are_of_differences_from_them(llama: Fitt
     assert run.plan_from_calibration(module, OPTIONS).mean_tokens == 0
 
 
-def test_small_plans_have_trellis_codes_if_supported(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_plans_have_trellis_codes_if_supported(llama: FittedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
     weights = dict(llama.model.named_parameters())
@@ -81,7 +81,7 @@ def test_small_plans_have_trellis_codes_if_supported(llama: Fitted, monkeypatch:
     assert not has_trellis(measured) and has_trellis(measured, device="cpu")
 
 
-def test_keys_are_relative_to_segments_in_plans_with_means(llama: Fitted) -> None:
+def test_keys_are_relative_to_segments_in_plans_with_means(llama: FittedModel) -> None:
     """Such a plan can be saved, with its description."""
     torch.manual_seed(0)
     batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]

@@ -22,7 +22,7 @@ Seen = dict[str, tuple[Tensor, ...]]
 
 def watched(model: nn.Module, inputs: dict[str, Any]) -> tuple[Captured, Outcome]:
     captured = capture(model, (), inputs)
-    return captured, pipeline.find(captured.program)
+    return captured, pipeline.find_attentions(captured.program)
 
 
 def gradients(captured: Captured, outcome: Outcome, batches: Any) -> Seen:
@@ -53,7 +53,7 @@ def test_a_transformer_is_cut_where_only_its_residual_stream_is_live() -> None:
     captured, outcome = watched(tiny_llama(num_hidden_layers=4), {**numbered(1)[0][1], "use_cache": False})
     graph = captured.program.graph
     result: Any = graph.output_node().args[0][captured.result]  # type: ignore[index]
-    parts = segments.cut(graph, outcome.sites, result)
+    parts = segments.split_graph(graph, outcome.sites, result)
     assert len(parts) == 4
     assert [len(part.variables) for part in parts] == [0, 1, 1, 1]
     assert parts[-1].outputs == (result,)
@@ -109,11 +109,11 @@ def test_a_graph_that_changes_tensors_in_place_is_left_whole() -> None:
     graph = captured.program.graph
     result: Any = graph.output_node().args[0][captured.result]  # type: ignore[index]
     in_place = [node for node in graph.nodes if segments.changes_inputs(node)]
-    assert len(segments.cut(graph, outcome.sites, result)) == (1 if in_place else 2)
+    assert len(segments.split_graph(graph, outcome.sites, result)) == (1 if in_place else 2)
     node = next(n for n in graph.nodes if n.name in outcome.sites)
     with graph.inserting_after(node):
         graph.call_method("add_", (node, 1))
-    assert len(segments.cut(graph, outcome.sites, result)) == 1
+    assert len(segments.split_graph(graph, outcome.sites, result)) == 1
 
 
 def test_only_one_segment_has_its_activations_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

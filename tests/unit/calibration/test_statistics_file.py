@@ -9,7 +9,7 @@ import pytest
 import torch
 from interrupted_calibration import OPTIONS, sequences
 from safetensors.torch import load_file, save_file
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.calibration import run, statistics_file
 from fhopt.calibration.data import CalibrationData
@@ -20,7 +20,7 @@ LAYOUTS = ("input", "band", "identity", "head")
 
 
 @pytest.fixture(scope="module")
-def measured(llama: Fitted) -> run.Calibration:
+def measured(llama: FittedModel) -> run.Calibration:
     weights = dict(llama.model.named_parameters())
     return run.calibrate(CalibrationData(llama.captured, sequences(), weights, "tiny"), OPTIONS, layouts=LAYOUTS)
 
@@ -67,7 +67,7 @@ def test_a_file_from_before_segments_has_statistics_of_unsegmented_keys(
     assert run.plan_from_calibration(old, replace(OPTIONS, ratio=4.0)).segment == 0
 
 
-def test_one_calibration_gives_the_same_plans_as_separate_ones(llama: Fitted, file: Path) -> None:
+def test_one_calibration_gives_the_same_plans_as_separate_ones(llama: FittedModel, file: Path) -> None:
     weights = dict(llama.model.named_parameters())
     for layout, device, ratio in (("auto", None, 4.0), ("auto", "h100", 2.0), ("head", None, 4.0)):
         options = replace(OPTIONS, ratio=ratio, layout=layout, device=device, segment=512)

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from small_models import Fitted
+from small_models import FittedModel
 from text_models import ROOT, save_plan, save_text_model
 
 PROGRAM = """
@@ -54,7 +54,7 @@ HF = "pip install 'fhopt[hf]'"
 
 
 @pytest.fixture(scope="module")
-def results(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+def results(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
     """Run all commands in one process; return exit code, exception and standard error of each."""
     folder = tmp_path_factory.mktemp("bare")
     names = {"plan": save_plan(folder / "plan", llama), "model": save_text_model(folder / "model"), "out": folder / "o"}

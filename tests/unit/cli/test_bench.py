@@ -15,7 +15,7 @@ from command_models import call
 from gguf_models import save_text_gguf
 from needs import needs_compiler
 from rich.console import Console
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
 from fhopt.inspection.tables import parts_table, throughput_table
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_text_model(tmp_path_factory.mktemp("model"), None)
 
 
-def test_json_has_a_row_for_each_context_batch_and_cache(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_json_has_a_row_for_each_context_batch_and_cache(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     plans = [str(save_plan(tmp_path / name, llama)) for name in ("a", "b")]
     picture = tmp_path / "plot.svg"
     options = [*QUICK, "--plan", plans[0], "--plan", plans[1], "--batches", "1,2", "-o", str(picture), "--json"]
@@ -66,7 +66,7 @@ def test_a_table_is_printed_and_the_contexts_end_with_the_model(folder: Path) ->
 
 
 @needs_compiler
-def test_step_parts_are_printed_on_request(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_step_parts_are_printed_on_request(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     sizes = ("--contexts", "200", "--decode", "20", "--rounds", "1")
     options = ("bench", str(folder), *sizes, "--plan", str(save_plan(tmp_path / "a", llama)))
     plain, parts, as_json = call(*options), call(*options, "--parts"), call(*options, "--json")
@@ -81,14 +81,16 @@ def test_step_parts_are_printed_on_request(folder: Path, llama: Fitted, tmp_path
     assert exact["step_milliseconds"] is None and plan["step_milliseconds"]["attention"] > 0
 
 
-def test_plans_of_the_same_name_are_distinguished_by_their_paths(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_plans_of_the_same_name_are_distinguished_by_their_paths(
+    folder: Path, llama: FittedModel, tmp_path: Path
+) -> None:
     plans = [str(save_plan(tmp_path / name / "plan", llama)) for name in ("a", "b")]
     result = call("bench", str(folder), *QUICK, "--plan", plans[0], "--plan", plans[1], "--json")
     assert [r["cache"] for r in json.loads(result.stdout)["rows"][:3]] == ["exact", *plans]
 
 
 def test_a_plan_may_have_the_name_of_the_exact_cache(
-    folder: Path, llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, llama: FittedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_plan(tmp_path / "exact", llama)
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, start
 
 from fhopt.cli.app import main
@@ -38,7 +38,7 @@ def talk(folder: Path, *arguments: object, lines: str) -> Result:
     return CliRunner().invoke(main, words, input=lines)
 
 
-def test_each_piped_line_is_a_turn_on_the_same_cache(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_each_piped_line_is_a_turn_on_the_same_cache(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     plan = save_plan(tmp_path / "plan", llama)
     result = talk(folder, "--plan", plan, "--json", lines="hello\n\nand then\n")
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_models import call, save_tiny_model
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.cli.fit import _show_device, _show_plan
 from fhopt.fitting import fit_plan
@@ -53,7 +53,7 @@ SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--re
 
 
 def test_sizes_are_those_of_the_context_that_a_plan_is_made_for(
-    llama: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: FittedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = llama.plan(4)
     _show_plan(plan, 512, tmp_path, {}, True)
@@ -105,6 +105,6 @@ def test_it_warns_of_a_plan_that_is_slow_on_a_cpu(
     kv_heads: int, layout: str, told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = AttentionSite("a", {}, "self", 16, kv_heads, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")
-    plan = fit_plan.fit(empty_statistics([site]), ratio=4, layout=layout, context=64)
+    plan = fit_plan.fit_ratio(empty_statistics([site]), ratio=4, layout=layout, context=64)
     _show_device(plan, 8192, as_json=False)
     assert ("1 of 1 sites have one latent for all kv heads" in capsys.readouterr().out) is told

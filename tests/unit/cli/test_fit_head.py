@@ -12,8 +12,8 @@ from command_models import save_tiny_model
 from needs import needs_compiler
 
 from fhopt.cli.app import main
-from fhopt.lm_head import api
-from fhopt.lm_head.evaluate import measure
+from fhopt.lm_head import apply_head, fit_head, head_report
+from fhopt.lm_head.evaluate import measure_head
 from fhopt.lm_head.head import Head
 from fhopt.lm_head.options import FILES, HeadOptions
 from fhopt.models.loader import load_model
@@ -39,8 +39,8 @@ def test_a_model_gets_a_working_head(tmp_path: Path) -> None:
     ids = torch.randint(1, 40, (1, 9))
     with torch.no_grad():
         expected = model(ids).logits[:, -1].argmax(-1)
-        assert torch.equal(api.apply(model, head)(ids, logits_to_keep=1).logits[:, -1].argmax(-1), expected)
-    assert api.report(model).rows == 1
+        assert torch.equal(apply_head(model, head)(ids, logits_to_keep=1).logits[:, -1].argmax(-1), expected)
+    assert head_report(model).rows == 1
 
 
 @pytest.mark.slow
@@ -78,8 +78,8 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_on_a_real_model_the_search_is_certain_and_loads_a_seventh() -> None:
     loaded = load_model("demo")
-    head = api.fit(loaded, HeadOptions(sequences=6, iterations=3))
-    found = measure(loaded, head, ("topics", "source"), 512, 256)
+    head = fit_head(loaded, HeadOptions(sequences=6, iterations=3))
+    found = measure_head(loaded, head, ("topics", "source"), 512, 256)
     assert found.agreement_percent == 100 and found.certified_percent > 98
     assert found.probed_agreement_percent > 99
     assert found.bytes_per_row < found.dense_bytes_per_row / 5

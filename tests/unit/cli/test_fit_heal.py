@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_models import call, save_tiny_model
 from healed_plans import CONTEXT, COUNT, loaded
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("without_compiling")
 
 
 @pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     return llama.plan(8.0)
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from command_models import call
 from gguf_models import save_text_gguf
 from rewritten_folders import written
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
 from fhopt.cli.app import main
@@ -64,7 +64,9 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(folder: Path, tmp_pat
         assert piped.stdout == expected, piped.output
 
 
-def test_json_has_text_speed_and_bytes_against_the_exact_cache(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_json_has_text_speed_and_bytes_against_the_exact_cache(
+    folder: Path, llama: FittedModel, tmp_path: Path
+) -> None:
     plan = str(save_plan(tmp_path / "plan", llama))
     result = call("generate", str(folder), "hello " * 20, "--plan", plan, "--max-new-tokens", "30", "--json")
     assert result.exit_code == 0, result.output
@@ -77,7 +79,7 @@ def test_json_has_text_speed_and_bytes_against_the_exact_cache(folder: Path, lla
     assert "x plan: " in lines and "in float32" in lines and "smaller" in lines
 
 
-def test_the_plan_of_a_rewritten_folder_is_applied(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_the_plan_of_a_rewritten_folder_is_applied(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     written(tmp_path / "new", llama.model, llama.plan(4), source=folder)
     save_text_model(tmp_path / "texts")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -14,7 +14,7 @@ from costed_plan import SITE
 
 from fhopt.cli.app import main
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 
 def call(*arguments: str) -> Result:
@@ -48,7 +48,7 @@ def test_a_plan_is_shown_for_an_exported_program_as_for_its_module(importable: s
     module, arguments = encoder()
     torch.export.save(torch.export.export(module.eval(), arguments), tmp_path / "encoder.pt2")
     site = replace(SITE, name="attention", kv_heads=4, key_dim=8, value_dim=8)
-    key, value = (SidePlan(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8), (Tier(4, 8, 1.0),)) for _ in range(2))
+    key, value = (SidePlan(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8), (BitGroup(4, 8, 1.0),)) for _ in range(2))
     folder = LatentPlan((SitePlan(site, "identity", key, value),), 4, 64, 64).save(tmp_path / "plan")
     shown = []
     for model in (importable, str(tmp_path / "encoder.pt2")):

@@ -11,7 +11,7 @@ import pytest
 from character_tokenizer import characters
 from click.testing import CliRunner
 from rich.console import Console
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 from fhopt.cli.app import main
 from fhopt.evaluation.tasks import TASKS
@@ -20,7 +20,7 @@ from fhopt.inspection.tables import evaluation_tables
 from fhopt.models.loader import load_model
 from fhopt.models.rewritten_folder import read_folder
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.quality_card import card
+from fhopt.plan.quality_card import quality_card
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_wrong_input_gets_one_line_with_a_fix(case: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     llama.plan(4).save(tmp_path / "plan")
     options = ["--plan", tmp_path / "plan", "--data", "license", "--context", 200, "--sequences", 2]
     options += ["--tasks", "all", "--items", 1, "--lengths", "400,450"]
@@ -81,13 +81,13 @@ def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, 
     assert table.exit_code == 0 and "Perplexity" in table.stdout and "arithmetic" in table.stdout
 
 
-def test_measurements_are_stored_in_the_plan_and_shown(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_measurements_are_stored_in_the_plan_and_shown(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     llama.plan(4).save(tmp_path / "plan")
     options = ["--plan", tmp_path / "plan", "--data", "license", "--context", 150, "--json"]
     options += ["--tasks", "perplexity,copy", "--items", 1, "--lengths", 400]
     found = json.loads(call(folder, *options, "--record").stdout)
     plan = LatentPlan.load(tmp_path / "plan")
-    (text,), (task,) = card(plan).texts, card(plan).tasks
+    (text,), (task,) = quality_card(plan).texts, quality_card(plan).tasks
     assert text.name == "license" and text.kl == found["perplexity"]["license"]["kl"] > 0
     assert (task.name, task.items) == ("copy", 1) and plan.digest() == llama.plan(4).digest()
     table = CliRunner().invoke(main, ["inspect", str(folder), "--plan", str(tmp_path / "plan")])
@@ -95,13 +95,13 @@ def test_measurements_are_stored_in_the_plan_and_shown(folder: Path, llama: Fitt
 
 
 def test_a_rewritten_folder_opens_after_its_plan_has_recorded_and_accepts_no_other(
-    folder: Path, llama: Fitted, tmp_path: Path
+    folder: Path, llama: FittedModel, tmp_path: Path
 ) -> None:
     rewritten = tmp_path / "rewritten"
-    rewrite_folder.rewrite(load_model(str(folder)), llama.plan(4), rewritten, folder)
+    rewrite_folder.rewrite_folder(load_model(str(folder)), llama.plan(4), rewritten, folder)
     result = call(rewritten, "--plan", rewritten / "plan", "--data", "license", "--context", 150, "--record")
     assert result.exit_code == 0, result.output
-    assert [text.name for text in card(read_folder(rewritten).plan).texts] == ["license"]
+    assert [text.name for text in quality_card(read_folder(rewritten).plan).texts] == ["license"]
     for command in (["fit", "demo"], ["heal", "demo", "--plan", str(rewritten / "plan")]):
         refused = CliRunner().invoke(main, [*command, "-o", str(rewritten / "plan")])
         assert refused.exit_code == 2 and "is the plan of the rewritten model" in refused.stderr, refused.output

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from command_models import call
 from rewritten_folders import written
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from text_models import save_plan, save_text_model
 
-from fhopt.cli.text_model import read_plan, statistics
+from fhopt.cli.text_model import read_model_plan, statistics
 from fhopt.errors import FhoptError
 from fhopt.hf.streaming import Generated
 from fhopt.plan.fingerprint import fingerprint
@@ -45,7 +45,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, llama: Fitted) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory, llama: FittedModel) -> dict[str, Path]:
     path = tmp_path_factory.mktemp("models")
     other = tiny_llama()
     for weight in other.parameters():
@@ -83,18 +83,18 @@ def test_options_that_need_no_tensors_are_refused_without_torch(folders: dict[st
         assert done.returncode == 2 and done.stdout.strip() == "False", (case, done.stderr)
 
 
-def test_a_rewritten_folder_brings_its_plan(llama: Fitted, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_rewritten_folder_brings_its_plan(llama: FittedModel, folders: dict[str, Path], tmp_path: Path) -> None:
     plan = llama.plan(4)
     written(tmp_path / "new", llama.model, plan)
-    found = read_plan(str(tmp_path / "new"), None)
+    found = read_model_plan(str(tmp_path / "new"), None)
     assert found is not None and found.digest() == plan.digest()
-    assert read_plan(str(tmp_path / "new"), None, exact=True) is None
-    assert read_plan(str(folders["chatty"]), None) is None
-    given = read_plan(str(folders["chatty"]), tmp_path / "new")
+    assert read_model_plan(str(tmp_path / "new"), None, exact=True) is None
+    assert read_model_plan(str(folders["chatty"]), None) is None
+    given = read_model_plan(str(folders["chatty"]), tmp_path / "new")
     assert given is not None and given.digest() == plan.digest()
     save_plan(tmp_path / "plan", llama)
     with pytest.raises(FhoptError, match="expected one of the two"):
-        read_plan(str(tmp_path / "new"), tmp_path / "plan", exact=True)
+        read_model_plan(str(tmp_path / "new"), tmp_path / "plan", exact=True)
 
 
 def test_statistics_are_short_lines() -> None:

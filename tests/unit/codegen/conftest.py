@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fhopt.codegen import build
+from fhopt.codegen import build, build_kernel
 from fhopt.codegen.background import Builder
 
-BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
 
@@ -22,8 +21,8 @@ def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})
     monkeypatch.setattr(DISPATCH, "builder", Builder(waits=True))
-    build.cache_clear()
-    BUILD._library.cache_clear()
+    build_kernel.cache_clear()
+    build._library.cache_clear()
     yield
-    build.cache_clear()
-    BUILD._library.cache_clear()
+    build_kernel.cache_clear()
+    build._library.cache_clear()

@@ -163,7 +163,7 @@ def test_every_spec_is_served_once_the_kernel_library_is_built(monkeypatch: pyte
     may = threading.Event()
     monkeypatch.setattr(background, "load_library", lambda: may.wait(30))
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
-    monkeypatch.setattr(background, "build", build_torch)
+    monkeypatch.setattr(background, "build_kernel", build_torch)
     builder = Builder()
     assert builder.kernel(SPEC) is None
     may.set()

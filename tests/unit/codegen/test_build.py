@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from attention_cases import CASES, HALVES, LONGEST, UNCODED, Case
+from attention_cases import CASES, HALVES, LONGEST, UNCODED, KernelCase
 from needs import needs_compiler
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.compiler import find_compiler, native_flag
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
@@ -26,19 +26,21 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize("target", ["cpp", "torch"])
 def test_the_same_spec_gives_the_same_bytes(target: str) -> None:
-    texts = {name: render(case.spec(), target) for name, case in CASES.items()}
-    assert texts == {name: render(case.spec(), target) for name, case in CASES.items()}
+    texts = {name: render_kernel(case.spec(), target) for name, case in CASES.items()}
+    assert texts == {name: render_kernel(case.spec(), target) for name, case in CASES.items()}
     assert len(set(texts.values())) == len(texts)
     assert str(ROOT) not in "".join(texts.values())
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), Case(LONGEST, LONGEST, 1, 1, 1, 1, 1)], ids=[*CASES, "longest"])
-def test_a_generated_torch_file_passes_its_linter(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", [*CASES.values(), KernelCase(LONGEST, LONGEST, 1, 1, 1, 1, 1)], ids=[*CASES, "longest"]
+)
+def test_a_generated_torch_file_passes_its_linter(case: KernelCase, tmp_path: Path) -> None:
     ruff = shutil.which("ruff") or shutil.which("ruff", path=str(Path(sys.executable).parent))
     if ruff is None:
         pytest.skip("ruff is not installed")
     path, config = tmp_path / "kernel.py", ROOT / "pyproject.toml"
-    path.write_text(render(case.spec(), "torch"))
+    path.write_text(render_kernel(case.spec(), "torch"))
     for command in (
         ["check", "--ignore", "D4"],
         ["format", "--check"],
@@ -53,7 +55,7 @@ def test_a_generated_cpp_file_compiles_without_a_warning(flag: str, tmp_path: Pa
     if flag != native_flag() and platform.machine() != "x86_64":
         pytest.skip("flags of x86-64")
     path = tmp_path / "kernel.cpp"
-    path.write_text(render(Case(HALVES, LONGEST, 1, 1, 1, 1, 1, softcap=4.0).spec(), "cpp"))
+    path.write_text(render_kernel(KernelCase(HALVES, LONGEST, 1, 1, 1, 1, 1, softcap=4.0).spec(), "cpp"))
     assert max(map(len, path.read_text().splitlines())) <= 120
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi")  # no OpenMP; no AVX
     command = [find_compiler(), "-std=c++17", flag, *warnings, "-fsyntax-only", str(path)]
@@ -63,14 +65,14 @@ def test_a_generated_cpp_file_compiles_without_a_warning(flag: str, tmp_path: Pa
 
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(FhoptError, match=r"no renderer for 'fortran'.*cpp, torch"):
-        render(CASES["one token"].spec(), "fortran")
+        render_kernel(CASES["one token"].spec(), "fortran")
 
 
 @pytest.mark.parametrize("target", ["cpp", "torch"])
 @pytest.mark.parametrize("bits", [3, 5, 6])
 def test_a_file_contains_code_only_for_its_planes(target: str, bits: int) -> None:
     tiers: Tiers = ((bits, 8, 0.3),)
-    text = render(KernelSpec(tiers, UNCODED, 8, 8, "float32", False), target)
+    text = render_kernel(KernelSpec(tiers, UNCODED, 8, 8, "float32", False), target)
     assert "3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2" in text  # the header documents the format
     if target == "cpp":
         assert f"{{{bits}, 8, 0.3}},\n" in text
@@ -93,4 +95,4 @@ def test_a_spec_without_kernel_support_is_refused(
     target: str, tiers: Tiers, width: int, dtype: str, reason: str
 ) -> None:
     with pytest.raises(FhoptError, match=reason):
-        render(KernelSpec(tiers, tiers, width, width, dtype, False), target)
+        render_kernel(KernelSpec(tiers, tiers, width, width, dtype, False), target)

@@ -14,7 +14,7 @@ import pytest
 from attention_cases import CASES, assert_same, expected, inputs
 from needs import needs_compiler
 
-from fhopt.codegen import build
+from fhopt.codegen import build, build_kernel
 from fhopt.codegen.build import build_cpp
 from fhopt.codegen.compiler import find_compiler, vector_unit
 from fhopt.hardware.this_cpu import vector_units
@@ -22,7 +22,6 @@ from fhopt.hardware.this_cpu import vector_units
 pytestmark = pytest.mark.usefixtures("nothing_built")
 
 ROOT = Path(__file__).resolve().parents[3]
-BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 COMPILER = importlib.import_module("fhopt.codegen.compiler")
 
 
@@ -33,7 +32,7 @@ def test_without_a_compiler_the_torch_kernel_runs_and_says_so_once(
     for name in ("9 heads read one latent", "one token"):
         case = CASES[name]
         x = inputs(case)
-        assert_same(build(case.spec())(*x, None, **case.options()), expected(case, x, None))
+        assert_same(build_kernel(case.spec())(*x, None, **case.options()), expected(case, x, None))
     messages = [str(w.message) for w in recwarn if "No C++ compiler was found" in str(w.message)]
     assert len(messages) == 1
     assert "Install g++" in messages[0]
@@ -48,7 +47,7 @@ def test_after_a_failed_compilation_the_torch_kernel_runs(tmp_path: Path, monkey
     case = CASES["one token"]
     x = inputs(case)
     with pytest.warns(RuntimeWarning, match="refused a generated file: no vectors here"):
-        kernel = build(case.spec())
+        kernel = build_kernel(case.spec())
     assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
     assert not list((tmp_path / "cache").glob("*.so"))
 
@@ -78,7 +77,7 @@ def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
 @needs_compiler
 def test_a_cached_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     build_cpp(CASES["one token"].spec())
-    BUILD._library.cache_clear()
+    build._library.cache_clear()
     monkeypatch.setattr(COMPILER, "_compile", lambda *_: pytest.fail("compiled again"))
     for case in CASES.values():  # one library contains all
         build_cpp(case.spec())

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, UNCODED, Case, assert_same, expected, inputs
+from attention_cases import CASES, UNCODED, KernelCase, assert_same, expected, inputs
 from needs import needs_compiler
-from small_models import Fitted
+from small_models import FittedModel
 from torch import Tensor
 
 from fhopt.codegen import background
 from fhopt.codegen.build import build_cpp, build_torch
-from fhopt.codegen.dispatch import install, latent_attention
+from fhopt.codegen.dispatch import dispatch_latent_attention, register_kernels
 from fhopt.evaluation.perplexity import switched
 from fhopt.ops import algebra, registry
 from fhopt.ops.latent_attention import LatentKernel
@@ -30,7 +30,7 @@ def read(width: int) -> Tensor:
     """Call the kernel of unquantized rows of this width."""
     rows = torch.randn(1, 1, 3, width)
     options: Any = algebra.uncoded_options()
-    return latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)[0]
+    return dispatch_latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)[0]
 
 
 def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
         kernel = build_torch(spec)
         return lambda *args, **options: used.append(spec) or kernel(*args, **options)  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(background, "build", watched)
+    monkeypatch.setattr(background, "build_kernel", watched)
     monkeypatch.setattr(background, "load_library", lambda: may_build.wait(30))
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
@@ -51,7 +51,7 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
     before = read(12)
     assert not used and not DISPATCH._kernels
     may_build.set()
-    DISPATCH.prepare()
+    DISPATCH.build_all()
     torch.manual_seed(0)
     torch.testing.assert_close(read(12), before)
     assert used == [KernelSpec((), (), 12, 12, "float32", False)] and len(DISPATCH._kernels) == 1
@@ -59,10 +59,10 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
 
 @pytest.mark.parametrize(("ratio", "starts"), [(4.0, 1), (1.0, 0)])
 def test_loading_a_plan_starts_to_build_its_kernels(
-    llama: Fitted, ratio: float, starts: int, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, ratio: float, starts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
-    monkeypatch.setattr("fhopt.codegen.start", lambda: started.append(1))
+    monkeypatch.setattr("fhopt.codegen.start_builds", lambda: started.append(1))
     with switched(llama.model, llama.plan(ratio)):
         assert len(started) == starts
 
@@ -71,7 +71,7 @@ def test_the_op_runs_through_the_kernel_of_its_arguments_once_installed() -> Non
     case = CASES["keys shared by 9 heads, values by 3"]
     x, before = inputs(case), registry.use("latent_attention", "cpu", None)
     try:
-        install()
+        register_kernels()
         found = torch.ops.fhopt.latent_attention(*x, None, **case.options())
     finally:
         registry.use("latent_attention", "cpu", before)
@@ -83,15 +83,15 @@ def test_a_call_that_needs_gradients_runs_the_reference() -> None:
     case = CASES["uncoded, several queries"]
     x = inputs(case)
     x[0].requires_grad_()
-    output, _ = latent_attention(*x, None, **case.options())  # type: ignore[arg-type]
+    output, _ = dispatch_latent_attention(*x, None, **case.options())  # type: ignore[arg-type]
     output.sum().backward()
     assert x[0].grad is not None
 
 
 def test_float64_latents_run_the_reference() -> None:
-    case = Case(UNCODED, UNCODED, 2, 1, 1, 1, 9, dtype=torch.float64)
+    case = KernelCase(UNCODED, UNCODED, 2, 1, 1, 1, 9, dtype=torch.float64)
     x = inputs(case)
-    output, _ = latent_attention(*x, None, **case.options())  # type: ignore[arg-type]
+    output, _ = dispatch_latent_attention(*x, None, **case.options())  # type: ignore[arg-type]
     assert output.dtype == torch.float64
     assert torch.equal(output, expected(case, x, None)[0])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu import prefill
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -28,9 +28,9 @@ SPEC = KernelSpec(
     softcap=True,
 )
 KERNELS: dict[str, Callable[[], str]] = {
-    "eager_attention.py": lambda: render(SPEC, "torch"),
-    "gpu_attention.py": lambda: render(SPEC, "triton"),
-    "gpu_prefill.py": lambda: prefill.render(SPEC),
+    "eager_attention.py": lambda: render_kernel(SPEC, "torch"),
+    "gpu_attention.py": lambda: render_kernel(SPEC, "triton"),
+    "gpu_prefill.py": lambda: prefill.render_prefill(SPEC),
 }
 
 

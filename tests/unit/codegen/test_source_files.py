@@ -38,7 +38,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_placeholder_on_its_own_line_is_replaced_by_whole_lines(package: Path) -> None:
     (package / "lines.py.in").write_text("a = $a\n$lines\nb = 1\n")
-    source = source_files.read_source.__wrapped__("made_kernels", "lines.py.in")
+    source = source_files.read_package_source.__wrapped__("made_kernels", "lines.py.in")
     assert source.substitute(a=1, lines="c\nd\n") == "a = 1\nc\nd\nb = 1\n"
     assert source.substitute(a=1, lines="") == "a = 1\nb = 1\n"
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, found, token_ids
+from small_models import FittedModel, found, token_ids
 from window_models import windowed
 
 import fhopt
-from fhopt.cli.demo_run import break_even, verdict
+from fhopt.cli.demo_run import demo_summary, measured_break_even
 from fhopt.evaluation import decode_speed
 from fhopt.evaluation.perplexity import new_cache
 from fhopt.evaluation.prefilled import PIECE
@@ -18,7 +18,9 @@ from fhopt.fitting import fit_plan
 from fhopt.models.cache_layers import measured_layers
 
 
-def test_a_prompt_is_prefilled_once_for_all_caches_and_lengths(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_prefilled_once_for_all_caches_and_lengths(
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, read = llama.plan(4), []
     forward = llama.model.forward
 
@@ -36,7 +38,7 @@ def test_a_prompt_is_prefilled_once_for_all_caches_and_lengths(llama: Fitted, mo
 
 
 @torch.no_grad()
-def test_timed_steps_leave_a_cache_unchanged(llama: Fitted) -> None:
+def test_timed_steps_leave_a_cache_unchanged(llama: FittedModel) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     try:
         cache = new_cache(llama.model, llama.plan(4))
@@ -65,7 +67,7 @@ def test_the_break_even_is_the_context_from_which_a_plan_is_never_slower(
     ratios: list[float], expected: int | None
 ) -> None:
     speeds = {n: {"exact": 2.0, "plan": 2.0 * r} for n, r in zip((512, 2048, 8000), ratios, strict=True)}
-    assert break_even(speeds) == expected
+    assert measured_break_even(speeds) == expected
 
 
 def test_the_last_line_of_the_demo_says_smaller_faster_same() -> None:
@@ -76,9 +78,9 @@ def test_the_last_line_of_the_demo_says_smaller_faster_same() -> None:
         "answer": {"exact": "Paris.", "plan": "Paris."},
         "perplexity": {"topics": {"exact": 8.0, "plan": 8.008}, "source": {"exact": 8.0, "plan": 7.9}},
     }
-    assert verdict(result) == (
+    assert demo_summary(result) == (
         "4.00x smaller; 2.50x the speed at 8,000 tokens (faster from 8,000 tokens on); the same answer, perplexity at "
         "most +0.10%."
     )
     other = result | {"break_even_tokens": None, "answer": {"exact": "Paris.", "plan": "Rome."}}
-    assert "at no length that was measured" in verdict(other) and "another answer" in verdict(other)
+    assert "at no length that was measured" in demo_summary(other) and "another answer" in demo_summary(other)

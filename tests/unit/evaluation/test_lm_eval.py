@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from character_tokenizer import characters
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.lm_eval import _dtype, harness_model
@@ -48,7 +48,7 @@ def instance(kind: str, *arguments: Any) -> Any:
 
 
 @needs_harness
-def test_likelihoods_are_those_of_the_latent_cache(llama: Fitted) -> None:
+def test_likelihoods_are_those_of_the_latent_cache(llama: FittedModel) -> None:
     plan, tokenizer = llama.plan(4), ended_characters()
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     costs = token_costs(llama.model, ids, plan)
@@ -62,7 +62,7 @@ def test_likelihoods_are_those_of_the_latent_cache(llama: Fitted) -> None:
 
 
 @needs_harness
-def test_padded_contexts_are_continued_like_unpadded_ones(llama: Fitted) -> None:
+def test_padded_contexts_are_continued_like_unpadded_ones(llama: FittedModel) -> None:
     tokenizer = ended_characters()
     how = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
     requests = [instance("generate_until", text, how) for text in (TEXT[:120], TEXT[:77])]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from character_tokenizer import characters
-from small_models import Fitted, cached, found, tiny_llama, token_ids
+from small_models import FittedModel, cached, found, tiny_llama, token_ids
 from window_models import windowed
 
 from fhopt.errors import FhoptError
@@ -39,7 +39,7 @@ def greedy(model: Any, ids: tuple[int, ...], cache: Any, count: int) -> tuple[in
     return tuple(written)
 
 
-def test_the_exact_cache_scores_like_a_full_prefill(llama: Fitted, item: Item) -> None:
+def test_the_exact_cache_scores_like_a_full_prefill(llama: FittedModel, item: Item) -> None:
     scores = prefilled.answers(llama.model, item, [])
     alone = [Item(item.context[:300] + q, a, (0, 1), 300) for q, a in item.questions]
     for (hit, nats), other in zip(scores[:, 0].tolist(), alone, strict=True):
@@ -50,7 +50,7 @@ def test_the_exact_cache_scores_like_a_full_prefill(llama: Fitted, item: Item) -
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_a_plan_answers_like_after_a_prefill_in_one_call(llama: Fitted, item: Item, ratio: int) -> None:
+def test_a_plan_answers_like_after_a_prefill_in_one_call(llama: FittedModel, item: Item, ratio: int) -> None:
     plan = llama.plan(ratio, window_bits=16)
     with switched(llama.model, plan):
         cache = new_cache(llama.model, plan)
@@ -71,7 +71,7 @@ def test_the_same_holds_for_sliding_windows(item: Item) -> None:
     torch.testing.assert_close(scores[:, 1], scores[:, 0], rtol=0, atol=1e-4)
 
 
-def test_each_plan_is_compared_with_the_exact_cache(llama: Fitted, item: Item) -> None:
+def test_each_plan_is_compared_with_the_exact_cache(llama: FittedModel, item: Item) -> None:
     plans = {"exact": llama.plan(1, window_bits=16), "small": llama.plan(4)}
     results = prefilled.ask(llama.model, {"copy": {(309, None): [item, item]}}, plans)
     assert list(results) == ["copy"] and list(results["copy"]) == list(plans)
@@ -81,7 +81,7 @@ def test_each_plan_is_compared_with_the_exact_cache(llama: Fitted, item: Item) -
     assert small.log_prob_change is not None and abs(small.log_prob_change) > 1e-4
 
 
-def test_the_model_is_left_unchanged(llama: Fitted, item: Item) -> None:
+def test_the_model_is_left_unchanged(llama: FittedModel, item: Item) -> None:
     before = llama.model.config._attn_implementation
     prefilled.ask(llama.model, {"copy": {(309, None): [item]}}, {"small": llama.plan(4)})
     assert llama.model.config._attn_implementation == before
@@ -99,7 +99,7 @@ def spelling() -> Iterator[Any]:
     yield characters()
 
 
-def test_all_questions_of_a_context_count(llama: Fitted, spelling: Any) -> None:
+def test_all_questions_of_a_context_count(llama: FittedModel, spelling: Any) -> None:
     tasks = write_items(spelling, ["digits"], SHORT)
     counted = sum(len(item.questions) for items in tasks["digits"].values() for item in items)
     results = prefilled.ask(llama.model, tasks, {"small": llama.plan(4)})

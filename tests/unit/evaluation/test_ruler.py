@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from character_tokenizer import characters
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.ruler import RULER
-from fhopt.evaluation.task_choice import choose
+from fhopt.evaluation.task_choice import parse_tasks
 from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, run_tasks, write_items
 from fhopt.texts import tokens
 
@@ -213,15 +213,15 @@ def test_a_text_without_a_rare_word_is_refused(tokenizer: Any, monkeypatch: pyte
 
 
 def test_ruler_expands_to_its_tasks_and_all_to_the_others() -> None:
-    assert choose("ruler") == list(RULER) and choose("all") == ["perplexity", *TASKS]
-    assert choose("ruler,all, copy") == ["perplexity", *TASKS, *RULER] and not RULER.keys() & TASKS.keys()
-    assert choose("long_copy,passkey,question") == ["passkey", "question", "long_copy"]
+    assert parse_tasks("ruler") == list(RULER) and parse_tasks("all") == ["perplexity", *TASKS]
+    assert parse_tasks("ruler,all, copy") == ["perplexity", *TASKS, *RULER] and not RULER.keys() & TASKS.keys()
+    assert parse_tasks("long_copy,passkey,question") == ["passkey", "question", "long_copy"]
     with pytest.raises(FhoptError, match=r"unknown task 'squad'; .*, long_copy, all, ruler, with commas") as found:
-        choose("ruler,squad")
+        parse_tasks("ruler,squad")
     assert len(str(found.value).splitlines()) == 1
 
 
-def test_both_caches_are_compared_item_by_item(llama: Fitted, tokenizer: Any) -> None:
+def test_both_caches_are_compared_item_by_item(llama: FittedModel, tokenizer: Any) -> None:
     model = tiny_llama(max_position_embeddings=4096)  # the weights of `llama`
     asked = ["niah_single", "variable_tracking", "question", "long_copy"]
     items = write_items(tokenizer, asked, TaskOptions((750,), 1, window=16))

@@ -14,10 +14,10 @@ def test_the_names_are_those_of_the_tasks() -> None:
 
 
 def test_groups_and_names_are_chosen_in_order() -> None:
-    assert task_choice.choose("copy,perplexity") == ["perplexity", "copy"]
-    assert task_choice.choose("ruler") == list(task_choice.RULER)
+    assert task_choice.parse_tasks("copy,perplexity") == ["perplexity", "copy"]
+    assert task_choice.parse_tasks("ruler") == list(task_choice.RULER)
     with pytest.raises(FhoptError, match="unknown task 'x'"):
-        task_choice.choose("copy,x")
+        task_choice.parse_tasks("copy,x")
 
 
 def test_lengths_are_numbers() -> None:

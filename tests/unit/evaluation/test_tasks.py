@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from character_tokenizer import characters
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation import tasks
 from fhopt.evaluation.perplexity import new_cache, read_steps, switched
-from fhopt.evaluation.task_choice import choose, read_lengths
+from fhopt.evaluation.task_choice import parse_tasks, read_lengths
 from fhopt.evaluation.tasks import (
     TASKS,
     Cell,
@@ -82,7 +82,7 @@ def test_every_question_about_a_context_is_answered_by_its_needle(task: str, cou
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_whole_needle_is_in_latents_when_the_question_begins(task: str, tokenizer: Any, llama: Fitted) -> None:
+def test_the_whole_needle_is_in_latents_when_the_question_begins(task: str, tokenizer: Any, llama: FittedModel) -> None:
     plan = llama.plan(4)
     for item in items_of(task, tokenizer):
         ids, quantized = torch.tensor([item.context[: item.question + 1]]), [0]
@@ -115,7 +115,7 @@ def continued(model: Any, context: tuple[int, ...], tokens: int) -> tuple[int, .
     return tuple(output[0, len(context) :].tolist())
 
 
-def test_an_item_is_right_if_greedy_decoding_gives_its_answer(llama: Fitted, tokenizer: Any) -> None:
+def test_an_item_is_right_if_greedy_decoding_gives_its_answer(llama: FittedModel, tokenizer: Any) -> None:
     contexts = [item.context for item in items_of("copy", tokenizer)]
     answers = [continued(llama.model, contexts[0], 4), continued(llama.model, contexts[1], 6)]
     right = [Item(c, a, (0, 1), 449) for c, a in zip(contexts, answers, strict=True)]
@@ -126,7 +126,7 @@ def test_an_item_is_right_if_greedy_decoding_gives_its_answer(llama: Fitted, tok
     assert found.mcnemar is None and found.rate_change_ci is None
 
 
-def test_the_log_probability_is_that_of_the_whole_text_per_token(llama: Fitted, tokenizer: Any) -> None:
+def test_the_log_probability_is_that_of_the_whole_text_per_token(llama: FittedModel, tokenizer: Any) -> None:
     item = items_of("digits", tokenizer)[0]
     ids = torch.tensor([[*item.context, *item.answer]])
     with torch.no_grad():
@@ -136,7 +136,9 @@ def test_the_log_probability_is_that_of_the_whole_text_per_token(llama: Fitted, 
     assert found.exact.log_prob == pytest.approx(float(expected), rel=1e-5)  # float32, split into calls
 
 
-def test_batched_items_score_like_single_ones(llama: Fitted, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_items_score_like_single_ones(
+    llama: FittedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Answers of different length are padded."""
     items = items_of("copy", tokenizer, TaskOptions(lengths=(250,), items=3, window=16))
     items[0] = replace(items[0], answer=items[0].answer[:2])
@@ -150,7 +152,7 @@ def test_batched_items_score_like_single_ones(llama: Fitted, tokenizer: Any, mon
 
 
 @pytest.mark.slow
-def test_full_width_changes_no_answer_and_a_coarse_plan_does(fitted: Fitted, tokenizer: Any) -> None:
+def test_full_width_changes_no_answer_and_a_coarse_plan_does(fitted: FittedModel, tokenizer: Any) -> None:
     written = write_items(tokenizer, list(TASKS), SMALL)
     for ratio, least, most in ((1, 0.0, 1e-4), (6, 1e-3, 9.0)):
         for cells in run_tasks(fitted.model, written, fitted.plan(ratio)).values():
@@ -162,7 +164,7 @@ def test_full_width_changes_no_answer_and_a_coarse_plan_does(fitted: Fitted, tok
     assert not hasattr(fitted.model, "_fhopt_applied")
 
 
-def test_both_caches_are_compared_item_by_item(llama: Fitted, tokenizer: Any) -> None:
+def test_both_caches_are_compared_item_by_item(llama: FittedModel, tokenizer: Any) -> None:
     """A coarse plan misses some answers of the exact cache."""
     items = items_of("passkey", tokenizer, TaskOptions(lengths=(450,), items=1, window=16))
     answered = [replace(item, answer=continued(llama.model, item.context, 3)) for item in items]
@@ -184,7 +186,7 @@ def test_wilson_intervals_agree_with_the_tables(hits: int, items: int, low: floa
 
 
 def test_tasks_and_lengths_are_comma_separated_lists() -> None:
-    assert choose("copy, passkey,copy") == ["passkey", "copy"] and choose("all") == ["perplexity", *TASKS]
+    assert parse_tasks("copy, passkey,copy") == ["passkey", "copy"] and parse_tasks("all") == ["perplexity", *TASKS]
     assert read_lengths("512, 64,512") == (512, 64)
 
 
@@ -199,7 +201,7 @@ def test_a_context_without_room_says_how_long_it_must_be(tokenizer: Any) -> None
         write_items(tokenizer, ["copy"], TaskOptions(lengths=(least - 1,), window=16))
 
 
-def test_a_context_longer_than_the_model_is_refused(llama: Fitted, tokenizer: Any) -> None:
+def test_a_context_longer_than_the_model_is_refused(llama: FittedModel, tokenizer: Any) -> None:
     written = write_items(tokenizer, ["copy"], TaskOptions(lengths=(512,), window=16))
     with pytest.raises(FhoptError, match="the model has 512 positions"):
         run_tasks(llama.model, written, None)

@@ -9,18 +9,18 @@ import torch
 from latent_caches import coded, plans
 from layered_models import four_layers
 from needs import needs_compiler
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.evaluation.throughput import measure
+from fhopt.evaluation.throughput import measure_throughput
 from fhopt.evaluation.throughput_options import ThroughputOptions
 
 OPTIONS = ThroughputOptions((40, 96), decode=8, rounds=2)
 
 
-def test_each_cache_is_filled_up_to_the_context(llama: Fitted) -> None:
-    found = list(measure(llama.model, {"exact": None, "4x": llama.plan(4)}, OPTIONS))
+def test_each_cache_is_filled_up_to_the_context(llama: FittedModel) -> None:
+    found = list(measure_throughput(llama.model, {"exact": None, "4x": llama.plan(4)}, OPTIONS))
     assert [[(r.context, r.batch, r.cache) for r in case] for case in found] == [
         [(40, 1, "exact"), (40, 1, "4x")], [(96, 1, "exact"), (96, 1, "4x")],
     ]  # fmt: skip
@@ -35,12 +35,12 @@ def test_each_cache_is_filled_up_to_the_context(llama: Fitted) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_parts_of_a_step_are_those_of_the_median_round(batch: int) -> None:
     options = ThroughputOptions((200,), (batch,), decode=20, rounds=3)
-    ((exact, plan),) = measure(four_layers(), {"exact": None, "4x": coded(plans(four_layers, 8))}, options)
+    ((exact, plan),) = measure_throughput(four_layers(), {"exact": None, "4x": coded(plans(four_layers, 8))}, options)
     assert exact.parts is None and plan.parts is not None
     assert plan.parts.total == pytest.approx(1e3 * batch / plan.decode_rate)
 
 
-def test_rounds_are_interleaved_and_all_use_the_same_prompt(llama: Fitted) -> None:
+def test_rounds_are_interleaved_and_all_use_the_same_prompt(llama: FittedModel) -> None:
     seen: list[tuple[str, Tensor]] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def test_rounds_are_interleaved_and_all_use_the_same_prompt(llama: Fitted) -> No
     hook = llama.model.register_forward_pre_hook(note, with_kwargs=True)
     options = ThroughputOptions((96,), (3,), decode=8, rounds=2, seed=5)
     try:
-        list(measure(llama.model, {"exact": None, "4x": llama.plan(4)}, options))
+        list(measure_throughput(llama.model, {"exact": None, "4x": llama.plan(4)}, options))
     finally:
         hook.remove()
     warm, measured = seen[:2], seen[2:]
@@ -62,7 +62,7 @@ def test_rounds_are_interleaved_and_all_use_the_same_prompt(llama: Fitted) -> No
 
 def test_progress_reaches_its_end() -> None:
     shown: list[tuple[str, int, int]] = []
-    list(measure(tiny_llama(), {"exact": None}, OPTIONS, lambda *now: shown.append(now)))
+    list(measure_throughput(tiny_llama(), {"exact": None}, OPTIONS, lambda *now: shown.append(now)))
     assert shown[0] == ("bench", 0, 64) and shown[-1] == ("bench", 64, 64)
     assert [done for _, done, _ in shown] == sorted(done for _, done, _ in shown)
 
@@ -79,4 +79,4 @@ def test_out_of_memory_is_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: fail(*args, **kwargs))
     with pytest.raises(FhoptError, match="a context of 40 tokens at batch 1 does not fit"):
-        list(measure(model, {"exact": None}, OPTIONS))
+        list(measure_throughput(model, {"exact": None}, OPTIONS))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from exported_steps import by_the_model
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 from fhopt.cli.app import main
 from fhopt.export import mlir, rewrite_folder
@@ -23,14 +23,14 @@ def call(*arguments: str) -> Result:
 
 
 @pytest.fixture(scope="module")
-def folder(llama: Fitted, lettered: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, lettered: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("folders") / "llama"
-    rewrite_folder.rewrite(LoadedModel("llama", llama.model, lettered), llama.plan(4), out)
+    rewrite_folder.rewrite_folder(LoadedModel("llama", llama.model, lettered), llama.plan(4), out)
     return out
 
 
 @pytest.mark.slow
-def test_a_rewritten_folder_is_verified_and_exported_as_mlir(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_a_rewritten_folder_is_verified_and_exported_as_mlir(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     verified = call("verify", str(folder), "--json")
     assert verified.exit_code == 0, verified.output
     for number, options in enumerate(([], ["--bytecode"])):
@@ -52,7 +52,7 @@ def test_nonexistent_targets_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_iree_module_has_the_logits_of_the_model(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_an_iree_module_has_the_logits_of_the_model(folder: Path, llama: FittedModel, tmp_path: Path) -> None:
     pytest.importorskip("iree.compiler")
     pytest.importorskip("iree.runtime")
     out, ids = tmp_path / "out", token_ids(1, 48)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, Fitted
+from small_models import VOCABULARY, FittedModel
 from torch import Tensor
 
 from fhopt.errors import FhoptError
@@ -20,14 +20,14 @@ verifying: Any = pytest.importorskip("fhopt.export.mlir_check")
 
 
 def text_of(model: Any, plan: LatentPlan) -> str:
-    step = mlir.lower(model, plan).step
+    step = mlir.lower_step(model, plan).step
     text: str = step.operation.get_asm(enable_debug_info=True)
     return text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_a_step_is_proved_to_load_only_latents(ratio: float, llama: Fitted) -> None:
+def test_a_step_is_proved_to_load_only_latents(ratio: float, llama: FittedModel) -> None:
     plan = llama.plan(ratio)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
     assert not found.faults
@@ -35,7 +35,7 @@ def test_a_step_is_proved_to_load_only_latents(ratio: float, llama: Fitted) -> N
     assert found.macs_per_token == sum(4 * (s.key.width + s.value.width) for s in plan.sites)  # 4 heads
 
 
-def test_multiplications_are_counted_exactly(llama: Fitted) -> None:
+def test_multiplications_are_counted_exactly(llama: FittedModel) -> None:
     """The part independent of the context: projections, head, absorption, expansion, and full-precision tokens."""
     plan = llama.plan(4)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
@@ -57,7 +57,7 @@ def decompressing(self: SiteAttention, query: Tensor, rows: Any, count: Tensor) 
 
 
 def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = llama.plan(4)
     monkeypatch.setattr(SiteAttention, "_latent_logits", decompressing)
@@ -66,16 +66,16 @@ def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
     assert any("multiplications" in fault for fault in found.faults)
 
 
-def test_a_state_whose_bytes_differ_from_the_plan_is_caught(llama: Fitted) -> None:
+def test_a_state_whose_bytes_differ_from_the_plan_is_caught(llama: FittedModel) -> None:
     found = verifying.verify_text(text_of(llama.model, llama.plan(4)), llama.plan(2))
     assert any("as in the plan" in fault for fault in found.faults)
 
 
-def test_other_dialects_than_linalg_are_refused(llama: Fitted) -> None:
+def test_other_dialects_than_linalg_are_refused(llama: FittedModel) -> None:
     plan = llama.plan(4)
     with pytest.raises(FhoptError, match="no MLIR"):
         verifying.verify_text("module {", plan)
     with pytest.raises(FhoptError, match="operations of torch"):
-        verifying.verify_text(str(mlir.lower(llama.model, plan, "torch").step), plan)
+        verifying.verify_text(str(mlir.lower_step(llama.model, plan, "torch").step), plan)
     with pytest.raises(FhoptError, match="no contraction"):
         verifying.verify_text("module { func.func @step(%x: tensor<?xf32>) { return } }", plan)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from rewritten_folders import written
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.plan.quality_card import with_measured
 
 
-def test_the_card_lists_provenance_loss_and_bytes(llama: Fitted, tmp_path: Path) -> None:
+def test_the_card_lists_provenance_loss_and_bytes(llama: FittedModel, tmp_path: Path) -> None:
     from fhopt.evaluation.statistics import Comparison
 
     plan = llama.plan(4).with_provenance(model="small", texts=["topics"], tokens=576)
@@ -22,7 +22,7 @@ def test_the_card_lists_provenance_loss_and_bytes(llama: Fitted, tmp_path: Path)
     assert f"| 8,192 | {plan.exact_token_bytes():,} | {plan.cache_bytes(8192) / 8192:,.0f} |" in card
 
 
-def test_the_card_shows_measurements_recorded_in_the_plan(llama: Fitted, tmp_path: Path) -> None:
+def test_the_card_shows_measurements_recorded_in_the_plan(llama: FittedModel, tmp_path: Path) -> None:
     law = dict(tokens=1023, exact=5.0, plan=5.1, increase_percent=2.0, increase_percent_ci=None, kl=0.02)
     task = {"exact": {"items": 20, "rate": 0.9}, "plan": {"items": 20, "rate": 0.85}}
     plan = with_measured(llama.plan(4), {"law": law}, {"copy": task})

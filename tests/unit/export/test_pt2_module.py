@@ -10,7 +10,7 @@ import pytest
 import torch
 from buffered_decoder import SLOTS, V, decoder
 from exported_steps import alone, as_loaded, mixer, plan_of
-from small_models import Fitted
+from small_models import FittedModel
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
@@ -18,7 +18,7 @@ from fhopt.export import pt2_module
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 ROUNDING = 5e-5  # logits of about 4 in float32: attention sums in another order, or a value rounds differently
 
@@ -28,7 +28,7 @@ def decoding() -> tuple[nn.Module, tuple[Any, ...]]:
     return decoder("index", "all", batch=1), (torch.tensor([[1]]), torch.tensor([5]), 0)
 
 
-CODES = (Tier(8, 8, 1 / 32), Tier(4, 8, 0.4))
+CODES = (BitGroup(8, 8, 1 / 32), BitGroup(4, 8, 0.4))
 
 
 def test_a_module_without_a_cache_becomes_a_program_with_its_outputs_in_order() -> None:
@@ -45,10 +45,10 @@ def test_a_module_without_a_cache_becomes_a_program_with_its_outputs_in_order() 
 
 def test_a_compressed_module_agrees_with_its_compiled_graph() -> None:
     loaded = as_loaded(mixer())
-    plan = plan_of(loaded, (Tier(4, 8, 0.4),))
+    plan = plan_of(loaded, (BitGroup(4, 8, 0.4),))
     program = pt2_module.export_module(loaded, plan).program.module()
     captured = loaded.capture()
-    pipeline.optimize(pipeline.find(captured.program), plan)
+    pipeline.optimize(pipeline.find_attentions(captured.program), plan)
     wanted: Any = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())
     got = program(*loaded.inputs[0])
     assert float((got[0] - wanted[captured.result]).abs().max()) < ROUNDING
@@ -145,7 +145,7 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_modules_that_cannot_be_exported_and_plans_of_others_are_refused(llama: Fitted) -> None:
+def test_modules_that_cannot_be_exported_and_plans_of_others_are_refused(llama: FittedModel) -> None:
     loaded = as_loaded(mixer())
     plan = plan_of(loaded)
     with pytest.raises(FhoptError, match="cannot be exported"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exported_steps import alone, by_the_model, difference
-from small_models import Fitted, found, tiny_gpt2, token_ids
+from small_models import FittedModel, found, tiny_gpt2, token_ids
 
 from fhopt.export import pt2_step, step_state
 from fhopt.fitting import fit_plan
@@ -20,7 +20,7 @@ STEPS = 60
 
 
 @pytest.mark.slow
-def test_exported_programs_run_in_a_process_without_fhopt(llama: Fitted, lettered: Any, tmp_path: Path) -> None:
+def test_exported_programs_run_in_a_process_without_fhopt(llama: FittedModel, lettered: Any, tmp_path: Path) -> None:
     plan, ids = llama.plan(4), token_ids(1, STEPS)
     folder = pt2_step.write_programs(
         LoadedModel("small", llama.model, lettered), plan, tmp_path / "out", compiled=False
@@ -28,12 +28,12 @@ def test_exported_programs_run_in_a_process_without_fhopt(llama: Fitted, lettere
     got = alone(folder, ids, tmp_path / "plain.pt")
     assert float((got - torch.stack(by_the_model(llama.model, plan, ids))).abs().max()) < ROUNDING
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "plan", "seal.pt2", "step.json", "step.pt2"]
-    assert LatentPlan.load(folder / "plan").digest() == pt2_step.read_description(folder)["plan"]
+    assert LatentPlan.load(folder / "plan").digest() == pt2_step.read_step_description(folder)["plan"]
 
 
 @pytest.mark.slow
 def test_compiled_programs_call_the_kernels_in_a_process_without_fhopt(
-    llama: Fitted, lettered: Any, tmp_path: Path
+    llama: FittedModel, lettered: Any, tmp_path: Path
 ) -> None:
     plan, ids = llama.plan(4), token_ids(1, STEPS)
     loaded = LoadedModel("small", llama.model, lettered)
@@ -47,7 +47,7 @@ def test_compiled_programs_call_the_kernels_in_a_process_without_fhopt(
 def test_a_gpt2_is_exported_too(tmp_path: Path) -> None:
     model = tiny_gpt2()
     plan = fit_plan.exact_plan(found(model)[1].sites.values(), recent=8, block=8)
-    exported = pt2_step.export_step(model, plan)
-    state = step_state.State(plan, exported.state, exported.step.module(), exported.seal.module())
+    exported = pt2_step.export_pt2(model, plan)
+    state = step_state.StepState(plan, exported.state, exported.step.module(), exported.seal.module())
     ids = token_ids(1, 40)
     assert difference(state, ids, by_the_model(model, plan, ids)) < ROUNDING

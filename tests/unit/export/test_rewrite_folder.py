@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rewritten_folders import generated, written
-from small_models import Fitted, tiny_llama, token_ids
+from small_models import FittedModel, tiny_llama, token_ids
 
 import fhopt
 from fhopt.cli.app import main
@@ -26,7 +26,7 @@ from fhopt.models.model_name import folder_of
 
 
 @pytest.fixture(scope="session")
-def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rewritten tiny Llama in three shards."""
     out = tmp_path_factory.mktemp("folders") / "llama"
     written(out, llama.model, llama.plan(4), shard_size="200KB")
@@ -43,10 +43,10 @@ def forged(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_rewritten_folder_is_a_model_for_commands_and_exact_there(
-    llama: Fitted, lettered: Any, tmp_path: Path
+    llama: FittedModel, lettered: Any, tmp_path: Path
 ) -> None:
     loaded = LoadedModel("small", llama.model, lettered)
-    rewrite_folder.rewrite(loaded, llama.plan(4), tmp_path / "out")
+    rewrite_folder.rewrite_folder(loaded, llama.plan(4), tmp_path / "out")
     again = load_model(str(tmp_path / "out"))
     assert again.tokenizer("abc").input_ids == lettered("abc").input_ids
     ids = token_ids(1, 40)
@@ -63,7 +63,9 @@ def test_commands_refuse_a_folder_without_a_tokenizer(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def test_the_folder_is_no_larger_than_the_original_and_the_bases(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+def test_the_folder_is_no_larger_than_the_original_and_the_bases(
+    folder: Path, llama: FittedModel, tmp_path: Path
+) -> None:
     llama.model.save_pretrained(tmp_path / "original")
     llama.plan(4).save(tmp_path / "plan")
     parts = [f.stat().st_size for part in ("original", "plan") for f in (tmp_path / part).iterdir()]
@@ -71,7 +73,7 @@ def test_the_folder_is_no_larger_than_the_original_and_the_bases(folder: Path, l
     assert sum(whole) - sum(parts) < 5000  # the model card, the manifest, an index
 
 
-def test_weights_of_a_hugging_face_folder_are_copied_without_its_code(llama: Fitted, tmp_path: Path) -> None:
+def test_weights_of_a_hugging_face_folder_are_copied_without_its_code(llama: FittedModel, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     llama.model.save_pretrained(source, max_shard_size="200KB")
     (source / "README.md").write_text("---\nlicense: mit\n---\nText.")
@@ -87,7 +89,7 @@ def test_weights_of_a_hugging_face_folder_are_copied_without_its_code(llama: Fit
     fhopt.load(out)
 
 
-def test_weights_in_another_dtype_than_the_folder_are_saved_again(llama: Fitted, tmp_path: Path) -> None:
+def test_weights_in_another_dtype_than_the_folder_are_saved_again(llama: FittedModel, tmp_path: Path) -> None:
     llama.model.save_pretrained(tmp_path / "source")
     model = copy.deepcopy(llama.model).bfloat16()
     assert not written(tmp_path / "out", model, llama.plan(4), source=tmp_path / "source").copied
@@ -95,7 +97,7 @@ def test_weights_in_another_dtype_than_the_folder_are_saved_again(llama: Fitted,
     assert loaded.dtype == torch.bfloat16
 
 
-def test_unsupported_models_are_refused_before_anything_is_written(llama: Fitted, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused_before_anything_is_written(llama: FittedModel, tmp_path: Path) -> None:
     plan, out = llama.plan(4), tmp_path / "out"
     with pytest.raises(FhoptError, match="expected one"):
         written(out, torch.nn.Linear(2, 2), plan)
@@ -112,7 +114,7 @@ def test_unsupported_models_are_refused_before_anything_is_written(llama: Fitted
     assert not out.exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["letter.txt"]
 
 
-def test_an_older_folder_is_replaced_and_stays_if_writing_fails(forged: Path, llama: Fitted) -> None:
+def test_an_older_folder_is_replaced_and_stays_if_writing_fails(forged: Path, llama: FittedModel) -> None:
     before = (forged / "fhopt.json").read_bytes()
     with pytest.raises(FhoptError, match="no room"), appearing_folder(forged) as staging:
         (staging / "half").write_text("half")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from exported_steps import by_the_model, difference, with_tiers
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 from fhopt.export import decode_step, step_attention, step_state
 from fhopt.fitting import fit_plan
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 # Logits of about 4 in float32: attention sums in another order, and on some CPUs a latent between two codes
 # rounds to the other one (3e-4 observed).
@@ -18,12 +18,12 @@ ROUNDING = 1e-3
 
 @pytest.mark.usefixtures("without_compiling")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8, 16])
-def test_every_number_of_bits_is_unpacked_correctly(bits: int, llama: Fitted) -> None:
+def test_every_number_of_bits_is_unpacked_correctly(bits: int, llama: FittedModel) -> None:
     plan = fit_plan.exact_plan(llama.outcome.sites.values(), recent=8, block=8)
-    plan = with_tiers(plan, (Tier(bits, 8, 4 / 2**bits), Tier(8, 8, 1 / 64)))
+    plan = with_tiers(plan, (BitGroup(bits, 8, 4 / 2**bits), BitGroup(8, 8, 1 / 64)))
     ids = token_ids(1, 40)
-    step = decode_step.Step(llama.model, plan)
-    state = step_state.State(plan, step.tensors, step, decode_step.Seal(step))
+    step = decode_step.ExportedStep(llama.model, plan)
+    state = step_state.StepState(plan, step.tensors, step, decode_step.Seal(step))
     assert difference(state, ids, by_the_model(llama.model, plan, ids)) < ROUNDING
 
 

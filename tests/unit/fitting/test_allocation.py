@@ -10,7 +10,7 @@ import pytest
 import torch
 from fitting_by_hand import MIXING, RATIOS, basis, nats, site, spectrum, statistics, wide
 from hand_plans import SITE
-from small_models import TOKENS, Fitted
+from small_models import TOKENS, FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, choices, fit_plan
@@ -27,13 +27,13 @@ from fhopt.plan.window import ResidualWindow
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 6.0])
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])
-def test_the_whole_cache_has_the_requested_ratio(fitted: Fitted, layout: str, ratio: float) -> None:
+def test_the_whole_cache_has_the_requested_ratio(fitted: FittedModel, layout: str, ratio: float) -> None:
     plan = fitted.plan(ratio, layout)
     assert ratio <= plan.ratio(TOKENS) < ratio * 1.05  # two small sites: the remainder is less than one chunk
 
 
 @pytest.mark.parametrize("options", [dict(window_bits=16), dict(sinks=0), dict(tokens=512), dict(recent=64, block=64)])
-def test_sinks_and_window_count_towards_the_ratio(llama: Fitted, options: dict[str, Any]) -> None:
+def test_sinks_and_window_count_towards_the_ratio(llama: FittedModel, options: dict[str, Any]) -> None:
     plan = llama.plan(3, **options)
     assert 3 <= plan.ratio(options.get("tokens", TOKENS)) < 3.15
 
@@ -58,14 +58,14 @@ def test_the_exact_cache_of_a_sliding_window_holds_its_tokens() -> None:
     assert 8 * budget.exact_bytes(sites) / 4 / 8192 > budget.quantized_token_bits(sites)
 
 
-def test_a_context_without_quantized_tokens_is_refused(llama: Fitted) -> None:
+def test_a_context_without_quantized_tokens_is_refused(llama: FittedModel) -> None:
     with pytest.raises(FhoptError, match=r"19 tokens are all exact .* longer context"):
         llama.plan(2, tokens=19)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("layout", MIXING)
-def test_bit_groups_have_falling_bits_and_whole_chunks(fitted: Fitted, layout: str, ratio: float) -> None:
+def test_bit_groups_have_falling_bits_and_whole_chunks(fitted: FittedModel, layout: str, ratio: float) -> None:
     for fitted_site in fitted.plan(ratio, layout).sites:
         for side in (fitted_site.key, fitted_site.value):
             bits = [t.bits for t in side.tiers]
@@ -78,7 +78,7 @@ def test_bit_groups_have_falling_bits_and_whole_chunks(fitted: Fitted, layout: s
 def test_channels_go_into_the_bit_groups_of_their_bits() -> None:
     """The second chunk is the most expensive and comes first; the free one is dropped."""
     pair: tuple[Basis, ...] = basis(1, 0.01, 1.0, 1e-12, 1e-12), basis(1, 1.0, 1e-12, 1e-12, 1e-12)
-    plan = fit_plan.fit(
+    plan = fit_plan.fit_ratio(
         statistics("a"), bases={"a": {"band": pair}}, ratio=10, layout="band", sinks=0, recent=1, block=1,
         tokens=100_000,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def test_channels_go_into_the_bit_groups_of_their_bits() -> None:
     assert torch.equal(key.decode.reshape(1, 32, 16).mT, key.encode)
 
 
-def test_only_allowed_bits_are_used(llama: Fitted) -> None:
+def test_only_allowed_bits_are_used(llama: FittedModel) -> None:
     for fitted_site in llama.plan(4, bits=(2, 8)).sites:
         assert {t.bits for side in (fitted_site.key, fitted_site.value) for t in side.tiers} <= {2, 8}
 
@@ -188,12 +188,12 @@ def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
 
 
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])
-def test_a_larger_budget_never_increases_the_loss(fitted: Fitted, layout: str) -> None:
+def test_a_larger_budget_never_increases_the_loss(fitted: FittedModel, layout: str) -> None:
     losses = [nats(fitted.plan(ratio, layout)) for ratio in RATIOS]
     assert losses == sorted(losses)
 
 
-def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: Fitted) -> None:
+def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: FittedModel) -> None:
     """12 channels are two chunks; the last 4 channels of the second are empty."""
     odd = replace(SITE, key_dim=6, value_dim=6)
     zero = torch.zeros(1, 12, 12, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: Fitted) -> 
     whole = Basis(eye, eye, torch.ones(1, 12, dtype=torch.float64))
     bases: CandidateBases = {"a": {"band": (whole, whole)}}
     sides = SideStatistics(1, zero, zero), SideStatistics(1, zero, zero)
-    plan = fit_plan.fit(
+    plan = fit_plan.fit_ratio(
         {"a": SiteStatistics(odd, *sides)}, bases=bases, ratio=1.5, layout="band", sinks=0, recent=1, block=1
     )
     side = plan.sites[0].key

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import FAR, Fitted, found, numbered, tiny_gpt2, tiny_llama
+from small_models import FAR, FittedModel, found, numbered, tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from fhopt.calibration import collect, probe
@@ -24,7 +24,7 @@ MIXING = ("band", "freq", "head", "identity")
 FOREVER = 10**15  # tokens, over which even the slowest frequency covers every angle
 
 
-def first(fitted: Fitted) -> SiteStatistics:
+def first(fitted: FittedModel) -> SiteStatistics:
     return next(iter(fitted.statistics.values()))
 
 
@@ -48,7 +48,7 @@ def random_moment(width: int) -> Tensor:
 
 @pytest.mark.parametrize("layout", MIXING)
 @pytest.mark.parametrize("side", ["key", "value"])
-def test_full_width_restores_keys_and_values(fitted: Fitted, layout: str, side: str) -> None:
+def test_full_width_restores_keys_and_values(fitted: FittedModel, layout: str, side: str) -> None:
     for statistics in fitted.statistics.values():
         basis = fit_basis(statistics, side, layout, 2048, 96)
         moment = getattr(statistics, side).moment
@@ -59,13 +59,13 @@ def test_full_width_restores_keys_and_values(fitted: Fitted, layout: str, side: 
 
 
 @pytest.mark.parametrize("layout", MIXING)
-def test_every_layout_has_as_many_latent_heads_as_it_says(fitted: Fitted, layout: str) -> None:
+def test_every_layout_has_as_many_latent_heads_as_it_says(fitted: FittedModel, layout: str) -> None:
     statistics = first(fitted)
     alone = layout in ("head", "identity")
     assert fit_basis(statistics, "key", layout, 2048, 96).groups == (statistics.site.kv_heads if alone else 1)
 
 
-def test_channels_are_ordered_by_falling_cost_with_unit_variance(llama: Fitted) -> None:
+def test_channels_are_ordered_by_falling_cost_with_unit_variance(llama: FittedModel) -> None:
     statistics = first(llama)
     for layout in ("head", "identity"):  # not averaged over rotations: variances of the calibration tokens
         basis = fit_basis(statistics, "value", layout, 2048, 96)
@@ -102,7 +102,7 @@ def test_an_average_over_all_positions_commutes_with_the_rotation(rope: Rope) ->
     torch.testing.assert_close(_Average(rope, 2, 8, 1e9)(average), average, rtol=1e-6, atol=1e-6)  # 1 / (angle * span)
 
 
-def test_a_frequency_basis_commutes_with_the_rotation(llama: Fitted) -> None:
+def test_a_frequency_basis_commutes_with_the_rotation(llama: FittedModel) -> None:
     """Encoding a rotated key equals rotating the encoded key, by the same angle per frequency (RoPE commutes)."""
     statistics = first(llama)
     rope = statistics.site.rope
@@ -120,7 +120,7 @@ def test_a_frequency_basis_commutes_with_the_rotation(llama: Fitted) -> None:
 
 
 @pytest.mark.parametrize("layout", ["band", "freq"])
-def test_frequencies_with_different_angles_are_not_mixed(llama: Fitted, layout: str) -> None:
+def test_frequencies_with_different_angles_are_not_mixed(llama: FittedModel, layout: str) -> None:
     """For an endless context, `band` has the structure of `freq`: every channel mixes one frequency of all heads."""
     statistics = first(llama)
     basis = fit_basis(statistics, "key", layout, FOREVER, 96)
@@ -129,14 +129,14 @@ def test_frequencies_with_different_angles_are_not_mixed(llama: Fitted, layout: 
     assert float(share.min()) > 1 - 1e-6  # 1 / (difference of angles * context), squared, is far below
 
 
-def test_a_band_of_the_calibrated_length_uses_keys_unaveraged(llama: Fitted) -> None:
+def test_a_band_of_the_calibrated_length_uses_keys_unaveraged(llama: FittedModel) -> None:
     statistics = first(llama)
     plain = replace(statistics, site=replace(statistics.site, rope=None))
     bands = [fit_basis(s, "key", "band", 96, 96) for s in (statistics, plain)]
     torch.testing.assert_close(bands[0].encode, bands[1].encode, rtol=1e-6, atol=1e-6)  # a span of zero tokens
 
 
-def test_rotation_does_not_affect_values(llama: Fitted) -> None:
+def test_rotation_does_not_affect_values(llama: FittedModel) -> None:
     bases = [fit_basis(first(llama), "value", layout, 2048, 96) for layout in ("band", "freq")]
     assert torch.equal(bases[0].encode, bases[1].encode)
 
@@ -144,7 +144,7 @@ def test_rotation_does_not_affect_values(llama: Fitted) -> None:
 # ---- identity
 
 
-def test_identity_only_scales_and_orders(fitted: Fitted) -> None:
+def test_identity_only_scales_and_orders(fitted: FittedModel) -> None:
     for side in ("key", "value"):
         basis = fit_basis(first(fitted), side, "identity", 2048, 96)
         for matrix in (basis.encode, basis.decode):
@@ -182,7 +182,7 @@ def test_the_joint_basis_represents_keys_and_values_of_gpt2_exactly() -> None:
         torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-3)  # the same, times the spread of the metric
 
 
-def test_there_is_no_joint_basis_of_keys_that_rotate(llama: Fitted) -> None:
+def test_there_is_no_joint_basis_of_keys_that_rotate(llama: FittedModel) -> None:
     assert joint_basis(first(llama)) is None and fit_joint(first(llama)) is None
 
 
@@ -206,13 +206,13 @@ def test_there_is_no_joint_basis_without_more_tokens_than_rank() -> None:
 
 
 @pytest.mark.parametrize("layout", MIXING)
-def test_the_same_statistics_give_the_same_basis_byte_for_byte(fitted: Fitted, layout: str) -> None:
+def test_the_same_statistics_give_the_same_basis_byte_for_byte(fitted: FittedModel, layout: str) -> None:
     one, two = (fit_basis(first(fitted), "key", layout, 2048, 96) for _ in range(2))
     for a, b in zip(_numbers(one), _numbers(two), strict=True):
         assert a.numpy().tobytes() == b.numpy().tobytes()
 
 
-def test_signs_do_not_depend_on_those_of_the_eigenvectors(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_do_not_depend_on_those_of_the_eigenvectors(llama: FittedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = fit_basis(first(llama), "value", "band", 2048, 96)
     eigh = torch.linalg.eigh
 
@@ -225,7 +225,7 @@ def test_signs_do_not_depend_on_those_of_the_eigenvectors(llama: Fitted, monkeyp
 
 
 def test_the_joint_basis_is_the_same_whatever_signs_eigenvectors_have(
-    gpt2: Fitted, monkeypatch: pytest.MonkeyPatch
+    gpt2: FittedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statistics = first(gpt2)
     straight, eigh = joint_basis(statistics), torch.linalg.eigh
@@ -243,7 +243,7 @@ def _numbers(basis: Basis) -> tuple[Tensor, ...]:
     return basis.encode, basis.decode, basis.variance
 
 
-def test_statistics_without_a_gradient_still_give_an_exact_basis(llama: Fitted) -> None:
+def test_statistics_without_a_gradient_still_give_an_exact_basis(llama: FittedModel) -> None:
     """A site that does not affect the output has a zero metric: none of its channels has a cost."""
     statistics = first(llama)
     mute = replace(statistics, value=replace(statistics.value, metric=torch.zeros_like(statistics.value.metric)))
@@ -254,7 +254,7 @@ def test_statistics_without_a_gradient_still_give_an_exact_basis(llama: Fitted) 
         torch.testing.assert_close(product, eye, rtol=0, atol=1e-6)  # float64, far below normal sizes
 
 
-def test_full_width_plans_restore_keys_and_values_in_float32(fitted: Fitted) -> None:
+def test_full_width_plans_restore_keys_and_values_in_float32(fitted: FittedModel) -> None:
     for layout in MIXING:
         for site in fitted.plan(1, layout).sites:
             x = torch.randn(2, site.site.kv_heads, 5, site.site.key_dim)

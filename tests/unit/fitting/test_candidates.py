@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.fitting.candidates import COMPETING, fit_bases, is_slow
 from fhopt.fitting.statistics import empty_statistics
 from fhopt.plan.site import AttentionSite
 
 
-def test_candidates_are_the_competing_layouts_unless_one_is_named(llama: Fitted) -> None:
+def test_candidates_are_the_competing_layouts_unless_one_is_named(llama: FittedModel) -> None:
     auto = fit_bases(llama.statistics, context=96)
     named = fit_bases(llama.statistics, "head", context=96)
     assert {tuple(t) for t in auto.values()} == {COMPETING}  # keys rotate: no `input`

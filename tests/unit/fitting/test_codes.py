@@ -15,7 +15,7 @@ from fhopt.fitting import codes
     ],
 )  # fmt: skip
 def test_wide_groups_of_few_bits_use_them(code: str, bits: int, width: int, expected: bool) -> None:
-    assert codes.is_trellis(code, bits, width) is expected
+    assert codes.gets_trellis(code, bits, width) is expected
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ def test_auto_uses_trellis_if_it_pays_and_runs(code: str, ratio: float, is_read:
 
 def test_it_reduces_the_loss_as_measured_and_changes_nothing_without() -> None:
     for bits in (0, 1, 2, 3, 4, 5, 8, 16):
-        assert codes.share(codes.UNIFORM, bits) == 1
-        assert (codes.share(codes.TRELLIS, bits) < 1) is (bits in (1, 2, 3, 4))
+        assert codes.relative_error(codes.UNIFORM, bits) == 1
+        assert (codes.relative_error(codes.TRELLIS, bits) < 1) is (bits in (1, 2, 3, 4))
 
 
 def test_its_bit_group_is_marked() -> None:

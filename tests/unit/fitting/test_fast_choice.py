@@ -46,7 +46,7 @@ def _fit(bases: CandidateBases, device: str | None, ratio: float = 4.0, **option
     empty = next(iter(statistics("a").values()))
     kept: dict[str, SiteStatistics] = {name: replace(empty, site=s) for name, s in _sites().items()}
     chosen: dict[str, Any] = dict(sinks=0, recent=1, block=1, tokens=100_000) | options
-    return fit_plan.fit(kept, bases=bases, ratio=ratio, device=device, **chosen)
+    return fit_plan.fit_ratio(kept, bases=bases, ratio=ratio, device=device, **chosen)
 
 
 def _seconds(plan: LatentPlan, device: str) -> float:

@@ -12,7 +12,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, kernel_shapes
 from fhopt.fitting.allocation import DISTORTION, Allocation, allocate_sides, side_of
 from fhopt.fitting.choices import BITS, Grain, grain_of
-from fhopt.fitting.kernel_shapes import SiteChunks, share
+from fhopt.fitting.kernel_shapes import SiteChunks, share_shapes
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SCALE_BYTES, TIER_QUANTUM
 
@@ -72,7 +72,7 @@ def test_sites_have_a_limited_number_of_shapes_within_the_budget(grain: Grain, m
     sites = models(9, grain, groups)
     budget = 9 * 2 * (16 * TIER_QUANTUM * 3 + 16) * groups
     alone = free(sites, budget, grain)
-    found = share(sites, alone, budget, grain, most)
+    found = share_shapes(sites, alone, budget, grain, most)
     assert len(shapes(found, sites)) <= most <= len(shapes(alone, sites))
     assert 0.95 * budget < bits_used(found, sites) <= budget
     assert found.nats == pytest.approx(nats(found, sites))
@@ -83,7 +83,7 @@ def test_more_shapes_reduce_the_loss() -> None:
     sites = models(12, ANY)
     budget = 12 * 2 * (16 * TIER_QUANTUM * 3 + 16)
     alone = free(sites, budget, ANY)
-    losses = [share(sites, alone, budget, ANY, most).nats for most in (1, 2, 6)]
+    losses = [share_shapes(sites, alone, budget, ANY, most).nats for most in (1, 2, 6)]
     assert losses == sorted(losses, reverse=True)
     assert losses[1] < 0.5 * losses[0]  # two families
     assert losses[1] < 1.1 * alone.nats
@@ -92,7 +92,7 @@ def test_more_shapes_reduce_the_loss() -> None:
 def test_two_families_are_separated() -> None:
     sites = models(8, ANY)
     budget = 8 * 2 * (16 * TIER_QUANTUM * 3 + 16)
-    found = share(sites, free(sites, budget, ANY), budget, ANY, 2)
+    found = share_shapes(sites, free(sites, budget, ANY), budget, ANY, 2)
     sorts = [shapes(found, {n: sites[n] for n in list(sites)[family::2]}) for family in (0, 1)]
     assert len(sorts[0]) == len(sorts[1]) == 1 and sorts[0] != sorts[1]
 
@@ -105,7 +105,7 @@ def test_two_sites_of_one_shape_are_optimal() -> None:
         for name, values in (("a", (9.0, 1.0, 3.0)), ("b", (2.0, 8.0, 1.0)))
     }
     budget = 2 * (8 * 7 + 16)
-    found = share(sites, free(sites, budget - 16, grain), budget, grain, 1)
+    found = share_shapes(sites, free(sites, budget - 16, grain), budget, grain, 1)
     ranked = [sorted(s.nats[0][0], reverse=True) for s in sites.values()]
     possible = [
         sum(values[k] * DISTORTION[b] for values in ranked for k, b in enumerate(shape))
@@ -121,7 +121,7 @@ def test_nothing_changes_if_there_are_few_shapes_anyway() -> None:
     budget = 5 * 2 * (16 * TIER_QUANTUM * 3 + 16)
     alone = free(sites, budget, ANY)
     alike = Allocation({(n, i): alone.bits["layers.0", i] for n, i in alone.bits}, alone.nats, alone.price)
-    assert share(sites, alike, budget, ANY, 1) is alike
+    assert share_shapes(sites, alike, budget, ANY, 1) is alike
 
 
 def test_sites_of_other_sizes_have_separate_shapes() -> None:
@@ -132,7 +132,7 @@ def test_sites_of_other_sizes_have_separate_shapes() -> None:
     }
     sites["capped"] = SiteChunks(sites["layers.0"].nats, (1, 1), alike=True)
     budget = 10 * 2 * (16 * TIER_QUANTUM * 3 + 16)
-    found = share(sites, free(sites, budget, ANY), budget, ANY, 4)
+    found = share_shapes(sites, free(sites, budget, ANY), budget, ANY, 4)
     assert len(shapes(found, {n: s for n, s in sites.items() if n.startswith("wide")})) == 1
     assert bits_used(found, sites) <= budget
 
@@ -141,7 +141,7 @@ def test_a_budget_below_the_least_is_refused() -> None:
     sites = models(4, ANY)
     alone = free(sites, 4 * 2 * (16 * TIER_QUANTUM * 3 + 16), ANY)
     with pytest.raises(FhoptError, match="the least possible"):
-        share(sites, alone, 100, ANY, 1)
+        share_shapes(sites, alone, 100, ANY, 1)
 
 
 def test_the_clusters_are_those_of_the_module() -> None:

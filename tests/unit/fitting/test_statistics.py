@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import FAR, Fitted, numbered
+from small_models import FAR, FittedModel, numbered
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fhopt.calibration import collect
@@ -18,7 +18,7 @@ SITE = "model.layers.1.self_attn"
 
 @pytest.mark.parametrize("limit", [32, 16, 1])
 def test_latent_heads_are_as_few_as_the_mixing_limit_allows(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch, limit: int
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """Two heads of 16: mixed, separate, and separate if even one exceeds the limit."""
     monkeypatch.setattr(fitting_statistics, "MIX_LIMIT", limit)
@@ -28,21 +28,21 @@ def test_latent_heads_are_as_few_as_the_mixing_limit_allows(
     assert fitting_statistics.latent_groups(statistics.site) == groups
 
 
-def at(llama: Fitted, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def at(llama: FittedModel, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotate keys as the model does at positions [B, T]."""
     cos, sin = llama.model.model.rotary_emb(keys, positions)
     rotated: torch.Tensor = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
     return rotated
 
 
-def test_rotated_keys_are_those_of_later_positions(llama: Fitted) -> None:
+def test_rotated_keys_are_those_of_later_positions(llama: FittedModel) -> None:
     site, keys, here = llama.statistics[SITE].site, torch.randn(2, 2, 20, 16), torch.arange(20).expand(2, 20)
     for later in (torch.tensor([[37.0], [300.0]]), torch.arange(20.0).unsqueeze(0) * 7):
         expected = at(llama, keys, here + later.long())
         torch.testing.assert_close(turned(site, at(llama, keys, here), later.double()), expected, rtol=0, atol=1e-4)
 
 
-def test_a_constant_in_keys_rotates_away_from_its_mean(llama: Fitted) -> None:
+def test_a_constant_in_keys_rotates_away_from_its_mean(llama: FittedModel) -> None:
     """As in a cache, means are of the first tokens, wherever the others are."""
     site, here = llama.statistics[SITE].site, torch.arange(20).unsqueeze(0)
     keys = at(llama, torch.randn(1, 2, 1, 16).expand(1, 2, 20, 16), here)
@@ -55,7 +55,7 @@ def test_a_constant_in_keys_rotates_away_from_its_mean(llama: Fitted) -> None:
     assert k.square().mean() > 2 * differences(site, keys, values, 0, 5)[0].square().mean()
 
 
-def test_sliding_or_unrotated_sites_have_no_segments(llama: Fitted) -> None:
+def test_sliding_or_unrotated_sites_have_no_segments(llama: FittedModel) -> None:
     site = next(iter(llama.outcome.sites.values()))
     assert segment_of(site, 512, {}) == 512
     assert segment_of(site, 512, {site.name: 256}) == 0
@@ -84,7 +84,7 @@ def test_positions_are_well_spread_for_any_count() -> None:
         assert places[0] >= 0 and places[-1] < 1 and places.diff().max() < 3 / count
 
 
-def test_statistics_of_a_long_context_preserve_position_invariants(fitted: Fitted) -> None:
+def test_statistics_of_a_long_context_preserve_position_invariants(fitted: FittedModel) -> None:
     """Rotation preserves the energy of keys, of gradients and of both together, and does not affect values."""
     batches = numbered(2)
     near = collect.collect(fitted.captured, fitted.outcome, batches, **FAR)

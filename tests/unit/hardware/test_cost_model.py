@@ -18,14 +18,14 @@ from fhopt.hardware import cost_model
 from fhopt.hardware.cost_model import Cost, break_even, hypothetical_cost, model_cost
 from fhopt.hardware.devices import DEVICES, Device, layout_time
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 from fhopt.plan.window import DEFAULT_WINDOW
 
-CODED = SidePlan(torch.zeros(2, 16, 16), torch.zeros(2, 16, 16), (Tier(4, 8, 1.0), Tier(2, 8, 1.0)))
+CODED = SidePlan(torch.zeros(2, 16, 16), torch.zeros(2, 16, 16), (BitGroup(4, 8, 1.0), BitGroup(2, 8, 1.0)))
 UNCODED = SidePlan(torch.zeros(1, 8, 16), torch.zeros(2, 8, 8), ())
 PLAN = LatentPlan((SitePlan(SITE, "freq", CODED, UNCODED),), sinks=4, recent=64, block=64)
 ROUNDED = replace(PLAN, window_bits=8)
-BOTH = SidePlan(torch.zeros(1, 16, 48), torch.zeros(2, 16, 16), (Tier(8, 16, 1.0),))
+BOTH = SidePlan(torch.zeros(1, 16, 48), torch.zeros(2, 16, 16), (BitGroup(8, 16, 1.0),))
 SHARED = SitePlan(SITE, "input", BOTH, SidePlan(torch.zeros(1, 16, 0), torch.zeros(2, 8, 16), BOTH.tiers))
 EXACT, LATENT = model_cost([SITE], parameters=1000), model_cost([SITE], PLAN, parameters=1000)
 WINDOW_OF_CODES = model_cost([SITE], ROUNDED, parameters=1000)
@@ -60,7 +60,7 @@ def test_an_8_bit_window_costs_a_byte_per_element_its_scales_and_an_operation_pe
 
 def test_an_8_bit_window_may_pay_before_any_token_is_quantized() -> None:
     wide = replace(SITE, heads=4, kv_heads=4, key_dim=64, value_dim=64)
-    small = SidePlan(torch.zeros(4, 8, 64), torch.zeros(4, 64, 8), (Tier(2, 8, 1.0),))
+    small = SidePlan(torch.zeros(4, 8, 64), torch.zeros(4, 64, 8), (BitGroup(2, 8, 1.0),))
     plan = LatentPlan((SitePlan(wide, "head", small, small),), 4, 64, 64, window_bits=8)
     exact, latent = model_cost([wide]), model_cost([wide], plan)
     found = break_even(exact, latent, DEVICES["h100"])

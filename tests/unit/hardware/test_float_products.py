@@ -90,7 +90,7 @@ def test_a_linear_layer_is_exact_and_needs_no_switch(
     before = PRECISION.fp32_precision
     for y, w, b in ((x, weight, bias), (x, weight, None), (x[..., :30], weight[:, :30], bias)):
         exact = torch.nn.functional.linear(y.double(), w.double(), None if b is None else b.double())
-        torch.testing.assert_close(float_products.linear(y, w, b).double(), exact, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(float_products.fastest_linear(y, w, b).double(), exact, rtol=1e-5, atol=1e-4)
     assert PRECISION.fp32_precision == before
 
 
@@ -98,7 +98,7 @@ def test_a_linear_layer_is_exact_and_needs_no_switch(
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mock a CPU without native 16-bit GEMM and without kernels, and convert weights in several parts."""
     monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: True)
-    monkeypatch.setattr(codegen, "linear", lambda *_: None)
+    monkeypatch.setattr(codegen, "dispatch_linear", lambda *_: None)
     monkeypatch.setattr(float_products, "CONVERTED", 1000)
 
 
@@ -111,7 +111,7 @@ def test_16_bit_linear_layers_are_exact_to_their_rounding(shape: tuple[int, ...]
     for y, w, b in ((x, weight, bias), (x, weight, None), (x[..., :30], weight[:, :30], bias), (x, strided, bias)):
         assert float_products._way(y, w, b) is float_products._in_float32
         exact = torch.nn.functional.linear(y.double(), w.double(), None if b is None else b.double())
-        found = float_products.linear(y, w, b)
+        found = float_products.fastest_linear(y, w, b)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)  # rounded once
 
@@ -226,7 +226,7 @@ def test_other_layers_are_left_to_torch(case: str, monkeypatch: pytest.MonkeyPat
     elif case == "subclass":
         x = torch.nn.Parameter(x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert torch.equal(float_products.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+        assert torch.equal(float_products.fastest_linear(x, weight, None), torch.nn.functional.linear(x, weight))
 
 
 def test_the_last_thread_to_leave_switches_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from hand_plans import CODED, random_plan
 from needs import needs_triton
 
 from fhopt.cli.app import main
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu import configs, resources, tuning
 from fhopt.codegen.gpu.gpus import GPUS
-from fhopt.codegen.gpu.resources import Request, Resources
+from fhopt.codegen.gpu.resources import CompileRequest, Resources
 from fhopt.hardware import kernel_table
 from fhopt.hardware.devices import DEVICES
 from fhopt.hardware.kernel_table import Options, cells, kernels_of, write_kernels
@@ -56,7 +56,7 @@ def saved(plan: LatentPlan, tmp_path: Path) -> Path:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mock a compiler in which every second kernel spills."""
 
-    def compile_them(requests: Sequence[Request], *_: Any) -> list[Resources]:
+    def compile_them(requests: Sequence[CompileRequest], *_: Any) -> list[Resources]:
         good = Resources(4, 100, 0, 9000, 0, {"mma.sync": 12}, 200, {"16": 2, "4": 1}, {"16": 2})
         return [good if i % 2 == 0 else dataclasses.replace(good, spilled=12) for i in range(len(requests))]
 
@@ -130,7 +130,7 @@ def test_there_is_a_file_for_each_kernel(plan: LatentPlan, tmp_path: Path) -> No
     for row, ((spec, *_), sites) in zip(made.rows, found.items(), strict=True):
         assert spec == KernelSpec.of(sites[0], "float16") and spec.dtype == "float16"
         text = (tmp_path / "out" / row.file).read_text()
-        assert text == render(spec, "triton") == made.files[row.file]
+        assert text == render_kernel(spec, "triton") == made.files[row.file]
         ast.parse(text)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*made.files, "kernels.md", "kernels.json"}
 
@@ -158,7 +158,7 @@ def test_for_a_cpu_the_files_are_cpp_and_nothing_is_compiled(saved: Path, tmp_pa
     for name, (spec, *_) in zip(
         content["files"], sorted(kernels_of(plan, "bfloat16"), key=lambda k: k[0].name), strict=True
     ):
-        assert (out / name).read_text() == render(spec, "cpp")
+        assert (out / name).read_text() == render_kernel(spec, "cpp")
     assert "registers" not in (out / "kernels.md").read_text().splitlines()[4]
 
 
@@ -188,10 +188,10 @@ def test_more_than_the_default_is_compiled_only_if_it_does_not_fit(
     plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = Resources(4, 100, 0, 9000, 0, {"mma.sync": 12}), Resources(4, 255, 40)
-    first = render(next(iter(kernels_of(plan, "bfloat16")))[0], "triton")
+    first = render_kernel(next(iter(kernels_of(plan, "bfloat16")))[0], "triton")
     asked: list[str] = []
 
-    def compile_them(requests: Sequence[Request], *_: Any) -> list[Resources]:
+    def compile_them(requests: Sequence[CompileRequest], *_: Any) -> list[Resources]:
         """Only the default of the first kernel does not fit."""
         known = len(asked)
         asked.extend(request.text for request in requests)
@@ -258,7 +258,7 @@ def test_a_folder_is_written_completely_or_not_at_all(
     def fail(*_: Any) -> str:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(kernel_table, "render", fail)
+    monkeypatch.setattr(kernel_table, "render_kernel", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         write_kernels(plan, tmp_path / "new", Options("h100"))
     assert not (tmp_path / "new").exists()

@@ -32,7 +32,7 @@ def test_measurements_are_cached_in_a_file(tmp_path: Path, monkeypatch: pytest.M
     (kept,) = (tmp_path / "cache").glob("machine-*.json")
     assert json.loads(kept.read_text())["threads"] == 1
     this_cpu.measured.cache_clear()
-    monkeypatch.setattr(this_cpu, "measure", None)  # would fail
+    monkeypatch.setattr(this_cpu, "measure_cpu", None)  # would fail
     assert this_cpu.measured(1) == first
 
 
@@ -54,7 +54,7 @@ def test_an_unwritable_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_number_of_threads_is_restored_after_a_measurement() -> None:
     before = torch.get_num_threads()
-    this_cpu.measure(before + 1)
+    this_cpu.measure_cpu(before + 1)
     assert torch.get_num_threads() == before
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, cached, tiny_gpt2, tiny_llama, token_ids
+from small_models import FittedModel, cached, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
@@ -27,7 +27,7 @@ applying = importlib.import_module("fhopt.hf.apply")  # `fhopt.hf.apply` as an a
 # ---- wrong use
 
 
-def test_unapply_undoes_everything_that_apply_changed(llama: Fitted) -> None:
+def test_unapply_undoes_everything_that_apply_changed(llama: FittedModel) -> None:
     fhopt.apply(llama.model, llama.plan(1))
     cache = latent_cache(llama.model, max_cache_len=64)
     layer = cache.layers[0]
@@ -41,7 +41,7 @@ def test_unapply_undoes_everything_that_apply_changed(llama: Fitted) -> None:
     assert llama.model.config._attn_implementation == "sdpa" and not layer.reader.active
 
 
-def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
+def test_a_plan_for_another_model_is_refused(llama: FittedModel) -> None:
     with pytest.raises(FhoptError, match="does not have"):
         fhopt.apply(tiny_gpt2(), llama.plan(4))
     with pytest.raises(FhoptError, match="not a transformers model"):
@@ -50,7 +50,7 @@ def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
         LatentCache(llama.plan(4), tiny_llama(num_hidden_layers=1).config)
 
 
-def test_models_without_a_cache_of_transformers_are_refused(llama: Fitted) -> None:
+def test_models_without_a_cache_of_transformers_are_refused(llama: FittedModel) -> None:
     """A plan would have no effect: XLNet stores `mems`, and GPT processes the whole text at each step."""
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
@@ -73,7 +73,7 @@ def test_a_shared_module_that_knows_no_layer_has_the_one_of_its_name() -> None:
 # ---- found in a review
 
 
-def test_a_cache_passed_by_the_caller_is_filled_not_replaced(llama: Fitted) -> None:
+def test_a_cache_passed_by_the_caller_is_filled_not_replaced(llama: FittedModel) -> None:
     from transformers import DynamicCache
 
     ids = token_ids(1, 41)
@@ -97,7 +97,7 @@ LATENT, STATIC = "LatentLayer", "StaticLatentLayer"
 
 
 @contextmanager
-def applied(llama: Fitted) -> Iterator[Any]:
+def applied(llama: FittedModel) -> Iterator[Any]:
     """The model of `llama` with a 4x plan, which is removed afterwards."""
     try:
         yield fhopt.apply(llama.model, llama.plan(4))
@@ -129,14 +129,14 @@ def layers_after(model: Any, **options: Any) -> tuple[set[str], list[str]]:
     ],
 )
 def test_every_ordinary_cache_that_generate_makes_gets_latent_layers(
-    llama: Fitted, name: str | None, expected: str
+    llama: FittedModel, name: str | None, expected: str
 ) -> None:
     with applied(llama) as model:
         assert layers_after(model, cache_implementation=name) == ({expected}, [])
 
 
 def test_the_cache_implementation_of_the_models_generation_config_is_used(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with applied(llama) as model:
         monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
@@ -145,7 +145,7 @@ def test_the_cache_implementation_of_the_models_generation_config_is_used(
 
 @pytest.mark.parametrize(("name", "expected"), [("offloaded", LATENT), ("offloaded_static", STATIC)])
 def test_an_offloaded_cache_gets_latent_layers(
-    llama: Fitted, name: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    llama: FittedModel, name: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU has no streams, so this checks only the classes of the layers."""
     from transformers import DynamicCache, StaticCache
@@ -158,7 +158,7 @@ def test_an_offloaded_cache_gets_latent_layers(
         assert {type(layer).__name__ for layer in cache.layers} == {expected} and cache.offloading
 
 
-def test_a_quantized_cache_is_used_without_the_plan_and_warns_once(llama: Fitted) -> None:
+def test_a_quantized_cache_is_used_without_the_plan_and_warns_once(llama: FittedModel) -> None:
     from transformers import QuantizedCache
 
     with applied(llama) as model:
@@ -174,7 +174,7 @@ def test_a_quantized_cache_is_used_without_the_plan_and_warns_once(llama: Fitted
         assert len(layers_after(model, cache=QuantizedCache("fp8", model.config))[1]) == 1
 
 
-def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama: Fitted) -> None:
+def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama: FittedModel) -> None:
     from transformers import DynamicCache
 
     class Own(DynamicCache):  # type: ignore[misc]
@@ -190,7 +190,7 @@ def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama:
             applying._use_latents(model, (), {"input_ids": token_ids(1, 8), "cache": Paged()})
 
 
-def test_a_cache_of_custom_layers_is_used_unchanged(llama: Fitted) -> None:
+def test_a_cache_of_custom_layers_is_used_unchanged(llama: FittedModel) -> None:
     from transformers import DynamicCache
     from transformers.cache_utils import Cache
 
@@ -203,7 +203,7 @@ def test_a_cache_of_custom_layers_is_used_unchanged(llama: Fitted) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_an_attention_set_after_the_plan_attends_to_latents_and_warns(llama: Fitted, name: str) -> None:
+def test_an_attention_set_after_the_plan_attends_to_latents_and_warns(llama: FittedModel, name: str) -> None:
     with applied(llama) as model:
         model.set_attn_implementation(name)
         found, messages = layers_after(model)
@@ -214,14 +214,14 @@ def test_an_attention_set_after_the_plan_attends_to_latents_and_warns(llama: Fit
         assert layers_after(model) == ({LATENT}, [])
 
 
-def test_an_attention_assigned_to_the_configuration_also_warns(llama: Fitted) -> None:
+def test_an_attention_assigned_to_the_configuration_also_warns(llama: FittedModel) -> None:
     with applied(llama) as model:
         model.config._attn_implementation = "sdpa"
         with pytest.warns(RuntimeWarning, match="'sdpa' was set after a plan was applied"):
             model(token_ids(1, 8))
 
 
-def test_attention_without_support_for_latents_is_refused(llama: Fitted) -> None:
+def test_attention_without_support_for_latents_is_refused(llama: FittedModel) -> None:
     with applied(llama) as model:
         model.set_attn_implementation("flex_attention")
         with pytest.raises(FhoptError, match="'flex_attention' cannot read the latents"):
@@ -231,7 +231,7 @@ def test_attention_without_support_for_latents_is_refused(llama: Fitted) -> None
 # --------------------------------------------------------------------------------------------------- after `apply`
 
 
-def test_a_plan_may_be_the_path_of_one(llama: Fitted, tmp_path: Path) -> None:
+def test_a_plan_may_be_the_path_of_one(llama: FittedModel, tmp_path: Path) -> None:
     path = llama.plan(4).save(tmp_path / "plan")
     for given in (path, str(path)):
         fhopt.apply(llama.model, given)
@@ -243,7 +243,7 @@ def test_a_plan_may_be_the_path_of_one(llama: Fitted, tmp_path: Path) -> None:
     assert not hasattr(llama.model, "_fhopt_applied")
 
 
-def test_weights_of_another_model_loaded_under_a_plan_warn(llama: Fitted) -> None:
+def test_weights_of_another_model_loaded_under_a_plan_warn(llama: FittedModel) -> None:
     model = tiny_llama()
     own = {name: weight.clone() for name, weight in model.state_dict().items()}
     plan = llama.plan(4).with_provenance(fingerprint=fingerprint(own, [s.site for s in llama.plan(4).sites]))
@@ -262,7 +262,7 @@ def test_weights_of_another_model_loaded_under_a_plan_warn(llama: Fitted) -> Non
         model.load_state_dict(negated)
 
 
-def test_the_wrapper_of_a_compiled_model_accepts_a_plan(llama: Fitted) -> None:
+def test_the_wrapper_of_a_compiled_model_accepts_a_plan(llama: FittedModel) -> None:
     compiled: Any = torch.compile(llama.model, backend="eager")
     assert fhopt.apply(compiled, llama.plan(4)) is compiled
     assert layers_after(compiled) == layers_after(llama.model) == ({LATENT}, [])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
-from fhopt.codegen.cpu.skinny_linear import DTYPES, MOST_BLOCK_ROWS, MOST_ROWS, Blocks
+from fhopt.codegen.cpu.skinny_linear import DTYPES, MOST_BLOCK_ROWS, MOST_ROWS, BlockedWeight
 from fhopt.hf import block_weight
 from fhopt.hf.block_weight import BlockWeight
 
@@ -25,7 +25,7 @@ FORMATS = sorted(HALVES)
 
 @pytest.fixture(autouse=True)
 def served() -> None:
-    codegen.install()
+    codegen.register_kernels()
     codegen.prepare_blocks()
 
 
@@ -44,7 +44,7 @@ def test_a_linear_layer_agrees_with_the_dequantized_weight(format: int, rows: in
     with torch.no_grad():
         found, expected = layer(x), F.linear(x, whole, bias)
         is_served = rows <= gguf_blocks.most_rows(format, x.dtype)
-        assert (codegen.linear(x, layer.weight, bias) is not None) == is_served, "a kernel serves few rows"
+        assert (codegen.dispatch_linear(x, layer.weight, bias) is not None) == is_served, "a kernel serves few rows"
     assert found.shape == expected.shape and found.dtype == dtype
     rounding = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert float((found - expected).float().norm()) <= rounding * float(x.float().norm() * whole.float().norm())
@@ -165,7 +165,11 @@ def test_it_may_be_any_operand_of_a_matmul() -> None:
 
 def test_unknown_formats_and_partial_blocks_are_refused() -> None:
     values = torch.zeros(4, 144, dtype=torch.uint8)
-    for blocks in (Blocks(values, 12, 300), Blocks(values, 7, 256), Blocks(values.to("meta"), 12, 256)):
+    for blocks in (
+        BlockedWeight(values, 12, 300),
+        BlockedWeight(values, 7, 256),
+        BlockedWeight(values.to("meta"), 12, 256),
+    ):
         with pytest.raises(ValueError, match="whole blocks, the CPU"):
             BlockWeight(blocks, torch.float32)
 
@@ -175,7 +179,7 @@ def test_unknown_formats_and_partial_blocks_are_refused() -> None:
 )
 def test_other_bytes_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected torch.uint8 \[N, 144\]"):
-        BlockWeight(Blocks(values, 12, 256), torch.float32)
+        BlockWeight(BlockedWeight(values, 12, 256), torch.float32)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -184,7 +188,7 @@ def test_without_a_compiler_gguf_dequantizes(format: int, monkeypatch: pytest.Mo
     weight, x = weight_of(format), torch.randn(3, 512)
     whole = weight.dequantize()
     monkeypatch.setattr(gguf_blocks, "library", lambda: None)
-    monkeypatch.setattr(codegen, "linear", lambda *_: None)
+    monkeypatch.setattr(codegen, "dispatch_linear", lambda *_: None)
     assert torch.allclose(weight.dequantize(), whole, rtol=2e-6)
     assert torch.allclose(F.embedding(torch.tensor([3, 49]), weight), whole[[3, 49]], rtol=2e-6)
     assert torch.allclose(F.linear(x, weight), F.linear(x, whole), atol=1e-3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from character_tokenizer import characters
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 from text_models import FORGETFUL, TEMPLATE
 from tokenizers import decoders
 
@@ -64,7 +64,7 @@ def test_everything_is_prefilled_again_if_the_cache_cannot_be_cropped(monkeypatc
     assert second.prefill_tokens == second.prompt_tokens and second.ids == anew(talk)
 
 
-def test_latents_are_reused_from_turn_to_turn(llama: Fitted) -> None:
+def test_latents_are_reused_from_turn_to_turn(llama: FittedModel) -> None:
     apply(llama.model, llama.plan(4))
     try:
         talk = chat(llama.model, tokens=30)

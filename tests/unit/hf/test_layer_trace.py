@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fhopt
 from fhopt.codegen.layers.trace import ATTENTION, UnsupportedError
-from fhopt.hf.apply import IMPLEMENTATION, latent_cache, register
+from fhopt.hf.apply import IMPLEMENTATION, latent_cache, register_attention
 from fhopt.hf.layer_trace import leaves, rehearse
 
 STRANGER = torch.ones(8)
@@ -62,7 +62,7 @@ class Cache:
 
 @torch.no_grad()
 def recorded(oddity: str = "", later: int = 0, **options: Any) -> Any:
-    register()
+    register_attention()
     torch.manual_seed(0)
     layer = Layer(oddity)
     return rehearse(layer, layer.forward, (torch.randn(2, 1, 16), Cache()), options, later)
@@ -102,7 +102,7 @@ def test_obstacles_to_a_program_are_named(oddity: str, reason: str) -> None:
 
 
 def test_a_layer_that_fails_with_a_mock_cache_is_reported() -> None:
-    register()
+    register_attention()
     layer = Layer()
     with torch.no_grad(), pytest.raises(UnsupportedError, match=r"fails beside the cache \(RuntimeError"):
         rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, 0)

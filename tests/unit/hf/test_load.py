@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 from rewritten_folders import ROUNDING, difference, generated, written
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 import fhopt
 
 
 @pytest.fixture(scope="session")
-def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rewritten tiny Llama in three shards."""
     out = tmp_path_factory.mktemp("folders") / "llama"
     written(out, llama.model, llama.plan(4), shard_size="200KB")
     return out
 
 
-def test_the_plan_changes_logits_so_that_the_routes_can_be_distinguished(folder: Path, llama: Fitted) -> None:
+def test_the_plan_changes_logits_so_that_the_routes_can_be_distinguished(folder: Path, llama: FittedModel) -> None:
     ids = token_ids(2, 60)
     exact, latent = generated(llama.model, ids), generated(fhopt.load(folder), ids)
     assert difference(latent[1], exact[1]) > 10 * ROUNDING
@@ -35,7 +35,7 @@ def test_another_dtype_can_be_requested(folder: Path) -> None:
 
 
 def test_a_loaded_model_can_be_unapplied_saved_and_is_then_the_original(
-    folder: Path, llama: Fitted, tmp_path: Path
+    folder: Path, llama: FittedModel, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 

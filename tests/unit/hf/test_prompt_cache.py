@@ -11,7 +11,7 @@ import pytest
 import torch
 from generation import MODES, generate
 from hand_plans import shared_plan
-from small_models import Fitted, cached, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import FittedModel, cached, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -52,7 +52,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("window_bits", [16, 8])
 @pytest.mark.parametrize("kind", ["coded", "full width", "one latent"])
 def test_a_saved_prefix_continues_as_if_it_had_stayed_in_memory(
-    kind: str, window_bits: int, options: dict[str, Any], llama: Fitted, tmp_path: Path
+    kind: str, window_bits: int, options: dict[str, Any], llama: FittedModel, tmp_path: Path
 ) -> None:
     model = tiny_gpt2() if kind == "one latent" else llama.model
     plan = (
@@ -78,7 +78,7 @@ def test_a_saved_prefix_continues_as_if_it_had_stayed_in_memory(
     assert same(states(loaded), states(stayed))
 
 
-def test_a_file_is_as_small_as_the_cache_without_spare_capacity(llama: Fitted, tmp_path: Path) -> None:
+def test_a_file_is_as_small_as_the_cache_without_spare_capacity(llama: FittedModel, tmp_path: Path) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     cache = filled(llama.model, token_ids(1, 400))
     size = fhopt.save_cache(llama.model, cache, tmp_path / "prefix.safetensors").stat().st_size
@@ -88,7 +88,7 @@ def test_a_file_is_as_small_as_the_cache_without_spare_capacity(llama: Fitted, t
 
 @pytest.mark.parametrize(("options", "counters"), [({}, set()), ({"max_cache_len": 130}, {"cumulative_length"})])
 def test_names_in_a_file_never_change(
-    options: dict[str, Any], counters: set[str], llama: Fitted, tmp_path: Path
+    options: dict[str, Any], counters: set[str], llama: FittedModel, tmp_path: Path
 ) -> None:
     fhopt.apply(llama.model, llama.plan(4, window_bits=8))
     cache = filled(llama.model, token_ids(1, 60), **options)
@@ -130,7 +130,7 @@ def test_a_cache_of_an_encoder_decoder_saves_both_parts(tmp_path: Path) -> None:
     model: Any = zoo._make(next(m for m in zoo.ENCODER_DECODERS if m.name == "bart"), "sdpa")
     ids, decoded = torch.randint(3, 97, (1, 30)), torch.randint(3, 97, (1, 25))
     inputs = {"input_ids": ids, "decoder_input_ids": decoded, "use_cache": False}
-    outcome = pipeline.find(capture(model, (), inputs).program)
+    outcome = pipeline.find_attentions(capture(model, (), inputs).program)
     fhopt.apply(model, fit_plan.exact_plan(outcome.sites.values(), recent=4, block=4))
     with torch.no_grad():
         read = model.get_encoder()(ids)
@@ -143,14 +143,14 @@ def test_a_cache_of_an_encoder_decoder_saves_both_parts(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def saved(llama: Fitted, tmp_path: Path) -> Any:
+def saved(llama: FittedModel, tmp_path: Path) -> Any:
     fhopt.apply(llama.model, llama.plan(4))
     path = fhopt.save_cache(llama.model, filled(llama.model, token_ids(1, 60)), tmp_path / "prefix.safetensors")
     yield path
     fhopt.unapply(llama.model)
 
 
-def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: Fitted, saved: Path) -> None:
+def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: FittedModel, saved: Path) -> None:
     fhopt.apply(llama.model, llama.plan(4, window_bits=16))
     with pytest.raises(FhoptError, match=r"belongs to another plan .*Apply the plan"):
         fhopt.load_cache(llama.model, saved)
@@ -169,7 +169,7 @@ def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: Fitted, save
         fhopt.load_cache(other, saved)
 
 
-def test_damaged_and_other_files_are_refused_in_one_sentence(llama: Fitted, saved: Path, tmp_path: Path) -> None:
+def test_damaged_and_other_files_are_refused_in_one_sentence(llama: FittedModel, saved: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = llama.model
@@ -204,7 +204,7 @@ def described(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_invalid_saves_are_refused_and_leave_no_file(llama: Fitted, tmp_path: Path) -> None:
+def test_invalid_saves_are_refused_and_leave_no_file(llama: FittedModel, tmp_path: Path) -> None:
     from transformers import DynamicCache
 
     model, path = llama.model, tmp_path / "prefix.safetensors"

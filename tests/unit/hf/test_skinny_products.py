@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from needs import needs_compiler
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -31,7 +31,7 @@ def layer() -> Iterator[torch.nn.Linear]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Record the output shapes of kernel calls."""
     seen: list[tuple[int, ...]] = []
-    real = fhopt.codegen.linear
+    real = fhopt.codegen.dispatch_linear
 
     def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         output = real(x, weight, bias)
@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
             seen.append(tuple(output.shape))
         return output
 
-    monkeypatch.setattr(fhopt.codegen, "linear", watched)
+    monkeypatch.setattr(fhopt.codegen, "dispatch_linear", watched)
     return seen
 
 
@@ -76,7 +76,7 @@ def test_other_matmuls_are_left_to_torch(layer: torch.nn.Linear, calls: list[tup
         layer, x = layer.to("meta"), x.to("meta")
     with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         found = layer(x)
-        plainly = linear if case in ("gradients", "autocast") else float_products.linear
+        plainly = linear if case in ("gradients", "autocast") else float_products.fastest_linear
         wanted = plainly(x, layer.weight, layer.bias)
     assert not calls and found.requires_grad == (case == "gradients") and found.dtype == wanted.dtype
     assert case == "meta" or torch.equal(found, wanted)
@@ -110,7 +110,7 @@ def test_layers_with_a_custom_forward_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_plan_adds_and_removes_them(llama: Fitted, asked: bool) -> None:
+def test_a_plan_adds_and_removes_them(llama: FittedModel, asked: bool) -> None:
     layers = [module for module in llama.model.modules() if type(module) is torch.nn.Linear]
     fhopt.apply(llama.model, llama.plan(4), skinny_products=asked)
     assert all(("forward" in vars(layer)) == asked for layer in layers) and layers
@@ -119,7 +119,7 @@ def test_a_plan_adds_and_removes_them(llama: Fitted, asked: bool) -> None:
 
 
 @torch.no_grad()
-def test_a_model_with_an_exact_plan_gives_the_same_logits(llama: Fitted) -> None:
+def test_a_model_with_an_exact_plan_gives_the_same_logits(llama: FittedModel) -> None:
     ids = token_ids(1, 5)
     wanted = llama.model(ids).logits
     fhopt.apply(llama.model, llama.plan(1))

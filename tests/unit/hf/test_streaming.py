@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from character_tokenizer import characters
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 from fhopt.cache.report import cache_bytes, exact_cache_bytes
 from fhopt.hf.apply import apply, unapply
 from fhopt.hf.sampling import Sampling
-from fhopt.hf.streaming import generate_text, new_cache
+from fhopt.hf.streaming import generate_text, new_streaming_cache
 
 IDS = list(range(1, 40))
 
@@ -56,7 +56,7 @@ def test_the_text_equals_that_of_generate_and_comes_in_pieces(tokenizer: Any) ->
     assert list(done.times) == sorted(done.times) and done.prefill_rate and done.decode_rate
 
 
-def test_bytes_are_those_of_the_cache(tokenizer: Any, llama: Fitted) -> None:
+def test_bytes_are_those_of_the_cache(tokenizer: Any, llama: FittedModel) -> None:
     done = generate_text(llama.model, tokenizer, IDS, Sampling(2), write=print)
     figures = done.as_json()
     assert figures["cache_bytes"] == figures["exact_cache_bytes"] == 2 * 2 * 2 * 16 * 4 * (len(IDS) + 1)
@@ -117,10 +117,10 @@ def test_other_threads_generate_without_handling_signals(tokenizer: Any) -> None
     assert len(found[0].ids) == 3
 
 
-def test_a_model_with_a_plan_gets_latents(llama: Fitted) -> None:
-    assert type(new_cache(llama.model)).__name__ == "DynamicCache"
+def test_a_model_with_a_plan_gets_latents(llama: FittedModel) -> None:
+    assert type(new_streaming_cache(llama.model)).__name__ == "DynamicCache"
     apply(llama.model, llama.plan(4))
     try:
-        assert type(new_cache(llama.model)).__name__ == "LatentCache"
+        assert type(new_streaming_cache(llama.model)).__name__ == "LatentCache"
     finally:
         unapply(llama.model)

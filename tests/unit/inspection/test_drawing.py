@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hand_plans import CODED, SITE, random_plan
 from seen_plans import SVG, texts
-from small_models import Fitted
+from small_models import FittedModel
 
 import fhopt
 from fhopt.errors import FhoptError
@@ -39,7 +39,7 @@ def test_a_plan_of_a_drawing_may_be_the_path_of_one(tmp_path: Path) -> None:
         fhopt.draw(SITE, 3)  # type: ignore[arg-type]
 
 
-def test_a_drawing_says_that_keys_are_relative_to_segments(llama: Fitted) -> None:
+def test_a_drawing_says_that_keys_are_relative_to_segments(llama: FittedModel) -> None:
     pytest.importorskip("pygraphviz")
     plan = llama.plan(4)
     for segment, shown in ((0, False), (512, True)):

@@ -11,12 +11,12 @@ import torch
 from encoder_decoders import model_of
 from hand_plans import SITE
 from rich.console import Console
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.hardware import cost_model
 from fhopt.hardware.devices import find_device
-from fhopt.inspection.facts import common_form, inspect, inspect_sites, short_name
+from fhopt.inspection.facts import common_form, inspect_sites, short_name, site_facts
 from fhopt.inspection.prospects import prospects
 from fhopt.inspection.tables import inspection_tables
 from fhopt.models.capture import capture
@@ -25,9 +25,9 @@ from fhopt.models.sites import find_sites
 from fhopt.passes import pipeline
 
 
-def test_facts_agree_with_the_plan_and_the_cost_model(llama: Fitted) -> None:
+def test_facts_agree_with_the_plan_and_the_cost_model(llama: FittedModel) -> None:
     plan = llama.plan(4)
-    found = inspect(
+    found = site_facts(
         sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), plan, devices=("h100",), tokens=2048
     )
     assert found.plan is not None
@@ -45,12 +45,12 @@ def test_facts_agree_with_the_plan_and_the_cost_model(llama: Fitted) -> None:
         assert (site.plan.pays[0].verdict, site.plan.pays[0].tokens) == (expected.verdict, expected.tokens)
 
 
-def test_means_and_segments_are_shown_if_a_plan_has_them(llama: Fitted) -> None:
+def test_means_and_segments_are_shown_if_a_plan_has_them(llama: FittedModel) -> None:
     fitted, loaded = llama.plan(4), sample_reports.loaded(llama)
     for mean_tokens, segment in ((0, 0), (256, 512)):
         sites = tuple(replace(site, segment=segment) for site in fitted.sites)
         plan = replace(fitted, sites=sites, mean_tokens=mean_tokens)
-        found = inspect(loaded, find_sites(loaded), plan)
+        found = site_facts(loaded, find_sites(loaded), plan)
         assert found.plan is not None and (found.plan.mean_tokens, found.plan.segment) == (mean_tokens, segment)
         shown = io.StringIO()
         Console(width=160, file=shown).print(inspection_tables(found))
@@ -58,21 +58,21 @@ def test_means_and_segments_are_shown_if_a_plan_has_them(llama: Fitted) -> None:
         assert ("of the first 256 tokens of a sequence" in shown.getvalue()) == bool(mean_tokens)
 
 
-def test_sites_of_one_shape_are_computed_once_and_those_of_two_separately(llama: Fitted) -> None:
+def test_sites_of_one_shape_are_computed_once_and_those_of_two_separately(llama: FittedModel) -> None:
     other = replace(SITE, name="layers.1", heads=8)
     found = inspect_sites("two", [SITE, other])
     assert [s.formulas.operations for s in found.sites] == ["192⋅B⋅S⋅T", "384⋅B⋅S⋅T"]
 
 
-def test_a_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
+def test_a_plan_of_another_model_is_refused(llama: FittedModel, gpt2: FittedModel) -> None:
     loaded = sample_reports.loaded(llama)
     plan = gpt2.plan(4).with_provenance(fingerprint="another")
     with pytest.raises(FhoptError, match="another model"):
-        inspect(loaded, find_sites(loaded), plan)
+        site_facts(loaded, find_sites(loaded), plan)
 
 
-def test_a_site_is_found_by_its_name_in_full_or_as_tables_shorten_it(llama: Fitted) -> None:
-    found = inspect(sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), devices=("h100",))
+def test_a_site_is_found_by_its_name_in_full_or_as_tables_shorten_it(llama: FittedModel) -> None:
+    found = site_facts(sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), devices=("h100",))
     assert found.site("1") is found.site(found.sites[1].site.name) is found.sites[1]
     with pytest.raises(FhoptError, match=r"no site named '7'; found 2, the first is 'model\.layers\.0"):
         found.site("7")
@@ -97,18 +97,18 @@ def test_a_miss_has_the_text_of_its_line() -> None:
 
     model, arguments = encoder()
     loaded = LoadedModel("encoder", model, inputs=(arguments, {}))
-    missed = inspect(loaded, find_sites(loaded)).missed
+    missed = site_facts(loaded, find_sites(loaded)).missed
     assert [m.code for m in missed] == ["return y * self.gate(x).softmax(-1)[..., :1]"]
 
 
 def test_an_encoder_caches_nothing() -> None:
     model = model_of("bart")
     ids = {"input_ids": torch.ones(1, 12, dtype=torch.int64), "decoder_input_ids": torch.ones(1, 9, dtype=torch.int64)}
-    outcome = pipeline.find(capture(model, (), ids | {"use_cache": False}).program)
+    outcome = pipeline.find_attentions(capture(model, (), ids | {"use_cache": False}).program)
     loaded, sites = LoadedModel("bart", model), list(outcome.sites.values())
     inner = [site for site in sites if ".encoder." in site.name]
     outer = [site for site in sites if site not in inner]
-    found = inspect(loaded, outcome, devices=("h100",))
+    found = site_facts(loaded, outcome, devices=("h100",))
     assert inner and found.exact_bytes == 2 * sum(site.exact_numbers_per_token for site in outer)
     assert {one.site.name for one in found.sites if not one.exact_bytes} == {site.name for site in inner}
     assert found.rooflines == inspect_sites("bart", outer, devices=("h100",), parameters=found.parameters).rooflines

@@ -9,7 +9,7 @@ import networkx as nx
 import pytest
 import sample_reports
 from seen_plans import STAGES, texts
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.files import GRAPHS, check_graph
@@ -23,7 +23,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 @pytest.fixture(scope="module")
-def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
+def snapshots(llama: FittedModel) -> tuple[Snapshots, LatentPlan]:
     taken, plan = Snapshots(keep_networks=True), llama.plan(4)
     with taken.taking():
         outcome = find_sites(sample_reports.loaded(llama))
@@ -33,7 +33,7 @@ def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
 
 @pytest.mark.parametrize("ending", GRAPHS)
 def test_a_graph_file_contains_the_nodes_and_shapes_of_the_program(
-    ending: str, snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path, llama: Fitted
+    ending: str, snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path, llama: FittedModel
 ) -> None:
     pytest.importorskip("pygraphviz")
     taken, plan = snapshots

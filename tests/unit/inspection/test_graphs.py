@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sample_reports
 from seen_plans import STAGES
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.inspection import graphs
 from fhopt.inspection.snapshots import Snapshots
@@ -15,7 +15,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 @pytest.fixture(scope="module")
-def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
+def snapshots(llama: FittedModel) -> tuple[Snapshots, LatentPlan]:
     taken, plan = Snapshots(keep_networks=True), llama.plan(4)
     with taken.taking():
         outcome = find_sites(sample_reports.loaded(llama))

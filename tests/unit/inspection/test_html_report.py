@@ -15,12 +15,12 @@ import pytest
 import sample_reports
 from browser import DESKTOP, PHONE, chromium, opened
 from click.testing import CliRunner
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.cli.app import main
 from fhopt.errors import FhoptError
 from fhopt.inspection import html_report
-from fhopt.inspection.html_report import Report
+from fhopt.inspection.html_report import HtmlReport
 
 
 class Page(HTMLParser):
@@ -55,16 +55,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def tiny(llama: Fitted) -> Report:
+def tiny(llama: FittedModel) -> HtmlReport:
     return sample_reports.tiny_report(llama)[0]
 
 
 @pytest.fixture(scope="module")
-def tiny_page(tiny: Report) -> Page:
+def tiny_page(tiny: HtmlReport) -> Page:
     return Page(html_report.page(tiny))
 
 
-def test_every_number_of_the_page_is_in_its_json(tiny: Report, tiny_page: Page) -> None:
+def test_every_number_of_the_page_is_in_its_json(tiny: HtmlReport, tiny_page: Page) -> None:
     assert len(tiny_page.numbers) > 50
     facts = json.loads(json.dumps(tiny.as_json()))
     assert {k: tiny_page.data[k] for k in facts} == facts
@@ -75,7 +75,7 @@ def test_every_number_of_the_page_is_in_its_json(tiny: Report, tiny_page: Page) 
 KNOWN = r"\d sites?|.* with 2 bits in every channel|fhopt [\d.]+\. This page is .*|h100:|here:\d+:|\d"
 
 
-def test_every_shown_number_is_marked(tiny: Report, tiny_page: Page) -> None:
+def test_every_shown_number_is_marked(tiny: HtmlReport, tiny_page: Page) -> None:
     """Words such as `half 16` and `24x4 + 8x3` are strings of the JSON; devices and kernels have numbers in names."""
     facts = json.dumps(tiny.as_json())
     for text in tiny_page.text:
@@ -84,7 +84,7 @@ def test_every_shown_number_is_marked(tiny: Report, tiny_page: Page) -> None:
                 assert re.fullmatch(KNOWN, words), words
 
 
-def test_the_demos_measurements_are_shown_and_in_the_json(tiny: Report) -> None:
+def test_the_demos_measurements_are_shown_and_in_the_json(tiny: HtmlReport) -> None:
     measured = {
         "perplexity": {"topics": {"exact": 7.39521, "plan": 7.39694}},
         "bytes_per_token": {"exact": 23040, "plan": 5758.9},
@@ -108,7 +108,7 @@ def test_the_page_loads_no_external_resource_and_forbids_it(tiny_page: Page) -> 
     assert html_report.POLICY.startswith("default-src 'none'")
 
 
-def test_pages_of_the_same_report_are_the_same(tiny: Report) -> None:
+def test_pages_of_the_same_report_are_the_same(tiny: HtmlReport) -> None:
     assert html_report.page(tiny) == html_report.page(tiny)
 
 
@@ -122,7 +122,7 @@ def test_the_command_writes_one_file_and_its_json_is_that_of_the_page(tmp_path: 
     assert {k: data[k] for k in printed} == printed and printed["stages"][0]["stage"] == "decompose"
 
 
-def test_an_unwritable_path_is_refused(tiny: Report, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_refused(tiny: HtmlReport, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FhoptError, match="that you may write to"):
         html_report.write(tiny, tmp_path / "file" / "report.html")
@@ -149,7 +149,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def tiny_file(tiny: Report, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_file(tiny: HtmlReport, tmp_path_factory: pytest.TempPathFactory) -> str:
     return html_report.write(tiny, tmp_path_factory.mktemp("page") / "tiny.html").as_uri()
 
 
@@ -176,7 +176,7 @@ def test_the_page_opens_without_errors_and_requests(browser: Any, tiny_file: str
         watched.expect_quiet(tiny_file)
 
 
-def test_expanding_a_site_shows_its_drawings_spectra_and_kernel(browser: Any, tiny_file: str, tiny: Report) -> None:
+def test_expanding_a_site_shows_its_drawings_spectra_and_kernel(browser: Any, tiny_file: str, tiny: HtmlReport) -> None:
     with opened(browser, tiny_file) as watched:
         site = expand(watched.page, 1)
         assert site.locator(".drawings svg").count() == 2
@@ -193,7 +193,7 @@ def test_expanding_a_site_shows_its_drawings_spectra_and_kernel(browser: Any, ti
         watched.expect_quiet(tiny_file)
 
 
-def test_numbers_written_by_the_script_are_those_of_the_json(browser: Any, tiny_file: str, tiny: Report) -> None:
+def test_numbers_written_by_the_script_are_those_of_the_json(browser: Any, tiny_file: str, tiny: HtmlReport) -> None:
     facts = json.loads(json.dumps(tiny.as_json()))
     with opened(browser, tiny_file) as watched:
         expand(watched.page, 0)
@@ -268,7 +268,9 @@ def test_a_printed_page_is_light_and_shows_open_sites(browser: Any, tiny_file: s
 
 
 def test_hostile_names_and_lines_have_no_effect(browser: Any, tmp_path: Path) -> None:
-    for number, made in enumerate((sample_reports.hostile_report(), html_report.build(sample_reports.hostile_model()))):
+    for number, made in enumerate(
+        (sample_reports.hostile_report(), html_report.build_report(sample_reports.hostile_model()))
+    ):
         address = html_report.write(made, tmp_path / f"{number}.html").as_uri()
         with opened(browser, address) as watched:
             page = watched.page

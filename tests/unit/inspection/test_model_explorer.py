@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import sample_reports
-from small_models import Fitted
+from small_models import FittedModel
 
-from fhopt.inspection.facts import Inspection, inspect
+from fhopt.inspection.facts import Inspection, site_facts
 from fhopt.inspection.graph_files import write_graphs
 from fhopt.inspection.model_explorer import namespace
 from fhopt.inspection.snapshots import Snapshots
@@ -18,11 +18,11 @@ from fhopt.passes import pipeline
 
 
 @pytest.fixture(scope="module")
-def written(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshots, Inspection]:
+def written(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshots, Inspection]:
     seen, plan, loaded = Snapshots(keep_networks=True), llama.plan(4), sample_reports.loaded(llama)
     with seen.taking():
         outcome = find_sites(loaded)
-        found = inspect(loaded, outcome, plan)
+        found = site_facts(loaded, outcome, plan)
         pipeline.optimize(outcome, plan)
     path = tmp_path_factory.mktemp("explorer") / "tiny.fhopt"
     names = [p.name for p in write_graphs(seen, path, found, "normalize")]

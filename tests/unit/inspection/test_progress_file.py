@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fhopt.errors import FhoptError
-from fhopt.inspection.progress_file import FAILED, RUNNING, STOPPED, ProgressFile, Stage, beside, read_progress
+from fhopt.inspection.progress_file import FAILED, RUNNING, STOPPED, ProgressFile, ProgressStage, beside, read_progress
 
 
 def test_the_file_exists_while_a_run_does_and_is_removed_afterwards(tmp_path: Path) -> None:
@@ -68,5 +68,5 @@ def test_a_run_continues_if_its_progress_cannot_be_written(tmp_path: Path) -> No
 
 
 def test_time_left_is_extrapolated_from_the_first_step() -> None:
-    assert Stage("moments", 10, done=1, seconds=5, first_done=1, first_seconds=5).seconds_left is None
-    assert Stage("moments", 10, done=4, seconds=11, first_done=1, first_seconds=5).seconds_left == 12
+    assert ProgressStage("moments", 10, done=1, seconds=5, first_done=1, first_seconds=5).seconds_left is None
+    assert ProgressStage("moments", 10, done=4, seconds=11, first_done=1, first_seconds=5).seconds_left == 12

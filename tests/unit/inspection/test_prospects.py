@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import sample_reports
 from hand_plans import SITE
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.hardware.devices import find_device
-from fhopt.inspection.prospects import KeptExact, Place, Prospects, kept_exact, prospects, site_prospects
+from fhopt.inspection.prospects import KeptExact, Prospects, Target, kept_exact, prospects, site_prospects
 from fhopt.models.sites import find_sites
 from fhopt.plan.cache_size import CacheLayer
 
 SITES = [replace(SITE, name=f"layers.{i}.attention") for i in range(4)]
 NUMBERS = SITE.exact_numbers_per_token
 FULL = [CacheLayer(f"layers.{i}", numbers=NUMBERS) for i in range(4)]
-PLACE = Place(find_device("cpu"), 10_000_000)
+PLACE = Target(find_device("cpu"), 10_000_000)
 
 
 def test_bytes_fall_by_the_ratio_and_contexts_grow_by_it() -> None:
@@ -75,7 +75,7 @@ def test_what_stays_exact_has_its_reason(layer: CacheLayer, reason: str) -> None
     assert kept_exact(SITES, FULL) == kept_exact(SITES) == ()
 
 
-def test_a_loaded_model_has_the_prospects_of_its_layers_and_positions(llama: Fitted) -> None:
+def test_a_loaded_model_has_the_prospects_of_its_layers_and_positions(llama: FittedModel) -> None:
     loaded = sample_reports.loaded(llama)
     found: Prospects = prospects(loaded, find_sites(loaded), [PLACE])
     assert (found.sites, found.positions, found.contexts, found.kept_exact) == (2, 512, (512,), ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sample_reports
 from seen_plans import STAGES
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.inspection.snapshots import Snapshots
 from fhopt.models.sites import find_sites
@@ -14,7 +14,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 @pytest.fixture(scope="module")
-def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
+def snapshots(llama: FittedModel) -> tuple[Snapshots, LatentPlan]:
     taken, plan = Snapshots(keep_networks=True), llama.plan(4)
     with taken.taking():
         outcome = find_sites(sample_reports.loaded(llama))
@@ -23,7 +23,7 @@ def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
 
 
 def test_a_snapshot_is_taken_after_every_pass_and_none_outside(
-    snapshots: tuple[Snapshots, LatentPlan], llama: Fitted
+    snapshots: tuple[Snapshots, LatentPlan], llama: FittedModel
 ) -> None:
     taken, _ = snapshots
     assert taken.stages == STAGES and len(taken.taken) == len(STAGES)

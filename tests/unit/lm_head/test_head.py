@@ -12,7 +12,7 @@ import torch
 from lm_heads import made, skewed, weights
 from needs import needs_compiler
 
-from fhopt.codegen.cpu.lm_head import search
+from fhopt.codegen.cpu.lm_head import search_head
 from fhopt.errors import FhoptError
 from fhopt.files import digest
 from fhopt.lm_head.head import Head
@@ -29,7 +29,7 @@ def test_a_saved_head_loads_unchanged(tmp_path: Path) -> None:
         head.fingerprint, head.probes, head.spread, head.dtype,
     )  # fmt: skip
     hidden = torch.randn(3, 24)
-    ours, theirs = (search(hidden, weight, bias, h.codes, h.search(logits=True)) for h in (head, back))
+    ours, theirs = (search_head(hidden, weight, bias, h.codes, h.search(logits=True)) for h in (head, back))
     assert ours.logits is not None and theirs.logits is not None
     assert torch.equal(ours.counts, theirs.counts) and torch.equal(ours.logits, theirs.logits)
 

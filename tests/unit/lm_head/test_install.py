@@ -10,8 +10,8 @@ from small_models import tiny_llama
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
-from fhopt.lm_head import api
-from fhopt.lm_head.fitting import find, fit_weight
+from fhopt.lm_head import apply_head, head_report
+from fhopt.lm_head.fitting import find_head, fit_weight
 from fhopt.models.capture import capture
 
 pytestmark = needs_compiler
@@ -21,11 +21,11 @@ def test_a_head_of_other_weights_is_refused() -> None:
     model, other = tiny_llama(), tiny_llama(vocab_size=98)
     _, head = applied(model)
     with pytest.raises(FhoptError, match=r"made for another lm_head\.weight"):
-        api.apply(other, head)
+        apply_head(other, head)
     with pytest.raises(FhoptError, match=r"parameter lm_head\.weight, which Linear does not have"):
-        api.apply(nn.Linear(2, 2), head)
+        apply_head(nn.Linear(2, 2), head)
     with pytest.raises(FhoptError, match="no head is applied"):
-        api.report(other)
+        head_report(other)
 
 
 def test_a_bias_added_after_the_layer_is_refused_with_a_fix() -> None:
@@ -39,7 +39,7 @@ def test_a_bias_added_after_the_layer_is_refused_with_a_fix() -> None:
             return self.output(self.embedding(ids).tanh()) + self.shift
 
     model = Behind()
-    site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
+    site = find_head(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.output.weight.detach(), model.shift.detach())
     with pytest.raises(FhoptError, match=r"shift is added to the output of output.*Expected it as the bias"):
-        api.apply(model, head)
+        apply_head(model, head)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from needs import needs_compiler
 from torch import Tensor, nn
 
-from fhopt.lm_head import api, intercept
-from fhopt.lm_head.fitting import find, fit_weight
+from fhopt.lm_head import apply_head, head_report, intercept, unapply_head
+from fhopt.lm_head.fitting import find_head, fit_weight
 from fhopt.lm_head.head import Head
 from fhopt.models.capture import capture
 
@@ -53,10 +53,10 @@ WRITTEN: dict[str, Finish] = {
 def written(name: str, **options: Any) -> tuple[Words, Words, Head]:
     """Return a model, a copy with its head applied, and that head."""
     model = Words(WRITTEN[name]).requires_grad_(False)
-    site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
+    site = find_head(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.embedding.weight, model.shift if site.bias else None)
     plain = copy.deepcopy(model)
-    api.apply(model, head, **options)
+    apply_head(model, head, **options)
     return plain, model, head
 
 
@@ -70,8 +70,8 @@ def test_a_head_outside_a_module_is_searched(name: str) -> None:
     known = logits > logits.amin()
     assert 30 <= int(known.sum()) < known.numel()
     torch.testing.assert_close(logits[known], expected[known], rtol=1e-5, atol=1e-5)
-    assert api.report(model).rows == 10 and model.state_dict().keys() == plain.state_dict().keys()
-    api.unapply(model)
+    assert head_report(model).rows == 10 and model.state_dict().keys() == plain.state_dict().keys()
+    unapply_head(model)
     assert torch.equal(model(ids), expected)
 
 
@@ -83,16 +83,16 @@ def test_an_intercepted_head_affects_nothing_else() -> None:
     with pytest.raises(IndexError):
         model(ids + 60)
     x = torch.randn(3, 16)
-    assert torch.equal(x @ model.embedding.weight.T, x @ plain.embedding.weight.T) and api.report(model).rows == 0
+    assert torch.equal(x @ model.embedding.weight.T, x @ plain.embedding.weight.T) and head_report(model).rows == 0
     twin = copy.deepcopy(model)
     twin.embedding.weight.zero_()
-    assert not twin(ids).any() and api.report(model).rows == 0
-    api.unapply(twin)
-    assert bool((model(ids) == -math.inf).any()) and api.report(model).rows == 3
+    assert not twin(ids).any() and head_report(model).rows == 0
+    unapply_head(twin)
+    assert bool((model(ids) == -math.inf).any()) and head_report(model).rows == 3
     assert not (twin(ids) == -math.inf).any()
     replaced = nn.Parameter(torch.zeros(60, 16), requires_grad=False)
     model.embedding.weight = replaced
-    assert not model(ids).any() and api.report(model).rows == 3
+    assert not model(ids).any() and head_report(model).rows == 3
 
 
 def test_intercepted_heads_search_in_several_threads() -> None:
@@ -106,7 +106,7 @@ def test_intercepted_heads_search_in_several_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(best, prompts))
     assert all(torch.equal(a, plain(ids).argmax(-1)) for a, ids in zip(found, prompts, strict=True))
-    assert api.report(model).rows == 64
+    assert head_report(model).rows == 64
 
 
 @torch.no_grad()
@@ -115,15 +115,15 @@ def test_an_intercepted_head_is_dense_in_compiled_graphs() -> None:
     ids = torch.randint(0, 60, (1, 4))
     compiled: Any = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(ids), plain(ids), rtol=1e-5, atol=1e-6)
-    assert api.report(model).rows == 0
+    assert head_report(model).rows == 0
 
 
 @torch.no_grad()
 def test_an_unrecognized_matmul_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     intercept._warn_unrecognized.cache_clear()
     model = Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
-    site = find(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
-    api.apply(model, fit_weight(site, model.embedding.weight))
+    site = find_head(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
+    apply_head(model, fit_weight(site, model.embedding.weight))
     with caplog.at_level(logging.WARNING, "fhopt"):
         for _ in range(2):
             model(torch.randint(0, 60, (1, 4)))

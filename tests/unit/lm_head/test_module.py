@@ -16,7 +16,7 @@ from torch import nn
 from fhopt.codegen.cpu import lm_head
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.errors import FhoptError
-from fhopt.lm_head import api
+from fhopt.lm_head import head_report, unapply_head
 from fhopt.lm_head.install import applied_head
 from fhopt.lm_head.module import RetrievalHead, dense, stamp_of
 
@@ -32,10 +32,10 @@ def test_generation_equals_that_of_the_dense_head(make: Any, dtype: torch.dtype)
     expected = model.generate(prompt, **options)
     applied(model)
     assert torch.equal(model.generate(prompt, **options), expected)
-    report = api.report(model)
+    report = head_report(model)
     assert report.rows >= 60 and report.certified > 0.9
     assert report.dense_rows == round((1 - report.certified) * report.rows)
-    api.unapply(model)
+    unapply_head(model)
     assert type(model.get_output_embeddings()) is nn.Linear and torch.equal(model.generate(prompt, **options), expected)
 
 
@@ -70,7 +70,7 @@ def test_beams_with_estimates_equal_those_of_the_dense_head() -> None:
     expected = model.generate(prompt, **options)
     applied(model, keep=6, estimates=True)
     assert torch.equal(model.generate(prompt, **options), expected)
-    assert api.report(model).rows >= 8 * 3 - 2
+    assert head_report(model).rows >= 8 * 3 - 2
 
 
 @torch.no_grad()

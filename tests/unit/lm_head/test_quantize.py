@@ -13,7 +13,7 @@ from lm_heads import DTYPES, made, skewed, weights
 from needs import needs_compiler
 from torch import Tensor
 
-from fhopt.codegen.cpu.lm_head import Candidates, search
+from fhopt.codegen.cpu.lm_head import Candidates, search_head
 from fhopt.errors import FhoptError
 from fhopt.lm_head import quantize
 from fhopt.lm_head.module import dense
@@ -56,7 +56,7 @@ def test_no_logit_exceeds_its_bound_and_the_largest_are_found(
     bias = torch.randn(vocabulary).to(dtype) if has_bias else None
     head = made(weight, skewed(64, width) if has_basis else None, bias, bits=bits)
     keep = int(torch.randint(1, min(vocabulary, 5) + 1, ()))
-    found = search(hidden, weight, bias, head.codes, head.search(keep=keep, bounds=True))
+    found = search_head(hidden, weight, bias, head.codes, head.search(keep=keep, bounds=True))
     exact = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     assert found.bounds is not None and found.estimates is not None
     searched = found.counts >= 0
@@ -70,7 +70,7 @@ def test_no_logit_exceeds_its_bound_and_the_largest_are_found(
 def test_estimates_and_bounds_follow_the_equations(bits: str) -> None:
     weight, states = weights("random", 300, 40), skewed(500, 40)
     head, hidden = made(weight, states, bits=bits), skewed(3, 40)
-    found = search(hidden, weight, None, head.codes, head.search(bounds=True))
+    found = search_head(hidden, weight, None, head.codes, head.search(bounds=True))
     assert found.bounds is not None and found.estimates is not None and head.codes.transform is not None
     rows, values, numbers = dequantize(head.codes)
     order = rows[rows >= 0].argsort()

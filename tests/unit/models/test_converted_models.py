@@ -65,13 +65,13 @@ def test_another_dtype_a_changed_file_and_a_damaged_copy_are_converted_again(
 ) -> None:
     load_model(str(file))
     assert load_model(str(file), torch.bfloat16).language_model().dtype == torch.bfloat16
-    assert conversions == [torch.float32, torch.bfloat16] and len(converted_models.entries()) == 2
+    assert conversions == [torch.float32, torch.bfloat16] and len(converted_models.converted_models()) == 2
     content = bytearray(file.read_bytes())
     content[-4:] = b"\0\0\0\0"
     file.write_bytes(content)
     load_model(str(file))
     assert len(conversions) == 3
-    kept = converted_models.find(file, torch.float32)
+    kept = converted_models.find_converted(file, torch.float32)
     assert kept is not None
     (kept / "model.safetensors").write_bytes(b"")
     load_model(str(file))
@@ -82,16 +82,16 @@ def test_another_dtype_a_changed_file_and_a_damaged_copy_are_converted_again(
 def test_the_oldest_are_removed_to_make_room_and_so_are_leftovers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         load_model(str(file), dtype)
-    os.utime(converted_models.models_folder() / converted_models.entries()[0].name, (1, 1))
-    newer, older = converted_models.entries()
+    os.utime(converted_models.models_folder() / converted_models.converted_models()[0].name, (1, 1))
+    newer, older = converted_models.converted_models()
     monkeypatch.setenv("FHOPT_MODELS_GB", str((newer.nbytes + older.nbytes) / 1e9))
     load_model(str(file), torch.float16)
-    names = {c.name for c in converted_models.entries()}
+    names = {c.name for c in converted_models.converted_models()}
     assert newer.name in names and older.name not in names and len(names) == 2
     left = converted_models.models_folder() / ".left"
     left.mkdir()
     os.utime(left, (1, 1))
-    assert {c.name for c in converted_models.prune(0)} == names
+    assert {c.name for c in converted_models.prune_converted(0)} == names
     assert not list(converted_models.models_folder().iterdir())
 
 
@@ -102,11 +102,11 @@ def test_without_a_limit_nothing_is_stored_and_a_model_that_is_too_large_is_repo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(str(file))
-    assert not converted_models.entries()
+    assert not converted_models.converted_models()
     monkeypatch.setenv("FHOPT_MODELS_GB", "1e-6")
     with pytest.warns(RuntimeWarning, match="could not be kept .*the limit FHOPT_MODELS_GB"):
         load_model(str(file))
-    assert not converted_models.entries()
+    assert not converted_models.converted_models()
     monkeypatch.setenv("FHOPT_MODELS_GB", "many")
     with pytest.raises(FhoptError, match="expected a number of gigabytes"):
         load_model(str(file))

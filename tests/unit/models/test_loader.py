@@ -91,7 +91,7 @@ def test_a_gguf_file_is_a_model_and_is_parsed_once(tmp_path: Path, monkeypatch: 
     loaded = load_model(str(tmp_path / "tiny.gguf"))
     assert len(parsed) == 1 and gguf.GGUFReader is Reader
     assert loaded.tokenizer("abcd").input_ids == [5, 3, 4]
-    assert len(pipeline.find(loaded.capture().program).sites) == 1
+    assert len(pipeline.find_attentions(loaded.capture().program).sites) == 1
 
 
 SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--json")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rewritten_folders import nothing_runs, sign, written
 from safetensors.torch import load_file, save_file
-from small_models import Fitted
+from small_models import FittedModel
 from torch import Tensor
 
 import fhopt
@@ -21,7 +21,7 @@ from fhopt.models import rewritten_folder
 
 
 @pytest.fixture(scope="session")
-def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rewritten tiny Llama in three shards."""
     out = tmp_path_factory.mktemp("folders") / "llama"
     written(out, llama.model, llama.plan(4), shard_size="200KB")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.models.stored_weights import check_stored
@@ -17,7 +17,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 @pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     made = llama.plan(4)
     return made.with_provenance(
         fingerprint=fingerprint(dict(llama.model.named_parameters()), [p.site for p in made.sites])
@@ -35,25 +35,25 @@ def altered(folder: Path) -> Path:
     return folder
 
 
-def test_the_weights_of_the_model_pass(plan: LatentPlan, llama: Fitted, tmp_path: Path) -> None:
+def test_the_weights_of_the_model_pass(plan: LatentPlan, llama: FittedModel, tmp_path: Path) -> None:
     llama.model.save_pretrained(tmp_path)
     check_stored(plan, tmp_path)
 
 
-def test_weights_in_several_files_and_another_dtype_pass(plan: LatentPlan, llama: Fitted, tmp_path: Path) -> None:
+def test_weights_in_several_files_and_another_dtype_pass(plan: LatentPlan, llama: FittedModel, tmp_path: Path) -> None:
     llama.model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     check_stored(plan, tmp_path)
 
 
-def test_other_weights_are_refused(plan: LatentPlan, llama: Fitted, tmp_path: Path) -> None:
+def test_other_weights_are_refused(plan: LatentPlan, llama: FittedModel, tmp_path: Path) -> None:
     llama.model.save_pretrained(tmp_path)
     with pytest.raises(FhoptError, match="fitted to another model"):
         check_stored(plan, altered(tmp_path))
 
 
 def test_weights_that_are_not_in_the_files_are_left_to_the_loader(
-    plan: LatentPlan, llama: Fitted, tmp_path: Path
+    plan: LatentPlan, llama: FittedModel, tmp_path: Path
 ) -> None:
     llama.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -10,12 +10,12 @@ pytestmark = needs_triton
 
 
 def test_calls_without_kernel_support_run_the_reference() -> None:
-    from fhopt.codegen.gpu.encode_rows import encode, encode_reference
+    from fhopt.codegen.gpu.encode_rows import encode_reference, encode_triton
 
     plan = ([4], [16], [0.3])
     x, basis = torch.randn(1, 2, 3, 8), torch.randn(1, 16, 16, dtype=torch.float64)
     found, expected = ((torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4).half()) for _ in range(2))
-    encode(x, basis, *plan, *found, at=1)
+    encode_triton(x, basis, *plan, *found, at=1)
     encode_reference(x, basis, *plan, *expected, at=1)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[0].any()
 
@@ -42,8 +42,8 @@ CODES, SCALE = torch.zeros(2, 2, 5, 8, dtype=torch.uint8), torch.zeros(2, 2, 5, 
     ],
 )
 def test_tensors_of_different_calls_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
-    from fhopt.codegen.gpu.encode_rows import encode
+    from fhopt.codegen.gpu.encode_rows import encode_triton
 
     arguments = {"x": X, "basis": BASIS, "codes": CODES, "scale": SCALE} | change
     with pytest.raises(ValueError, match=message):
-        encode(bits=[4], widths=[16], steps=[0.3], **arguments)  # type: ignore[arg-type]
+        encode_triton(bits=[4], widths=[16], steps=[0.3], **arguments)  # type: ignore[arg-type]

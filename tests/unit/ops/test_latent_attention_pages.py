@@ -11,10 +11,10 @@ from hand_plans import CODED
 from paged_plans import kernels, naive_mask
 
 from fhopt.ops import algebra, packing
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 
-def operands(tiers: tuple[Tier, ...], tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def operands(tiers: tuple[BitGroup, ...], tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Operands of `fhopt::latent_attention`: B=2, H=8, J=4 for keys and 2 for values, R=16."""
     query, keys, values = torch.randn(2, 8, 1, 16), torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16)
     shape = algebra.BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
@@ -27,7 +27,9 @@ def operands(tiers: tuple[Tier, ...], tokens: int) -> tuple[tuple[Any, ...], dic
 @pytest.mark.parametrize("generated", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
 @pytest.mark.parametrize("units", [1, 2])
-def test_a_list_of_pages_acts_as_a_mask_of_their_tokens(units: int, tiers: tuple[Tier, ...], generated: bool) -> None:
+def test_a_list_of_pages_acts_as_a_mask_of_their_tokens(
+    units: int, tiers: tuple[BitGroup, ...], generated: bool
+) -> None:
     x, options = operands(tiers, 58)  # the last page is short
     lists = torch.tensor([[[0, 2, 3], [1, -1, -1]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)[:, :units]
     given = torch.rand(2, 1, 1, 58) > 0.3
@@ -46,7 +48,7 @@ def test_a_list_of_pages_acts_as_a_mask_of_their_tokens(units: int, tiers: tuple
 
 @pytest.mark.parametrize("generated", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
-def test_a_list_of_all_pages_is_bit_identical_to_none(tiers: tuple[Tier, ...], generated: bool) -> None:
+def test_a_list_of_all_pages_is_bit_identical_to_none(tiers: tuple[BitGroup, ...], generated: bool) -> None:
     x, options = operands(tiers, 160)
     lists = torch.arange(10, dtype=torch.int32).expand(2, 2, 10)
     with kernels(generated):

@@ -15,14 +15,14 @@ from paged_plans import TOKENS, index_of, kernels, page_kernel, page_step, paged
 
 from fhopt.attention import paged as attention_paged
 from fhopt.attention.attend import attend
-from fhopt.attention.cache_view import Latents, SideRows
+from fhopt.attention.cache_view import CacheView, SideRows
 from fhopt.attention.paged import SAMPLE, mean_values
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.codegen import dispatch
 from fhopt.ops import algebra, attention, masks, packing, page_selection, paged_attention
 from fhopt.ops.page_selection import FEWEST
 from fhopt.parallel.tensor_parallel import Share, _local_pages
-from fhopt.plan.site_plan import PagePlan, Tier
+from fhopt.plan.site_plan import BitGroup, PagePlan
 
 # --------------------------------------------------------------------------------------------------- sketches
 
@@ -118,7 +118,7 @@ def test_masked_tokens_and_those_beyond_the_length_have_no_weight(additive: bool
 @pytest.mark.parametrize("length", [None, 300])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
 def test_the_mean_is_of_values_visible_to_a_query(
-    tiers: tuple[Tier, ...], length: int | None, masked: str | None
+    tiers: tuple[BitGroup, ...], length: int | None, masked: str | None
 ) -> None:
     """Compare with a plain loop: B=2, H=4, two latent heads of values [R=16], 3 queries."""
     shape = algebra.BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
@@ -174,7 +174,7 @@ def test_attention_to_equal_values_gives_that_value() -> None:
     assert index is not None and index.fill is not None and index.most < index.count
     value = same.reconstruct()[:, :, :10]
     query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 10, 16)
-    found = attend(query, key, value, Latents(side, same, 2, 160, index), None, scale=0.3)
+    found = attend(query, key, value, CacheView(side, same, 2, 160, index), None, scale=0.3)
     torch.testing.assert_close(found, value[:, :, :1].repeat_interleave(2, 1), rtol=1e-4, atol=1e-4)
 
 
@@ -206,7 +206,7 @@ def test_a_list_without_room_attends_to_nothing() -> None:
     step = page_step({4: 16}, 200, False, None, most=0, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
     expected = paged_attention.attend_pages_reference(step._replace(query=step.query.double()))
     with kernels(True), page_kernel():
-        assert dispatch.attend_pages(step) is None
+        assert dispatch.dispatch_attend_pages(step) is None
         found = torch.ops.fhopt.attend_pages(*step)
     assert bool((expected[1] == -math.inf).all()) and not expected[2][2]
     same(found, expected)

@@ -29,7 +29,7 @@ def test_a_step_without_kernel_support_is_left_to_torch(why: str) -> None:
     step = page_step({4: 16}, 200, False, None)
     step = step._replace(**REFUSED[why](step))
     with kernels(True), page_kernel():
-        assert dispatch.attend_pages(step) is None
+        assert dispatch.dispatch_attend_pages(step) is None
         if why in ("channels of 32 bits", "several queries"):  # torch refuses them as well
             return
         found = torch.ops.fhopt.attend_pages(*step)

@@ -204,13 +204,13 @@ def test_calls_that_flash_attention_does_not_support_go_elsewhere(
 # --------------------------------------------------------------------------------------------------- a whole cache
 
 
-def held(window: int) -> tuple[cache_view.Latents, Tensor, Tensor]:
+def held(window: int) -> tuple[cache_view.CacheView, Tensor, Tensor]:
     """A cache of 2 sinks, T latents, `window` 8-bit tokens and S new ones, with its full-precision keys and values."""
     rows = sides(torch.float32)
     rounded = [packing.round_rows(torch.randn(B, G, window, n)) if window else None for n in (D, E)]
     key = cache_view.SideRows(TIERS, rows[0], rows[1], rows[2], rounded[0])
     value = cache_view.SideRows(TIERS, rows[3], rows[4], rows[5], rounded[1])
-    return cache_view.Latents(key, value, 2, T), torch.randn(B, G, 2 + S, D), torch.randn(B, G, 2 + S, E)
+    return cache_view.CacheView(key, value, 2, T), torch.randn(B, G, 2 + S, D), torch.randn(B, G, 2 + S, E)
 
 
 @pytest.mark.parametrize("window", [0, 7])
@@ -290,12 +290,12 @@ def seen(queries: int, heads: int, window: int, causal: bool) -> tuple[Tensor, T
     packed = [torch.ops.fhopt.pack(torch.randn(1, 2, 40, 40), *TIERS) for _ in "kv"]
     decoders = torch.randn(2, 2, 24, 40) / 6
 
-    def latents_in(dtype: torch.dtype) -> cache_view.Latents:
+    def latents_in(dtype: torch.dtype) -> cache_view.CacheView:
         key, value = (
             cache_view.SideRows(TIERS, codes, scale, decoders[i].to(dtype), rounded[i])
             for i, (codes, scale) in enumerate(packed)
         )
-        return cache_view.Latents(key, value, 3, 40)
+        return cache_view.CacheView(key, value, 3, 40)
 
     latents, query = latents_in(torch.float32), torch.randn(1, heads, queries, 24)
     mask = None if causal else torch.rand(queries, latents.length(key)) < 0.7

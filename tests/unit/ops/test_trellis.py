@@ -40,7 +40,7 @@ def gaussian(rows: int, width: int, seed: int = 0) -> Tensor:
 def test_a_ring_decodes_to_its_definition(bits: int, octets: int, seed: int) -> None:
     ring = torch.randint(0, 256, (3, octets * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     wanted = [values_by_definition(row, bits) for row in ring.tolist()]
-    assert trellis.decode(ring, bits).tolist() == wanted
+    assert trellis.decode_rings(ring, bits).tolist() == wanted
 
 
 def test_other_tables_have_another_number() -> None:
@@ -51,10 +51,10 @@ def test_other_tables_have_another_number() -> None:
 
 def test_no_ring_closed_in_the_same_state_has_a_smaller_error() -> None:
     rings = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
-    every = trellis.decode(rings, 1)  # [256, 8]
+    every = trellis.decode_rings(rings, 1)  # [256, 8]
     states = trellis.windows(rings, 1)[:, -1] >> 1
     for x in 60 * gaussian(40, 8):
-        ring = int(trellis.encode(x, 1))
+        ring = int(trellis.encode_rings(x, 1))
         errors = (every - x).square().sum(-1)
         same = states == states[ring]
         torch.testing.assert_close(errors[ring], errors[same].min(), rtol=1e-5, atol=1e-3)
@@ -63,7 +63,7 @@ def test_no_ring_closed_in_the_same_state_has_a_smaller_error() -> None:
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 def test_the_error_on_a_gaussian_is_the_one_used_by_allocation(bits: int) -> None:
     x, step = gaussian(300, 64), codes.STEP[bits]
-    kept = trellis.decode(trellis.encode(x / step, bits), bits) * step
+    kept = trellis.decode_rings(trellis.encode_rings(x / step, bits), bits) * step
     left = float((kept - x).square().mean())
     assert left == pytest.approx(codes.SHARE[bits] * DISTORTION[bits], rel=0.07)
     assert left < DISTORTION[bits] * 0.87
@@ -76,17 +76,17 @@ def test_nan_and_inf_affect_no_other_rows(bits: int) -> None:
     x = 40 * gaussian(3, 32)
     spoilt = x.clone()
     spoilt[1, 5], spoilt[2, 7] = torch.nan, torch.inf
-    found, wanted = trellis.encode(spoilt, bits), trellis.encode(x, bits)
+    found, wanted = trellis.encode_rings(spoilt, bits), trellis.encode_rings(x, bits)
     assert torch.equal(found[0], wanted[0])
-    far = (trellis.decode(found, bits) - x).abs()
+    far = (trellis.decode_rings(found, bits) - x).abs()
     assert float(far[1, 20:].mean()) < 4 * float(far[0].mean())
 
 
 @given(bits=st.sampled_from(TRELLIS_BITS), shape=st.sampled_from([(), (0,), (2, 3), (1, 2, 0)]))
 @settings(max_examples=20)
 def test_any_number_of_leading_dimensions_is_supported(bits: int, shape: tuple[int, ...]) -> None:
-    ring = trellis.encode(torch.zeros(*shape, 16), bits)
-    assert ring.shape == (*shape, 2 * bits) and trellis.decode(ring, bits).shape == (*shape, 16)
+    ring = trellis.encode_rings(torch.zeros(*shape, 16), bits)
+    assert ring.shape == (*shape, 2 * bits) and trellis.decode_rings(ring, bits).shape == (*shape, 16)
 
 
 def test_a_row_may_hold_both_kinds_of_codes() -> None:

@@ -10,14 +10,14 @@ import processes
 import pytest
 import torch
 from interrupted_calibration import OPTIONS, measure
-from small_models import Fitted, found, tiny_llama
+from small_models import FittedModel, found, tiny_llama
 
 from fhopt.calibration import run
 from fhopt.plan.latent_plan import LatentPlan
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> None:
+def test_two_processes_give_the_plan_of_one(llama: FittedModel, tmp_path: Path) -> None:
     """Two processes on this machine take every second batch each; 11 batches do not divide evenly."""
     processes.launch(__file__, 2, tmp_path)
     one = run.plan_from_calibration(measure(llama.captured), OPTIONS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from offloaded_models import offloaded
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 import fhopt
 from fhopt.errors import FhoptError
@@ -30,6 +30,6 @@ def test_weights_are_loaded_one_at_a_time_and_released(folder: Path) -> None:
     assert weights[name] is not weights[name] and model.get_parameter(name).is_meta
 
 
-def test_a_model_without_values_is_refused(llama: Fitted) -> None:
+def test_a_model_without_values_is_refused(llama: FittedModel) -> None:
     with pytest.raises(FhoptError, match=r"lm_head\.weight of LlamaForCausalLM is on the meta device"):
         fhopt.apply(tiny_llama().to("meta"), llama.plan(4))

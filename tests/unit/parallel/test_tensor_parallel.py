@@ -29,13 +29,13 @@ from fhopt.parallel.tensor_parallel import Share, shard_site
 from fhopt.plan import fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
-from fhopt.plan.site_plan import SidePlan, SitePlan, SketchPlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan, SketchPlan
 
 ROUNDING = 2e-6  # these float64 models return float32 logits of magnitude 10 from generate
 PLAIN: dict[str, Any] = dict(sinks=4, recent=8, block=8)
 
 
-def latents(site: AttentionSite, groups: int, tiers: tuple[Tier, ...] = CODED) -> SitePlan:
+def latents(site: AttentionSite, groups: int, tiers: tuple[BitGroup, ...] = CODED) -> SitePlan:
     """Latents of 16 channels with random bases for each side of a site, J = `groups`."""
     n, generator = site.kv_heads // groups, torch.Generator().manual_seed(groups)
     sides = []
@@ -87,7 +87,7 @@ def test_a_joint_latent_of_keys_and_values_uses_the_heads_of_all_processes() -> 
 def test_sketches_go_with_their_latent_heads() -> None:
     whole = latents(replace(SITE, kv_heads=4), 4)
     channels = torch.stack([torch.arange(8) + i for i in range(4)])
-    sketch = SketchPlan(channels, torch.randn(4, 16), torch.ones(4, 16), (Tier(2, 8, 0.5),))
+    sketch = SketchPlan(channels, torch.randn(4, 16), torch.ones(4, 16), (BitGroup(2, 8, 0.5),))
     part = shard_site(replace(whole, sketch=sketch), Share(1, 2))
     assert part.sketch is not None and torch.equal(part.sketch.channels, channels[2:])
     LatentPlan((part,), **PLAIN)
@@ -298,7 +298,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, llama: Any) -> Path:
     weights = dict(llama.model.named_parameters())
     plan = plan.with_provenance(fingerprint=fingerprint.fingerprint(weights, [p.site for p in plan.sites]))
     plan.save(path / "plan")
-    rewrite_folder.rewrite(LoadedModel("small", llama.model), plan, path / "rewritten")
+    rewrite_folder.rewrite_folder(LoadedModel("small", llama.model), plan, path / "rewritten")
     for count in CHECKS:
         processes.launch(__file__, count, path)
     return path

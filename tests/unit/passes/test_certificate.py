@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fhopt.passes.certificate import Certificate, Checked, Step, by_kind
+from fhopt.passes.certificate import Certificate, Checked, ReplacedNode, by_kind
 
 STEPS = (
-    Step("matmul", "matmul", "analytic: checked at random points", "model.py:41"),
-    Step("softmax", "softmax", "analytic: checked at random points", "model.py:43"),
+    ReplacedNode("matmul", "matmul", "analytic: checked at random points", "model.py:41"),
+    ReplacedNode("softmax", "softmax", "analytic: checked at random points", "model.py:43"),
 )
 CERTIFICATE = Certificate(
     (("q", "[s0, 9, s1, 64]"), ("k", "[s0, 3, s1, 64]"), ("v", "[s0, 3, s1, 64]")), STEPS, "NaN", (), Checked(3, 1e-15)

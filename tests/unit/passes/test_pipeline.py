@@ -45,7 +45,7 @@ def test_a_pass_that_fails_at_one_attention_skips_it_and_finds_the_other(
     monkeypatch.setattr(Normalize, step, failing)
     module, x = Block().eval(), torch.randn(1, 5, H * D)
     captured = capture(module, (x,))
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     assert len(outcome.sites) == 1
     (missed,) = outcome.missed
     assert "pass normalize failed here" in missed.reason and "view size is not compatible)" in missed.reason

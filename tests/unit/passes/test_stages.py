@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from compiled_models import forward, with_backend
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_each_pass_is_dumped_with_its_changes(llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_pass_is_dumped_with_its_changes(
+    llama: FittedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FHOPT_DUMP", str(tmp_path))
     with torch.no_grad():
         forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))

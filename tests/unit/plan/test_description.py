@@ -17,7 +17,7 @@ import torch
 from hand_plans import CODED, random_plan
 from paged_plans import paged
 from safetensors.torch import load_file, save_file
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.plan import description
@@ -89,7 +89,7 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def full(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan with pages, evidence and a quality card."""
     plan = paged(random_plan("head", CODED), fill=True, lift=1.5)
     loss = dict(tokens=5, exact=2.0, plan=2.1, increase_percent=5.0, increase_percent_ci=[1.0, 9.0], kl=0.1)

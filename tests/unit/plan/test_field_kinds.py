@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hand_plans import SITE
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.plan.cache_size import CacheLayer, record_of
 from fhopt.plan.field_kinds import provenance_kind, site_kind
@@ -36,7 +36,7 @@ def test_sites_of_models_pass(site: AttentionSite) -> None:
     site_kind(described(site), "sites.0")
 
 
-def test_found_sites_pass(fitted: Fitted) -> None:
+def test_found_sites_pass(fitted: FittedModel) -> None:
     for site in fitted.outcome.sites.values():
         site_kind(described(site), "sites.0")
     provenance_kind(json.loads(json.dumps(dict(fitted.plan(4).provenance))), "provenance")

@@ -24,10 +24,10 @@ PERSON = kinds.record({"name": kinds.text}, {"age": kinds.whole(0, 150)})
         (kinds.row(kinds.text, kinds.whole()), ["a", 1]),
         (kinds.mapping(kinds.number()), {"a": 0.5}),
         (PERSON, {"name": "a", "age": 3}),
-        (kinds.record({}, rest=kinds.plain), {"a": [1, {"b": None}]}),
+        (kinds.record({}, rest=kinds.check_plain), {"a": [1, {"b": None}]}),
         (kinds.zero_or(kinds.number(1)), 0),
         (kinds.text, "\U0001f600\n"),
-        (kinds.line, "model.layers.0"),
+        (kinds.check_line, "model.layers.0"),
     ],
 )
 def test_values_of_a_kind_pass(kind: kinds.Kind, value: Any) -> None:
@@ -55,12 +55,12 @@ def test_values_of_a_kind_pass(kind: kinds.Kind, value: Any) -> None:
         (PERSON, {"age": 3}, r"x\.name is missing"),
         (PERSON, {"name": "a", "size": 3}, r"x\.size is not a field of it"),
         (PERSON, None, "x is None; expected an object"),
-        (kinds.plain, {"a": "b" * 70_000}, r"x\.a is 'b"),
-        (kinds.plain, {"\ud800": 1}, r"x is '\\ud800'; expected a string"),
+        (kinds.check_plain, {"a": "b" * 70_000}, r"x\.a is 'b"),
+        (kinds.check_plain, {"\ud800": 1}, r"x is '\\ud800'; expected a string"),
         (kinds.zero_or(kinds.number(1)), False, "x is False; expected a number"),
         (kinds.zero_or(kinds.number(1)), 0.5, "x is 0.5; expected a finite number from 1"),
         (kinds.text, "\udc80", r"x is '\\udc80'; expected a string"),
-        (kinds.line, "a\nb", r"x is 'a\\nb'; expected at most 500 printable characters"),
+        (kinds.check_line, "a\nb", r"x is 'a\\nb'; expected at most 500 printable characters"),
         (PERSON, {"name": "a", "\ud800": 3}, r"x\.\\ud800 is not a field of it; expected one of name, age"),
     ],
 )
@@ -79,4 +79,4 @@ def test_values_nested_too_deeply_are_refused() -> None:
     for _ in range(20):
         deep = [deep]
     with pytest.raises(ValueError, match="more than 16 values within each other"):
-        kinds.plain(deep, "x")
+        kinds.check_plain(deep, "x")

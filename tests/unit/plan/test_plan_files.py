@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
@@ -35,7 +35,7 @@ def _damage(folder: Path, how: str) -> None:
     [("no folder", "is not a plan"), ("cut short", "damaged"), ("a changed number", "altered"),
      ("a changed option", "altered"), ("a newer version", "plan version 99")],
 )  # fmt: skip
-def test_a_damaged_plan_is_refused_with_the_reason(llama: Fitted, tmp_path: Path, how: str, message: str) -> None:
+def test_a_damaged_plan_is_refused_with_the_reason(llama: FittedModel, tmp_path: Path, how: str, message: str) -> None:
     folder = llama.plan(4).save(tmp_path / "plan")
     _damage(folder, how)
     with pytest.raises(FhoptError, match=message):

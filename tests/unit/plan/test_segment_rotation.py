@@ -142,9 +142,9 @@ def test_a_kernel_rotates_queries_like_torch_operations(
 ) -> None:
     from fhopt.codegen import dispatch
 
-    dispatch.install()
-    with dispatch.waiting(), torch.inference_mode():
-        dispatch.prepare()
+    dispatch.register_kernels()
+    with dispatch.wait_for_kernels(), torch.inference_mode():
+        dispatch.build_all()
         plan = in_segments(random_plan("head", CODED, mean_tokens=means, window_bits=8))
         key, value, _, query = read(plan, dtype, count, 1, padding)
         found = attend(query, key.exact, value.exact, key.latents, None, scale=0.25)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hand_plans import CODED, SITE, in_segments, random_plan
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.files import write_folder
@@ -17,7 +17,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
 
-def test_a_plan_is_restored_completely(fitted: Fitted, tmp_path: Path) -> None:
+def test_a_plan_is_restored_completely(fitted: FittedModel, tmp_path: Path) -> None:
     plan = fitted.plan(4).with_provenance(text="topics")
     again = LatentPlan.load(plan.save(tmp_path / "plan"))
     assert again.digest() == plan.digest()
@@ -40,7 +40,7 @@ def _single(side: SidePlan) -> SidePlan:
     return SidePlan(side.encode.float(), side.decode.float(), side.tiers)
 
 
-def test_a_folder_with_other_files_is_not_overwritten(llama: Fitted, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(llama: FittedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FhoptError, match="holds other things"):
         llama.plan(4).save(tmp_path)

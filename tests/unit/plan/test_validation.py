@@ -21,7 +21,7 @@ from fhopt.ops import page_selection
 from fhopt.plan.description import numbers_of
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.serialization import describe_plan
-from fhopt.plan.site_plan import PagePlan, Tier
+from fhopt.plan.site_plan import BitGroup, PagePlan
 
 # --------------------------------------------------------------------------------------------------- caches
 
@@ -80,9 +80,9 @@ def test_a_plan_without_pages_has_the_digest_from_before_pages(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "tier",
-    [Tier(8, 16, math.inf), Tier(8, 16, 0.0), Tier(8, 16, math.nan), Tier(4, math.inf, 1.0)],  # type: ignore[arg-type]
+    [BitGroup(8, 16, math.inf), BitGroup(8, 16, 0.0), BitGroup(8, 16, math.nan), BitGroup(4, math.inf, 1.0)],  # type: ignore[arg-type]
 )
-def test_invalid_bit_groups_are_refused(tier: Tier) -> None:
+def test_invalid_bit_groups_are_refused(tier: BitGroup) -> None:
     with pytest.raises(FhoptError, match=r"bit groups|quantization steps"):
         random_plan("head", (tier,))
 
@@ -120,9 +120,9 @@ def test_invalid_pages_are_refused(pages_of_plan: PagePlan, reason: str) -> None
         ({"channels": torch.full((2, 8), 16)}, "beyond the 16 that there are"),
         ({"mean": torch.full((2, 16), math.inf)}, "no positive numbers"),
         ({"deviation": torch.zeros(2, 16)}, "no positive numbers"),
-        ({"tiers": (Tier(3, 8, 1.0),)}, "bits of"),
-        ({"tiers": (Tier(2, 8, 0.0),)}, "bits of"),
-        ({"tiers": (Tier(2, 8, 1.0), Tier(2, 8, 1.0))}, "sketches have shapes"),
+        ({"tiers": (BitGroup(3, 8, 1.0),)}, "bits of"),
+        ({"tiers": (BitGroup(2, 8, 0.0),)}, "bits of"),
+        ({"tiers": (BitGroup(2, 8, 1.0), BitGroup(2, 8, 1.0))}, "sketches have shapes"),
     ],
 )
 def test_invalid_sketches_are_refused(change: dict[str, Any], reason: str) -> None:

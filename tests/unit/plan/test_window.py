@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.errors import FhoptError
 from fhopt.plan.cache_size import window_bytes
@@ -37,7 +37,7 @@ def test_invalid_numbers_are_refused(numbers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_a_plan_has_the_window_of_its_four_fields(bits: int, llama: Fitted) -> None:
+def test_a_plan_has_the_window_of_its_four_fields(bits: int, llama: FittedModel) -> None:
     plan = llama.plan(4, window_bits=bits)
     assert plan.window == ResidualWindow(plan.sinks, plan.recent, plan.block, bits)
     assert replace(plan, recent=24).window.recent == 24

@@ -14,7 +14,7 @@ from command_models import call, save_tiny_model
 
 import fhopt
 from fhopt.calibration.options import FitOptions
-from fhopt.cli.fit import fit as command
+from fhopt.cli.fit import fit_command as command
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model

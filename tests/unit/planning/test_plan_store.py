@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command_models import save_tiny_model
-from small_models import Fitted
+from small_models import FittedModel
 from stored_plans import plan
 
 from fhopt.calibration.options import FitOptions
@@ -29,31 +29,31 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_plan_is_stored_and_found_by_a_prefix_of_its_name_or_digest() -> None:
     first, second = (plan_store.add(plan(n)) for n in (1, 2))
-    assert [e.name for e in plan_store.entries()] == sorted([first.name, second.name])
-    assert plan_store.find(first.name[:-2]) == first and plan_store.find(second.digest[:12]) == second
+    assert [e.name for e in plan_store.stored_plans()] == sorted([first.name, second.name])
+    assert plan_store.find_plan(first.name[:-2]) == first and plan_store.find_plan(second.digest[:12]) == second
     assert LatentPlan.load(first.path).digest() == plan(1).digest()
     assert first.name.startswith("a-model-") and plan_store.add(plan(1)) == first
     for wrong in ("a-model", "nothing", ""):
         with pytest.raises(FhoptError, match="does not name one plan"):
-            plan_store.find(wrong)
+            plan_store.find_plan(wrong)
 
 
 def test_a_damaged_plan_is_reported_and_replaced_when_it_is_added_again() -> None:
     kept = plan_store.add(plan())
     content = (kept.path / "plan.safetensors").read_bytes()
     (kept.path / "plan.safetensors").write_bytes(content[:-1] + b"x")
-    assert "altered" in plan_store.verify(kept).fault
-    assert not plan_store.verify(plan_store.add(plan())).fault
+    assert "altered" in plan_store.verify_plan(kept).fault
+    assert not plan_store.verify_plan(plan_store.add(plan())).fault
 
 
-def test_plans_of_another_model_are_reported(llama: Fitted, gpt2: Fitted) -> None:
+def test_plans_of_another_model_are_reported(llama: FittedModel, gpt2: FittedModel) -> None:
     from fhopt.plan.fingerprint import fingerprint
 
     fitted = llama.plan(4)
     print_ = fingerprint(dict(llama.model.named_parameters()), [s.site for s in fitted.sites])
     kept = plan_store.add(fitted.with_provenance(fingerprint=print_))
-    assert not plan_store.verify(kept, LoadedModel("llama", llama.model)).fault
-    assert "another model than gpt2" in plan_store.verify(kept, LoadedModel("gpt2", gpt2.model)).fault
+    assert not plan_store.verify_plan(kept, LoadedModel("llama", llama.model)).fault
+    assert "another model than gpt2" in plan_store.verify_plan(kept, LoadedModel("gpt2", gpt2.model)).fault
 
 
 def test_pruning_removes_the_damaged_the_old_and_leftovers(own_folder: Path) -> None:
@@ -66,11 +66,11 @@ def test_pruning_removes_the_damaged_the_old_and_leftovers(own_folder: Path) -> 
     for file in (old, new):
         file.write_bytes(b"1234")
     os.utime(old, (0, 0))
-    planned = plan_store.prune(keep=1, dry=True)
-    assert len(plan_store.entries()) == 5 and old.exists()
-    assert plan_store.prune(keep=1) == planned and planned.nbytes > 4
+    planned = plan_store.prune_plans(keep=1, dry=True)
+    assert len(plan_store.stored_plans()) == 5 and old.exists()
+    assert plan_store.prune_plans(keep=1) == planned and planned.nbytes > 4
     assert set(planned.names) == {broken.name, old.name, kept[0].name, kept[1].name}
-    assert {e.name for e in plan_store.entries()} == {kept[2].name, kept[3].name} and new.exists()
+    assert {e.name for e in plan_store.stored_plans()} == {kept[2].name, kept[3].name} and new.exists()
 
 
 def test_pruning_never_removes_other_files(own_folder: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_pruning_never_removes_other_files(own_folder: Path, tmp_path: Path) -> 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (own_folder / "link").symlink_to(elsewhere)
-    assert plan_store.prune().names == () and (other / "dear.txt").exists() and elsewhere.exists()
+    assert plan_store.prune_plans().names == () and (other / "dear.txt").exists() and elsewhere.exists()
 
 
 def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
@@ -129,7 +129,7 @@ def test_an_interrupted_fit_resumes(tmp_path: Path, own_folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         plan_store.fit_ratios(loaded, options, (4,), stop)
-    assert list(own_folder.glob(".*.calibration.moments")) and not plan_store.entries()
+    assert list(own_folder.glob(".*.calibration.moments")) and not plan_store.stored_plans()
     resumed: list[tuple[str, int]] = []
     again = plan_store.fit_ratios(loaded, options, (4,), lambda stage, done, total: resumed.append((stage, done)))
     assert resumed[0] == ("moments", 4)  # contents of the checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from healed_plans import loaded
-from small_models import Fitted, tiny_llama
+from small_models import FittedModel, tiny_llama
 
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
@@ -21,7 +21,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
+def plan(llama: FittedModel) -> LatentPlan:
     return llama.plan(8.0)
 
 

@@ -18,7 +18,7 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.refine import decoder_equations
-from fhopt.refine.decoder_equations import Equations, Reader
+from fhopt.refine.decoder_equations import CapturedModel, Equations
 from fhopt.refine.heal import HEALING, read
 
 pytestmark = pytest.mark.usefixtures("without_compiling")
@@ -140,7 +140,7 @@ def test_channels_without_correlation_stay_separate() -> None:
 
 
 def test_equations_of_a_text_are_sums_over_its_sequences(model: LoadedModel, plan: LatentPlan) -> None:
-    reader, ids = Reader.of(model.capture(CONTEXT), plan), token_ids(4, CONTEXT)
+    reader, ids = CapturedModel.of(model.capture(CONTEXT), plan), token_ids(4, CONTEXT)
     checkpoint = Checkpoint(None, {}, HEALING)
     whole, backwards = read(reader, ids, checkpoint), read(reader, ids.flip(0), checkpoint)
     for name in whole.error:

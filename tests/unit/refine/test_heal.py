@@ -22,7 +22,7 @@ from fhopt.fitting import fit_plan
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan import fingerprint
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.refine.decoder_equations import Reader
+from fhopt.refine.decoder_equations import CapturedModel
 from fhopt.refine.heal import HEALING, heal, read
 from fhopt.refine.options import HealOptions
 
@@ -185,6 +185,6 @@ def test_a_loss_that_does_not_fall_is_refused(
 def test_keys_that_are_not_finite_are_refused(model: LoadedModel, plan: LatentPlan) -> None:
     with torch.no_grad():
         next(model.language_model().parameters()).fill_(float("nan"))
-    reader = Reader.of(model.capture(CONTEXT), plan)
+    reader = CapturedModel.of(model.capture(CONTEXT), plan)
     with pytest.raises(FhoptError, match="are not finite on this text"):
         read(reader, token_ids(4, CONTEXT), Checkpoint(None, {}, HEALING))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from healed_plans import Letters
-from small_models import Fitted
+from small_models import FittedModel
 
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import Calibration
@@ -24,13 +24,13 @@ SMALL = Gate(0.01, sequences=2, context=200)
 
 
 @pytest.fixture(scope="module")
-def calibration(llama: Fitted) -> Calibration:
+def calibration(llama: FittedModel) -> Calibration:
     options = replace(OPTIONS, mean_tokens=0)
     return Calibration(llama.statistics, llama.bases, llama.costs, {"model": "tiny"}, options, {}, llama.outcome)
 
 
 @pytest.fixture(scope="module")
-def loaded(llama: Fitted) -> LoadedModel:
+def loaded(llama: FittedModel) -> LoadedModel:
     return LoadedModel("tiny", llama.model, Letters())
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, token_ids
+from small_models import FittedModel, token_ids
 from torch import Tensor
 
 from fhopt.attention.attend import attend
-from fhopt.attention.cache_view import Latents
+from fhopt.attention.cache_view import CacheView
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.evaluation.perplexity import new_cache, switched
@@ -74,7 +74,7 @@ def test_curves_count_the_pages_that_selection_reads() -> None:
         assert curves.left_out(at) == pytest.approx(float((expected * ~kept).sum(-1).mean()), abs=1e-6)
 
 
-def test_page_weights_equal_those_of_full_attention(llama: Fitted) -> None:
+def test_page_weights_equal_those_of_full_attention(llama: FittedModel) -> None:
     """Compare with one softmax over dequantized keys."""
     plan, seen = llama.plan(4, window_bits=16), []
     model = llama.model
@@ -111,13 +111,13 @@ def test_a_repeated_token_probe_repeats_tokens_of_a_text(length: int) -> None:
 # --------------------------------------------------------------------------------------------------- the whole
 
 
-def test_calibrated_pages_record_the_omitted_weight(llama: Fitted) -> None:
+def test_calibrated_pages_record_the_omitted_weight(llama: FittedModel) -> None:
     plan, ids = llama.plan(4), token_ids(1, 480)
     options = PagingOptions(share=0.5, **SMALL)
     sketched = page_sketches.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
     for site in sketched.sites:
         assert site.sketch is not None and site.sketch.row_bytes == options.sketch
-    curves = page_probes.measure(llama.model, sketched, ids, options)
+    curves = page_probes.measure_pages(llama.model, sketched, ids, options)
     assert all(c.count > 50 and c.cost > 0 for c in curves.values())
     for c in curves.values():
         assert c.repeated and 0 < c.repeated.count < c.count and c.repeated.cost not in (1.0, c.cost)
@@ -131,7 +131,7 @@ def test_calibrated_pages_record_the_omitted_weight(llama: Fitted) -> None:
     assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
 
 
-def test_value_mean_fill_uses_the_factor_with_the_least_error_per_head(llama: Fitted) -> None:
+def test_value_mean_fill_uses_the_factor_with_the_least_error_per_head(llama: FittedModel) -> None:
     """Compare errors of probes with those of attention; some heads need a nonzero factor."""
     plan, ids = llama.plan(4, window_bits=16), token_ids(1, 480)
     options, seen = PagingOptions(share=0.25, **SMALL), []
@@ -145,7 +145,7 @@ def test_value_mean_fill_uses_the_factor_with_the_least_error_per_head(llama: Fi
         asked = (query[:, :, -page_options.QUERIES :], key, value), dict(scale=scale, softcap=softcap)
         probe(self, *arguments)
 
-    def watch(full: Any, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex) -> Tensor:
+    def watch(full: Any, absorbed: Tensor, latents: CacheView, estimates: Tensor, index: PageIndex) -> Tensor:
         (query, key, value), numbers = asked
         errors = fill_errors(full, absorbed, latents, estimates, index)
         for fill, row in zip(FILLS, errors, strict=True):
@@ -161,7 +161,7 @@ def test_value_mean_fill_uses_the_factor_with_the_least_error_per_head(llama: Fi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_probes, "fill_errors", watch)
         patch.setattr(page_probes._Probe, "__call__", remember)
-        curves = page_probes.measure(llama.model, sketched, ids, options)
+        curves = page_probes.measure_pages(llama.model, sketched, ids, options)
     assert len(seen) == 2 * 6  # probes of 64 tokens each, from the first one with enough pages
     made = with_pages(sketched, curves, options).pages
     assert made is not None and max(max(heads) for heads in made.fill) > 0
@@ -174,11 +174,11 @@ def test_value_mean_fill_uses_the_factor_with_the_least_error_per_head(llama: Fi
     assert bounded is not None and bounded.fill == ()
 
 
-def test_probes_predict_the_weight_that_selection_omits(llama: Fitted) -> None:
+def test_probes_predict_the_weight_that_selection_omits(llama: FittedModel) -> None:
     """More pages omit less weight, and less than randomly selected pages."""
     ids, options = token_ids(1, 480), PagingOptions(share=0.5, **SMALL)
     sketched = page_sketches.with_sketches(llama.model, llama.plan(2), ids[:, :200], 8)
-    for curves in page_probes.measure(llama.model, sketched, ids, options).values():
+    for curves in page_probes.measure_pages(llama.model, sketched, ids, options).values():
         left = [curves.left_out(at) for at in range(ALL + 1)]
         assert left == sorted(left, reverse=True)
         shares = [curves.share(at) for at in range(ALL + 1)]

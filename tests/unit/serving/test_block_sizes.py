@@ -12,7 +12,7 @@ from fhopt.serving.block_sizes import (
     BlockSizes,
     CacheNeeds,
     block_bytes,
-    choose,
+    choose_block_sizes,
     request_bytes,
     uneven,
     window_blocks,
@@ -32,25 +32,25 @@ def least(needs: CacheNeeds) -> int:
 @pytest.mark.parametrize(("latent_bytes", "ratio"), [(5490, 3.8), (2480, 7.5)])
 def test_a_request_of_8192_tokens_has_the_promised_ratio(latent_bytes: int, ratio: float) -> None:
     needs = replace(NEEDS, latent_bytes=latent_bytes)
-    assert EXACT / request_bytes(needs, choose(needs)) > ratio
+    assert EXACT / request_bytes(needs, choose_block_sizes(needs)) > ratio
 
 
 @pytest.mark.parametrize("latent_bytes", [700, 2480, 5490, 12000])
 @pytest.mark.parametrize("window", [ResidualWindow(16, 256, 64), ResidualWindow(4, 32, 16), ResidualWindow(0, 100, 7)])
 def test_padding_between_blocks_is_small(latent_bytes: int, window: ResidualWindow) -> None:
     needs = replace(NEEDS, latent_bytes=latent_bytes, window=window)
-    sizes = choose(needs)
+    sizes = choose_block_sizes(needs)
     assert request_bytes(needs, sizes) < 1.15 * least(needs)
     assert sizes.first >= needs.first and sizes.first % sizes.latents == sizes.first % sizes.window == 0
     assert sizes.alignment == sizes.first
 
 
 def test_a_given_block_size_is_used() -> None:
-    assert choose(NEEDS, 64).latents == 64
+    assert choose_block_sizes(NEEDS, 64).latents == 64
 
 
 def test_few_groups_of_layers_are_made() -> None:
-    sizes, block = choose(NEEDS), block_bytes(NEEDS, choose(NEEDS))
+    sizes, block = choose_block_sizes(NEEDS), block_bytes(NEEDS, choose_block_sizes(NEEDS))
     pages = NEEDS.window_bytes * sizes.window, NEEDS.first_bytes
     assert sum(-(-NEEDS.layers // (block // page)) for page in pages) <= MOST_GROUPS
 

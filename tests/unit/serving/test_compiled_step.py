@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fhopt import codegen
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.plan.site_plan import BitGroup, SidePlan
 from fhopt.serving.block_sizes import BlockSizes
 
 SIZES = BlockSizes(12, 4, 24)
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # torch rounds between operations
 FLIPS = 0.001  # share of bytes: latents near a rounding boundary, summed in another order
 
-RINGS = (Tier(4, 8, -0.031), Tier(4, 8, -0.031))
+RINGS = (BitGroup(4, 8, -0.031), BitGroup(4, 8, -0.031))
 pytestmark = needs_compiler
 
 
@@ -65,7 +65,7 @@ PLANS: dict[str, LatentPlan] = {
 
 def engines(plan: LatentPlan, dtype: torch.dtype, **options: Any) -> tuple[Engine, Engine]:
     """Make two engines with the same blocks, one of them compiled."""
-    codegen.install()
+    codegen.register_kernels()
     made = []
     for _ in range(2):
         torch.manual_seed(1)

@@ -163,10 +163,10 @@ def test_a_prompt_is_prefilled_in_two_kernel_calls(
         return part
 
     monkeypatch.setattr(layer_cache, "attend_on_cpu", counted)
-    codegen.install()
+    codegen.register_kernels()
     plan = PLANS[name]
     tokens = random_tokens(plan, COUNT)
-    with codegen.waiting():
+    with codegen.wait_for_kernels():
         found = in_pieces(plan, tokens, *ends)
     close(found, by_hand(plan, tokens))
     bounds = [0, *ends, COUNT]

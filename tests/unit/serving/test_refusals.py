@@ -13,7 +13,7 @@ from hand_plans import CODED, in_segments, random_plan
 from fhopt.errors import FhoptError
 from fhopt.models.rewritten_folder import RewrittenFolder
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 from fhopt.serving import refusals
 
 PLAN = random_plan("head", CODED)
@@ -44,7 +44,7 @@ def test_an_engine_with_ordinary_options_is_accepted() -> None:
 
 
 def test_trellis_codes_are_served_on_cpus_only() -> None:
-    ring = random_plan("head", (Tier(4, 16, -0.031),))
+    ring = random_plan("head", (BitGroup(4, 16, -0.031),))
     refusals.check_engine(ring, config())
     refusals.check_engine(PLAN, config(device_type="cuda"))
     with pytest.raises(FhoptError, match="vLLM on a GPU reads no trellis codes"):
@@ -111,13 +111,13 @@ def with_site(**changes: Any) -> LatentPlan:
 )
 def test_attention_of_other_kinds_is_refused(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(FhoptError, match=what):
-        refusals.check_folder(folder(with_site(**changes)), None)
+        refusals.check_served_folder(folder(with_site(**changes)), None)
 
 
 def test_a_plan_must_have_all_layers() -> None:
-    refusals.check_folder(folder(PLAN), SimpleNamespace(num_hidden_layers=1))
+    refusals.check_served_folder(folder(PLAN), SimpleNamespace(num_hidden_layers=1))
     with pytest.raises(FhoptError, match="has 1 of 2 layers"):
-        refusals.check_folder(folder(PLAN), SimpleNamespace(num_hidden_layers=2))
+        refusals.check_served_folder(folder(PLAN), SimpleNamespace(num_hidden_layers=2))
 
 
 def layer(**changes: Any) -> SimpleNamespace:

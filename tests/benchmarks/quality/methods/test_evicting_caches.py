@@ -11,10 +11,10 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 from benchmarks.quality.methods.evicting_caches import Eviction, ExpectedAttention, SnapKV, share_for
-from benchmarks.quality.methods.quantized_caches import Schedule, Shape
+from benchmarks.quality.methods.quantized_caches import CacheShape, Schedule
 from benchmarks.quality.methods.rotary_embedding import Rotary
 
-SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)
+SMOLLM2 = CacheShape(layers=30, kv_heads=3, head_dim=64)
 AT = 8192
 SCORERS = [SnapKV, ExpectedAttention]
 
@@ -55,7 +55,7 @@ def test_retained_tokens_are_exact_and_in_order_and_the_bytes_are_theirs(llama: 
     passed = SCHEDULE.quantized(298)
     held = layer.keys.shape[2]
     assert passed == 256 and held == round(0.3 * 256) + 298 - 256
-    shape = Shape.of(llama)
+    shape = CacheShape.of(llama)
     # two 16-bit elements, which have 32 bits in this test
     assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2 == baseline.cache_bytes(shape, 298)
     for head in range(2):

@@ -11,7 +11,7 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 from benchmarks.quality.methods.joint_caches import JointBlocks
-from benchmarks.quality.methods.quantized_caches import Schedule, Shape
+from benchmarks.quality.methods.quantized_caches import CacheShape, Schedule
 
 
 class Recorded:
@@ -23,7 +23,7 @@ class Recorded:
         self.factor = factor
         self.seen: list[Tensor] = []
 
-    def token_bytes(self, shape: Shape) -> float:
+    def token_bytes(self, shape: CacheShape) -> float:
         return shape.heads * 3.5
 
     def keys(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def test_a_lossless_codec_changes_nothing(make: Any) -> None:
     found, cache = read(model, JointBlocks(codec, SCHEDULE), ids)
     torch.testing.assert_close(found, exact_logits(model, ids), rtol=1e-4, atol=1e-4)  # keys rotated and back
     assert cache.quantized == SCHEDULE.quantized(170) == 128
-    heads = Shape.of(model).kv_heads
+    heads = CacheShape.of(model).kv_heads
     assert [x.shape for x in codec.seen] == [(2, 1, heads, 32, 16)] * 4
 
 
@@ -68,6 +68,6 @@ def test_the_tokens_of_a_call_attend_to_each_other_exactly(llama: Any) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    shape = Shape(layers=30, kv_heads=3, head_dim=64)
+    shape = CacheShape(layers=30, kv_heads=3, head_dim=64)
     held = JointBlocks(Recorded(), Schedule()).cache_bytes(shape, 8192)
     assert held == 8064 * 90 * 3.5 + 128 * 90 * 256

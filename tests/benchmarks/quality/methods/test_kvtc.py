@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks.quality.methods.calibration_moments import TokenMoments, token_moments
 from benchmarks.quality.methods.joint_caches import JointBlocks
 from benchmarks.quality.methods.kvtc import Components, Group, Kvtc, allocate, deflate_share, kvtc
-from benchmarks.quality.methods.quantized_caches import Shape
+from benchmarks.quality.methods.quantized_caches import CacheShape
 
-SHAPE = Shape(layers=2, kv_heads=2, head_dim=32)  # 128 components
+SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=32)  # 128 components
 
 
 def moments(rows: Tensor) -> TokenMoments:

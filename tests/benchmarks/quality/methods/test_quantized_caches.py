@@ -12,17 +12,17 @@ from small_models import tiny_llama, token_ids
 from torch import Tensor
 
 from benchmarks.quality.methods.quantized_caches import (
+    CacheShape,
     Codec,
     Kivi,
     QuantizedBlocks,
     RoundToNearest,
     Schedule,
-    Shape,
     Transformers,
     asymmetric,
 )
 
-SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)
+SMOLLM2 = CacheShape(layers=30, kv_heads=3, head_dim=64)
 AT = 8192
 SEALED, OPEN = 8064, 128  # 126 blocks of 64 after 4 sinks and before at least 64 recent tokens
 

@@ -18,10 +18,10 @@ from benchmarks.quality.methods.calibration_moments import (
     token_moments,
 )
 from benchmarks.quality.methods.joint_caches import JointBlocks
-from benchmarks.quality.methods.quantized_caches import QuantizedBlocks, Schedule, Shape
+from benchmarks.quality.methods.quantized_caches import CacheShape, QuantizedBlocks, Schedule
 from benchmarks.quality.methods.transform_codecs import Aatc, LowRank, aatc, low_rank, rank_for, water_bits, water_level
 
-SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)
+SMOLLM2 = CacheShape(layers=30, kv_heads=3, head_dim=64)
 AT = 8192
 QUANTIZED = 8064
 
@@ -85,7 +85,7 @@ def test_more_energy_never_means_fewer_bits() -> None:
 
 # --------------------------------------------------------------------------------------------------- AATC
 
-SHAPE = Shape(layers=2, kv_heads=2, head_dim=16)
+SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=16)
 
 
 def structured(rows: int = 400) -> Tensor:
@@ -158,7 +158,7 @@ def test_channels_without_bits_become_their_mean() -> None:
 def test_it_is_deterministic_and_exact_tokens_are_unchanged(llama: Any) -> None:
     ids = token_ids(4, 200)
     tokens, attention = token_moments(llama, ids, 4), attention_moments(llama, ids, 4)
-    shape = Shape.of(llama)
+    shape = CacheShape.of(llama)
     text = token_ids(1, 200)
     expected = exact_logits(llama, text)
     errors = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_zoo import Case, Entry
+from model_zoo import Entry, ZooCase
 from model_zoo.functional import settled
 from model_zoo.handwritten.decoders import AbsorbedLatentAttention, GPTFast, Llama, NanoGPT, ParallelBlock, SharedCache
 from model_zoo.handwritten.diffusion import ChannelFirstAttention, ConditionedBlock, ModulatedBlock, PixelAttention
@@ -24,8 +24,8 @@ from model_zoo.handwritten.parts import LAYERS, B, C, D, G, H, PreNorm, T, Threa
 from model_zoo.handwritten.sets_and_texts import (
     Conformer,
     EncoderDecoder,
-    Latents,
     OneLayerManyTimes,
+    PerceiverLatents,
     RelativeBias,
     SetTransformer,
     scale_into_weights,
@@ -38,7 +38,7 @@ from model_zoo.handwritten.variants import (
     GraphAttention,
     Nystrom,
     OnlineSoftmax,
-    Slots,
+    SlotAttention,
     UnfoldedNeighbours,
 )
 
@@ -53,12 +53,12 @@ def _model(
 ) -> Entry:
     """Make an entry of `make()`: settle the module, then apply `finish`."""
 
-    def build() -> Case:
+    def build() -> ZooCase:
         torch.manual_seed(1)
         model = settled(make())
         if finish:
             finish(model)
-        return Case(model, inputs())
+        return ZooCase(model, inputs())
 
     shapes = dict(heads=H, kv_heads=H, head_dim=D) if sites else {}
     return Entry(name, "hand-written", build, sites, **(shapes | traits))
@@ -104,7 +104,7 @@ ENTRIES: list[Entry] = [
     _model("guided_diffusion", ChannelFirstAttention, lambda: (states(C, 3, 4),), 1),
     *_both("stable_diffusion", ConditionedBlock, lambda: (states(), states(7, 24)), 2),
     _model("dit", lambda: Threaded(ModulatedBlock), lambda: (states(), states(C)), LAYERS),
-    _model("perceiver", Latents, lambda: (states(),), 3),
+    _model("perceiver", PerceiverLatents, lambda: (states(),), 3),
     _model("set_transformer", SetTransformer, lambda: (states(),), 3),
     _model("t5_encoder", RelativeBias, _read, LAYERS, finish=scale_into_weights),
     _model("conformer", Conformer, lambda: (states(),), 1),
@@ -116,7 +116,7 @@ ENTRIES: list[Entry] = [
     _model("chunked_queries", ChunkedQueries, lambda: (states(),), T // 4),
     _model("nystrom", Nystrom, lambda: (states(),), 3),
     _model("online_softmax", OnlineSoftmax, lambda: (states(),), 0, explained=1),
-    _model("slots", Slots, lambda: (states(),), 0, explained=2),
+    _model("slots", SlotAttention, lambda: (states(),), 0, explained=2),
     _model("additive", AdditiveAttention, lambda: (states(C), states()), 0),
     _model("graph_attention", GraphAttention, lambda: (states(), _edges()), 0),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from model_zoo.handwritten.diffusion import SelfOrCross
 from model_zoo.handwritten.parts import LAYERS, C, D, H, PreNorm, T, V, layers, perceptron
 
 
-class Latents(nn.Module):
+class PerceiverLatents(nn.Module):
     """Learned latents attend to the input, then to each other; output queries attend to them: Perceiver IO."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model_zoo.handwritten.parts import B, C, D, H, T
 
 
-class Projected(nn.Module):
+class ProjectedAttention(nn.Module):
     """to_q, to_k, to_v, to_out around `mix(q, k, v) -> o`, all [B, H, T, D]."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Projected(nn.Module):
         return self.to_out(self.mix(q * D**-0.5, k, v).transpose(1, 2).reshape(B, T, C))
 
 
-class Nystrom(Projected):
+class Nystrom(ProjectedAttention):
     """Three softmaxes via landmarks, the middle one inverted by iteration: Nystromformer.
 
     The last kernel times the values is attention of the landmarks; the other two softmaxes are not attention.
@@ -47,7 +47,7 @@ class Nystrom(Projected):
         return z
 
 
-class Agents(Projected):
+class Agents(ProjectedAttention):
     """Pooled queries attend to all tokens, then all tokens to the pooled: two attentions in a row: Agent Attention."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Agents(Projected):
         return (q @ agents.mT).softmax(-1) @ read
 
 
-class UnfoldedNeighbours(Projected):
+class UnfoldedNeighbours(ProjectedAttention):
     """Each query has its own five keys, unfolded from the padded sequence: local attention for images and audio."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class UnfoldedNeighbours(Projected):
         return torch.einsum("bhtw,bhtdw->bhtd", scores.softmax(-1), v)
 
 
-class BucketsAndBefore(Projected):
+class BucketsAndBefore(ProjectedAttention):
     """Buckets of four queries attend to their own bucket and the previous one: lucidrains' local attention."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ class BucketsAndBefore(Projected):
         return torch.einsum("b w i j, b w j d -> b w i d", scores.softmax(-1), v).reshape(B, H, T, D)
 
 
-class ChunkedQueries(Projected):
+class ChunkedQueries(ProjectedAttention):
     """A loop over chunks of queries, concatenated: sliced attention, one site per chunk."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([(part @ k.mT).softmax(-1) @ v for part in q.split(4, dim=2)], dim=2)
 
 
-class OnlineSoftmax(Projected):
+class OnlineSoftmax(ProjectedAttention):
     """A loop over blocks of keys with a running maximum and sum: flash attention in plain torch."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class OnlineSoftmax(Projected):
         return o / total
 
 
-class Slots(nn.Module):
+class SlotAttention(nn.Module):
     """Softmax over queries, then weights normalized over keys; twice: Slot Attention."""
 
     def __init__(self) -> None:

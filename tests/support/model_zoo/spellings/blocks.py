@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo import Case, Entry
+from model_zoo import Entry, ZooCase
 from model_zoo.functional import Functional, Has, Run, settled
 
 B, H, G, T, D = 2, 4, 2, 12, 8
@@ -23,7 +23,7 @@ WINDOWS, WINDOW = 3, 4  # T = WINDOWS * WINDOW, also the rows and columns of an 
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
-class Block(Functional):
+class SpellingBlock(Functional):
     """Projections q, k, v, o and a causal triangle [T, T]. Unused members do not enter a spelling's graph."""
 
     def __init__(self, run: Run, has: Has, kv_heads: int) -> None:
@@ -80,9 +80,9 @@ class Spellings:
             traits = dict(explained=1) | traits | dict(heads=0, kv_heads=0, head_dim=0)
 
         def add(function: Run) -> Run:
-            def build() -> Case:
+            def build() -> ZooCase:
                 torch.manual_seed(1)
-                return Case(settled(Block(around(function), has, rows)), inputs())
+                return ZooCase(settled(SpellingBlock(around(function), has, rows)), inputs())
 
             self.entries.append(Entry(function.__name__, "spelling", build, **traits))
             return function

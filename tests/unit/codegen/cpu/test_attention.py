@@ -23,8 +23,8 @@ from attention_cases import (
     RINGS,
     TRELLIS_CASES,
     UNCODED,
-    Case,
     Inputs,
+    KernelCase,
     Make,
     assert_same,
     expected,
@@ -35,10 +35,10 @@ from needs import needs_compiler, sampled
 from torch import Tensor
 
 from fhopt.codegen.build import build_cpp, build_torch, without_compiler
-from fhopt.codegen.compiler import load
-from fhopt.codegen.cpu.attention import library
+from fhopt.codegen.compiler import compile_and_load
+from fhopt.codegen.cpu.attention import attention_source
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.tiers import Tiers, check
+from fhopt.codegen.tiers import Tiers, check_spec
 from fhopt.errors import FhoptError
 from fhopt.hardware.this_cpu import torch_threads
 from fhopt.ops import algebra
@@ -100,13 +100,13 @@ def test_without_a_compiler_the_reference_decodes_trellis_codes() -> None:
 @pytest.mark.parametrize("bits", [5, 6, 8])
 def test_trellis_codes_of_more_bits_are_refused(bits: int) -> None:
     with pytest.raises(FhoptError, match=r"have trellis codes; expected bits of \(1, 2, 3, 4\)"):
-        check(KernelSpec(((bits, 64, -0.1),), FOUR, 64, 64, "float32", False))
+        check_spec(KernelSpec(((bits, 64, -0.1),), FOUR, 64, 64, "float32", False))
 
 
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_latents_are_loaded_without_conversion(make: Make, dtype: torch.dtype, tolerance: float) -> None:
-    case = Case(UNCODED, EIGHT, 6, 2, 1, 2, 50, dtype=dtype)
+    case = KernelCase(UNCODED, EIGHT, 6, 2, 1, 2, 50, dtype=dtype)
     x = inputs(case)
     output, lse = make(case.spec())(*x, None, **case.options())
     assert output.dtype == dtype
@@ -122,7 +122,7 @@ def test_half_precision_latents_are_loaded_without_conversion(make: Make, dtype:
 def test_int8_rounding_error_is_small_compared_with_the_quantization_error(
     tiers: Tiers, dtype: torch.dtype, queries: int
 ) -> None:
-    case = Case(tiers, tiers, 9, 1, 1, queries, 400, dtype=dtype)
+    case = KernelCase(tiers, tiers, 9, 1, 1, queries, 400, dtype=dtype)
     query = torch.randn(2, 9, queries, case.key_width).to(dtype)
     latents = [torch.randn(2, 1, case.tokens, case.key_width) for _ in range(2)]
     bits, widths, steps = (list(x) for x in zip(*tiers, strict=True))
@@ -152,7 +152,7 @@ WIDE: Tiers = ((16, 8, 0.0), (8, 16, 0.01), (6, 72, 0.04), (5, 24, 0.09), (3, 56
 def test_few_16_bit_queries_give_the_same_results_as_among_many(
     keys: Tiers, values: Tiers, rows: int, queries: int, heads: tuple[int, int], tokens: int
 ) -> None:
-    few = Case(keys, values, 3 * rows, *heads, queries, tokens, dtype=torch.bfloat16)
+    few = KernelCase(keys, values, 3 * rows, *heads, queries, tokens, dtype=torch.bfloat16)
     many = replace(few, heads=2 * few.heads)
     query, *cache = inputs(few)
     twice = _twice(query, rows)
@@ -173,7 +173,7 @@ def _twice(x: Tensor, rows: int) -> Tensor:
 @pytest.mark.usefixtures("isa")
 def test_many_small_weights_are_not_rounded_away_together() -> None:
     tokens, tiers, dtype = 128, FOUR, torch.float16
-    case = Case(tiers, tiers, 4, 1, 1, 1, tokens, dtype=dtype)
+    case = KernelCase(tiers, tiers, 4, 1, 1, 1, tokens, dtype=dtype)
     bits, widths, steps = (list(x) for x in zip(*tiers, strict=True))
     key = torch.zeros(2, 1, tokens, 64)
     key[:, :, 5, :8] = 1.0  # one token with 400 times the weight of the others
@@ -190,7 +190,7 @@ def test_many_small_weights_are_not_rounded_away_together() -> None:
 
 @pytest.mark.parametrize("make", TARGETS)
 def test_without_tokens_kernels_give_zero_and_minus_infinity(make: Make) -> None:
-    case = Case(ODD, ODD, 4, 2, 2, 1, 5)
+    case = KernelCase(ODD, ODD, 4, 2, 2, 1, 5)
     query, *rest = inputs(case)
     empty = [None if x is None else x[:, :, :0] for x in rest]
     output, lse = make(case.spec())(query, *empty, None, **case.options())
@@ -200,7 +200,7 @@ def test_without_tokens_kernels_give_zero_and_minus_infinity(make: Make) -> None
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize("tokens", [1, 15, 17])
 def test_codes_of_every_width_are_decoded_correctly(make: Make, tokens: int) -> None:
-    case = Case(ODD, EVERY, tokens, tokens, tokens, 1, tokens)
+    case = KernelCase(ODD, EVERY, tokens, tokens, tokens, 1, tokens)
     query, key, key_scale, value, value_scale = inputs(case)
     assert value_scale is not None
     only_own = torch.eye(tokens, dtype=torch.bool).view(1, tokens, 1, tokens)  # head t attends only to token t
@@ -213,7 +213,7 @@ def test_codes_of_every_width_are_decoded_correctly(make: Make, tokens: int) -> 
 
 @pytest.mark.parametrize("make", TARGETS)
 def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -> None:
-    case = Case(ODD, ODD, 3, 1, 1, 1, 1)
+    case = KernelCase(ODD, ODD, 3, 1, 1, 1, 1)
     query, *rest = (None if x is None else x[:1] for x in inputs(case))
     assert query is not None
     x: Inputs = (query, *rest)  # type: ignore[assignment]
@@ -229,9 +229,9 @@ def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> Non
     step = 2 / 2**bits
     narrow, wide = ((bits, 8, step),), ((bits, 256, step),)
     if SUPPORTED_BITS.index(bits) % 2:
-        case = Case(narrow, wide, 6, 3, 1, 1, 17)
+        case = KernelCase(narrow, wide, 6, 3, 1, 1, 17)
     else:
-        case = Case(wide, narrow, 9, 1, 9, 1, 130)
+        case = KernelCase(wide, narrow, 9, 1, 9, 1, 130)
     assert_bytes_and_floats_agree(case)
 
 
@@ -243,7 +243,7 @@ def test_bytes_and_floats_of_random_tiers_agree_with_the_reference(seed: int) ->
     draw = random.Random(seed)
     halves: Tiers = ((16, 8 * draw.randint(1, 2), 0.0),) if seed % 3 == 0 else ()
     key_heads, value_heads = draw.choice([(1, 1), (3, 3), (9, 9), (1, 3), (3, 1)])
-    case = Case(
+    case = KernelCase(
         (*halves, *random_tiers(draw)),
         (*(halves if seed % 2 else ()), *random_tiers(draw)),
         draw.choice([9, 18, 45]) if seed != 5 else 108,
@@ -265,7 +265,7 @@ def test_random_rings_of_trellis_codes_agree_with_the_reference(seed: int) -> No
     key_heads, value_heads = draw.choice([(1, 1), (3, 3), (9, 9), (1, 3)])
     tokens, queries = draw.choice([1, 15, 16, 63, 129, 1000]), draw.choice([1, 1, 5])
     assert_bytes_and_floats_agree(
-        Case(random_rings(draw), random_rings(draw), 9, key_heads, value_heads, queries, tokens)
+        KernelCase(random_rings(draw), random_rings(draw), 9, key_heads, value_heads, queries, tokens)
     )
 
 
@@ -280,10 +280,10 @@ def random_tiers(draw: random.Random) -> Tiers:
     return tuple((bits, 8 * draw.randint(1, 4), 3 / 2**bits) for bits in kinds)
 
 
-def assert_bytes_and_floats_agree(case: Case) -> None:
+def assert_bytes_and_floats_agree(case: KernelCase) -> None:
     """Compare the byte and float paths in C++ (the same path without AVX2) with the reference."""
     x, spec = inputs(case), case.spec()
-    floats: LatentKernel = LibraryKernel(load("attention", library(), ("-DFHOPT_FLOAT",)), spec)
+    floats: LatentKernel = LibraryKernel(compile_and_load("attention", attention_source(), ("-DFHOPT_FLOAT",)), spec)
     for mask in masks(case):
         wanted = expected(case, x, mask)
         assert_same(floats(*x, mask, **case.options()), wanted)
@@ -296,7 +296,7 @@ def assert_bytes_and_floats_agree(case: Case) -> None:
 @pytest.mark.parametrize(("keys", "values"), [(PLANES, ODD), (RING, RINGS)], ids=["planes", "rings"])
 def test_kernels_load_nothing_outside_the_rows(keys: Tiers, values: Tiers, tokens: int) -> None:
     for heads, dtype, tolerance in ((9, torch.float32, 1e-5), (3, torch.bfloat16, 0.05)):
-        case = Case(keys, values, heads, 1, 1, 1, tokens, dtype=dtype)
+        case = KernelCase(keys, values, heads, 1, 1, 1, tokens, dtype=dtype)
         query, *stored = (x[:1] for x in inputs(case) if x is not None)
         found = build_cpp(case.spec())(query, *[at_end_of_page(x) for x in stored], None, **case.options())
         assert_same(found, expected(case, (query, *stored), None), tolerance)  # type: ignore[arg-type]
@@ -318,7 +318,7 @@ def at_end_of_page(x: Tensor) -> Tensor:
 def test_sums_of_many_of_the_largest_codes_do_not_overflow(bits: int) -> None:
     """32-bit integers hold the products of 256 8-bit codes; with more channels, partial sums are converted to float."""
     tiers = ((bits, 1024, 1.0),)
-    case = Case(tiers, tiers, 2, 1, 1, 1, 300)
+    case = KernelCase(tiers, tiers, 2, 1, 1, 1, 300)
     query, key, key_scale, value, value_scale = inputs(case)
     largest = torch.full_like(key, 255), torch.full_like(value, 255)
     same = torch.full_like(query, 1e-4)
@@ -331,14 +331,14 @@ def test_sums_of_many_of_the_largest_codes_do_not_overflow(bits: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(MIXED, MIXED, 9, 1, 1, 1, 3001),
-        Case(MIXED, FOUR, 9, 3, 3, 1, 20000),
-        Case(PLANES, MIXED, 6, 3, 1, 70, 333),  # more parts than threads
-        Case(UNCODED, UNCODED, 8, 2, 2, 5, 1500),
+        KernelCase(MIXED, MIXED, 9, 1, 1, 1, 3001),
+        KernelCase(MIXED, FOUR, 9, 3, 3, 1, 20000),
+        KernelCase(PLANES, MIXED, 6, 3, 1, 70, 333),  # more parts than threads
+        KernelCase(UNCODED, UNCODED, 8, 2, 2, 5, 1500),
     ],
     ids=["one head", "long", "many queries", "uncoded"],
 )
-def test_threads_over_ranges_of_tokens_agree_with_the_reference(case: Case, threads: int) -> None:
+def test_threads_over_ranges_of_tokens_agree_with_the_reference(case: KernelCase, threads: int) -> None:
     x, kernel = inputs(case), build_cpp(case.spec())
     with torch_threads(threads):
         for mask in masks(case):
@@ -346,10 +346,10 @@ def test_threads_over_ranges_of_tokens_agree_with_the_reference(case: Case, thre
 
 
 PAGED = {
-    "codes": Case(FOUR, MIXED, 6, 1, 3, 1, 1000),
-    "float16 channels beside codes": Case(ODD, PLANES, 6, 3, 3, 1, 777, softcap=4.0),
-    "uncoded, several queries": Case(UNCODED, UNCODED, 8, 2, 2, 5, 300, width=16),
-    "uncoded, 16 bits": Case(UNCODED, UNCODED, 8, 4, 4, 1, 999, width=32, dtype=torch.bfloat16),
+    "codes": KernelCase(FOUR, MIXED, 6, 1, 3, 1, 1000),
+    "float16 channels beside codes": KernelCase(ODD, PLANES, 6, 3, 3, 1, 777, softcap=4.0),
+    "uncoded, several queries": KernelCase(UNCODED, UNCODED, 8, 2, 2, 5, 300, width=16),
+    "uncoded, 16 bits": KernelCase(UNCODED, UNCODED, 8, 4, 4, 1, 999, width=32, dtype=torch.bfloat16),
 }
 
 
@@ -363,7 +363,7 @@ def test_only_tokens_of_listed_pages_are_attended_to(name: str, page_tokens: int
         assert_only_listed_pages_are_attended_to(case, page_tokens)
 
 
-def assert_only_listed_pages_are_attended_to(case: Case, page_tokens: int) -> None:
+def assert_only_listed_pages_are_attended_to(case: KernelCase, page_tokens: int) -> None:
     x, kernel = inputs(case), build_cpp(case.spec())
     pages = page_lists(math.gcd(case.key_heads, case.value_heads), case.tokens, page_tokens)
     tolerance = 1e-5 if case.dtype == torch.float32 else 2**-6  # the output is rounded
@@ -392,7 +392,7 @@ def page_lists(heads: int, tokens: int, page_tokens: int) -> Tensor:
     return lists
 
 
-def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
+def page_mask(pages: Tensor, page_tokens: int, case: KernelCase) -> Tensor:
     """[B, H, 1, T], true for tokens in listed pages."""
     page_of = torch.arange(case.tokens) // page_tokens
     listed = (pages.unsqueeze(-1) == page_of).any(2)  # [B, U, T]
@@ -403,7 +403,7 @@ def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
 @pytest.mark.usefixtures("isa")
 def test_nan_stays_in_its_own_sequence() -> None:
     """The list may end within a chunk of 16 tokens, whose other tokens must not be loaded."""
-    case = Case(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
+    case = KernelCase(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
     query, key, key_scale, value, value_scale = inputs(case)
     assert value_scale is not None
     pages = torch.tensor([[[0, 1]], [[0, -1]]], dtype=torch.int32)
@@ -418,7 +418,7 @@ def test_nan_stays_in_its_own_sequence() -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", [*PAGED, "few queries of 16 bits"])
 def test_listing_all_pages_is_bit_identical_to_no_list(name: str) -> None:
-    case = PAGED.get(name, Case(WIDE, MIXED, 9, 3, 3, 1, 1000, dtype=torch.bfloat16))
+    case = PAGED.get(name, KernelCase(WIDE, MIXED, 9, 3, 3, 1, 1000, dtype=torch.bfloat16))
     x, kernel = inputs(case), build_cpp(case.spec())
     heads = math.gcd(case.key_heads, case.value_heads)
     for page_tokens in (64, 128):

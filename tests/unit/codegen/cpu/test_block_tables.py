@@ -83,13 +83,13 @@ def test_rows_of_a_window_are_rounded_like_torch(dtype: torch.dtype, tokens: int
     codes, scale = torch.zeros(1, G, tokens, 40, dtype=torch.uint8), torch.zeros(1, G, tokens, dtype=torch.float16)
     packing.round_rows_into_reference(x.transpose(0, 1)[None], None, codes, scale, 0)
     rows = torch.zeros(tokens, 8 + G * 40 + 2 * G, dtype=torch.uint8)
-    assert block_tables.round_rows(x, rows, 8, 8 + G * 40)
+    assert block_tables.round_window_rows(x, rows, 8, 8 + G * 40)
     scales = rows[:, 8 + G * 40 :].view(torch.float16)
     known = scales.isfinite()
     assert torch.equal(scales[known], scale[0].t()[known]) and int((~known).sum()) == 1
     assert torch.equal(rows[:, 8 : 8 + G * 40].unflatten(1, (G, 40))[known], codes[0].transpose(0, 1)[known])
     assert not rows[:, :8].any()
-    assert not block_tables.round_rows(x.double(), rows, 8, 8 + G * 40)
+    assert not block_tables.round_window_rows(x.double(), rows, 8, 8 + G * 40)
 
 
 def test_rows_are_placed_in_blocks() -> None:
@@ -100,5 +100,5 @@ def test_rows_are_placed_in_blocks() -> None:
     rows = torch.randint(1, 256, (len(places), 160), dtype=torch.uint8)[:, :140]
     expected = cache.clone()
     expected[blocks, 0, offsets, :140] = rows
-    assert block_tables.place_rows(cache, blocks, offsets, rows)
+    assert block_tables.write_block_rows(cache, blocks, offsets, rows)
     assert torch.equal(cache, expected)

@@ -16,13 +16,13 @@ from quantized_blocks import HALVES, random_blocks, random_rows
 from torch import Tensor
 
 from fhopt import codegen
-from fhopt.codegen.compiler import load
+from fhopt.codegen.compiler import compile_and_load
 from fhopt.codegen.cpu import gguf_blocks
 from fhopt.codegen.cpu.calls import kernels
 from fhopt.codegen.cpu.calls.formats import Format
 from fhopt.codegen.cpu.calls.kernels import Skinny
 from fhopt.codegen.cpu.calls.layouts import packer
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, Blocks
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, BlockedWeight
 from fhopt.hardware.this_cpu import vector_units
 
 gguf: Any = pytest.importorskip("gguf")
@@ -35,16 +35,16 @@ SKINNY = packer(Skinny)
 
 @pytest.fixture(autouse=True)
 def served() -> None:
-    codegen.install()
+    codegen.register_kernels()
     codegen.prepare_blocks()
 
 
-def numbers_of(blocks: Blocks) -> Tensor:
+def numbers_of(blocks: BlockedWeight) -> Tensor:
     kind = gguf.GGMLQuantizationType(blocks.format)
     return torch.from_numpy(gguf.dequantize(gguf_blocks.as_in_file(blocks), kind))
 
 
-def product(x: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, blocks: BlockedWeight, bias: Tensor | None = None) -> Tensor:
     made: Tensor = torch.ops.fhopt.linear_kernel(x, blocks.values, bias, None, blocks.format)
     return made
 
@@ -54,16 +54,16 @@ def test_all_formats_are_tested_and_have_the_sizes_of_gguf() -> None:
     for format, size in gguf_blocks.FORMATS.items():
         kind = gguf.GGMLQuantizationType(format)
         assert gguf.GGML_QUANT_SIZES[kind] == size and Format(format).name == kind.name
-        assert gguf_blocks.row_bytes(format, 512) == 512 // size[0] * size[1]
+        assert gguf_blocks.blocked_row_bytes(format, 512) == 512 // size[0] * size[1]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 29])
 @pytest.mark.parametrize("format", FORMATS)
 def test_rearranged_rows_restore_the_file_order(format: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests compare values after restoring the file's order."""
-    monkeypatch.setattr(gguf_blocks, "_PART", 8 * gguf_blocks.row_bytes(format, 512))  # parts of eight rows
+    monkeypatch.setattr(gguf_blocks, "_PART", 8 * gguf_blocks.blocked_row_bytes(format, 512))  # parts of eight rows
     given_ = random_rows(format, rows, 512)
-    blocks = gguf_blocks.arranged(given_, format, 512)
+    blocks = gguf_blocks.interleave_rows(given_, format, 512)
     assert np.array_equal(gguf_blocks.as_in_file(blocks), given_)
     assert np.array_equal(blocks.values, given_) == (rows < 8)
     assert np.array_equal(blocks.values[rows // 8 * 8 :], given_[rows // 8 * 8 :])
@@ -74,18 +74,21 @@ def test_rearranged_rows_restore_the_file_order(format: int, rows: int, monkeypa
 def test_dequantized_values_equal_those_of_gguf(format: int, dtype: torch.dtype) -> None:
     blocks = random_blocks(format, 37, 512)
     expected = numbers_of(blocks)
-    found = gguf_blocks.unpack(blocks, dtype)
+    found = gguf_blocks.unpack_rows(blocks, dtype)
     assert found is not None and found.dtype == dtype
     assert torch.allclose(found.float(), expected.to(dtype).float(), rtol=2e-6 if dtype == torch.float32 else 8e-3)
-    some = gguf_blocks.unpack(blocks, dtype, 5, 12)
+    some = gguf_blocks.unpack_rows(blocks, dtype, 5, 12)
     assert some is not None and torch.equal(some, found[5:12])
     which = torch.tensor([36, 0, 31, 32, 0])
-    listed = gguf_blocks.unpack(blocks, dtype, which=which)
+    listed = gguf_blocks.unpack_rows(blocks, dtype, which=which)
     assert listed is not None and torch.equal(listed, found[which])
-    for nothing in (gguf_blocks.unpack(blocks, dtype, 9, 9), gguf_blocks.unpack(blocks, dtype, which=which[:0])):
+    for nothing in (
+        gguf_blocks.unpack_rows(blocks, dtype, 9, 9),
+        gguf_blocks.unpack_rows(blocks, dtype, which=which[:0]),
+    ):
         assert nothing is not None and nothing.shape == (0, 512)
     with pytest.raises(IndexError, match="of a weight of 37 rows"):
-        gguf_blocks.unpack(blocks, dtype, which=torch.tensor([3, 37]))
+        gguf_blocks.unpack_rows(blocks, dtype, which=torch.tensor([3, 37]))
 
 
 @settings(deadline=None, max_examples=120)
@@ -154,11 +157,11 @@ def test_non_finite_inputs_propagate(format: int, broken: float, rows: list[int]
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_largest_codes_and_inputs_do_not_overflow(format: int, byte: int) -> None:
     """Sums of products of bytes are 16-bit for a few steps."""
-    rows = np.full((25, gguf_blocks.row_bytes(format, 512)), byte, np.uint8)
+    rows = np.full((25, gguf_blocks.blocked_row_bytes(format, 512)), byte, np.uint8)
     blocks_of_rows = rows.reshape(-1, gguf_blocks.FORMATS[format][1])
     for at in HALVES[format]:
         blocks_of_rows[:, at : at + 2] = np.full((len(blocks_of_rows), 1), 0.01, np.float16).view(np.uint8)
-    blocks = gguf_blocks.arranged(rows, format, 512)
+    blocks = gguf_blocks.interleave_rows(rows, format, 512)
     ones = torch.ones(512)
     x = torch.stack([ones, -ones, ones - 2 * (torch.arange(512) % 2), ones - 2 * (torch.arange(512) // 2 % 2), ones])
     expected = x.double() @ numbers_of(blocks).double().T
@@ -192,16 +195,16 @@ def test_several_weights_multiply_one_input(is_float: bool, rows: int, threads: 
 
 def test_rows_are_unpacked_into_given_memory_if_they_fit() -> None:
     blocks = random_blocks(12, 37, 512)
-    expected, memory = gguf_blocks.unpack(blocks, torch.float32), torch.zeros(20 * 512)
-    some = gguf_blocks.unpack(blocks, torch.float32, 5, 25, memory=memory)
+    expected, memory = gguf_blocks.unpack_rows(blocks, torch.float32), torch.zeros(20 * 512)
+    some = gguf_blocks.unpack_rows(blocks, torch.float32, 5, 25, memory=memory)
     assert expected is not None and some is not None
     assert some.data_ptr() == memory.data_ptr() and torch.equal(some, expected[5:25])
-    more = gguf_blocks.unpack(blocks, torch.float32, 0, 21, memory=memory)
+    more = gguf_blocks.unpack_rows(blocks, torch.float32, 0, 21, memory=memory)
     assert more is not None and more.data_ptr() != memory.data_ptr() and torch.equal(more, expected[:21])
     assert torch.equal(some, expected[5:25])
     for other in (memory.half(), memory.view(2, -1), memory[::2]):
         with pytest.raises(ValueError, match=r"expected torch\.float32, one dimension, dense, on the CPU"):
-            gguf_blocks.unpack(blocks, torch.float32, 0, 2, memory=other)
+            gguf_blocks.unpack_rows(blocks, torch.float32, 0, 2, memory=other)
 
 
 @pytest.mark.slow
@@ -214,9 +217,9 @@ def test_results_agree_between_instruction_sets(isa: str, monkeypatch: pytest.Mo
     x, numbers = torch.randn(7, 768), {}
     for format in FORMATS:
         blocks = random_blocks(format, 43, 768)
-        numbers[format] = blocks, product(x, blocks), gguf_blocks.unpack(blocks, torch.float32)
+        numbers[format] = blocks, product(x, blocks), gguf_blocks.unpack_rows(blocks, torch.float32)
     monkeypatch.setenv("FHOPT_ISA", isa)
-    library = load(gguf_blocks.NAME, gguf_blocks.render())
+    library = compile_and_load(gguf_blocks.NAME, gguf_blocks.render())
     for format, (blocks, expected, unpacked) in numbers.items():
         made = torch.zeros(7, 43)
         call = SKINNY(
@@ -238,11 +241,11 @@ def test_zero_and_empty_inputs_give_zero_and_empty_outputs() -> None:
     "change",
     [
         lambda x, b: (x[:, :-1], b),
-        lambda x, b: (x, Blocks(b.values[:, :-1].contiguous(), b.format, b.width)),
-        lambda x, b: (x, Blocks(b.values.to(torch.int8), b.format, b.width)),
-        lambda x, b: (x, Blocks(b.values, 7, b.width)),
-        lambda x, b: (x, Blocks(b.values[::2], b.format, b.width)),  # blocks of eight rows must be dense
-        lambda x, b: (x[:, :128], Blocks(b.values[:, :72].contiguous(), b.format, 128)),  # half a block
+        lambda x, b: (x, BlockedWeight(b.values[:, :-1].contiguous(), b.format, b.width)),
+        lambda x, b: (x, BlockedWeight(b.values.to(torch.int8), b.format, b.width)),
+        lambda x, b: (x, BlockedWeight(b.values, 7, b.width)),
+        lambda x, b: (x, BlockedWeight(b.values[::2], b.format, b.width)),  # blocks of eight rows must be dense
+        lambda x, b: (x[:, :128], BlockedWeight(b.values[:, :72].contiguous(), b.format, 128)),  # half a block
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change: Any) -> None:

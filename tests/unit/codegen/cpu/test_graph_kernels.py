@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import needs_compiler
-from small_models import Fitted, cached, token_ids
+from small_models import FittedModel, cached, token_ids
 from torch import Tensor, fx
 
 import fhopt
@@ -35,7 +35,7 @@ SPECS = [
 ]  # keys, values, softcap; a kernel with codes on both sides supports every dtype
 
 pytestmark = needs_compiler
-dispatch.install()
+dispatch.register_kernels()
 
 
 def side(tiers: Any, dtype: torch.dtype) -> tuple[algebra.BitGroups, tuple[Tensor, Tensor | None], int]:
@@ -78,7 +78,7 @@ def test_a_kernel_agrees_with_its_op(
     name = str(dtype).removeprefix("torch.") if not (key_tiers and value_tiers) else "float32"
     table: Any = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
     spec = KernelSpec(table[0], table[1], width, value_width, name, softcap)
-    assert graph_kernels.serve(spec)
+    assert graph_kernels.register_kernel(spec)
     numbers = (0.2, cap, value_width)
     found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, paging, PAGE, *numbers)
     for a, b in zip(found, expected, strict=True):
@@ -166,7 +166,7 @@ def test_attention_on_a_cache_equals_attention_on_its_parts(
         KernelSpec(((8, d, 1.0),), ((8, e, 1.0),), d, e, "float32", False),
         KernelSpec((), (), d, e, str(dtype).removeprefix("torch."), False),
     )
-    assert all(graph_kernels.serve(spec) for spec in specs)
+    assert all(graph_kernels.register_kernel(spec) for spec in specs)
     found = torch.ops.fhopt.attend_kernel(*(spec.name for spec in specs), *operands, 0.3, 0.0)
     assert found.dtype == dtype
     if dtype == torch.float32:
@@ -351,7 +351,7 @@ def test_without_a_library_a_graph_is_unchanged(monkeypatch: pytest.MonkeyPatch)
 )
 def test_operands_that_native_code_would_misread_are_refused(change: dict[str, Any], what: str) -> None:
     spec = KernelSpec((), (), 24, 24, "float32", False)
-    assert graph_kernels.serve(spec)
+    assert graph_kernels.register_kernel(spec)
     rows = torch.randn(B, J, T, 24)
     given: dict[str, Any] = dict(
         kernel=spec.name, query=torch.randn(B, H, 1, 24), key=rows, key_scale=None, value=rows, value_scale=None,
@@ -366,7 +366,7 @@ def test_operands_that_native_code_would_misread_are_refused(change: dict[str, A
 @pytest.mark.slow
 @pytest.mark.parametrize(("window_bits", "mean_tokens", "tolerance"), [(8, 0, 1e-2), (16, 16, 1e-5)])
 def test_a_compiled_cache_step_calls_its_kernels_from_cpp(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch, window_bits: int, mean_tokens: int, tolerance: float
+    llama: FittedModel, monkeypatch: pytest.MonkeyPatch, window_bits: int, mean_tokens: int, tolerance: float
 ) -> None:
     """Check every layer: attention, and the encoding of keys and values."""
     seen: list[str] = []

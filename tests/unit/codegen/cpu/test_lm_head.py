@@ -12,7 +12,7 @@ from needs import needs_compiler
 from torch import Tensor
 
 from fhopt.codegen.cpu import lm_head
-from fhopt.codegen.cpu.lm_head import Search, search
+from fhopt.codegen.cpu.lm_head import Search, search_head
 from fhopt.lm_head.module import RetrievalHead, dense, stamp_of
 
 pytestmark = needs_compiler
@@ -27,7 +27,7 @@ def test_with_every_row_scored_it_is_bit_identical_to_the_dense_head(dtype: torc
     weight, hidden = weights("random", 203, 37, dtype), torch.randn(batch, 37).to(dtype)
     head = made(weight)
     asked = head.search(keep=203, budget=203, probes=0, logits=True)
-    found = search(hidden, weight, None, head.codes, asked)
+    found = search_head(hidden, weight, None, head.codes, asked)
     assert found.counts.tolist() == [203] * batch
     assert found.logits is not None and torch.equal(found.logits, dense(hidden, weight, None))
 
@@ -35,8 +35,8 @@ def test_with_every_row_scored_it_is_bit_identical_to_the_dense_head(dtype: torc
 def test_with_every_cluster_probed_it_is_the_search_of_all_rows() -> None:
     weight, hidden = weights("random", 500, 32), torch.randn(5, 32)
     head = made(weight, clusters=20)
-    every = search(hidden, weight, None, head.codes, head.search(probes=20, logits=True))
-    certain = search(hidden, weight, None, head.codes, head.search(logits=True))
+    every = search_head(hidden, weight, None, head.codes, head.search(probes=20, logits=True))
+    certain = search_head(hidden, weight, None, head.codes, head.search(logits=True))
     assert every.logits is not None and certain.logits is not None and torch.equal(every.logits, certain.logits)
 
 
@@ -48,7 +48,7 @@ def test_more_clusters_find_more_of_the_largest_logits() -> None:
     best = F.linear(hidden, weight).argmax(-1)
     shares = []
     for probes in (1, 4, 12, 40):
-        found = search(hidden, weight, None, head.codes, head.search(probes=probes))
+        found = search_head(hidden, weight, None, head.codes, head.search(probes=probes))
         shares.append(float((found.ids[:, 0] == best).double().mean()))
     assert shares == sorted(shares) and shares[0] < 0.95 and shares[2] > 0.97 and shares[3] == 1.0
 
@@ -58,7 +58,7 @@ def test_rows_of_clusters_that_are_not_probed_are_below_their_bounds(dtype: torc
     weight, hidden = weights("random", 400, 24, dtype), torch.randn(4, 24).to(dtype)
     bias = 9 * torch.randn(400).to(dtype)
     head = made(weight, skewed(100, 24), bias, clusters=25)
-    found = search(hidden, weight, bias, head.codes, head.search(probes=3, bounds=True))
+    found = search_head(hidden, weight, bias, head.codes, head.search(probes=3, bounds=True))
     assert found.bounds is not None and found.estimates is not None
     unseen = found.estimates == -math.inf
     assert bool((unseen.sum(1) >= 300).all())
@@ -70,7 +70,7 @@ def test_hidden_states_that_cannot_be_bounded_go_to_the_dense_head(bad: float) -
     weight, hidden = weights("random", 90, 16), torch.randn(3, 16)
     hidden[1, 4] = bad
     head = made(weight)
-    found = search(hidden, weight, None, head.codes, head.search())
+    found = search_head(hidden, weight, None, head.codes, head.search())
     assert [count < 0 for count in found.counts.tolist()] == [False, True, False]
     with torch.no_grad():
         logits = RetrievalHead(head, weight, None)(hidden)
@@ -80,7 +80,7 @@ def test_hidden_states_that_cannot_be_bounded_go_to_the_dense_head(bad: float) -
 def test_hidden_states_of_zeros_have_the_order_of_the_bias() -> None:
     weight, bias = weights("random", 64, 16), torch.randn(64)
     head = made(weight, bias=bias)
-    found = search(torch.zeros(1, 16), weight, bias, head.codes, head.search(keep=3))
+    found = search_head(torch.zeros(1, 16), weight, bias, head.codes, head.search(keep=3))
     assert found.ids[0, :3].tolist() == bias.topk(3).indices.tolist()
 
 
@@ -89,7 +89,7 @@ def test_of_equal_logits_the_first_in_the_vocabulary_comes_first() -> None:
     weight[[40, 7, 250]] = 5 * weight[100]
     hidden = weight[100:101].clone()
     head = made(weight)
-    found = search(hidden, weight, None, head.codes, head.search(keep=2))
+    found = search_head(hidden, weight, None, head.codes, head.search(keep=2))
     assert found.ids[0, : int(found.counts[0])].tolist()[:3] == [7, 40, 250]
 
 
@@ -101,7 +101,7 @@ def test_logits_that_become_equal_by_rounding_are_all_computed(softcap: float) -
     head = made(weight)
     for x in hidden.split(8):
         asked = Search(softcap=softcap, budget=400, logits=True)
-        found = search(x, weight, None, head.codes, asked)
+        found = search_head(x, weight, None, head.codes, asked)
         assert found.logits is not None
         ours, theirs = found.logits, F.linear(x, weight)
         if softcap:
@@ -114,7 +114,7 @@ def test_logits_that_become_equal_by_rounding_are_all_computed(softcap: float) -
 def test_a_margin_includes_all_logits_within_it() -> None:
     weight, hidden = weights("random", 500, 32), torch.randn(3, 32)
     head = made(weight)
-    found = search(hidden, weight, None, head.codes, head.search(margin=2.0, budget=500, logits=True))
+    found = search_head(hidden, weight, None, head.codes, head.search(margin=2.0, budget=500, logits=True))
     exact = dense(hidden, weight, None)
     within = exact >= exact.amax(1, keepdim=True) - 2.0
     assert found.logits is not None and torch.equal(found.logits[within], exact[within])
@@ -124,7 +124,7 @@ def test_a_margin_includes_all_logits_within_it() -> None:
 def test_hidden_states_that_exceed_the_row_budget_are_left_to_the_dense_head() -> None:
     weight = weights("nearly equal", 300, 16)
     head = made(weight, bits="4")
-    found = search(torch.randn(4, 16), weight, None, head.codes, head.search(margin=1e3, budget=299))
+    found = search_head(torch.randn(4, 16), weight, None, head.codes, head.search(margin=1e3, budget=299))
     assert found.counts.tolist() == [-1] * 4
 
 
@@ -132,9 +132,9 @@ def test_several_threads_find_the_same() -> None:
     weight = weights("random", 5000, 64)
     hidden, head = torch.randn(16, 64), made(weight, clusters=100)
     for probes in (0, 30):
-        one = search(hidden, weight, None, head.codes, head.search(probes=probes, logits=True))
+        one = search_head(hidden, weight, None, head.codes, head.search(probes=probes, logits=True))
         torch.set_num_threads(2)
-        two = search(hidden, weight, None, head.codes, head.search(probes=probes, logits=True))
+        two = search_head(hidden, weight, None, head.codes, head.search(probes=probes, logits=True))
         torch.set_num_threads(1)
         assert one.logits is not None and two.logits is not None and torch.equal(one.logits, two.logits)
 
@@ -148,7 +148,7 @@ def test_other_instruction_sets_find_the_same_rows(flags: tuple[str, ...]) -> No
     head, hidden = made(weight, states, bits="mixed"), torch.randn(10, 45)
     assert 0 < head.codes.lead < head.codes.rank
     wanted = head.search(keep=3, bounds=True)
-    ours, theirs = (search(hidden, weight, None, head.codes, wanted, f) for f in (None, other))
+    ours, theirs = (search_head(hidden, weight, None, head.codes, wanted, f) for f in (None, other))
     assert torch.equal(ours.counts, theirs.counts) and torch.equal(ours.ids[:, :3], theirs.ids[:, :3])
     assert ours.estimates is not None and theirs.estimates is not None
     torch.testing.assert_close(ours.estimates, theirs.estimates, rtol=1e-4, atol=1e-4)  # sums in another order
@@ -167,9 +167,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ]
     for x, w, bias in refused:
         with pytest.raises(ValueError):
-            search(x, w, bias, head.codes, head.search())
+            search_head(x, w, bias, head.codes, head.search())
     with pytest.raises(ValueError, match="keep=0"):
-        search(hidden, weight, None, head.codes, head.search(keep=0))
+        search_head(hidden, weight, None, head.codes, head.search(keep=0))
 
 
 # --------------------------------------------------------------------------------------------------- models

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from fhopt.codegen.background import Builder
 from fhopt.codegen.compiler import has_compiler
-from fhopt.codegen.cpu.packing import library, pack, tier_table, unpack
-from fhopt.codegen.dispatch import install
+from fhopt.codegen.cpu.packing import library, pack_cpu, tier_table, unpack_cpu
+from fhopt.codegen.dispatch import register_kernels
 from fhopt.ops import registry
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TRELLIS_BITS
 
-BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 PACK = importlib.import_module("fhopt.codegen.cpu.packing")
 
 
@@ -83,9 +82,9 @@ RINGS: list[Tiers] = [
 def test_trellis_codes_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
     z = latents(plan, 2, 3, 5).to(dtype)
     z[0, 0, 0, 3], z[1, 1, 1, 5] = torch.nan, torch.inf
-    codes, scale = pack(z, *plan)
+    codes, scale = pack_cpu(z, *plan)
     assert_packed((codes, scale), pack_reference(z, *plan))
-    found, wanted = unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan)
+    found, wanted = unpack_cpu(codes, scale, *plan), unpack_reference(codes, scale, *plan)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -93,14 +92,14 @@ def test_trellis_codes_are_those_of_the_reference(plan: Tiers, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_rows_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
     z = latents(plan, 2, 3, 11).to(dtype)
-    assert_packed(pack(z, *plan), pack_reference(z, *plan))
+    assert_packed(pack_cpu(z, *plan), pack_reference(z, *plan))
 
 
 @every_tiers
 def test_unpacked_rows_are_those_of_the_reference(plan: Tiers, compiled: None) -> None:
     codes = torch.randint(0, 256, (2, 3, 11, sum(b * w for b, w in zip(plan[0], plan[1], strict=True)) // 8)).byte()
     scale = (10.0 ** torch.empty(2, 3, 11).uniform_(-7, 4)).half()  # including subnormals
-    found, wanted = unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan)
+    found, wanted = unpack_cpu(codes, scale, *plan), unpack_reference(codes, scale, *plan)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)  # random float16 bits are sometimes NaN
 
@@ -108,15 +107,15 @@ def test_unpacked_rows_are_those_of_the_reference(plan: Tiers, compiled: None) -
 def test_many_scales_all_agree(compiled: None) -> None:
     plan = tiers((4, 24), (2, 40))
     z = latents(plan, 30000)
-    assert_packed(pack(z, *plan), pack_reference(z, *plan))
+    assert_packed(pack_cpu(z, *plan), pack_reference(z, *plan))
 
 
 @mixed_tiers
 def test_rows_of_odd_sizes_are_unpacked_correctly(plan: Tiers, compiled: None) -> None:
     sizes = torch.tensor([0.0, 1e-45, 1e-30, 1e-7, 6e-5, 65504.0, 1e6, 1e30, 3e38])
     z = torch.randn(sizes.numel(), sum(plan[1])).clamp(-1, 1) * sizes.unsqueeze(1)
-    assert_packed(pack(z, *plan), pack_reference(z, *plan))
-    assert pack(-torch.zeros_like(z), *plan)[0].equal(pack_reference(-torch.zeros_like(z), *plan)[0])
+    assert_packed(pack_cpu(z, *plan), pack_reference(z, *plan))
+    assert pack_cpu(-torch.zeros_like(z), *plan)[0].equal(pack_reference(-torch.zeros_like(z), *plan)[0])
 
 
 @mixed_tiers
@@ -124,7 +123,7 @@ def test_a_row_with_nan_or_inf_affects_no_other(plan: Tiers, compiled: None) -> 
     z = latents(plan, 5)
     wanted = pack_reference(z, *plan)
     z[1, 3], z[3, 2] = math.nan, -math.inf
-    codes, scale = pack(z, *plan)
+    codes, scale = pack_cpu(z, *plan)
     others = torch.tensor([0, 2, 4])
     assert_packed((codes[others], scale[others]), (wanted[0][others], wanted[1][others]))
     assert torch.equal(scale.isnan(), pack_reference(z, *plan)[1].isnan())
@@ -149,18 +148,18 @@ def test_strided_latents_are_used_in_place(plan: Tiers, dtype: torch.dtype, comp
     }
     for name, view in views.items():
         dense = view.clone(memory_format=torch.contiguous_format)
-        assert_packed(pack(view, *plan), pack_reference(dense, *plan))
-        assert torch.equal(pack(view, *plan)[0], pack(dense, *plan)[0]), name
+        assert_packed(pack_cpu(view, *plan), pack_reference(dense, *plan))
+        assert torch.equal(pack_cpu(view, *plan)[0], pack_cpu(dense, *plan)[0]), name
 
 
 @mixed_tiers
 def test_codes_are_unpacked_from_a_longer_cache(plan: Tiers, compiled: None) -> None:
     codes, scale = pack_reference(latents(plan, 2, 9, 3), *plan)
     codes, scale = codes.transpose(1, 2)[:, :, 1:8], scale.transpose(1, 2)[:, :, 1:8]
-    assert torch.equal(unpack(codes, scale, *plan), unpack_reference(codes.contiguous(), scale.contiguous(), *plan))
-    assert torch.equal(unpack(codes.mT.contiguous().mT, scale, *plan), unpack_reference(codes, scale, *plan))
+    assert torch.equal(unpack_cpu(codes, scale, *plan), unpack_reference(codes.contiguous(), scale.contiguous(), *plan))
+    assert torch.equal(unpack_cpu(codes.mT.contiguous().mT, scale, *plan), unpack_reference(codes, scale, *plan))
     deep, deeper = codes[None, None], scale[None, None]
-    assert torch.equal(unpack(deep, deeper, *plan), unpack_reference(deep, deeper, *plan))
+    assert torch.equal(unpack_cpu(deep, deeper, *plan), unpack_reference(deep, deeper, *plan))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (0,), (2, 3, 0), (0, 3, 2), (1, 2, 3, 4, 5), (1, 2, 3, 0, 5)])
@@ -168,8 +167,8 @@ def test_any_number_of_leading_dimensions_is_supported(shape: tuple[int, ...], c
     plan = MIXED[2]
     z = latents(plan, *shape)
     codes, scale = pack_reference(z, *plan)
-    assert_packed(pack(z, *plan), (codes, scale))
-    assert torch.equal(unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan))
+    assert_packed(pack_cpu(z, *plan), (codes, scale))
+    assert torch.equal(unpack_cpu(codes, scale, *plan), unpack_reference(codes, scale, *plan))
 
 
 def test_any_number_of_threads_gives_the_same_bytes(compiled: None) -> None:
@@ -178,8 +177,8 @@ def test_any_number_of_threads_gives_the_same_bytes(compiled: None) -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)  # the fixture `clean_state` resets it
-        codes, scale = pack(z, *plan)
-        found.append((codes, scale, unpack(codes, scale, *plan)))
+        codes, scale = pack_cpu(z, *plan)
+        found.append((codes, scale, unpack_cpu(codes, scale, *plan)))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -199,9 +198,9 @@ a_plan = st.lists(
 def test_any_plan_gives_the_bytes_of_the_reference(plan: Tiers, seed: int, size: float, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     z = (torch.randn(7, sum(plan[1])) * 10**size).to(dtype)
-    codes, scale = pack(z, *plan)
+    codes, scale = pack_cpu(z, *plan)
     assert_packed((codes, scale), pack_reference(z, *plan))
-    assert torch.equal(unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan))
+    assert torch.equal(unpack_cpu(codes, scale, *plan), unpack_reference(codes, scale, *plan))
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,8 +208,8 @@ def test_any_plan_gives_the_bytes_of_the_reference(plan: Tiers, seed: int, size:
 def test_a_value_in_range_is_restored_within_half_a_step(plan: Tiers, seed: int) -> None:
     torch.manual_seed(seed)
     z = torch.randn(7, sum(plan[1]))
-    codes, scale = pack(z, *plan)
-    back = unpack(codes, scale, *plan)
+    codes, scale = pack_cpu(z, *plan)
+    back = unpack_cpu(codes, scale, *plan)
     columns = zip(*plan, z.split(plan[1], -1), back.split(plan[1], -1), strict=True)
     for bits, _, step, before, after in columns:
         if bits == 16:
@@ -245,10 +244,10 @@ def fail() -> None:
 )
 def test_other_calls_run_the_reference(z: Tensor, plan: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PACK, "library", fail)
-    for a, b in zip(pack(z, *plan), pack_reference(z, *plan), strict=True):
+    for a, b in zip(pack_cpu(z, *plan), pack_reference(z, *plan), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(Asked):
-        pack(torch.randn(2, 16), *tiers((4, 16)))
+        pack_cpu(torch.randn(2, 16), *tiers((4, 16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -256,9 +255,9 @@ def test_scales_of_other_types_run_the_reference(dtype: torch.dtype, monkeypatch
     codes, scale = pack_reference(latents(MIXED[2], 5), *MIXED[2])
     monkeypatch.setattr(PACK, "library", fail)
     wanted = unpack_reference(codes, scale, *MIXED[2])
-    assert torch.equal(unpack(codes, scale.to(dtype), *MIXED[2]), wanted)
+    assert torch.equal(unpack_cpu(codes, scale.to(dtype), *MIXED[2]), wanted)
     with pytest.raises(Asked):
-        unpack(codes, scale, *MIXED[2])
+        unpack_cpu(codes, scale, *MIXED[2])
 
 
 @pytest.mark.parametrize("plan", [tiers((4, 24)), ([4, 4], [8], [0.1, 0.1]), ([], [], [])])
@@ -267,7 +266,7 @@ def test_invalid_tiers_are_refused_like_in_the_reference(plan: Tiers, compiled: 
     with pytest.raises((RuntimeError, ValueError)) as wanted:
         pack_reference(z, *plan)
     with pytest.raises(wanted.type):
-        pack(z, *plan)
+        pack_cpu(z, *plan)
 
 
 def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(
@@ -278,17 +277,17 @@ def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(
     z = latents(plan, 4)
     wanted, wanted_scale = pack_reference(z, *plan)
     for _ in range(2):
-        codes, scale = pack(z, *plan)
+        codes, scale = pack_cpu(z, *plan)
         assert torch.equal(codes, wanted)
         assert torch.equal(scale, wanted_scale)
-        assert torch.equal(unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan))
+        assert torch.equal(unpack_cpu(codes, scale, *plan), unpack_reference(codes, scale, *plan))
     assert [w.category for w in recwarn] == [RuntimeWarning]
     assert "No C++ compiler was found" in str(recwarn[0].message)
 
 
 def test_installed_kernels_serve_the_ops(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
     kernel = registry.use("latent_attention", "cpu", None)
-    install()
+    register_kernels()
     registry.use("latent_attention", "cpu", kernel)
     plan = MIXED[0]
     z = latents(plan, 1, 2, 5)
@@ -301,7 +300,7 @@ def test_installed_kernels_serve_the_ops(monkeypatch: pytest.MonkeyPatch, compil
         torch.ops.fhopt.pack(z, *plan)
     with pytest.raises(Asked):
         torch.ops.fhopt.unpack(codes, scale, *plan)
-    assert (registry.use("pack", "cpu", None), registry.use("unpack", "cpu", None)) == (pack, unpack)
+    assert (registry.use("pack", "cpu", None), registry.use("unpack", "cpu", None)) == (pack_cpu, unpack_cpu)
     assert_packed(torch.ops.fhopt.pack(z, *plan), pack_reference(z, *plan))
 
 
@@ -318,9 +317,9 @@ def test_the_reference_runs_until_the_kernel_is_compiled(monkeypatch: pytest.Mon
     monkeypatch.setattr("fhopt.codegen.cpu.packing.library", lambda: may.wait(30) and library())
     plan = MIXED[0]
     latent = torch.randn(1, 2, 9, sum(plan[1]))
-    first = pack(latent, *plan)
+    first = pack_cpu(latent, *plan)
     assert not builder._built
     may.set()
     builder.wait()
     assert builder._built["pack"] is not None
-    assert_packed(pack(latent, *plan), first)
+    assert_packed(pack_cpu(latent, *plan), first)

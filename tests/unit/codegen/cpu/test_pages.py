@@ -12,11 +12,11 @@ from hand_plans import CODED
 from paged_plans import kernels, page_kernel, page_operands, page_step, rounded, same
 from torch import Tensor
 
-from fhopt.codegen.compiler import load
+from fhopt.codegen.compiler import compile_and_load
 from fhopt.codegen.cpu import pages
 from fhopt.codegen.cpu.pages import weigh_pages
 from fhopt.ops import packing, page_selection, paged_attention
-from fhopt.plan.site_plan import Tier
+from fhopt.plan.site_plan import BitGroup
 
 
 @pytest.mark.parametrize("tiers", [{4: 16, 2: 16}, {4: 8}, {2: 48}, {4: 24, 2: 32}, {4: 72}], ids=str)
@@ -85,7 +85,7 @@ def test_the_kernel_attends_to_the_pages_selected_by_the_reference(
 def test_other_instruction_sets_select_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
     expected = attended(step)
-    monkeypatch.setattr(pages, "load", lambda name, text: load(name, text, flags))
+    monkeypatch.setattr(pages, "compile_and_load", lambda name, text: compile_and_load(name, text, flags))
     monkeypatch.setattr(pages, "_compiled", functools.cache(pages._compiled.__wrapped__))
     same(attended(step), expected)
 
@@ -128,7 +128,7 @@ def test_the_kernel_declines_unsupported_calls() -> None:
 
 
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
-def test_other_layouts_of_operands_are_supported(tiers: tuple[Tier, ...]) -> None:
+def test_other_layouts_of_operands_are_supported(tiers: tuple[BitGroup, ...]) -> None:
     """Values with fewer latent heads, views as operands, a float64 fill, two threads."""
     step = page_step({4: 16, 2: 16}, 1000, True, None, units=2, fill=torch.rand(12).double().log())
     value, shape = torch.randn(2, 2, 1000, 16), [[getattr(t, x) for t in tiers] for x in ("bits", "width", "step")]

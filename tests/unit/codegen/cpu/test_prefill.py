@@ -23,7 +23,7 @@ from fhopt.ops.prefill_attention import rebuilt_attention_reference
 pytestmark = needs_compiler
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-rebuilt: Any = prefill.rebuilt_attention
+rebuilt: Any = prefill.rebuilt_attention_cpu
 reference: Any = rebuilt_attention_reference
 TIERS = algebra.BitGroups([8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7])
 
@@ -98,7 +98,7 @@ def test_it_equals_attention(
     query, key = torch.randn(b, h, s, d).to(dtype), torch.randn(b, g, t, d).to(dtype)
     value, mask = torch.randn(b, g, t, e).to(dtype), masks(kind, b, h, s, t)
     options: Any = {"scale": d**-0.5, "softcap": softcap}
-    found = prefill.open_attention(query, key, value, mask, causal=kind == "causal", **options)
+    found = prefill.open_attention_cpu(query, key, value, mask, causal=kind == "causal", **options)
     assert_near(found, expected(query, key, value, mask, kind == "causal", **options), dtype)
 
 
@@ -113,7 +113,7 @@ def test_each_query_has_a_span_of_keys(shape: tuple[int, int], width: int, dtype
     spans = torch.stack([first, first + width], -1)
     places = torch.arange(tokens)
     mask = (places >= first[:, None]) & (places < first[:, None] + width)
-    found = prefill.open_attention(query, key, key, None, spans=spans, scale=0.2)
+    found = prefill.open_attention_cpu(query, key, key, None, spans=spans, scale=0.2)
     wanted = expected(query, key, key, mask, False, scale=0.2)
     assert found is not None and found[0].dtype == torch.float32
     assert_near((found[0].to(dtype), found[1]), wanted, dtype)
@@ -124,16 +124,16 @@ def test_strided_operands_are_supported(dtype: torch.dtype) -> None:
     projected = torch.randn(2, 70, 4 + 2 + 2, 64).to(dtype).transpose(1, 2)
     query, key, value = projected.split([4, 2, 2], 1)
     mask = torch.rand(70, 2, 70)[:, 0] < 0.5
-    found = prefill.open_attention(query, key, value, mask, scale=0.1)
+    found = prefill.open_attention_cpu(query, key, value, mask, scale=0.1)
     assert_near(found, expected(query, key, value, mask, False, scale=0.1), dtype)
     reversed_mask = mask.t()
-    odd = prefill.open_attention(query, key, value[..., ::2], reversed_mask, scale=0.1)
+    odd = prefill.open_attention_cpu(query, key, value[..., ::2], reversed_mask, scale=0.1)
     assert_near(odd, expected(query, key, value[..., ::2], reversed_mask, False, scale=0.1), dtype)
 
 
 def test_output_is_laid_out_as_tokens_then_heads() -> None:
     query, key = torch.randn(2, 4, 20, 32), torch.randn(2, 2, 30, 32)
-    found = prefill.open_attention(query, key, key, None, scale=0.1)
+    found = prefill.open_attention_cpu(query, key, key, None, scale=0.1)
     assert found is not None and found[0].transpose(1, 2).is_contiguous()
 
 
@@ -141,7 +141,7 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
     query, key = 300 * torch.randn(1, 2, 40, 64), torch.randn(1, 1, 500, 64)
     options: Any = {"scale": 1.0}
     found, wanted = (
-        prefill.open_attention(query, key, key, None, **options),
+        prefill.open_attention_cpu(query, key, key, None, **options),
         expected(query, key, key, None, False, **options),
     )
     assert found is not None and found[0].isfinite().all()
@@ -153,15 +153,15 @@ def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_packed_at_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     query, key = torch.randn(2, 8, 200, 64), torch.randn(2, 8, 300, 64)
-    alone = prefill.open_attention(query, key, key, None, causal=True, scale=0.1)
+    alone = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    several = prefill.open_attention(query, key, key, None, causal=True, scale=0.1)
+    several = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     text = prefill.render()
     assert "MOST_BYTES = 1 << 24" in text
     monkeypatch.setattr(prefill, "render", lambda: text.replace("MOST_BYTES = 1 << 24", "MOST_BYTES = 1"))
     prefill.library.cache_clear()
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
-    one_by_one = prefill.open_attention(query, key, key, None, causal=True, scale=0.1)
+    one_by_one = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     assert alone is not None and several is not None and one_by_one is not None
     for found in (several, one_by_one):
         assert all(torch.equal(x, y) for x, y in zip(alone, found, strict=True))
@@ -182,13 +182,13 @@ def test_other_tensors_are_refused(case: str) -> None:
         query = query[:, :3]
     else:
         query, key, value = query.to("meta"), key.to("meta"), value.to("meta")
-    assert prefill.open_attention(query, key, value, None, scale=0.1) is None
+    assert prefill.open_attention_cpu(query, key, value, None, scale=0.1) is None
 
 
 def test_vectors_that_are_too_short_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "LEAST_LANES", 17)
     query = torch.randn(1, 2, 20, 16)
-    assert prefill.open_attention(query, query, query, None, scale=0.1) is None
+    assert prefill.open_attention_cpu(query, query, query, None, scale=0.1) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

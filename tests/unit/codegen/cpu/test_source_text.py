@@ -13,7 +13,7 @@ import pytest
 from attention_cases import CASES
 from needs import needs_compiler
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.compiler import find_compiler
 from fhopt.codegen.cpu.calls.headers import headers
 from fhopt.codegen.cpu.source_text import read_cpp, write_headers
@@ -58,7 +58,7 @@ def test_a_source_has_every_header_once(name: str) -> None:
 
 @needs_compiler
 def test_a_kernel_compiles_by_the_command_in_its_first_line(tmp_path: Path) -> None:
-    (tmp_path / "kernel.cpp").write_text(text := render(CASES["one token"].spec(), "cpp"))
+    (tmp_path / "kernel.cpp").write_text(text := render_kernel(CASES["one token"].spec(), "cpp"))
     mark, compiler, *flags = shlex.split(text.partition("\n")[0])
     assert (mark, compiler) == ("//", "c++")
     command = [find_compiler(), *flags, "-O0", "kernel.cpp", "-o", "kernel.so"]

@@ -102,12 +102,12 @@ def test_non_finite_values_propagate_only_in_their_row_and_column(dtype: torch.d
 
 def test_it_serves_many_16_bit_rows_where_torch_lacks_native_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype: dtype == torch.bfloat16)
-    assert wide_linear.serves(skinny_linear.MOST_ROWS + 1, torch.bfloat16) and wide_linear.is_wanted()
-    assert not wide_linear.serves(skinny_linear.MOST_ROWS, torch.bfloat16)
-    assert not wide_linear.serves(1000, torch.float16) and not wide_linear.serves(1000, torch.float32)
+    assert wide_linear.takes_many_rows(skinny_linear.MOST_ROWS + 1, torch.bfloat16) and wide_linear.is_wanted()
+    assert not wide_linear.takes_many_rows(skinny_linear.MOST_ROWS, torch.bfloat16)
+    assert not wide_linear.takes_many_rows(1000, torch.float16) and not wide_linear.takes_many_rows(1000, torch.float32)
     for loops in ((), (torch.float16,)):  # AVX-512 without float16: float32 matmuls have equally wide vectors
         monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype, loops=loops: dtype in loops)
-        assert not wide_linear.is_wanted() and not wide_linear.serves(1000, torch.float16)
+        assert not wide_linear.is_wanted() and not wide_linear.takes_many_rows(1000, torch.float16)
 
 
 @pytest.mark.usefixtures("loops")
@@ -116,12 +116,14 @@ def test_it_serves_many_16_bit_rows_where_torch_lacks_native_gemm(monkeypatch: p
 def test_eager_calls_go_to_the_kernel_where_torch_lacks_native_gemm(dtype: torch.dtype) -> None:
     fhopt.codegen.prepare_linear()
     x, weight, bias = torch.randn(3, 20, 64).to(dtype), torch.randn(30, 64).to(dtype), torch.randn(30).to(dtype)
-    found = fhopt.codegen.linear(x, weight, bias)
+    found = fhopt.codegen.dispatch_linear(x, weight, bias)
     assert (found is None) == (dtype == torch.float32)
     if found is not None:
         assert torch.equal(found, torch.ops.fhopt.linear_kernel(x, weight, bias))
-    assert fhopt.codegen.linear(x[0, :5], weight, bias) is None  # few rows, and a weight that fits into the cache
-    assert fhopt.codegen.linear(x, weight.t().contiguous().t(), bias) is None
+    assert (
+        fhopt.codegen.dispatch_linear(x[0, :5], weight, bias) is None
+    )  # few rows, and a weight that fits into the cache
+    assert fhopt.codegen.dispatch_linear(x, weight.t().contiguous().t(), bias) is None
 
 
 @pytest.mark.usefixtures("loops")
@@ -130,7 +132,7 @@ def test_without_a_compiled_kernel_torch_runs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(graph_kernels, "serve_wide", lambda: False)
     fhopt.codegen.prepare_linear()
     x, weight = torch.randn(30, 64).bfloat16(), torch.randn(30, 64).bfloat16()
-    assert fhopt.codegen.linear(x, weight, None) is None
+    assert fhopt.codegen.dispatch_linear(x, weight, None) is None
     assert targets(lambda y: F.linear(y, weight), x)[0] == [F.linear]
 
 
@@ -168,7 +170,7 @@ def test_a_bias_that_is_broadcast_is_left_to_torch(shape: tuple[int, ...]) -> No
     x, weight, bias = torch.randn(20, 64).bfloat16(), torch.randn(30, 64).bfloat16(), torch.randn(shape).bfloat16()
     found, output = targets(lambda y: F.linear(y, weight, bias), x)
     assert found == [F.linear] and output.shape == (20, 30)
-    assert fhopt.codegen.linear(x, weight, bias) is None
+    assert fhopt.codegen.dispatch_linear(x, weight, bias) is None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from triton_attention_checks import CHECKS, relative
 from triton_machine_code import AMD, INT4, MIXED, NVIDIA, PLANED, bytes_of
 from triton_processes import failures, run
 
-from fhopt.codegen.build import build_triton, render
+from fhopt.codegen.build import build_triton, render_kernel
 from fhopt.codegen.gpu.row_layout import MANTISSA, fields, pieces, row_size
 from fhopt.errors import FhoptError
 from fhopt.ops.latent_attention import LatentKernel
@@ -110,8 +110,8 @@ def test_packed_codes_are_decoded_correctly(compiled: list[dict[str, Any]]) -> N
 
 @pytest.mark.parametrize("spec", [INT4, MIXED, PLANED], ids=lambda spec: spec.name)
 def test_the_file_is_reproducible_python_that_passes_a_linter(spec: KernelSpec, tmp_path: Path) -> None:
-    text = render(spec, "triton")
-    assert text == render(spec, "triton")
+    text = render_kernel(spec, "triton")
+    assert text == render_kernel(spec, "triton")
     compile(text, spec.name, "exec")
     path = tmp_path / "kernel.py"
     path.write_text(text)
@@ -126,7 +126,7 @@ def test_the_file_is_reproducible_python_that_passes_a_linter(spec: KernelSpec, 
 
 
 def test_a_plane_is_multiplied_lane_by_lane() -> None:
-    text = render(INT4, "triton")
+    text = render_kernel(INT4, "triton")
     loop = text[text.index("# scores") : text.index("if SOFTCAP:")]
     products = [line.strip() for line in loop.splitlines() if "score(" in line]
     assert products == [
@@ -140,7 +140,7 @@ def test_a_plane_is_multiplied_lane_by_lane() -> None:
 
 def test_other_tiers_are_refused() -> None:
     with pytest.raises(FhoptError, match="cannot become a kernel"):
-        render(KernelSpec(((7, 16, 0.1),), (), 16, 16, "float32", False), "triton")
+        render_kernel(KernelSpec(((7, 16, 0.1),), (), 16, 16, "float32", False), "triton")
 
 
 # --------------------------------------------------------------------------------------------------- calls

@@ -11,11 +11,11 @@ from needs import needs_triton
 from triton_block_checks import CHECKS
 from triton_processes import failures
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu.configs import default_config, scattered_config
 from fhopt.codegen.gpu.gpus import GPUS
 from fhopt.codegen.gpu.launch import Span
-from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
+from fhopt.codegen.gpu.resources import CompileRequest, compile_kernels, objection
 from fhopt.codegen.gpu.signatures import POINTERS, attention_example
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -44,7 +44,7 @@ EIGHT, FOUR = ((8, SIZE, 1.0),), ((4, SIZE, 0.3),)
 MIXED = ((8, 32, 0.02), (4, 64, 0.3), (2, 32, 0.9))
 
 
-def spans(name: str, dtype: str) -> Iterator[Request]:
+def spans(name: str, dtype: str) -> Iterator[CompileRequest]:
     """Return the attention kernels of a layer: latents, 8-bit and 16-bit windows, sinks."""
     backend = GPUS[name].backend
     parts = ((FOUR, Span.QUANTIZED), (MIXED, Span.QUANTIZED), (EIGHT, Span.OPEN), ((), Span.OPEN), ((), Span.FIRST))
@@ -54,10 +54,10 @@ def spans(name: str, dtype: str) -> Iterator[Request]:
         features: dict[str, Any] = dict(table=True, lengths=True, page=37, span=kind, packed=backend == "cuda")
         arguments = attention_example(spec, config, whole=kind == Span.FIRST, **features)["attention_kernel"]
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        yield Request(render(spec, "triton"), "attention_kernel", *arguments, options)
+        yield CompileRequest(render_kernel(spec, "triton"), "attention_kernel", *arguments, options)
 
 
-def steps(name: str, dtype: str) -> Iterator[Request]:
+def steps(name: str, dtype: str) -> Iterator[CompileRequest]:
     """Return the kernels that write, encode and merge, with and without means, for 8-bit and 16-bit windows."""
     from fhopt.codegen.gpu import block_launch, encode_rows
     from fhopt.codegen.gpu import block_tables as kernels
@@ -96,7 +96,7 @@ def steps(name: str, dtype: str) -> Iterator[Request]:
             attrs: dict[tuple[int, ...], Any] = {
                 (i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if types[x].startswith("*") or x in aligned
             }
-            yield Request(text, kernel, types, fixed, attrs, options if kernel == "encode_kernel" else {})
+            yield CompileRequest(text, kernel, types, fixed, attrs, options if kernel == "encode_kernel" else {})
 
 
 @needs_triton

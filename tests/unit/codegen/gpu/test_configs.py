@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_machine_code import INT4, Stub
+from triton_machine_code import INT4, StubModule
 
-from fhopt.codegen.gpu.configs import Config, candidates, default_config
+from fhopt.codegen.gpu.configs import Config, candidate_configs, default_config
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -15,7 +15,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 def test_candidates_begin_with_the_default_and_are_unique() -> None:
     for rows in (1, 8, 20, 500):
-        found = candidates(INT4, rows)
+        found = candidate_configs(INT4, rows)
         assert found[0] == default_config(INT4, rows)
         assert len(set(found)) == len(found) > 5
         assert all(config.block_m & (config.block_m - 1) == 0 for config in found)
@@ -34,7 +34,7 @@ def test_the_tuned_configuration_is_used_and_looked_up_once(monkeypatch: pytest.
 
     monkeypatch.setattr("fhopt.codegen.gpu.launch.tuned_config", tuned_config)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    kernel = TritonKernel(Stub("stub"), INT4)
+    kernel = TritonKernel(StubModule("stub"), INT4)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert kernel._config(3, first) == kernel._config(4, first) == kernel._config(4, second) == tuned
     assert kernel._config(5, first) == default_config(INT4, 5)

@@ -232,20 +232,20 @@ def test_under_the_interpreter(name: str, failed: dict[str, str]) -> None:
 def test_it_compiles_without_spills_for_absent_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.codegen.gpu import encode_rows
     from fhopt.codegen.gpu.gpus import GPUS
-    from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
+    from fhopt.codegen.gpu.resources import CompileRequest, compile_kernels, objection
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = encode_rows.encode_kernel.arg_names
+    names = encode_rows.encode_rows_kernel.arg_names
     sizes = {"BLOCK_T": encode_rows.BLOCK_T, "BLOCK_G": encode_rows.BLOCK_G, "BLOCK_D": encode_rows.BLOCK_D}
     aligned = {"size", "x_b", "x_h", "x_t", "basis_j", "basis_r"}
 
-    def request(page: int, options: dict[str, int]) -> Request:
+    def request(page: int, options: dict[str, int]) -> CompileRequest:
         constants = sizes | {"PAGE": page} | ({} if page else {"table": None, "places": None})
         types = dict.fromkeys(names, "i32") | {"x": "*bf16", "basis": "*fp32", "codes": "*u8", "scale": "*fp16"}
         types |= {"tiers": "*i32", "places": "*i64", "table": "*i32"} | dict.fromkeys(constants, "constexpr")
         known = [i for i, name in enumerate(names) if types[name].startswith("*") or name in aligned]
         attrs: dict[tuple[int, ...], Any] = {(i,): [["tt.divisibility", 16]] for i in known}
-        return Request(Path(encode_rows.__file__).read_text(), "encode_kernel", types, constants, attrs, options)
+        return CompileRequest(Path(encode_rows.__file__).read_text(), "encode_kernel", types, constants, attrs, options)
 
     for name in ("a100-80", "h100", "mi300x"):
         options = encode_rows.OPTIONS if name == "mi300x" else encode_rows.CUDA_OPTIONS

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FOUR, ODD, Case, inputs
+from attention_cases import FOUR, ODD, KernelCase, inputs
 from torch import Tensor
-from triton_machine_code import Stub
+from triton_machine_code import StubModule
 
 from fhopt.codegen.gpu.launch import TritonKernel, choose_splits
 from fhopt.ops.latent_attention import LatentKernel
@@ -40,11 +40,11 @@ class Launched:
 
 def test_a_kernel_that_spills_is_reported_once_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhopt.codegen.gpu.launch._warned", set())
-    module = Stub("stub")
+    module = StubModule("stub")
     module.attention_kernel = module.merge_kernel = Launched()  # type: ignore[assignment]
-    odd, even = Case(ODD, FOUR, 4, 1, 1, 1, 20), Case(((8, 16, 0.1),), ((4, 32, 0.3),), 4, 1, 1, 1, 20)
+    odd, even = KernelCase(ODD, FOUR, 4, 1, 1, 1, 20), KernelCase(((8, 16, 0.1),), ((4, 32, 0.3),), 4, 1, 1, 1, 20)
 
-    def call(case: Case) -> None:
+    def call(case: KernelCase) -> None:
         kernel: LatentKernel = TritonKernel(module, case.spec())
         kernel(*inputs(case), None, **case.options())
 
@@ -76,12 +76,12 @@ def test_operands_that_do_not_fit_are_refused(
     change: dict[str, Callable[[Tensor], Tensor | None]], features: dict[str, Any], message: str
 ) -> None:
     pytest.importorskip("triton")
-    case = Case(FOUR, FOUR, 4, 1, 1, 1, 20)
+    case = KernelCase(FOUR, FOUR, 4, 1, 1, 1, 20)
     names = ("query", "key", "key_scale", "value", "value_scale")
     x = [
         change[name](t) if t is not None and name in change else t for name, t in zip(names, inputs(case), strict=True)
     ]
-    kernel: LatentKernel = TritonKernel(Stub("stub"), case.spec())
+    kernel: LatentKernel = TritonKernel(StubModule("stub"), case.spec())
     with pytest.raises(ValueError, match=message):
         kernel(*x, None, **({"scale": 1.0} | features))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from packed_rows import ALONE, DTYPES, MIXED, bits_of, latents
 
-from fhopt.codegen.dispatch import install
+from fhopt.codegen.dispatch import register_kernels
 from fhopt.ops import registry
 from fhopt.ops.packing import pack_reference, unpack_reference
 
@@ -107,7 +107,7 @@ def test_triton_compiles_for_absent_gpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_gives_the_bytes_of_the_reference(dtype: torch.dtype) -> None:
     kernel = registry.use("latent_attention", "cpu", None)
-    install()
+    register_kernels()
     registry.use("latent_attention", "cpu", kernel)
     for plan in [*ALONE, *MIXED]:
         z = latents(plan, 2, 3, 35).to(dtype)

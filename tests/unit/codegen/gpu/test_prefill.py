@@ -22,9 +22,9 @@ from triton_processes import failures
 from fhopt.codegen.gpu import prefill_launch
 from fhopt.codegen.gpu.configs import prefill_config, rebuild_config
 from fhopt.codegen.gpu.gpus import GPUS
-from fhopt.codegen.gpu.prefill import padded, render, table
+from fhopt.codegen.gpu.prefill import operand_table, padded, render_prefill
 from fhopt.codegen.gpu.prefill_launch import decoder_rows
-from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
+from fhopt.codegen.gpu.resources import CompileRequest, compile_kernels, objection
 from fhopt.codegen.gpu.signatures import prefill_example
 from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
@@ -68,16 +68,16 @@ def of_each_kind(name: str, found: list[Any], fewer: list[Any]) -> list[Any]:
 
 def requests(
     spec: KernelSpec, gpu: str, rows: int = 512, rebuilds: bool = True, size: int = 0, **features: Any
-) -> list[Request]:
+) -> list[CompileRequest]:
     """Return the kernels of a spec with their default launch configurations; size: D, R unless given."""
     size = size or spec.key_width
     config = prefill_config(spec, rows, size, size, rebuilds, int(GPUS[gpu].arch))
-    text, found = render(spec), []
+    text, found = render_prefill(spec), []
     for kernel, arguments in prefill_example(spec, config, size, size, rebuilds, **features).items():
         if kernel == "rebuild_kernel":
-            config = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels))
+            config = rebuild_config(len(operand_table(spec.key_tiers, spec.key_width, spec.dtype).channels))
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        found.append(Request(text, kernel, *arguments, options | prefill_launch.CUDA_OPTIONS))
+        found.append(CompileRequest(text, kernel, *arguments, options | prefill_launch.CUDA_OPTIONS))
     return found
 
 
@@ -120,8 +120,8 @@ def test_attention_on_rebuilt_keys_fits_with_every_feature(name: str) -> None:
 @pytest.mark.parametrize("spec", SHAPES[:4], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_file_is_reproducible_python_that_passes_a_linter(spec: KernelSpec, dtype: str, tmp_path: Path) -> None:
-    text = render(replace(spec, dtype=dtype))
-    assert text == render(replace(spec, dtype=dtype))
+    text = render_prefill(replace(spec, dtype=dtype))
+    assert text == render_prefill(replace(spec, dtype=dtype))
     path = tmp_path / "kernel.py"
     path.write_text(text)
     options = ["--isolated", "--no-cache", "--line-length", "120"]
@@ -135,7 +135,7 @@ def test_the_file_is_reproducible_python_that_passes_a_linter(spec: KernelSpec, 
 
 
 def test_a_lane_of_words_is_multiplied_by_its_rows_of_the_decoder() -> None:
-    text = render(planned(128, 4))
+    text = render_prefill(planned(128, 4))
     function = text[text.index("def rebuilt_key") : text.index("def rebuilt_value")]
     products = [line.strip() for line in function.splitlines() if "rebuild(" in line]
     assert products == [
@@ -160,7 +160,7 @@ def test_heads_are_padded_to_matmul_sizes() -> None:
 
 def test_other_tiers_are_refused() -> None:
     with pytest.raises(FhoptError, match="cannot become a kernel"):
-        render(KernelSpec(((7, 16, 0.1),), (), 16, 16, "float32", False))
+        render_prefill(KernelSpec(((7, 16, 0.1),), (), 16, 16, "float32", False))
 
 
 # --------------------------------------------------------------------------------------------------- calls
@@ -199,7 +199,7 @@ def test_parts_are_joined_by_their_sums() -> None:
         (torch.softmax(x, -1).nan_to_num(0.0) @ v, x.logsumexp(-1))
         for x, v in zip(logits, (values, -values), strict=True)
     ]
-    output, lse = prefill_launch.joined(*map(torch.stack, zip(*parts, strict=True)))
+    output, lse = prefill_launch.merge_ranges(*map(torch.stack, zip(*parts, strict=True)))
     both = torch.cat(tuple(logits), -1)
     torch.testing.assert_close(lse, both.logsumexp(-1))
     torch.testing.assert_close(output, torch.softmax(both, -1).nan_to_num(0.0) @ torch.cat((values, -values)))

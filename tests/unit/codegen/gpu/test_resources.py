@@ -14,7 +14,7 @@ from needs import needs_triton
 
 from fhopt.codegen.gpu import resources as gpu_resources
 from fhopt.codegen.gpu.gpus import GPUS, find_gpu
-from fhopt.codegen.gpu.resources import Request, Resources, compile_kernels, objection, occupancy
+from fhopt.codegen.gpu.resources import CompileRequest, Resources, compile_kernels, objection, occupancy
 from fhopt.errors import FhoptError
 from fhopt.hardware.devices import DEVICES
 
@@ -43,10 +43,10 @@ def wrong(x, y, out, steps, N: tl.constexpr):
 '''
 
 
-def product(size: int = 64, kernel: str = "product", text: str = KERNELS, **options: int) -> Request:
+def product(size: int = 64, kernel: str = "product", text: str = KERNELS, **options: int) -> CompileRequest:
     types = {"x": "*fp16", "y": "*fp16", "out": "*fp32", "steps": "i32", "N": "constexpr"}
     aligned: dict[tuple[int, ...], Any] = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    return Request(text, kernel, types, {"N": size}, aligned, {"num_warps": 4, "num_stages": 3} | options)
+    return CompileRequest(text, kernel, types, {"N": size}, aligned, {"num_warps": 4, "num_stages": 3} | options)
 
 
 # --------------------------------------------------------------------------------------------------- limits

@@ -11,14 +11,14 @@ import torch
 from gpu_kernels import H100, SMALL
 from needs import needs_triton
 
-from fhopt.codegen.build import render
+from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu import configs, tuning
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.gpus import GPUS, gpu_named
 from fhopt.codegen.gpu.launch import MOST_SPLITS
-from fhopt.codegen.gpu.resources import Request, Resources, compile_kernels, objection, occupancy
+from fhopt.codegen.gpu.resources import CompileRequest, Resources, compile_kernels, objection, occupancy
 from fhopt.codegen.gpu.signatures import attention_example
-from fhopt.codegen.gpu.tuning import Workload, choose, choose_each, row_bytes, tune
+from fhopt.codegen.gpu.tuning import Workload, choose_each, token_bytes, tune, tune_kernel
 from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import STEPS
 from fhopt.plan.kernel_spec import KernelSpec
@@ -40,7 +40,7 @@ PAIRS = [("l4", SPECS[1]), ("h100", SPECS[0]), ("a100-80", SPECS[1])]
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "spec"), PAIRS, ids=lambda x: getattr(x, "name", x))
 def test_the_chosen_configuration_fits_and_uses_tensor_cores(spec: KernelSpec, name: str) -> None:
-    best = choose(spec, 4, GPUS[name], 2).best
+    best = tune_kernel(spec, 4, GPUS[name], 2).best
     assert best is not None and not objection(best.resources, GPUS[name])
     assert best.resources.spilled == 0 and sum(best.resources.tensor_cores.values()) > 0
     assert best.resources.loop_copies  # rows are prefetched
@@ -75,10 +75,12 @@ def test_rows_fitted_for_a_gpu_fit_it_with_the_default(name: str) -> None:
 PLANED = KernelSpec(((6, 64, 0.08), (3, 64, 0.5)), ((5, 64, 0.15), (16, 64, 0.0)), 128, 128, "float16", True)
 
 
-def merge_request(spec: KernelSpec) -> Request:
+def merge_request(spec: KernelSpec) -> CompileRequest:
     """Request the kernel that merges the maximum number of token ranges."""
     types, constants, attrs = attention_example(spec, default_config(spec, 1))["merge_kernel"]
-    return Request(render(spec, "triton"), "merge_kernel", types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
+    return CompileRequest(
+        render_kernel(spec, "triton"), "merge_kernel", types, constants | {"BLOCK_S": MOST_SPLITS}, attrs
+    )
 
 
 @needs_triton
@@ -106,7 +108,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     """Replace the candidates by given configurations with given resources."""
 
     def plant(found: dict[Config, Resources]) -> tuple[Config, ...]:
-        def compile_them(requests: Sequence[Request], *_: Any) -> list[Resources]:
+        def compile_them(requests: Sequence[CompileRequest], *_: Any) -> list[Resources]:
             blocks = {(c.block_t, c.num_warps, c.num_stages): r for c, r in found.items()}
             keys = [
                 (r.constexprs["BLOCK_T"], r.options["num_warps"], r.options["num_stages"]) for r in requests
@@ -114,7 +116,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiler:
             return [blocks[key] for key in keys]
 
         monkeypatch.setattr(tuning, "compile_kernels", compile_them)
-        monkeypatch.setattr(tuning, "candidates", lambda *_: tuple(found))
+        monkeypatch.setattr(tuning, "candidate_configs", lambda *_: tuple(found))
         monkeypatch.setattr(tuning, "default_config", lambda *_: next(iter(found)))
         monkeypatch.setattr(configs, "triton_version", lambda: "3")
         return tuple(found)
@@ -130,7 +132,7 @@ def test_a_candidate_that_is_too_large_is_rejected_with_its_reason(compiled: Com
             Config(32, 16, 4, 3): dataclasses.replace(SMALL, tensor_cores={}),
         }
     )
-    choice = choose(SPECS[0], 4, H100)
+    choice = tune_kernel(SPECS[0], 4, H100)
     assert choice.best is not None and choice.best.config == small
     reasons = {v.config: v.reason for v in choice.verdicts}
     assert reasons[small] == ""
@@ -148,9 +150,9 @@ def test_bytes_in_flight_come_first_then_instructions_per_token(compiled: Compil
             Config(64, 16, 8, 4): dataclasses.replace(ahead, registers=64, loop_instructions=50),
         }
     )
-    choice = choose(SPECS[0], 4, H100)
+    choice = tune_kernel(SPECS[0], 4, H100)
     verdicts = {v.config: v for v in choice.verdicts}
-    row = row_bytes(SPECS[0])
+    row = token_bytes(SPECS[0])
     assert row == 32 + 32 + 8 + 2 + 32 + 16 + 2
     assert verdicts[few].bytes_ahead == 2 * 16 * row
     assert verdicts[many].bytes_ahead == 8 * 32 * 3 * row  # all prefetched: one stage less than configured
@@ -161,19 +163,19 @@ def test_bytes_in_flight_come_first_then_instructions_per_token(compiled: Compil
 
 def test_more_rows_than_a_tile_holds_are_more_work(compiled: Compiler) -> None:
     compiled({Config(64, 16, 4, 3): SMALL})
-    assert choose(SPECS[0], 33, H100).verdicts[0].token_instructions == 3 * 100 * 4 / 64
+    assert tune_kernel(SPECS[0], 33, H100).verdicts[0].token_instructions == 3 * 100 * 4 / 64
 
 
 def test_a_limited_number_of_candidates_is_compiled_evenly_spaced_from_the_first(compiled: Compiler) -> None:
     all_of_them = compiled({Config(64, 16, 4, stages): SMALL for stages in range(1, 11)})
-    tried = [v.config for v in choose(SPECS[0], 4, H100, 3).verdicts]
+    tried = [v.config for v in tune_kernel(SPECS[0], 4, H100, 3).verdicts]
     assert tried == [all_of_them[0], all_of_them[3], all_of_them[6]]
-    assert len(choose(SPECS[0], 4, H100).verdicts) == len(choose(SPECS[0], 4, H100, 99).verdicts) == 10
+    assert len(tune_kernel(SPECS[0], 4, H100).verdicts) == len(tune_kernel(SPECS[0], 4, H100, 99).verdicts) == 10
 
 
 def test_nothing_is_chosen_if_nothing_fits(compiled: Compiler) -> None:
     compiled({Config(64, 16, 4, 3): dataclasses.replace(SMALL, spilled=4)})
-    choice = choose(SPECS[0], 4, H100)
+    choice = tune_kernel(SPECS[0], 4, H100)
     assert choice.best is None and [v.reason for v in choice.verdicts] == ["spills 4 bytes a thread"]
     assert tuned_config(SPECS[0], 4, "h100") is None
 
@@ -223,7 +225,7 @@ def test_tuning_stores_the_fastest_for_device_and_spec(compiled: Compiler) -> No
 def test_the_chosen_configuration_is_used_until_one_is_tuned(compiled: Compiler) -> None:
     one, two = compiled({Config(16, 16, 4, 3): SMALL, Config(32, 16, 4, 3): SMALL})
     assert tuned_config(SPECS[0], 2, H100_NAME) is None
-    best = choose(SPECS[0], 2, H100).best
+    best = tune_kernel(SPECS[0], 2, H100).best
     assert best is not None and tuned_config(SPECS[0], 2, H100_NAME) == best.config == two
     tune(SPECS[0], WORKLOAD, **stopwatch({one: 1.0, two: 2.0}, []))
     assert tuned_config(SPECS[0], 2, H100_NAME) == one

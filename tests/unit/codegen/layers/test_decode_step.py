@@ -14,8 +14,8 @@ from fhopt.attention.attend import attend_parts
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.codegen.cpu import graph_kernels
-from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, DecodeSteps, Spent
-from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeSteps, LayerCall, Spent
+from fhopt.codegen.layers.lowering import lower_trace
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue
 from fhopt.hf.cache_steps import _calls
 from fhopt.ops import algebra, packing
@@ -35,7 +35,7 @@ def program_of(dtype: torch.dtype) -> Any:
     ops = [TracedOp("aten::mul.Scalar", (Ref(i), 2.0), (), (Ref(i + 3),)) for i in range(3)]
     ops += [TracedOp(ATTENTION, (Ref(3), Ref(4), Ref(5)), (), (Ref(6),))]
     ops += [TracedOp("aten::add.Scalar", (Ref(6), 1.0), (), (Ref(7),))]
-    return lower(LayerTrace(tuple(values), tuple(ops), Ref(7)))
+    return lower_trace(LayerTrace(tuple(values), tuple(ops), Ref(7)))
 
 
 @pytest.mark.parametrize("with_means", [False, True])
@@ -80,7 +80,7 @@ def test_a_step_attends_and_appends_its_token(dtype: torch.dtype, packed: int, w
     externals[6] = attended.data_ptr()
     calls = _calls(kernels, new[0], sides[0], sides[1], (rooms[0], rooms[1]), exact, options)
     pair = places[0], places[1]
-    step = DecodeStep(program, ctypes.addressof(externals), 2, new[0], attended, pair, calls, 0.25)
+    step = LayerCall(program, ctypes.addressof(externals), 2, new[0], attended, pair, calls, 0.25)
     spent = Spent()
     for number in range(2):
         expected = attend_parts(_operands(inputs, exact, sides, rooms, WINDOW + number, options))

@@ -12,7 +12,7 @@ from traced_functions import Traced
 
 from fhopt.codegen.cpu.calls.caches import Code
 from fhopt.codegen.layers.instructions import Buffer, Instruction, Value, four, place, row_layout
-from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.lowering import lower_trace
 from fhopt.codegen.layers.trace import UnsupportedError
 
 
@@ -53,6 +53,6 @@ def test_arena_memory_is_reused() -> None:
         return x
 
     traced = Traced(chain, [torch.randn(1000)], nn.Module())
-    program = lower(traced.trace)
+    program = lower_trace(traced.trace)
     assert program.arena < 4 * 1024
     torch.testing.assert_close(traced.run(program), traced.result)

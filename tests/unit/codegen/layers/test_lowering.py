@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from traced_functions import Products, Traced
 
 from fhopt.codegen.cpu.calls.caches import Code
-from fhopt.codegen.layers.lowering import Lowering, lower
+from fhopt.codegen.layers.lowering import Lowering, lower_trace
 from fhopt.codegen.layers.trace import UnsupportedError
 
 
@@ -40,4 +40,4 @@ def test_matmuls_of_one_input_are_one_loop() -> None:
 )
 def test_unsupported_operations_are_named(function: Callable[[Tensor], Tensor], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
-        lower(Traced(function, [torch.rand(4, 4)], nn.Module()).trace)
+        lower_trace(Traced(function, [torch.rand(4, 4)], nn.Module()).trace)

@@ -11,7 +11,7 @@ from traced_functions import Products, Traced
 
 from fhopt.codegen.compiler import CompileError
 from fhopt.codegen.layers import program
-from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.lowering import lower_trace
 
 
 @needs_compiler
@@ -20,14 +20,14 @@ def test_a_program_runs_on_other_tensors_of_the_same_trace() -> None:
     x, y = torch.randn(1, 1, 48), torch.randn(1, 1, 48)
     one, other = Traced(first, [x], first), Traced(second, [y], second)
     assert one.trace == other.trace and hash(one.trace) == hash(other.trace)
-    torch.testing.assert_close(other.run(lower(one.trace)), other.result)
+    torch.testing.assert_close(other.run(lower_trace(one.trace)), other.result)
 
 
 def test_without_a_compiler_there_are_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise CompileError("No C++ compiler was found.")
 
-    monkeypatch.setattr(program, "load", refuse)
+    monkeypatch.setattr(program, "compile_and_load", refuse)
     program.functions.cache_clear()
     assert not program.is_built()
     program.functions.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from decomposed import B, Checkpointed, D, E, H, S, T, check, close, core, decomposed, run, soft_capped, traced
+from decomposed import B, D, E, H, S, T, TwiceCheckpointed, check, close, core, decomposed, run, soft_capped, traced
 from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -181,7 +181,7 @@ def test_a_fully_masked_row_is_nan_as_in_the_fast_path() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_the_bodies_of_nested_checkpoints_are_inlined(dynamic: bool) -> None:
-    program = traced(Checkpointed(), torch.randn(B, S, E), dynamic=dynamic)
+    program = traced(TwiceCheckpointed(), torch.randn(B, S, E), dynamic=dynamic)
     bodies = [m for m in program.module.modules() if isinstance(m, fx.GraphModule) and m is not program.module]
     texts = [print_graph(body.graph) for body in bodies]
     after = check(program)
@@ -196,12 +196,12 @@ def test_composites_in_a_checkpoint_are_found() -> None:
         return flex_attention(q, k, v, score_mod=soft_capped)
 
     with torch.no_grad():
-        after = check(traced(Checkpointed(inner), torch.randn(B, S, E)))
+        after = check(traced(TwiceCheckpointed(inner), torch.randn(B, S, E)))
     assert any(n.target is flex.score_mod for n in after.graph.nodes)
 
 
 def test_a_checkpoint_without_attention_still_saves_memory() -> None:
-    program = traced(Checkpointed(lambda q, k, v: q * k + v), torch.randn(B, S, E))
+    program = traced(TwiceCheckpointed(lambda q, k, v: q * k + v), torch.randn(B, S, E))
     assert list(Decompose().candidates(program)) == []
 
 

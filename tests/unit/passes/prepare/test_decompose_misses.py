@@ -10,11 +10,11 @@ import torch.utils.checkpoint
 from decomposed import (
     ATEN,
     B,
-    Checkpointed,
     D,
     E,
     H,
     S,
+    TwiceCheckpointed,
     alternating,
     core,
     flexible,
@@ -41,7 +41,7 @@ def test_nested_tensors_are_not_rewritten() -> None:
 
 
 def test_attention_in_a_checkpoint_is_not_rewritten_on_request() -> None:
-    program = traced(Checkpointed(), torch.randn(B, S, E))
+    program = traced(TwiceCheckpointed(), torch.randn(B, S, E))
     found = reason(program, inline_checkpoints=False)
     assert found == "attention inside an activation checkpoint is not rewritten while training"
 
@@ -55,7 +55,7 @@ def test_attention_in_a_branch_is_not_rewritten() -> None:
 
 
 def test_a_body_with_other_arguments_is_not_rewritten() -> None:
-    program = traced(Checkpointed(), torch.randn(B, S, E))
+    program = traced(TwiceCheckpointed(), torch.randn(B, S, E))
     (node,) = (n for n in program.graph.nodes if op_name(n) == "tag_activation_checkpoint")
     node.args = node.args[:-1]
     assert "arguments to its body" in reason(program)

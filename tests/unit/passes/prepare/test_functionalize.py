@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functionalized import (
-    Network,
+    CacheNetwork,
     assembled,
     fresh,
     functionalized,
@@ -30,7 +30,7 @@ from fhopt.passes.prepare.functionalize import Functionalize, written
 
 
 def exported(core: Callable[..., Any], **options: Any) -> Program:
-    return from_exported(torch.export.export(Network(core), inputs(), **options)).program
+    return from_exported(torch.export.export(CacheNetwork(core), inputs(), **options)).program
 
 
 # --------------------------------------------------------------------------------------------------- forms of a write

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from functionalized import (
-    Network,
+    CacheNetwork,
     assembled,
     functionalized,
     input_read_again,
@@ -130,7 +130,7 @@ def test_sizes_may_be_symbols() -> None:
         programs.append(copy_program(module, example))
         return module
 
-    torch.compile(Network(core), backend=keep, dynamic=True)(*inputs())
+    torch.compile(CacheNetwork(core), backend=keep, dynamic=True)(*inputs())
     (program,) = programs
     program.values = {k: v.node.hint if isinstance(v, torch.SymInt) else v for k, v in program.values.items()}
     assert "s" in str(fake(next(n for n in program.graph.nodes if op_name(n) == "linear")).shape[0])

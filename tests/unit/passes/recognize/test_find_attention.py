@@ -126,7 +126,7 @@ def test_prefill_and_cached_decode_agree_on_names_and_the_cache_is_found() -> No
     with torch.no_grad():
         model(token_ids(1, 5), **cached(cache))
         captured = capture(model, (), {"input_ids": token_ids(1, 1), **cached(cache)})
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     assert [s.name for s in outcome.sites.values()] == names
     assert {s.cache for s in outcome.sites.values()} == {"cat"}
 
@@ -135,7 +135,7 @@ def test_an_exported_program_gives_the_same_sites(tmp_path: Any) -> None:
     model = MAKERS["llama"]()
     ids = token_ids()
     exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
-    outcome = pipeline.find(from_exported(exported).program)
+    outcome = pipeline.find_attentions(from_exported(exported).program)
     dynamo = found(model)[1]
     assert [s.name for s in outcome.sites.values()] == [s.name for s in dynamo.sites.values()]
     assert [s.rope for s in outcome.sites.values()] == [s.rope for s in dynamo.sites.values()]
@@ -162,7 +162,7 @@ def test_a_key_from_two_projections_of_unequal_width_is_found() -> None:
             o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             return self.o(o.transpose(1, 2).reshape(x.shape))
 
-    outcome = pipeline.find(capture(Split().eval(), (torch.randn(1, 6, 32),)).program)
+    outcome = pipeline.find_attentions(capture(Split().eval(), (torch.randn(1, 6, 32),)).program)
     (site,) = outcome.sites.values()
     assert set(site.projections["k"]) == {"k1.weight", "k2.weight"} and not site.key_norm
 
@@ -172,7 +172,7 @@ def site_of(name: str) -> tuple[Any, passes_outcome.Outcome]:
     from model_zoo.checking import entries
 
     case = next(e for e in entries() if e.name == name and e.step in {"forward", "prefill"}).build()
-    outcome = pipeline.find(capture(case.module, case.args, case.kwargs).program)
+    outcome = pipeline.find_attentions(capture(case.module, case.args, case.kwargs).program)
     return next(iter(outcome.sites.values()), None), outcome
 
 
@@ -221,7 +221,7 @@ def test_sinks_and_windows_are_recognized() -> None:
 def test_checks_run_on_few_tokens_for_any_length_and_agree(attention: str) -> None:
     def described(length: int) -> list[Any]:
         captured = capture(MAKERS["llama"](attention), (), {"input_ids": token_ids(1, length), "use_cache": False})
-        return [replace(s, source="") for s in pipeline.find(captured.program).sites.values()]
+        return [replace(s, source="") for s in pipeline.find_attentions(captured.program).sites.values()]
 
     long, short = described(63), described(20)  # 63 tokens are more than a check runs on
     assert [(s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in long] == [
@@ -246,7 +246,7 @@ class Reduced(torch.nn.Module):
 
 
 def test_keys_of_reduced_tokens_are_not_latents() -> None:
-    outcome = pipeline.find(capture(Reduced().eval(), (torch.randn(2, 64, 32),)).program)
+    outcome = pipeline.find_attentions(capture(Reduced().eval(), (torch.randn(2, 64, 32),)).program)
     assert outcome.missed == []
     (site,) = outcome.sites.values()
     assert site.projections["k"] == site.projections["v"] == ("kv.weight",)

@@ -13,7 +13,7 @@ from model_zoo import huggingface as zoo
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
-from fhopt.lm_head.fitting import find
+from fhopt.lm_head.fitting import find_head
 from fhopt.models.capture import capture
 from fhopt.passes.recognize.find_lm_head import HeadSite
 
@@ -36,7 +36,7 @@ MODELS = {m.name: m for m in (*zoo.DECODERS, *zoo.ENCODER_DECODERS)}
 def test_the_head_of_a_family_is_found(name: str) -> None:
     row = MODELS[name]
     model = zoo._make(row, row.implementations[-1])
-    site = find(capture(model, (), row.inputs() | {"use_cache": False}))
+    site = find_head(capture(model, (), row.inputs() | {"use_cache": False}))
     weight, bias, tied, scale, softcap = FAMILIES[name]
     assert (site.weight, site.bias, site.tied, site.scale, site.softcap) == (weight, bias, tied, scale, softcap)
     assert (site.vocabulary, site.width) == tuple(model.get_parameter(weight).shape)
@@ -60,7 +60,7 @@ class Words(nn.Module):
 
 
 def site_of(finish: Finish) -> HeadSite:
-    return find(capture(Words(finish), (torch.randint(0, V, (2, T)),)))
+    return find_head(capture(Words(finish), (torch.randint(0, V, (2, T)),)))
 
 
 def reason(finish: Finish) -> str:
@@ -134,7 +134,7 @@ def test_a_model_without_logits_is_refused() -> None:
             return x.sum(-1) > 0
 
     with pytest.raises(FhoptError, match="is not a matrix of logits"):
-        find(capture(Flag(), (torch.randn(3, 4),)))
+        find_head(capture(Flag(), (torch.randn(3, 4),)))
 
 
 def test_a_bias_is_not_confused_with_another_parameter_of_its_shape() -> None:

@@ -89,7 +89,7 @@ def test_attention_of_learned_queries_is_found(form: Callable[[Any, Tensor], Ten
     module = Pooling(form, *queries).eval()
     sites = compiled_twice(module, inputs(), inputs())
     assert len(sites) == 2 and all(site.how in ("torch", "absorbed") for site in sites)
-    outcome = pipeline.find(capture(module, inputs()).program)
+    outcome = pipeline.find_attentions(capture(module, inputs()).program)
     (site,) = outcome.sites.values()
     assert site.projections == {"q": ("queries",), "k": ("k.weight",), "v": ("v.weight",), "o": ("o.weight",)}
     single = form in (of_one_head, keys_on_the_left, by_linear)

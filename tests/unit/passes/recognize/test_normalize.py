@@ -144,7 +144,7 @@ GROUPED = [scaled_after_repetition, repeat_interleave, scores_in_float64, expand
 
 def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes_outcome.Outcome]:
     captured = capture(module, (x,))
-    return captured, pipeline.find(captured.program)
+    return captured, pipeline.find_attentions(captured.program)
 
 
 @pytest.mark.parametrize("core", PLAIN + GROUPED, ids=lambda f: f.__name__)
@@ -338,7 +338,7 @@ def test_attention_without_projections_is_not_a_site() -> None:
 def test_normalizing_twice_changes_nothing_more() -> None:
     captured, first = outcome(Block(masked_fill).eval(), torch.randn(1, T, H * D))
     text = print_graph(captured.program.graph)
-    second = pipeline.find(captured.program)
+    second = pipeline.find_attentions(captured.program)
     assert print_graph(captured.program.graph) == text
     assert [s.name for s in second.sites.values()] == [s.name for s in first.sites.values()]
 
@@ -456,7 +456,7 @@ def test_a_mask_that_begins_after_the_checked_tokens_is_not_dropped(core: Callab
     expected = block(x)
     captured, found = outcome(block, x)
     assert len(found.sites) == 1
-    pipeline.lower(found)
+    pipeline.lower_program(found)
     captured.program.module.recompile()
     result = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())
     torch.testing.assert_close(result[0], expected, rtol=1e-5, atol=1e-5)

@@ -88,7 +88,7 @@ def test_exact_mode_preserves_the_strides_of_outputs(
 
 def kept_orders(module: nn.Module, x: Tensor) -> list[fx.Node]:
     captured = capture(module, (x,))
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     assert len(outcome.sites) == 1
     return [n for n in captured.program.graph.nodes if n.target is in_order]
 

@@ -159,7 +159,7 @@ def missed(module: Mla, dynamic: bool | None = None, tokens: int = T) -> str:
 
     def backend(graph: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
         program = copy_program(graph, given)
-        pipeline.find(program)
+        pipeline.find_attentions(program)
         stage = AbsorbProjection()
         (node,) = stage.candidates(program)
         before = print_graph(program.graph)
@@ -215,7 +215,7 @@ def test_a_site_of_the_plan_is_left_to_the_plan() -> None:
 
     module, given = Cross(), (torch.randn(B, 1, C), torch.randn(B, T, C))
     captured = capture(module, given)
-    outcome = pipeline.find(captured.program)
+    outcome = pipeline.find_attentions(captured.program)
     (site,) = outcome.sites.values()
     plan = SimpleNamespace(sites=[SimpleNamespace(site=site)])
     assert not pipeline.absorb_projections(outcome, cast(LatentPlan, plan)).compressed

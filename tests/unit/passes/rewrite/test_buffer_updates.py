@@ -12,7 +12,7 @@ from buffered_decoder import (
     SPELLINGS,
     D,
     G,
-    Reference,
+    LatentReference,
     caches,
     call,
     coded_plan,
@@ -125,7 +125,7 @@ def test_inference_mode_gives_the_same() -> None:
 def test_inductor_gives_the_same() -> None:
     model, ids = decoder(), words(60)
     plan = coded_plan(model)
-    reference, compiled = Reference(copy.deepcopy(model), plan), compiled_with(model, plan)
+    reference, compiled = LatentReference(copy.deepcopy(model), plan), compiled_with(model, plan)
     for start, stop in [(0, 40), (40, 41), (41, 42)]:
         new = ids[:, start:stop]
         torch.testing.assert_close(call(compiled, new, start), call(reference, new, start), rtol=1e-3, atol=1e-3)
