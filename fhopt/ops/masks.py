@@ -86,6 +86,15 @@ def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
 
 
+def converted(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast an additive mask. Finite values and their gradients survive: only -inf makes rows of NaN."""
+    limit = torch.finfo(dtype).max
+    if torch.finfo(mask.dtype).max <= limit:
+        return mask.to(dtype)
+    beyond = (mask.clamp(-limit, limit) - mask).detach()
+    return torch.where(mask.isinf(), mask, mask + beyond).to(dtype)
+
+
 def open_rows(mask: Tensor) -> Tensor:
     """Return which queries have at least one key, bool [...,S,1], for a bool or additive mask [...,S,T]."""
     allowed = mask if mask.dtype == torch.bool else mask > -math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, shape, size_hint
+from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, overflow_limit, shape, size_hint
 from fhopt.passes.graph.program import Program
 from fhopt.passes.graph.transforms import transform_scopes
 
@@ -63,7 +64,7 @@ class Evaluator(fx.Interpreter):
         """Return the example value of a placeholder (the hint of a symbol), or run the node."""
         if n.op != "placeholder":
             value = super().run_node(n)
-            return _promote(value) if self.promote else value
+            return _overflow(_promote(value), overflow_limit(n)) if self.promote else value
         value = self.program.values[n.name]
         if isinstance(value, Tensor):
             return value.detach() if n.name in self.program.parameters else value.detach().clone()
@@ -170,8 +171,10 @@ class Region:
     def run(self, values: Mapping[fx.Node, Any], differentiable: bool = False) -> Tensor:
         """Return the value of `end` for these values of inputs and sides; other sides have their example value.
 
-        Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
-        RuntimeError if the result is not a tensor, or if a side's smaller part is constant although the side is not.
+        Everything is promoted to float64, whatever dtype the region casts to; but a cast to a dtype of smaller range
+        gives infinity for numbers beyond it, such as the lowest float64 as a mask value in float32. Raises what a node
+        raises, and RuntimeError if the result is not a tensor, or if a side's smaller part is constant although the
+        side is not.
         """
         env: dict[fx.Node, Any] = dict(values)
         for side in self.sides:
@@ -259,6 +262,12 @@ def random_like(node: fx.Node, seed: int = 0) -> Tensor:
 
 def _position(node: fx.Node) -> Any:
     return node._sort_key
+
+
+def _overflow(value: Any, limit: float) -> Any:
+    if limit == math.inf or not isinstance(value, Tensor):
+        return value
+    return value.masked_fill(value > limit, math.inf).masked_fill(value < -limit, -math.inf)
 
 
 def _promote(value: Any) -> Any:

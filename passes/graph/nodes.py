@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,14 @@ def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> 
 def fake(node: fx.Node) -> Any:
     """Return the fake value that tracing left on the node, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def overflow_limit(node: fx.Node) -> float:
+    """Return the largest number of a node's dtype if an input has larger ones, as before a narrowing cast; else inf."""
+    types = [v.dtype for n in (node, *node.all_input_nodes) if isinstance(v := fake(n), Tensor)]
+    largest = [torch.finfo(t).max for t in types if t.is_floating_point]
+    is_narrower = isinstance(fake(node), Tensor) and len(largest) > 1 and types[0].is_floating_point
+    return largest[0] if is_narrower and largest[0] < max(largest) else math.inf
 
 
 def shape(node: fx.Node) -> tuple[Any, ...] | None:

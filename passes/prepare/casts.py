@@ -1,27 +1,36 @@
-"""Resolution of casts to another tensor's dtype, which is known from tracing.
+"""Resolution of casts to another tensor's dtype, which is known from tracing, and of casts inside a softmax.
 
     before                                              after
     s = s.type_as(q)                                    s = s.to(float16)
     s = s.to(q)                                         s = s.to(float16); s.to(device, float16) from another device
+    p = softmax(s, dtype=float32), s float64            p = softmax(s.to(float32), dtype=float32)
 
-The other tensor contributes only its dtype and device. Otherwise it would seem to flow into the scores.
+The other tensor contributes only its dtype and device. Otherwise it would seem to flow into the scores. A softmax casts
+first, and numbers beyond the range of its dtype become infinite: the lowest float64, a mask value, becomes -inf.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, fx
 
-from fhopt.passes.graph.nodes import argument, fake, op_name
+from fhopt.passes.graph.nodes import argument, call_method, fake, op_name, overflow_limit
 from fhopt.passes.graph.program import Program
 
 CASTS = frozenset({"type_as", "to"})
+SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"})
 
 
 def resolve_casts(program: Program) -> None:
-    """Replace, in place, every cast to another tensor's dtype by a cast to that dtype. Exact; it cannot fail."""
+    """Give every cast, in place, a node and a dtype of its own; see the module docstring. Exact; it cannot fail."""
     for node in program.graph.nodes:
+        if op_name(node) in SOFTMAXES and overflow_limit(node) < math.inf:
+            source = argument(node, 0, "input", "self")
+            with program.graph.inserting_before(node):
+                node.replace_input_with(source, call_method(program, "to", source, fake(node).dtype))
+            continue
         other = argument(node, 1, "other", "tensor") if op_name(node) in CASTS else None
         if isinstance(other, fx.Node) and _is_plain(node, other):
             tensor, source = argument(node, 0, "input", "self"), fake(other)

@@ -401,7 +401,7 @@ def _insert_mask(
         sinks = call_method(program, "new_zeros", operands[0], (1, 1, 1, 1))
     dtype = fake(operands[0]).dtype
     if mask is not None and fake(mask).dtype not in (torch.bool, dtype):
-        mask = call_method(program, "to", mask, dtype)
+        mask = call(program, masks.converted, (mask, dtype))
     if core.order is not None:
         mask, sinks, allowed = (_in_order(program, n, core.order) for n in (mask, sinks, allowed))
     return mask, sinks, allowed

@@ -10,6 +10,7 @@ measurement: none is assumed to have the value of one call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,9 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
-from fhopt.passes.graph.nodes import fake, op_name
+from fhopt.passes.graph.nodes import fake, op_name, overflow_limit
 from fhopt.passes.recognize.draws import random_sides
-from fhopt.passes.recognize.layout import MOVEMENT, coordinates, line, moved
+from fhopt.passes.recognize.layout import MOVEMENT, axis_values, coordinates, moved
 from fhopt.passes.recognize.node_roles import Roles, is_fixed
 
 MASKED = -1e4  # scores overwritten by at most this are masked
@@ -85,7 +86,7 @@ def _measured(
     placed = moved(region.base, {product: numbers}, region.nodes, region.end)
     if keys is None or placed is None:
         raise Miss(f"the path of the scores through {_names(region)} is unknown", region.end)
-    columns = (line(keys, axis) >= 0).nonzero().flatten()
+    columns = (axis_values(keys, axis) >= 0).nonzero().flatten()
     result.sinks, result.start = keys.shape[axis] - columns.numel(), int(columns[0]) if columns.numel() else 0
     zero = _run(region, {product: torch.zeros_like(numbers), **sides})
     if result.sinks:
@@ -218,8 +219,8 @@ def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape
         if not is_mask or not 2 <= value.dim() <= 4 or not _fits(value, zero):
             continue
         full = value.expand(zero.shape)
-        if value.dtype != torch.bool:
-            forms = {"add": full.double()}
+        if value.dtype != torch.bool:  # added, and not cast afterwards
+            forms = {} if _overflow_limit(scores.region) < math.inf else {"add": full.double()}
         else:
             nothing = torch.zeros_like(zero)
             forms = {
@@ -230,6 +231,10 @@ def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape
             if torch.equal(expected, zero):
                 scores.mask, scores.form = node, form
                 return
+
+
+def _overflow_limit(region: Region) -> float:
+    return min(map(overflow_limit, region.nodes), default=math.inf)
 
 
 def _fits(value: Tensor, whole: Tensor) -> bool:

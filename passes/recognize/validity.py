@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.passes.certificate import ReplacedNode
 from fhopt.passes.graph.evaluate import Region, example_shape
-from fhopt.passes.graph.nodes import argument, fake, op_name, source_line
+from fhopt.passes.graph.nodes import argument, fake, op_name, overflow_limit, source_line
 from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
@@ -372,14 +372,14 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
     if all(is_fixed(side) for side in sides):
         zero = torch.zeros(example_shape(scores.inputs[0]), dtype=torch.float64)
         return bool((scores.run({scores.inputs[0]: zero}) == -math.inf).all(softmax.axis).any())
-    levels = 0
+    levels, lowest = 0, -min(map(overflow_limit, scores.nodes), default=math.inf)
     for node in _mask_computation(scores):
         if node.op == "placeholder" and _is_float(node) and not scores.base.program.is_parameter(node):
             return True
         if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
             return True
         literals = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
-        if -math.inf in literals:
+        if -math.inf in literals or any(v < lowest for v in literals):
             return True
         levels += sum(v <= ABSORBING for v in literals)
     return levels > 1
