@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-MOST_ROWS = 40  # of a benchmark that this page has no table of its own for
+MAX_ROWS = 40  # of a benchmark that this page has no table of its own for
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def by_case(results: Results) -> str:
     for row in results.rows:
         shown = "-" if row["value"] is None else with_ratio(row)
         cells.setdefault((row["case"], row["impl"]), {})[row["metric"]] = shown
-    if len(cells) > MOST_ROWS:
+    if len(cells) > MAX_ROWS:
         return f"{len(cells):,} cases, {len(results.rows):,} figures: see the file."
     units = {row["metric"]: row["unit"] for row in results.rows}
     names = [_heading(name, units[name]) for name in metrics]

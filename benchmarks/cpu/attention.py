@@ -37,7 +37,7 @@ from benchmarks.recording import Row, is_quick, record
 from fhopt.codegen.dispatch import register_kernels
 from fhopt.hardware import this_cpu
 
-SECONDS, LEAST, MOST = 0.5, 5, 30  # total time per contender, min and max calls
+SECONDS, MIN_CALLS, MAX_CALLS = 0.5, 5, 30  # total time per contender, min and max calls
 # Inputs have a standard deviation of about 1, and outputs are averages of them. Torch rounds weights to bfloat16.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3}
 
@@ -61,7 +61,7 @@ def measure(case: AttentionCase, seconds: float) -> list[AttentionContender]:
             one.error = f"differs from float64 by {difference:.1e}"
     able = [one for one in measured if not one.error]
     first = {one.name: min(one.call() for _ in range(2)) for one in able}
-    counts = {name: min(MOST, max(LEAST, math.ceil(seconds / t))) for name, t in first.items()}
+    counts = {name: min(MAX_CALLS, max(MIN_CALLS, math.ceil(seconds / t))) for name, t in first.items()}
     for turn in range(max(counts.values())):
         for one in able:
             if turn < counts[one.name]:

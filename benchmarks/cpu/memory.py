@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 TOKENS, CHUNK, SINGLE = 8192, 512, 64
 RATIOS = (4.0, 5.3, 8.0)
 EXACT = "exact"
-MOST = 1.03  # max ratio of measured to planned share
+MAX_SHARE = 1.03  # max ratio of measured to planned share
 
 
 # --------------------------------------------------------------------------------------------------- one process
@@ -139,7 +139,7 @@ def verdicts(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     words_by_plan, exact = {}, results[EXACT]["resident_bytes"]
     for name, result in results.items():
         if name != EXACT:
-            share, most = result["resident_bytes"] / exact, MOST / result["ratio"]
+            share, most = result["resident_bytes"] / exact, MAX_SHARE / result["ratio"]
             words_by_plan[name] = (
                 f"{share:.4f} of the exact cache, {'at most' if share <= most else 'MORE THAN'} {most:.4f}"
             )

@@ -24,7 +24,7 @@ from fhopt.texts import tokens
 
 OURS = "fhopt"
 TEXTS = ("source", "license", "docstrings", "scripture")
-LEAST_TOKENS = 512  # of a text: in a shorter one, most attended tokens are still full-precision
+MIN_TOKENS = 512  # of a text: in a shorter one, most attended tokens are still full-precision
 COUNTED_AT = 8192
 
 
@@ -131,8 +131,8 @@ def _tokens(loaded: LoadedModel, name: str, context: int, whole: bool) -> Tensor
     ids = _tokenized(loaded, tokens.halves(text)[1], context)
     if len(ids) < context and whole:
         ids = _tokenized(loaded, text, context)
-    if len(ids) < min(LEAST_TOKENS, context):
-        raise FhoptError(f"{name} has {len(ids)} tokens; expected at least {LEAST_TOKENS}. Give a longer text.")
+    if len(ids) < min(MIN_TOKENS, context):
+        raise FhoptError(f"{name} has {len(ids)} tokens; expected at least {MIN_TOKENS}. Give a longer text.")
     return ids
 
 

@@ -18,8 +18,8 @@ from benchmarks.soak.runs import VARIANTS, VOCABULARY, broken, prepared, run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-LAP, LEAST_LAPS, WARM = 1200, 8, 0.25  # tokens per variant and lap; min laps; share of warm-up laps
-MOST_SLOPE = 1e6  # bytes per hour
+LAP, MIN_LAPS, WARM = 1200, 8, 0.25  # tokens per variant and lap; min laps; share of warm-up laps
+MAX_SLOPE = 1e6  # bytes per hour
 GENERATED: tuple[dict[str, Any], ...] = (
     {"do_sample": False}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "do_sample": False},
     {"do_sample": False, "prompt_lookup_num_tokens": 3}, {"do_sample": False, "cache_implementation": "static"},
@@ -40,7 +40,7 @@ def laps(minutes: float) -> Iterator[Lap]:
     """Yield laps through all variants, until the time is over and there are enough for a slope."""
     made = {variant.name: prepared(variant) for variant in VARIANTS}
     start, tokens, count = time.perf_counter(), 0, 0
-    while count < LEAST_LAPS or time.perf_counter() - start < 60 * minutes:
+    while count < MIN_LAPS or time.perf_counter() - start < 60 * minutes:
         problems: list[str] = []
         for variant in VARIANTS:
             course = run(variant, LAP, seed=count, made=made[variant.name])
@@ -75,7 +75,7 @@ def endured(course: list[Lap]) -> list[str]:
     """Return the promises broken in any lap, and the one about memory, in words."""
     gained, error = slope(course)
     problems = [f"lap {number}: {words}" for number, lap in enumerate(course) for words in lap.broken]
-    if gained - 2 * error > MOST_SLOPE:
+    if gained - 2 * error > MAX_SLOPE:
         problems.append(f"the process grows by {gained / 1e6:.2f} MB an hour (standard error {error / 1e6:.2f})")
     return problems
 

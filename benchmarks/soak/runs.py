@@ -29,7 +29,7 @@ from fhopt.plan.site_plan import SidePlan
 
 VOCABULARY, LONGEST = 97, 2048
 TOKENS: dict[str, Any] = dict(bos_token_id=0, eos_token_id=None, pad_token_id=0)
-MOST_APART, MOST_DRIFT, MOST_GROWTH = 1e-4, 2.0, 4 << 20  # logits; relative to the first quarter; bytes of the process
+MAX_APART, MAX_DRIFT, MAX_GROWTH = 1e-4, 2.0, 4 << 20  # logits; relative to the first quarter; bytes of the process
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,9 @@ def broken(variant: Variant, course: Course, is_long: bool = True) -> list[str]:
     """
     exact, drifted = variant.dtype == torch.float64, drift(course)
     promises = {
-        f"logits differ by {max(course.apart):.1e}": exact and max(course.apart) > MOST_APART,
-        f"the last quarter is {drifted:.1f} times as far off as the first": exact and is_long and drifted > MOST_DRIFT,
+        f"logits differ by {max(course.apart):.1e}": exact and max(course.apart) > MAX_APART,
+        f"the last quarter is {drifted:.1f} times as far off as the first": exact and is_long and drifted > MAX_DRIFT,
         f"{max(course.over):.3f} times the bytes that the formula allows": max(course.over) > 1,
-        f"the process grew by {growth(course) / 2**20:.1f} MB": is_long and growth(course) > MOST_GROWTH,
+        f"the process grew by {growth(course) / 2**20:.1f} MB": is_long and growth(course) > MAX_GROWTH,
     }
     return [words for words, is_so in promises.items() if is_so]

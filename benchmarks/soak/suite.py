@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.recording import Row, is_quick, record
 from benchmarks.soak.endurance import endure
-from benchmarks.soak.runs import MOST_APART, VARIANTS, Course, broken, drift, growth, run
+from benchmarks.soak.runs import MAX_APART, VARIANTS, Course, broken, drift, growth, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -55,7 +55,7 @@ def draw(figure: Figure, courses: dict[str, Course]) -> None:
         at = [course.tokens[i] for i in cut]
         above.plot(at, [max(course.apart[i : i + stride]) for i in cut], label=name, linewidth=0.8)
         below.plot(at, [max(course.over[i : i + stride]) for i in cut], linewidth=0.8)
-    above.axhline(MOST_APART, color="black", linestyle=":", linewidth=0.8)
+    above.axhline(MAX_APART, color="black", linestyle=":", linewidth=0.8)
     above.set(yscale="log", ylabel="largest difference of logits", title="latent caches against a plain reference")
     above.legend(fontsize="small", ncols=3)
     below.axhline(1, color="black", linestyle=":", linewidth=0.8)

@@ -32,7 +32,7 @@ from benchmarks.testing.coverage_runs import PartRun, TestPart, combined, is_cur
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-LEAST = 90.0  # % of all lines
+MIN_PERCENT = 90.0  # % of all lines
 LISTED_BELOW = 80.0  # % of the lines of a module
 ALL = "all"
 UNEXPLAINED = "no reason is known"
@@ -183,7 +183,7 @@ def problems(rows: Sequence[Row], failed: Sequence[str], waiting: Sequence[str])
         f"{len(waiting)} parts are not measured to the end: {', '.join(waiting)}. Run it again to continue.": bool(
             waiting
         ),
-        f"{lines:.1f} % of the lines are covered, expected {LEAST:.0f} %.": lines < LEAST,
+        f"{lines:.1f} % of the lines are covered, expected {MIN_PERCENT:.0f} %.": lines < MIN_PERCENT,
     }
     return [sentence for sentence, is_so in sentences.items() if is_so]
 

@@ -43,7 +43,7 @@ from torch._dynamo.utils import counters
 import fhopt
 from benchmarks.recording import Row, is_quick, record, screen
 from benchmarks.zoo.compiled_modes import train
-from benchmarks.zoo.compiled_results import TOLERANCE, CompilerResult, TaskResult, ZooTask
+from benchmarks.zoo.compiled_results import TOLERANCE, CompiledResult, CompilerResult, ZooTask
 from benchmarks.zoo.compiled_tasks import tasks
 from fhopt.errors import FhoptError
 
@@ -66,12 +66,12 @@ COMPILERS: dict[str, dict[str, Any] | None] = {  # arguments of torch.compile
 }
 
 
-def check(task: ZooTask) -> TaskResult:
+def check(task: ZooTask) -> CompiledResult:
     """Run the task with every compiler; an exception is recorded as a `refusal`."""
     seen = {name: _see(task, options) for name, options in COMPILERS.items()}
     if task.exact is not None:
         seen["float32"] = _see(replace(task, build=task.exact, run=train), None)
-    return TaskResult(task, seen)
+    return CompiledResult(task, seen)
 
 
 def _see(task: ZooTask, options: dict[str, Any] | None) -> CompilerResult:
@@ -160,7 +160,7 @@ def _be_quiet() -> None:
     logging.getLogger("torch").setLevel(logging.CRITICAL)
 
 
-def _checked(chosen: Sequence[ZooTask]) -> Iterator[TaskResult]:
+def _checked(chosen: Sequence[ZooTask]) -> Iterator[CompiledResult]:
     """Yield results one by one; compiled graphs are cyclic, and freed only by garbage collection."""
     for number, task in enumerate(track(chosen, "compiled", transient=True)):
         yield check(task)
@@ -168,12 +168,12 @@ def _checked(chosen: Sequence[ZooTask]) -> Iterator[TaskResult]:
             gc.collect()
 
 
-def compared(results: Iterable[TaskResult]) -> list[TaskResult]:
+def compared(results: Iterable[CompiledResult]) -> list[CompiledResult]:
     """Return the results that can be compared."""
     return [result for result in results if not result.excuse]
 
 
-def rows(results: Iterable[TaskResult]) -> list[Row]:
+def rows(results: Iterable[CompiledResult]) -> list[Row]:
     """Return results of each mode and family, over the tasks that eager and inductor support.
 
     The baseline is inductor's; for `tasks` it is their number, and the value is the number compared.
@@ -190,19 +190,19 @@ def rows(results: Iterable[TaskResult]) -> list[Row]:
     return found
 
 
-def _has_gradients(result: TaskResult) -> bool:
+def _has_gradients(result: CompiledResult) -> bool:
     """Return whether there are gradients, and inductor's equal those of eager mode."""
     return bool(result.seen["eager"].gradients) and math.isfinite(result.figure("max_gradient_error", "inductor"))
 
 
-def _groups(results: Iterable[TaskResult]) -> dict[tuple[str, str], list[TaskResult]]:
-    groups: dict[tuple[str, str], list[TaskResult]] = {}
+def _groups(results: Iterable[CompiledResult]) -> dict[tuple[str, str], list[CompiledResult]]:
+    groups: dict[tuple[str, str], list[CompiledResult]] = {}
     for result in results:
         groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
     return groups
 
 
-def summary(results: Iterable[TaskResult]) -> Table:
+def summary(results: Iterable[CompiledResult]) -> Table:
     """Format a line per mode and family."""
     groups = _groups(results)
     table = Table(title="The zoo, compiled (fhopt / inductor)", title_justify="left")
@@ -218,14 +218,14 @@ def summary(results: Iterable[TaskResult]) -> Table:
     return table
 
 
-def _both(results: Sequence[TaskResult], metric: str) -> str:
+def _both(results: Sequence[CompiledResult], metric: str) -> str:
     """Format a metric of flashhead and of inductor, over all results."""
     _, over, form = METRICS[metric]
     figures = ([r.figure(metric, c) for r in results if not r.seen[c].refusal] for c in ("flashhead", "inductor"))
     return " / ".join(format(over(of), form) if of else "-" for of in figures)
 
 
-def draw(figure: Figure, results: Iterable[TaskResult]) -> None:
+def draw(figure: Figure, results: Iterable[CompiledResult]) -> None:
     """Plot the differences of outputs and gradients from eager's, for flashhead and inductor, sorted."""
     panels = figure.subplots(1, 2, sharey=True)
     known = [r for r in compared(results) if not r.seen["flashhead"].refusal]

@@ -52,7 +52,7 @@ class CompilerResult:
 
 
 @dataclass(frozen=True)
-class TaskResult:
+class CompiledResult:
     """Results of a task with all compilers."""
 
     task: ZooTask

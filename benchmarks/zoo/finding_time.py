@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 REPEATS = 3
-MOST_PERCENT = 15.0
+MAX_PERCENT = 15.0
 
 
 def llama(layers: int, implementation: str) -> torch.nn.Module:
@@ -106,7 +106,7 @@ def main(quick: bool) -> None:
         Row(f"{name}@128", "find", "sites_found", sites, ""),
     ]
     record("finding", rows, lambda figure: draw(figure, grown))
-    sys.exit(percent > MOST_PERCENT)
+    sys.exit(percent > MAX_PERCENT)
 
 
 def growth(layers: Sequence[int]) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:

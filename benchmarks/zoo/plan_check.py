@@ -36,7 +36,7 @@ OPTIONS = FitOptions(
     mean_tokens=0,
 )
 EXACT_NATS = 1e-5  # of an exact plan: other summation orders, in float32
-FACTOR, LEAST_NATS = 5.0, 1e-3  # max measured KL: factor of the expected KL, and lower limit
+FACTOR, MIN_NATS = 5.0, 1e-3  # max measured KL: factor of the expected KL, and lower limit
 
 
 @dataclass
@@ -98,7 +98,7 @@ def check_plan(row: PlanRow, model: Any) -> PlanRow:
         return row
     row.sites, row.expected = len(plan.sites), float(plan.provenance.get("predicted_nats", 0.0))
     row.measured = _divergence(_decoded(model, tokens, DynamicCache(config=model.config)), ours)
-    allowed = EXACT_NATS if row.ratio == 1 else max(LEAST_NATS, FACTOR * row.expected)
+    allowed = EXACT_NATS if row.ratio == 1 else max(MIN_NATS, FACTOR * row.expected)
     row.status = "works" if row.measured <= allowed else "more" if row.ratio > 1 and row.measured < 1 else "wrong"
     if again.shape != tokens.shape:
         row.status, row.why = "wrong", [f"{again.shape[1]} tokens were generated, {tokens.shape[1]} without a plan"]

@@ -168,7 +168,7 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
 
 def _known(rows: int | torch.SymInt) -> int:
     """Return a number of rows; many, where it is not known yet: the op itself looks how many there are."""
-    return rows if isinstance(rows, int) else skinny_linear.MOST_ROWS + 1
+    return rows if isinstance(rows, int) else skinny_linear.MAX_ROWS + 1
 
 
 def _is_plain(x: Any) -> bool:
@@ -348,7 +348,7 @@ def serve_linear() -> bool:
         return False
     loaded.fhopt_serve_skinny.argtypes = ctypes.c_void_p, ctypes.c_int64
     loaded.fhopt_serve_skinny.restype = None
-    loaded.fhopt_serve_skinny(address, skinny_linear.MOST_ROWS)
+    loaded.fhopt_serve_skinny(address, skinny_linear.MAX_ROWS)
     if wide_linear.is_wanted():
         serve_wide()
     return True

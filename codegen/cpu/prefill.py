@@ -31,8 +31,8 @@ from fhopt.ops import algebra
 from fhopt.ops.masks import within
 
 NAME = "prefill"  # of the library
-NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
-LEAST_LANES = 8
+NUMBERS, MIN_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
+MIN_LANES = 8
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +90,7 @@ def rebuilt_attention_cpu(
         PrefillRows(key, key_scale, key_decode, (key_bits, key_widths, key_steps)),
         PrefillRows(value, value_scale, value_decode, (value_bits, value_widths, value_steps)),
     )
-    at_once = max(LEAST_TOKENS, NUMBERS // max(1, sum(side.numbers for side in sides)) // LEAST_TOKENS * LEAST_TOKENS)
+    at_once = max(MIN_TOKENS, NUMBERS // max(1, sum(side.numbers for side in sides)) // MIN_TOKENS * MIN_TOKENS)
     parts = []
     for start in range(0, tokens, at_once):
         part = slice(start, min(tokens, start + at_once))
@@ -182,7 +182,7 @@ def library() -> Any | None:
     except CompileError as error:
         log.info("%s Attention of many queries is left to torch.", error)
         return None
-    if loaded.lanes() < LEAST_LANES:  # torch is faster: 0.44 times as long with 4, on x86
+    if loaded.lanes() < MIN_LANES:  # torch is faster: 0.44 times as long with 4, on x86
         return None
     function = loaded.open_attention
     function.argtypes, function.restype = (ctypes.c_void_p,), None

@@ -30,19 +30,19 @@ from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.cpu.source_text import read_cpp
 
 NAME = "skinny"  # of the library
-MOST_ROWS = 16  # more rows are worth bringing the weight into order
-MOST_BLOCK_ROWS = 128  # beside a weight in blocks, of any format: `gguf_blocks.most_rows` is for one
-LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
+MAX_ROWS = 16  # more rows are worth bringing the weight into order
+MAX_BLOCK_ROWS = 128  # beside a weight in blocks, of any format: `gguf_blocks.most_rows` is for one
+MIN_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
 DTYPES = tuple(TYPES)
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 log = logging.getLogger(__name__)
 
 
 def takes_rows(rows: int, weight: Tensor) -> bool:
-    """Return whether the kernel pays for this number of rows; torch multiplies plain weights below LEAST_BYTES."""
+    """Return whether the kernel pays for this number of rows; torch multiplies plain weights below MIN_BYTES."""
     is_quantized = type(weight) not in (*_PLAIN, FakeTensor)
-    is_large = is_quantized or weight.numel() * weight.element_size() >= LEAST_BYTES
-    most = MOST_BLOCK_ROWS if is_quantized and hasattr(weight, "gguf_blocks") else MOST_ROWS
+    is_large = is_quantized or weight.numel() * weight.element_size() >= MIN_BYTES
+    most = MAX_BLOCK_ROWS if is_quantized and hasattr(weight, "gguf_blocks") else MAX_ROWS
     return 1 <= rows <= most and is_large
 
 

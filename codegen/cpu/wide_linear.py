@@ -25,7 +25,7 @@ import logging
 import torch
 
 from fhopt.codegen.compiler import CompileError, compile_and_load
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.system import multiplies_by_loops
 
@@ -39,7 +39,7 @@ def takes_many_rows(rows: int, dtype: torch.dtype) -> bool:
 
     With AVX-512, where torch has loops for float16 alone, it was not measured beside products of float32.
     """
-    return is_wanted() and rows > MOST_ROWS and dtype in _HALVES and multiplies_by_loops(dtype)
+    return is_wanted() and rows > MAX_ROWS and dtype in _HALVES and multiplies_by_loops(dtype)
 
 
 def is_wanted() -> bool:

@@ -27,7 +27,7 @@ from fhopt.plan.window import ResidualWindow
 
 WARPS = 16  # of these kernels per multiprocessor, approximately; limited by registers
 SHORTEST = 256  # min tokens per range
-MOST_SPLITS = 128
+MAX_SPLITS = 128
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types that kernels load without conversion
 Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, the divisor of the row strides
 
@@ -234,7 +234,7 @@ def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
 
 def choose_splits(programs: int, tokens: int, places: int) -> int:
     """Choose the number of token ranges that fills a device of `places` programs in whole rounds, none too short."""
-    return _splits(programs, max(1, min(tokens // SHORTEST, MOST_SPLITS)), places)
+    return _splits(programs, max(1, min(tokens // SHORTEST, MAX_SPLITS)), places)
 
 
 @functools.lru_cache(4096)

@@ -21,8 +21,8 @@ from fhopt.ops import masks as ops_masks
 from fhopt.ops.attention import safe_softmax
 
 # Reconstruction tile for many queries: minimum number of tokens, and target number of elements of keys and values.
-LEAST_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
-MOST_TURNED = 1 << 22  # maximum elements of queries rotated to all segments at once
+MIN_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
+MAX_TURNED = 1 << 22  # maximum elements of queries rotated to all segments at once
 
 
 def latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
@@ -55,7 +55,7 @@ def _segment_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor
         yield from _finished_parts(operands)
         return
     whole = key.rows.shape[2] // rotation.segment
-    folds = len(query) <= whole and whole * query[:1].numel() <= MOST_TURNED and not _reconstructs(operands)
+    folds = len(query) <= whole and whole * query[:1].numel() <= MAX_TURNED and not _reconstructs(operands)
     if folds:
         yield _folded_part(operands, whole)
     exact = query.to(torch.promote_types(query.dtype, torch.float32))
@@ -135,7 +135,7 @@ def _finished_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tenso
     tokens = key.rows.shape[2]
     seen = ops_masks.within(masks.lengths, tokens, masks.latents)
     numbers = len(query) * (key.decode[..., 0].numel() + value.decode[..., 0].numel())
-    at_once = max(LEAST_AT_ONCE, NUMBERS_AT_ONCE // numbers)
+    at_once = max(MIN_AT_ONCE, NUMBERS_AT_ONCE // numbers)
     for start in range(0, tokens, at_once):
         stop = min(tokens, start + at_once)
         keys, values = (side.part(start, stop).reconstruct().to(query.dtype) for side in (key, value))

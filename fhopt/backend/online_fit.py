@@ -40,7 +40,7 @@ from fhopt.refine.options import RATIOS, Gate, read_loss
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
 FIT_OPTIONS = ("ratio", "max_loss", "calibration_tokens")
-LEAST_TOKENS = 4096
+MIN_TOKENS = 4096
 SHORTEST = 16  # tokens; shorter sequences are ignored
 CONTEXT = 1024  # tokens of a calibration sequence; fewer if tokens or positions are few
 RECENT = 256  # tokens of the recent window, if calibration sequences are long enough
@@ -78,8 +78,8 @@ class FitTarget:
             ) from error
         if ratio is not None and not 1 <= ratio < 1000:
             raise FhoptError(f"option ratio is {ratio:g}; expected 1 (exact) or a number above it, such as 4.")
-        if tokens < LEAST_TOKENS:
-            raise FhoptError(f"option calibration_tokens is {tokens}; expected at least {LEAST_TOKENS:,}.")
+        if tokens < MIN_TOKENS:
+            raise FhoptError(f"option calibration_tokens is {tokens}; expected at least {MIN_TOKENS:,}.")
         Gate(limit).check()
         return FitTarget(ratio, limit, tokens, bool(given))
 

@@ -20,7 +20,7 @@ from fhopt.cache.store import RoundedPart, Store
 from fhopt.ops import packing, registry
 from fhopt.plan.window import ResidualWindow
 
-FEWEST, MOST = 8, 64  # minimum and maximum growth increment of an 8-bit window
+MIN_GROWTH_TOKENS, MAX_GROWTH_TOKENS = 8, 64  # minimum and maximum growth increment of an 8-bit window
 
 
 def spare_places(quantized: int, block: int) -> int:
@@ -29,7 +29,7 @@ def spare_places(quantized: int, block: int) -> int:
     quantized: tokens before the window; the increment is a small fraction of them. block: tokens after which the window
     is rebuilt anyway.
     """
-    return min(max(quantized // 64, FEWEST), MOST, block)
+    return min(max(quantized // 64, MIN_GROWTH_TOKENS), MAX_GROWTH_TOKENS, block)
 
 
 class Window(Store):
@@ -50,7 +50,7 @@ class ExactWindow(Window):
     spare: growth increment of an 8-bit window.
     """
 
-    spare = FEWEST
+    spare = MIN_GROWTH_TOKENS
 
     def __init__(self, window: ResidualWindow) -> None:
         self.sinks = window.sinks

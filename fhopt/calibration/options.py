@@ -14,12 +14,12 @@ from fhopt.plan.site_plan import MAX_SEGMENT, MIN_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # available on every machine, see `fhopt.texts.tokens`
-RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # default recent window: share of the context, and its limits
+RECENT_SHARE, MIN_RECENT, MAX_RECENT = 32, 64, 1024  # default recent window: share of the context, and its limits
 SEGMENT = 512  # tokens; more than `mean_tokens` plus the sinks, so the first segment holds all tokens that means are of
 DECIDED_BY_STATISTICS = (  # fixed by a statistics file; plans for more than its `tokens` are refused
     "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "segment", "seed",
 )  # fmt: skip
-LEAST_FAR_TOKENS = 512  # with fewer, the moments reflect the sample more than the model
+MIN_FAR_TOKENS = 512  # with fewer, the moments reflect the sample more than the model
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class FitOptions:
         """Raise FhoptError for invalid values, before anything slow starts."""
         self.check_sizes()
         far = self.sequences * max(0, self.context - self.sinks - self.near_tokens)
-        if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
+        if far < MIN_FAR_TOKENS or self.rate_sequences < 1:
             raise FhoptError(
                 f"{self.sequences} + {self.rate_sequences} sequences of {self.context} tokens leave {far} beyond sinks "
-                f"and recent tokens to calibrate on; expected at least {LEAST_FAR_TOKENS}, and one more sequence to "
+                f"and recent tokens to calibrate on; expected at least {MIN_FAR_TOKENS}, and one more sequence to "
                 "choose bits by. Use more or longer sequences."
             )
 
@@ -102,7 +102,7 @@ class FitOptions:
         if self.recent is not None:
             return self.recent
         share = self.tokens // RECENT_SHARE // self.block * self.block
-        return max(LEAST_RECENT, min(MOST_RECENT, share))
+        return max(MIN_RECENT, min(MAX_RECENT, share))
 
     @property
     def near_tokens(self) -> int:

@@ -19,7 +19,7 @@ from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured
 from fhopt.ops import masks as ops_masks
 from fhopt.passes.outcome import Outcome
-from fhopt.passes.recognize.masks import LEAST
+from fhopt.passes.recognize.masks import MIN_BIAS
 from fhopt.plan.site import AttentionSite
 
 ACTIVATION_BYTES = 5 * 2**29  # max activations of a graph differentiated at once; larger ones are cut into segments
@@ -80,7 +80,7 @@ class Watch:
         bias = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q)
         _, far = ops_masks.split_mask(q, k, None, False, *exact)
         if bias is not None:  # some masks hide keys by large finite values; treat these as -inf
-            bias = bias.masked_fill(bias < LEAST, -math.inf)
+            bias = bias.masked_fill(bias < MIN_BIAS, -math.inf)
         matrix = tiled(q, k, bias, far)
         self._matrices.append((key, mask, matrix))
         return matrix

@@ -13,7 +13,7 @@ from fhopt.cli.options import DTYPES, json_option, output_console, print_json, p
 
 if TYPE_CHECKING:
     from fhopt.hardware.this_machine import Machine
-    from fhopt.inspection.prospects import Prospects, Target
+    from fhopt.inspection.prospects import Placement, Prospects
 
 
 @main.command()
@@ -60,11 +60,11 @@ def _prospects(model: str, machine: Machine, dtype: str, as_json: bool) -> Prosp
         return prospects(loaded, find_sites(loaded), _places(machine), ITEMSIZES[dtype])
 
 
-def _places(machine: Machine) -> list[Target]:
+def _places(machine: Machine) -> list[Placement]:
     """Return this CPU, with the rates that `fhopt device` stores, and the GPUs that the cost model knows."""
     from fhopt.hardware.devices import find_device
-    from fhopt.inspection.prospects import Target
+    from fhopt.inspection.prospects import Placement
 
     cpu = replace(find_device("here"), name="CPU")
-    places = [Target(cpu, round(1e9 * machine.free_gb))]
-    return places + [Target(find_device(g.device), round(1e9 * g.free_gb)) for g in machine.gpus if g.device]
+    places = [Placement(cpu, round(1e9 * machine.free_gb))]
+    return places + [Placement(find_device(g.device), round(1e9 * g.free_gb)) for g in machine.gpus if g.device]

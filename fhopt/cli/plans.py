@@ -41,12 +41,12 @@ def plans(context: click.Context, as_json: bool) -> None:
 
 
 def _show_plans(results: list[StoredPlan], as_json: bool) -> None:
-    from fhopt.planning.plan_store import plan_table
+    from fhopt.planning.plan_store import stored_plans_table
 
     if as_json:
         print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in results]})
     else:
-        output_console(as_json).print(plan_table(results))
+        output_console(as_json).print(stored_plans_table(results))
 
 
 @plans.command("fit")
@@ -138,7 +138,7 @@ def _loaded(model: str, as_json: bool) -> LoadedModel:
 @click.option("--keep", type=click.IntRange(min=0), help="Keep only this many plans of each model, the newest.")
 @click.option("--dry-run", is_flag=True, help="Remove nothing, only list.")
 @json_option
-def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
+def prune_command(keep: int | None, dry_run: bool, as_json: bool) -> None:
     """Remove damaged plans, and files that interrupted commands left more than a day ago."""
     from fhopt.planning.plan_store import prune_plans
 

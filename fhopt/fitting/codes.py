@@ -19,7 +19,7 @@ TRELLIS_FROM = 5.0  # ratio; below it plans lose little, and trellis codes slow 
 SHARE = {1: 0.84, 2: 0.68, 3: 0.575, 4: 0.515}
 STEP = {1: 0.0190, 2: 0.0225, 3: 0.0255, 4: 0.0280}
 GAIN = {1: 1.380, 2: 1.079, 3: 1.018, 4: 1.004}
-LEAST_RING = 32  # bits; shorter rings have too few independent windows
+MIN_RING = 32  # bits; shorter rings have too few independent windows
 
 
 def chosen(code: str, ratio: float, is_read: bool) -> str:
@@ -31,7 +31,7 @@ def chosen(code: str, ratio: float, is_read: bool) -> str:
 
 def gets_trellis(code: str, bits: int, width: int) -> bool:
     """Return whether a bit group gets a trellis code when `code` is requested."""
-    return code == TRELLIS and bits in STEP and bits * width >= LEAST_RING
+    return code == TRELLIS and bits in STEP and bits * width >= MIN_RING
 
 
 def trellis_tier(bits: int, width: int) -> BitGroup:

@@ -22,7 +22,7 @@ from fhopt.hardware.devices import channel_seconds, find_device
 from fhopt.plan.site import AttentionSite
 
 DEARER = 1.5  # max KL relative to the minimum
-MOST = 3.0  # the same while the KL stays below LITTLE
+MAX_KL_RATIO = 3.0  # the same while the KL stays below LITTLE
 LITTLE = 5e-4  # nats/token; about the KL of rounding to bfloat16 (Qwen2.5-Coder-1.5B)
 FIRST, DOUBLINGS, HALVINGS = 0.25, 12, 3  # first rate, relative to (minimum KL / its time); and search steps
 TIME = "time"  # provenance key: device, relative time, expected KL of the plan that ignores time
@@ -78,7 +78,7 @@ def _memory_seconds(budget: int, device: str) -> float:
 
 def bound_of(least: float) -> float:
     """Return the max nats for a plan when `least` is the KL of the plan that ignores time."""
-    return max(DEARER * least, min(MOST * least, LITTLE))
+    return max(DEARER * least, min(MAX_KL_RATIO * least, LITTLE))
 
 
 def choose_fastest(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, device: str | None) -> LayoutChoice:

@@ -24,7 +24,7 @@ CHECKS = "loss_checks"  # provenance key of a calibration and of its plans
 # Source: benchmarks/results/quality-*.json.
 KIND_SPREAD = 0.56
 DEVIATIONS = 1.96  # 95% of a normal distribution
-LEAST = 1e-12  # nats; less is rounding error
+MIN_NATS = 1e-12  # nats; less is rounding error
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class LossCheck:
         points = sorted(zip(self.predicted, self.measured, strict=True))
         (x, y), rest = points[0], points[1:]
         if not rest:
-            return y * max(1.0, predicted / max(x, LEAST))
-        slope = max(0.0, (rest[-1][1] - y) / max(rest[-1][0] - x, LEAST))
+            return y * max(1.0, predicted / max(x, MIN_NATS))
+        slope = max(0.0, (rest[-1][1] - y) / max(rest[-1][0] - x, MIN_NATS))
         if predicted >= x:
             return y + slope * (predicted - x)
-        return max(y - slope * (x - predicted), y * predicted / max(x, LEAST))
+        return max(y - slope * (x - predicted), y * predicted / max(x, MIN_NATS))
 
     def as_json(self) -> dict[str, Any]:
         """Return the values for JSON."""
@@ -61,7 +61,7 @@ def loss_interval(checks: Sequence[LossCheck], predicted: float) -> tuple[float,
 
     The interval holds 95% of texts from other domains than those calibrated on.
     """
-    logs = [math.log(max(check.at(predicted), LEAST)) for check in checks]
+    logs = [math.log(max(check.at(predicted), MIN_NATS)) for check in checks]
     center = statistics.fmean(logs)
     own = statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs)) if len(logs) > 1 else 0.0
     width = DEVIATIONS * max(own, KIND_SPREAD)

@@ -44,7 +44,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # dense tensor types without special sema
 ROWS = 256  # rows are padded to a multiple: oneDNN caches 100 KB of native code per row count
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a matmul with SIDE terms, relative to its norm
 SIDE = 128
-MOST_FEW_ROWS = 16  # up to this many rows, converting the weight does not pay
+MAX_FEW_ROWS = 16  # up to this many rows, converting the weight does not pay
 CONVERTED = 1 << 20  # elements of a weight that are in float32 at once
 
 
@@ -58,7 +58,7 @@ def _way(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Te
     plain = type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and _takes(x, weight, bias, torch.float32, ROWS) and is_onednn_faster():
         return _by_onednn
-    sixteen_bits = plain and x.dtype in HALVES and _takes(x, weight, bias, x.dtype, MOST_FEW_ROWS + 1)
+    sixteen_bits = plain and x.dtype in HALVES and _takes(x, weight, bias, x.dtype, MAX_FEW_ROWS + 1)
     return _in_float32 if sixteen_bits and multiplies_by_loops(x.dtype) else torch.nn.functional.linear
 
 

@@ -36,7 +36,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
 TABLE_FILES = ("kernels.md", "kernels.json")
-MOST_NAMES = 3  # site names per cell
+MAX_NAMES = 3  # site names per cell
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,8 @@ def cells(kernels: Kernels) -> tuple[list[str], list[list[str]]]:
 
 
 def _cost_cells(row: KernelRow) -> list[str]:
-    names = ", ".join(row.sites[:MOST_NAMES])
-    more = f" and {len(row.sites) - MOST_NAMES} more" if len(row.sites) > MOST_NAMES else ""
+    names = ", ".join(row.sites[:MAX_NAMES])
+    more = f" and {len(row.sites) - MAX_NAMES} more" if len(row.sites) > MAX_NAMES else ""
     key, value = row.latent_heads
     return [
         row.file, names + more, str(row.heads), str(key) if key == value else f"{key}, {value}",

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen import layer_programs_are_built
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.codegen.layers.held_objects import Entry
 from fhopt.codegen.layers.lowering import lower_trace
 from fhopt.codegen.layers.program import LayerProgram
@@ -45,7 +45,7 @@ from fhopt.plan.latent_plan import LatentPlan
 STATE = "_fhopt_layer_programs"  # attribute of a layer
 IMPLEMENTATION = "_attn_implementation_internal"  # attribute of a configuration; its property takes microseconds
 CALL = torch.nn.Module.__call__
-MOST_TRIED = 4  # per input shape; give up if no two traces agree
+MAX_TRIED = 4  # per input shape; give up if no two traces agree
 REHEARSALS = (0, 1000)  # trace at two cache lengths to catch length-dependent code
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class LayerState:
         bound = self._fitting(key, args, kwargs)
         if bound is not None:
             return self._run(bound, args, kwargs)
-        if x.dim() != 3 or x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.known.tried[key] >= MOST_TRIED:
+        if x.dim() != 3 or x.numel() > MAX_ROWS * x.shape[-1] or not x.is_cpu or self.known.tried[key] >= MAX_TRIED:
             return self.original(*args, **kwargs)
         made = self._bind(key, x.shape[1] > 1, args, kwargs)
         return self.original(*args, **kwargs) if made is None else self._run(made, args, kwargs)
@@ -243,7 +243,7 @@ class LayerState:
         if torch.is_autocast_enabled("cpu") or not layer_programs_are_built() or not _is_open(self.layer):
             return None
         self.known.tried[key] += 1
-        if several and self.known.tried[key] <= MOST_TRIED // 2:
+        if several and self.known.tried[key] <= MAX_TRIED // 2:
             return None
         structure = structure_of(self.layer, args, kwargs)
         bound = self._bound_as_others(key, structure, args, kwargs)
@@ -254,7 +254,7 @@ class LayerState:
             bound = self._bound(key, program, recording, args, kwargs)
         except UnsupportedError as error:
             self.reason = str(error)
-            self.known.tried[key] = MOST_TRIED
+            self.known.tried[key] = MAX_TRIED
             log.info("%s runs operation by operation: %s", type(self.layer).__name__, error)
             if self.inner is not None:
                 _use(self.inner, self.shared)

@@ -6,7 +6,7 @@
 A layer follows another if its input is the other's result, all other arguments are the same, and no hook, which might
 write weights, runs between them. A result computed ahead counts only if the expected call arrives: the same arguments,
 with the same bytes in every tensor that was loaded. Otherwise it is discarded, cache and model are unchanged, and the
-layer runs normally. A layer whose steps are discarded MOST_WASTED times in a row no longer runs ahead. If a loop only
+layer runs normally. A layer whose steps are discarded MAX_WASTED times in a row no longer runs ahead. If a loop only
 calls one layer after the other (fhopt/hf/layer_loop.py), only arguments are compared; if its source shows that these
 are constant, nothing is.
 """
@@ -28,7 +28,7 @@ from fhopt.hf.bound_program import ReadyStep
 from fhopt.hf.cache_steps import run_steps
 from fhopt.hf.step_chain import CalledLayers, StepChain
 
-MOST_WASTED = 3  # consecutive discarded steps after which a layer no longer runs ahead
+MAX_WASTED = 3  # consecutive discarded steps after which a layer no longer runs ahead
 
 
 class Follower:
@@ -226,7 +226,7 @@ class LayerWalk(threading.local):
         met = {id(state), id(ready.step.layer)}  # no layer of the model or the cache twice
         while args and not state.layer._forward_hooks:
             state = state.follower.next
-            if state is None or state.follower.wasted >= MOST_WASTED or id(state) in met:
+            if state is None or state.follower.wasted >= MAX_WASTED or id(state) in met:
                 return
             args = ready.output, *args[1:]
             ready = follow(state, args, kwargs)

@@ -23,7 +23,7 @@ from fhopt.inspection.optional import need
 from fhopt.passes.graph.nodes import fake, op_name, source_line
 from fhopt.passes.graph.program import Program, module_path
 
-MOST_DRAWN = 4000  # nodes; layout of more takes minutes
+MAX_DRAWN = 4000  # nodes; layout of more takes minutes
 _OURS = {"attention": "attention", "latent_attention": "attention", "attend_latents": "attention"}
 _PROJECTIONS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "conv1d", "baddbmm"})
 
@@ -124,9 +124,9 @@ def node_link(graph: nx.DiGraph) -> dict[str, Any]:
 
 
 def _drawn(graph: nx.DiGraph, title: str, kind: str) -> str:
-    if kind == ".svg" and len(graph) > MOST_DRAWN:
+    if kind == ".svg" and len(graph) > MAX_DRAWN:
         raise FhoptError(
-            f"the graph has {len(graph):,} nodes; expected at most {MOST_DRAWN:,} to draw. Give --site NAME, or write "
+            f"the graph has {len(graph):,} nodes; expected at most {MAX_DRAWN:,} to draw. Give --site NAME, or write "
             "a .dot, .graphml or .json file."
         )
     agraph = agraph_of(graph, title)

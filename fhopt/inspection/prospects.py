@@ -31,7 +31,7 @@ CONTEXTS = (2048, COUNTED_AT, 32_768)  # for speedups, up to the model's positio
 
 
 @dataclass(frozen=True)
-class Target:
+class Placement:
     """A place to run a model: a device of the cost model, and the bytes of its memory that are free."""
 
     device: Device
@@ -87,7 +87,7 @@ class Prospects:
     caches: tuple[Prospect, ...]
 
 
-def prospects(loaded: LoadedModel, outcome: Outcome, places: Sequence[Target], itemsize: int = 2) -> Prospects:
+def prospects(loaded: LoadedModel, outcome: Outcome, places: Sequence[Placement], itemsize: int = 2) -> Prospects:
     """Compute the prospects of a loaded model. itemsize: bytes per weight and per full-precision KV-cache element."""
     weights = loaded.weights()
     parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
@@ -105,7 +105,7 @@ def prospects(loaded: LoadedModel, outcome: Outcome, places: Sequence[Target], i
 
 
 def site_prospects(
-    model: str, sites: Sequence[AttentionSite], places: Sequence[Target], parameters: int = 0,
+    model: str, sites: Sequence[AttentionSite], places: Sequence[Placement], parameters: int = 0,
     layers: Sequence[CacheLayer] = (), positions: int | None = None, missed: int = 0, itemsize: int = 2,
 ) -> Prospects:  # fmt: skip
     """Compute the prospects of sites. layers: of the model's KV cache, as measured; if empty, one per site."""
@@ -149,7 +149,7 @@ class _Caches:
 
     def __init__(
         self, sites: Sequence[AttentionSite], layers: Sequence[CacheLayer], parameters: int, itemsize: int,
-        places: Sequence[Target], contexts: Sequence[int],
+        places: Sequence[Placement], contexts: Sequence[int],
     ) -> None:  # fmt: skip
         self.sites, self.layers, self.parameters, self.itemsize = sites, layers, parameters, itemsize
         self.places, self.contexts, self.weights = places, contexts, parameters * itemsize
@@ -174,7 +174,7 @@ class _Caches:
         size = self._size(ratio, tokens)
         return cost_model.upper_bound(self.weights, size.exact_bytes, size.ratio)
 
-    def _fits(self, ratio: int, place: Target) -> FitsAt:
+    def _fits(self, ratio: int, place: Placement) -> FitsAt:
         room = place.free_bytes - self.weights
         tokens = tokens_within(room, lambda count: self._size(ratio, count).plan_bytes) if room > 0 else 0
         return FitsAt(place.device.name, place.free_bytes, tokens)

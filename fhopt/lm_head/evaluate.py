@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.cpu import lm_head as cpu_lm_head
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.errors import FhoptError
 from fhopt.lm_head.fitting import Progress, hidden_states, site_and_graph
 from fhopt.lm_head.head import Head
@@ -83,7 +83,7 @@ def measure_head(
 
 def _ids(hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
     """Compute the arg-max of each position, a few at a time."""
-    return torch.cat([logits(part).argmax(-1) for part in hidden.split(MOST_ROWS)])
+    return torch.cat([logits(part).argmax(-1) for part in hidden.split(MAX_ROWS)])
 
 
 def _times(hidden: Tensor, *functions: Callable[[Tensor], Tensor]) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fhopt.codegen.cpu import lm_head as cpu_lm_head
 from fhopt.codegen.cpu.graph_kernels import serve_linear
 from fhopt.codegen.cpu.lm_head import Candidates, Codes, Search
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.errors import FhoptError
 from fhopt.lm_head.head import TENSORS, Head
 from fhopt.ops import registry
@@ -88,7 +88,7 @@ def _warn_of_change() -> None:
 def can_search(hidden: Tensor, weight: Tensor) -> bool:
     """Return whether a kernel accepts these hidden states: few, on the device and of the dtype of the weight."""
     typed = hidden.device == weight.device and hidden.dtype == weight.dtype and weight.dtype in cpu_lm_head.TYPES
-    if not typed or not 1 <= len(hidden) <= MOST_ROWS or weight.stride(1) != 1:
+    if not typed or not 1 <= len(hidden) <= MAX_ROWS or weight.stride(1) != 1:
         return False
     if hidden.is_cpu:
         return cpu_lm_head.library() is not None
@@ -106,7 +106,7 @@ def search_candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute all logits, [M, C] -> [M, V], with the skinny-GEMM kernel if it supports them."""
-    few = hidden.is_cpu and 1 <= len(hidden) <= MOST_ROWS and hidden.dtype == weight.dtype
+    few = hidden.is_cpu and 1 <= len(hidden) <= MAX_ROWS and hidden.dtype == weight.dtype
     if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_linear():
         return torch.ops.fhopt.linear_kernel(hidden, weight, bias)
     return F.linear(hidden, weight, bias)
@@ -172,7 +172,7 @@ class RetrievalHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Compute logits [..., V] of hidden [..., C], before scale and softcap; -inf for those not computed."""
         rows = math.prod(hidden.shape[:-1])
-        if rows > MOST_ROWS or rows < 1 or torch.is_grad_enabled() or hidden.dtype != self.weight.dtype:
+        if rows > MAX_ROWS or rows < 1 or torch.is_grad_enabled() or hidden.dtype != self.weight.dtype:
             return F.linear(hidden, self.weight, self.bias)
         codes, search = self.head.codes, self.search
         logits = torch.ops.fhopt.head_logits(

@@ -126,7 +126,7 @@ def _name(plan: LatentPlan) -> str:
     return f"{model}-{plan.ratio():.2f}x-{plan.digest()[:12]}"
 
 
-def plan_table(plans: Iterable[StoredPlan]) -> Table:
+def stored_plans_table(plans: Iterable[StoredPlan]) -> Table:
     """Build a table with one row per plan."""
     rows = Table(title=f"Plans in {plans_folder()}", title_justify="left")
     for name, justify in (("name", "left"), ("model", "left"), ("sites", "right"), ("ratio", "right"), ("MB", "right")):

@@ -13,7 +13,7 @@ from fhopt.refine.shares import parse_share
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
 
-LEAST_SEQUENCES = 4  # with fewer, the result does not transfer to other text
+MIN_SEQUENCES = 4  # with fewer, the result does not transfer to other text
 RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12%
 
 
@@ -46,10 +46,10 @@ class HealOptions:
                 f"context={self.context}, held_out={self.held_out}: expected sequences of at least 2 tokens, and one "
                 "to measure on."
             )
-        if self.sequences < LEAST_SEQUENCES:
+        if self.sequences < MIN_SEQUENCES:
             raise FhoptError(
                 f"{self.tokens} tokens make {max(0, self.sequences)} sequences of {self.context}; expected at least "
-                f"{LEAST_SEQUENCES}. Read more tokens, or in a shorter context."
+                f"{MIN_SEQUENCES}. Read more tokens, or in a shorter context."
             )
         if not 0 < self.ridge < math.inf:
             raise FhoptError(

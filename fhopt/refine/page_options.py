@@ -15,7 +15,7 @@ MASS_SHARE = 0.5  # share of the pages if only a mass is set
 PIECE, QUERIES = 512, 16  # tokens per forward pass, and the last ones of them that are probe queries
 LAST = 256  # tokens of a sequence on which the cost of each site is measured
 WORD = 4  # bytes of a sketch row loaded at once
-LEAST_PAGES = 16  # with fewer, a probe is meaningless
+MIN_PAGES = 16  # with fewer, a probe is meaningless
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class PagingOptions:
             )
 
     def needed(self, exact: int, block: int) -> int:
-        """Return the tokens that a sequence needs for LEAST_PAGES pages, quantized in blocks."""
-        return exact + -(-LEAST_PAGES * self.tokens // block) * block + PIECE + LAST
+        """Return the tokens that a sequence needs for MIN_PAGES pages, quantized in blocks."""
+        return exact + -(-MIN_PAGES * self.tokens // block) * block + PIECE + LAST
 
 
 def read_options(pages: float | str | None, mass: float | str | None, texts: tuple[str, ...]) -> PagingOptions | None:

@@ -60,12 +60,12 @@ from fhopt.models.model_facts import cache_argument
 from fhopt.ops import algebra, attention, page_selection
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan
-from fhopt.refine.page_options import LAST, LEAST_PAGES, PIECE, QUERIES, PagingOptions
+from fhopt.refine.page_options import LAST, MIN_PAGES, PIECE, QUERIES, PagingOptions
 
 LIFTS = (*(2.0 ** (n / 2) for n in range(12, -13, -1)), 0.0)  # candidates for a site
 ALL = len(LIFTS)  # index past these: a site selects all its pages
 MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # candidates for a site
-LEAST_KL, LEAST_LEFT = 1e-9, 1e-12  # rounding: nats, and squared weight left out
+MIN_KL, MIN_LEFT = 1e-9, 1e-12  # rounding: nats, and squared weight left out
 FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # candidates for a head, see `PagePlan.fill`
 
 # --------------------------------------------------------------------------------------------------- probes
@@ -226,7 +226,7 @@ class _Probe:
     ) -> None:
         """Add the last QUERIES queries of a call to the curves."""
         index, query = latents.index, query[:, :, -QUERIES:]
-        if index is None or index.count < LEAST_PAGES:
+        if index is None or index.count < MIN_PAGES:
             return
         absorbed = algebra.absorb(query, latents.key.decode)
         numbers: Any = dict(scale=scale, softcap=softcap)
@@ -314,7 +314,7 @@ def _measure_costs(
         changed = _predictions(model, trial, ids)
         kl = float((expected.exp() * (expected - changed)).sum(-1).mean())
         if curves.count:
-            curves.cost = max(kl, LEAST_KL) / max(float(curves.squares[nearest]) / curves.count, LEAST_LEFT)
+            curves.cost = max(kl, MIN_KL) / max(float(curves.squares[nearest]) / curves.count, MIN_LEFT)
         progress(1)
 
 

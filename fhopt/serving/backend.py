@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fhopt.plan.window import ResidualWindow
-from fhopt.serving.batch import Batch, BlockTable
+from fhopt.serving.batch import Batch, SequenceBlocks
 from fhopt.serving.block_groups import FirstSpec, WindowSpec
 from fhopt.serving.block_sizes import BlockSizes
 from fhopt.serving.device_step import DeviceStep
@@ -39,7 +39,7 @@ WINDOW, FIRST = ".window", ".first"  # suffixes of the layer name
 class LatentMetadata(AttentionMetadata):  # type: ignore[misc]
     """A batch's blocks in one cache."""
 
-    blocks: BlockTable
+    blocks: SequenceBlocks
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
@@ -67,7 +67,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             lengths = about.seq_lens[: about.num_reqs]  # on a GPU they stay there
             device = about.block_table_tensor.device
             batch = Batch(starts, lengths.tolist() if lengths.is_cpu else lengths, device)
-            blocks = BlockTable(batch, about.block_table_tensor, self.kv_cache_spec.block_size)
+            blocks = SequenceBlocks(batch, about.block_table_tensor, self.kv_cache_spec.block_size)
             setattr(about, key, blocks)
         return LatentMetadata(blocks)
 
@@ -109,7 +109,7 @@ class LatentAttention(AttentionImpl):  # type: ignore[misc]
         self.num_kv_heads, self.kv_cache_dtype = exact.num_kv_heads, "auto"
         self.cache, self.window, self.first = cache, window, first
 
-    def _caches(self, latents: Tensor, blocks: BlockTable) -> Caches:
+    def _caches(self, latents: Tensor, blocks: SequenceBlocks) -> Caches:
         """Collect the layer's caches and the blocks of the current batch."""
         window, first = self.window, self.first
         metadata = get_forward_context().attn_metadata

@@ -145,7 +145,7 @@ class Batch:
         return [s for s in self.sequences if s.start < means_from <= s.stop]
 
 
-class BlockTable:
+class SequenceBlocks:
     """Block table of one cache: int32 [sequences, blocks of each], with `size` tokens per block."""
 
     def __init__(self, batch: Batch, table: Tensor, size: int) -> None:

@@ -18,9 +18,9 @@ from fhopt.plan.window import ResidualWindow
 
 LATENT_TOKENS = range(16, 161)  # candidates per block of packed latents
 WINDOW_TOKENS = (4, 8, 12, 16, 24, 28, 32, 48, 64, 96, 128)
-MOST_GROUPS = 8  # of layers, over all caches: each costs scheduler time
+MAX_GROUPS = 8  # of layers, over all caches: each costs scheduler time
 CLOSE = 0.002  # relative difference in bytes below which block sizes count as equal
-MOST_ALIGNMENT = 512  # tokens: maximum granularity of prefix hits, unless the plan's first tokens need more
+MAX_ALIGNMENT = 512  # tokens: maximum granularity of prefix hits, unless the plan's first tokens need more
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _groups(needs: CacheNeeds, sizes: BlockSizes) -> tuple[int, int]:
 
 
 def _is_awkward(needs: CacheNeeds, sizes: BlockSizes) -> bool:
-    many = sum(_groups(needs, sizes)) > MOST_GROUPS
-    return many or sizes.alignment > max(MOST_ALIGNMENT, _multiple(MOST_ALIGNMENT // 4, needs.first))
+    many = sum(_groups(needs, sizes)) > MAX_GROUPS
+    return many or sizes.alignment > max(MAX_ALIGNMENT, _multiple(MAX_ALIGNMENT // 4, needs.first))
 
 
 def _multiple(of: int, least: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.cpu.block_tables import BlockAttention, Struct, attention_of, step_of, table_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
-from fhopt.serving.batch import Batch, BlockTable
+from fhopt.serving.batch import Batch, SequenceBlocks
 from fhopt.serving.layer_rows import Caches, LayerRows
 from fhopt.serving.rows import RowPart
 
@@ -63,7 +63,7 @@ class CompiledStep:
         return numbers
 
 
-def _table(blocks: BlockTable) -> Struct:
+def _table(blocks: SequenceBlocks) -> Struct:
     if blocks.compiled is None:
         blocks.compiled = table_of(blocks.table, blocks.size)
     table: Struct = blocks.compiled

@@ -19,7 +19,7 @@ from fhopt.attention.attend import attend_parts
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.plan.window import ResidualWindow
-from fhopt.serving.batch import Batch, BlockTable
+from fhopt.serving.batch import Batch, SequenceBlocks
 from fhopt.serving.layer_rows import Caches, LayerRows
 
 
@@ -56,13 +56,13 @@ class AttendedRows:
         step: AttendedRows = batch.made[window]
         return step
 
-    def window_places(self, blocks: BlockTable) -> tuple[Tensor, Tensor]:
+    def window_places(self, blocks: SequenceBlocks) -> tuple[Tensor, Tensor]:
         """Return blocks and offsets of the window's rows, int64 [B,N] each."""
         if id(blocks) not in self._places:
             self._places[id(blocks)] = blocks.places(self.owners.unsqueeze(1), self.positions)
         return self._places[id(blocks)]
 
-    def latent_blocks(self, blocks: BlockTable) -> tuple[Tensor, int]:
+    def latent_blocks(self, blocks: SequenceBlocks) -> tuple[Tensor, int]:
         """Return the blocks [B,n] of packed latents, and the offset of the first row in the first block."""
         if self._latents is None:
             self._latents = blocks.span(self.owners, self.sinks, self.sinks + self.most)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.segment_rotation import SegmentRotation
 from fhopt.plan.site_plan import SitePlan
-from fhopt.serving.batch import Batch, BlockTable, Sequence, means_from
+from fhopt.serving.batch import Batch, Sequence, SequenceBlocks, means_from
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ class CacheMemory:
     """Memory of one cache of a layer, uint8 [blocks, 1, tokens per block, bytes], and a batch's blocks in it."""
 
     cache: Tensor
-    blocks: BlockTable
+    blocks: SequenceBlocks
 
     def read(self, sequence: Sequence, start: int, stop: int) -> Tensor:
         """Return the rows [stop - start, bytes] of a sequence's tokens at positions `start` to `stop`."""

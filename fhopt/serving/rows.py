@@ -22,7 +22,7 @@ from fhopt.codegen.cpu import block_tables
 from fhopt.ops import algebra, packing
 from fhopt.plan.site_plan import SCALE_BYTES, SidePlan, SitePlan
 
-LEAST_ALIGNMENT = SCALE_BYTES  # row sizes in bytes are multiples of this
+MIN_ALIGNMENT = SCALE_BYTES  # row sizes in bytes are multiples of this
 Packed = tuple[Tensor, Tensor | None]  # rows [1,J,T,bytes or R], scales [1,J,T]
 
 
@@ -61,7 +61,7 @@ def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[RowP
     for i in order:
         parts[i] = RowPart(start, *wanted[i])
         start = parts[i].stop
-    unit = max([LEAST_ALIGNMENT, *(dtype.itemsize for _, _, dtype in wanted)])
+    unit = max([MIN_ALIGNMENT, *(dtype.itemsize for _, _, dtype in wanted)])
     return [parts[i] for i in range(len(wanted))], max(1, -(-start // unit)) * unit
 
 

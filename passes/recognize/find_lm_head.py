@@ -24,7 +24,7 @@ from fhopt.passes.graph.nodes import argument, fake, op_name, source_line
 from fhopt.passes.graph.program import Program, module_path
 from fhopt.passes.recognize.node_roles import LOOKUP, Projection, Roles, view_root
 
-LEAST_VOCABULARY = 2
+MIN_VOCABULARY = 2
 FAR = 1e6  # a logit in the flat part of a softcap
 NEAR = 1e-3  # a logit in the linear part of a softcap
 
@@ -164,7 +164,7 @@ def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
     if not weights or program.values[weights[0]].dim() != 2:
         raise Miss(f"{name} is not a matrix; expected a weight [vocabulary, width]", projection.node)
     vocabulary = example_shape(projection.node)[-1]
-    if vocabulary < LEAST_VOCABULARY:
+    if vocabulary < MIN_VOCABULARY:
         raise Miss(f"the last product has {vocabulary} outputs; expected a vocabulary", projection.node)
     place = {"linear": 2, "addmm": 0}.get(op_name(projection.node))
     bias = None if place is None else argument(projection.node, place, "bias")

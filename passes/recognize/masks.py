@@ -18,7 +18,7 @@ from fhopt.plan.cache_size import CacheLayer
 from fhopt.plan.site import AttentionSite
 
 ENOUGH = 256  # max tokens for telling groups from other patterns
-LEAST = -1e4  # additive values below this mean "may not attend"
+MIN_BIAS = -1e4  # additive values below this mean "may not attend"
 PATTERNS = ("none", "causal", "sliding", "causal block", "bool")  # kinds that may hide a longer window in a short graph
 
 
@@ -38,7 +38,7 @@ def mask_kind(mask: Tensor) -> tuple[str, int]:
 
     window: number of tokens that a sliding mask lets a query attend to; 0 without such a limit.
     """
-    allowed = mask if mask.dtype == torch.bool else mask > LEAST
+    allowed = mask if mask.dtype == torch.bool else mask > MIN_BIAS
     if mask.dtype != torch.bool and bool((mask[allowed] != 0).any()):
         return _bias_kind(mask.double(), allowed), 0
     return _pattern_kind(allowed)

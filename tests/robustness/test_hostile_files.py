@@ -39,7 +39,7 @@ SECONDS = 3.0
 HUGE = 1 << 42  # size of a sparse file: beyond memory and every limit
 
 
-class Runs:
+class _Runs:
     """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a link to nothing": lambda path: path.symlink_to("nothing"),
     "a folder": lambda path: path.mkdir(),
     "an enormous file": sparse,
-    "a pickle": lambda path: path.write_bytes(pickle.dumps(Runs(path.with_name("ran")))),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(_Runs(path.with_name("ran")))),
     "an empty file": lambda path: path.write_bytes(b""),
     "a partial write": lambda path: path.write_bytes(b'\x90\x00\x00\x00\x00\x00\x00\x00{"__metadata__"'),
 }

@@ -87,7 +87,7 @@ def test_failures_of_a_lap_are_reported_at_the_end() -> None:
 @pytest.mark.slow
 def test_laps_run_every_variant_and_every_generation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endurance, "LAP", 60)
-    monkeypatch.setattr(endurance, "LEAST_LAPS", 2)
+    monkeypatch.setattr(endurance, "MIN_LAPS", 2)
     monkeypatch.setattr(endurance, "VARIANTS", runs.VARIANTS[4:])  # with kernels; static
     course = list(endurance.laps(minutes=0))
     assert len(course) == 2 and all(lap.broken == () for lap in course)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.serving.batch import NO_BLOCK, Batch, BlockTable
+from fhopt.serving.batch import NO_BLOCK, Batch, SequenceBlocks
 from fhopt.serving.block_sizes import BlockSizes
 from fhopt.serving.layer_cache import LayerCache
 from fhopt.serving.layer_rows import CacheMemory, Caches
@@ -41,7 +41,7 @@ class Engine:
             tables[1][:, : kept // self.sizes.window] = NO_BLOCK
         sizes = self.sizes.latents, self.sizes.window, self.sizes.first
         held = [
-            CacheMemory(cache, BlockTable(batch, table, size))
+            CacheMemory(cache, SequenceBlocks(batch, table, size))
             for cache, table, size in zip(self.caches, tables, sizes, strict=True)
         ]
         return Caches(*held)

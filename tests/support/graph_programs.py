@@ -35,7 +35,7 @@ NAMES: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
 WITH_GRADIENTS = ("train", "eval", "autocast")
 MODES = (*WITH_GRADIENTS, "no_grad", "inference", "autocast no_grad")
 # Rounding error of a dtype -> relative difference that is always allowed. float64: below the resolution of float32.
-LEAST = {2.0**-52: 4e-9, 2.0**-23: 2.0**-17, 2.0**-10: 2.0**-8, 2.0**-7: 2.0**-5}
+MIN_TOLERANCE = {2.0**-52: 4e-9, 2.0**-23: 2.0**-17, 2.0**-10: 2.0**-8, 2.0**-7: 2.0**-5}
 ILL_CONDITIONED = 0.1  # elements that rounding may change by more than this share of the largest are not compared
 LARGEST_LEVEL = 1e6  # scores added to smaller mask levels keep some of their digits
 LARGEST_OPERAND = 1e3  # larger elements of inputs are masks
@@ -431,7 +431,7 @@ def _errors(
     which cancel in a saturated softmax: its floor is that power of the largest operand. A mask level costs as many
     digits as the scores added to it lose.
     """
-    least = LEAST[max(e for e in LEAST if e <= epsilon)]
+    least = MIN_TOLERANCE[max(e for e in MIN_TOLERANCE if e <= epsilon)]
     inputs = torch.cat([torch.zeros(1, dtype=torch.float64), *(x.flatten().double() for x in precise.inputs)]).abs()
     size = float(inputs[inputs < LARGEST_OPERAND].max())
     unit = 8 * epsilon * level

@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.quality.methods.calibration_moments import AttentionMoments, TokenMoments
 from benchmarks.quality.methods.quantized_caches import NUMBER_BYTES, SMALLEST_SCALE, CacheShape, Schedule, to_16_bits
 
-MOST_BITS = 8  # per channel
+MAX_BITS = 8  # per channel
 HEADS = 4  # max per group
 BISECTIONS = 100
 TINY = 1e-30
@@ -212,12 +212,12 @@ def _with_bits(transform: ChannelTransform, level: float) -> ChannelTransform:
 
 def water_bits(energies: Tensor, level: float) -> Tensor:
     """Return the integer bits of channels with `energies` [C] above a water level: round(log2(energy / level) / 2)."""
-    return (energies.double().clamp_min(TINY) / level).log2().div(2).round().clamp(0, MOST_BITS)
+    return (energies.double().clamp_min(TINY) / level).log2().div(2).round().clamp(0, MAX_BITS)
 
 
 def water_level(energies: Tensor, bits: float) -> float:
     """Return the lowest level, by bisection, at which channels with `energies` [C] have at most `bits` on average."""
-    low, high = math.log2(TINY) - 4 * MOST_BITS, math.log2(float(energies.max()) + TINY) + 4
+    low, high = math.log2(TINY) - 4 * MAX_BITS, math.log2(float(energies.max()) + TINY) + 4
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if float(water_bits(energies, 2**middle).mean()) > bits else (low, middle)

@@ -24,7 +24,7 @@ def test_bit_groups_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
 
 @pytest.mark.slow
 def test_each_implementation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LEAST", 2)
+    monkeypatch.setattr(attention, "MIN_CALLS", 2)
     real = attention_contenders.torch_implementations
 
     def without_compiling(*operands: Any) -> Any:

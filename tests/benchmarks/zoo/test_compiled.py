@@ -121,9 +121,9 @@ def test_a_compiler_that_specializes_a_size_is_noticed(monkeypatch: pytest.Monke
 
 def test_an_abandoned_graph_is_noticed() -> None:
     seen = {name: CompilerResult([torch.ones(2)], graphs=1) for name in compiled.COMPILERS}
-    assert compiled_results.TaskResult(a_task(), seen).failures == []
+    assert compiled_results.CompiledResult(a_task(), seen).failures == []
     seen["flashhead"] = replace(seen["flashhead"], given_up=["fhopt left a graph to inductor: ..."], breaks=1)
-    assert compiled_results.TaskResult(a_task(), seen).failures == [
+    assert compiled_results.CompiledResult(a_task(), seen).failures == [
         "fhopt left a graph to inductor: ...",
         "1 breaks, inductor has 0",
     ]

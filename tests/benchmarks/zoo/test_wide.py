@@ -109,7 +109,7 @@ def test_every_causal_language_model_is_a_candidate_once() -> None:
 # ---- checking
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Softmax attention with one head."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
 
 def attend() -> tuple[nn.Module, dict[str, Any]]:
-    return Attention().requires_grad_(False), {"x": torch.randn(2, 5, 8)}
+    return _Attention().requires_grad_(False), {"x": torch.randn(2, 5, 8)}
 
 
 def checked() -> WideRow:
@@ -139,7 +139,7 @@ def test_a_class_whose_attentions_are_rewritten_is_found() -> None:
 
 
 def test_an_attention_with_an_unused_result_does_not_count() -> None:
-    class Unread(Attention):
+    class Unread(_Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             super().forward(x + 1)
             return super().forward(x)

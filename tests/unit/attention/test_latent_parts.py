@@ -90,7 +90,7 @@ def test_many_queries_attend_to_keys_rotated_back(masks: str, monkeypatch: pytes
 
     dispatch.register_kernels()
     monkeypatch.setattr(parts_module, "NUMBERS_AT_ONCE", 1)  # in several parts
-    monkeypatch.setattr(parts_module, "LEAST_AT_ONCE", 100)
+    monkeypatch.setattr(parts_module, "MIN_AT_ONCE", 100)
     given, expected = operands(2, 128, masks)
     single = replace(
         given, query=given.query.float(), key=given.key.float(), value=given.value.float(),
@@ -116,7 +116,7 @@ def test_many_parts_in_16_bits_are_merged_as_exactly_as_one() -> None:
 
 @pytest.mark.parametrize("most", [0, 1 << 40])
 def test_segments_are_attended_to_one_by_one_if_queries_are_many(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "MOST_TURNED", most)
+    monkeypatch.setattr(parts_module, "MAX_TURNED", most)
     given, expected = operands(1, 5, "of all")
     torch.testing.assert_close(attend_parts(given), expected, rtol=1e-6, atol=1e-6)
 

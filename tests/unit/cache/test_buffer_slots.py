@@ -100,7 +100,7 @@ def test_a_lossy_plan_gives_what_static_latent_layers_give(window_bits: int, tie
     assert max(errors) > (1e-7 if tiers == () else 1e-2)
 
 
-class Written:
+class _Written:
     """Reference of the slots of `fhopt.cache.module_buffers`: a dict of tokens, and the contents of the ring."""
 
     def __init__(self, plan: SitePlan, places: Places) -> None:
@@ -133,7 +133,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     places = Places(50, ResidualWindow(sinks=3, recent=6, block=4))
     plan = random_site(CODED if seed % 2 else ())
-    slots, slow = buffer_slots.BufferSlots(plan.key, plan.value, False, places), Written(plan, places)
+    slots, slow = buffer_slots.BufferSlots(plan.key, plan.value, False, places), _Written(plan, places)
     slots.place(*[Bases(side.encode, side.decode) for side in (plan.key, plan.value)])
     blank = torch.zeros(1, G, places.tokens, D, dtype=torch.float64)
     slots.start(blank, blank)

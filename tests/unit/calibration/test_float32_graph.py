@@ -88,7 +88,7 @@ def test_parts_of_weights_and_dtypes_by_name() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-class Written(Stack):
+class _Written(Stack):
     """A table with an in-place write to a part of it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Stacked(Stack):
         return torch.bmm(x.to(torch.bfloat16).expand(3, -1, -1), self.weights.transpose(1, 2))
 
 
-@pytest.mark.parametrize("kind", [Written, Autocast])
+@pytest.mark.parametrize("kind", [_Written, Autocast])
 def test_graphs_that_float32_would_change_are_left_unchanged(kind: type[Stack]) -> None:
     captured = captured_stack(kind().to(torch.bfloat16), torch.randn(5, 8))
     assert not float32_graph.is_widened(captured.program.graph, captured.program.values.values())
@@ -127,7 +127,7 @@ def test_large_weights_of_other_matmuls_are_not_copied(
     assert float32_graph.is_widened(captured.program.graph, captured.program.values.values()) == is_widened
 
 
-class Doubled(Tensor):
+class _Doubled(Tensor):
     """A tensor subclass whose values are not those it stores."""
 
 
@@ -135,7 +135,7 @@ def test_tensor_subclass_weights_are_left_unchanged() -> None:
     captured = captured_stack(Stack().to(torch.bfloat16), torch.randn(5, 8))
     graph, values = captured.program.graph, list(captured.program.values.values())
     assert float32_graph.is_widened(graph, values)
-    other = [v.as_subclass(Doubled) if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v for v in values]
+    other = [v.as_subclass(_Doubled) if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v for v in values]
     assert not float32_graph.is_widened(graph, other)
 
 

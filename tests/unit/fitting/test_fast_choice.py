@@ -13,7 +13,7 @@ from fitting_by_hand import nats, site, spectrum, statistics
 from fhopt.cli.fit import _show_plan
 from fhopt.fitting import fast_choice, fit_plan
 from fhopt.fitting.bases import Basis, CandidateBases
-from fhopt.fitting.fast_choice import DEARER, LITTLE, MOST, bound_of, channel_times
+from fhopt.fitting.fast_choice import DEARER, LITTLE, MAX_KL_RATIO, bound_of, channel_times
 from fhopt.fitting.fit_summary import evidence_of
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.hardware.devices import DEVICES, channel_seconds, layout_time
@@ -78,8 +78,8 @@ def test_latents_stay_shared_where_the_gain_is_largest() -> None:
 
 
 def test_the_bound_is_a_multiple_of_the_loss_and_a_larger_one_for_a_small_loss() -> None:
-    for least in (1e-6, LITTLE / MOST):
-        assert bound_of(least) == pytest.approx(MOST * least)
+    for least in (1e-6, LITTLE / MAX_KL_RATIO):
+        assert bound_of(least) == pytest.approx(MAX_KL_RATIO * least)
     assert bound_of(LITTLE / 2) == LITTLE
     for least in (LITTLE / DEARER, 1.0):
         assert bound_of(least) == DEARER * least

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
-from fhopt.codegen.cpu.skinny_linear import DTYPES, MOST_BLOCK_ROWS, MOST_ROWS, BlockedWeight
+from fhopt.codegen.cpu.skinny_linear import DTYPES, MAX_BLOCK_ROWS, MAX_ROWS, BlockedWeight
 from fhopt.hf import block_weight
 from fhopt.hf.block_weight import BlockWeight
 
@@ -53,7 +53,7 @@ def test_a_linear_layer_agrees_with_the_dequantized_weight(format: int, rows: in
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_kernel_supports_at_least_as_many_rows_as_for_other_weights(format: int, dtype: torch.dtype) -> None:
-    assert MOST_ROWS <= gguf_blocks.most_rows(format, dtype) <= MOST_BLOCK_ROWS
+    assert MAX_ROWS <= gguf_blocks.most_rows(format, dtype) <= MAX_BLOCK_ROWS
 
 
 def test_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import fhopt
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.errors import FhoptError
 from fhopt.hf import gguf as gguf_loader
@@ -88,7 +88,7 @@ def test_a_plan_of_the_dequantized_model_applies_and_layers_run_as_programs(
     kinds: dict[str, str], dtype: torch.dtype, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts use the same matmuls as the dequantized model; otherwise a last bit could change a code."""
-    monkeypatch.setattr(gguf_blocks, "most_rows", lambda format, dtype: MOST_ROWS)
+    monkeypatch.setattr(gguf_blocks, "most_rows", lambda format, dtype: MAX_ROWS)
     path = saved(kinds)
     whole = read_gguf(path, dtype)[0].eval()
     plan = coded(plans(lambda: read_gguf(path, torch.float32)[0].eval(), 8))

@@ -18,7 +18,7 @@ from fhopt.hf.layer_trace import leaves, rehearse
 STRANGER = torch.ones(8)
 
 
-class Layer(nn.Module):
+class _Layer(nn.Module):
     """A decoder layer with one matmul, and optionally an unsupported operation."""
 
     def __init__(self, oddity: str = "") -> None:
@@ -64,7 +64,7 @@ class Cache:
 def recorded(oddity: str = "", later: int = 0, **options: Any) -> Any:
     register_attention()
     torch.manual_seed(0)
-    layer = Layer(oddity)
+    layer = _Layer(oddity)
     return rehearse(layer, layer.forward, (torch.randn(2, 1, 16), Cache()), options, later)
 
 
@@ -103,7 +103,7 @@ def test_obstacles_to_a_program_are_named(oddity: str, reason: str) -> None:
 
 def test_a_layer_that_fails_with_a_mock_cache_is_reported() -> None:
     register_attention()
-    layer = Layer()
+    layer = _Layer()
     with torch.no_grad(), pytest.raises(UnsupportedError, match=r"fails beside the cache \(RuntimeError"):
         rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, 0)
 

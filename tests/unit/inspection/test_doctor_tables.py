@@ -12,7 +12,7 @@ from rich.console import Console
 from fhopt.hardware.devices import find_device
 from fhopt.hardware.this_machine import GpuFacts, Machine, findings
 from fhopt.inspection.doctor_tables import machine_report, prospects_report
-from fhopt.inspection.prospects import Target, site_prospects
+from fhopt.inspection.prospects import Placement, site_prospects
 from fhopt.plan.cache_size import CacheLayer
 
 LAYERS = [CacheLayer("layers.0", "sliding", 512, False, 6), CacheLayer("layers.1", numbers=6)]
@@ -46,7 +46,7 @@ def test_a_machine_fits_a_terminal_with_every_fix(width: int) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_model_on_two_devices_fits_a_terminal(width: int) -> None:
-    places = [Target(replace(find_device("cpu"), name="CPU"), 10**12), Target(find_device("h100"), 84 * 10**9)]
+    places = [Placement(replace(find_device("cpu"), name="CPU"), 10**12), Placement(find_device("h100"), 84 * 10**9)]
     made = site_prospects("model", SITES, places, 8_000_000_000, LAYERS, positions=131_072, missed=1)
     text = shown(prospects_report(made), width)
     assert "16.0 GB, 2 bytes each" in text and "2; 1 not rewritten, see fhopt explain" in text
@@ -56,5 +56,5 @@ def test_a_model_on_two_devices_fits_a_terminal(width: int) -> None:
 
 
 def test_a_model_that_does_not_fit_says_none() -> None:
-    made = site_prospects("model", SITES, [Target(find_device("cpu"), 1)], 1000, LAYERS)
+    made = site_prospects("model", SITES, [Placement(find_device("cpu"), 1)], 1000, LAYERS)
     assert "none" in shown(prospects_report(made), 80)

@@ -10,14 +10,14 @@ from hand_plans import SITE
 from small_models import FittedModel
 
 from fhopt.hardware.devices import find_device
-from fhopt.inspection.prospects import KeptExact, Prospects, Target, kept_exact, prospects, site_prospects
+from fhopt.inspection.prospects import KeptExact, Placement, Prospects, kept_exact, prospects, site_prospects
 from fhopt.models.sites import find_sites
 from fhopt.plan.cache_size import CacheLayer
 
 SITES = [replace(SITE, name=f"layers.{i}.attention") for i in range(4)]
 NUMBERS = SITE.exact_numbers_per_token
 FULL = [CacheLayer(f"layers.{i}", numbers=NUMBERS) for i in range(4)]
-PLACE = Target(find_device("cpu"), 10_000_000)
+PLACE = Placement(find_device("cpu"), 10_000_000)
 
 
 def test_bytes_fall_by_the_ratio_and_contexts_grow_by_it() -> None:

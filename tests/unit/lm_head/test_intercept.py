@@ -22,10 +22,10 @@ from fhopt.models.capture import capture
 
 pytestmark = needs_compiler
 
-Finish = Callable[["Words", Tensor], Tensor]
+Finish = Callable[["_Words", Tensor], Tensor]
 
 
-class Words(nn.Module):
+class _Words(nn.Module):
     """A model that computes logits in its own forward."""
 
     def __init__(self, finish: Finish) -> None:
@@ -50,9 +50,9 @@ WRITTEN: dict[str, Finish] = {
 }
 
 
-def written(name: str, **options: Any) -> tuple[Words, Words, Head]:
+def written(name: str, **options: Any) -> tuple[_Words, _Words, Head]:
     """Return a model, a copy with its head applied, and that head."""
-    model = Words(WRITTEN[name]).requires_grad_(False)
+    model = _Words(WRITTEN[name]).requires_grad_(False)
     site = find_head(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.embedding.weight, model.shift if site.bias else None)
     plain = copy.deepcopy(model)
@@ -121,8 +121,8 @@ def test_an_intercepted_head_is_dense_in_compiled_graphs() -> None:
 @torch.no_grad()
 def test_an_unrecognized_matmul_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     intercept._warn_unrecognized.cache_clear()
-    model = Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
-    site = find_head(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
+    model = _Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
+    site = find_head(capture(_Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
     apply_head(model, fit_weight(site, model.embedding.weight))
     with caplog.at_level(logging.WARNING, "fhopt"):
         for _ in range(2):

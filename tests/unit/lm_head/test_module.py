@@ -14,7 +14,7 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 from torch import nn
 
 from fhopt.codegen.cpu import lm_head
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.errors import FhoptError
 from fhopt.lm_head import head_report, unapply_head
 from fhopt.lm_head.install import applied_head
@@ -84,7 +84,7 @@ def test_any_batch_has_the_logits_of_the_dense_head(batch: int) -> None:
     known = logits > -math.inf
     torch.testing.assert_close(logits[known], exact[known], rtol=1e-5, atol=1e-6)  # sums in another order
     report = module.report()
-    assert report.rows == (batch if batch <= MOST_ROWS else 0)
+    assert report.rows == (batch if batch <= MAX_ROWS else 0)
 
 
 @torch.no_grad()

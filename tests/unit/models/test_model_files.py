@@ -18,7 +18,7 @@ from fhopt.models.loader import load_model
 from fhopt.models.model_files import check_model, check_pickled_tensors
 
 
-class Runs:
+class _Runs:
     """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,9 +91,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(name: str, archive: bool, tmp
     folder = model_folder(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     if archive:
-        torch.save({"a": Runs(tmp_path / "ran")}, folder / name)
+        torch.save({"a": _Runs(tmp_path / "ran")}, folder / name)
     else:
-        (folder / name).write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+        (folder / name).write_bytes(pickle.dumps(_Runs(tmp_path / "ran")))
     with pytest.raises(FhoptError, match=r"is a pickle that would call posix\.mkdir"):
         check_model(str(folder))
     with pytest.raises(FhoptError, match="is a pickle, or an archive with one"):
@@ -111,7 +111,7 @@ def test_a_pickle_of_tensors_is_weights(tmp_path: Path) -> None:
 
 def test_a_program_with_pickled_objects_is_refused_and_nothing_is_run(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
-    program._example_inputs = ((Runs(tmp_path / "ran"),), {})
+    program._example_inputs = ((_Runs(tmp_path / "ran"),), {})
     path = tmp_path / "a.pt2"
     torch.export.save(program, path)
     with pytest.raises(FhoptError, match="could not be read as an exported program"):

@@ -16,7 +16,7 @@ from fhopt.passes.recognize.normalize import Normalize
 H, D = 2, 8
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """Two attentions in one graph, in sequence."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def test_a_pass_that_fails_at_one_attention_skips_it_and_finds_the_other(
         return original(self, *arguments)
 
     monkeypatch.setattr(Normalize, step, failing)
-    module, x = Block().eval(), torch.randn(1, 5, H * D)
+    module, x = _Block().eval(), torch.randn(1, 5, H * D)
     captured = capture(module, (x,))
     outcome = pipeline.find_attentions(captured.program)
     assert len(outcome.sites) == 1

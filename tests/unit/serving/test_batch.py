@@ -6,7 +6,7 @@ import torch
 from hand_plans import CODED, random_plan
 
 from fhopt.plan.window import ResidualWindow
-from fhopt.serving.batch import Batch, BlockTable, means_from, split_queries
+from fhopt.serving.batch import Batch, SequenceBlocks, means_from, split_queries
 
 
 def test_queries_of_a_tile_attend_to_the_same_latents() -> None:
@@ -38,7 +38,7 @@ def test_a_batch_has_the_slots_of_its_tokens() -> None:
 
 def test_tokens_without_a_block_are_skipped_and_others_are_restored() -> None:
     batch = Batch([0, 3, 5], [6, 2])
-    blocks = BlockTable(batch, torch.tensor([[0, 3, 9], [2, 0, 0]]), 2)
+    blocks = SequenceBlocks(batch, torch.tensor([[0, 3, 9], [2, 0, 0]]), 2)
     cache, rows = torch.zeros(10, 1, 2, 4, dtype=torch.uint8), torch.arange(1, 16).view(5, 3).to(torch.uint8)
     blocks.write_new(cache, rows)
     assert torch.equal(blocks.read(cache, 0, 3, 6)[:, :3], rows[:3]) and torch.equal(

@@ -8,7 +8,7 @@ import pytest
 
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.block_sizes import (
-    MOST_GROUPS,
+    MAX_GROUPS,
     BlockSizes,
     CacheNeeds,
     block_bytes,
@@ -52,7 +52,7 @@ def test_a_given_block_size_is_used() -> None:
 def test_few_groups_of_layers_are_made() -> None:
     sizes, block = choose_block_sizes(NEEDS), block_bytes(NEEDS, choose_block_sizes(NEEDS))
     pages = NEEDS.window_bytes * sizes.window, NEEDS.first_bytes
-    assert sum(-(-NEEDS.layers // (block // page)) for page in pages) <= MOST_GROUPS
+    assert sum(-(-NEEDS.layers // (block // page)) for page in pages) <= MAX_GROUPS
 
 
 def test_blocks_of_a_window_are_counted_for_any_start() -> None:

@@ -18,7 +18,7 @@ from model_zoo.functional import Functional, Has, Run, settled
 B, H, G, T, D = 2, 4, 2, 12, 8
 C, N, P = H * D, H // G, 7  # P: tokens in a cache
 SCALE = D**-0.5
-LEAST = torch.finfo(torch.float32).min
+LOWEST = torch.finfo(torch.float32).min
 WINDOWS, WINDOW = 3, 4  # T = WINDOWS * WINDOW, also the rows and columns of an image
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -131,4 +131,4 @@ def angles(size: int = D) -> Tensor:
 
 
 def float_triangle() -> Tensor:
-    return torch.zeros(T, T).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), LEAST)
+    return torch.zeros(T, T).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), LOWEST)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model_zoo.functional import weight
 from model_zoo.spellings.blocks import (
-    LEAST,
+    LOWEST,
     SCALE,
     B,
     C,
@@ -67,7 +67,7 @@ def baddbmm_positional(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def baddbmm_with_keywords(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Call the method baddbmm without a positional argument: Bloom."""
     scored = m.alibi.baddbmm(batch1=fold(q), batch2=fold(k).transpose(1, 2), beta=1.0, alpha=SCALE)
-    weights = F.softmax(scored.view(B, H, T, T).masked_fill(~m.triangle, LEAST), dim=-1, dtype=torch.float32)
+    weights = F.softmax(scored.view(B, H, T, T).masked_fill(~m.triangle, LOWEST), dim=-1, dtype=torch.float32)
     return torch.bmm(weights.view(B * H, T, T), fold(v)).view(B, H, T, D)
 
 
@@ -196,5 +196,5 @@ def einsum_with_output_projection(m: Any, x: Tensor) -> Tensor:
 @core()
 def weights_zeroed_again(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Set some weights to zero after the softmax: DeBERTa's XSoftmax."""
-    weights = scores(q, k).masked_fill(~m.triangle, LEAST).softmax(-1)
+    weights = scores(q, k).masked_fill(~m.triangle, LOWEST).softmax(-1)
     return weights.masked_fill(~m.triangle, 0.0) @ v

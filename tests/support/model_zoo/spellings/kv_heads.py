@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_zoo.spellings.blocks import LEAST, SCALE, B, C, D, G, H, N, Spellings, T, attend, scores
+from model_zoo.spellings.blocks import LOWEST, SCALE, B, C, D, G, H, N, Spellings, T, attend, scores
 
 SPELLINGS = Spellings()
 core, whole = SPELLINGS.core, SPELLINGS.whole
@@ -107,5 +107,5 @@ def multi_query_folded_into_tokens(m: Any, x: Tensor) -> Tensor:
     """Fold heads into queries of one kv head, tokens first: GPT-BigCode."""
     q, k, v = m.q(x).view(B, T * H, D), m.k(x), m.v(x)
     s = torch.bmm(q, k.transpose(1, 2)).view(B, T, H, T) * SCALE
-    weights = s.masked_fill(~m.triangle[:, None, :], LEAST).softmax(-1)
+    weights = s.masked_fill(~m.triangle[:, None, :], LOWEST).softmax(-1)
     return m.o(torch.bmm(weights.view(B, T * H, T), v).view(B, T, C))

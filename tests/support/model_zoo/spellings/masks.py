@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model_zoo.functional import weight
 from model_zoo.spellings.blocks import (
-    LEAST,
+    LOWEST,
     WINDOW,
     WINDOWS,
     B,
@@ -152,7 +152,7 @@ def key_padding(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor
 @core(inputs=with_padding)
 def key_padding_as_extended_mask(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """(1 - keep) * least, added: BERT's extended attention mask."""
-    extended = (1.0 - keep.unsqueeze(1).unsqueeze(2).to(q.dtype)) * LEAST
+    extended = (1.0 - keep.unsqueeze(1).unsqueeze(2).to(q.dtype)) * LOWEST
     return (scores(q, k) + extended).softmax(-1) @ v
 
 
@@ -176,7 +176,7 @@ def alibi_in_the_graph(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     slopes = torch.pow(2.0, -torch.arange(1, H + 1, dtype=torch.float32) * 8.0 / H)
     distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
     s = scores(q, k) + slopes.view(1, H, 1, 1) * distance
-    return s.masked_fill(~m.triangle, LEAST).softmax(-1) @ v
+    return s.masked_fill(~m.triangle, LOWEST).softmax(-1) @ v
 
 
 @core(has=dict(table=weight(2 * T - 1, H, fan=1), index=table_index))
@@ -211,7 +211,7 @@ def mask_added_after_view(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def softcap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """tanh(s / cap) * cap: Gemma 2, Grok."""
     s = torch.tanh(scores(q, k) / 2.0) * 2.0
-    return s.masked_fill(~m.triangle, LEAST).softmax(-1) @ v
+    return s.masked_fill(~m.triangle, LOWEST).softmax(-1) @ v
 
 
 @core(has=dict(drop=lambda: nn.Dropout(0.1)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.functional import weight
-from model_zoo.spellings.blocks import LEAST, SCALE, B, C, D, H, Spellings, T, attend, scores, split
+from model_zoo.spellings.blocks import LOWEST, SCALE, B, C, D, H, Spellings, T, attend, scores, split
 
 SPELLINGS = Spellings()
 core, whole = SPELLINGS.core, SPELLINGS.whole
@@ -187,7 +187,7 @@ def softmax_with_padded_column(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tenso
 @core(has=dict(sinks=weight(H, fan=1)))
 def learned_sinks(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Append a learned sink logit per head, and drop its column after the softmax: gpt-oss."""
-    s = scores(q, k).masked_fill(~m.triangle, LEAST)
+    s = scores(q, k).masked_fill(~m.triangle, LOWEST)
     joined = torch.cat([s, m.sinks.reshape(1, -1, 1, 1).expand(B, -1, T, -1)], dim=-1)
     joined = joined - joined.max(dim=-1, keepdim=True).values
     return F.softmax(joined, dim=-1, dtype=joined.dtype)[..., :-1] @ v

@@ -22,7 +22,7 @@ from fhopt.codegen.cpu.calls import kernels
 from fhopt.codegen.cpu.calls.formats import Format
 from fhopt.codegen.cpu.calls.kernels import Skinny
 from fhopt.codegen.cpu.calls.layouts import packer
-from fhopt.codegen.cpu.skinny_linear import MOST_ROWS, BlockedWeight
+from fhopt.codegen.cpu.skinny_linear import MAX_ROWS, BlockedWeight
 from fhopt.hardware.this_cpu import vector_units
 
 gguf: Any = pytest.importorskip("gguf")
@@ -93,7 +93,7 @@ def test_dequantized_values_equal_those_of_gguf(format: int, dtype: torch.dtype)
 
 @settings(deadline=None, max_examples=120)
 @given(
-    st.sampled_from(FORMATS), st.sampled_from(sorted(TOLERANCES, key=str)), st.integers(1, 3 * MOST_ROWS),
+    st.sampled_from(FORMATS), st.sampled_from(sorted(TOLERANCES, key=str)), st.integers(1, 3 * MAX_ROWS),
     st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_matmuls_agree_with_float64(

@@ -40,7 +40,7 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("an instruction set that this CPU does not have")
     monkeypatch.setenv("FHOPT_ISA", request.param)
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
-    monkeypatch.setattr(prefill, "LEAST_LANES", 1)
+    monkeypatch.setattr(prefill, "MIN_LANES", 1)
     prefill.library.cache_clear()
 
 
@@ -186,7 +186,7 @@ def test_other_tensors_are_refused(case: str) -> None:
 
 
 def test_vectors_that_are_too_short_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "LEAST_LANES", 17)
+    monkeypatch.setattr(prefill, "MIN_LANES", 17)
     query = torch.randn(1, 2, 20, 16)
     assert prefill.open_attention_cpu(query, query, query, None, scale=0.1) is None
 
@@ -198,7 +198,7 @@ def test_vectors_that_are_too_short_are_left_to_torch(monkeypatch: pytest.Monkey
 def test_keys_and_values_are_reconstructed(
     dtype: torch.dtype, coded: bool, length: int | None, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefill, "NUMBERS", 1)  # LEAST_TOKENS at once
+    monkeypatch.setattr(prefill, "NUMBERS", 1)  # MIN_TOKENS at once
     b, h, g, j, s, t, d = 2, 6, 3, 1, 40, 600, 24
     sides: list[Any] = []
     for _ in range(2):

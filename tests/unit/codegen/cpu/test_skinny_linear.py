@@ -24,7 +24,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(DTYPES), st.integers(1, skinny_linear.MOST_ROWS), st.integers(1, 600), st.integers(1, 70),
+    st.sampled_from(DTYPES), st.integers(1, skinny_linear.MAX_ROWS), st.integers(1, 600), st.integers(1, 70),
     st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_matmuls_agree_with_float64(
@@ -45,7 +45,7 @@ def test_matmuls_agree_with_float64(
 @settings(deadline=None, max_examples=80)
 @given(
     st.sampled_from(DTYPES),
-    st.integers(1, skinny_linear.MOST_ROWS),
+    st.integers(1, skinny_linear.MAX_ROWS),
     st.integers(1, 600),
     st.integers(1, 70),
     st.booleans(),
@@ -115,7 +115,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
             torch.ops.fhopt.linear_kernel(*operands)
 
 
-class Layer(nn.Module):
+class _Layer(nn.Module):
     """Two linear layers with 300 KB of weights each."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -142,9 +142,9 @@ def products(model: Callable[..., Any], *inputs: Tensor, allowed: bool = True) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "expected"), [(1, 2), (skinny_linear.MOST_ROWS, 2), (skinny_linear.MOST_ROWS + 1, 0)])
+@pytest.mark.parametrize(("rows", "expected"), [(1, 2), (skinny_linear.MAX_ROWS, 2), (skinny_linear.MAX_ROWS + 1, 0)])
 def test_skinny_gemms_go_to_the_kernel(rows: int, expected: int) -> None:
-    model, x = Layer(), torch.randn(rows, 1, 256)
+    model, x = _Layer(), torch.randn(rows, 1, 256)
     found, output = products(model, x)
     assert found == expected
     torch.testing.assert_close(output, model(x), rtol=1e-5, atol=1e-6)  # sums in another order
@@ -152,9 +152,9 @@ def test_skinny_gemms_go_to_the_kernel(rows: int, expected: int) -> None:
 
 @torch.no_grad()
 def test_rows_are_counted_over_all_leading_dimensions() -> None:
-    assert products(Layer(), torch.randn(2, 8, 256))[0] == 2
-    assert products(Layer(), torch.randn(3, 8, 256))[0] == 0
-    assert products(Layer(), torch.randn(256))[0] == 2
+    assert products(_Layer(), torch.randn(2, 8, 256))[0] == 2
+    assert products(_Layer(), torch.randn(3, 8, 256))[0] == 0
+    assert products(_Layer(), torch.randn(256))[0] == 2
 
 
 @torch.no_grad()
@@ -163,13 +163,13 @@ def test_other_operations_are_not_replaced() -> None:
     small, weight = nn.Linear(256, 8), torch.randn(256, 300)
     assert products(small, x)[0] == 0  # fits into the CPU cache
     assert products(lambda y: F.linear(y, weight.t()), x)[0] == 0  # rows of the weight are not contiguous
-    assert products(Layer(torch.float64), x.double())[0] == 0
-    assert products(Layer(), x, allowed=False)[0] == 0
+    assert products(_Layer(torch.float64), x.double())[0] == 0
+    assert products(_Layer(), x, allowed=False)[0] == 0
 
 
 @torch.no_grad()
 def test_under_autocast_matmuls_are_unchanged() -> None:
-    model, x = Layer(), torch.randn(2, 256)
+    model, x = _Layer(), torch.randn(2, 256)
 
     def inside(y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -182,7 +182,7 @@ def test_under_autocast_matmuls_are_unchanged() -> None:
 
 @torch.no_grad()
 def test_the_option_leaves_matmuls_to_inductor() -> None:
-    model, x = Layer(), torch.randn(2, 256)
+    model, x = _Layer(), torch.randn(2, 256)
     expected = model(x)
     chosen: list[dict[str, Any]] = [{"ratio": 1}, {"ratio": 1, "skinny_products": False}]
     for options in chosen:
@@ -194,10 +194,10 @@ def test_the_option_leaves_matmuls_to_inductor() -> None:
 
 @pytest.mark.slow
 def test_training_leaves_matmuls_with_gradients_unchanged() -> None:
-    model, x = Layer(), torch.randn(2, 256)
+    model, x = _Layer(), torch.randn(2, 256)
     compiled = torch.compile(model, backend="flashhead", options={"ratio": 1})
     compiled(x).sum().backward()
-    expected = Layer()
+    expected = _Layer()
     expected.load_state_dict(model.state_dict())
     expected(x).sum().backward()
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):

@@ -102,8 +102,8 @@ def test_non_finite_values_propagate_only_in_their_row_and_column(dtype: torch.d
 
 def test_it_serves_many_16_bit_rows_where_torch_lacks_native_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype: dtype == torch.bfloat16)
-    assert wide_linear.takes_many_rows(skinny_linear.MOST_ROWS + 1, torch.bfloat16) and wide_linear.is_wanted()
-    assert not wide_linear.takes_many_rows(skinny_linear.MOST_ROWS, torch.bfloat16)
+    assert wide_linear.takes_many_rows(skinny_linear.MAX_ROWS + 1, torch.bfloat16) and wide_linear.is_wanted()
+    assert not wide_linear.takes_many_rows(skinny_linear.MAX_ROWS, torch.bfloat16)
     assert not wide_linear.takes_many_rows(1000, torch.float16) and not wide_linear.takes_many_rows(1000, torch.float32)
     for loops in ((), (torch.float16,)):  # AVX-512 without float16: float32 matmuls have equally wide vectors
         monkeypatch.setattr(wide_linear, "multiplies_by_loops", lambda dtype, loops=loops: dtype in loops)

@@ -15,7 +15,7 @@ from fhopt.codegen.build import render_kernel
 from fhopt.codegen.gpu import configs, tuning
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.gpus import GPUS, gpu_named
-from fhopt.codegen.gpu.launch import MOST_SPLITS
+from fhopt.codegen.gpu.launch import MAX_SPLITS
 from fhopt.codegen.gpu.resources import CompileRequest, Resources, compile_kernels, objection, occupancy
 from fhopt.codegen.gpu.signatures import attention_example
 from fhopt.codegen.gpu.tuning import Workload, choose_each, token_bytes, tune, tune_kernel
@@ -79,7 +79,7 @@ def merge_request(spec: KernelSpec) -> CompileRequest:
     """Request the kernel that merges the maximum number of token ranges."""
     types, constants, attrs = attention_example(spec, default_config(spec, 1))["merge_kernel"]
     return CompileRequest(
-        render_kernel(spec, "triton"), "merge_kernel", types, constants | {"BLOCK_S": MOST_SPLITS}, attrs
+        render_kernel(spec, "triton"), "merge_kernel", types, constants | {"BLOCK_S": MAX_SPLITS}, attrs
     )
 
 

@@ -22,7 +22,7 @@ from fhopt.passes.prepare.decompose import Decompose
 # --------------------------------------------------------------------------------------------------- MultiheadAttention
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """nn.MultiheadAttention on one input, or on a query and separate keys and values."""
 
     def __init__(self, weights: bool = True, average: bool = True, causal: bool = False, **options: Any) -> None:
@@ -57,18 +57,18 @@ def test_multi_head_attention_shows_its_projections_and_its_core(
     options: dict[str, Any], padding: Tensor | None, mask: Tensor | None
 ) -> None:
     x = torch.randn(B, S, E) if options.get("batch_first") else torch.randn(S, B, E)
-    after = check(traced(Attention(**options), x, x, x, padding, mask))
+    after = check(traced(_Attention(**options), x, x, x, padding, mask))
     assert [op_name(n) for n in after.graph.nodes].count("linear") == 2
 
 
 def test_keys_and_values_of_other_widths_have_separate_projections() -> None:
-    module = Attention(False, kdim=12, vdim=10)
+    module = _Attention(False, kdim=12, vdim=10)
     check(traced(module, torch.randn(S, B, E), torch.randn(T, B, 12), torch.randn(T, B, 10)))
 
 
 def test_inputs_without_a_batch_stay_without_one() -> None:
     x = torch.randn(S, E)
-    after = check(traced(Attention(), x, x, x, None, TRIANGLE))
+    after = check(traced(_Attention(), x, x, x, None, TRIANGLE))
     assert fake(after.graph.output_node().args[0][0]).shape == (S, E)  # type: ignore[index, arg-type]
 
 
@@ -84,14 +84,16 @@ def test_static_keys_and_values_replace_the_projected_ones() -> None:
 @pytest.mark.parametrize("weights", [True, False])
 def test_dropout_in_training_stays_dropout(weights: bool) -> None:
     x = torch.randn(S, B, E)
-    after = check(traced(Attention(weights, dropout=0.4).train(), x, x, x))  # the same random numbers in the same order
+    after = check(
+        traced(_Attention(weights, dropout=0.4).train(), x, x, x)
+    )  # the same random numbers in the same order
     first, second = (fx.Interpreter(after.module).run(*after.values.values())[0] for _ in range(2))
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_symbolic_sizes_stay_symbolic(weights: bool) -> None:
-    module, x = Attention(weights), torch.randn(S, B, E)
+    module, x = _Attention(weights), torch.randn(S, B, E)
     program = traced(module, x, x, x, None, TRIANGLE, dynamic=True)
     after = check(program)
     longer, mask = torch.randn(9, 3, E), torch.ones(9, 9, dtype=torch.bool).triu(1)
@@ -111,7 +113,7 @@ def test_autocast_around_a_composite_is_autocast_around_its_operations() -> None
     class Under(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = Attention(False, add_zero_attn=True)
+            self.inner = _Attention(False, add_zero_attn=True)
 
         def forward(self, x: Tensor) -> Any:
             with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +125,7 @@ def test_autocast_around_a_composite_is_autocast_around_its_operations() -> None
 
 def test_new_nodes_have_the_line_that_made_the_composite() -> None:
     x = torch.randn(S, B, E)
-    program = traced(Attention(), x, x, x)
+    program = traced(_Attention(), x, x, x)
     (node,) = (n for n in program.graph.nodes if op_name(n) == "multi_head_attention_forward")
     after, _ = decomposed(program)
     (softmax,) = (n for n in after.graph.nodes if op_name(n) == "softmax")

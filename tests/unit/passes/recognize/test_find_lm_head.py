@@ -43,10 +43,10 @@ def test_the_head_of_a_family_is_found(name: str) -> None:
     assert model.get_submodule(site.module).weight is model.get_parameter(weight)
 
 
-Finish = Callable[["Words", Tensor], Tensor]
+Finish = Callable[["_Words", Tensor], Tensor]
 
 
-class Words(nn.Module):
+class _Words(nn.Module):
     """A model without layers: an embedding, a norm, and `finish` from its hidden states to its output."""
 
     def __init__(self, finish: Finish) -> None:
@@ -60,7 +60,7 @@ class Words(nn.Module):
 
 
 def site_of(finish: Finish) -> HeadSite:
-    return find_head(capture(Words(finish), (torch.randint(0, V, (2, T)),)))
+    return find_head(capture(_Words(finish), (torch.randint(0, V, (2, T)),)))
 
 
 def reason(finish: Finish) -> str:

@@ -20,7 +20,7 @@ from fhopt.passes.graph.printing import print_graph
 H, G, D, T = 4, 2, 8, 12
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """q, k, v, o projections around a spelling `core(q, k, v) -> o`, all [B, heads, T, D]."""
 
     def __init__(self, core: Callable[..., Tensor], kv_heads: int = H) -> None:
@@ -150,7 +150,7 @@ def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes_outcome.Outc
 @pytest.mark.parametrize("core", PLAIN + GROUPED, ids=lambda f: f.__name__)
 def test_every_spelling_becomes_one_canonical_node_with_the_same_results(core: Callable[..., Tensor]) -> None:
     kv_heads = G if core in GROUPED else H
-    module, x = Block(core, kv_heads).eval(), torch.randn(2, T, H * D)
+    module, x = _Block(core, kv_heads).eval(), torch.randn(2, T, H * D)
     captured, result = outcome(module, x)
     assert [m.reason for m in result.missed] == []
     (site,) = result.sites.values()
@@ -172,7 +172,7 @@ def test_with_batch_size_one_an_axis_of_batch_and_heads_is_recognized(heads: int
     def core(m: Any, *heads_of: Tensor) -> Tensor:
         return folded_weights(m, *(t[:, :heads] for t in heads_of)).repeat(1, H // heads, 1, 1)
 
-    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    module, x = _Block(core).eval(), torch.randn(1, T, H * D)
     captured, result = outcome(module, x)
     assert [m.reason for m in result.missed] == []
     (site,) = result.sites.values()
@@ -183,7 +183,7 @@ def test_with_batch_size_one_an_axis_of_batch_and_heads_is_recognized(heads: int
 
 @pytest.mark.parametrize("core", [sdpa, masked_fill, where, softcap, added_mask], ids=lambda f: f.__name__)
 def test_gradients_are_the_same_after_normalizing(core: Callable[..., Tensor]) -> None:
-    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    module, x = _Block(core).eval(), torch.randn(1, T, H * D)
     captured, _ = outcome(module, x)
     values = captured.program.values
     output = torch.fx.Interpreter(captured.program.module).run(*values.values())[0]
@@ -199,7 +199,7 @@ def test_gradients_are_the_same_after_normalizing(core: Callable[..., Tensor]) -
     [(sdpa, "causal"), (sdpa_with_positional_mask, "causal"), (where, "causal"), (scale_after, "none")],
 )
 def test_causality_is_determined_from_the_value_of_the_mask(core: Callable[..., Tensor], kind: str) -> None:
-    _, result = outcome(Block(core).eval(), torch.randn(1, T, H * D))
+    _, result = outcome(_Block(core).eval(), torch.randn(1, T, H * D))
     assert [s.mask for s in result.sites.values()] == [kind]
 
 
@@ -300,7 +300,7 @@ def between_channels(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_unrecognized_spellings_are_not_rewritten_with_a_reason(
     core: Callable[..., Tensor], reason: str, reached: str
 ) -> None:
-    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    module, x = _Block(core).eval(), torch.randn(1, T, H * D)
     captured, result = outcome(module, x)
     assert not result.sites
     found = [m for m in result.missed if re.search(reason, m.reason)]
@@ -336,7 +336,7 @@ def test_attention_without_projections_is_not_a_site() -> None:
 
 
 def test_normalizing_twice_changes_nothing_more() -> None:
-    captured, first = outcome(Block(masked_fill).eval(), torch.randn(1, T, H * D))
+    captured, first = outcome(_Block(masked_fill).eval(), torch.randn(1, T, H * D))
     text = print_graph(captured.program.graph)
     second = pipeline.find_attentions(captured.program)
     assert print_graph(captured.program.graph) == text
@@ -357,7 +357,7 @@ def masked_by_assignment(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("core", [masked_in_place, masked_by_assignment], ids=lambda f: f.__name__)
 def test_a_mask_written_in_place_is_recognized_although_its_result_is_unused(core: Callable[..., Tensor]) -> None:
-    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    module, x = _Block(core).eval(), torch.randn(1, T, H * D)
     captured, result = outcome(module, x)
     (site,) = result.sites.values()
     assert site.mask != "none"
@@ -366,7 +366,7 @@ def test_a_mask_written_in_place_is_recognized_although_its_result_is_unused(cor
 
 
 def test_in_place_changes_elsewhere_in_the_graph_survive() -> None:
-    class Beside(Block):
+    class Beside(_Block):
         def forward(self, x: Tensor) -> Tensor:
             y = x * 1
             y.mul_(3)
@@ -379,7 +379,7 @@ def test_in_place_changes_elsewhere_in_the_graph_survive() -> None:
     torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
 
 
-class Biased(Block):
+class Biased(_Block):
     """A bias that is zero in the traced call and scaled with the scores."""
 
     def __init__(self, scale: float) -> None:
@@ -399,7 +399,7 @@ def test_a_bias_that_is_zero_in_the_traced_call_is_not_dropped(scale: float) -> 
 
 
 def test_a_temperature_of_one_in_the_traced_call_is_not_dropped() -> None:
-    class Tempered(Block):
+    class Tempered(_Block):
         def __init__(self) -> None:
             super().__init__(lambda m, q, k, v: ((q @ k.mT) / m.temperature).softmax(-1) @ v)
             self.temperature = nn.Parameter(torch.ones(H, 1, 1))
@@ -417,7 +417,7 @@ def test_two_attentions_of_one_module_have_different_names() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = Block(sdpa), Block(sdpa)
+            self.first, self.second = _Block(sdpa), _Block(sdpa)
             self.second.load_state_dict(self.first.state_dict())
             self.second.q = self.first.q
 
@@ -430,7 +430,7 @@ def test_two_attentions_of_one_module_have_different_names() -> None:
 
 
 def test_attention_to_a_single_key_is_not_rewritten_with_a_reason() -> None:
-    _, result = outcome(Block(scale_after).eval(), torch.randn(2, 1, H * D))
+    _, result = outcome(_Block(scale_after).eval(), torch.randn(2, 1, H * D))
     assert not result.sites
     assert "one key alone, whose weight is always 1" in result.missed[0].reason
 
@@ -452,7 +452,7 @@ def weighed_down_at_the_end(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_a_mask_that_begins_after_the_checked_tokens_is_not_dropped(core: Callable[..., Tensor]) -> None:
     """It is zero on the first tokens, as in a text padded to whole blocks."""
     torch.manual_seed(0)
-    block, x = Block(core), torch.randn(2, LONG, H * D)
+    block, x = _Block(core), torch.randn(2, LONG, H * D)
     expected = block(x)
     captured, found = outcome(block, x)
     assert len(found.sites) == 1
@@ -471,5 +471,5 @@ def masked_by_vmap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def test_a_mask_computed_by_vmap_is_classified() -> None:
     """The nodes that enter and leave a traced `vmap` have no data flow, so its parts cannot run separately."""
-    found = outcome(Block(masked_by_vmap), torch.randn(1, T, H * D))[1]
+    found = outcome(_Block(masked_by_vmap), torch.randn(1, T, H * D))[1]
     assert [(site.mask, site.window) for site in found.sites.values()] == [("sliding", 4)], found.missed

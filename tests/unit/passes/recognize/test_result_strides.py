@@ -20,7 +20,7 @@ H, D, T = 4, 8, 12
 LONG = 300  # number of keys from which few queries use a kernel
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """Attention of the last `queries` tokens, with `after` applied to its result [B, H, S, D]."""
 
     def __init__(self, after: Callable[[Tensor], Any], queries: int = T, fused: bool = False) -> None:
@@ -76,7 +76,7 @@ def test_exact_mode_preserves_the_strides_of_outputs(
     after: Callable[[Tensor], Any], queries: int, dynamic: bool
 ) -> None:
     tokens = LONG if queries == 1 else T
-    module, x = Block(after, queries).eval(), torch.randn(2, tokens, H * D)
+    module, x = _Block(after, queries).eval(), torch.randn(2, tokens, H * D)
     compiled = torch.compile(module, backend="flashhead", options={"ratio": 1}, dynamic=dynamic)
     with torch.no_grad():
         expected, found = module(x), compiled(x)
@@ -94,13 +94,13 @@ def kept_orders(module: nn.Module, x: Tensor) -> list[fx.Node]:
 
 
 def test_no_order_is_enforced_before_a_copy() -> None:
-    assert kept_orders(Block(tokens_first).eval(), torch.randn(2, T, H * D)) == []
-    (kept,) = kept_orders(Block(viewed).eval(), torch.randn(2, T, H * D))
+    assert kept_orders(_Block(tokens_first).eval(), torch.randn(2, T, H * D)) == []
+    (kept,) = kept_orders(_Block(viewed).eval(), torch.randn(2, T, H * D))
     assert kept.args[1] == [0, 1, 2, 3]
 
 
 def test_a_fused_kernel_keeps_its_own_order() -> None:
-    (kept,) = kept_orders(Block(returned, fused=True).eval(), torch.randn(2, T, H * D))
+    (kept,) = kept_orders(_Block(returned, fused=True).eval(), torch.randn(2, T, H * D))
     assert kept.args[1] == [0, 2, 1, 3]
 
 
@@ -145,4 +145,4 @@ def inactive(o: Tensor) -> Tensor:
 
 
 def test_inactive_dropout_has_no_order() -> None:
-    assert kept_orders(Block(inactive).eval(), torch.randn(2, T, H * D)) == []
+    assert kept_orders(_Block(inactive).eval(), torch.randn(2, T, H * D)) == []

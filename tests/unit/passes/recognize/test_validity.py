@@ -150,7 +150,7 @@ def no_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-class Doubled(torch.autograd.Function):
+class _Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x * 1.0
@@ -164,7 +164,7 @@ WITHOUT_GRADIENT: dict[str, Program] = {
     "weights detached": lambda q, k, v: scores(q, k).softmax(-1).detach() @ v,
     "scores detached": lambda q, k, v: scores(q, k).detach().softmax(-1) @ v,
     "no_grad": no_grad,
-    "custom function": lambda q, k, v: Doubled.apply(scores(q, k)).softmax(-1) @ v,
+    "custom function": lambda q, k, v: _Doubled.apply(scores(q, k)).softmax(-1) @ v,
 }
 
 
