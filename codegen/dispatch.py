@@ -65,10 +65,10 @@ def register_kernels() -> None:
 def start_builds() -> None:
     """Start to build the libraries that a model with a plan needs on a CPU, if this machine lacks them."""
     builder.start_attention()
-    cpu_packing.start_packing()
-    cpu_prefill.start_prefill()
-    builder.start(graph_kernels.NAME, graph_kernels.serve_linear)
-    builder.start(layer_program.NAME, layer_program.is_built)
+    for library in (cpu_packing.LIBRARY, cpu_prefill.LIBRARY):
+        builder.start(library.name, library.load)
+    builder.start(graph_kernels.LIBRARY.name, graph_kernels.serve_linear)
+    builder.start(layer_program.LIBRARY.name, layer_program.is_built)
 
 
 def build_all() -> None:
@@ -79,8 +79,8 @@ def build_all() -> None:
 
 def prepare_linear() -> None:
     """Build the kernels of linear layers, and wait for them."""
-    builder.start(graph_kernels.NAME, graph_kernels.serve_linear)
-    builder.wait([graph_kernels.NAME])
+    builder.start(graph_kernels.LIBRARY.name, graph_kernels.serve_linear)
+    builder.wait([graph_kernels.LIBRARY.name])
 
 
 @contextmanager
@@ -163,29 +163,29 @@ def pack_window(
 
 def _has_ops() -> bool:
     """Return whether the C++ ops are callable; not while they are being built in the background."""
-    return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_linear, graph_kernels.compiles_linear))
+    return bool(builder.get(graph_kernels.LIBRARY.name, graph_kernels.serve_linear, graph_kernels.compiles_linear))
 
 
 def _has_blocks() -> bool:
     """Return whether matmuls with GGUF blocks are callable; not while they are being built."""
-    return bool(builder.get(gguf_blocks.NAME, graph_kernels.serve_blocks, graph_kernels.compiles_blocks))
+    return bool(builder.get(gguf_blocks.LIBRARY.name, graph_kernels.serve_blocks, graph_kernels.compiles_blocks))
 
 
 def start_blocks() -> None:
     """Start to build the libraries for matmuls with GGUF blocks."""
-    builder.start(gguf_blocks.NAME, graph_kernels.serve_blocks)
+    builder.start(gguf_blocks.LIBRARY.name, graph_kernels.serve_blocks)
 
 
 def prepare_blocks() -> bool:
     """Build the libraries for matmuls with GGUF blocks, wait for them, and return whether they are callable."""
     start_blocks()
-    builder.wait([gguf_blocks.NAME])
+    builder.wait([gguf_blocks.LIBRARY.name])
     return _has_blocks()
 
 
 def layer_programs_are_built() -> bool:
     """Return whether layer programs can run; not while their library is being built in the background."""
-    return bool(builder.get(layer_program.NAME, layer_program.is_built, layer_program.compiles_layers))
+    return bool(builder.get(layer_program.LIBRARY.name, layer_program.is_built, layer_program.compiles_layers))
 
 
 def dispatch_latent_attention(

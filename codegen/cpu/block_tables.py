@@ -12,8 +12,6 @@ Letters: B sequences, H query heads, G kv heads, J latent heads, D and E head si
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +21,6 @@ from torch.nn import functional as F
 
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.build import build_kernel
-from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.calls.blocks import (
     PANEL_COLUMNS,
@@ -43,12 +40,10 @@ from fhopt.codegen.cpu.calls.caches import Turning
 from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.segment_rotation import MAX_TOKENS, SegmentRotation
 
-NAME = "block_tables"  # of the library
-log = logging.getLogger(__name__)
 _call = packer(BlockCall)
 _FEW = 1 << 16  # numbers, or bytes, for which other threads do not pay
 
@@ -188,7 +183,7 @@ def round_window_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
     start, scale: bytes of a row before numbers and before scales, one float16 for each head. Not where nothing can be
     compiled, or numbers are not of 32 or 16 bits on a CPU.
     """
-    loaded = library() if x.is_cpu and x.dtype in TYPES else None
+    loaded = LIBRARY.load() if x.is_cpu and x.dtype in TYPES else None
     if loaded is None:
         return False
     x = x if x.stride(2) == 1 else x.contiguous()
@@ -207,7 +202,7 @@ def write_block_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tenso
 
     blocks, offsets int64 [N]: where each row goes. Not where nothing can be compiled, or memory is not a CPU's.
     """
-    loaded = library() if cache.is_cpu else None
+    loaded = LIBRARY.load() if cache.is_cpu else None
     if loaded is None:
         return False
     blocks, offsets = blocks.contiguous(), offsets.contiguous()
@@ -225,7 +220,7 @@ def attention_of(layout: BlockLayout) -> BlockAttention | None:
     """Build the decode step of a layer; None where nothing can be compiled, or a plan has odd bit groups."""
     if layout.dtype not in TYPES:
         return None
-    functions, loaded = packing.library(), library()
+    functions, loaded = packing.LIBRARY.load(), LIBRARY.load()
     kernels = [build_kernel(_for_floats(spec)) for spec in layout.specs()]
     if functions is None or loaded is None:
         return None
@@ -239,25 +234,11 @@ def _for_floats(spec: KernelSpec) -> KernelSpec:
     return replace(spec, dtype="float32") if spec.key_tiers and spec.value_tiers else spec
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("block_tables.cpp")
-
-
-def compiles_library() -> bool:
-    """Return whether `library` runs a compiler, which takes seconds; once on a machine it does."""
-    return compiles(NAME, render())
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """Compile and load the library; None where it cannot be compiled."""
-    try:
-        loaded = compile_and_load(NAME, render())
-    except CompileError as error:
-        log.info("%s Decode steps on blocks run on torch operations.", error)
-        return None
-    loaded.attend_blocks.argtypes, loaded.attend_blocks.restype = (ctypes.c_char_p,), None
-    for function in (loaded.round_rows, loaded.place_rows):
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.attend_blocks.argtypes, library.attend_blocks.restype = (ctypes.c_char_p,), None
+    for function in (library.round_rows, library.place_rows):
         function.argtypes, function.restype = (ctypes.c_void_p,), None
-    return loaded
+    return library
+
+
+LIBRARY = CppLibrary("block_tables", "block_tables.cpp", _bind, "Decode steps on blocks run on torch operations.")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,18 +29,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import skinny_linear
 from fhopt.codegen.cpu.calls.formats import EIGHT as EIGHT
 from fhopt.codegen.cpu.calls.formats import FIELDS
 from fhopt.codegen.cpu.calls.formats import FORMATS as FORMATS
 from fhopt.codegen.cpu.calls.kernels import TYPES
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.codegen.cpu.skinny_linear import BlockedWeight
-from fhopt.codegen.cpu.source_text import read_cpp
 
-NAME = "blocks"  # of the library
 _PART = 1 << 19  # bytes of a weight that are arranged at once
-log = logging.getLogger(__name__)
 
 
 def blocked_row_bytes(format: int, width: int) -> int:
@@ -103,38 +99,13 @@ def _turned(numbers: NDArray[np.uint8], rows: int, unit: int) -> NDArray[np.uint
     return np.ascontiguousarray(matrices.swapaxes(2, 3)).view(np.uint8).reshape(*numbers.shape[:2], -1)
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("block_linear.cpp")
-
-
-def needs_compiling() -> bool:
-    """Return whether making the library runs a compiler."""
-    return compiles(NAME, render())
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library; None where it cannot be compiled."""
-    try:
-        loaded = compile_and_load(NAME, render())
-    except CompileError as error:
-        log.info("%s Weights in blocks are dequantized.", error)
-        return None
-    size, pointer = ctypes.c_int64, ctypes.c_void_p
-    loaded.unpack_blocks.argtypes = size, pointer, size, size, size, size, pointer, size, pointer, size, size
-    loaded.unpack_blocks.restype = None
-    loaded.most_block_rows.argtypes, loaded.most_block_rows.restype = (size, size), size
-    return loaded
-
-
 @functools.cache
 def most_rows(format: int, dtype: torch.dtype) -> int:
     """Return for how many rows of an input products with blocks are faster than with their numbers.
 
     dtype: of the input, one of `TYPES`. Without a compiler: 0.
     """
-    loaded = library()
+    loaded = LIBRARY.load()
     return 0 if loaded is None else int(loaded.most_block_rows(format, TYPES[dtype]))
 
 
@@ -160,7 +131,7 @@ def unpack_rows(
     rows = len(blocks.values)
     if which is not None:
         which = _checked(which, rows)
-    loaded = library()
+    loaded = LIBRARY.load()
     if loaded is None:
         return None
     first, end, _ = slice(first, end).indices(rows)
@@ -184,13 +155,20 @@ def unpack_rows(
 @functools.cache
 def register_blocks() -> bool:
     """Make products with blocks known to the library of few rows; False where that cannot be done."""
-    try:
-        few = compile_and_load(skinny_linear.NAME, skinny_linear.render())
-    except CompileError:
-        return False
-    loaded = library()
-    if loaded is None:
+    few, loaded = skinny_linear.LIBRARY.load(), LIBRARY.load()
+    if few is None or loaded is None:
         return False
     few.serve_blocks.argtypes, few.serve_blocks.restype = (ctypes.c_void_p,), None
     few.serve_blocks(ctypes.cast(loaded.block_group, ctypes.c_void_p))
     return True
+
+
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.unpack_blocks.argtypes = size, pointer, size, size, size, size, pointer, size, pointer, size, size
+    library.unpack_blocks.restype = None
+    library.most_block_rows.argtypes, library.most_block_rows.restype = (size, size), size
+    return library
+
+
+LIBRARY = CppLibrary("blocks", "block_linear.cpp", _bind, "Weights in blocks are dequantized.")

@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-import logging
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -35,18 +34,15 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fhopt.codegen.build import build_kernel
-from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import gguf_blocks, packing, skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.ops.cache_operands import OPERANDS, CacheOperands
 from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
 
-NAME = "ops"  # of the library
-log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(
@@ -110,7 +106,7 @@ def call_kernels(
     products = products and not _casts(module.graph)
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n not in fixed]
     served = {n.name for n in calls if _native_call(n, products) is not None}
-    if not served or library() is None:
+    if not served or LIBRARY.load() is None:
         return module
     changed = fx.GraphModule(module, copy.deepcopy(module.graph))
     changed.meta.update(module.meta)
@@ -329,7 +325,7 @@ def register_kernel(spec: KernelSpec) -> bool:
     """Build the kernel of `spec` and make it known to the library; False where that cannot be done."""
     known = _served.get(spec.name)
     if known is None:
-        loaded, kernel = library(), build_kernel(spec)
+        loaded, kernel = LIBRARY.load(), build_kernel(spec)
         known = loaded is not None and isinstance(kernel, LibraryKernel)
         if loaded is not None and isinstance(kernel, LibraryKernel):
             flags = is_scaled(spec.key_tiers) + 2 * is_scaled(spec.value_tiers)
@@ -343,12 +339,12 @@ def register_kernel(spec: KernelSpec) -> bool:
 @functools.cache
 def serve_linear() -> bool:
     """Make linear layers known to the library, on few rows at least; False where that cannot be done."""
-    loaded, address = library(), skinny_linear.skinny_address()
-    if loaded is None or address is None:
+    loaded, skinny = LIBRARY.load(), skinny_linear.LIBRARY.load()
+    if loaded is None or skinny is None:
         return False
     loaded.fhopt_serve_skinny.argtypes = ctypes.c_void_p, ctypes.c_int64
     loaded.fhopt_serve_skinny.restype = None
-    loaded.fhopt_serve_skinny(address, skinny_linear.MAX_ROWS)
+    loaded.fhopt_serve_skinny(ctypes.cast(skinny.skinny, ctypes.c_void_p), skinny_linear.MAX_ROWS)
     if wide_linear.is_wanted():
         serve_wide()
     return True
@@ -357,11 +353,11 @@ def serve_linear() -> bool:
 @functools.cache
 def serve_wide() -> bool:
     """Make linear layers on many rows known to the library; False where that cannot be done."""
-    loaded, address = library(), wide_linear.wide_address()
-    if loaded is None or address is None:
+    loaded, wide = LIBRARY.load(), wide_linear.LIBRARY.load()
+    if loaded is None or wide is None:
         return False
     loaded.fhopt_serve_wide.argtypes, loaded.fhopt_serve_wide.restype = (ctypes.c_void_p,), None
-    loaded.fhopt_serve_wide(address)
+    loaded.fhopt_serve_wide(ctypes.cast(wide.wide, ctypes.c_void_p))
     return True
 
 
@@ -370,7 +366,7 @@ def serve_blocks() -> bool:
     """Make linear layers with weights in blocks of GGUF files known to the library; False where that cannot be done."""
     if not serve_linear() or not gguf_blocks.register_blocks():
         return False
-    loaded = library()
+    loaded = LIBRARY.load()
     assert loaded is not None
     loaded.fhopt_serve_blocks()
     return True
@@ -378,19 +374,13 @@ def serve_blocks() -> bool:
 
 def compiles_blocks() -> bool:
     """Return whether `serve_blocks` runs a compiler."""
-    return compiles_linear() or gguf_blocks.needs_compiling()
+    return compiles_linear() or gguf_blocks.LIBRARY.compiles()
 
 
 def compiles_linear() -> bool:
     """Return whether `serve_linear` runs a compiler, which takes seconds; once on a machine it does."""
-    products = compiles(skinny_linear.NAME, skinny_linear.render())
-    products |= wide_linear.is_wanted() and compiles(wide_linear.NAME, wide_linear.render())
-    return products or compiles(NAME, render(), _flags()) or packing.compiles_library()
-
-
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("graph_kernels.cpp")
+    products = [skinny_linear.LIBRARY, *([wide_linear.LIBRARY] if wide_linear.is_wanted() else [])]
+    return any(library.compiles() for library in (*products, LIBRARY, packing.LIBRARY))
 
 
 def torch_flags() -> tuple[str, ...]:
@@ -404,19 +394,18 @@ def _flags() -> tuple[str, ...]:
     return (*torch_flags(), f'-DFHOPT_TORCH="{torch.__version__}"')
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """Compile and load the library of C++ ops; None where it cannot be built."""
-    functions = packing.library()
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL | None:
+    functions = packing.LIBRARY.load()
     if functions is None:
         return None
-    try:
-        loaded = compile_and_load(NAME, render(), _flags(), ("-ltorch_cpu",))
-    except CompileError as error:
-        log.info("%s Calls of kernels go through Python, which costs some 30 microseconds each.", error)
-        return None
-    loaded.fhopt_serve.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 3)
-    loaded.fhopt_serve.restype = None
-    loaded.fhopt_serve_pack.argtypes, loaded.fhopt_serve_pack.restype = (ctypes.c_void_p,), None
-    loaded.fhopt_serve_pack(ctypes.cast(functions[0], ctypes.c_void_p))
-    return loaded
+    library.fhopt_serve.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 3)
+    library.fhopt_serve.restype = None
+    library.fhopt_serve_pack.argtypes, library.fhopt_serve_pack.restype = (ctypes.c_void_p,), None
+    library.fhopt_serve_pack(ctypes.cast(functions[0], ctypes.c_void_p))
+    return library
+
+
+LIBRARY = CppLibrary(
+    "ops", "graph_kernels.cpp", _bind, "Calls of kernels go through Python, which costs some 30 microseconds each.",
+    _flags, ("-ltorch_cpu",),
+)  # fmt: skip

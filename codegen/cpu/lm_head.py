@@ -22,23 +22,19 @@ Letters: M hidden states, C their width, R width of the basis, V vocabulary, K c
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.calls.kernels import HEAD_BLOCK, HeadSearch
 from fhopt.codegen.cpu.calls.kernels import TYPES as TYPES
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 
 BLOCK = HEAD_BLOCK
 NUMBERS = 6  # of a row of a block, beside its codes
 WIDEST = 32_768  # coordinates: sums of products of codes stay below 2^31
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,37 +101,15 @@ class Candidates:
     logits: Tensor | None = None
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("lm_head.cpp")
-
-
-@functools.cache
-def library() -> Any | None:
-    """Compile the function `search`; None where it cannot be compiled."""
-    return compiled()
-
-
-def compiled(*flags: str) -> Any | None:
-    """Compile the function `search` with further flags; None where it cannot be compiled."""
-    try:
-        function = compile_and_load("head", render(), flags).search
-    except CompileError as error:
-        log.info("%s The head stays dense.", error)
-        return None
-    function.argtypes, function.restype = (ctypes.c_void_p,), None
-    return function
-
-
 def search_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search, function: Any | None = None
 ) -> Candidates:
     """Search candidates for hidden [M, C] and weight [V, C] of one type (float32, bfloat16, float16) on a CPU.
 
-    bias: [V] of the same type, or None. function: result of `compiled`; None: `library()`. Raises ValueError for
+    bias: [V] of the same type, or None. function: of another build; None: `LIBRARY.load()`. Raises ValueError for
     tensors that do not fit, and where nothing can be compiled.
     """
-    run = function or library()
+    run = function or LIBRARY.load()
     if run is None:
         raise ValueError("there is no compiled kernel")
     _check(hidden, weight, bias, codes, options)
@@ -191,3 +165,11 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, op
 def head_block_bytes(rank: int, lead: int) -> int:
     """Return the bytes of a block of 16 rows: quantized values, numbers and which rows they are."""
     return BLOCK * (lead + (rank - lead) // 2 + 2 * NUMBERS + 4)
+
+
+def _bind(library: ctypes.CDLL) -> Any:
+    library.search.argtypes, library.search.restype = (ctypes.c_void_p,), None
+    return library.search
+
+
+LIBRARY = CppLibrary("head", "lm_head.cpp", _bind, "The head stays dense.")

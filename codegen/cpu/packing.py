@@ -20,16 +20,14 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.background import builder
-from fhopt.codegen.compiler import CompileError, compile_and_load, compiles, warn_without_compiler
 from fhopt.codegen.cpu.calls.kernels import TYPES, Pack, Tier
 from fhopt.codegen.cpu.calls.layouts import packer
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
 _arguments = packer(Pack)
-NAME = "pack"  # of the library
-_FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the other
+# a product and a sum are rounded one after the other
 
 
 class BitGroupTable(NamedTuple):
@@ -83,38 +81,10 @@ def unpack_cpu(
     return latent
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("packing.cpp")
-
-
 def _built() -> tuple[Any, Any] | None:
-    """Return what `library` does; None also while it is being compiled, in the background."""
-    functions: tuple[Any, Any] | None = builder.get(NAME, library, compiles_library)
+    """Return `LIBRARY.load()`; None also while it is being compiled, in the background."""
+    functions: tuple[Any, Any] | None = builder.get(LIBRARY.name, LIBRARY.load, LIBRARY.compiles)
     return functions
-
-
-def compiles_library() -> bool:
-    """Return whether `library` runs a compiler, which takes seconds; once on a machine it does."""
-    return compiles(NAME, render(), _FLAGS)
-
-
-def start_packing() -> None:
-    """Start to build the library, in the background."""
-    builder.start(NAME, library)
-
-
-@functools.cache
-def library() -> tuple[Any, Any] | None:
-    """Compile the functions `pack` and `unpack`; None, and a warning, where they cannot be compiled."""
-    try:
-        loaded = compile_and_load(NAME, render(), _FLAGS)
-    except CompileError as error:
-        warn_without_compiler(error)
-        return None
-    for function in (loaded.pack, loaded.unpack):
-        function.argtypes, function.restype = (ctypes.c_char_p,), None
-    return loaded.pack, loaded.unpack
 
 
 @functools.cache
@@ -160,3 +130,12 @@ def _arguments_of(
         *(codes.data_ptr(), *ones, *codes.stride()[:-1]),
         *(scale.data_ptr(), *ones, *scale.stride()),
     )
+
+
+def _bind(library: ctypes.CDLL) -> tuple[Any, Any]:
+    for function in (library.pack, library.unpack):
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
+    return library.pack, library.unpack
+
+
+LIBRARY = CppLibrary("pack", "packing.cpp", _bind, flags=lambda: ("-ffp-contract=off",))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,38 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.calls.kernels import MAX_PAGE_TOKENS, MAX_SKETCH_WORDS, Choice, PagedCall, Sketches
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.ops.page_selection import FEWEST, pages_read
 from fhopt.ops.paged_attention import PageStep
 
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-log = logging.getLogger(__name__)
 
 
 _pack_sketches, _pack_choice, _pack_step = packer(Sketches), packer(Choice), packer(PagedCall)
-
-
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("pages.cpp")
-
-
-@functools.cache
-def _compiled() -> ctypes.CDLL | None:
-    """Compile the functions `weigh_pages` and `attend_pages`; None where they cannot be compiled."""
-    try:
-        library = compile_and_load("pages", render())
-    except CompileError as error:
-        log.info("%s Pages are weighed by torch.", error)
-        return None
-    library.weigh_pages.argtypes, library.weigh_pages.restype = (ctypes.c_char_p, ctypes.c_void_p), None
-    library.attend_pages.argtypes, library.attend_pages.restype = (ctypes.c_char_p,) * 4, None
-    return library
 
 
 def weigh_pages(
@@ -70,7 +49,7 @@ def weigh_pages(
     is rounded to 8 bits, which moves the logit of a token by up to 1/254 of the largest weight, times the sum of its
     codes. None where the kernel does not serve.
     """
-    library = _compiled()
+    library = LIBRARY.load()
     words = _words(tuple(bits), tuple(widths), tuple(steps))
     if library is None or words is None or not _serves(codes, scales, words, page_tokens, mask):
         return None
@@ -87,7 +66,7 @@ def weigh_pages(
 
 def call_attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor, Tensor] | None:
     """Select pages and attend to them by `kernel`, as `attend_pages_reference` does; None where it cannot serve."""
-    library = _compiled()
+    library = LIBRARY.load()
     words = _words(tuple(step.bits), tuple(step.widths), tuple(step.steps))
     if library is None or words is None or not _fits(step, words):
         return None
@@ -178,3 +157,12 @@ def _words(
     counts = torch.tensor(codes, device="cpu")
     each = [s for s, size in zip(steps, sizes, strict=True) for _ in range(size // 4)]
     return (32 // counts).to(torch.int32), (counts.cumsum(0) - counts).to(torch.int32), torch.tensor(each, **FLOATS)
+
+
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.weigh_pages.argtypes, library.weigh_pages.restype = (ctypes.c_char_p, ctypes.c_void_p), None
+    library.attend_pages.argtypes, library.attend_pages.restype = (ctypes.c_char_p,) * 4, None
+    return library
+
+
+LIBRARY = CppLibrary("pages", "pages.cpp", _bind, "Pages are weighed by torch.")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,18 +21,15 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.background import builder
-from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.calls.kernels import TYPES, OpenAttention, Rows
 from fhopt.codegen.cpu.launch import mask_operand
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.ops import algebra
 from fhopt.ops.masks import within
 
-NAME = "prefill"  # of the library
 NUMBERS, MIN_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
 MIN_LANES = 8
-log = logging.getLogger(__name__)
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -54,7 +50,7 @@ def open_attention_cpu(
     to before the second; then output is float32, for it is a part of something. Returns o [B,H,S,E] in the dtype of
     query, and lse [B,H,S] float32: -inf, and o = 0, where a query sees nothing. For calls without gradients.
     """
-    function = builder.get(NAME, library, compiles_library) if can_attend(query, key, value) else None
+    function = builder.get(LIBRARY.name, LIBRARY.load, LIBRARY.compiles) if can_attend(query, key, value) else None
     if function is None:
         return None
     dtype = query.dtype if spans is None else torch.float32
@@ -80,7 +76,7 @@ def rebuilt_attention_cpu(
 
     None where no kernel serves.
     """
-    function = builder.get(NAME, library, compiles_library) if query.dtype in TYPES else None
+    function = builder.get(LIBRARY.name, LIBRARY.load, LIBRARY.compiles) if query.dtype in TYPES else None
     if function is None:
         return None
     tokens = key.shape[2]
@@ -159,31 +155,11 @@ def _rows(x: Tensor) -> Rows:
     return Rows(x.data_ptr(), *x.stride()[:3])
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("prefill.cpp")
-
-
-def compiles_library() -> bool:
-    """Return whether `library` runs a compiler, which takes seconds; once on a machine it does."""
-    return compiles(NAME, render())
-
-
-def start_prefill() -> None:
-    """Start to build the library, in the background."""
-    builder.start(NAME, library)
-
-
-@functools.cache
-def library() -> Any | None:
-    """Compile the function `open_attention`; None where it cannot be compiled, or vectors are of less than 8 floats."""
-    try:
-        loaded = compile_and_load(NAME, render())
-    except CompileError as error:
-        log.info("%s Attention of many queries is left to torch.", error)
+def _bind(library: ctypes.CDLL) -> Any:
+    if library.lanes() < MIN_LANES:  # torch is faster: 0.44 times as long with 4, on x86
         return None
-    if loaded.lanes() < MIN_LANES:  # torch is faster: 0.44 times as long with 4, on x86
-        return None
-    function = loaded.open_attention
-    function.argtypes, function.restype = (ctypes.c_void_p,), None
-    return function
+    library.open_attention.argtypes, library.open_attention.restype = (ctypes.c_void_p,), None
+    return library.open_attention
+
+
+LIBRARY = CppLibrary("prefill", "prefill.cpp", _bind, "Attention of many queries is left to torch.")

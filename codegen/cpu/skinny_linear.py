@@ -14,9 +14,6 @@ Letters: M rows (new tokens of all sequences), K width of the input, N width of 
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +22,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fhopt.codegen.compiler import CompileError, compile_and_load
 from fhopt.codegen.cpu.calls.kernels import TYPES
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 
-NAME = "skinny"  # of the library
 MAX_ROWS = 16  # more rows are worth bringing the weight into order
 MAX_BLOCK_ROWS = 128  # beside a weight in blocks, of any format: `gguf_blocks.most_rows` is for one
 MIN_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
 DTYPES = tuple(TYPES)
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
-log = logging.getLogger(__name__)
 
 
 def takes_rows(rows: int, weight: Tensor) -> bool:
@@ -151,16 +145,4 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("skinny_linear.cpp")
-
-
-@functools.cache
-def skinny_address() -> int | None:
-    """Return the address of the compiled function `skinny`; None where it cannot be compiled."""
-    try:
-        return ctypes.cast(compile_and_load(NAME, render()).skinny, ctypes.c_void_p).value
-    except CompileError as error:
-        log.info("%s Products of few rows are left to torch.", error)
-        return None
+LIBRARY = CppLibrary("skinny", "skinny_linear.cpp", lambda library: library, "Products of few rows are left to torch.")

@@ -18,20 +18,13 @@ Letters: M rows, K width of the input, N width of the output.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
-
 import torch
 
-from fhopt.codegen.compiler import CompileError, compile_and_load
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
-from fhopt.codegen.cpu.source_text import read_cpp
 from fhopt.system import multiplies_by_loops
 
-NAME = "wide"  # of the library
 _HALVES = (torch.bfloat16, torch.float16)
-log = logging.getLogger(__name__)
 
 
 def takes_many_rows(rows: int, dtype: torch.dtype) -> bool:
@@ -47,16 +40,4 @@ def is_wanted() -> bool:
     return multiplies_by_loops(torch.bfloat16)
 
 
-def render() -> str:
-    """Read the C++ file."""
-    return read_cpp("wide_linear.cpp")
-
-
-@functools.cache
-def wide_address() -> int | None:
-    """Return the address of the compiled function `wide`; None where it cannot be compiled."""
-    try:
-        return ctypes.cast(compile_and_load(NAME, render()).wide, ctypes.c_void_p).value
-    except CompileError as error:
-        log.info("%s Products of many rows are left to torch.", error)
-        return None
+LIBRARY = CppLibrary("wide", "wide_linear.cpp", lambda library: library, "Products of many rows are left to torch.")

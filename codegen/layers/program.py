@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from fhopt.codegen.compiler import CompileError, compile_and_load, compiles
 from fhopt.codegen.cpu import skinny_linear
 from fhopt.codegen.cpu.calls.caches import PackedInstruction, ProgramRun
-from fhopt.codegen.cpu.source_text import read_cpp
-
-NAME = "layer"  # of the library
-log = logging.getLogger(__name__)
+from fhopt.codegen.cpu.library import CppLibrary
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,6 @@ class LayerProgram:
     read: frozenset[int]
 
 
-def render() -> str:
-    """Return the C++ file."""
-    return read_cpp("layer_program.cpp")
-
-
 class Functions(NamedTuple):
     """Compiled functions; skinny_group: an address. `are_held` runs with the GIL, if there is one."""
 
@@ -71,18 +61,11 @@ class Functions(NamedTuple):
 @functools.cache
 def functions() -> Functions | None:
     """Return the functions of the libraries; None if they cannot be compiled."""
-    try:
-        library = compile_and_load(NAME, render())
-        group = ctypes.cast(
-            compile_and_load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p
-        ).value
-    except CompileError as error:
-        log.info("%s Layers run operation by operation.", error)
+    library, few = LIBRARY.load(), skinny_linear.LIBRARY.load()
+    if library is None or few is None:
         return None
+    group = ctypes.cast(few.skinny_group, ctypes.c_void_p).value
     assert group is not None
-    library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_void_p,), None
-    library.run_decode_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    library.run_decode_steps.restype = None
     checks = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, *(ctypes.c_void_p, ctypes.c_int64) * 2)
     return Functions(library.run_layer, library.run_decode_steps, checks(("are_held", library)), group)
 
@@ -94,7 +77,7 @@ def is_built() -> bool:
 
 def compiles_layers() -> bool:
     """Return whether `is_built` runs a compiler, which takes seconds; it does once per machine."""
-    return compiles(NAME, render()) or compiles(skinny_linear.NAME, skinny_linear.render())
+    return LIBRARY.compiles() or skinny_linear.LIBRARY.compiles()
 
 
 def run_segment(program: LayerProgram, number: int, externals: Any, address: int, threads: int) -> None:
@@ -112,3 +95,13 @@ def run_of(program: LayerProgram, number: int, address: int, threads: int) -> Pr
         instructions=ctypes.addressof(segment.instructions), count=len(segment.instructions), arena=program.arena,
         threads=threads, externals=address, skinny=compiled.skinny_group,
     )  # fmt: skip
+
+
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_void_p,), None
+    library.run_decode_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    library.run_decode_steps.restype = None
+    return library
+
+
+LIBRARY = CppLibrary("layer", "layer_program.cpp", _bind, "Layers run operation by operation.")

@@ -38,7 +38,7 @@ def render_library(specs: Sequence[KernelSpec]) -> dict[str, str]:
 
 def _op(specs: Sequence[KernelSpec]) -> str:
     """Render the one op of graph_kernels.py that exported programs call, its schema, and its kernel table."""
-    head = graph_kernels.render().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
+    head = graph_kernels.LIBRARY.text().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
     return head + _TAIL.substitute(
         schema=str(torch.ops.fhopt.latent_kernel.default._schema).removeprefix("fhopt::"),
         declared="\n".join(f'extern "C" const void* {attention.table_name(spec)}();' for spec in specs),

@@ -57,7 +57,7 @@ def apply_head(model: nn.Module, head: Head, **options: Any) -> nn.Module:
             f"{site.bias} is added to the output of {site.module} by another operation. Expected it as the bias of "
             "that layer, where the search includes it."
         )
-    if cpu_lm_head.library() is None:
+    if cpu_lm_head.LIBRARY.load() is None:
         log.warning("No C++ compiler was found: the head stays dense. Install g++ (or clang++) and start again.")
     module = RetrievalHead(head, weight, bias, **options)
     setattr(model, KEPT, _install(model, owner, site, module))

@@ -91,7 +91,7 @@ def can_search(hidden: Tensor, weight: Tensor) -> bool:
     if not typed or not 1 <= len(hidden) <= MAX_ROWS or weight.stride(1) != 1:
         return False
     if hidden.is_cpu:
-        return cpu_lm_head.library() is not None
+        return cpu_lm_head.LIBRARY.load() is not None
     return hidden.is_cuda and has_triton()
 
 

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 CPUS = ("neoverse-n1", "cortex-a53")  # with and without int8 dot products
 LIBRARIES: dict[str, Callable[[], str]] = {
-    module.__name__.rpartition(".")[2]: module.render
+    module.__name__.rpartition(".")[2]: module.LIBRARY.text
     for module in (block_tables, gguf_blocks, lm_head, packing, pages, prefill, skinny_linear, wide_linear, program)
 }
 # Loads a case, writes its matmul results and the dequantized weight.
@@ -77,7 +77,7 @@ def test_a_library_compiles(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_matmuls_with_blocks_agree_with_float64(cpu: str, tmp_path: Path) -> None:
-    compiled(gguf_blocks.render() + MAIN, cpu, tmp_path / "products", ("-O3", "-std=c++17", "-static"))
+    compiled(gguf_blocks.LIBRARY.text() + MAIN, cpu, tmp_path / "products", ("-O3", "-std=c++17", "-static"))
     rows, columns, width = 7, 21, 512
     for format in sorted(HALVES):
         given = random_rows(format, columns, width)

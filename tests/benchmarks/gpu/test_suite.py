@@ -78,8 +78,8 @@ def test_a_wrong_kernel_ends_the_run_before_any_measurement(tmp_path: Path) -> N
     spoiled.mkdir()
     (spoiled / "sitecustomize.py").write_text(
         "import fhopt.codegen.gpu.attention as module\n"
-        "render = module.render\n"
-        "module.render = lambda spec: render(spec).replace('* LN2', '* 0.7')\n"
+        "render = module.render_triton\n"
+        "module.render_triton = lambda spec: render(spec).replace('* LN2', '* 0.7')\n"
     )
     path = os.pathsep.join([str(spoiled), str(ROOT)])
     done = run(tmp_path, "--dry", "--check", PYTHONPATH=path, FHOPT_CACHE_DIR=str(tmp_path / "cache"))

@@ -44,8 +44,7 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
     monkeypatch.setattr(background, "load_library", lambda: may_build.wait(30))
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
-    for library in ("packing", "prefill"):
-        monkeypatch.setattr(f"fhopt.codegen.cpu.{library}.start", lambda: None)
+    monkeypatch.setattr("fhopt.codegen.cpu.library.CppLibrary.load", lambda _: None)
     monkeypatch.setattr("fhopt.codegen.cpu.graph_kernels.serve_linear", lambda: False)
     torch.manual_seed(0)
     before = read(12)

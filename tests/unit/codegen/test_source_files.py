@@ -57,16 +57,16 @@ def test_clang_format_is_off_for_a_few_lines_only(file: Path) -> None:
 RENDERS = """
 import hashlib, sys
 import fhopt.codegen
-from fhopt.codegen import render
+from fhopt.codegen import render_kernel
 from fhopt.codegen.cpu import block_tables, graph_kernels, lm_head, packing, pages, skinny_linear, wide_linear
 from fhopt.codegen.gpu import prefill
 from fhopt.codegen.layers import program
 from fhopt.plan import KernelSpec
 
 spec = KernelSpec(((4, 16, 0.25),), ((3, 16, 0.5), (16, 8, 0.0)), 16, 24, "bfloat16", True)
-texts = [render(spec, target) for target in ("cpp", "torch", "triton")] + [prefill.render(spec)]
+texts = [render_kernel(spec, target) for target in ("cpp", "torch", "triton")] + [prefill.render_prefill(spec)]
 plain = block_tables, graph_kernels, lm_head, packing, pages, program, skinny_linear, wide_linear
-texts += [module.render() for module in plain]
+texts += [module.LIBRARY.text() for module in plain]
 print(fhopt.codegen.__file__)
 print(*[hashlib.sha256(text.encode()).hexdigest() for text in texts])
 """

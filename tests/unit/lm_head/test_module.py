@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_a_model_of_another_dtype_uses_the_dense_head_and_its_codes_are_unchange
 def test_without_a_compiler_the_head_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights("random", 97, 24)
     module, hidden = RetrievalHead(made(weight), weight, None), torch.randn(2, 24)
-    monkeypatch.setattr(lm_head, "library", lambda: None)
+    monkeypatch.setattr(lm_head, "LIBRARY", replace(lm_head.LIBRARY, bind=lambda _: None))
     assert torch.equal(module(hidden), dense(hidden, weight, None)) and module.report().certified == 0
 
 

@@ -185,7 +185,7 @@ def test_several_weights_multiply_one_input(is_float: bool, rows: int, threads: 
             b.values.data_ptr(), b.values.stride(0), 0, y.data_ptr(), 0, is_float,
         ) for b, y in zip(weights, made, strict=True)
     ]  # fmt: skip
-    library = gguf_blocks.library()
+    library = gguf_blocks.LIBRARY.load()
     assert library is not None
     library.block_group(b"".join(calls), ctypes.c_int64(len(calls)))
     for blocks, y in zip(weights, made, strict=True):
@@ -219,7 +219,7 @@ def test_results_agree_between_instruction_sets(isa: str, monkeypatch: pytest.Mo
         blocks = random_blocks(format, 43, 768)
         numbers[format] = blocks, product(x, blocks), gguf_blocks.unpack_rows(blocks, torch.float32)
     monkeypatch.setenv("FHOPT_ISA", isa)
-    library = compile_and_load(gguf_blocks.NAME, gguf_blocks.render())
+    library = compile_and_load(gguf_blocks.LIBRARY.name, gguf_blocks.LIBRARY.text())
     for format, (blocks, expected, unpacked) in numbers.items():
         made = torch.zeros(7, 43)
         call = SKINNY(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_kernel_agrees_with_its_op(
 @settings(deadline=None)
 @given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
 def test_packing_agrees_with_its_op(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
-    assert graph_kernels.library() is not None
+    assert graph_kernels.LIBRARY.load() is not None
     torch.manual_seed(seed)
     arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
     wide = torch.randn(*shape, 2 * sum(arguments[1]))
@@ -181,7 +182,7 @@ def test_attention_on_a_cache_equals_attention_on_its_parts(
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_rows_are_rounded_into_a_window_bit_identically(dtype: torch.dtype, centred: bool, tokens: int) -> None:
     torch.manual_seed(0)
-    assert graph_kernels.library() is not None
+    assert graph_kernels.LIBRARY.load() is not None
     x = 3 * torch.randn(B, tokens, J, 24, dtype=dtype).transpose(1, 2)
     x[:, :1, :1] = 0.0
     mean = torch.randn(B, J, 1, 24) if centred else None
@@ -195,7 +196,7 @@ def test_rows_are_rounded_into_a_window_bit_identically(dtype: torch.dtype, cent
 
 
 def test_a_row_with_nan_has_a_nan_scale_and_a_window_that_is_too_short_is_refused() -> None:
-    assert graph_kernels.library() is not None
+    assert graph_kernels.LIBRARY.load() is not None
     codes, scale = torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4, dtype=torch.float16)
     x = torch.ones(1, 1, 2, 8)
     x[0, 0, 0, 3] = torch.nan
@@ -328,7 +329,7 @@ def test_a_graph_leaves_unsupported_calls_unchanged() -> None:
 
 
 def test_without_a_library_a_graph_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_kernels, "library", lambda: None)
+    monkeypatch.setattr(graph_kernels, "LIBRARY", replace(graph_kernels.LIBRARY, bind=lambda _: None))
     graph_kernels._served.clear()
     before, after = graphs_of(None)
     assert after is before

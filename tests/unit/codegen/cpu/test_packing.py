@@ -19,13 +19,15 @@ from torch import Tensor
 
 from fhopt.codegen.background import Builder
 from fhopt.codegen.compiler import has_compiler
-from fhopt.codegen.cpu.packing import library, pack_cpu, tier_table, unpack_cpu
+from fhopt.codegen.cpu import library as cpu_library
+from fhopt.codegen.cpu.packing import LIBRARY, pack_cpu, tier_table, unpack_cpu
 from fhopt.codegen.dispatch import register_kernels
 from fhopt.ops import registry
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TRELLIS_BITS
 
 PACK = importlib.import_module("fhopt.codegen.cpu.packing")
+LOAD = cpu_library._load
 
 
 def named(x: Tiers) -> str:
@@ -52,9 +54,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", Builder(waits=True))
     before = {(op, on): registry.use(op, on, None) for op in ("pack", "unpack") for on in ("cpu", "cuda")}
-    library.cache_clear()
+    LOAD.cache_clear()
     yield
-    library.cache_clear()
+    LOAD.cache_clear()
     for (op, device), kernel in before.items():
         registry.use(op, device, kernel)
 
@@ -64,7 +66,7 @@ def compiled() -> None:
     """Require the compiled kernel, so that the test does not run the reference."""
     if not has_compiler():
         pytest.skip("there is no C++ compiler")
-    assert library() is not None
+    assert LIBRARY.load() is not None
 
 
 # --------------------------------------------------------------------------------------------------- results
@@ -228,7 +230,7 @@ class Asked(Exception):
     """Raised when a call requests the kernel."""
 
 
-def fail() -> None:
+def fail(*_: object) -> None:
     raise Asked
 
 
@@ -243,7 +245,7 @@ def fail() -> None:
     ],
 )
 def test_other_calls_run_the_reference(z: Tensor, plan: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PACK, "library", fail)
+    monkeypatch.setattr(cpu_library, "_load", fail)
     for a, b in zip(pack_cpu(z, *plan), pack_reference(z, *plan), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(Asked):
@@ -253,7 +255,7 @@ def test_other_calls_run_the_reference(z: Tensor, plan: Tiers, monkeypatch: pyte
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scales_of_other_types_run_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scale = pack_reference(latents(MIXED[2], 5), *MIXED[2])
-    monkeypatch.setattr(PACK, "library", fail)
+    monkeypatch.setattr(cpu_library, "_load", fail)
     wanted = unpack_reference(codes, scale, *MIXED[2])
     assert torch.equal(unpack_cpu(codes, scale.to(dtype), *MIXED[2]), wanted)
     with pytest.raises(Asked):
@@ -314,7 +316,7 @@ def test_the_reference_runs_until_the_kernel_is_compiled(monkeypatch: pytest.Mon
     may = threading.Event()
     builder = Builder()
     monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", builder)
-    monkeypatch.setattr("fhopt.codegen.cpu.packing.library", lambda: may.wait(30) and library())
+    monkeypatch.setattr(cpu_library, "_load", lambda library: may.wait(30) and LOAD(library))
     plan = MIXED[0]
     latent = torch.randn(1, 2, 9, sum(plan[1]))
     first = pack_cpu(latent, *plan)

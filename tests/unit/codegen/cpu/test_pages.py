@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from hand_plans import CODED
 from paged_plans import kernels, page_kernel, page_operands, page_step, rounded, same
 from torch import Tensor
 
-from fhopt.codegen.compiler import compile_and_load
 from fhopt.codegen.cpu import pages
 from fhopt.codegen.cpu.pages import weigh_pages
 from fhopt.ops import packing, page_selection, paged_attention
@@ -85,8 +84,7 @@ def test_the_kernel_attends_to_the_pages_selected_by_the_reference(
 def test_other_instruction_sets_select_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
     expected = attended(step)
-    monkeypatch.setattr(pages, "compile_and_load", lambda name, text: compile_and_load(name, text, flags))
-    monkeypatch.setattr(pages, "_compiled", functools.cache(pages._compiled.__wrapped__))
+    monkeypatch.setattr(pages, "LIBRARY", replace(pages.LIBRARY, flags=lambda: flags))
     same(attended(step), expected)
 
 

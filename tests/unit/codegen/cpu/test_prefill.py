@@ -14,7 +14,9 @@ from needs import needs_compiler
 from torch import Tensor
 
 from fhopt.codegen.background import Builder
+from fhopt.codegen.cpu import library as cpu_library
 from fhopt.codegen.cpu import prefill
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.hardware.this_cpu import vector_units
 from fhopt.ops import algebra
 from fhopt.ops.latent_attention import latent_attention_reference
@@ -41,7 +43,7 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FHOPT_ISA", request.param)
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
     monkeypatch.setattr(prefill, "MIN_LANES", 1)
-    prefill.library.cache_clear()
+    cpu_library._load.cache_clear()
 
 
 def expected(
@@ -156,10 +158,10 @@ def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_packed_at_on
     alone = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     several = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
-    text = prefill.render()
+    text = prefill.LIBRARY.text()
     assert "MOST_BYTES = 1 << 24" in text
-    monkeypatch.setattr(prefill, "render", lambda: text.replace("MOST_BYTES = 1 << 24", "MOST_BYTES = 1"))
-    prefill.library.cache_clear()
+    cpu_library._load.cache_clear()
+    monkeypatch.setattr(CppLibrary, "text", lambda _: text.replace("MOST_BYTES = 1 << 24", "MOST_BYTES = 1"))
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
     one_by_one = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     assert alone is not None and several is not None and one_by_one is not None

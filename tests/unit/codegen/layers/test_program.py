@@ -10,6 +10,7 @@ from needs import needs_compiler
 from traced_functions import Products, Traced
 
 from fhopt.codegen.compiler import CompileError
+from fhopt.codegen.cpu import library as cpu_library
 from fhopt.codegen.layers import program
 from fhopt.codegen.layers.lowering import lower_trace
 
@@ -27,7 +28,9 @@ def test_without_a_compiler_there_are_no_programs(monkeypatch: pytest.MonkeyPatc
     def refuse(*args: Any, **options: Any) -> None:
         raise CompileError("No C++ compiler was found.")
 
-    monkeypatch.setattr(program, "compile_and_load", refuse)
+    monkeypatch.setattr(cpu_library, "compile_and_load", refuse)
+    cpu_library._load.cache_clear()
     program.functions.cache_clear()
     assert not program.is_built()
     program.functions.cache_clear()
+    cpu_library._load.cache_clear()
