@@ -68,6 +68,12 @@ def fake(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def is_floating(node: fx.Node) -> bool:
+    """Return whether a node is a tensor of floating-point numbers."""
+    value = fake(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def overflow_limit(node: fx.Node) -> float:
     """Return the largest number of a node's dtype if an input has larger ones, as before a narrowing cast; else inf."""
     types = [v.dtype for n in (node, *node.all_input_nodes) if isinstance(v := fake(n), Tensor)]

@@ -42,13 +42,14 @@ from fhopt.passes.graph.program import Program
 from fhopt.passes.prepare.memory import node_needs_gradient
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, random_sides
+from fhopt.passes.recognize.empty_rows import empty_rows_give_nan
 from fhopt.passes.recognize.kv_head_repetition import Operand
 from fhopt.passes.recognize.layout import Steps, arrange
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.result_strides import LAYOUTS, in_order, is_layout_seen, memory_order
 from fhopt.passes.recognize.scores import Scores
 from fhopt.passes.recognize.softmax import Softmax
-from fhopt.passes.recognize.validity import empty_rows_give_nan, prove
+from fhopt.passes.recognize.validity import prove
 
 
 @dataclass

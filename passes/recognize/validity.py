@@ -29,12 +29,12 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.certificate import ReplacedNode
-from fhopt.passes.graph.evaluate import Region, example_shape
-from fhopt.passes.graph.nodes import argument, fake, op_name, overflow_limit, source_line
+from fhopt.passes.graph.evaluate import Region
+from fhopt.passes.graph.nodes import argument, fake, is_floating, op_name, source_line
 from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
-from fhopt.passes.recognize.scores import ABSORBING, DIVISION, MULTIPLICATION
+from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 from fhopt.passes.recognize.softmax import EXPONENTIAL, SOFTMAX, Softmax
 
 INDEXED = frozenset({"index", "gather", "take_along_dim", "index_select", "getitem", "take"})
@@ -56,11 +56,6 @@ BOUNDS = frozenset(BOUND_NAMES.split())
 SHIFT_NAMES = "amax max amin min mean sum logsumexp isinf isfinite isnan eq ne where masked_fill"
 SHIFTS = frozenset(SHIFT_NAMES.split())
 GROWS = MULTIPLICATION | DIVISION | {"pow", "add", "sub", "subtract", "addcmul"}
-MASK_NAMES = (
-    "rsub neg log log2 log1p tril triu zeros ones full tensor scalar_tensor logical_not logical_and logical_or "
-    "bitwise_not bitwise_and bitwise_or and_ or_ invert eq ne lt le gt ge arange index gather cumsum"
-)
-MASKING = MOVEMENT | JOINS | SELECTION | CASTS | BOUNDS | GROWS | SAME | NEW | frozenset(MASK_NAMES.split())
 Interval = tuple[float, float]
 ALL: Interval = (-math.inf, math.inf)
 _RANGES: dict[str, Interval] = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "exp": (0.0, math.inf)} | dict.fromkeys(
@@ -355,49 +350,6 @@ class _Prover:
         return float(known) if known.numel() == 1 else None
 
 
-# ------------------------------------------------------------------------------------------------- empty rows
-
-
-def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.Node | None) -> bool:
-    """Return whether a query without allowed keys can occur, and the model's softmax gives NaN for it.
-
-    A row of -inf does. It can occur if a mask, or a bias computed from an input or a buffer, may be -inf; not if a bias
-    is computed from parameters, from activations, or from a single finite mask value.
-    """
-    if not form or op_name(softmax.weights) == "_safe_softmax":
-        return False
-    if mask is not None and fake(mask).dtype == torch.bool:
-        return not (is_fixed(mask) and bool(scores.base.value(mask).any(-1).all()))
-    sides = [n for n in scores.sides if isinstance(fake(n), Tensor)]
-    if all(is_fixed(side) for side in sides):
-        zero = torch.zeros(example_shape(scores.inputs[0]), dtype=torch.float64)
-        return bool((scores.run({scores.inputs[0]: zero}) == -math.inf).all(softmax.axis).any())
-    levels, lowest = 0, -min(map(overflow_limit, scores.nodes), default=math.inf)
-    for node in _mask_computation(scores):
-        if node.op == "placeholder" and _is_float(node) and not scores.base.program.is_parameter(node):
-            return True
-        if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
-            return True
-        literals = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
-        if -math.inf in literals or any(v < lowest for v in literals):
-            return True
-        levels += sum(v <= ABSORBING for v in literals)
-    return levels > 1
-
-
-def _mask_computation(scores: Region) -> Iterator[fx.Node]:
-    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms."""
-    seen, stack = {*scores.inputs}, [*scores.nodes]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op in {"placeholder", "get_attr"} or op_name(node) in MASKING:
-            yield node
-            stack.extend(n for n in node.all_input_nodes if isinstance(fake(n), Tensor))
-
-
 # ------------------------------------------------------------------------------------------------------ node facts
 
 
@@ -451,13 +403,8 @@ def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
     elif name == "index_fill":
         found = [argument(node, 2, "index")]
     else:
-        found = [n for n in node.all_input_nodes if n is not node.args[0] and not _is_float(n)]
+        found = [n for n in node.all_input_nodes if n is not node.args[0] and not is_floating(n)]
     return [n for n in found if isinstance(n, fx.Node)]
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = fake(node)
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _choices(node: fx.Node) -> tuple[Any, Any]:

@@ -46,6 +46,16 @@ FOUND: dict[str, AttentionProgram] = {
     """,
         inputs=(Input("q", "B H S D", values=("normal", "large")), *_QKV[1:]),
     ),
+    "the lowest float64 as a mask value, and a softmax in float32": AttentionProgram(
+        """
+    def program(q, k, v, hidden):
+        s = q @ k.mT
+        s = s.masked_fill(hidden, torch.finfo(s.dtype).min)
+        return F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype) @ v
+    """,
+        inputs=(*_QKV, Input("hidden", "H 1 1", values=("none", "few", "few"))),
+        dtype="float64",
+    ),
     "weights detached": AttentionProgram(
         """
     def program(q, k, v):

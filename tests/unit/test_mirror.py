@@ -95,6 +95,7 @@ WITHOUT_A_FILE = {
     "passes/prepare/trace": "the composites that are traced, unit/passes/prepare/test_composites.py",
     "passes/recognize/axes": SPELLINGS,
     "passes/recognize/canonical": SPELLINGS,
+    "passes/recognize/empty_rows": "unit/passes/recognize/test_validity.py",
     "passes/recognize/kept_latents": "unit/passes/rewrite/test_absorb_projection.py",
     "passes/recognize/kv_head_repetition": SPELLINGS,
     "passes/recognize/latent_expansion": "unit/passes/rewrite/test_absorb_projection.py",

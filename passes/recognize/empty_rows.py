@@ -1,0 +1,63 @@
+"""Queries without allowed keys: whether they can occur, and what the model's softmax gives for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.passes.graph.evaluate import Region, example_shape
+from fhopt.passes.graph.nodes import fake, is_floating, op_name, overflow_limit
+from fhopt.passes.recognize.layout import JOINS, MOVEMENT
+from fhopt.passes.recognize.node_roles import is_fixed
+from fhopt.passes.recognize.scores import ABSORBING
+from fhopt.passes.recognize.softmax import Softmax
+from fhopt.passes.recognize.validity import BOUNDS, CASTS, GROWS, NEW, SAME, SELECTION
+
+MASK_NAMES = (
+    "rsub neg log log2 log1p tril triu zeros ones full tensor scalar_tensor logical_not logical_and logical_or "
+    "bitwise_not bitwise_and bitwise_or and_ or_ invert eq ne lt le gt ge arange index gather cumsum"
+)
+MASKING = MOVEMENT | JOINS | SELECTION | CASTS | BOUNDS | GROWS | SAME | NEW | frozenset(MASK_NAMES.split())
+
+
+def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.Node | None) -> bool:
+    """Return whether a query without allowed keys can occur, and the model's softmax gives NaN for it.
+
+    A row of -inf does. It can occur if a mask, or a bias computed from an input or a buffer, may be -inf; not if a bias
+    is computed from parameters, from activations, or from a single finite mask value.
+    """
+    if not form or op_name(softmax.weights) == "_safe_softmax":
+        return False
+    if mask is not None and fake(mask).dtype == torch.bool:
+        return not (is_fixed(mask) and bool(scores.base.value(mask).any(-1).all()))
+    sides = [n for n in scores.sides if isinstance(fake(n), Tensor)]
+    if all(is_fixed(side) for side in sides):
+        zero = torch.zeros(example_shape(scores.inputs[0]), dtype=torch.float64)
+        return bool((scores.run({scores.inputs[0]: zero}) == -math.inf).all(softmax.axis).any())
+    levels, lowest = 0, -min(map(overflow_limit, scores.nodes), default=math.inf)
+    for node in _mask_computation(scores):
+        if node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node):
+            return True
+        if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
+            return True
+        literals = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
+        if -math.inf in literals or any(v < lowest for v in literals):
+            return True
+        levels += sum(v <= ABSORBING for v in literals)
+    return levels > 1
+
+
+def _mask_computation(scores: Region) -> Iterator[fx.Node]:
+    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms."""
+    seen, stack = {*scores.inputs}, [*scores.nodes]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op in {"placeholder", "get_attr"} or op_name(node) in MASKING:
+            yield node
+            stack.extend(n for n in node.all_input_nodes if isinstance(fake(n), Tensor))
