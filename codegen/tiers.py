@@ -36,7 +36,7 @@ def spec_has_trellis(spec: KernelSpec) -> bool:
 
 
 def check_uniform(spec: KernelSpec, what: str) -> None:
-    """Raise FhoptError as `check` does, and if `spec` has trellis codes, which `what` does not support."""
+    """Raise FhoptError as `check_spec` does, and if `spec` has trellis codes, which `what` does not support."""
     check_spec(spec)
     if spec_has_trellis(spec):
         raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")

@@ -153,7 +153,7 @@ def merge_outcomes(outcomes: list[Outcome]) -> Outcome:
 def optimize(
     outcome: Outcome, plan: LatentPlan, training: bool = False, trusting: bool = False, keeper: Keeper | None = None
 ) -> Outcome:
-    """Run `compress`, `absorb` and `lower` on the sites of `find`, according to the plan, in place.
+    """Run `compress`, `absorb` and `lower` on the sites of `find_attentions`, according to the plan, in place.
 
     training: keep the graph differentiable. trusting: use the plan for weights that have changed since it was fitted.
     keeper: stores latents instead of the K/V buffers of modules; None: these buffers stay unchanged.

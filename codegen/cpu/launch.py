@@ -1,6 +1,6 @@
 """Launch compiled attention kernels: check tensors, then hand their addresses and strides over in one struct.
 
-Decoding calls attention once per layer and token, so a call does nothing that `build` could have done before.
+Decoding calls attention once per layer and token, so a call does nothing that `build_kernel` could have done before.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """

@@ -36,7 +36,7 @@ def takes_many_rows(rows: int, dtype: torch.dtype) -> bool:
 
 
 def is_wanted() -> bool:
-    """Return whether there are numbers that `serves` says yes to on this CPU."""
+    """Return whether there are numbers that `takes_many_rows` says yes to on this CPU."""
     return multiplies_by_loops(torch.bfloat16)
 
 

@@ -112,7 +112,7 @@ def _columns(spec: KernelSpec, widened: int = 1) -> int:
 
 
 def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    """Return the tuned configuration of a device (torch's name), else the one `choose` chose, else None."""
+    """Return the tuned configuration of a device (torch's name), else the one `tune_kernel` chose, else None."""
     gpu = gpu_named(device_name)
     tuned = read_config("tuned", spec, rows, device_name)
     return tuned if tuned or gpu is None else read_config("chosen", spec, rows, gpu.name)

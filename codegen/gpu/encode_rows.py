@@ -108,7 +108,7 @@ def encode_reference(
     places: Tensor | None = None,
     table: Tensor | None = None,
 ) -> None:
-    """Encode x as `encode` does, in torch operations."""
+    """Encode x as `encode_triton` does, in torch operations."""
     new = packing.pack_reference(
         algebra.encode(x.to(basis.dtype), basis), bits, widths, steps
     )  # [B,J,T,bytes], [B,J,T]

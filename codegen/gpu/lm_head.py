@@ -125,7 +125,7 @@ def quantize_hidden(hidden: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
 def bounds_kernel(
     codes: tl.tensor,  # int32 [blocks, words]
     hidden: tl.tensor,  # int8 [M, R]
-    about: tl.tensor,  # float32 [M, 10], from `prepare`
+    about: tl.tensor,  # float32 [M, 10], from `quantize_hidden`
     estimates: tl.tensor,  # float32 [M, V]
     bounds: tl.tensor,  # float32 [M, V]
     count: tl.tensor,  # M

@@ -12,7 +12,7 @@ more than the matmuls, it is cheaper to reconstruct keys and values (cost model:
 Quantized values are extracted as in attention.py: lane l of the words of a plane is a separate operand, multiplied by
 the matching rows of the decoder. The dequantized value (u - (2^b - 1)/2) step scale[token] is factored:
 
-    step, 2^shift of the plane, 2^w    multiply the rows of the decoder, before a call (`Table`)
+    step, 2^shift of the plane, 2^w    multiply the rows of the decoder, before a call (`OperandTable`)
     the mean of u                      a separate row, subtracted from the sum: computed from the rounded decoder
     scale[token]                       multiplies the reconstruction; float16 channels are added afterwards
 

@@ -284,7 +284,7 @@ def decoder_rows(decode: Tensor, tiers: Tiers, dtype: torch.dtype) -> tuple[Tens
 
 @functools.cache
 def _on(tiers: Tiers, width: int, dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors of a `Table` on a device."""
+    """Return the tensors of an `OperandTable` on a device."""
     order = operand_table(tiers, width, dtype)
     with torch.inference_mode(False):
         numbers = [torch.tensor(x, dtype=torch.float32, device=device) for x in (order.factors, order.middles)]

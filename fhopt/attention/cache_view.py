@@ -2,9 +2,9 @@
 
 A cache orders its tokens as [sinks | quantized tokens | window, new tokens]. Sinks, window and new tokens are open:
 their keys and values are available. Quantized tokens are packed latents, one row each. An 8-bit window is part of
-`SideRows`; the other open tokens are exact. `Latents` and `StaticLatents` map slots to parts: `split` divides per-slot
-data among open tokens and latents, `place` joins it. Tokens are in position order, except in left-padded sequences:
-`by_place` and `by_position` convert between slot order and position order.
+`SideRows`; the other open tokens are exact. `CacheView` and `StaticLatents` map slots to parts: `split` divides
+per-slot data among open tokens and latents, `place` joins it. Tokens are in position order, except in left-padded
+sequences: `by_place` and `by_position` convert between slot order and position order.
 
 Letters: B batch, G kv heads, J latent heads, T all tokens, N open tokens (exact ones included), M tokens of the 8-bit
 window, V packed latents, D head size, R latent width.

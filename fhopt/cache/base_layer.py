@@ -81,7 +81,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         self.reader = LatentReader()  # the model's, once a plan is applied
         self.is_initialized = False
         self.each_query = False  # whether each query of a multi-query call selects its own pages
-        self.observer: Callable[..., None] | None = None  # see `Latents`
+        self.observer: Callable[..., None] | None = None  # see `CacheView`
         self.share, self.mass, self.lift = plan.page_share(site), plan.page_mass(site), plan.page_lift(site)
         self.fill: Tensor | None = None  # see `PageIndex`
         self._padded: tuple[Tensor, SegmentRotation] | None = None  # last padding combined with segments

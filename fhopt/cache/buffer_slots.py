@@ -160,8 +160,8 @@ def attend_buffered(
     """Attend to buffer slots and new tokens, then write the new tokens to their slots. Returns [B,H,S,E].
 
     query [B,H,S,D]; new key, value [B,G,S,D]; mask over the first `read` slots. numbers (T of them): for each slot, the
-    new token that goes into it, counted from 1, or 0. parts: of `Slots`, updated in place. bases: encode and decode of
-    keys, then of values. places: the sizes of `Places`.
+    new token that goes into it, counted from 1, or 0. parts: of `BufferSlots`, updated in place. bases: encode and
+    decode of keys, then of values. places: the sizes of `Places`.
     """
     tiers = [tuple([BitGroup(*tier) for tier in side]) for side in (key_tiers, value_tiers)]
     key_bases, value_bases = Bases(*bases[:2]), Bases(*bases[2:])

@@ -71,7 +71,7 @@ def state_of(keys: Tensor) -> BufferState | None:
 
 
 def blank(held: BufferPair, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """Return parts of `Slots` for such buffers, without tokens."""
+    """Return parts of `BufferSlots` for such buffers, without tokens."""
     with torch.inference_mode(False), torch.no_grad():
         return BufferState(held, keys, values).slots.parts
 

@@ -4,7 +4,7 @@
     seal(keys [B,G,n,D], values [B,G,n,D] of each site)  ->  packed latents of each site
 
 The programs never write the state. The caller appends new tokens to the recent window and, when it is full, the packed
-latents of its oldest block to those of the quantized tokens (`State` does so). counts holds how many slots of the
+latents of its oldest block to those of the quantized tokens (`StepState` does so). counts holds how many slots of the
 window (with the sinks) and of quantized tokens are in use, so that buffers may be larger than their content.
 
 Per site the state is

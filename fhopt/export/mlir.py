@@ -198,7 +198,7 @@ def _describe(loaded: LoadedModel, plan: LatentPlan, lowered: Lowered, target: T
 
 
 def open_module(folder: Path) -> StepState:
-    """Open an exported IREE module for this CPU as a `State` that takes tokens. Raises FhoptError."""
+    """Open an exported IREE module for this CPU as a `StepState` that takes tokens. Raises FhoptError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

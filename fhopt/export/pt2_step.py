@@ -71,7 +71,7 @@ step = torch._inductor.aoti_load_package("step-aot.pt2")
 
 @dataclass(frozen=True)
 class Exported:
-    """A decode step as exported programs. `state`: the state tensors of `Step`, in order."""
+    """A decode step as exported programs. `state`: the state tensors of `ExportedStep`, in order."""
 
     step: torch.export.ExportedProgram
     seal: torch.export.ExportedProgram

@@ -43,7 +43,7 @@ class StateTensor:
 
 
 def state_tensors(plan: LatentPlan, dtype: torch.dtype) -> list[StateTensor]:
-    """List the state of every site in the order in which `Step` takes it."""
+    """List the state of every site in the order in which `ExportedStep` takes it."""
     tensors = []
     for site_plan in plan.sites:
         site, name = site_plan.site, site_plan.site.name

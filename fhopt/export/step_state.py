@@ -15,8 +15,8 @@ from fhopt.plan.latent_plan import LatentPlan
 class StepState:
     """Caller's side of an exported step: the buffers, and how the results of a step are written to them.
 
-    run_step, run_seal: functions that compute `Step` and `Seal` on torch tensors. tokens: number of tokens in the
-    state; quantized: number of those that are packed latents.
+    run_step, run_seal: functions that compute `ExportedStep` and `Seal` on torch tensors. tokens: number of tokens in
+    the state; quantized: number of those that are packed latents.
     """
 
     def __init__(self, plan: LatentPlan, tensors: Sequence[StateTensor], run_step: Any, run_seal: Any) -> None:

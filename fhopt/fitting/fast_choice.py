@@ -133,7 +133,7 @@ def _fastest(name: str, layouts: Mapping[str, Sequence[Basis]], sides: Sides) ->
 def nats_of_another(choice: LayoutChoice, bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> float:
     """Estimate the KL of a choice at another budget, with the rate scaled in proportion to KL over time.
 
-    Raises FhoptError like `choose`.
+    Raises FhoptError like `choose_fastest`.
     """
     layouts, least = choose_layouts(bases, sides, budget, grain)
     if choice.without is None or not least.seconds or not least.nats:

@@ -65,7 +65,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Resources of the chosen configuration of a kernel; see `Resources` and `Verdict` of codegen."""
+    """Resources of the chosen configuration of a kernel; see `Resources` and `ConfigAssessment` of codegen."""
 
     config: Config
     registers: int

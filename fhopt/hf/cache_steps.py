@@ -1,7 +1,7 @@
 """A decoder layer's decode step, attention on the cache included, as one native call.
 
 A step on a dynamic cache appends one row to spare slots of an 8-bit window and loads everything else unchanged. All
-addresses are then constant: the step is prepared once (`DecodeStep`) and runs until the spare slots are used up, until
+addresses are then constant: the step is prepared once (`LayerCall`) and runs until the spare slots are used up, until
 a block of the window is full (the block is quantized after the step), or until other code changes the cache.
 
 Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.

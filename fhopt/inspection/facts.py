@@ -194,7 +194,7 @@ class RooflinePoint:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts that `inspect` collects.
+    """Facts that `site_facts` collects.
 
     exact_bytes: per token of a 16-bit cache of the whole model, at `cache.tokens` tokens. proofs: certificates of the
     rewrites, as text.

@@ -8,9 +8,9 @@ the `WINDOW` newest bits of the ring, its own b and those of the channels before
     code(w)   = LEVELS[h ^ ORDER[l]] + OFFSETS[l]    w = 16 h + l, of 8 bits as is the sum
 
 Every value can be decoded independently, with a shift and a table look-up, as with a uniform quantizer. Only the
-encoder has to search for the ring with the least error (`encode`: the Viterbi algorithm). Trellis-coded quantization:
-Marcellin and Fischer 1990; bit windows instead of a state machine, with tail biting: Tseng et al. 2024 (QTIP, arXiv
-2406.11235). The tables are our own, optimized on Gaussian samples jointly for 1 to 4 bits by
+encoder has to search for the ring with the least error (`encode_rings`: the Viterbi algorithm). Trellis-coded
+quantization: Marcellin and Fischer 1990; bit windows instead of a state machine, with tail biting: Tseng et al. 2024
+(QTIP, arXiv 2406.11235). The tables are our own, optimized on Gaussian samples jointly for 1 to 4 bits by
 `benchmarks/quality/trellis_table.py`: three tables of 16 bytes, which fit vector registers, are only slightly worse
 than one of 256 bytes.
 

@@ -1,8 +1,8 @@
 """Sums over calibration batches sharded across processes, and errors that stop all processes.
 
-A sum is a tensor accumulated in place. Under `torchrun` each process handles every world-size-th batch, and `share`
-all-reduces the sums: the result does not depend on the number of processes, except for the order of addition.
-`by_process` splits rows across processes in the same way.
+A sum is a tensor accumulated in place. Under `torchrun` each process handles every world-size-th batch, and
+`reduce_sums` all-reduces the sums: the result does not depend on the number of processes, except for the order of
+addition. `by_process` splits rows across processes in the same way.
 
 If a process fails, all stop with its error: before each collective they exchange their status (`agree`), and a failed
 process sends its error there (`together`).

@@ -6,7 +6,7 @@ p uses for a token depends only on p, as in token-by-token decoding:
     [ attention sinks | packed latents of quantized_tokens(p) tokens | residual window, p the last of it ]
 
 A prompt therefore gives the same results in one piece, in chunks, after a cached prefix of another request, and after a
-preemption. Queries that attend to the same latents form one `Tile`.
+preemption. Queries that attend to the same latents form one `QueryTile`.
 
 If a plan has means, packed latents are differences from the means of the sequence's first tokens after the sinks.
 Tokens are encoded once these are available (`means_from`); the first tokens are then encoded from the residual window.

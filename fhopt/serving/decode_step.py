@@ -3,7 +3,7 @@
 In torch operations, as the fallback for the native code of `compiled_step` and the Triton kernels of `device_step`.
 
 Rows of all sequences are gathered and padded to the longest sequence, with masks. Masks and slots are the same for all
-layers: a `DecodeStep` is made once per batch.
+layers: `AttendedRows` are made once per batch.
 
 Letters: B sequences, H query heads, G kv heads, J latent heads, N open tokens, V packed latents, D head size.
 """

@@ -15,7 +15,7 @@ from fhopt.serving.versions import check_version
 log = logging.getLogger("vllm.fhopt")
 
 
-def register_plugin() -> None:
+def register() -> None:
     """Register the quantization method of rewritten folders, and the cache specifications of a plan.
 
     With an unsupported vLLM version it registers nothing and warns; other models can be served.
