@@ -1,4 +1,4 @@
-"""Fixtures: a clean state for every test, a kernel cache per test session, and small fitted models."""
+"""Fixtures: a clean state for every test, a kernel cache of the repository, and small fitted models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1
 # On Intel CPUs, MKL's rounding depends on the address of a matrix, which can change a quantized value by one: pin it.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "build" / "test-kernels"
 # Where no generated C++ is the point: attention on latents runs on torch operations, and no kernel is compiled.
 WITHOUT_KERNELS = (
     "benchmarks/tasks/",
@@ -111,13 +112,11 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Store generated kernels in a folder of the test session, shared by its workers."""
-    before, folder = os.environ.get("FHOPT_CACHE_DIR"), tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    os.environ["FHOPT_CACHE_DIR"] = str(folder / "kernels")
-    os.environ["FHOPT_MODELS_GB"] = "0"  # pytest keeps the folders of several sessions, half a gigabyte each
+def kernel_cache() -> Iterator[None]:
+    """Store generated kernels in a folder of the repository: their names have a hash of their source and compiler."""
+    before = os.environ.get("FHOPT_CACHE_DIR")
+    os.environ["FHOPT_CACHE_DIR"] = str(KERNELS)
+    os.environ["FHOPT_MODELS_GB"] = "0"  # converted models would take half a gigabyte
     yield
     for name in ("FHOPT_CACHE_DIR", "FHOPT_MODELS_GB"):
         os.environ.pop(name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from model_zoo import has_transformers
 from model_zoo import huggingface as zoo
+from needs import covering
 
 import fhopt
 from fhopt.attention import latent_tensor
@@ -68,8 +69,7 @@ def layers_of(cache: Any) -> list[Any]:
     return [layer for part in parts for layer in part.layers]
 
 
-@pytest.mark.parametrize("kind", ["growing", "static"])
-@pytest.mark.parametrize("name", MODELS)
+@covering(1, name=list(MODELS), kind=["growing", "static"])
 def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
     if kind == "static" and name in NOT_STATIC:
         pytest.skip("transformers' own static cache fails with this model")

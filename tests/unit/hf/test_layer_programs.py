@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from latent_caches import coded, logits, plans
-from needs import needs_compiler
+from needs import covering, needs_compiler
 from small_models import cached, found, tiny_llama, token_ids
 from torch import Tensor
 
@@ -63,10 +63,11 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-3) -> bool:
     return float((found - expected).norm() / expected.norm()) < tolerance
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    "name", ["Llama", "GPTNeoX", "Qwen2", "Qwen3", "Gemma2", "Cohere", "Phi3", "Olmo2", "Granite", "Glm", "StableLm"]
+@covering(
+    1,
+    name=["Llama", "GPTNeoX", "Qwen2", "Qwen3", "Gemma2", "Cohere", "Phi3", "Olmo2", "Granite", "Glm", "StableLm"],
+    batch=[1, 3],
+    bits=[8, 16],
 )
 def test_families_give_the_same_logits(name: str, batch: int, bits: int) -> None:
     model = tiny(name)

@@ -31,7 +31,7 @@ from attention_cases import (
     inputs,
     masks,
 )
-from needs import needs_compiler, sampled
+from needs import covering, needs_compiler, sampled
 from torch import Tensor
 
 from fhopt.codegen.build import build_cpp, build_torch, without_compiler
@@ -140,18 +140,18 @@ WIDE: Tiers = ((16, 8, 0.0), (8, 16, 0.01), (6, 72, 0.04), (5, 24, 0.09), (3, 56
 
 
 @needs_compiler
-@pytest.mark.parametrize("tokens", [1, 37, 600])
-@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (1, 3)], ids=["alike", "more of keys", "more of values"])
-@pytest.mark.parametrize(("rows", "queries"), [(2, 1), (3, 1), (1, 2), (1, 3)])
-@pytest.mark.parametrize(
-    ("keys", "values"),
-    [(MIXED, FOUR), (WIDE, WIDE[1:]), (RINGS, RINGS), (EIGHT, PLANES)],
-    ids=["mixed", "wide", "rings", "eight"],
+@covering(
+    2,
+    tokens=[1, 37, 600],
+    heads={"alike": (3, 3), "more of keys": (3, 1), "more of values": (1, 3)},
+    counts=[(2, 1), (3, 1), (1, 2), (1, 3)],
+    tiers={"mixed": (MIXED, FOUR), "wide": (WIDE, WIDE[1:]), "rings": (RINGS, RINGS), "eight": (EIGHT, PLANES)},
 )
 @pytest.mark.usefixtures("isa")
 def test_few_16_bit_queries_give_the_same_results_as_among_many(
-    keys: Tiers, values: Tiers, rows: int, queries: int, heads: tuple[int, int], tokens: int
+    tiers: tuple[Tiers, Tiers], counts: tuple[int, int], heads: tuple[int, int], tokens: int
 ) -> None:
+    (keys, values), (rows, queries) = tiers, counts
     few = KernelCase(keys, values, 3 * rows, *heads, queries, tokens, dtype=torch.bfloat16)
     many = replace(few, heads=2 * few.heads)
     query, *cache = inputs(few)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import covering
 from torch import Tensor, nn
 from torch._inductor.fx_passes import fuse_attention
 
@@ -97,8 +98,7 @@ def check(name: str, is_projected: bool) -> None:
 
 
 @pytest.mark.usefixtures("traced_only")
-@pytest.mark.parametrize("is_projected", [False, True], ids=["bare", "projected"])
-@pytest.mark.parametrize("name", PATTERNS)
+@covering(1, name=list(PATTERNS), is_projected={"bare": False, "projected": True})
 def test_a_pattern_of_the_compiler_is_found_and_gives_the_same_result(name: str, is_projected: bool) -> None:
     check(name, is_projected)
 
