@@ -35,7 +35,9 @@ VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit docs format clean
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -70,15 +72,18 @@ demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
 test: $(TEST)  ## the tests; what takes longest comes with `make test-slow`
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(if $(BUDGET),--budget $(BUDGET))
+	$(PYTEST) --ignore=tests/benchmarks -m 'not slow' $(if $(BUDGET),--budget $(BUDGET))
 	@echo "make test: all tests passed. What takes longest comes with: make test-slow"
 
+test-benchmarks: $(TEST)  ## the tests of the benchmarks, which no user runs
+	$(PYTEST) tests/benchmarks -m 'not slow'
+
 test-slow: $(TEST) $(DOCS)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 	@echo "make test-slow: all tests passed."
 
 durations: $(TEST)  ## run the tests and write their durations to tests/durations.json (on an idle machine)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --save-durations
+	$(PYTEST) --save-durations
 
 test-serving: $(SERVING)/.ready  ## the tests of plans in vLLM, in an environment of its own (.venv-serving)
 	$(SERVING)/bin/python -m pytest -q -p no:randomly tests/unit/serving tests/serving
@@ -100,7 +105,7 @@ check: $(TEST) $(DOCS) $(LINT)  ## format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run -Werror codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-matrix: $(TEST)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
 	$(BIN)/python -m benchmarks.testing.version_matrix

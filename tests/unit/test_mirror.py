@@ -20,6 +20,7 @@ OF_NO_MODULE = (  # for all modules together
     "test_language",
     "test_layers",
     "test_mirror",
+    "test_names",
     "test_project",
 )
 
