@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -60,7 +61,8 @@ RULES = {
         f"{RECOGNIZE}.canonical", "Core.levels",
         lambda original: property(lambda core: original.fget(core) and not core.scores.absorbing),
     ),
-    "rows without keys are zero": Rule(f"{RECOGNIZE}.validity", "empty_rows_give_nan", _always(False)),
+    "rows without keys are zero": Rule(f"{RECOGNIZE}.empty_rows", "empty_rows_give_nan", _always(False)),
+    "mask values survive casts": Rule("fhopt.passes.graph.nodes", "overflow_limit", _always(math.inf)),
     "exponentials never overflow": Rule(f"{RECOGNIZE}.softmax", "_is_largest", _always(True)),
     "scores in float16 never overflow": Rule(f"{RECOGNIZE}.normalize", "_is_half", _always(False)),
     "nothing sees the memory order of a result": Rule(f"{RECOGNIZE}.result_strides", "is_layout_seen", _always(False)),

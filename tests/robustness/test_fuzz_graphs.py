@@ -15,7 +15,7 @@ from program_runs import Tally, run
 from torch import fx
 
 SEED = 20261202
-ROUNDS = 1  # of 200 draws each: every machine runs the same programs
+ROUNDS = 4  # of 200 draws each: every machine runs the same programs
 ATTENTION = """
 def program(q, k, v, factor):
     s = q @ k.mT * 0.5
