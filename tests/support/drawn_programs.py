@@ -351,6 +351,8 @@ class ProgramWriter:
         is_fixed = self.can_hold or not set(shape) & set("BST")
         held = self.pick(["argument", "argument", "parameter", "buffer"] if is_fixed else ["argument"])
         held = "buffer" if held == "parameter" and not can_have_gradient else held
+        if held == "parameter":  # parameters are finite: docs/explanation/exactness.md
+            values = tuple("0 or lowest" if name == "0 or -inf" else name for name in values)
         grad = can_have_gradient and held != "buffer" and self.draw(st.sampled_from([True, True, True, False]))
         self.inputs.append(Input(name, shape, values, held=held, below=below, grad=grad))
 
