@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from results_page import RESULTS, ROOT, Results, number, table
+from results_tables import RESULTS, ROOT, Results, number, table
 
 README = ROOT / "README.md"
 WIDTH = 120

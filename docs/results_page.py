@@ -2,48 +2,35 @@
 
     python docs/results_page.py        writes docs/results.md
 
-Each benchmark writes one file (benchmarks/recording.py): machine, versions, commit and rows of figures. Nothing is
-measured here, and every figure on the page is in a file.
+Nothing is measured here, and every figure on the page is in a file. Tables: results_tables.py.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from results_tables import (
+    RESULTS,
+    ROOT,
+    Results,
+    attention,
+    by_case,
+    compiled_zoo,
+    coverage,
+    decode,
+    engines,
+    head,
+    quality,
+    quality_and_kl,
+    tasks,
+    zoo,
+    zoo_plans,
+    zoo_wide,
+)
+
 PAGE = ROOT / "docs" / "results.md"
-MAX_ROWS = 40  # of a benchmark that this page has no table of its own for
-
-
-@dataclass(frozen=True)
-class Results:
-    """Hold one results file: name, machine, versions, commit, and its rows (benchmarks/recording.py: `Row`)."""
-
-    name: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    commit: str
-    rows: tuple[dict[str, Any], ...]
-
-    @staticmethod
-    def read(path: Path) -> Results:
-        """Read a results file."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Results(path.stem, content["machine"], content["versions"], content["commit"], tuple(content["rows"]))
-
-    def of(self, metric: str) -> list[dict[str, Any]]:
-        """Return the rows of one metric that have a value."""
-        return [row for row in self.rows if row["metric"] == metric and row["value"] is not None]
-
-    def value(self, metric: str, case: str, impl: str) -> float:
-        """Return one figure."""
-        return next(float(r["value"]) for r in self.of(metric) if (r["case"], r["impl"]) == (case, impl))
 
 
 @dataclass(frozen=True)
@@ -56,303 +43,7 @@ class Section:
     table: Callable[[Results], str]
 
 
-# --------------------------------------------------------------------------------------------------- tables
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Format a Markdown table; all columns but the first are right-aligned."""
-    names = list(head)
-    lines = [names, ["---"] + ["--:"] * (len(names) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float) -> str:
-    """Format a number with three digits and thousands separators; integers in full."""
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def with_ratio(row: dict[str, Any]) -> str:
-    """Format a figure with its ratio to the baseline; more than 1 is better."""
-    ratio = row["ratio"]
-    return number(row["value"]) + (f" ({ratio:.2f}x)" if ratio is not None else "")
-
-
-def pivot(results: Results, metric: str, show: Callable[[dict[str, Any]], str] = with_ratio) -> str:
-    """Format one metric: a row for each implementation, a column for each case."""
-    rows = results.of(metric)
-    cases, impls = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "impl"))
-    cells = {(row["impl"], row["case"]): show(row) for row in rows}
-    return table(
-        [_heading(metric, rows[0]["unit"]), *map(in_words, cases)],
-        ([in_words(impl), *(cells.get((impl, case), "-") for case in cases)] for impl in impls),
-    )
-
-
-def _heading(metric: str, unit: str) -> str:
-    words = METRICS.get(metric) or metric.replace("_", " ")
-    return words if metric in METRICS or not unit or metric.endswith(f"_{unit}") else f"{words}, {unit}"
-
-
-METRICS = {
-    "step_ms": "decode step, ms",
-    "cache_bytes": "KV cache, bytes",
-    "step_bytes": "bytes read by attention in a decode step",
-    "sinks_bytes": "attention sinks, bytes",
-    "sealed_bytes": "packed latents, bytes",
-    "window_bytes": "residual window, bytes",
-    "exact_bytes": "exact keys and values, bytes",
-    "spare_bytes": "spare capacity, bytes",
-    "weight_left_out": "attention weight not read",
-    "right": "correct answers",
-    "right_error": "correct answers, standard error",
-    "loss_rise": "increase of perplexity, %",
-    "same_token": "same most likely token, %",
-}  # headings of metrics whose name in the files is not a term of the glossary
-NAMES = {
-    ", growing": ", dynamic cache",
-    ", static": ", static cache",
-    "x codes": "x smaller latents",
-    "window of 8 bits": "residual window of 8 bits",
-    "fhopt, certain": "fhopt, guaranteed",
-}  # likewise parts of the names of cases and implementations
-
-
-def in_words(name: str) -> str:
-    """Return the name of a case or implementation in the terms of the glossary."""
-    for part, words in NAMES.items():
-        name = name.replace(part, words)
-    return name
-
-
-def by_case(results: Results) -> str:
-    """Format all metrics: a row for each case and implementation, a column for each metric."""
-    metrics = list(dict.fromkeys(row["metric"] for row in results.rows))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in results.rows:
-        shown = "-" if row["value"] is None else with_ratio(row)
-        cells.setdefault((row["case"], row["impl"]), {})[row["metric"]] = shown
-    if len(cells) > MAX_ROWS:
-        return f"{len(cells):,} cases, {len(results.rows):,} figures: see the file."
-    units = {row["metric"]: row["unit"] for row in results.rows}
-    names = [_heading(name, units[name]) for name in metrics]
-    lines = (
-        [in_words(f"{case}, {impl}" if impl != case else case), *(result.get(m, "-") for m in metrics)]
-        for (case, impl), result in cells.items()
-    )
-    return table(["case", *names], lines)
-
-
 # --------------------------------------------------------------------------------------------------- sections
-
-
-def quality_and_kl(results: Results) -> str:
-    """Format KL and increase of perplexity of each cache at each size on each text."""
-    kl = quality(results, "kl", lambda value: f"{value:.4f}")
-    return f"KL from the exact cache, nats per token:\n\n{kl}\n\nIncrease of perplexity:\n\n{quality(results)}"
-
-
-def quality(
-    results: Results,
-    metric: str = "perplexity_increase_percent",
-    show: Callable[[float], str] = lambda value: f"{value:+.2f} %",
-) -> str:
-    """Format one metric of each cache at each size on each text."""
-    rows = results.of(metric)
-    texts = list(dict.fromkeys(row["case"].split("@")[0] for row in rows))
-    cells: dict[tuple[float, str], dict[str, str]] = {}
-    for row in rows:
-        text, size = row["case"].split("@")
-        cells.setdefault((float(size.rstrip("x")), row["impl"]), {})[text] = show(row["value"])
-    lines = (
-        [impl, f"{size:g}x", *(result.get(t, "-") for t in texts)] for (size, impl), result in sorted(cells.items())
-    )
-    return table(["cache", "size", *texts], lines)
-
-
-def attention(results: Results) -> str:
-    """Format one table for each shape, in milliseconds."""
-    shapes = list(dict.fromkeys(row["case"].split(", T=")[0] for row in results.rows))
-    parts = []
-    for shape in shapes:
-        rows = tuple(
-            {**row, "case": row["case"].removeprefix(f"{shape}, ")}
-            for row in results.rows
-            if row["case"].startswith(f"{shape}, ")
-        )
-        parts += [f"{shape}:", pivot(replace(results, rows=rows), "time_ms")]
-    return "\n\n".join(parts)
-
-
-def decode(results: Results) -> str:
-    """Format times of a decode step, then the bytes of the KV caches."""
-    return (
-        pivot(results, "step_ms") + "\n\n" + pivot(results, "cache_bytes", lambda row: f"{row['value'] / 1e6:,.0f} MB")
-    )
-
-
-def zoo(results: Results) -> str:
-    """Format sums over all forward passes."""
-    expected, result, explained = (
-        sum(row["value"] for row in results.of(f"sites_{what}")) for what in ("expected", "found", "explained")
-    )
-    lines = [
-        ["forward passes", number(len(results.of("sites_expected")))],
-        ["attentions expected", number(expected)],
-        ["attentions found", number(result)],
-        ["not rewritten, for an expected reason", number(explained)],
-        ["largest difference of an output, relative", f"{max(r['value'] for r in results.of('max_error')):.1e}"],
-        ["largest difference of a gradient", f"{max(r['value'] for r in results.of('max_gradient_error')):.1e}"],
-    ]
-    return table(["", "all"], lines)
-
-
-def zoo_wide(results: Results) -> str:
-    """Format sums of each family: classes, attentions found, and what there must be none of."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for row in results.rows:
-        families.setdefault(row["family"], []).append(row)
-    bad = ("silent", "wrong", "crashed")
-    lines = [
-        [family, number(len(rows)), number(sum(r["baseline"] for r in rows)), number(sum(r["value"] for r in rows)),
-         *(str(sum(r["status"] == status for r in rows)) for status in bad)]
-        for family, rows in families.items()
-    ]  # fmt: skip
-    return table(["family", "classes", "attentions", "found", "missed in silence", "wrong numbers", "crashed"], lines)
-
-
-def zoo_plans(results: Results) -> str:
-    """Format how many plans of each ratio are as expected, refused, or other than expected."""
-    statuses = ("works", "more", "refused", "wrong", "crashed", "not built")
-    by_ratio: dict[str, list[str]] = {}
-    for row in results.rows:
-        by_ratio.setdefault(row["impl"], []).append(row["status"])
-    lines = [[ratio, *(str(found.count(status)) for status in statuses)] for ratio, found in by_ratio.items()]
-    return table(["", "as expected", "loses more", "refused", "wrong", "crashed", "does not generate"], lines)
-
-
-def head(results: Results) -> str:
-    """Format times, then certificates and agreement with the dense head."""
-    others = tuple(row for row in results.rows if row["metric"] != "time_ms")
-    return pivot(results, "time_ms") + "\n\n" + by_case(replace(results, rows=others))
-
-
-def compiled_zoo(results: Results) -> str:
-    """Format sums over all tasks, with those of inductor."""
-    counts = results.of("tasks")
-    lines = [
-        ["tasks", f"{number(sum(r['value'] for r in counts))} of {number(sum(r['baseline'] for r in counts))}", ""]
-    ]
-    for metric in ("graphs", "breaks"):
-        rows = results.of(metric)
-        lines.append([metric, number(sum(r["value"] for r in rows)), number(sum(r["baseline"] or 0 for r in rows))])
-    for metric, name in (("max_error", "an output"), ("max_gradient_error", "a gradient")):
-        for words, is_half in (("float32", False), ("16 bits", True)):
-            collected = [r["value"] for r in results.of(metric) if r["case"].endswith(HALVES) == is_half]
-            lines.append([f"largest difference of {name}, {words}", f"{max(collected):.1e}", ""])
-    return table(["", "flashhead", "inductor"], lines)
-
-
-def coverage(results: Results) -> str:
-    """Format lines and branches of each package, then the modules of which few lines are run, with the reason."""
-    packages = [row for row in results.rows if row["metric"] != "lines_of_module"]
-    cells = {(row["case"], row["metric"]): f"{row['value']:.1f}" for row in packages}
-    names = dict.fromkeys(row["case"] for row in packages)
-    lines = ([name, cells[name, "lines"], cells.get((name, "branches"), "-")] for name in names)
-    parts = [table(["package", "lines, %", "branches, %"], lines)]
-    modules = [[f"`{row['case']}`", f"{row['value']:.1f}", row["impl"]] for row in results.of("lines_of_module")]
-    if modules:
-        parts.append("Modules of which the tests run less than 80 % of the lines:")
-        parts.append(table(["module", "lines, %", "why"], modules))
-    return "\n\n".join(parts)
-
-
-def tasks(results: Results) -> str:
-    """Format right answers and what an answer lost, a row for each task; then KL by generated position."""
-    size = re.compile(r"@([0-9.]+)x$")
-
-    def order(impl: str) -> tuple[float, str]:
-        return float(known[1]) if (known := size.search(impl)) else float("inf"), impl
-
-    plans = sorted({row["impl"] for row in results.rows} - {"exact"}, key=order)
-    impls = ["exact", *plans]
-    found = {(row["case"], row["impl"], row["metric"]): row["value"] for row in results.rows}
-
-    def cases(metric: str) -> list[str]:
-        return list(dict.fromkeys(row["case"] for row in results.of(metric)))
-
-    def cell(case: str, impl: str, metric: str, show: Callable[[float], str]) -> str:
-        value = found.get((case, impl, metric))
-        return "-" if value is None else show(value)
-
-    def right(case: str, impl: str) -> str:
-        change = found.get((case, impl, "log_prob_change"))
-        behind = "" if change is None else f" ({change:+.3f})"
-        return cell(case, impl, "accuracy_percent", lambda value: f"{value:.1f}") + behind
-
-    answers = [
-        [case, cell(case, "exact", "items", number), *(right(case, impl) for impl in impls)]
-        for case in cases("accuracy_percent")
-    ]
-    lost = [
-        [case, *(cell(case, impl, "kl_nats", lambda value: f"{value:.5f}") for impl in plans)]
-        for case in cases("kl_nats")
-        if "@" in case
-    ]
-    return "\n\n".join(
-        [
-            "Right answers, % (in brackets: change of the right answer's log-probability, nats a token):",
-            table(["task", "items", *impls], answers),
-            "KL from the exact cache, nats a token, up to so many generated tokens:",
-            table(["text", *plans], lost),
-        ]
-    )
-
-
-def engines(results: Results) -> str:
-    """Format a table for each model, batch and metric, columns are contexts; then what was not run, and sizes."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in results.rows:
-        if row["case"].count("/") >= 3:
-            model, context, batch, unit = row["case"].rsplit("/", 3)
-            groups.setdefault((model, batch, unit), []).append({**row, "case": f"{int(context):,}"})
-    parts = []
-    for (model, batch, unit), rows in groups.items():
-        shown = replace(results, rows=tuple(row for row in rows if row.get("error") is None))
-        for metric, (words, show) in ENGINE_METRICS.items():
-            if shown.of(metric):
-                parts += [f"{model}, batch {batch}, {unit}: {words}", _by_context(shown, metric, show)]
-    failed = [[row["impl"], row["case"], row["error"]] for row in results.rows if row.get("error")]
-    if failed:
-        parts += ["Not run:", table(["engine", "case", "error"], failed)]
-    sizes = [[row["impl"], f"{row['value'] / 1e9:.2f}"] for row in results.of("installed_bytes")]
-    if sizes:
-        parts += ["Installed, without what fhopt itself needs:", table(["environment", "GB"], sizes)]
-    return "\n\n".join(parts)
-
-
-def _by_context(results: Results, metric: str, show: Callable[[dict[str, Any]], str]) -> str:
-    """Format one metric: a row for each engine, a column for each context, shortest first."""
-    rows = results.of(metric)
-    contexts = sorted({row["case"] for row in rows}, key=lambda text: int(text.replace(",", "")))
-    cells = {(row["impl"], row["case"]): show(row) for row in rows}
-    impls = dict.fromkeys(row["impl"] for row in rows)
-    return table(["tokens", *contexts], ([impl, *(cells.get((impl, c), "-") for c in contexts)] for impl in impls))
-
-
-ENGINE_METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "decode_tokens_per_second": ("decode, tokens per second of all sequences", with_ratio),
-    "prefill_tokens_per_second": ("prompt, tokens per second of all sequences", with_ratio),
-    "first_token_s": ("first token, seconds from the start of the process", with_ratio),
-    "second_token_cold_s": ("second token, seconds, nothing compiled before", with_ratio),
-    "peak_bytes": ("peak memory of the process, MiB", lambda row: f"{row['value'] / 2**20:,.0f}"),
-}
-
-
-HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 16 bits
 
 
 QUALITY_COMMAND = "python -m benchmarks.quality.perplexity --model FOLDER"

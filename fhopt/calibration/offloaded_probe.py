@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from fhopt.calibration.probe import Attends, Batch, Watch
 from fhopt.errors import FhoptError
 from fhopt.hardware.float_products import fast_products
-from fhopt.hf.apply import IMPLEMENTATION, register_attention
-from fhopt.hf.attention_interface import WATCH
+from fhopt.hf.attention_interface import IMPLEMENTATION, WATCH, register_attention
 from fhopt.models.capture import capture
 from fhopt.models.model_facts import implementations, text_key, uses_interface
 from fhopt.parallel.offloaded_weights import hooks, named_buffers

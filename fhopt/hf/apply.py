@@ -7,7 +7,6 @@ with its own attention code uses the latents through `LatentTensor` (fhopt/atten
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,15 +17,15 @@ from typing import Any, cast
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.hf.attention_interface import IMPLEMENTATION, register_attention
 from fhopt.hf.layer_programs import drop_programs, use_programs
+from fhopt.hf.model_checks import check_cache_plan, check_decoder, check_fitted_weights
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.models.model_facts import (
     cache_argument,
-    check_segments,
     encoder_path,
     implementations,
     is_inside,
-    keeps_own_cache,
     text_key,
     uses_interface,
 )
@@ -34,9 +33,8 @@ from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import local_plan
 from fhopt.plan.fingerprint import check_fingerprint
 from fhopt.plan.latent_plan import LatentPlan, PlanOrPath, as_plan
+from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
-
-IMPLEMENTATION = "fhopt"
 
 
 @dataclass
@@ -76,7 +74,6 @@ def apply(
     skinny_products: on CPU, use fhopt's GEMV/skinny-GEMM kernel for up to 16 rows, and its GEMM kernel for more rows in
     16-bit dtypes without native support (fhopt/hf/skinny_products.py), even if the plan compresses no site; False keeps
     torch's matmuls.
-
     layer_programs: on CPU, run the decode step of consecutive decoder layers as one native call
     (fhopt/hf/layer_programs.py) once a layer has been traced; False keeps torch's operations.
 
@@ -84,48 +81,28 @@ def apply(
     """
     import fhopt.codegen
     from fhopt.attention.offered_latents import LatentReader
-    from fhopt.plan.layer_index import cached_sites, layer_indices
 
-    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
-        raise FhoptError(
-            f"{type(model).__name__} is not a transformers model; expected one with a cache. For any other module use "
-            'torch.compile(model, backend="flashhead", options={"plan": plan}).'
-        )
-    compiled, model, plan = model, _uncompiled(model), as_plan(plan)
-    _check_cache(model)
-    network: Any = model  # torch types a module's attributes as tensors or modules
-    whole_plan, weights = plan, Weights(model)
-    if weights.absent:
-        raise FhoptError(
-            f"{weights.absent[0]} of {type(model).__name__} is on the meta device: it has no numbers. Load the weights "
-            "first, with device_map where they are more than one device holds."
-        )
-    check_fingerprint(plan, weights, type(model).__name__)
-    check_segments(network.config, plan.segment, type(model).__name__)
-    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):  # meta: offloaded to disk
-        plan.check_uniform("a GPU")
-    plan = local_plan(model, plan)
-    encoder = encoder_path(model)
+    network: Any = _uncompiled(model)  # torch types a module's attributes as tensors or modules
+    check_decoder(network)
+    whole_plan = as_plan(plan)
+    check_fitted_weights(network, whole_plan)
+    plan, encoder = local_plan(network, whole_plan), encoder_path(network)
     sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
-    modules = {site.name: _module(model, site.name) for site in sites}
-    layers: dict[str, int] = {}
-    for kind in ("self", "cross"):
-        by_name = layer_indices([s for s in sites if s.kind == kind])
-        layers |= {name: _layer_index(modules[name], index) for name, index in by_name.items()}
-        cached_sites(plan, kind, layers)
+    modules = {site.name: _module(network, site.name) for site in sites}
+    layers = _cache_layers(plan, sites, modules)
     register_attention()
-    unapply(model)
+    unapply(network)
     before = implementations(network.config)
     interface = all(map(uses_interface, modules.values()))
     if interface:
         network.set_attn_implementation(before | {text_key(network.config): IMPLEMENTATION})
     hooks = (
-        model.register_forward_pre_hook(_use_latents, with_kwargs=True),
-        model.register_load_state_dict_post_hook(_check_loaded),
+        network.register_forward_pre_hook(_use_latents, with_kwargs=True),
+        network.register_load_state_dict_post_hook(_check_loaded),
     )
-    parameters = tuple(inspect.signature(model.forward).parameters)
+    parameters = tuple(inspect.signature(network.forward).parameters)
     network._fhopt_applied = _Applied(
-        whole_plan, plan, hooks, before, layers, cache_argument(model), parameters, is_set=interface,
+        whole_plan, plan, hooks, before, layers, cache_argument(network), parameters, is_set=interface,
         interface=interface and all(site.mask != "relative" for site in sites), reader=LatentReader(),
         config=network.config, fast=(skinny_products, layer_programs),
     )  # fmt: skip
@@ -133,10 +110,22 @@ def apply(
     if _reads_latents(network):
         fhopt.codegen.start_builds()
     if skinny_products:
-        replace_products(model)
+        replace_products(network)
     if layer_programs and network._fhopt_applied.interface:
-        use_programs(model, plan)
-    return compiled
+        use_programs(network, plan)
+    return model
+
+
+def _cache_layers(plan: LatentPlan, sites: list[AttentionSite], modules: dict[str, torch.nn.Module]) -> dict[str, int]:
+    """Return the cache layer index of each site."""
+    from fhopt.plan.layer_index import cached_sites, layer_indices
+
+    layers: dict[str, int] = {}
+    for kind in ("self", "cross"):
+        by_name = layer_indices([s for s in sites if s.kind == kind])
+        layers |= {name: _layer_index(modules[name], index) for name, index in by_name.items()}
+        cached_sites(plan, kind, layers)
+    return layers
 
 
 def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -154,24 +143,6 @@ def _check_loaded(model: torch.nn.Module, _: Any) -> None:
         check_fingerprint(_applied(model).whole_plan, Weights(model), type(model).__name__)
     except FhoptError as error:
         warnings.warn(f"weights were loaded while a plan is applied: {error}", RuntimeWarning, stacklevel=2)
-
-
-def _check_cache(model: torch.nn.Module) -> None:
-    """Raise FhoptError if the model does not generate with a transformers cache: a plan would have no effect."""
-    if not hasattr(model, "generate"):
-        return
-    network: Any = model
-    wrapped = network.get_base_model() if hasattr(network, "get_base_model") else network  # PEFT
-    taken = inspect.signature(type(wrapped).forward).parameters  # ignores a replaced `forward` of the instance
-    takes_one = not {"cache", "past_key_values"}.isdisjoint(taken)
-    own = keeps_own_cache(model)
-    if own or not takes_one:
-        what = "a cache of its own" if own else "no KV cache"
-        raise FhoptError(
-            f"{type(model).__name__} keeps {what}; expected a model "
-            "that generates with a DynamicCache of transformers. Use torch.compile(model, backend='flashhead') for "
-            "this model."
-        )
 
 
 def _layer_index(module: torch.nn.Module, index: int) -> int:
@@ -266,51 +237,6 @@ def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 def _uses_latents(config: Any) -> bool:
     return bool(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
-
-
-def register_attention() -> None:
-    """Register `latent_attention_forward` with transformers as IMPLEMENTATION."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    from fhopt.hf.attention_interface import latent_attention_forward
-
-    AttentionInterface.register(IMPLEMENTATION, latent_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)  # without it transformers would drop padding masks
-
-
-def _mask(*args: Any, **options: Any) -> Any:
-    """Make transformers' mask; None if it is only causal.
-
-    `latent_attention_forward` applies causality itself, also with a cache; `sdpa_mask` would make a mask for it.
-    """
-    from transformers.masking_utils import sdpa_mask
-
-    if not torch.compiler.is_compiling():
-        defaults = _defaults(sdpa_mask)
-        if _is_causal({**defaults, **dict(zip(defaults, args, strict=False)), **options}):
-            return None
-    return sdpa_mask(*args, **options)
-
-
-@functools.cache
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return a function's parameters and their defaults. Cached: inspection takes as long as half a layer."""
-    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
-
-
-def _is_causal(of: dict[str, Any]) -> bool:
-    """Return whether `sdpa_mask` would be only causal with these arguments: new tokens last, no padding."""
-    from transformers.masking_utils import causal_mask_function
-
-    padding = of.get("attention_mask")
-    if of.get("mask_function") is not causal_mask_function or of.get("local_size") is not None:
-        return False
-    numbers: list[Any] = [of.get(name) for name in ("q_offset", "q_length", "kv_offset", "kv_length")]
-    if not of.get("allow_is_causal_skip") or not all(type(n) is int for n in numbers):
-        return False
-    at_the_end = numbers[0] + numbers[1] == numbers[2] + numbers[3]
-    return at_the_end and (padding is None or (padding.device.type == "cpu" and bool(padding.all())))
 
 
 # --------------------------------------------------------------------------------------------------- caches
@@ -458,7 +384,7 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
         _convert(cache.self_attention_cache, applied)
         return _convert(cache.cross_attention_cache, applied, "cross")
     if isinstance(cache, LatentCache):
-        _check_plan(cache.plan, applied.plan)
+        check_cache_plan(cache.plan, applied.plan)
     elif not _has_latents(cache):
         if type(cache) is Cache:  # the caller chose the layers: a full-precision cache
             return None
@@ -481,19 +407,3 @@ def _unused(cache: Any) -> str:
         f"a cache of class {name} is used without the applied plan; expected a DynamicCache or a StaticCache. Leave "
         "out `cache` and `cache_implementation` to compress by the plan, or call fhopt.unapply(model)."
     )
-
-
-def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
-    """Raise FhoptError if a plan for another model made the cache; another plan for this model is fine."""
-    prints = {plan.provenance.get("fingerprint") for plan in (held, applied)} - {None}
-    names, known = ({p.site.name for p in plan.sites} for plan in (held, applied))
-    if held is not applied and (len(prints) > 1 or not names & known):
-        raise FhoptError(
-            "the cache was made by a plan for another model. Make one for this model: "
-            "fhopt.LatentCache(plan, model.config), with a plan that was fitted for it."
-        )
-    if held is not applied and len({p.sites[0].site.kv_heads for p in (held, applied)}) > 1:
-        raise FhoptError(
-            f"the cache keeps {held.sites[0].site.kv_heads} kv heads, the model has {applied.sites[0].site.kv_heads} "
-            "of them in this process. Make the cache by fhopt.hf.apply.latent_cache(model)."
-        )

@@ -5,7 +5,10 @@ Letters: B batch, H query heads, G kv heads, S queries, T all tokens, D head siz
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from fhopt.attention.offered_latents import read_offered
 from fhopt.errors import FhoptError
 from fhopt.ops import algebra, attention, masks, prefill_attention
 
+IMPLEMENTATION = "fhopt"
 WATCH = "fhopt_watch"  # attribute of a module: a function that replaces its full-precision attention
 rehearsed = threading.local()  # .attention replaces `latent_attention_forward` in this thread during tracing
 
@@ -89,3 +93,49 @@ def _attend_exactly(
     return attention.attention_reference(
         query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options
     )
+
+
+# --------------------------------------------------------------------------------------------------- registration
+
+
+def register_attention() -> None:
+    """Register `latent_attention_forward` with transformers as IMPLEMENTATION."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, latent_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)  # without it transformers would drop padding masks
+
+
+def _mask(*args: Any, **options: Any) -> Any:
+    """Make transformers' mask; None if it is only causal.
+
+    `latent_attention_forward` applies causality itself, also with a cache; `sdpa_mask` would make a mask for it.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    if not torch.compiler.is_compiling():
+        defaults = _defaults(sdpa_mask)
+        if _is_causal({**defaults, **dict(zip(defaults, args, strict=False)), **options}):
+            return None
+    return sdpa_mask(*args, **options)
+
+
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's parameters and their defaults. Cached: inspection takes as long as half a layer."""
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+def _is_causal(of: dict[str, Any]) -> bool:
+    """Return whether `sdpa_mask` would be only causal with these arguments: new tokens last, no padding."""
+    from transformers.masking_utils import causal_mask_function
+
+    padding = of.get("attention_mask")
+    if of.get("mask_function") is not causal_mask_function or of.get("local_size") is not None:
+        return False
+    numbers: list[Any] = [of.get(name) for name in ("q_offset", "q_length", "kv_offset", "kv_length")]
+    if not of.get("allow_is_causal_skip") or not all(type(n) is int for n in numbers):
+        return False
+    at_the_end = numbers[0] + numbers[1] == numbers[2] + numbers[3]
+    return at_the_end and (padding is None or (padding.device.type == "cpu" and bool(padding.all())))

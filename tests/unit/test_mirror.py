@@ -63,6 +63,7 @@ WITHOUT_A_FILE = {
     "fhopt/errors": "every test of a refusal",
     "fhopt/export/step_state": "unit/export/test_decode_step.py",
     "fhopt/files": "robustness/test_faults.py and test_fuzz_files.py",
+    "fhopt/hf/model_checks": "unit/hf/test_apply.py, all that it refuses",
     "fhopt/hf/quantizer": "unit/hf/test_load.py",
     "fhopt/import_hook": "integration/test_rewritten_models.py, in processes that import in other orders",
     "fhopt/inspection/optional": "commands without an extra, unit/cli/test_app.py",

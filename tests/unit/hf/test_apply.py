@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -268,47 +267,3 @@ def test_the_wrapper_of_a_compiled_model_accepts_a_plan(llama: FittedModel) -> N
     assert layers_after(compiled) == layers_after(llama.model) == ({LATENT}, [])
     assert fhopt.unapply(compiled) is compiled
     assert not hasattr(llama.model, "_fhopt_applied") and layers_after(llama.model) == ({"DynamicLayer"}, [])
-
-
-# --------------------------------------------------------------------------------------------------- masks
-
-
-def mask_of(**changed: Any) -> Any:
-    """Request a mask as transformers does, for 20 tokens after 12."""
-    from transformers.masking_utils import causal_mask_function
-
-    given = dict(batch_size=2, q_length=20, kv_length=32, q_offset=12, mask_function=causal_mask_function)
-    return applying._mask(**given | changed)
-
-
-@pytest.mark.parametrize("padding", [None, torch.ones(2, 32, dtype=torch.bool)])
-def test_a_chunk_after_a_cache_has_no_mask_if_it_is_only_causal(padding: torch.Tensor | None) -> None:
-    assert mask_of(attention_mask=padding) is None
-
-
-def test_a_mask_may_be_requested_by_positional_arguments() -> None:
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    found = inspect.signature(sdpa_mask).bind(2, 20, 32, 12).arguments
-    assert found == dict(batch_size=2, q_length=20, kv_length=32, q_offset=12), "the order of its parameters"
-    assert applying._mask(2, 20, 32, 12, mask_function=causal_mask_function) is None
-    assert applying._mask(2, 20, 40, 12, mask_function=causal_mask_function).shape[-2:] == (20, 40)
-
-
-@pytest.mark.parametrize("case", ["padding", "window", "function", "places", "not to be left out"])
-def test_other_masks_are_those_of_transformers(case: str) -> None:
-    from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
-
-    changed: dict[str, Any] = {
-        "padding": {"attention_mask": torch.arange(32).expand(2, -1) > 3},
-        "window": {"mask_function": sliding_window_causal_mask_function(8), "local_size": 8},
-        "function": {"mask_function": lambda b, h, q, k: k <= q + 1},
-        "places": {"kv_length": 40},
-        "not to be left out": {"allow_is_causal_skip": False},
-    }[case]
-    given = dict(batch_size=2, q_length=20, kv_length=32, q_offset=12) | changed
-    found = mask_of(**changed)
-    assert found is not None
-    if case not in ("places", "padding", "not to be left out"):
-        assert torch.equal(found, sdpa_mask(**given))
-    assert found.shape[-2:] == (20, given["kv_length"])

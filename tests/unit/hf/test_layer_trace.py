@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fhopt
 from fhopt.codegen.layers.trace import ATTENTION, UnsupportedError
-from fhopt.hf.apply import IMPLEMENTATION, latent_cache, register_attention
+from fhopt.hf.apply import latent_cache
+from fhopt.hf.attention_interface import IMPLEMENTATION, register_attention
 from fhopt.hf.layer_trace import leaves, rehearse
 
 STRANGER = torch.ones(8)

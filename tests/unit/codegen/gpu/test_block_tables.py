@@ -74,7 +74,7 @@ def steps(name: str, dtype: str) -> Iterator[CompileRequest]:
     tile = {"BLOCK_T": encode_rows.BLOCK_T, "BLOCK_G": encode_rows.BLOCK_G, "BLOCK_D": encode_rows.BLOCK_D}
     constants: dict[str, dict[str, Any]] = {
         "write_kernel": {"PAGE": 12, "BLOCK_T": encode_rows.BLOCK_T, "BLOCK_D": SIZE},
-        "encode_kernel": tile | {"PAGE": 37, "WINDOW_PAGE": 12},
+        "encode_blocks_kernel": tile | {"PAGE": 37, "WINDOW_PAGE": 12},
         "join_kernel": {"BLOCK_M": 16, "BLOCK_D": 32, "BLOCK_E": block_launch.JOINED, "BLOCK_R": block_launch.SUMMED},
     }
     for rounded, missing in (
@@ -96,7 +96,7 @@ def steps(name: str, dtype: str) -> Iterator[CompileRequest]:
             attrs: dict[tuple[int, ...], Any] = {
                 (i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if types[x].startswith("*") or x in aligned
             }
-            yield CompileRequest(text, kernel, types, fixed, attrs, options if kernel == "encode_kernel" else {})
+            yield CompileRequest(text, kernel, types, fixed, attrs, options if kernel == "encode_blocks_kernel" else {})
 
 
 @needs_triton
@@ -107,6 +107,6 @@ def test_it_compiles_without_spills_for_absent_gpus(name: str, tmp_path: Path, m
     asked = [*spans(name, "bfloat16"), *steps(name, "bfloat16")]
     for request, found in zip(asked, compile_kernels(asked, GPUS[name]), strict=True):
         assert not objection(found, GPUS[name]), (request.kernel, request.constexprs, found)
-        assert found.tensor_cores or request.kernel in ("write_kernel", "encode_kernel"), (request.kernel, found)
+        assert found.tensor_cores or request.kernel in ("write_kernel", "encode_blocks_kernel"), (request.kernel, found)
         if request.kernel == "attention_kernel" and name != "mi300x":
             assert found.loop_copies, found  # rows of any block are prefetched
