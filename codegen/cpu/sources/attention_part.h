@@ -85,13 +85,13 @@ INLINE void for_count(int count, [[maybe_unused]] int first, [[maybe_unused]] F 
     ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
 }
 
-// Calls f(first, count) with `count` a compile-time number of at most MOST rows, sizes as even as they can be.
-template <int MOST, class F>
+// Calls f(first, count) with `count` a compile-time number of at most MAX rows, sizes as even as they can be.
+template <int MAX, class F>
 INLINE void for_blocks_of_rows(int rows, F f) {
     for (int first = 0; first < rows;) {
-        const int blocks = (rows - first + MOST - 1) / MOST;
+        const int blocks = (rows - first + MAX - 1) / MAX;
         const int count = (rows - first + blocks - 1) / blocks;
-        for_count(count, first, f, std::make_integer_sequence<int, MOST>());
+        for_count(count, first, f, std::make_integer_sequence<int, MAX>());
         first += count;
     }
 }

@@ -191,8 +191,8 @@ void step(const ProgramRun& run, const PackedInstruction& i, float* arena) {
         case SUBTRACT: return two(i, arena, [](float x, float y) { return x - y; });
         case MULTIPLY: return two(i, arena, [](float x, float y) { return x * y; });
         case DIVIDE: return two(i, arena, [](float x, float y) { return x / y; });
-        case LARGEST: return two(i, arena, [](float x, float y) { return x != x || x > y ? x : y; });
-        case LEAST: return two(i, arena, [](float x, float y) { return x != x || x < y ? x : y; });
+        case MAXIMUM: return two(i, arena, [](float x, float y) { return x != x || x > y ? x : y; });
+        case MINIMUM: return two(i, arena, [](float x, float y) { return x != x || x < y ? x : y; });
         case NEGATE: return one(i, arena, [](float x) { return -x; });
         case ABSOLUTE: return one(i, arena, [](float x) { return std::abs(x); });
         case SQUARE_ROOT: return one(i, arena, [](float x) { return std::sqrt(x); });
