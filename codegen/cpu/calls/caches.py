@@ -51,10 +51,10 @@ class CachePart(ctypes.Structure):
 
 @layout
 class CacheBasis(ctypes.Structure):
-    """A basis [G,n,m], dense, of float or bfloat16."""
+    """A basis [G,n,m], dense."""
 
     data: Data
-    is_bfloat: int
+    type: Type
     groups: int
     n: int
     m: int

@@ -9,6 +9,7 @@
 
 #include "kernel_call.h"
 #include "kernel_table.h"
+#include "rows.h"
 #include "vectors.h"
 
 namespace {
@@ -16,11 +17,6 @@ namespace {
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
-
-template <class T>
-const T* row_at(const Rows& rows, int64_t b, int64_t h, int64_t t) {
-    return static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head + t * rows.token;
-}
 
 constexpr int SIDE_BY_SIDE = PAGE_QUANTUM;  // tokens of a page are a multiple of it
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "cache_call.h"
 #include "products.h"
 
 namespace {
@@ -44,6 +45,11 @@ INLINE void times_vectors(X x, const typename T::Element* basis, int64_t step, i
 }
 
 // ------------------------------------------------------------------------------------------------ means and merging
+
+// Of a query head of a sequence.
+inline const float* mean_of(const CacheMean& mean, int64_t b, int64_t h) {
+    return mean.data + b * mean.sequence + h / mean.group * mean.head;
+}
 
 // What a mean of keys, from which those of a part are differences, adds to the logits of a query.
 inline float mean_logit(const float* query, const float* mean, int64_t size, double scale) {
