@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from fhopt.codegen.cpu.calls.caches import (
@@ -71,7 +70,7 @@ class LayerCall:
         turning: SegmentPhases | None = None,
     ) -> None:  # fmt: skip
         keys, values = sides
-        bases = [_dense(side.decode) for side in sides]
+        bases = [side.decode.contiguous() for side in sides]
         self._kept, self._sides, self._turning = (program, query, attended, bases), list(sides), turning
         latents, window, exact = map(_part, parts)
         self._window_kernel = None if parts[1] is None else parts[1][0]
@@ -156,13 +155,8 @@ def _part(part: tuple[LibraryKernel, bytes] | None) -> CachePart:
     return CachePart(run=part[0].address, call=Attention.from_buffer_copy(part[1]))
 
 
-def _dense(decode: Tensor) -> Tensor:
-    """Return a basis in a layout and type that C++ supports."""
-    return decode.contiguous() if decode.dtype in (torch.float32, torch.bfloat16) else decode.float()
-
-
 def _basis(dense: Tensor) -> CacheBasis:
-    return CacheBasis(dense.data_ptr(), dense.dtype == torch.bfloat16, *dense.shape)
+    return CacheBasis(dense.data_ptr(), TYPES[dense.dtype], *dense.shape)
 
 
 def _turn(turning: SegmentPhases | None) -> Turning:

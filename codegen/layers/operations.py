@@ -83,7 +83,7 @@ def _clamp(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value
     given = (*args[1:], None, None)[:2]
     least, most = kwargs.get("min", given[0]), kwargs.get("max", given[1])
     value = low.operand(args[0])
-    for code, bound in ((Code.LARGEST, least), (Code.LEAST, most)):
+    for code, bound in ((Code.MAXIMUM, least), (Code.MINIMUM, most)):
         if bound is not None:
             value = low.two(code, value, bound)
     return value
@@ -133,8 +133,8 @@ def _linear_layer(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 _OF_TWO = {
-    "add": Code.ADD, "sub": Code.SUBTRACT, "mul": Code.MULTIPLY, "div": Code.DIVIDE, "maximum": Code.LARGEST,
-    "minimum": Code.LEAST,
+    "add": Code.ADD, "sub": Code.SUBTRACT, "mul": Code.MULTIPLY, "div": Code.DIVIDE, "maximum": Code.MAXIMUM,
+    "minimum": Code.MINIMUM,
 }  # fmt: skip
 _OF_ONE = {
     "neg": Code.NEGATE, "abs": Code.ABSOLUTE, "sqrt": Code.SQUARE_ROOT, "rsqrt": Code.INVERSE_ROOT,

@@ -51,10 +51,10 @@ class CachePart(ctypes.Structure):
 
 @layout
 class CacheBasis(ctypes.Structure):
-    """A basis [G,n,m], dense, of float or bfloat16."""
+    """A basis [G,n,m], dense."""
 
     data: Data
-    is_bfloat: int
+    type: Type
     groups: int
     n: int
     m: int
@@ -106,7 +106,7 @@ class Code(IntEnum):
     """Operations of instructions."""
 
     (
-        LOAD, STORE, COPY, FILL, ADD, SUBTRACT, MULTIPLY, DIVIDE, LARGEST, LEAST, NEGATE, ABSOLUTE, SQUARE_ROOT,
+        LOAD, STORE, COPY, FILL, ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, NEGATE, ABSOLUTE, SQUARE_ROOT,
         INVERSE_ROOT, INVERSE, EXPONENTIAL, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, MEAN, SUM, LINEAR,
     ) = range(25)  # fmt: skip
 

@@ -80,7 +80,7 @@ void score_tile(const Attention& a, const Part& p, int64_t begin, int tokens, Sc
             continue;
         }
         with_tile(side, a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
-            for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
+            for_blocks_of_rows<MAX_ROWS>(rows, [&](int first, auto count) {
                 constexpr int ROWS = decltype(count)::value;
                 const int64_t r = row + first;
                 constexpr int TOKENS = ROWS == 1 ? 8 : 4;
@@ -128,7 +128,7 @@ void mix_tile(const Attention& a, const Part& p, int64_t begin, int tokens, Scra
         }
         with_tile(side, a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
             if (side.scaled) scale_weights(row, rows, whole, s);
-            for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
+            for_blocks_of_rows<MAX_ROWS>(rows, [&](int first, auto count) {
                 const int64_t r = row + first;
                 // clang-format off
                 mix<decltype(count)::value>(

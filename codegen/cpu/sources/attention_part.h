@@ -9,6 +9,7 @@
 
 #include "kernel_call.h"
 #include "kernel_table.h"
+#include "rows.h"
 #include "vectors.h"
 
 namespace {
@@ -16,11 +17,6 @@ namespace {
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
-
-template <class T>
-const T* row_at(const Rows& rows, int64_t b, int64_t h, int64_t t) {
-    return static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head + t * rows.token;
-}
 
 constexpr int SIDE_BY_SIDE = PAGE_QUANTUM;  // tokens of a page are a multiple of it
 
@@ -85,13 +81,13 @@ INLINE void for_count(int count, [[maybe_unused]] int first, [[maybe_unused]] F 
     ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
 }
 
-// Calls f(first, count) with `count` a compile-time number of at most MOST rows, sizes as even as they can be.
-template <int MOST, class F>
+// Calls f(first, count) with `count` a compile-time number of at most MAX rows, sizes as even as they can be.
+template <int MAX, class F>
 INLINE void for_blocks_of_rows(int rows, F f) {
     for (int first = 0; first < rows;) {
-        const int blocks = (rows - first + MOST - 1) / MOST;
+        const int blocks = (rows - first + MAX - 1) / MAX;
         const int count = (rows - first + blocks - 1) / blocks;
-        for_count(count, first, f, std::make_integer_sequence<int, MOST>());
+        for_count(count, first, f, std::make_integer_sequence<int, MAX>());
         first += count;
     }
 }

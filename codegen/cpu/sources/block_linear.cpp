@@ -58,22 +58,22 @@ void columns_of(const Skinny& its, Type type, const ByteRows& x, int64_t begin, 
     };
     const auto multiply_from = [&](const Eight& eight, int64_t row) {  // of the input
         for (int64_t rows; row < its.rows; row += rows) {
-            float products[MOST_AT_ONCE * EIGHT];
+            float products[MAX_AT_ONCE * EIGHT];
             rows = eight_columns_of<T>(its.rows - row, x, row, eight.blocks, products);
             write(eight, row, rows, products);
         }
     };
     int64_t next = begin;
     if constexpr (HAS_SIXTEEN_COLUMNS) {
-        const int64_t fours = its.rows / MOST_AT_ONCE * MOST_AT_ONCE, whole = its.columns / EIGHT * EIGHT;
+        const int64_t fours = its.rows / MAX_AT_ONCE * MAX_AT_ONCE, whole = its.columns / EIGHT * EIGHT;
         for (; fours && next + 2 * EIGHT <= std::min(end, whole); next += 2 * EIGHT) {
             const uint8_t* blocks = weight + next * its.weight_row;
             const Eight both[2] = {eight_of(next, EIGHT, blocks),
                                    eight_of(next + EIGHT, EIGHT, blocks + EIGHT * its.weight_row)};
-            for (int64_t row = 0; row < fours; row += MOST_AT_ONCE) {
-                float products[2][MOST_AT_ONCE * EIGHT];
+            for (int64_t row = 0; row < fours; row += MAX_AT_ONCE) {
+                float products[2][MAX_AT_ONCE * EIGHT];
                 sixteen_columns<T>(x, row, both[0].blocks, both[1].blocks, products[0]);
-                for (int i = 0; i < 2; i++) write(both[i], row, MOST_AT_ONCE, products[i]);
+                for (int i = 0; i < 2; i++) write(both[i], row, MAX_AT_ONCE, products[i]);
             }
             for (const Eight& eight : both) multiply_from(eight, fours);
         }

@@ -91,7 +91,7 @@ void times(Type type, const Factors& rows, const BlockBasis& basis, int64_t matr
 
 constexpr int64_t ROOM = 192 << 10;  // bytes of rows that are brought together: they stay in the second-level cache
 constexpr int64_t QUANTUM = 64;  // tokens of which a range has a multiple
-constexpr int64_t LEAST = 128;  // tokens of a range of latents that pay for what it costs beside them
+constexpr int64_t MIN_RANGE = 128;  // tokens of a range of latents that pay for what it costs beside them
 
 enum Kind { LATENTS, WINDOW, SINKS };
 
@@ -125,7 +125,7 @@ struct Pieces {
         const int64_t width = l.sides[0].width + l.sides[1].width, size = l.sizes[0] + l.sizes[1];
         const int64_t products = l.heads * (latents * width + window * size);
         threads = std::clamp<int64_t>(products / 200000, 1, s.threads);  // a thread is worth about 10 us of work
-        const int64_t ranges = threads == 1 ? 1 : std::clamp(latents / LEAST, threads, 4 * threads);
+        const int64_t ranges = threads == 1 ? 1 : std::clamp(latents / MIN_RANGE, threads, 4 * threads);
         int64_t of_latents = tokens_of_a_range(latents, ranges, c.latents.row);
         if (l.turn.segment) {  // all of a piece have the same queries
             const int64_t parts = (l.turn.segment + of_latents - 1) / of_latents;

@@ -45,9 +45,9 @@ void write_window(const Run& run, int64_t i, const uint8_t* head, const float* x
     uint8_t* row = window.at(run.s.owner(i), run.s.position(i));
     const int64_t size = l.sizes[side];
     if (l.is_rounded) {
-        HalfBits scale(0.0f);
+        uint16_t scale;
         round_row(x, nullptr, size, row + l.window[side] + group * size, scale);
-        std::memcpy(row + l.window[2 + side] + 2 * group, &scale.bits, sizeof scale.bits);
+        std::memcpy(row + l.window[2 + side] + 2 * group, &scale, sizeof scale);
     } else {
         const int64_t bytes = size * bytes_of(l.type);
         std::memcpy(row + l.window[side] + group * bytes, head, bytes);
@@ -326,21 +326,9 @@ extern "C" void attend_blocks(const BlockCall* arguments) {
 // Numbers as rows of a window in 8 bits.
 extern "C" void round_rows(const RowRounding* rounding) {
     const RowRounding& a = *rounding;
-#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
-    {
-        std::vector<float> x(a.size);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < a.tokens; t++) {
-            for (int64_t h = 0; h < a.heads; h++) {
-                const uint8_t* from = a.x.data + (t * a.x.token + h * a.x.head) * bytes_of(a.type);
-                to_floats(from, a.type, a.size, x.data());
-                uint8_t* row = a.rows + t * a.row;
-                HalfBits scale(0.0f);
-                round_row(x.data(), nullptr, a.size, row + a.start + h * a.size, scale);
-                std::memcpy(row + a.scale + 2 * h, &scale.bits, sizeof scale.bits);
-            }
-        }
-    }
+    const Rows x = {a.x.data, 0, a.x.head, a.x.token};
+    const Rows codes = {a.rows + a.start, 0, a.size, a.row}, scales = {a.rows + a.scale, 0, 1, a.row / 2};
+    round_tokens(a.type, x, {1, a.heads, a.tokens, a.size}, {}, codes, scales, 0, a.threads);
 }
 
 // Rows into blocks.

@@ -166,7 +166,7 @@ INLINE void unpack_values(const Kernel& k, const Sixteen& rows, __m512i* codes) 
     }
 }
 
-constexpr int MOST_BYTE_ROWS = 5;  // 15 sums of 3 parts; with more rows at once only the compiler has more to do
+constexpr int MAX_BYTE_ROWS = 5;  // 15 sums of 3 parts; with more rows at once only the compiler has more to do
 
 // Vectors at once: enough sums to keep the multipliers busy, no more than registers hold.
 constexpr int vectors_for(int rows, int parts) { return std::clamp(24 / (rows * parts), 1, 4); }

@@ -298,7 +298,7 @@ void score_codes(const Attention& a, const Part& p, int64_t j, int64_t begin, in
         unpack_keys(k, z, codes + t / 16 * k.key_vectors);
         unpack_halves(k, z, s.halves + t);
     }
-    for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
+    for_blocks_of_rows<MAX_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
         // clang-format off
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {

@@ -230,7 +230,7 @@ void mix_codes(const Attention& a, const Part& p, int64_t j, int64_t begin, int 
         const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
         unpack_values(k, z, codes + t / 4 * k.value_vectors);
     }
-    for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
+    for_blocks_of_rows<MAX_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
         Weights weights[ROWS];
         State* states = s.states + row + first;

@@ -21,11 +21,6 @@ inline int64_t matrix_at(const CacheBasis& basis, int64_t head, int64_t heads) {
     return head / (heads / basis.groups) * basis.n * basis.m;
 }
 
-// Of a query head of a sequence.
-inline const float* mean_of(const CacheMean& mean, int64_t b, int64_t h) {
-    return mean.data + b * mean.sequence + h / mean.group * mean.head;
-}
-
 constexpr int64_t SMALL = 1 << 16;  // products that are worth a thread
 
 // All of them or one: libgomp ends the threads that a smaller team leaves, and makes them again.
@@ -87,7 +82,8 @@ void times_all(const float* x, int64_t rows, int64_t step, const typename T::Ele
 template <class F>
 void with_matrix(const CacheBasis& basis, int64_t head, int64_t heads, F f) {
     const int64_t at = matrix_at(basis, head, heads);
-    if (basis.is_bfloat) f(OfBFloat16(), static_cast<const uint16_t*>(basis.data) + at);
+    if (basis.type == BFLOAT16) f(OfBFloat16(), static_cast<const uint16_t*>(basis.data) + at);
+    else if (basis.type == FLOAT16) f(OfFloat16(), static_cast<const uint16_t*>(basis.data) + at);
     else f(OfFloat32(), static_cast<const float*>(basis.data) + at);
 }
 

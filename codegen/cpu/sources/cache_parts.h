@@ -7,21 +7,22 @@
 #include <cstdint>
 #include <utility>
 
+#include "cache_call.h"
 #include "products.h"
 
 namespace {
 
 // ------------------------------------------------------------------------------------------------ products with bases
 
-// Calls f(count) with `count` a compile-time number of at most MOST.
+// Calls f(count) with `count` a compile-time number of at most MAX.
 template <class F, int... I>
 INLINE void with_count(int64_t count, F f, std::integer_sequence<int, I...>) {
     ((count == I + 1 ? f(std::integral_constant<int, I + 1>()) : void()), ...);
 }
 
-template <int MOST, class F>
+template <int MAX, class F>
 INLINE void with_count(int64_t count, F f) {
-    with_count(count, f, std::make_integer_sequence<int, MOST>());
+    with_count(count, f, std::make_integer_sequence<int, MAX>());
 }
 
 // y(r)[c] = sum_i x(r)[i] basis[i * step + c] for ROWS rows and VECTORS vectors of columns, added to what is there if
@@ -44,6 +45,11 @@ INLINE void times_vectors(X x, const typename T::Element* basis, int64_t step, i
 }
 
 // ------------------------------------------------------------------------------------------------ means and merging
+
+// Of a query head of a sequence.
+inline const float* mean_of(const CacheMean& mean, int64_t b, int64_t h) {
+    return mean.data + b * mean.sequence + h / mean.group * mean.head;
+}
 
 // What a mean of keys, from which those of a part are differences, adds to the logits of a query.
 inline float mean_logit(const float* query, const float* mean, int64_t size, double scale) {

@@ -138,11 +138,11 @@ struct Scales {
     Floats8 scale, offset;
 };
 
-// What formats have in common, unless they say otherwise. PARTS: scales of a group. OFFSET: there are offsets. MOST:
-// the largest magnitude of a code. CHUNK: groups whose codes stand in the same bytes, or one; AT is one of these. PART
-// of `scales` is one of a block.
+// What formats have in common, unless they say otherwise. PARTS: scales of a group. OFFSET: there are offsets.
+// MAX_CODE: the largest magnitude of a code. CHUNK: groups whose codes stand in the same bytes, or one; AT is one of
+// these. PART of `scales` is one of a block.
 struct Plain {
-    static constexpr int PARTS = 1, MOST = 15, CHUNK = 1;
+    static constexpr int PARTS = 1, MAX_CODE = 15, CHUNK = 1;
     static constexpr bool SIGNED = false, OFFSET = true;
 };
 
@@ -173,7 +173,7 @@ struct OfQ4_1 : Plain {
 
 struct OfQ8_0 : Plain {
     static constexpr Format FORMAT = Q8_0;
-    static constexpr int MOST = 128;
+    static constexpr int MAX_CODE = 128;
     static constexpr bool SIGNED = true, OFFSET = false;
     template <int PART>
     static INLINE Scales scales(const uint8_t* b) {
@@ -187,7 +187,7 @@ struct OfQ8_0 : Plain {
 
 struct OfIQ4_NL : OfQ8_0 {
     static constexpr Format FORMAT = IQ4_NL;
-    static constexpr int MOST = 127;
+    static constexpr int MAX_CODE = 127;
     template <int AT, int WORD>
     static INLINE Codes codes(Word<WORD> b, int) {
         return four_bit_levels(b.nibbles(2));
@@ -216,7 +216,7 @@ struct OfQ4_K : Plain {
 
 struct OfQ5_K : OfQ4_K {
     static constexpr Format FORMAT = Q5_K;
-    static constexpr int MOST = 31, CHUNK = 8;
+    static constexpr int MAX_CODE = 31, CHUNK = 8;
     template <int AT, int WORD>
     static INLINE Codes codes(Word<WORD> b, int) {
         return bits_of(b.bytes(48 + AT / 2 * 32), AT % 2 * 4, 15) | bits_of(b.bytes(16), AT - 4, 16);
@@ -225,7 +225,7 @@ struct OfQ5_K : OfQ4_K {
 
 struct OfQ6_K : Plain {
     static constexpr Format FORMAT = Q6_K;
-    static constexpr int PARTS = 2, MOST = 63, CHUNK = 4;
+    static constexpr int PARTS = 2, MAX_CODE = 63, CHUNK = 4;
     template <int PART>
     static INLINE Scales scales(const uint8_t* b) {
         const Floats8 scale = as_floats(bytes_at<int8_t>(b, 192 + PART)) * halves_at(b, 208);
@@ -240,7 +240,7 @@ struct OfQ6_K : Plain {
 
 struct OfQ2_K : Plain {
     static constexpr Format FORMAT = Q2_K;
-    static constexpr int PARTS = 2, MOST = 3, CHUNK = 4;
+    static constexpr int PARTS = 2, MAX_CODE = 3, CHUNK = 4;
     template <int PART>
     static INLINE Scales scales(const uint8_t* b) {
         const Ints8 both = bytes_at<uint8_t>(b, PART);
@@ -254,7 +254,7 @@ struct OfQ2_K : Plain {
 
 struct OfQ3_K : Plain {
     static constexpr Format FORMAT = Q3_K;
-    static constexpr int PARTS = 2, MOST = 7, CHUNK = 4;
+    static constexpr int PARTS = 2, MAX_CODE = 7, CHUNK = 4;
     template <int PART>
     static INLINE Scales scales(const uint8_t* b) {
         const Ints8 lower = bytes_at<uint8_t>(b, 96 + PART % 8) >> PART / 8 * 4 & 15;
@@ -270,7 +270,7 @@ struct OfQ3_K : Plain {
 
 struct OfIQ4_XS : Plain {
     static constexpr Format FORMAT = IQ4_XS;
-    static constexpr int MOST = 127;
+    static constexpr int MAX_CODE = 127;
     static constexpr bool SIGNED = true, OFFSET = false;
     template <int PART>
     static INLINE Scales scales(const uint8_t* b) {

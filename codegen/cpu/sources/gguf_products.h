@@ -84,8 +84,8 @@ struct ByteRows {
             }
             float largest = 0;
             for (int i = 0; i < 8; i++) largest = std::max(largest, top[i]);
-            constexpr int MOST = 127 * RADIX + RADIX / 2 - 1;
-            const float inverse = largest > 1e-30f ? MOST / largest : 0.0f;
+            constexpr int MAX_LEVEL = 127 * RADIX + RADIX / 2 - 1;
+            const float inverse = largest > 1e-30f ? MAX_LEVEL / largest : 0.0f;
             split_group(eight, inverse, high + to, low + to);
             for (int part = 0; part < 2; part++) {
                 const Floats8 both = eight[2 * part] + eight[2 * part + 1];
@@ -94,7 +94,7 @@ struct ByteRows {
                 sum[1][to / 16 + part] = added;
             }
             const float total = sum[0][to / GROUP] = sum[1][to / 16] + sum[1][to / 16 + 1];
-            unit[to / GROUP] = largest / MOST + 0.0f * total;  // NaN where a number is, or is infinite
+            unit[to / GROUP] = largest / MAX_LEVEL + 0.0f * total;  // NaN where a number is, or is infinite
         }
     }
 };
@@ -140,7 +140,7 @@ struct WholeSums {
     }
 #elif defined(__AVX2__)
     // Words whose products sums of 16 bits have room for.
-    static constexpr int HELD = std::min(WORDS, 32767 / (2 * T::MOST * 127));
+    static constexpr int HELD = std::min(WORDS, 32767 / (2 * T::MAX_CODE * 127));
     static_assert(HELD >= 1 && WORDS % HELD == 0);
     __m256i upper = {}, lower = {};
 
@@ -256,9 +256,9 @@ void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float*
     for (int r = 0; r < ROWS; r++) store(products + EIGHT * r, totals[r]);
 }
 
-constexpr int MOST_AT_ONCE = 4;  // rows of the input that are multiplied with a block
+constexpr int MAX_AT_ONCE = 4;  // rows of the input that are multiplied with a block
 
-// Products of MOST_AT_ONCE rows of the input, from `row` on, with two eights of rows of a weight: [2, MOST_AT_ONCE, 8].
+// Products of MAX_AT_ONCE rows of the input, from `row` on, with two eights of rows of a weight: [2, MAX_AT_ONCE, 8].
 template <class T>
 void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const uint8_t* second, float* products);
 
@@ -293,7 +293,7 @@ struct WideSums {
 
 template <class T>
 void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const uint8_t* second, float* products) {
-    constexpr int WORDS = 8 / T::PARTS, ROWS = MOST_AT_ONCE;
+    constexpr int WORDS = 8 / T::PARTS, ROWS = MAX_AT_ONCE;
     const int64_t width = x.width, groups = width / GROUP;
     const int8_t *high = x.high + row * width, *low = x.low + row * width;
     const float *unit = x.unit + row * groups, *sum = x.sum[T::PARTS - 1] + row * groups * T::PARTS;
@@ -342,7 +342,7 @@ void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const
 constexpr bool HAS_SIXTEEN_COLUMNS = false;
 #endif
 
-// Of up to MOST_AT_ONCE rows, and of how many: 1, 2 or 4.
+// Of up to MAX_AT_ONCE rows, and of how many: 1, 2 or 4.
 template <class T>
 int eight_columns_of(int64_t rows, const ByteRows& x, int64_t row, const uint8_t* blocks, float* products) {
     if (rows >= 4) return eight_columns<T, 4>(x, row, blocks, products), 4;

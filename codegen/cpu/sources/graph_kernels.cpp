@@ -17,21 +17,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstring>
-#include <mutex>
 #include <numeric>
 #include <optional>
-#include <shared_mutex>
-#include <stdexcept>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -43,7 +35,10 @@
 #include "cache_attention.h"
 #include "gguf_formats.h"
 #include "pack_call.h"
+#include "served_kernels.h"
 #include "skinny_call.h"
+#include "typed_numbers.h"
+#include "window_packing.h"
 #include "window_rows.h"
 
 namespace {
@@ -51,34 +46,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Kernel {
-    void (*run)(const Attention*);
-    const void* table;
-    int64_t key_width, value_width, flags;
-
-    bool scaled(int side) const { return flags >> side & 1; }
-};
-
-std::unordered_map<std::string, Kernel> kernels;
-std::shared_mutex guard;
-void (*run_pack)(const Pack*) = nullptr;
-void (*run_skinny)(const Skinny*) = nullptr;  // of any rows, made for few
-int64_t most_skinny = 0;
-std::atomic<bool> has_blocks{false};  // `run_skinny` multiplies with weights in the blocks of GGUF files
-std::atomic<void (*)(const Skinny*)> run_wide{nullptr};  // of more than `most_skinny`, where that is faster
-
 // ------------------------------------------------------------------------------------------------ checks
-
-void expect(bool holds, const std::string& name, const char* what) {
-    if (!holds) throw std::runtime_error("fhopt: the kernel " + name + " was called with " + what);
-}
-
-Kernel find(const std::string& name) {
-    std::shared_lock lock(guard);
-    const auto found = kernels.find(name);
-    expect(found != kernels.end(), name, "a name that nothing was built for; compile the graph again");
-    return found->second;
-}
 
 Type type_of(ScalarType type) {
     return type == ScalarType::Float ? FLOAT32 : type == ScalarType::BFloat16 ? BFLOAT16 : FLOAT16;
@@ -140,60 +108,26 @@ void set_pages(const std::string& name, const Tensor& pages, int64_t page_tokens
 
 // ------------------------------------------------------------------------------------------------ 16 bits and 32
 
-template <class T>
-std::vector<float> floats_of(const Tensor& x) {  // [B,H,S,R], dense
-    const T* data = static_cast<const T*>(x.data_ptr());
-    std::vector<float> out(x.numel());
-    float* to = out.data();
-    for (int64_t b = 0; b < x.size(0); b++) {
-        for (int64_t h = 0; h < x.size(1); h++) {
-            for (int64_t s = 0; s < x.size(2); s++) {
-                const T* row = data + b * x.stride(0) + h * x.stride(1) + s * x.stride(2);
-                for (int64_t c = 0; c < x.size(3); c++) *to++ = float(row[c * x.stride(3)]);
-            }
-        }
-    }
-    return out;
-}
-
-template <class T>
-void load_as(const Tensor& dense, std::vector<float>& to) {
-    const T* data = static_cast<const T*>(dense.data_ptr());
-    for (size_t i = 0; i < to.size(); i++) to[i] = float(data[i]);
-}
-
-template <class T>
-void store_as(const std::vector<float>& from, const Tensor& to) {
-    T* out = static_cast<T*>(to.data_ptr());
-    for (size_t i = 0; i < from.size(); i++) out[i] = T(from[i]);
-}
-
 // Queries of 32 bits, dense in the last dimension: those of the tensor, or converted.
 struct Queries {
+    Tensor tensor;
     std::vector<float> memory;
     Rows rows;
 
-    Queries(const Tensor& x) {
-        const ScalarType type = x.scalar_type();
-        if (type == ScalarType::Float && x.stride(3) == 1) {
-            rows = rows_of(x);
-            return;
+    Queries(const Tensor& x) : tensor(x.stride(3) == 1 ? x : torch::stable::contiguous(x)), rows(rows_of(tensor)) {
+        const int64_t h = x.size(1), s = x.size(2), width = x.size(3);
+        const Type type = type_of(x.scalar_type());
+        if (type == FLOAT32) return;
+        memory.resize(x.numel());
+        for (int64_t i = 0; i < x.size(0) * h * s; i++) {
+            to_floats(typed_row_at(rows, type, i / (h * s), i / s % h, i % s), type, width, &memory[i * width]);
         }
-        memory = type == ScalarType::BFloat16 ? floats_of<c10::BFloat16>(x)
-                 : type == ScalarType::Half   ? floats_of<c10::Half>(x)
-                                              : floats_of<float>(x);
-        rows = dense(memory.data(), x.size(1), x.size(2), x.size(3));
-    }
-
-    static Rows dense(const float* data, int64_t h, int64_t s, int64_t width) {
-        return {data, h * s * width, s * width, width};
+        rows = {memory.data(), h * s * width, s * width, width};
     }
 };
 
 void store(const std::vector<float>& from, const Tensor& to) {
-    if (to.scalar_type() == ScalarType::BFloat16) store_as<c10::BFloat16>(from, to);
-    else if (to.scalar_type() == ScalarType::Half) store_as<c10::Half>(from, to);
-    else store_as<float>(from, to);
+    from_floats(from.data(), type_of(to.scalar_type()), int64_t(from.size()), static_cast<uint8_t*>(to.data_ptr()));
 }
 
 // What a kernel is called with, but for the queries and the output.
@@ -207,7 +141,7 @@ struct Call {
 };
 
 // The kernel of `c`, for queries [B,H,S,R_K].
-CachePart part(const Kernel& kernel, const Call& c, const Tensor& query) {
+CachePart part(const ServedKernel& kernel, const Call& c, const Tensor& query) {
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), tokens = c.key.size(2);
     Attention a{b, h, s, tokens, c.key.size(1), c.value.size(1), int64_t(torch::stable::get_num_threads()), NO_MASK};
     a.key = side(c.name, c.key, query, tokens);
@@ -232,7 +166,7 @@ std::tuple<Tensor, Tensor> latent_kernel(
     std::optional<Tensor> value_scale, std::optional<Tensor> mask, std::optional<Tensor> lengths,
     std::optional<Tensor> pages, int64_t page_tokens, double scale, double softcap, int64_t value_width) {
     // clang-format on
-    const Kernel kernel = find(name);
+    const ServedKernel kernel = find(name);
     expect(query.dim() == 4 && query.size(3) == kernel.key_width, name, "queries of another width");
     expect(value_width == kernel.value_width, name, "another width of values");
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2);
@@ -247,30 +181,13 @@ std::tuple<Tensor, Tensor> latent_kernel(
     return {output, lse};
 }
 
-// A basis [G, n, m] of a model: of 32 bits or bfloat16 as it is, of other types as floats.
-struct Basis {
-    std::vector<float> memory;
-    const void* data;
-    bool is_bfloat;
-    int64_t groups, n, m;
-
-    Basis(const std::string& name, const Tensor& x, int64_t heads) : groups(x.size(0)), n(x.size(1)), m(x.size(2)) {
-        expect(x.dim() == 3 && heads % groups == 0, name, "a basis that does not fit");
-        const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
-        is_bfloat = x.scalar_type() == ScalarType::BFloat16 && x.is_contiguous();
-        if (is_bfloat || (x.scalar_type() == ScalarType::Float && x.is_contiguous())) {
-            data = x.data_ptr();
-            return;
-        }
-        memory.resize(groups * n * m);
-        if (x.scalar_type() == ScalarType::BFloat16) load_as<c10::BFloat16>(dense, memory);
-        else if (x.scalar_type() == ScalarType::Half) load_as<c10::Half>(dense, memory);
-        else load_as<float>(dense, memory);
-        data = memory.data();
-    }
-
-    CacheBasis view() const { return {data, is_bfloat, groups, n, m}; }
-};
+// Of a basis [G,n,m] for so many query heads. x: made dense.
+CacheBasis basis_of(const std::string& name, Tensor& x, int64_t heads, int64_t n, int64_t m) {
+    const bool fits = x.dim() == 3 && heads % x.size(0) == 0 && x.size(1) == n && x.size(2) == m;
+    expect(fits, name, "bases that do not fit");
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    return {x.data_ptr(), type_of(x.scalar_type()), x.size(0), n, m};
+}
 
 // Means of keys or values of each sequence, float [B,G,1,D].
 CacheMean means(const std::string& name, const std::optional<Tensor>& mean, int64_t b, int64_t h, int64_t d) {
@@ -300,13 +217,10 @@ Turning turning_of(const std::string& name, const std::optional<Tensor>& pairs, 
 // Its operands are named in fhopt/ops/cache_operands.py.
 Tensor attend_kernel(std::string latents, std::string window, std::string opened, ATTEND_OPERANDS, double scale,
                      double softcap) {
-    const Kernel of_latents = find(latents), of_opened = find(opened);
+    const ServedKernel of_latents = find(latents), of_opened = find(opened);
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);
-    const int64_t rows = b * h * s, width = of_latents.key_width, value_width = of_latents.value_width;
-    const Basis encode(latents, key_decode, h), decode(latents, value_decode, h);
+    const int64_t width = of_latents.key_width, value_width = of_latents.value_width;
     expect(query.dim() == 4 && d == of_opened.key_width && e == of_opened.value_width, opened, "other widths");
-    const bool fits = encode.n == d && encode.m == width && decode.n == e && decode.m == value_width;
-    expect(fits, latents, "bases that do not fit");
     const Queries queries(query);
     const bool is_float = query.scalar_type() == ScalarType::Float;
     Tensor output = empty({b, h, s, e}, query.scalar_type());
@@ -327,7 +241,8 @@ Tensor attend_kernel(std::string latents, std::string window, std::string opened
         a.window = part(find(window), call, query);
     }
     a.opened = part(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query);
-    a.encode = encode.view(), a.decode = decode.view();
+    a.encode = basis_of(latents, key_decode, h, d, width),
+    a.decode = basis_of(latents, value_decode, h, e, value_width);
     a.turn = turning_of(latents, turn_pairs, turn_phases, segment, a.latents.call.tokens, b, d);
     a.key_mean = means(latents, key_mean, b, h, d), a.value_mean = means(latents, value_mean, b, h, e);
     a.output = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
@@ -381,23 +296,6 @@ std::tuple<Tensor, Tensor> pack_kernel(
     return {codes, scale};
 }
 
-template <class T>
-void round_rows(const Tensor& x, const CacheMean& means, const Tensor& codes, const Tensor& scale, int64_t at) {
-    for (int64_t b = 0; b < x.size(0); b++) {
-        for (int64_t g = 0; g < x.size(1); g++) {
-            for (int64_t s = 0; s < x.size(2); s++) {
-                const T* row = static_cast<const T*>(x.data_ptr()) + b * x.stride(0) + g * x.stride(1) +
-                               s * x.stride(2);
-                uint8_t* to = static_cast<uint8_t*>(codes.data_ptr()) + b * codes.stride(0) + g * codes.stride(1) +
-                              (at + s) * codes.stride(2);
-                c10::Half* its_scale = static_cast<c10::Half*>(scale.data_ptr()) + b * scale.stride(0) +
-                                       g * scale.stride(1) + (at + s) * scale.stride(2);
-                round_row(row, means.data ? mean_of(means, b, g) : nullptr, x.size(3), to, *its_scale);
-            }
-        }
-    }
-}
-
 void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor scale, int64_t at) {
     const std::string name = "round_rows";
     expect(x.dim() == 4 && codes.dim() == 4 && scale.dim() == 3, name, "tensors of other dimensions");
@@ -414,52 +312,11 @@ void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor 
     const ScalarType type = x.scalar_type();
     expect(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
            "other numbers");
-    if (type == ScalarType::Float) round_rows<float>(x, its, codes, scale, at);
-    else if (type == ScalarType::BFloat16) round_rows<c10::BFloat16>(x, its, codes, scale, at);
-    else round_rows<c10::Half>(x, its, codes, scale, at);
+    round_tokens(type_of(type), rows_of(x), {x.size(0), x.size(1), tokens, width}, its, rows_of(codes), rows_of(scale),
+                 at, 1);
 }
 
-// Rows of 8 bits as the numbers of T that they stand for.
-template <class T>
-void unround_row(const uint8_t* codes, float scale, const float* mean, int64_t n, float* x) {
-    if (mean) {
-        for (int64_t i = 0; i < n; i++) x[i] = float(T((float(codes[i]) - 127.5f) * scale + mean[i]));
-    } else {
-        for (int64_t i = 0; i < n; i++) x[i] = float(T((float(codes[i]) - 127.5f) * scale));
-    }
-}
-
-// The oldest tokens of a window in 8 bits: codes [B,G,T,D], scale [B,G,T]; token 0 is number `first` behind the sinks.
-struct OldTokens {
-    const Tensor &codes, &scale;
-    CacheMean means;
-    Turning turn;
-    bool runs;
-    int64_t first;
-    ScalarType type;
-
-    // Those of one head, turned, less their mean, to columns of x [D,T].
-    void read(int64_t b, int64_t g, float* x) const {
-        const int64_t tokens = codes.size(2), width = codes.size(3);
-        static thread_local Kept kept;
-        float *row = kept.room(2 * width), *turned = row + width;
-        const float* mean = means.data ? mean_of(means, b, g) : nullptr;
-        for (int64_t t = 0; t < tokens; t++) {
-            const uint8_t* from = static_cast<const uint8_t*>(codes.data_ptr()) + b * codes.stride(0) +
-                                  g * codes.stride(1) + t * codes.stride(2);
-            const float its = float(static_cast<const c10::Half*>(
-                scale.data_ptr())[b * scale.stride(0) + g * scale.stride(1) + t * scale.stride(2)]);
-            if (type == ScalarType::Float) unround_row<float>(from, its, mean, width, row);
-            else if (type == ScalarType::BFloat16) unround_row<c10::BFloat16>(from, its, mean, width, row);
-            else unround_row<c10::Half>(from, its, mean, width, row);
-            if (turn.segment) rotate(turn, row, width, (first + t) / turn.segment, turned, b, runs);
-            const float* to_encode = turn.segment ? turned : row;
-            for (int64_t i = 0; i < width; i++) x[i * tokens + t] = mean ? to_encode[i] - mean[i] : to_encode[i];
-        }
-    }
-};
-
-// The mean square of all latents is returned. type: of the tokens that were rounded; 0 float, 1 bfloat16, 2 half.
+// The mean square of all latents is returned. type: of the tokens that were rounded, a Type.
 double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64_t type, Tensor basis, Tensor packed,
                    Tensor packed_scale, int64_t at, std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases,
                    int64_t segment, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
@@ -482,26 +339,13 @@ double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64
     for (int i = 0; i < 3; i++) fits = fits && packed_scale.size(i) == packed.size(i);
     expect(fits, name, "places that do not fit");
     const Turning turn = turning_of(name, turn_pairs, turn_phases, segment, at + tokens, batch, width);
-    const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-    const OldTokens old{
-        codes, scale, means(name, mean, batch, groups, width), turn, turn.segment && is_in_runs(turn), at, types[type]};
-    const int64_t threads = torch::stable::get_num_threads(), share = groups / heads;
+    const WindowTokens window{
+        rows_of(codes), rows_of(scale), tokens, width, at, Type(type), means(name, mean, batch, groups, width), turn};
+    const int64_t threads = torch::stable::get_num_threads();
     static thread_local Kept kept;
-    const int64_t count = batch * heads * tokens * rank;
-    float* latents = kept.room(count);
-    const int team = threads_for(batch * heads, count * wide, threads);
-#pragma omp parallel for num_threads(team) if (team > 1)
-    for (int64_t i = 0; i < batch * heads; i++) {
-        static thread_local Kept of_thread;
-        float *x = of_thread.room((wide + rank) * tokens), *columns = x + wide * tokens;
-        for (int64_t g = 0; g < share; g++) old.read(i / heads, i % heads * share + g, x + g * width * tokens);
-        const float* its = static_cast<const float*>(basis.data_ptr()) + i % heads * rank * wide;
-        times_all<OfFloat32>(its, rank, wide, x, wide, tokens, columns, tokens);
-        float* rows = latents + i * tokens * rank;
-        for (int64_t t = 0; t < tokens; t++) {
-            for (int64_t r = 0; r < rank; r++) rows[t * rank + r] = columns[r * tokens + t];
-        }
-    }
+    float* latents = kept.room(batch * heads * tokens * rank);
+    encode_window(window, static_cast<const float*>(basis.data_ptr()), batch, heads, rank, groups / heads, threads,
+                  latents);
     Pack a{batch, heads, tokens, threads, FLOAT32, tiers.all.data(), int64_t(tiers.all.size()), tiers.width};
     a.latent = {latents, heads * tokens * rank, tokens * rank, rank};
     a.codes = {static_cast<uint8_t*>(packed.data_ptr()) + at * packed.stride(2), packed.stride(0), packed.stride(1),
@@ -509,14 +353,7 @@ double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64
     a.scale = {static_cast<c10::Half*>(packed_scale.data_ptr()) + at * packed_scale.stride(2), packed_scale.stride(0),
                packed_scale.stride(1), packed_scale.stride(2)};
     run_pack(&a);
-    double energy = 0;
-    for (int64_t i = 0; i < count; i += tiers.width) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < tiers.width; k++) sum += latents[i + k] * latents[i + k];
-        energy += double(sum);
-    }
-    return count ? energy / double(count) : 0;
+    return mean_square(latents, batch * heads * tokens, rank);
 }
 
 // format: of the blocks that the weight stands in, 0: it is no such weight.
@@ -567,23 +404,6 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
 }
 
 }  // namespace
-
-// clang-format off
-extern "C" void fhopt_serve(
-    const char* name, void (*run)(const Attention*), const void* table, int64_t key_width, int64_t value_width,
-    int64_t flags) {
-    // clang-format on
-    std::unique_lock lock(guard);
-    kernels[name] = {run, table, key_width, value_width, flags};
-}
-
-extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
-
-extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*), int64_t most) { most_skinny = most, run_skinny = run; }
-
-extern "C" void fhopt_serve_blocks() { has_blocks = true; }
-
-extern "C" void fhopt_serve_wide(void (*run)(const Skinny*)) { run_wide = run; }
 
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));

@@ -224,7 +224,7 @@ void scan_blocks(const Scan& s, int64_t m, int64_t block) {
     }
 }
 
-constexpr int MOST = 8;              // hidden states that are multiplied at once
+constexpr int MAX_STATES = 8;        // hidden states that are multiplied at once
 
 constexpr int blocks_for(int rows) { return std::clamp((LANES == 16 ? 8 : 4) / rows, 1, 8); }
 
@@ -246,12 +246,12 @@ constexpr int64_t STEP = 16;         // blocks that a thread takes at once: they
 // clang-format on
 
 void scan_all(const Scan& s, int threads) {
-    const int64_t steps = (s.a.blocks + STEP - 1) / STEP, groups = (s.a.rows + MOST - 1) / MOST;
+    const int64_t steps = (s.a.blocks + STEP - 1) / STEP, groups = (s.a.rows + MAX_STATES - 1) / MAX_STATES;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < steps; i++) {
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = s.a.rows * g / groups, last = s.a.rows * (g + 1) / groups;
-            scan_rows(std::make_integer_sequence<int, MOST>(), int(last - first), s, first, i * STEP,
+            scan_rows(std::make_integer_sequence<int, MAX_STATES>(), int(last - first), s, first, i * STEP,
                       std::min((i + 1) * STEP, s.a.blocks));
         }
     }

@@ -25,10 +25,10 @@ inline float middle_of(const Tier& tier) {
     return tier.bits < 16 ? 0.5f * ((1 << (is_trellis(tier) ? 8 : tier.bits)) - 1) : 0.0f;
 }
 
-constexpr int MOST_TOKENS = 256;  // of a tile
+constexpr int MAX_TOKENS = 256;  // of a tile
 // From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
 // cache sets.
-constexpr int TILE = MOST_TOKENS + 16;
+constexpr int TILE = MAX_TOKENS + 16;
 
 // Rows of keys or of values.
 struct Side {
@@ -129,7 +129,7 @@ struct Kernel {
         halves = key.integer ? key.layout.halves() : 0;
         stride = floats + 16;  // a power of two would put all rows on the same cache sets
         const int most = std::max(std::max(4 * floats, bytes + 4 * halves), 1);
-        tokens = std::clamp(24576 / most / 16 * 16, 16, floats ? 64 : MOST_TOKENS);  // stay in the first-level cache
+        tokens = std::clamp(24576 / most / 16 * 16, 16, floats ? 64 : MAX_TOKENS);  // stay in the first-level cache
         codes = std::max(key.integer ? key.layout.bytes_of_tile(false, tokens) : 0,
                          value.integer ? value.layout.bytes_of_tile(true, tokens) : 0);
     }

@@ -191,8 +191,8 @@ void step(const ProgramRun& run, const PackedInstruction& i, float* arena) {
         case SUBTRACT: return two(i, arena, [](float x, float y) { return x - y; });
         case MULTIPLY: return two(i, arena, [](float x, float y) { return x * y; });
         case DIVIDE: return two(i, arena, [](float x, float y) { return x / y; });
-        case LARGEST: return two(i, arena, [](float x, float y) { return x != x || x > y ? x : y; });
-        case LEAST: return two(i, arena, [](float x, float y) { return x != x || x < y ? x : y; });
+        case MAXIMUM: return two(i, arena, [](float x, float y) { return x != x || x > y ? x : y; });
+        case MINIMUM: return two(i, arena, [](float x, float y) { return x != x || x < y ? x : y; });
         case NEGATE: return one(i, arena, [](float x) { return -x; });
         case ABSOLUTE: return one(i, arena, [](float x) { return std::abs(x); });
         case SQUARE_ROOT: return one(i, arena, [](float x) { return std::sqrt(x); });
@@ -213,16 +213,6 @@ void step(const ProgramRun& run, const PackedInstruction& i, float* arena) {
 
 // ------------------------------------------------------------------------------------------------ decode steps
 
-struct BFloat16Bits {
-    uint16_t bits;
-    operator float() const { return from_bits(uint32_t(bits) << 16); }
-};
-
-struct Float16Bits {
-    uint16_t bits;
-    operator float() const { return from_float16(bits); }
-};
-
 // The new token goes behind the open ones, for attention to read.
 void open(const CacheAppend& side, int64_t batch, int64_t size) {
     const int64_t row = side.width * size;
@@ -232,24 +222,12 @@ void open(const CacheAppend& side, int64_t batch, int64_t size) {
     }
 }
 
-template <class T>
-void round_into(const CacheAppend& side, const CacheMean& mean, int64_t batch) {
-    for (int64_t b = 0; b < batch; b++) {
-        for (int64_t g = 0; g < side.heads; g++) {
-            const int64_t *codes = side.code_strides, *scales = side.scale_strides;
-            HalfBits scale(0.0f);
-            round_row(static_cast<const T*>(side.tokens) + (b * side.heads + g) * side.width,
-                      mean.data ? mean.data + b * mean.sequence + g * mean.head : nullptr, side.width,
-                      side.codes + b * codes[0] + g * codes[1] + side.at * codes[2], scale);
-            static_cast<uint16_t*>(side.scale)[b * scales[0] + g * scales[1] + side.at * scales[2]] = scale.bits;
-        }
-    }
-}
-
-void append(CacheAppend& side, const CacheMean& mean, int64_t batch, Type type) {
-    if (type == FLOAT32) round_into<float>(side, mean, batch);
-    else if (type == BFLOAT16) round_into<BFloat16Bits>(side, mean, batch);
-    else round_into<Float16Bits>(side, mean, batch);
+// Means: of keys or values, as query heads read them.
+void append(CacheAppend& side, CacheMean means, int64_t batch, Type type) {
+    const int64_t *codes = side.code_strides, *scales = side.scale_strides;
+    means.group = 1;
+    round_tokens(type, {side.tokens, side.heads * side.width, side.width, 0}, {batch, side.heads, 1, side.width}, means,
+                 {side.codes, codes[0], codes[1], codes[2]}, {side.scale, scales[0], scales[1], scales[2]}, side.at, 1);
     side.at++;
 }
 

@@ -29,13 +29,9 @@
 #include "trellis_search.h"
 #include "vectors_of_8.h"
 #include "pack_call.h"
+#include "rows.h"
 
 namespace {
-
-template <class T>
-T* row_at(const Rows& rows, int64_t b, int64_t j, int64_t t) {
-    return static_cast<T*>(const_cast<void*>(rows.data)) + b * rows.batch + j * rows.head + t * rows.token;
-}
 
 // Calls f(b, j, t) for all rows, each of which is so much work, on as many threads as there is work for.
 template <class F>

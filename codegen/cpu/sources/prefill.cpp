@@ -80,13 +80,13 @@ struct Ordered {
     }
 
     void order_keys(const OpenAttention& a, int64_t b, int64_t g, int64_t tile) const {
-        uint32_t row[PANEL][MOST_DEPTH] = {};
+        uint32_t row[PANEL][MAX_DEPTH] = {};
         const int64_t end = std::min(a.tokens, (tile + 1) * TILE);
         for (int64_t t = tile * TILE, p = 0; t < end; t += PANEL, p++) {
             uint32_t* to = tile_keys(tile) + p * PANEL * key_depth;
             const int64_t count = std::min(PANEL, end - t);
-            for (int64_t from = 0; from < key_depth; from += MOST_DEPTH) {
-                const int64_t depth = std::min(MOST_DEPTH, key_depth - from), at = from * K::DEPTH;
+            for (int64_t from = 0; from < key_depth; from += MAX_DEPTH) {
+                const int64_t depth = std::min(MAX_DEPTH, key_depth - from), at = from * K::DEPTH;
                 const int64_t size = std::min(depth * K::DEPTH, a.key_size - at);
                 for (int64_t c = 0; c < count; c++)
                     K::row(row_at(a, a.key, b, g, t + c) + at * bytes_of(a.type), a.type, size, row[c]);
@@ -117,7 +117,7 @@ struct Ordered {
         }
     }
 
-    static constexpr int64_t MOST_DEPTH = 64;  // words of a key that are moved at once
+    static constexpr int64_t MAX_DEPTH = 64;  // words of a key that are moved at once
 };
 
 // ------------------------------------------------------------------------------------------------ a block of queries
@@ -317,7 +317,7 @@ template <class K>
 void attend(const OpenAttention& a) {
     const Ordered<K> shape(a);
     const int64_t copies = a.heads / a.groups, blocks = ceil_div(a.queries, BLOCK), bytes = shape.words() * 4;
-    const int64_t at_once = std::clamp<int64_t>(MOST_BYTES / std::max<int64_t>(bytes, 1), 1, a.groups);
+    const int64_t at_once = std::clamp<int64_t>(MAX_BYTES / std::max<int64_t>(bytes, 1), 1, a.groups);
     const std::unique_ptr<uint32_t, decltype(&std::free)> memory(
         static_cast<uint32_t*>(std::aligned_alloc(64, up_to(std::max<int64_t>(bytes, 1) * at_once, 64))), std::free);
     for (int64_t i = 0; i < a.batch * a.groups; i += at_once) {

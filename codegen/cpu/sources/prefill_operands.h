@@ -38,7 +38,7 @@ int64_t end_of(const OpenAttention& a, int64_t query) {
 }
 
 constexpr int64_t TILE = 256, BLOCK = 96;  // tokens and queries
-constexpr int64_t MOST_BYTES = 1 << 24;  // of keys and values in order at once, if not of one head
+constexpr int64_t MAX_BYTES = 1 << 24;  // of keys and values in order at once, if not of one head
 static_assert(TILE % PANEL == 0 && TILE % 2 == 0 && BLOCK % VECTOR_ROWS == 0, "whole panels, pairs and rows");
 
 // ------------------------------------------------------------------------------------------------ operands

@@ -7,6 +7,7 @@
 
 #include "number_types.h"
 #include "products.h"
+#include "rows.h"
 
 namespace {
 
@@ -32,11 +33,8 @@ void from_floats(const float* from, Type type, int64_t count, uint8_t* to) {
 
 constexpr int64_t bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 
-// A float16, made of a float and read as one.
-struct HalfBits {
-    uint16_t bits;
-    explicit HalfBits(float x) : bits(to_float16(x)) {}
-    explicit operator float() const { return from_float16(bits); }
-};
+inline const uint8_t* typed_row_at(const Rows& rows, Type type, int64_t b, int64_t h, int64_t t) {
+    return row_at<const uint8_t>(rows, 0, 0, 0) + (b * rows.batch + h * rows.head + t * rows.token) * bytes_of(type);
+}
 
 }  // namespace

@@ -18,11 +18,11 @@ namespace {
 // ------------------------------------------------------------------------------------------------ vectors
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, MOST_ROWS = 4;
+constexpr int LANES = 16, MAX_ROWS = 4;
 #elif defined(__AVX__)
-constexpr int LANES = 8, MOST_ROWS = 2;
+constexpr int LANES = 8, MAX_ROWS = 2;
 #else
-constexpr int LANES = 4, MOST_ROWS = 2;
+constexpr int LANES = 4, MAX_ROWS = 2;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));

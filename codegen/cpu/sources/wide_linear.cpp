@@ -5,8 +5,8 @@
 //     y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]    x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
 //
 // Weights are of the type of the input, and have no scale; or signed bytes, and have one for each row. All numbers
-// become floats, a weight's once for MOST rows of the input, in the order in which a product reads them (Goto and van
-// de Geijn 2008, doi 10.1145/1356052.1356053):
+// become floats, a weight's once for MAX_INPUT_ROWS rows of the input, in the order in which a product reads them (Goto
+// and van de Geijn 2008, doi 10.1145/1356052.1356053):
 //
 //     x    [K / DEPTH][M'][DEPTH]             of all threads
 //     w    [block / PANEL][DEPTH][PANEL]      of a thread, for DEPTH of a block's columns: in its second-level cache
@@ -32,8 +32,9 @@
 
 namespace {
 
-constexpr int64_t MOST = 128 * VECTOR_ROWS, DEPTH = 384, BLOCK = 128;  // rows, numbers of a row, columns at once
-constexpr int64_t INPUT_ROW = DEPTH + 16, SUMS_ROW = BLOCK + 16;      // powers of two would share cache sets
+constexpr int64_t MAX_INPUT_ROWS = 128 * VECTOR_ROWS;  // at once
+constexpr int64_t DEPTH = 384, BLOCK = 128;  // numbers of a row, columns at once
+constexpr int64_t INPUT_ROW = DEPTH + 16, SUMS_ROW = BLOCK + 16;  // powers of two would share cache sets
 constexpr int64_t BLOCKS = 4;  // of a thread, where there are columns enough: threads are not equally fast
 constexpr int64_t SHARE = 1 << 20;  // products that are worth a thread
 static_assert(BLOCK % PANEL == 0 && PANEL % 8 == 0 && DEPTH % 8 == 0, "whole panels of whole squares");
@@ -190,7 +191,8 @@ template <class T>
 void products(const Skinny& a) {
     if (!a.rows || !a.columns) return;
     const Type type = Type(a.type % SIGNED_BYTES);
-    const int64_t parts = ceil_div(a.width, DEPTH), times = ceil_div(a.rows, MOST);  // a weight is read so many times
+    const int64_t parts = ceil_div(a.width, DEPTH);
+    const int64_t times = ceil_div(a.rows, MAX_INPUT_ROWS);  // a weight is read so many times
     const int64_t most = up_to(ceil_div(a.rows, times), VECTOR_ROWS);
     const int64_t size = most * a.width * a.columns;
     const int threads = int(std::clamp<int64_t>(size / SHARE, 1, a.threads));

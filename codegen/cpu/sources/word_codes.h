@@ -192,7 +192,7 @@ INLINE void unpack_keys(const Layout& layout, const Sixteen& rows, __m256i* dwor
     }
 }
 
-constexpr int MOST_KEY_ROWS = 10, MOST_VALUE_ROWS = 5;  // with sums of all there are registers for codes
+constexpr int MAX_KEY_ROWS = 10, MAX_VALUE_ROWS = 5;  // with sums of all there are registers for codes
 
 constexpr float LARGEST = 32600.0f;  // the largest word, and 1/256 of the largest number that has a byte below
 

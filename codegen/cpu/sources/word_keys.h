@@ -49,7 +49,7 @@ void arrange_queries(const Attention&, int64_t row, int rows, Scratch& s) {
     const Kernel& k = s.kernel;
     const int64_t dwords = k.key_dwords;
     const auto* from = reinterpret_cast<const int32_t*>(s.parts) + 2 * (s.rows + row) * dwords;
-    for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {
+    for_blocks_of_rows<MAX_KEY_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
         auto* to = reinterpret_cast<int32_t*>(s.parts) + 2 * (row + first) * dwords;
         for (int r = 0; r < ROWS; r++, from += 2 * dwords) {
@@ -183,14 +183,14 @@ void score_codes(const Attention& a, const Part& p, int64_t j, int64_t begin, in
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = looked_up(k.key, rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s), s);
         unpack_keys(k.key.layout, z, dwords, s.halves + t);
-        for_blocks_of_rows<MOST_KEY_ROWS>(
+        for_blocks_of_rows<MAX_KEY_ROWS>(
             rows, [&](int first, auto count) { score_sixteen<decltype(count)::value>(row + first, t, false, s); });
     }
     if (a.digits == 2) return;
     set_limits(a, row, rows, s);
     for (int t = 0; t < whole; t += 16) {
         bool are_there = false;
-        for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {
+        for_blocks_of_rows<MAX_KEY_ROWS>(rows, [&](int first, auto count) {
             constexpr int ROWS = decltype(count)::value;
             if (are_minor<ROWS>(row + first, t, 16, s)) return;
             const auto z = [&] {

@@ -30,7 +30,7 @@ namespace {
 // Codes of a lane of keys: in four bytes; in two, which are brought to its two words; in one, of which they are halves.
 enum Form { FOUR_BYTES, TWO_BYTES, ONE_BYTE };
 
-constexpr int MOST_PAIRS = 128;  // 256 products of a word and a byte are below 2^31
+constexpr int MAX_PAIRS = 128;  // 256 products of a word and a byte are below 2^31
 
 // A transposed lane with codes, and the one with their lower bits, from byte (keys) or bit (values) `at` on.
 struct Group {
@@ -108,7 +108,7 @@ struct Layout {
     }
     void add(const Group& group, int bits, Form form, int count) {
         added += count;
-        const Run run = {bits, count, form, added > MOST_PAIRS, {}};
+        const Run run = {bits, count, form, added > MAX_PAIRS, {}};
         if (runs.empty() || run.follows_floats || !run.is_like(runs.back())) runs.push_back(run);
         if (run.follows_floats) added = count;
         runs.back().groups.push_back(group);

@@ -108,7 +108,7 @@ void mix_codes(const Attention& a, const Part& p, int64_t j, int64_t begin, int 
         }
     }
     for (int r = 0; r < rows; r++) split_weights(row + r, whole, a.digits, s);
-    for_blocks_of_rows<MOST_VALUE_ROWS>(rows, [&](int first, auto block) {
+    for_blocks_of_rows<MAX_VALUE_ROWS>(rows, [&](int first, auto block) {
         constexpr int ROWS = decltype(block)::value;
         const int16_t* weights = reinterpret_cast<const int16_t*>(s.weights) + 2 * (row + first) * TILE;
         int32_t* sums = s.products + 2 * (row + first) * k.value.pad;

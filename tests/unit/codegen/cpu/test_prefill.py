@@ -159,9 +159,9 @@ def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_packed_at_on
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     several = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     text = prefill.LIBRARY.text()
-    assert "MOST_BYTES = 1 << 24" in text
+    assert "MAX_BYTES = 1 << 24" in text
     cpu_library._load.cache_clear()
-    monkeypatch.setattr(CppLibrary, "text", lambda _: text.replace("MOST_BYTES = 1 << 24", "MOST_BYTES = 1"))
+    monkeypatch.setattr(CppLibrary, "text", lambda _: text.replace("MAX_BYTES = 1 << 24", "MAX_BYTES = 1"))
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
     one_by_one = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     assert alone is not None and several is not None and one_by_one is not None
