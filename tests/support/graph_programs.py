@@ -18,7 +18,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -419,19 +419,22 @@ def _expected(program: AttentionProgram, call: int) -> Expected:
         for v in converted(program, values, torch.float64)
     ]
     moved = run(program, program.function, noisy, plain_mode)
-    return Expected(plain, precise, _errors(epsilon, max(program.level, 1.0), plain, precise, single, moved))
+    wide = replace(program, source=program.source.replace("torch.float32", "torch.float64"))
+    widened = run(wide, wide.function, converted(program, values, torch.float64), plain_mode)
+    return Expected(plain, precise, _errors(epsilon, max(program.level, 1.0), plain, precise, single, moved, widened))
 
 
 def _errors(
-    epsilon: float, level: float, plain: CallResult, precise: CallResult, single: CallResult, moved: CallResult
-) -> tuple[tuple[float, ...], ...]:
+    epsilon: float, level: float, plain: CallResult, precise: CallResult, single: CallResult, moved: CallResult,
+    widened: CallResult,
+) -> tuple[tuple[float, ...], ...]:  # fmt: skip
     """Estimate how much rounding changes each tensor of a result.
 
-    The estimate sums three changes: by rounding in eager mode, by input noise of one rounding error, and by float32,
-    scaled to the precision in use. A multiple of the precision is added, because operations may run in another order:
-    relative to the tensor's own elements, and to inputs. The gradient of a projection sums products of four operands,
-    which cancel in a saturated softmax: its floor is that power of the largest operand. A mask level costs as many
-    digits as the scores added to it lose.
+    The estimate sums four changes: by rounding in eager mode, by input noise of one rounding error, by float32, scaled
+    to the precision in use, and by casts to float32 in the program. A multiple of the precision is added, because
+    operations may run in another order: relative to the tensor's own elements, and to inputs. The gradient of a
+    projection sums products of four operands, which cancel in a saturated softmax: its floor is that power of the
+    largest operand. A mask level costs as many digits as the scores added to it lose.
     """
     least = MIN_TOLERANCE[max(e for e in MIN_TOLERANCE if e <= epsilon)]
     inputs = torch.cat([torch.zeros(1, dtype=torch.float64), *(x.flatten().double() for x in precise.inputs)]).abs()
@@ -440,19 +443,22 @@ def _errors(
     floors = {"outputs": unit * size, "gradients": unit * max(size, size**4), "inputs": 0.0}
     results: list[tuple[float, ...]] = []
     for field in fields(CallResult):
-        lists = [getattr(r, field.name) for r in (plain, precise, single, moved)]
+        lists = [getattr(r, field.name) for r in (plain, precise, single, moved, widened)]
         floor = floors[field.name]
         results.append(tuple(_error(epsilon, least, floor, *tensors) for tensors in zip(*lists, strict=False)))
     return tuple(results)
 
 
 def _error(
-    epsilon: float, least: float, floor: float, plain: Any, precise: Any, single: Any, moved: Any
+    epsilon: float, least: float, floor: float, plain: Any, precise: Any, single: Any, moved: Any, widened: Any
 ) -> float:  # fmt: skip
     """Return the error of one tensor; infinite for an ill-conditioned one."""
-    if any(not isinstance(x, Tensor) for x in (plain, precise, single, moved)) or not precise.is_floating_point():
+    if (
+        any(not isinstance(x, Tensor) for x in (plain, precise, single, moved, widened))
+        or not precise.is_floating_point()
+    ):
         return 0.0
-    rounded, noise = _largest(plain.double() - precise), _largest(moved - precise)
+    rounded, noise = _largest(plain.double() - precise), _largest(moved - precise) + _largest(widened - precise)
     share = min(1.0, epsilon / torch.finfo(torch.float32).eps)
     measured, size = 8 * (rounded + noise + share * _largest(single.double() - precise)), _largest(precise)
     return math.inf if measured > ILL_CONDITIONED * size > ILL_CONDITIONED * floor else measured + least * size + floor
