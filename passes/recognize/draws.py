@@ -65,12 +65,17 @@ def _drawn(side: fx.Node, dtype: torch.dtype, seed: int, draw: str, selects: boo
 
 
 def _mask(numbers: Tensor, draw: str) -> Tensor:
-    """Convert random values to a mask; after the first draw, some rows (over the last axis) are all False or True."""
+    """Convert random values to a mask; after the first draw, some rows (over the last axis) are all False or True.
+
+    A mask of one element has both values in some draw.
+    """
     mask = numbers > -0.5
     if mask.numel() > 1 and bool(mask.all()):
         mask = numbers > numbers.min()  # an all-True mask would go undetected
-    if draw == MILD or mask.dim() < 1:
+    if draw == MILD:
         return mask
+    if mask.dim() < 1:
+        return ~mask if draw == LARGE else mask
     rows = mask.reshape(-1, mask.shape[-1]) if mask.numel() else mask
     rows = rows.clone()
     if draw == LARGE or len(rows) > 1:

@@ -56,6 +56,15 @@ FOUND: dict[str, AttentionProgram] = {
         inputs=(*_QKV, Input("hidden", "H 1 1", values=("none", "few", "few"))),
         dtype="float64",
     ),
+    "one mask for all scores": AttentionProgram(
+        """
+    def program(q, k, v, keep):
+        s = (q @ k.mT).masked_fill(~keep, float("-inf"))
+        return s.softmax(-1) @ v
+    """,
+        inputs=(*_QKV, Input("keep", "", values=("all", "most", "most"))),
+        calls=(Call(mode="no_grad"),) * 6,
+    ),
     "weights detached": AttentionProgram(
         """
     def program(q, k, v):
