@@ -9,9 +9,8 @@ Dynamo graphs have a placeholder for every parameter, as lifted export graphs do
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,18 +67,43 @@ def capture_graphs(
     compute the model's main output. Raises FhoptError if the model cannot be run or traced.
     """
     keywords = dict(kwargs or {})
-    seen: list[tuple[Program, list[Any]]] = []
-    runs: Counter[int] = Counter()
+    seen: list[tuple[Program, _Runs]] = []
+    result = _record_graphs(seen, model, args, keywords, reset)
+    layers = cache_layers(model)
+    captured = []
+    for program, runs in seen:
+        _name_parameters(program, model)
+        program.layers = layers
+        inputs, main = _name_inputs(program, args, keywords), _main_output(result, runs.outputs)
+        captured.append(Captured(program, inputs, main, getattr(result, "logits", None) is not None, runs.count))
+    for _, runs in seen:
+        runs.outputs.clear()
+    seen.clear()  # without a reset, Dynamo caches the backend and everything it references
+    return captured
+
+
+@dataclass
+class _Runs:
+    """Runs of a graph: their number, and the outputs of the last one."""
+
+    count: int = 0
+    outputs: list[Any] = field(default_factory=list)
+
+
+def _record_graphs(
+    seen: list[tuple[Program, _Runs]], model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+    reset: bool,
+) -> Any:  # fmt: skip
+    """Run a model in evaluation mode under Dynamo, append its graphs to `seen`, and return its result."""
 
     def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        outputs: list[Any] = []
-        number = len(seen)
-        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears a backend's inputs
+        runs = _Runs()
+        seen.append((copy_program(module, example_inputs), runs))  # now: Dynamo clears a backend's inputs
 
         def run(*inputs: Any) -> Any:
-            outputs[:] = module(*inputs)
-            runs[number] += 1
-            return tuple(outputs)
+            runs.outputs[:] = module(*inputs)
+            runs.count += 1
+            return tuple(runs.outputs)
 
         return run
 
@@ -87,7 +111,7 @@ def capture_graphs(
     model.eval()
     known = set(_graph_breaks())
     try:
-        result = _run(model, keep, args, keywords, reset)
+        result = _run(model, keep, args, kwargs, reset)
         breaks = [reason for reason in _graph_breaks() if reason not in known]
     except torch._dynamo.exc.TorchDynamoException as error:
         raise FhoptError(
@@ -109,24 +133,7 @@ def capture_graphs(
             f"{type(model).__name__} runs, but torch.compile traced no graph of it ({why}). Move its attention into a "
             "module of your own without that."
         )
-    layers = cache_layers(model)
-    for program, _ in seen:
-        _name_parameters(program, model)
-        program.layers = layers
-    captured = [
-        Captured(
-            program,
-            _name_inputs(program, args, keywords),
-            _main_output(result, outputs),
-            getattr(result, "logits", None) is not None,
-            runs[number],
-        )
-        for number, (program, outputs) in enumerate(seen)
-    ]
-    for _, outputs in seen:
-        outputs.clear()
-    seen.clear()  # without a reset, Dynamo caches the backend and everything it references
-    return captured
+    return result
 
 
 def _graph_breaks() -> list[str]:
