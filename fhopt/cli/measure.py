@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,9 @@ from fhopt.hardware.devices import SHOWN
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fhopt.evaluation.tasks import Cell, TaskResult
     from fhopt.models.loaded_model import LoadedModel
+    from fhopt.plan.cache_size import CacheSize
     from fhopt.plan.latent_plan import LatentPlan
 
 
@@ -125,17 +127,7 @@ def evaluate(
     if collectives.leave() > 0:  # only the first process prints the results
         return
     size = cache_size(plan, layers=measured_layers(network)) if plan else None
-    result: dict[str, Any] = {
-        "model": loaded.name,
-        "ratio": size.compressed_ratio if size else None,
-        "whole_ratio": size.ratio if size else None,
-        "perplexity": perplexity,
-        "tasks": {
-            task: asdict(by_cell.pop(None))
-            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in by_cell.items() if cell]}
-            for task, by_cell in results.items()
-        },
-    }
+    result = _evaluation(loaded.name, size, perplexity, results)
     if record and plan is not None and plan_path is not None:
         save_again(with_measured(plan, result["perplexity"], result["tasks"]), plan_path)
     if as_json:
@@ -157,6 +149,24 @@ def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, conte
             what=f"the second half of {text!r}",
         )
         for text in texts
+    }
+
+
+def _evaluation(
+    model: str, size: CacheSize | None, perplexity: dict[str, dict[str, Any]],
+    tasks: Mapping[str, Mapping[Cell | None, TaskResult]],
+) -> dict[str, Any]:  # fmt: skip
+    """Convert results to JSON types: of each text, and of each task as a whole (None) and by length and depth."""
+    return {
+        "model": model,
+        "ratio": size.compressed_ratio if size else None,
+        "whole_ratio": size.ratio if size else None,
+        "perplexity": perplexity,
+        "tasks": {
+            task: asdict(by_cell[None])
+            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in by_cell.items() if cell]}
+            for task, by_cell in tasks.items()
+        },
     }
 
 

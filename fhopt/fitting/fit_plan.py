@@ -63,19 +63,15 @@ def fit_ratio(
     layout: str = AUTO,
     bases: CandidateBases | None = None,
     costs: Costs | None = None,
-    context: int = 512,
-    sinks: int = 4,
-    recent: int = 128,
-    block: int = 64,
-    window_bits: int = 8,
-    tokens: int = 8192,
+    context: int = 512, tokens: int = 8192,
+    sinks: int = 4, recent: int = 128, block: int = 64, window_bits: int = 8,
     bits: Sequence[int] = BITS,
     device: str | None = None,
     mean_tokens: int = 0,
     kernel_shapes: int | None = None,
     sliding: Mapping[str, int] | None = None,
     code: str = UNIFORM,
-) -> LatentPlan:
+) -> LatentPlan:  # fmt: skip
     """Fit a plan whose whole KV cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
     Ratio 1 gives unquantized latents of full width. So does the layout `input` up to a ratio of 2, as small as the rank
@@ -107,15 +103,9 @@ def fit_ratio(
     most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
     choice = fast_choice.choose_fastest(bases, candidates, asked, grain, device)
     chosen, free = choice.layouts, choice.allocation
-    chunks = {
-        name: _chunks(sites[name], name, which, bases, costs, grain, weights[name], times.get((name, which), 0.0))
-        for name, which in chosen.items()
-    }
+    chunks = _chunks(sites, chosen, bases, costs, grain, weights, times)
     allocation = free if most is None else share_shapes(chunks, free, asked, grain, most, choice.rate)
-    plans = []
-    for name, which in chosen.items():
-        sides = [_coded(basis, allocation.bits[name, i], i == 1, code) for i, basis in enumerate(bases[name][which])]
-        plans.append(replace(_site_plan(sites[name], which, sides), segment=statistics[name].segment))
+    plans = _site_plans(statistics, bases, chosen, allocation, code)
     evidence = Evidence(
         _evidence_of_sites(bases, chunks, chosen, allocation),
         _curve(bases, candidates, budget, sites.values(), grain, choice),
@@ -124,17 +114,33 @@ def fit_ratio(
     if allocation is not free:
         provenance["kernel_shapes"] = {"most": most, "predicted_nats_without": free.nats}
     provenance |= fast_choice.provenance(choice, allocation, asked, device)
-    return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
+    return LatentPlan(plans, sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
 
 
 def _chunks(
-    site: AttentionSite, name: str, which: str, bases: CandidateBases, costs: Costs, grain: Grain, weight: float,
-    seconds: float,
-) -> SiteChunks:  # fmt: skip
-    """Collect the chunk costs of a site in its chosen layout. weight, seconds: as in `SiteChunks`."""
-    pair = bases[name][which]
-    nats = [chunk_nats(basis, costs.get((name, which, i)), grain) for i, basis in enumerate(pair)]
-    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), bool(site.softcap), weight, seconds)
+    sites: Mapping[str, AttentionSite], chosen: Mapping[str, str], bases: CandidateBases, costs: Costs, grain: Grain,
+    weights: Mapping[str, float], times: Mapping[tuple[str, str], float],
+) -> dict[str, SiteChunks]:  # fmt: skip
+    """Collect the chunk costs of each site, in its chosen layout. weights, times: as in `SiteChunks`, by layout."""
+    chunks = {}
+    for name, which in chosen.items():
+        pair, seconds = bases[name][which], times.get((name, which), 0.0)
+        nats = tuple(chunk_nats(basis, costs.get((name, which, i)), grain) for i, basis in enumerate(pair))
+        groups = tuple(basis.groups for basis in pair)
+        chunks[name] = SiteChunks(nats, groups, bool(sites[name].softcap), weights[name], seconds)
+    return chunks
+
+
+def _site_plans(
+    statistics: Mapping[str, SiteStatistics], bases: CandidateBases, chosen: Mapping[str, str], allocation: Allocation,
+    code: str,
+) -> tuple[SitePlan, ...]:  # fmt: skip
+    """Build the plan of each site, in its chosen layout, from the bits of its chunks."""
+    plans = []
+    for name, which in chosen.items():
+        sides = [_coded(basis, allocation.bits[name, i], i == 1, code) for i, basis in enumerate(bases[name][which])]
+        plans.append(replace(_site_plan(statistics[name].site, which, sides), segment=statistics[name].segment))
+    return tuple(plans)
 
 
 def _evidence_of_sites(
