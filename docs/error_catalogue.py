@@ -120,7 +120,7 @@ REASONS = (
         "fhopt.",
         ("passes/prepare/*", "passes/graph/*", "passes/recognize/normalize", "passes/recognize/softmax",
          "passes/recognize/scores", "passes/recognize/contraction", "passes/recognize/layout", "passes/recognize/axes",
-         "passes/recognize/kv_head_repetition", "passes/recognize/masks", "passes/recognize/canonical",
+         "passes/recognize/kv_head_repetition", "passes/recognize/masks", "passes/recognize/canonical*",
          "passes/recognize/readable", "passes/recognize/sum_floor", "passes/recognize/validity",
          "passes/stages"),
     ),

@@ -48,7 +48,7 @@ def _always(value: Any) -> Callable[[Any], Callable[..., Any]]:
 
 RECOGNIZE = "fhopt.passes.recognize"
 RULES = {
-    "the canonical op is neither proved nor checked": Rule(f"{RECOGNIZE}.canonical", "check_canonical", _never),
+    "the canonical op is neither proved nor checked": Rule(f"{RECOGNIZE}.canonical_check", "check_canonical", _never),
     "side values keep their value of the first call": Rule(f"{RECOGNIZE}.draws", "random_sides", _always({})),
     "every value is a literal": Rule(f"{RECOGNIZE}.node_roles", "is_fixed", _always(True)),
     "masks of a check hide nothing": Rule(

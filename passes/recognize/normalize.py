@@ -29,7 +29,8 @@ from fhopt.passes.graph.evaluate import Evaluator, example_shape, smaller
 from fhopt.passes.graph.nodes import argument, fake, op_name, shape
 from fhopt.passes.graph.program import Program
 from fhopt.passes.recognize.axes import Axes, key_label, layout_at, read_axes, value_steps
-from fhopt.passes.recognize.canonical import Core, check_canonical, insert_canonical
+from fhopt.passes.recognize.canonical import Core, insert_canonical
+from fhopt.passes.recognize.canonical_check import check_canonical
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.kv_head_repetition import Operand, before_repetition
 from fhopt.passes.recognize.layout import MOVEMENT, Steps
