@@ -1,19 +1,18 @@
-"""Commands that create plans: `fhopt calibrate`, `fhopt fit`, `fhopt heal`, `fhopt head`."""
+"""Commands that create plans: `fhopt calibrate`, `fhopt fit`."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
+from fhopt.cli.arguments import DEVICE, MODEL, STATISTICS, TEXT
 from fhopt.cli.options import (
-    DTYPES,
     busy,
     calibration_dtype,
     calibration_options,
@@ -317,159 +316,3 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comp
     )
     if size.exact_layers:
         console.print(f"{size.exact_layers} layers stay exact. Whole model: {size.words}", highlight=False)
-
-
-@main.command()
-@click.argument("model", type=MODEL)
-@click.option("--plan", "plan_path", type=PLAN, required=True, help="The plan to start from.")
-@click.option(
-    "--data",
-    "texts",
-    type=TEXT,
-    multiple=True,
-    default=("topics",),
-    show_default=True,
-    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
-)
-@click.option("--tokens", type=int, default=50_000, show_default=True, help="Calibration tokens, each read once.")
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
-@click.option("--ridge", type=float, help="Regularization towards the decoders of the plan.")
-@click.option("--held-out", type=int, default=2, show_default=True, help="Sequences to measure on.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="File from which an interrupted healing resumes. [default: beside the plan that is written]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="float32",
-    show_default=True,
-    help="Dtype of the model; that of the plan does not change.",
-)
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
-@json_option
-def heal_command(
-    model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
-    as_json: bool, **options: Any,
-) -> None:  # fmt: skip
-    """Solve for decoders that bring MODEL closest to its exact outputs, and write a plan of the same size.
-
-    The same command resumes an interrupted healing. MODEL must be a causal language model with a tokenizer.
-    """
-    from fhopt.files import check_writable
-    from fhopt.models.model_files import check_plan_place
-    from fhopt.refine.options import HealOptions
-
-    out = Path(os.path.abspath(out))
-    chosen = HealOptions(checkpoint=checkpoint or out.with_name(f".{out.name}.healing"), **options)
-    chosen = chosen if ridge is None else replace(chosen, ridge=ridge)
-    chosen.check()
-    check_plan_place(out)
-
-    import torch
-
-    from fhopt.models.loader import load_model
-    from fhopt.plan.latent_plan import LatentPlan
-    from fhopt.refine.heal import heal as improve
-
-    plan = LatentPlan.load(plan_path)
-    chosen.check_plan(plan)
-    with busy("loading", as_json):
-        loaded = load_model(model, getattr(torch, dtype))
-    loaded.language_model()
-    check_writable(out.parent)
-    with progress_bar(as_json, {"before": 1.0, "heal": 10.0, "after": 1.0}) as progress:
-        progress("before", 0, 1)
-        healed = improve(loaded, plan, chosen, progress)
-    healed.save(out)
-    _show_healed(healed, out, as_json)
-
-
-def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
-    healing = plan.provenance["healing"]
-    if as_json:
-        about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
-        print_json(about | {"healing": healing})
-        return
-    before, after = healing["before"], healing["after"]
-    console = output_console(as_json)
-    console.print(
-        f"{healing['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
-        f"KL from the exact model {before['kl']:.4g} -> {after['kl']:.4g} nats per token\n"
-        f"increase of perplexity  {before['increase_percent']:+.2f} -> {after['increase_percent']:+.2f} %",
-        highlight=False,
-    )
-    console.print(f"{plan.ratio():.2f}x plan written to {out}", soft_wrap=True, highlight=False)
-
-
-@main.command()
-@click.argument("model", type=MODEL)
-@click.option(
-    "--data",
-    "texts",
-    type=TEXT,
-    multiple=True,
-    default=("topics",),
-    show_default=True,
-    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
-)
-@click.option("--sequences", type=int, default=8, show_default=True, help="Calibration sequences for hidden states.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens per sequence.")
-@click.option("--clusters", type=int, help="Clusters of rows. [default: one per 64 rows]")
-@click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads the fewest bytes.")
-@click.option("--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens to measure on.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="float32",
-    show_default=True,
-    help="Dtype of the model that the head is for.",
-)
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the head.")
-@json_option
-def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Fit a retrieval language-model head for MODEL, which finds the largest logits from few of its bytes.
-
-    The largest logits are certified for every hidden state. In Python:
-    fhopt.lm_head.apply_head(model, Head.load(FOLDER)).
-    """
-    from fhopt.files import check_folder, check_writable
-    from fhopt.lm_head.options import FILES, HeadOptions
-
-    out = Path(os.path.abspath(out))
-    chosen = HeadOptions(**options)
-    chosen.check()
-    check_folder(out, FILES)
-    check_writable(out.parent)
-
-    import torch
-
-    from fhopt.lm_head.evaluate import measure_head
-    from fhopt.lm_head.fitting import fit_head
-    from fhopt.models.loader import load_model
-
-    shares = {"loading": 1.0, "states": 5.0, "basis": 1.0, "clusters": 10.0, "quantize": 1.0, "measuring": 5.0}
-    with progress_bar(as_json, shares) as progress:
-        progress("loading", 0, 1)
-        loaded = load_model(model, getattr(torch, dtype))
-        made = fit_head(loaded, chosen, progress)
-        progress("measuring", 0, 1)
-        result = measure_head(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
-    made.save(out)
-    if as_json:
-        about = {"head_path": str(out), "site": asdict(made.site), "fitted": made.about, "clusters": made.clusters}
-        print_json(about | {"probes": made.probes, "measured": asdict(result)})
-        return
-    console = output_console(as_json)
-    console.print(
-        f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, {dtype}\n"
-        f"{result.certified_percent:.2f} % of {result.positions:,} held-out tokens certified, "
-        f"{result.agreement_percent:.2f} % equal to the dense head\n"
-        f"bytes read per token {result.dense_bytes_per_row:,} -> {result.bytes_per_row:,.0f}, "
-        f"time {result.dense_time_ms:.2f} -> {result.time_ms:.2f} ms on {result.threads} threads\n"
-        f"without a certificate, {made.probes} of {made.clusters} clusters: {result.probed_agreement_percent:.2f} %",
-        highlight=False,
-    )
-    console.print(f"head written to {out}", soft_wrap=True, highlight=False)

@@ -1,0 +1,101 @@
+"""`fhopt heal`: a plan whose decoders bring a model closer to its exact outputs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fhopt.cli.app import main
+from fhopt.cli.arguments import MODEL, PLAN, TEXT
+from fhopt.cli.options import DTYPES, busy, json_option, output_console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from fhopt.plan.latent_plan import LatentPlan
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=PLAN, required=True, help="The plan to start from.")
+@click.option(
+    "--data",
+    "texts",
+    type=TEXT,
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
+)
+@click.option("--tokens", type=int, default=50_000, show_default=True, help="Calibration tokens, each read once.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
+@click.option("--ridge", type=float, help="Regularization towards the decoders of the plan.")
+@click.option("--held-out", type=int, default=2, show_default=True, help="Sequences to measure on.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="File from which an interrupted healing resumes. [default: beside the plan that is written]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    help="Dtype of the model; that of the plan does not change.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
+@json_option
+def heal_command(
+    model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Solve for decoders that bring MODEL closest to its exact outputs, and write a plan of the same size.
+
+    The same command resumes an interrupted healing. MODEL must be a causal language model with a tokenizer.
+    """
+    from fhopt.files import check_writable
+    from fhopt.models.model_files import check_plan_place
+    from fhopt.refine.options import HealOptions
+
+    out = Path(os.path.abspath(out))
+    chosen = HealOptions(checkpoint=checkpoint or out.with_name(f".{out.name}.healing"), **options)
+    chosen = chosen if ridge is None else replace(chosen, ridge=ridge)
+    chosen.check()
+    check_plan_place(out)
+
+    import torch
+
+    from fhopt.models.loader import load_model
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.refine.heal import heal as improve
+
+    plan = LatentPlan.load(plan_path)
+    chosen.check_plan(plan)
+    with busy("loading", as_json):
+        loaded = load_model(model, getattr(torch, dtype))
+    loaded.language_model()
+    check_writable(out.parent)
+    with progress_bar(as_json, {"before": 1.0, "heal": 10.0, "after": 1.0}) as progress:
+        progress("before", 0, 1)
+        healed = improve(loaded, plan, chosen, progress)
+    healed.save(out)
+    _show_healed(healed, out, as_json)
+
+
+def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
+    healing = plan.provenance["healing"]
+    if as_json:
+        about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
+        print_json(about | {"healing": healing})
+        return
+    before, after = healing["before"], healing["after"]
+    console = output_console(as_json)
+    console.print(
+        f"{healing['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
+        f"KL from the exact model {before['kl']:.4g} -> {after['kl']:.4g} nats per token\n"
+        f"increase of perplexity  {before['increase_percent']:+.2f} -> {after['increase_percent']:+.2f} %",
+        highlight=False,
+    )
+    console.print(f"{plan.ratio():.2f}x plan written to {out}", soft_wrap=True, highlight=False)
