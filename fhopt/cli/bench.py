@@ -169,7 +169,7 @@ def _row(row: Throughput, exact: Throughput) -> dict[str, Any]:
 
 def _show(result: dict[str, Any], out: Path | None, as_json: bool, parts: bool) -> None:
     """Print the results, optionally with the time breakdown of a step, and plot them to `out`."""
-    from fhopt.inspection.tables import parts_table, throughput_table
+    from fhopt.inspection.measured_tables import parts_table, throughput_table
     from fhopt.inspection.throughput_plot import plot_throughput
 
     if out is not None:

@@ -21,7 +21,8 @@ from fhopt.files import check_writable
 from fhopt.hardware.this_cpu import most_alike
 from fhopt.hf.apply import apply, unapply
 from fhopt.inspection import html_report
-from fhopt.inspection.tables import plan_table, sites_table, summary_table
+from fhopt.inspection.measured_tables import summary_table
+from fhopt.inspection.tables import plan_table, sites_table
 from fhopt.models.loader import load_model
 from fhopt.plan.quality_card import with_measured
 from fhopt.planning.pipeline import fit_to_text

@@ -99,7 +99,7 @@ def evaluate(
     import torch
 
     from fhopt.evaluation.tasks import TaskOptions, check_items, run_tasks, write_items
-    from fhopt.inspection.tables import evaluation_tables
+    from fhopt.inspection.measured_tables import evaluation_tables
     from fhopt.models.cache_layers import measured_layers
     from fhopt.models.loader import load_model
     from fhopt.models.model_facts import check_length
@@ -229,7 +229,7 @@ def cost(
     """Estimate a decode step of MODEL on devices by peak figures, and from which context on latents are faster."""
     from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
     from fhopt.hardware.devices import find_device
-    from fhopt.inspection.tables import cost_tables
+    from fhopt.inspection.measured_tables import cost_tables
     from fhopt.models.loader import load_model
     from fhopt.models.model_facts import decoder_sites, encoder_path
     from fhopt.models.sites import find_sites
@@ -288,7 +288,7 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
 
     from fhopt.codegen.compiler import vector_unit
     from fhopt.hardware import this_cpu
-    from fhopt.inspection.tables import machine_table
+    from fhopt.inspection.measured_tables import machine_table
 
     results = [this_cpu.measure_cpu(n) if again else this_cpu.measured(n) for n in counts]
     kernels = vector_unit()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fhopt.files import check_picture
+from fhopt.inspection.measured_tables import throughput_heading
 from fhopt.inspection.plots import save_figure
-from fhopt.inspection.tables import throughput_heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -66,6 +66,7 @@ WITHOUT_A_FILE = {
     "fhopt/hf/model_checks": "unit/hf/test_apply.py, all that it refuses",
     "fhopt/hf/quantizer": "unit/hf/test_load.py",
     "fhopt/import_hook": "integration/test_rewritten_models.py, in processes that import in other orders",
+    "fhopt/inspection/measured_tables": COMMANDS,
     "fhopt/inspection/optional": "commands without an extra, unit/cli/test_app.py",
     "fhopt/inspection/plots": PAGES,
     "fhopt/inspection/tables": COMMANDS,

@@ -18,7 +18,7 @@ from rich.console import Console
 from small_models import FittedModel, tiny_llama
 from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
-from fhopt.inspection.tables import parts_table, throughput_table
+from fhopt.inspection.measured_tables import parts_table, throughput_table
 from fhopt.models import loader
 
 QUICK = ("--contexts", "40,96", "--decode", "8", "--rounds", "2")

@@ -16,7 +16,7 @@ from small_models import FittedModel, tiny_llama
 from fhopt.cli.app import main
 from fhopt.evaluation.tasks import TASKS
 from fhopt.export import rewrite_folder
-from fhopt.inspection.tables import evaluation_tables
+from fhopt.inspection.measured_tables import evaluation_tables
 from fhopt.models.loader import load_model
 from fhopt.models.rewritten_folder import read_folder
 from fhopt.plan.latent_plan import LatentPlan
