@@ -4,7 +4,7 @@
     python -m benchmarks.zoo.fuzz_graphs --quick                one minute (also QUICK=1)
 
 Each worker is a process with its own seeds. A program is compiled once and called three times, with other values of
-every input (tests/support/graph_programs.py). The first wrong program is shrunk and printed; the exit status is 1. It
+every input (tests/support/program_checks.py). The first wrong program is shrunk and printed; the exit status is 1. It
 is also 1 if fewer than FLOOR of the programs are rewritten: a finder that rewrites nothing is never wrong.
 """
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from found_programs import FOUND
-from graph_programs import AttentionProgram, Call, CallSizes, Input, Invalid, WrongProgram, check
+from graph_programs import AttentionProgram, Call, CallSizes, Input
+from program_checks import Invalid, WrongProgram, check
 from program_runs import Tally, run
 from torch import fx
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import hypothesis
 from drawn_programs import programs
-from graph_programs import AttentionProgram, Invalid, WrongProgram, check
+from graph_programs import AttentionProgram
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
+from program_checks import Invalid, WrongProgram, check
 
 ROUND = 200  # programs per seed
 FURTHER_SEED = 1_000_003  # distance between the seeds of rounds
