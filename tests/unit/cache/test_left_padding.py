@@ -29,10 +29,13 @@ from fhopt.plan.latent_plan import LatentPlan
 LENGTHS = (70, 46, 21)  # padding: none, whole blocks (24 tokens), and a part of a block (49)
 LATER = 30
 CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
-KINDS = pytest.mark.parametrize("options", [{}, {"max_cache_len": 128}], ids=["growing", "static"])
-
-
 SEGMENT = 64
+
+
+@pytest.fixture(params=[{}, {"max_cache_len": 128}], ids=["growing", "static"])
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a cache."""
+    return dict(request.param)
 
 
 @pytest.fixture
@@ -58,7 +61,6 @@ def filled(plan: LatentPlan, model: Any, lengths: tuple[int, ...], **options: An
 # ---- stored state
 
 
-@KINDS
 def test_attention_sinks_are_the_first_tokens_of_each_sequence(
     options: dict[str, int], llama: FittedModel, plan: LatentPlan
 ) -> None:
@@ -69,7 +71,6 @@ def test_attention_sinks_are_the_first_tokens_of_each_sequence(
             assert torch.equal(window.parts[0][row, :, : plan.sinks], own[:, : plan.sinks])
 
 
-@KINDS
 def test_means_are_computed_per_sequence(options: dict[str, int], llama: FittedModel, plan: LatentPlan) -> None:
     layer, keys, values = filled(plan, llama.model, LENGTHS, **options)
     for mean, x in zip(layer.means.parts, (keys, values), strict=True):
@@ -79,7 +80,6 @@ def test_means_are_computed_per_sequence(options: dict[str, int], llama: FittedM
             torch.testing.assert_close(mean[row], expected)
 
 
-@KINDS
 def test_prompts_shorter_than_the_attention_sinks_take_means_of_later_tokens(
     options: dict[str, int], llama: FittedModel, plan: LatentPlan
 ) -> None:
@@ -95,7 +95,6 @@ def test_prompts_shorter_than_the_attention_sinks_take_means_of_later_tokens(
     torch.testing.assert_close(layer.means.parts[0][1], more[1])
 
 
-@KINDS
 @pytest.mark.parametrize("window_bits", [8, 16])
 def test_keys_and_values_are_attended_to_in_order_of_position(
     window_bits: int, options: dict[str, int], llama: FittedModel
@@ -129,7 +128,6 @@ def test_its_bytes_are_counted(llama: FittedModel, plan: LatentPlan) -> None:
 # ---- same results as without padding
 
 
-@KINDS
 @pytest.mark.parametrize("window_bits", [8, 16])
 @pytest.mark.parametrize("lengths", [LENGTHS, (90, 26, 41)])
 def test_a_short_sequence_gives_the_same_results_as_without_padding(
@@ -154,7 +152,6 @@ def test_a_short_sequence_gives_the_same_results_as_without_padding(
     assert losses[2][0] < 1.5 * losses[2][1]
 
 
-@KINDS
 @torch.no_grad()
 def test_segments_begin_where_position_counting_begins(options: dict[str, Any], llama: FittedModel) -> None:
     """Without position ids, the model's positions count padding; those of `generate` do not."""
@@ -210,7 +207,6 @@ def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mod
     assert torch.equal(found.sequences, expected.sequences)
 
 
-@KINDS
 def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: FittedModel, plan: LatentPlan) -> None:
     """Segments and means are those of the unpadded sequence; its first tokens are quantized because it has no sinks."""
     ids, mask = padded((110, 21))
@@ -227,7 +223,6 @@ def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: F
     assert float((keys - exact).square().mean() / exact.square().mean()) < 0.1
 
 
-@KINDS
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_models_with_explicit_attention_attend_in_order_of_position(attention: str, options: dict[str, Any]) -> None:
     model, batch = tiny_llama(attention), padded(LENGTHS, LATER)
@@ -240,7 +235,6 @@ def test_models_with_explicit_attention_attend_in_order_of_position(attention: s
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@KINDS
 @pytest.mark.parametrize("absorb", [True, False])
 def test_a_second_turn_continues_after_the_first(absorb: bool, options: dict[str, int], llama: FittedModel) -> None:
     ids, mask = padded(LENGTHS, 50)
@@ -254,7 +248,6 @@ def test_a_second_turn_continues_after_the_first(absorb: bool, options: dict[str
     torch.testing.assert_close(torch.cat(parts[1:], 1), expected, **CLOSE)
 
 
-@KINDS
 def test_without_a_mask_later_tokens_see_the_padding_as_in_an_exact_cache(
     options: dict[str, int], llama: FittedModel
 ) -> None:
@@ -325,7 +318,6 @@ def test_compiled_steps_continue_after_reordering_sequences(llama: FittedModel, 
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@KINDS
 @torch.no_grad()
 def test_a_graph_of_the_whole_model_knows_positions_but_not_padding(
     options: dict[str, Any], llama: FittedModel
@@ -352,7 +344,6 @@ def test_a_graph_of_the_whole_model_knows_positions_but_not_padding(
 # ---- moving sequences
 
 
-@KINDS
 def test_padding_moves_with_its_sequence(options: dict[str, int], llama: FittedModel, plan: LatentPlan) -> None:
     order = torch.tensor([2, 0, 2])
     ids, mask = padded(LENGTHS, LATER)
@@ -376,7 +367,6 @@ def test_padding_is_repeated_and_selected(llama: FittedModel, plan: LatentPlan) 
     assert not cache.layers[1].padding.parts and copied.layers[1].padding.parts
 
 
-@KINDS
 def test_a_reset_cache_reads_the_padding_again(options: dict[str, int], llama: FittedModel, plan: LatentPlan) -> None:
     batch, outputs = padded((70, 70), 5), []
     for before in ((70, 70), (70, 21)):
@@ -389,7 +379,6 @@ def test_a_reset_cache_reads_the_padding_again(options: dict[str, int], llama: F
     assert torch.equal(*outputs)
 
 
-@KINDS
 @pytest.mark.parametrize("target", [75, 60, 51, 40, 10, 2, 0])
 def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama: FittedModel) -> None:
     """Crop at token 53, after the sinks of the shortest sequence, and before them."""
@@ -412,7 +401,6 @@ def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama
 # ---- files
 
 
-@KINDS
 def test_saved_caches_include_it(options: dict[str, int], llama: FittedModel, plan: LatentPlan, tmp_path: Path) -> None:
     ids, mask = padded(LENGTHS, 10)
     expected, _ = read(llama.model, plan, (ids, mask), 10, **options)
