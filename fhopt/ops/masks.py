@@ -118,14 +118,15 @@ def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 
 def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Restrict a bias to `allowed` (bool), except in rows without allowed keys, which retain it less its maximum.
+    """Restrict a bias to `allowed` (bool), except in rows without visible keys, which retain it less its maximum.
 
-    In such rows finite values overwrite the scores and determine the weights.
+    In such rows finite values overwrite the scores and determine the weights. A key is visible if it is allowed and its
+    bias is not -inf.
     """
     levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would swamp the logarithm of a sum
-    return torch.where(open_rows(allowed), restricted(bias, allowed), levels)
+    return torch.where(open_rows(allowed & (bias > -math.inf)), restricted(bias, allowed), levels)
 
 
-def seeing(query: Tensor, allowed: Tensor) -> Tensor:
-    """Zero queries [B,H,S,D] without allowed keys (bool [...,S,T]), so that their scores are the bias."""
-    return query * open_rows(allowed).to(query.dtype)
+def seeing(query: Tensor, bias: Tensor, allowed: Tensor) -> Tensor:
+    """Zero queries [B,H,S,D] without visible keys (as in `with_levels`), so that their scores are the bias."""
+    return query * open_rows(allowed & (bias > -math.inf)).to(query.dtype)

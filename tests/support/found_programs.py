@@ -65,6 +65,16 @@ FOUND: dict[str, AttentionProgram] = {
         inputs=(*_QKV, Input("keep", "", values=("all", "most", "most"))),
         calls=(Call(mode="no_grad"),) * 6,
     ),
+    "visible keys at -inf, others at the lowest number": AttentionProgram(
+        """
+    def program(q, k, v, additive):
+        s = q @ k.mT
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), torch.finfo(s.dtype).min)
+        return (s + additive).softmax(-1) @ v
+    """,
+        inputs=(*_QKV, Input("additive", "B 1 S T", values=("zeros", "0 or -inf", "0 or lowest"))),
+        dtype="float64",
+    ),
     "weights detached": AttentionProgram(
         """
     def program(q, k, v):

@@ -1,4 +1,4 @@
-"""Public names have one definition."""
+"""Public names have one definition, limits are named MAX_ or MIN_, and files and functions stay short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks.size import TreeSize, working_tree
+from benchmarks.size import MAX_FILE, TreeSize, working_tree
 
 
 @cache
@@ -23,3 +23,11 @@ def test_a_public_class_is_defined_once_in_the_repository() -> None:
 
 def test_a_public_function_is_defined_once_in_the_product() -> None:
     assert tree().repeated_functions == {}
+
+
+def test_limits_are_named_max_or_min() -> None:
+    assert tree().old_limits == []
+
+
+def test_files_and_functions_are_short() -> None:
+    assert tree().long_functions == [] and tree().long_files(MAX_FILE) == []
