@@ -241,8 +241,8 @@ def prepare_all(run: ComparisonRun, engines: Sequence[EngineConfig]) -> None:
 def build_kernels(setting: Setting) -> None:
     """Build fhopt's kernels for all plans, as `fhopt.prepare` does, in the cache that its processes use."""
     done = subprocess.run(
-        [sys.executable, "-c", "import fhopt.codegen as c; c.install(); c.prepare()"], capture_output=True, text=True,
-        env=variables(setting, setting.caches / "shared"), check=False,
+        [sys.executable, "-c", "import fhopt.codegen as c; c.register_kernels(); c.build_all()"], capture_output=True,
+        text=True, env=variables(setting, setting.caches / "shared"), check=False,
     )  # fmt: skip
     if done.returncode:
         say(f"fhopt: no kernels: {last_error(done.stderr, done.returncode)}")

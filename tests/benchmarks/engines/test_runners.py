@@ -67,10 +67,10 @@ def test_an_engine_that_stops_early_is_an_error() -> None:
 
 
 RUNNER = """
-from benchmarks.engines.protocol import Clock, run
+from benchmarks.engines.protocol import EngineClock, run
 def measure(request):
     {body}
-    clock = Clock(request)
+    clock = EngineClock(request)
     clock.start()
     for _ in range(request.steps): clock.step()
     return clock.report(("torch",), [1])

@@ -64,7 +64,8 @@ def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(cache))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    code = f"from fhopt.codegen import build; from fhopt.plan import KernelSpec; build({CASES['one token'].spec()!r})"
+    spec = CASES["one token"].spec()
+    code = f"from fhopt.codegen import build_kernel; from fhopt.plan import KernelSpec; build_kernel({spec!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
     for process in processes:
         _, errors = process.communicate(timeout=120)

@@ -18,7 +18,7 @@ pytestmark = needs_triton
 COMMON = """
 import torch
 from fhopt.ops import algebra, packing
-from fhopt.codegen.gpu.encode_rows import encode, encode_reference
+from fhopt.codegen.gpu.encode_rows import encode_reference, encode_triton
 
 torch.manual_seed(0)
 MIXED = ([3, 16, 5, 8, 4, 2, 1, 6], [8, 72, 24, 16, 80, 8, 8, 16], [0.6, 0.0, 0.15, 0.02, 0.3, 1.0, 1.5, 0.08])
@@ -32,7 +32,7 @@ def storage(plan, *shape):
 def both(x, basis, plan, rows, **where):
     "Storage as the kernel leaves it, and as the reference does."
     found, expected = storage(plan, *rows), storage(plan, *rows)
-    encode(x, basis, *plan, *found, **where)
+    encode_triton(x, basis, *plan, *found, **where)
     encode_reference(x, basis, *plan, *expected, **where)
     return found, expected
 
@@ -63,7 +63,7 @@ same(x * 0, basis, LARGE, (2, 4, 9))
 same(whole(2, 1, 7, 8) * torch.tensor([1e-30, 1e30]).reshape(2, 1, 1, 1), powers(1, 120, 8), LARGE, (2, 1, 9))
 codes, scale = storage(LARGE, 2, 9, 4)
 views = codes.transpose(1, 2), scale.transpose(1, 2)  # a storage in another order
-encode(x, basis, *LARGE, *views)
+encode_triton(x, basis, *LARGE, *views)
 expected = same(x, basis, LARGE, (2, 4, 9))
 assert torch.equal(views[0], expected[0]) and torch.equal(views[1], expected[1])
 """
@@ -133,7 +133,7 @@ from fhopt.ops import encode_rows as encoding
 from fhopt.ops import registry
 from fhopt.cache.quantized_rows import PackedLatents, StaticPackedLatents
 from fhopt.cache.store import place_bases
-from fhopt.plan import SidePlan, Tier
+from fhopt.plan import BitGroup, SidePlan
 
 calls = []
 
@@ -159,7 +159,7 @@ def place(rows, x):
 
 for dtype in (torch.float32, torch.bfloat16):
     for encoder in (powers(2, 120, 32), powers(1, 120, 64)):
-        plan = SidePlan(encoder, powers(4, 16, 120), tuple(Tier(*t) for t in zip(*LARGE)))
+        plan = SidePlan(encoder, powers(4, 16, 120), tuple(BitGroup(*t) for t in zip(*LARGE)))
         first, tokens = 16, [whole(2, 4, 16, 16).to(dtype), whole(2, 4, 9, 16).to(dtype)]
         for make, write, written in (
             (lambda: PackedLatents(plan), grow, tokens), (lambda: StaticPackedLatents(plan, 12), place, tokens[1:])
@@ -245,7 +245,9 @@ def test_it_compiles_without_spills_for_absent_gpus(tmp_path: Path, monkeypatch:
         types |= {"tiers": "*i32", "places": "*i64", "table": "*i32"} | dict.fromkeys(constants, "constexpr")
         known = [i for i, name in enumerate(names) if types[name].startswith("*") or name in aligned]
         attrs: dict[tuple[int, ...], Any] = {(i,): [["tt.divisibility", 16]] for i in known}
-        return CompileRequest(Path(encode_rows.__file__).read_text(), "encode_kernel", types, constants, attrs, options)
+        return CompileRequest(
+            Path(encode_rows.__file__).read_text(), "encode_rows_kernel", types, constants, attrs, options
+        )
 
     for name in ("a100-80", "h100", "mi300x"):
         options = encode_rows.OPTIONS if name == "mi300x" else encode_rows.CUDA_OPTIONS

@@ -18,7 +18,7 @@ COMMON = """
 import math
 import torch
 from fhopt.lm_head import fitting as head_fitting
-from fhopt.codegen.gpu.lm_head import SCORED, bound, search
+from fhopt.codegen.gpu.lm_head import SCORED, bound, search_head_triton
 from fhopt.lm_head.quantize import dequantize
 from fhopt.lm_head.fitting import HeadOptions, fit_weight, site_for
 
@@ -64,7 +64,7 @@ SEARCHES = """
 for dtype in (torch.float32, torch.bfloat16):
     weight, states = torch.randn(700, 40).to(dtype), skewed(99, 40)
     head, hidden = made(weight, states), skewed(4, 40).to(dtype)
-    found = search(hidden, weight, None, head.codes, head.search(keep=3, logits=True))
+    found = search_head_triton(hidden, weight, None, head.codes, head.search(keep=3, logits=True))
     exact = (hidden.double() @ weight.double().T).to(dtype).float()
     wanted = exact.sort(dim=1, descending=True, stable=True)
     assert (found.counts == SCORED).all()
@@ -76,15 +76,16 @@ weight = torch.randn(700, 40)
 head = made(weight)
 hidden = torch.randn(4, 40)
 hidden[1, 3], hidden[2, 5], hidden[3] = math.nan, math.inf, 0
-assert (search(hidden, weight, None, head.codes, head.search()).counts < 0).tolist() == [False, True, True, True]
-few = search(hidden[:1], weight, None, head.codes, head.search(budget=1))
+counts = search_head_triton(hidden, weight, None, head.codes, head.search()).counts
+assert (counts < 0).tolist() == [False, True, True, True]
+few = search_head_triton(hidden[:1], weight, None, head.codes, head.search(budget=1))
 best = (hidden[:1] @ weight.T).argmax(1)
 assert few.counts[0] == -1 or few.ids[0, 0] == best
-everything = search(hidden[:1], weight[:200], None, made(weight[:200]).codes, head.search(keep=200))
+everything = search_head_triton(hidden[:1], weight[:200], None, made(weight[:200]).codes, head.search(keep=200))
 assert torch.equal(everything.ids.long(), (hidden[:1] @ weight[:200].T).sort(dim=1, descending=True, stable=True)[1])
 twins = weight.clone()
 twins[[9, 400, 30]] = 4 * twins[500]
-found = search(twins[500:501], twins, None, made(twins).codes, head.search(keep=3))
+found = search_head_triton(twins[500:501], twins, None, made(twins).codes, head.search(keep=3))
 assert found.ids[0, :3].tolist() == [9, 30, 400]
 """
 
@@ -93,13 +94,13 @@ import dataclasses
 from pathlib import Path
 from fhopt.codegen.gpu import lm_head
 from fhopt.codegen.gpu.gpus import GPUS
-from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
+from fhopt.codegen.gpu.resources import CompileRequest, compile_kernels, objection
 
 types = {"codes": "*i32", "hidden": "*i8", "about": "*fp32", "estimates": "*fp32", "bounds": "*fp32"}
 types |= dict.fromkeys(("count", "slots", "vocabulary", "words", "lead", "rank"), "i32")
 blocks = {"BLOCK_M": lm_head.BLOCK_M, "ROWS": lm_head.ROWS, "STEP": lm_head.STEP}
 aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
-request = Request(
+request = CompileRequest(
     Path(lm_head.__file__).read_text(), "bounds_kernel", types | dict.fromkeys(blocks, "constexpr"), blocks,
     aligned, {"num_warps": 4, "num_stages": 3},
 )

@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[4]
 
 INTERPRETED = """
 import torch
-from fhopt.codegen.gpu.packing import pack, unpack
+from fhopt.codegen.gpu.packing import pack_triton, unpack_triton
 from fhopt.ops import pack_reference, unpack_reference
 
 def check(z, *plan):
     codes, scale = pack_reference(z, *plan)
-    found, found_scale = pack(z, *plan)
+    found, found_scale = pack_triton(z, *plan)
     assert torch.equal(found_scale, scale), (plan, z.dtype, found_scale, scale)
     assert torch.equal(found, codes), (plan, z.dtype)
-    assert torch.equal(unpack(codes, scale, *plan), unpack_reference(codes, scale, *plan)), plan
+    assert torch.equal(unpack_triton(codes, scale, *plan), unpack_reference(codes, scale, *plan)), plan
 
 torch.manual_seed(0)
 every = [1, 2, 3, 4, 5, 6, 8, 16]
