@@ -116,9 +116,9 @@ def test_the_first_failed_check_is_named_with_its_result(monkeypatch: pytest.Mon
 def test_the_packing_check_compares_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_pack = pytest.importorskip("fhopt.codegen.gpu.packing")
     machine = timing.dry_machine()
-    monkeypatch.setattr(triton_pack, "pack", packing.pack_reference)
+    monkeypatch.setattr(triton_pack, "pack_triton", packing.pack_reference)
     assert checks.compare_pack(machine) == ""
-    monkeypatch.setattr(triton_pack, "pack", lambda z, *plan: packing.pack_reference(z * 1.1, *plan))
+    monkeypatch.setattr(triton_pack, "pack_triton", lambda z, *plan: packing.pack_reference(z * 1.1, *plan))
     assert "numbers differ from the reference" in checks.compare_pack(machine)
 
 
