@@ -15,7 +15,7 @@ from fhopt.codegen.cpu.source_text import read_cpp
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, in every call of a kernel
 class CppLibrary:
     """A C++ file and how it is compiled.
 

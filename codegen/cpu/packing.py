@@ -27,7 +27,6 @@ from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
 _arguments = packer(Pack)
-# a product and a sum are rounded one after the other
 
 
 class BitGroupTable(NamedTuple):
@@ -138,4 +137,5 @@ def _bind(library: ctypes.CDLL) -> tuple[Any, Any]:
     return library.pack, library.unpack
 
 
+# The flag: a product and a sum are rounded one after the other.
 LIBRARY = CppLibrary("pack", "packing.cpp", _bind, flags=lambda: ("-ffp-contract=off",))

@@ -10,21 +10,13 @@ from typing import Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.arguments import MODEL, TEXT
-from fhopt.cli.options import DTYPES, json_option, output_console, print_json, progress_bar
+from fhopt.cli.arguments import MODEL
+from fhopt.cli.options import DTYPES, halved_text_option, json_option, output_console, print_json, progress_bar
 
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option(
-    "--data",
-    "texts",
-    type=TEXT,
-    multiple=True,
-    default=("topics",),
-    show_default=True,
-    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
-)
+@halved_text_option
 @click.option("--sequences", type=int, default=8, show_default=True, help="Calibration sequences for hidden states.")
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens per sequence.")
 @click.option("--clusters", type=int, help="Clusters of rows. [default: one per 64 rows]")

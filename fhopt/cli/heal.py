@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.arguments import MODEL, PLAN, TEXT
-from fhopt.cli.options import DTYPES, busy, json_option, output_console, print_json, progress_bar
+from fhopt.cli.arguments import MODEL, PLAN
+from fhopt.cli.options import DTYPES, busy, halved_text_option, json_option, output_console, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
@@ -20,15 +20,7 @@ if TYPE_CHECKING:
 @main.command()
 @click.argument("model", type=MODEL)
 @click.option("--plan", "plan_path", type=PLAN, required=True, help="The plan to start from.")
-@click.option(
-    "--data",
-    "texts",
-    type=TEXT,
-    multiple=True,
-    default=("topics",),
-    show_default=True,
-    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
-)
+@halved_text_option
 @click.option("--tokens", type=int, default=50_000, show_default=True, help="Calibration tokens, each read once.")
 @click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
 @click.option("--ridge", type=float, help="Regularization towards the decoders of the plan.")

@@ -22,6 +22,10 @@ from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that inspect a model, with shares
+halved_text_option = click.option(
+    "--data", "texts", type=TEXT, multiple=True, default=("topics",), show_default=True,
+    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 

@@ -123,10 +123,11 @@ def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
     In such rows finite values overwrite the scores and determine the weights. A key is visible if it is allowed and its
     bias is not -inf.
     """
+    visible = restricted(bias, allowed)
     levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would swamp the logarithm of a sum
-    return torch.where(open_rows(allowed & (bias > -math.inf)), restricted(bias, allowed), levels)
+    return torch.where(open_rows(visible), visible, levels)
 
 
 def seeing(query: Tensor, bias: Tensor, allowed: Tensor) -> Tensor:
     """Zero queries [B,H,S,D] without visible keys (as in `with_levels`), so that their scores are the bias."""
-    return query * open_rows(allowed & (bias > -math.inf)).to(query.dtype)
+    return query * open_rows(restricted(bias, allowed)).to(query.dtype)

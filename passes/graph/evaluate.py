@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -167,6 +168,11 @@ class Region:
             raise Miss(f"a part of it runs inside {scope.name}; expected all of it outside", end)
         inside = {*self.nodes, *self.inputs}
         self.sides = tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
+
+    @cached_property
+    def overflow_limit(self) -> float:
+        """The largest number that no cast of the region to a dtype of smaller range turns into infinity."""
+        return min(map(overflow_limit, self.nodes), default=math.inf)
 
     def run(self, values: Mapping[fx.Node, Any], differentiable: bool = False) -> Tensor:
         """Return the value of `end` for these values of inputs and sides; other sides have their example value.

@@ -27,6 +27,8 @@ SIZED_NAMES = (
     "slice unflatten _unsafe_view broadcast_to split_with_sizes chunk index_select triu tril"
 )
 SIZED = frozenset(SIZED_NAMES.split())  # calls whose integers may be sizes
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -16,17 +16,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fhopt.passes.graph.nodes import argument, call_method, fake, op_name, overflow_limit
+from fhopt.passes.graph.nodes import LOG_SOFTMAX, SOFTMAX, argument, call_method, fake, op_name, overflow_limit
 from fhopt.passes.graph.program import Program
 
 CASTS = frozenset({"type_as", "to"})
-SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"})
 
 
 def resolve_casts(program: Program) -> None:
     """Give every cast, in place, a node and a dtype of its own; see the module docstring. Exact; it cannot fail."""
     for node in program.graph.nodes:
-        if op_name(node) in SOFTMAXES and overflow_limit(node) < math.inf:
+        if op_name(node) in SOFTMAX | LOG_SOFTMAX and overflow_limit(node) < math.inf:
             source = argument(node, 0, "input", "self")
             with program.graph.inserting_before(node):
                 node.replace_input_with(source, call_method(program, "to", source, fake(node).dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.passes.graph.evaluate import Region, example_shape
-from fhopt.passes.graph.nodes import fake, is_floating, op_name, overflow_limit
+from fhopt.passes.graph.nodes import fake, is_floating, op_name
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import is_fixed
 from fhopt.passes.recognize.scores import ABSORBING
@@ -37,7 +37,7 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
     if all(is_fixed(side) for side in sides):
         zero = torch.zeros(example_shape(scores.inputs[0]), dtype=torch.float64)
         return bool((scores.run({scores.inputs[0]: zero}) == -math.inf).all(softmax.axis).any())
-    levels, lowest = 0, -min(map(overflow_limit, scores.nodes), default=math.inf)
+    levels, lowest = 0, -scores.overflow_limit
     for node in _mask_computation(scores):
         if node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node):
             return True

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
-from fhopt.passes.graph.nodes import fake, op_name, overflow_limit
+from fhopt.passes.graph.nodes import fake, op_name
 from fhopt.passes.recognize.draws import random_sides
 from fhopt.passes.recognize.layout import MOVEMENT, axis_values, coordinates, moved
 from fhopt.passes.recognize.node_roles import Roles, is_fixed
@@ -220,7 +220,7 @@ def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape
             continue
         full = value.expand(zero.shape)
         if value.dtype != torch.bool:  # added, and not cast afterwards
-            forms = {} if _overflow_limit(scores.region) < math.inf else {"add": full.double()}
+            forms = {} if scores.region.overflow_limit < math.inf else {"add": full.double()}
         else:
             nothing = torch.zeros_like(zero)
             forms = {
@@ -231,10 +231,6 @@ def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Any], shape
             if torch.equal(expected, zero):
                 scores.mask, scores.form = node, form
                 return
-
-
-def _overflow_limit(region: Region) -> float:
-    return min(map(overflow_limit, region.nodes), default=math.inf)
 
 
 def _fits(value: Tensor, whole: Tensor) -> bool:

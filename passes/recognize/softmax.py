@@ -20,13 +20,11 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, window
-from fhopt.passes.graph.nodes import argument, fake, op_name
+from fhopt.passes.graph.nodes import LOG_SOFTMAX, SOFTMAX, argument, fake, op_name
 from fhopt.passes.recognize.draws import random_sides
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.sum_floor import check_floor
 
-SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
-LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
 EXPONENTIAL = frozenset({"exp", "exp2"})
 OTHER_WEIGHTS = frozenset({"sigmoid", "relu", "elu", "softplus", "sparsemax"})  # other kinds of attention
 DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})

@@ -30,12 +30,12 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.passes.certificate import ReplacedNode
 from fhopt.passes.graph.evaluate import Region
-from fhopt.passes.graph.nodes import argument, fake, is_floating, op_name, source_line
+from fhopt.passes.graph.nodes import SOFTMAX, argument, fake, is_floating, op_name, source_line
 from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
 from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
-from fhopt.passes.recognize.softmax import EXPONENTIAL, SOFTMAX, Softmax
+from fhopt.passes.recognize.softmax import EXPONENTIAL, Softmax
 
 INDEXED = frozenset({"index", "gather", "take_along_dim", "index_select", "getitem", "take"})
 SAME = frozenset({"contiguous", "clone", "alias", "detach", "dropout", "native_dropout", "feature_dropout", "Identity"})

@@ -1,4 +1,4 @@
-"""Marks of tests that need a C++ compiler or Triton."""
+"""Marks of tests that need a C++ compiler or Triton, and parameters of which some are slow."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks.size import MAX_FILE, TreeSize, working_tree
 def tree() -> TreeSize:
     try:
         return TreeSize(working_tree())
-    except OSError:
+    except (OSError, subprocess.CalledProcessError):
         pytest.skip("this is no git clone")
 
 
