@@ -116,8 +116,9 @@ def programs(draw: st.DrawFn, only: str = "") -> AttentionProgram:
     if wrapped and dtype in ("bfloat16", "float16"):
         dtype = "float32"
     is_coarse = mode.startswith("autocast") or dtype in ("bfloat16", "float16")
+    is_tamed = is_coarse or _has_near_level(writer)
     inputs = tuple(
-        sorted(map(_tamed, writer.inputs) if is_coarse else writer.inputs, key=lambda i: i.held != "argument")
+        sorted(map(_tamed, writer.inputs) if is_tamed else writer.inputs, key=lambda i: i.held != "argument")
     )
     source = _source([i.name for i in inputs], writer.lines, wrapped, writer.inputs[0].name)
     return AttentionProgram(
@@ -125,8 +126,14 @@ def programs(draw: st.DrawFn, only: str = "") -> AttentionProgram:
     )
 
 
+def _has_near_level(writer: ProgramWriter) -> bool:
+    """Return whether large scores reach a mask level: docs/explanation/exactness.md, Conditions."""
+    texts = [*writer.lines, *(value for given in writer.inputs for value in given.values)]
+    return any("-1e4" in text or "-5e4" in text for text in texts)
+
+
 def _tamed(given: Input) -> Input:
-    """Replace values for which 16-bit rounding decides which key a query attends to."""
+    """Replace values that reach mask levels, or for which 16-bit rounding decides which key a query attends to."""
     return replace(given, values=tuple("larger" if name == "large" else name for name in given.values))
 
 
