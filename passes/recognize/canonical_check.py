@@ -8,6 +8,7 @@ every other input several times.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from fhopt.passes.graph.nodes import (
 )
 from fhopt.passes.prepare.memory import node_needs_gradient
 from fhopt.passes.recognize.canonical import Core, columns_around, inverse_order
-from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, random_sides
+from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, is_binary, random_sides
 from fhopt.passes.recognize.empty_rows import empty_rows_give_nan
 from fhopt.passes.recognize.layout import arrange
 from fhopt.passes.recognize.node_roles import Roles
@@ -99,7 +100,26 @@ def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolera
                 f"{tolerance:.0e}",
                 core.output,
             )
+    _check_cancelled(core, region, roles, base)
     return Checked(len(draws), max(differences), max(slopes, default=None))
+
+
+def _check_cancelled(core: Core, region: Region, roles: Roles, base: Evaluator) -> None:
+    """Raise Miss for a side value that cancels unless it is 0, such as x in e * x / (e * x).sum(-1)."""
+    values = {n: random_like(n, i) + 0.1 * i for i, n in enumerate(region.inputs)}
+    known = {**random_sides(region, roles, MILD), **values}
+    factors = Counter(node for node, _ in core.factors)
+    for side in known.keys() - values.keys():
+        if factors[side] == 1 or not _is_float(known[side]) or is_binary(side):
+            continue
+        drawn = {**known, side: torch.zeros_like(known[side])}
+        old, new = region.run(drawn), _canonical(core, drawn, base, False)
+        if bool((new.isfinite() & ~old.isfinite()).any()):
+            raise Miss(
+                f"the result is not finite if {side.name} is 0, and otherwise {side.name} cancels; expected values that "
+                "do not cancel",
+                core.output,
+            )
 
 
 def _is_float(value: Any) -> bool:

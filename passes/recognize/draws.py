@@ -54,7 +54,7 @@ def _drawn(side: fx.Node, dtype: torch.dtype, seed: int, draw: str, selects: boo
     if dtype == torch.bool:
         return _mask(numbers, draw)
     if dtype.is_floating_point:
-        if _is_binary(side):
+        if is_binary(side):
             return _mask(numbers, draw).double()
         if draw == MILD:
             return numbers.abs() * 0.5 + 0.5
@@ -84,7 +84,7 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
     return rows.reshape(mask.shape)
 
 
-def _is_binary(side: fx.Node) -> bool:
+def is_binary(side: fx.Node) -> bool:
     """Return whether a float tensor is a cast of booleans."""
     node = side
     while op_name(node) in MOVEMENT | CASTS and node.all_input_nodes:

@@ -162,4 +162,13 @@ FOUND: dict[str, AttentionProgram] = {
         calls=(Call(mode="no_grad"),) * 3,
         aot=True,
     ),
+    "exponentials times an input that their sum cancels, unless it is zero": AttentionProgram(
+        """
+    def program(q, k, v, factor):
+        s = q @ k.mT
+        e = (s - s.amax(-1, keepdim=True)).exp() * factor
+        return e / e.sum(-1, keepdim=True) @ v
+    """,
+        inputs=(*_QKV, Input("factor", "", values=("ones", "normal", "zeros"))),
+    ),
 }

@@ -23,6 +23,12 @@ def test_passes_and_codegen_are_never_bare_names() -> None:
             assert not {n.split(".")[0] for n in names} & {"passes", "codegen"}, path
 
 
+def test_every_package_is_installed() -> None:
+    listed = set(re.findall(r'^    "(fhopt[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    places = [str(path.parent.relative_to(ROOT)).replace("/", ".") for path in SOURCES if path.name == "__init__.py"]
+    assert listed == {place if place.startswith("fhopt") else f"fhopt.{place}" for place in places}
+
+
 def test_importing_the_package_is_cheap() -> None:
     code = "import sys, fhopt, fhopt.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
