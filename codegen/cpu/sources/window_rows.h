@@ -51,8 +51,8 @@ inline void round_tokens(Type type, const Rows& x, const int64_t (&sizes)[4], co
         if (int64_t(numbers.size()) < size) numbers.resize(size);
         const int64_t b = i / (tokens * heads), t = i / heads % tokens, h = i % heads;
         to_floats(typed_row_at(x, type, b, h, t), type, size, numbers.data());
-        round_row(numbers.data(), means.data ? mean_of(means, b, h) : nullptr, size,
-                  row_at<uint8_t>(codes, b, h, at + t), *row_at<uint16_t>(scales, b, h, at + t));
+        round_row(numbers.data(), mean_of(means, b, h), size, row_at<uint8_t>(codes, b, h, at + t),
+                  *row_at<uint16_t>(scales, b, h, at + t));
     }
 }
 
