@@ -10,22 +10,12 @@
 
 #include "cache_call.h"
 #include "products.h"
+#include "static_counts.h"
 #include "turning.h"
 
 namespace {
 
 // ------------------------------------------------------------------------------------------------ products with bases
-
-// Calls f(count) with `count` a compile-time number of at most MAX.
-template <class F, int... I>
-INLINE void with_count(int64_t count, F f, std::integer_sequence<int, I...>) {
-    ((count == I + 1 ? f(std::integral_constant<int, I + 1>()) : void()), ...);
-}
-
-template <int MAX, class F>
-INLINE void with_count(int64_t count, F f) {
-    with_count(count, f, std::make_integer_sequence<int, MAX>());
-}
 
 // y(r)[c] = sum_i x(r)[i] basis[i * step + c] for ROWS rows and VECTORS vectors of columns, added to what is there if
 // `adds` says so. T: of products.h, the type of the basis.

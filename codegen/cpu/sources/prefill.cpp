@@ -27,8 +27,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <utility>
+
 #include "prefill_operands.h"
+#include "static_counts.h"
 
 namespace {
 
@@ -46,14 +47,6 @@ struct ValuePanels {
     int64_t panel() const { return vectors * LANES; }
     int64_t size() const { return count * panel(); }  // with what pads it
 };
-
-template <class K, int... I>
-INLINE void mix_panel(std::integer_sequence<int, I...>, int64_t vectors, const uint32_t* weights, int64_t weight_row,
-                      int64_t rows, const uint32_t* values, int64_t depth, float* out, int64_t out_row) {
-    ((vectors == I + 1 ? K::template multiply<I + 1, true>(weights, weight_row, rows, values, depth, out, out_row)
-                       : void()),
-     ...);
-}
 
 // ------------------------------------------------------------------------------------------------ keys and values
 
@@ -213,9 +206,11 @@ class Block {
     void mix(const uint32_t* values, int64_t begin, int64_t end) {
         const ValuePanels& panels = ordered.panels;
         for (int64_t p = 0; p < panels.count; p++) {
-            mix_panel<K>(std::make_integer_sequence<int, COLUMNS>(), panels.vectors, weights + begin, WEIGHT_ROW,
-                         rows(), values + (p * ordered.value_depth + begin) * panels.panel(), end - begin,
-                         mixed + p * panels.panel(), panels.size());
+            with_count<COLUMNS>(panels.vectors, [&](auto vectors) {
+                K::template multiply<decltype(vectors)::value, true>(
+                    weights + begin, WEIGHT_ROW, rows(), values + (p * ordered.value_depth + begin) * panels.panel(),
+                    end - begin, mixed + p * panels.panel(), panels.size());
+            });
         }
     }
 
