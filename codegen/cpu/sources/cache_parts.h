@@ -12,6 +12,7 @@
 #include "products.h"
 #include "static_counts.h"
 #include "turning.h"
+#include "typed_numbers.h"
 
 namespace {
 
@@ -84,10 +85,10 @@ void times(const typename T::Element* basis, int64_t n, int64_t m, int64_t begin
 // Calls f(type, matrix) with a matrix of a basis, of its type.
 template <class F>
 void with_matrix(const CacheBasis& basis, int64_t matrix, F f) {
-    const int64_t at = matrix * basis.n * basis.m;
-    if (basis.type == BFLOAT16) f(OfBFloat16(), static_cast<const uint16_t*>(basis.data) + at);
-    else if (basis.type == FLOAT16) f(OfFloat16(), static_cast<const uint16_t*>(basis.data) + at);
-    else f(OfFloat32(), static_cast<const float*>(basis.data) + at);
+    with_type(basis.type, [&](auto type) {
+        typedef typename decltype(type)::Element Element;
+        f(type, static_cast<const Element*>(basis.data) + matrix * basis.n * basis.m);
+    });
 }
 
 // The same with a matrix of a basis.
@@ -131,10 +132,7 @@ inline const float* mean_of(const CacheMean& mean, int64_t b, int64_t h) {
 
 // What a mean of keys, from which those of a part are differences, adds to the logits of a query.
 inline float mean_logit(const float* query, const float* mean, int64_t size, double scale) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < size; c++) sum += query[c] * mean[c];
-    return float(scale) * sum;
+    return float(scale) * dot(query, mean, size);
 }
 
 // A query as it reads latents of each segment, and what a mean of keys, from which those are differences, adds to its

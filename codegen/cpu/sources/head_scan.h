@@ -13,6 +13,7 @@
 #include "byte_products.h"
 #include "products.h"
 #include "static_counts.h"
+#include "typed_numbers.h"
 #include "lm_head_call.h"
 
 namespace {
@@ -144,9 +145,10 @@ struct Scan {
 };
 
 INLINE float bias_at(const HeadSearch& a, int64_t row) {
-    if (a.type == FLOAT32) return static_cast<const float*>(a.bias)[row];
-    const uint16_t half = static_cast<const uint16_t*>(a.bias)[row];
-    return a.type == BFLOAT16 ? from_bits(uint32_t(half) << 16) : from_float16(half);
+    return with_type(a.type, [&](auto t) {
+        typedef decltype(t) T;
+        return T::number(static_cast<const typename T::Element*>(a.bias)[row]);
+    });
 }
 
 // What the sums of a block and a hidden state amount to.

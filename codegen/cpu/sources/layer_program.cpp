@@ -154,9 +154,7 @@ void convert(const PackedInstruction& i, float* arena, void* tensor) {
 }
 
 void transfer(const PackedInstruction& i, float* arena, void* tensor) {
-    if (i.type == 0) convert<OfFloat32>(i, arena, tensor);
-    else if (i.type == 1) convert<OfBFloat16>(i, arena, tensor);
-    else convert<OfFloat16>(i, arena, tensor);
+    with_type(Type(i.type), [&](auto type) { convert<decltype(type)>(i, arena, tensor); });
 }
 
 void linear(const ProgramRun& run, const PackedInstruction* first, float* arena) {

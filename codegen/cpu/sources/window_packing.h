@@ -66,12 +66,7 @@ void encode_window(const WindowTokens& window, const float* basis, int64_t batch
 // The mean square of rows [count,width].
 inline double mean_square(const float* x, int64_t count, int64_t width) {
     double sum = 0;
-    for (int64_t i = 0; i < count; i++) {
-        float of_row = 0;
-#pragma omp simd reduction(+ : of_row)
-        for (int64_t k = 0; k < width; k++) of_row += x[i * width + k] * x[i * width + k];
-        sum += double(of_row);
-    }
+    for (int64_t i = 0; i < count; i++, x += width) sum += double(dot(x, x, width));
     return count ? sum / double(count * width) : 0;
 }
 

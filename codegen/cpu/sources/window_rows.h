@@ -59,10 +59,7 @@ inline void round_tokens(Type type, const Rows& x, const int64_t (&sizes)[4], co
 // Rows of 8 bits as the numbers of a type that they stand for.
 inline void unround_row(const uint8_t* codes, float scale, const float* mean, int64_t n, Type type, float* x) {
     for (int64_t i = 0; i < n; i++) x[i] = (float(codes[i]) - 127.5f) * scale + (mean ? mean[i] : 0.0f);
-    for (int64_t i = 0; i < n; i++) {
-        if (type == BFLOAT16) x[i] = from_bits(uint32_t(to_bfloat16(x[i])) << 16);
-        else if (type == FLOAT16) x[i] = from_float16(to_float16(x[i]));
-    }
+    round_to(type, n, x);
 }
 
 }  // namespace
