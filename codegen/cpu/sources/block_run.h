@@ -41,6 +41,14 @@ struct Blocks : BlockCache, BlockTable {
     uint8_t* at(int64_t owner, int64_t position) const {
         return data + number(owner, position) * block + position % size * row;
     }
+    // Calls f(address, bytes) with the rows of tokens from `begin` on, a block at a time.
+    template <class F>
+    void for_runs(int64_t owner, int64_t begin, int64_t tokens, F f) const {
+        for (int64_t position = begin, end = begin + tokens, count; position < end; position += count) {
+            count = std::min(size - position % size, end - position);
+            f(at(owner, position), count * row);
+        }
+    }
 };
 
 struct Call : BlockCall {
@@ -171,6 +179,7 @@ struct Run {
         const BlockSide& one = l.sides[side];
         return latents[side] + (i * one.heads + j) * one.width;
     }
+    const Blocks& blocks_of(const Piece& piece) const { return piece.kind == LATENTS ? c.latents : c.window; }
     const uint8_t* page(int64_t i) const { return c.first.at(s.owner(i), 0); }
     const float* mean(int64_t i, int side, int64_t group) const {  // of a plan that has means
         return reinterpret_cast<const float*>(page(i) + l.mean_starts[side]) + group * l.sizes[side];

@@ -61,9 +61,8 @@ void set_input(const Run& run, int64_t i, const float* x, int side, int64_t grou
     float* to = l.is_shared ? run.inputs[0] + (i * l.kv_heads + group) * both + side * l.sizes[0]
                             : run.inputs[side] + (i * l.kv_heads + group) * size;
     const float* mean = l.means_from ? run.mean(i, side, group) : nullptr;
-    if (l.turn.segment && side == 0) rotate(l.turn, x, size, segment_of(l, run.s.position(i)), to);
-    else std::copy(x, x + size, to);
-    for (int64_t d = 0; mean && d < size; d++) to[d] -= mean[d];
+    const Turning turn = side == 0 ? l.turn : Turning{};
+    set_encoder_input(turn, run.runs, 0, x, size, run.s.position(i) - l.sinks, mean, to);
 }
 
 // As they read latents of each segment.
@@ -173,12 +172,10 @@ const uint8_t* rows_of(const Blocks& blocks, int64_t owner, int64_t begin, int64
     if (begin / blocks.size == (begin + tokens - 1) / blocks.size) return blocks.at(owner, begin);
     if (int64_t(room.size()) < tokens * blocks.row) room.resize(tokens * blocks.row);
     uint8_t* to = room.data();
-    for (int64_t position = begin, end = begin + tokens; position < end;) {
-        const int64_t count = std::min(blocks.size - position % blocks.size, end - position);
-        std::memcpy(to, blocks.at(owner, position), count * blocks.row);
-        to += count * blocks.row;
-        position += count;
-    }
+    blocks.for_runs(owner, begin, tokens, [&](const uint8_t* rows, int64_t bytes) {
+        std::memcpy(to, rows, bytes);
+        to += bytes;
+    });
     return room.data();
 }
 
@@ -209,21 +206,15 @@ SideRows side_of(const Run& run, const Piece& piece, int side, const uint8_t* ro
 const uint8_t* rows_of(const Run& run, const Piece& piece) {
     static thread_local std::vector<uint8_t> room;
     if (piece.kind == SINKS) return run.page(piece.sequence);
-    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
-    return rows_of(blocks, run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
+    return rows_of(run.blocks_of(piece), run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
 }
 
 // Where the rows of a piece are.
 void extents_of(const Run& run, const Piece& piece, std::vector<Extent>& extents) {
     extents.clear();
     if (piece.kind == SINKS) return;
-    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
-    const int64_t owner = run.s.owner(piece.sequence), end = piece.begin + piece.tokens;
-    for (int64_t position = piece.begin; position < end;) {
-        const int64_t count = std::min(blocks.size - position % blocks.size, end - position);
-        extents.push_back({blocks.at(owner, position), count * blocks.row});
-        position += count;
-    }
+    run.blocks_of(piece).for_runs(run.s.owner(piece.sequence), piece.begin, piece.tokens,
+                                  [&](const uint8_t* rows, int64_t bytes) { extents.push_back({rows, bytes}); });
 }
 
 // later: what the thread attends to next.

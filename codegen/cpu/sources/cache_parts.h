@@ -145,6 +145,14 @@ inline void rotate_query(const Turning& turn, bool runs, int64_t b, const float*
     }
 }
 
+// A key or value, number `token` behind the sinks, as its basis encodes it: rotated back to its segment, less the mean.
+inline void set_encoder_input(const Turning& turn, bool runs, int64_t b, const float* x, int64_t size, int64_t token,
+                              const float* mean, float* to) {
+    if (turn.segment) rotate(turn, x, size, token / turn.segment, to, b, runs);
+    else std::copy(x, x + size, to);
+    for (int64_t c = 0; mean && c < size; c++) to[c] -= mean[c];
+}
+
 // A part of what a query head attends to, as its kernel leaves it: of latents the output is not expanded. has_mean: its
 // values are differences from a mean.
 struct ReadPart {

@@ -23,16 +23,15 @@ struct WindowTokens {
     // Those of one head, turned, less their mean, to columns of x [D,T]. runs: see `is_in_runs`.
     void read(int64_t b, int64_t g, bool runs, float* x) const {
         static thread_local Memory memory;
-        float *row, *turned;
-        memory.want(row, width), memory.want(turned, width);
+        float *row, *input;
+        memory.want(row, width), memory.want(input, width);
         memory.give();
         const float* mean = mean_of(means, b, g);
         for (int64_t t = 0; t < tokens; t++) {
             const float scale = from_float16(*row_at<uint16_t>(scales, b, g, t));
             unround_row(row_at<uint8_t>(codes, b, g, t), scale, mean, width, type, row);
-            if (turn.segment) rotate(turn, row, width, (first + t) / turn.segment, turned, b, runs);
-            const float* to_encode = turn.segment ? turned : row;
-            for (int64_t i = 0; i < width; i++) x[i * tokens + t] = mean ? to_encode[i] - mean[i] : to_encode[i];
+            set_encoder_input(turn, runs, b, row, width, first + t, mean, input);
+            for (int64_t i = 0; i < width; i++) x[i * tokens + t] = input[i];
         }
     }
 };
