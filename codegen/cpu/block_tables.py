@@ -1,7 +1,7 @@
 """A decode step of one layer on the blocks of a serving engine, in one native call.
 
     BlockLayout                  BlockAttention(layout)           called once per layer and step
-    fields of a row         ->   bases in panels, addresses  ->   writes the new tokens, attends with their queries
+    fields of a row         ->   bases, addresses         ->   writes the new tokens, attends with their queries
 
 The C++ file (sources/block_tables.cpp) follows block tables. The kernels of cpu/attention.py attend to the rows, and
 cpu/packing.py packs them. The file is the same for all plans, and compiled once per machine.
@@ -17,14 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.build import build_kernel
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.calls.blocks import (
-    PANEL_COLUMNS,
-    BlockBasis,
     BlockCache,
     BlockCall,
     BlockKernel,
@@ -36,7 +33,7 @@ from fhopt.codegen.cpu.calls.blocks import (
     RowPlacing,
     RowRounding,
 )
-from fhopt.codegen.cpu.calls.caches import Turning
+from fhopt.codegen.cpu.calls.caches import CacheBasis, Turning, basis_of
 from fhopt.codegen.cpu.calls.kernels import TYPES
 from fhopt.codegen.cpu.calls.layouts import packer
 from fhopt.codegen.cpu.launch import LibraryKernel
@@ -93,33 +90,29 @@ class BlockAttention:
         self.layout, self._function = layout, library.attend_blocks
         self._kept: list[Any] = []  # memory that the struct points to
         self._memory: BlockMemory | None = None  # of the last call
-        decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
-        encodes_as = layout.key.encode.dtype
         sides = (
-            self._side(layout.key, layout.key.decode, decodes_as),
-            self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as),
+            self._side(layout.key, layout.key.decode),
+            self._side(layout.value, layout.value.decode.transpose(1, 2)),
         )
         latents, window, sinks = (BlockKernel(kernel.address, kernel.table) for kernel in kernels)
         made = BlockLayer(
             heads=layout.heads, kv_heads=layout.kv_heads, sizes=layout.sizes, type=TYPES[layout.dtype],
-            encode_type=TYPES[encodes_as], decode_type=TYPES[decodes_as], sinks=layout.window.sinks,
-            means_from=layout.means_from, is_shared=layout.is_shared, is_rounded=layout.window.bits == 8,
-            digits=3 if layout.dtype == torch.float32 else 2, scale=layout.scale, sides=sides,
-            window=layout.window_rows, sink_starts=layout.first_rows[:2], mean_starts=layout.first_rows[2:],
-            latents_kernel=latents, window_kernel=window, sinks_kernel=sinks, pack=pack,
-            turn=self._turning(layout.rotation),
+            sinks=layout.window.sinks, means_from=layout.means_from, is_shared=layout.is_shared,
+            is_rounded=layout.window.bits == 8, digits=3 if layout.dtype == torch.float32 else 2,
+            scale=layout.scale, sides=sides, window=layout.window_rows, sink_starts=layout.first_rows[:2],
+            mean_starts=layout.first_rows[2:], latents_kernel=latents, window_kernel=window, sinks_kernel=sinks,
+            pack=pack, turn=self._turning(layout.rotation),
         )  # fmt: skip
         self._kept.append(made)
         self._layer = ctypes.addressof(made)
 
-    def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> BlockSide:
+    def _side(self, side: SideLayout, decode: Tensor) -> BlockSide:
         table = packing.tier_table(*(tuple(x) for x in zip(*side.tiers, strict=True))) if side.tiers else None
         self._kept.append(table)
-        encode, decode = side.encode.transpose(1, 2), basis.to(self.layout.dtype).to(dtype)
         return BlockSide(
             heads=side.encode.shape[0], width=side.decode.shape[2], bytes=side.bytes, start=side.start,
             scale=side.scale, tiers=table.address if table else 0, tier_count=table.tier_count if table else 0,
-            encode=self._panels(encode), decode=self._panels(decode),
+            encode=self._basis(side.encode.transpose(1, 2)), decode=self._basis(decode.to(self.layout.dtype)),
         )  # fmt: skip
 
     def _turning(self, rotation: SegmentRotation | None) -> Turning:
@@ -130,13 +123,10 @@ class BlockAttention:
         self._kept += [rotation.pairs, phases]
         return Turning(rotation.pairs.data_ptr(), phases.data_ptr(), rotation.pairs.shape[1], rotation.segment, 0)
 
-    def _panels(self, basis: Tensor) -> BlockBasis:
-        """Return a basis [matrices,n,m] as panels [matrices,panels,n,PANEL_COLUMNS]."""
-        count, n, m = basis.shape
-        whole = F.pad(basis, (0, -m % PANEL_COLUMNS))
-        panels = whole.view(count, n, -1, PANEL_COLUMNS).transpose(1, 2).contiguous()
-        self._kept.append(panels)
-        return BlockBasis(panels.data_ptr(), n, panels.shape[1])
+    def _basis(self, basis: Tensor) -> CacheBasis:
+        dense = basis.contiguous()
+        self._kept.append(dense)
+        return basis_of(dense)
 
     def serves(self, query: Tensor, latents: Tensor, window: Tensor, first: Tensor) -> bool:
         """Return whether queries and caches are of the type, and on the device, that the code is made for."""

@@ -16,12 +16,12 @@ from torch import Tensor
 from fhopt.codegen.cpu.calls.caches import (
     CacheAppend,
     CacheAttention,
-    CacheBasis,
     CacheMean,
     CachePart,
     LayerStep,
     SpentSeconds,
     Turning,
+    basis_of,
 )
 from fhopt.codegen.cpu.calls.kernels import TYPES, Attention, Rows
 from fhopt.codegen.cpu.launch import LibraryKernel
@@ -77,8 +77,8 @@ class LayerCall:
         batch, heads, queries, head_size = query.shape
         attention = CacheAttention(
             batch=batch, heads=heads, queries=queries, head_size=head_size, value_size=values.tokens.shape[3],
-            scale=scale, query=_NOWHERE, latents=latents, window=window, opened=exact, encode=_basis(bases[0]),
-            decode=_basis(bases[1]), key_mean=_mean(keys.mean, heads), value_mean=_mean(values.mean, heads),
+            scale=scale, query=_NOWHERE, latents=latents, window=window, opened=exact, encode=basis_of(bases[0]),
+            decode=basis_of(bases[1]), key_mean=_mean(keys.mean, heads), value_mean=_mean(values.mean, heads),
             turn=_turn(turning), output=0,
         )  # fmt: skip
         self._step = LayerStep(
@@ -153,10 +153,6 @@ def _part(part: tuple[LibraryKernel, bytes] | None) -> CachePart:
     if part is None:
         return CachePart(0, Attention.from_buffer_copy(bytes(ctypes.sizeof(Attention))))
     return CachePart(run=part[0].address, call=Attention.from_buffer_copy(part[1]))
-
-
-def _basis(dense: Tensor) -> CacheBasis:
-    return CacheBasis(dense.data_ptr(), TYPES[dense.dtype], *dense.shape)
 
 
 def _turn(turning: SegmentPhases | None) -> Turning:

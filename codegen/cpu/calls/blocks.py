@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import Annotated, Any
 
-from fhopt.codegen.cpu.calls.caches import Turning
+from fhopt.codegen.cpu.calls.caches import CacheBasis, Turning
 from fhopt.codegen.cpu.calls.kernels import (
     ByteMemory,
     Bytes,
@@ -20,17 +20,6 @@ from fhopt.codegen.cpu.calls.kernels import (
     Type,
 )
 from fhopt.codegen.cpu.calls.layouts import layout
-
-PANEL_COLUMNS = 32  # of a basis, side by side
-
-
-@layout
-class BlockBasis(ctypes.Structure):
-    """A basis [matrices,n,m] in panels of columns. [matrices,panels,n,PANEL_COLUMNS], zeros behind the last column."""
-
-    data: Data
-    n: int
-    panels: int
 
 
 @layout
@@ -48,8 +37,8 @@ class BlockSide(ctypes.Structure):
     scale: int
     tiers: Annotated[int, "const Tier*"]
     tier_count: int
-    encode: BlockBasis
-    decode: BlockBasis
+    encode: CacheBasis
+    decode: CacheBasis
 
 
 @layout
@@ -64,7 +53,7 @@ class BlockKernel(ctypes.Structure):
 class BlockLayer(ctypes.Structure):
     """A layer on an engine's blocks.
 
-    sizes: D and E. type: of the model; encode_type, decode_type: of the bases. window: bytes in a row before keys,
+    sizes: D and E. type: of the model. window: bytes in a row before keys,
     values, scales of keys, scales of values; sink_starts, mean_starts: in a page.
     """
 
@@ -72,8 +61,6 @@ class BlockLayer(ctypes.Structure):
     kv_heads: int
     sizes: Two
     type: Type
-    encode_type: Type
-    decode_type: Type
     sinks: int
     means_from: int
     is_shared: int
@@ -188,6 +175,6 @@ class RowPlacing(ctypes.Structure):
 
 
 OF_BLOCKS = (  # in the order in which C++ declares them
-    BlockBasis, BlockSide, BlockKernel, BlockLayer, BlockStep, BlockCache, BlockTable, BlockNumbers, BlockCall,
+    BlockSide, BlockKernel, BlockLayer, BlockStep, BlockCache, BlockTable, BlockNumbers, BlockCall,
     RowRounding, RowPlacing,
 )  # fmt: skip

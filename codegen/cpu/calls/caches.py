@@ -10,7 +10,10 @@ import ctypes
 from enum import IntEnum
 from typing import Annotated, Any
 
+from torch import Tensor
+
 from fhopt.codegen.cpu.calls.kernels import (
+    TYPES,
     Attention,
     ByteMemory,
     Data,
@@ -58,6 +61,11 @@ class CacheBasis(ctypes.Structure):
     groups: int
     n: int
     m: int
+
+
+def basis_of(dense: Tensor) -> CacheBasis:
+    """Return a basis [G,n,m] as a struct; the tensor must live as long as it."""
+    return CacheBasis(dense.data_ptr(), TYPES[dense.dtype], *dense.shape)
 
 
 @layout

@@ -42,8 +42,7 @@ def headers() -> dict[str, str]:
         ),
         "cache_call.h": _header(["kernel_call.h"], *map(declaration, caches.OF_CACHES)),
         "block_call.h": _header(
-            ["cache_call.h", "pack_call.h"], _constant("PANEL_COLUMNS", blocks.PANEL_COLUMNS),
-            *map(declaration, blocks.OF_BLOCKS),
+            ["cache_call.h", "pack_call.h"], *map(declaration, blocks.OF_BLOCKS),
         ),
         "attend_operands.h": f"#pragma once\n#define ATTEND_OPERANDS {CPP_OPERANDS}\n",
         "program_call.h": _header(["cache_call.h", "skinny_call.h"], *map(declaration, caches.OF_PROGRAMS)),

@@ -277,7 +277,7 @@ void merge(const Side& side, const State* states, int64_t ranges, float* output,
     }
     const float inverse = total == 0 ? 0.0f : 1 / total;
     for (int c = 0; c < side.width; c++) output[c] *= inverse * side.step[c];
-    lse = float((top + std::log2(total)) * LN2);
+    lse = log_sum_exp(top, total);
 }
 
 // States of all ranges, [B, H, S, ranges], where there are several.

@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <utility>
+#include <type_traits>
 
 #include "kernel_call.h"
 #include "kernel_table.h"
 #include "rows.h"
+#include "static_counts.h"
 #include "vectors.h"
 
 namespace {
@@ -76,18 +77,13 @@ struct Split {
 
 constexpr int PART_BYTES = WORDS ? 8 : 12;  // of the parts of a query, for each lane of a key
 
-template <class F, int... I>
-INLINE void for_count(int count, [[maybe_unused]] int first, [[maybe_unused]] F f, std::integer_sequence<int, I...>) {
-    ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
-}
-
 // Calls f(first, count) with `count` a compile-time number of at most MAX rows, sizes as even as they can be.
 template <int MAX, class F>
 INLINE void for_blocks_of_rows(int rows, F f) {
     for (int first = 0; first < rows;) {
         const int blocks = (rows - first + MAX - 1) / MAX;
         const int count = (rows - first + blocks - 1) / blocks;
-        for_count(count, first, f, std::make_integer_sequence<int, MAX>());
+        with_count<MAX>(count, [&](auto known) INLINE_CALL { f(first, known); });
         first += count;
     }
 }

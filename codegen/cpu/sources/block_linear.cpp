@@ -97,12 +97,7 @@ static void block_rows(const Skinny* all, int64_t count) {
     for (int64_t r = 0; r < a.rows; r++) {
         float* row = x.numbers;
         to_floats(static_cast<const uint8_t*>(a.input) + r * a.input_row * bytes_of(read), read, a.width, row);
-        if (read != type) {  // rounded as the layer's input would be
-            for (int64_t k = 0; k < a.width; k++) {
-                row[k] = type == BFLOAT16 ? from_bits(uint32_t(to_bfloat16(row[k])) << 16)
-                                          : from_float16(to_float16(row[k]));
-            }
-        }
+        if (read != type) round_to(type, a.width, row);  // as the layer's input would be
         x.split(r);
     }
     int64_t eights = 0;

@@ -1,4 +1,4 @@
-// A decode step on an engine's blocks: its arguments, products with bases, pieces and memory.
+// A decode step on an engine's blocks: its arguments, pieces and memory.
 
 #pragma once
 
@@ -15,8 +15,6 @@
 namespace {
 
 // ------------------------------------------------------------------------------------------------ arguments
-
-int64_t columns_of(const BlockBasis& basis) { return basis.panels * PANEL_COLUMNS; }  // of a row of the product
 
 // Of the token at a position behind the attention sinks, and how many there are up to it.
 int64_t segment_of(const BlockLayer& l, int64_t position) {
@@ -43,6 +41,14 @@ struct Blocks : BlockCache, BlockTable {
     uint8_t* at(int64_t owner, int64_t position) const {
         return data + number(owner, position) * block + position % size * row;
     }
+    // Calls f(address, bytes) with the rows of tokens from `begin` on, a block at a time.
+    template <class F>
+    void for_runs(int64_t owner, int64_t begin, int64_t tokens, F f) const {
+        for (int64_t position = begin, end = begin + tokens, count; position < end; position += count) {
+            count = std::min(size - position % size, end - position);
+            f(at(owner, position), count * row);
+        }
+    }
 };
 
 struct Call : BlockCall {
@@ -52,40 +58,6 @@ struct Call : BlockCall {
         : BlockCall(a), latents{a.caches[0], *a.tables[0]}, window{a.caches[1], *a.tables[1]},
           first{a.caches[2], *a.tables[2]} {}
 };
-
-// ------------------------------------------------------------------------------------------------ products with bases
-
-constexpr int PANEL_ROWS = LANES == 16 ? 8 : 2;  // sums that registers hold
-
-// Rows that are multiplied by a matrix of a basis, and where the products go.
-struct Factors {
-    std::vector<const float*> x;
-    std::vector<float*> y;
-    bool adds;
-};
-
-template <class T>
-void times(const Factors& rows, const BlockBasis& basis, int64_t matrix, int64_t panel) {
-    const auto* data = static_cast<const typename T::Element*>(basis.data);
-    const auto* from = data + (matrix * basis.panels + panel) * basis.n * PANEL_COLUMNS;
-    for (size_t first = 0; first < rows.x.size(); first += PANEL_ROWS) {
-        const float* const* x = &rows.x[first];
-        float* y[PANEL_ROWS];
-        const int count = int(std::min<size_t>(PANEL_ROWS, rows.x.size() - first));
-        for (int r = 0; r < count; r++) y[r] = rows.y[first + r] + panel * PANEL_COLUMNS;
-        with_count<PANEL_ROWS>(count, [&](auto rows_at_once) {
-            times_vectors<T, decltype(rows_at_once)::value, PANEL_COLUMNS / LANES>(
-                [&](int r) { return x[r]; }, from, PANEL_COLUMNS, basis.n, rows.adds, [&](int r) { return y[r]; });
-        });
-    }
-}
-
-// One panel of a matrix.
-void times(Type type, const Factors& rows, const BlockBasis& basis, int64_t matrix, int64_t panel) {
-    if (type == BFLOAT16) times<OfBFloat16>(rows, basis, matrix, panel);
-    else if (type == FLOAT16) times<OfFloat16>(rows, basis, matrix, panel);
-    else times<OfFloat32>(rows, basis, matrix, panel);
-}
 
 // ------------------------------------------------------------------------------------------------ what is to be done
 
@@ -158,52 +130,35 @@ struct Pieces {
     }
 };
 
-// Floats of a call, in memory that the calling thread keeps: what is asked for first, then where it is.
-struct Memory {
-    std::vector<float>& floats;
-    std::vector<std::pair<float**, int64_t>> wanted;
-
-    void want(float*& at, int64_t count) { wanted.push_back({&at, (count + 15) / 16 * 16}); }
-
-    void give() {
-        int64_t all = 0;
-        for (const auto& [at, count] : wanted) all += count;
-        if (int64_t(floats.size()) < all) floats.resize(all);
-        float* next = floats.data();
-        for (const auto& [at, count] : wanted) {
-            *at = next;
-            next += count;
-        }
-    }
-};
-
 struct Run {
     const Call& c;
     const BlockLayer& l;
     const Step s;
     Pieces pieces;
+    bool runs;  // see `is_in_runs`
     std::vector<int64_t> encoded, far;  // sequences whose new token is encoded; that read latents
     std::vector<int64_t> slots;  // of each sequence, the first of its segments among all of them
+    int64_t read = 0;  // segments of all sequences
     float *queries, *turned, *shifts, *inputs[2], *latents[2], *absorbed, *mixed, *outputs, *lse;
 
-    Run(const Call& call, std::vector<float>& floats) : c(call), l(*call.layer), s{*call.step}, pieces(call) {
+    Run(const Call& call, Memory& memory)
+        : c(call), l(*call.layer), s{*call.step}, pieces(call), runs(l.turn.segment && is_in_runs(l.turn)) {
         for (int64_t i = 0; i < s.count; i++) {
             if (c.writes && s.position(i) >= l.means_from) encoded.push_back(i);
             if (s.quantized(i)) far.push_back(i);
             slots.push_back(i ? slots.back() + segments_of(l, s.quantized(i - 1)) : 0);
         }
         const int64_t rows = s.count * l.heads;
-        const int64_t read = (s.count ? slots.back() + segments_of(l, s.quantized(s.count - 1)) : 0) * l.heads;
-        Memory memory{floats, {}};
+        if (s.count) read = slots.back() + segments_of(l, s.quantized(s.count - 1));
         memory.want(queries, rows * l.sizes[0]);
-        memory.want(turned, l.turn.segment ? read * l.sizes[0] : 0);
-        memory.want(shifts, read);
-        memory.want(absorbed, read * columns_of(l.sides[0].decode));
+        memory.want(turned, l.turn.segment ? read * l.heads * l.sizes[0] : 0);
+        memory.want(shifts, read * l.heads);
+        memory.want(absorbed, read * l.heads * l.sides[0].width);
         memory.want(mixed, rows * l.sides[1].width);
-        memory.want(outputs, rows * columns_of(l.sides[1].decode));
+        memory.want(outputs, rows * l.sizes[1]);
         for (int side = 0; side < sides(); side++) {
             memory.want(inputs[side], s.count * input_width(side));
-            memory.want(latents[side], s.count * l.sides[side].heads * columns_of(l.sides[side].encode));
+            memory.want(latents[side], s.count * l.sides[side].heads * l.sides[side].width);
         }
         memory.want(lse, int64_t(pieces.all.size()) * l.heads);
         for (Piece& piece : pieces.all) memory.want(piece.output, l.heads * width_of(piece.kind));
@@ -222,8 +177,9 @@ struct Run {
     }
     float* latent(int side, int64_t i, int64_t j) const {
         const BlockSide& one = l.sides[side];
-        return latents[side] + (i * one.heads + j) * columns_of(one.encode);
+        return latents[side] + (i * one.heads + j) * one.width;
     }
+    const Blocks& blocks_of(const Piece& piece) const { return piece.kind == LATENTS ? c.latents : c.window; }
     const uint8_t* page(int64_t i) const { return c.first.at(s.owner(i), 0); }
     const float* mean(int64_t i, int side, int64_t group) const {  // of a plan that has means
         return reinterpret_cast<const float*>(page(i) + l.mean_starts[side]) + group * l.sizes[side];

@@ -16,7 +16,7 @@
 // Four loops, each over what can be done side by side:
 //
 //     sequences           numbers as floats, rows of the window
-//     panels of bases     latents = encode (x - mean), absorbed queries = decode_K^T q: of all sequences at once
+//     columns of bases    latents = encode (x - mean), absorbed queries = decode_K^T q: of all sequences at once
 //     ranges of tokens    attention; latents are packed
 //     heads               merge, expand
 
@@ -61,21 +61,18 @@ void set_input(const Run& run, int64_t i, const float* x, int side, int64_t grou
     float* to = l.is_shared ? run.inputs[0] + (i * l.kv_heads + group) * both + side * l.sizes[0]
                             : run.inputs[side] + (i * l.kv_heads + group) * size;
     const float* mean = l.means_from ? run.mean(i, side, group) : nullptr;
-    if (l.turn.segment && side == 0) rotate(l.turn, x, size, segment_of(l, run.s.position(i)), to);
-    else std::copy(x, x + size, to);
-    for (int64_t d = 0; mean && d < size; d++) to[d] -= mean[d];
+    const Turning turn = side == 0 ? l.turn : Turning{};
+    set_encoder_input(turn, run.runs, 0, x, size, run.s.position(i) - l.sinks, mean, to);
 }
 
-// Queries of a sequence for each segment, and what a mean of keys, from which latents are differences, adds to logits.
+// As they read latents of each segment.
 void set_queries(const Run& run, int64_t i) {
     const BlockLayer& l = run.l;
-    for (int64_t segment = 0; segment < segments_of(l, run.s.quantized(i)); segment++) {
-        for (int64_t h = 0; h < l.heads; h++) {
-            float *query = run.query(i, segment, h), &shift = run.shifts[run.row(i, segment, h)];
-            if (l.turn.segment) rotate(l.turn, run.query(i, h), l.sizes[0], segment, query);
-            const float* mean = l.means_from ? run.mean(i, 0, h / (l.heads / l.kv_heads)) : nullptr;
-            shift = mean ? mean_logit(query, mean, l.sizes[0], l.scale) : 0.0f;
-        }
+    const int64_t size = l.sizes[0], segments = segments_of(l, run.s.quantized(i));
+    for (int64_t h = 0; segments && h < l.heads; h++) {
+        const float* mean = l.means_from ? run.mean(i, 0, h / (l.heads / l.kv_heads)) : nullptr;
+        rotate_query(l.turn, run.runs, 0, run.query(i, h), size, segments, run.query(i, 0, h), l.heads * size, mean,
+                     l.scale, run.shifts + run.row(i, 0, h), l.heads);
     }
 }
 
@@ -110,7 +107,7 @@ void pack(const Run& run, int64_t i, int side) {
         return;
     }
     Pack a{1, one.heads, 1, 1, FLOAT32, one.tiers, one.tier_count, one.width, {}, {}, {}};
-    a.latent = {run.latent(side, i, 0), 0, columns_of(one.encode), 0};
+    a.latent = {run.latent(side, i, 0), 0, one.width, 0};
     a.codes = {row + one.start, 0, one.bytes, 0};
     a.scale = {row + one.scale, 0, 1, 0};
     run.l.pack(&a);
@@ -118,40 +115,51 @@ void pack(const Run& run, int64_t i, int side) {
 
 // ------------------------------------------------------------------------------------------------ bases
 
-int64_t encode_panels(const Run& run, int side) {
-    return run.encoded.empty() || side >= run.sides() ? 0 : run.l.sides[side].heads * run.l.sides[side].encode.panels;
+constexpr int64_t COLUMNS = 64;  // of a basis, in one task
+
+int64_t tasks_of(const CacheBasis& basis) { return basis.groups * ((basis.m + COLUMNS - 1) / COLUMNS); }
+
+int64_t encode_tasks(const Run& run, int side) {
+    return run.encoded.empty() || side >= run.sides() ? 0 : tasks_of(run.l.sides[side].encode);
 }
 
-int64_t absorb_panels(const Run& run) { return run.far.empty() ? 0 : run.l.kv_heads * run.l.sides[0].decode.panels; }
+int64_t absorb_tasks(const Run& run) { return run.far.empty() ? 0 : tasks_of(run.l.sides[0].decode); }
+
+// Calls f(matrix, begin, end) with some columns.
+template <class F>
+void with_columns(const CacheBasis& basis, int64_t task, F f) {
+    const int64_t begin = task / basis.groups * COLUMNS;
+    f(task % basis.groups, begin, std::min(begin + COLUMNS, basis.m));
+}
 
 void encode(const Run& run, int side, int64_t task) {
-    const BlockSide& one = run.l.sides[side];
-    const int64_t j = task / one.encode.panels;
-    Factors rows{{}, {}, false};
-    for (int64_t i : run.encoded) {
-        rows.x.push_back(run.inputs[side] + i * run.input_width(side) + j * one.encode.n);
-        rows.y.push_back(run.latent(side, i, j));
-    }
-    times(run.l.encode_type, rows, one.encode, j, task % one.encode.panels);
+    const CacheBasis& basis = run.l.sides[side].encode;
+    with_columns(basis, task, [&](int64_t j, int64_t begin, int64_t end) {
+        const auto from = [&](int64_t r) {
+            return run.inputs[side] + run.encoded[r] * run.input_width(side) + j * basis.n;
+        };
+        const auto to = [&](int64_t r) { return run.latent(side, run.encoded[r], j); };
+        times(basis, j, begin, end, int64_t(run.encoded.size()), false, from, to);
+    });
 }
 
 void absorb(const Run& run, int64_t task) {
-    const BlockBasis& basis = run.l.sides[0].decode;
-    const int64_t group = task / basis.panels, shared = run.l.heads / run.l.kv_heads;
-    Factors rows{{}, {}, false};
-    for (int64_t i : run.far) {
-        for (int64_t segment = 0; segment < segments_of(run.l, run.s.quantized(i)); segment++) {
-            for (int64_t h = group * shared; h < (group + 1) * shared; h++) {
-                rows.x.push_back(run.query(i, segment, h));
-                rows.y.push_back(run.absorbed + run.row(i, segment, h) * columns_of(basis));
-            }
-        }
-    }
-    times(run.l.decode_type, rows, basis, group, task % basis.panels);
+    const BlockLayer& l = run.l;
+    const int64_t shared = l.heads / l.kv_heads;
+    const CacheBasis& basis = l.sides[0].decode;
+    with_columns(basis, task, [&](int64_t group, int64_t begin, int64_t end) {
+        const auto row = [&](int64_t r) { return r / shared * l.heads + group * shared + r % shared; };
+        const auto from = [&](int64_t r) {
+            const int64_t head = group * shared + r % shared;
+            return l.turn.segment ? run.turned + row(r) * l.sizes[0] : run.query(run.far[r / shared], head);
+        };
+        const auto to = [&](int64_t r) { return run.absorbed + row(r) * basis.m; };
+        times(basis, group, begin, end, run.read * shared, false, from, to);
+    });
 }
 
 void multiply(const Run& run, int64_t task) {
-    const int64_t keys = encode_panels(run, 0), both = keys + encode_panels(run, 1);
+    const int64_t keys = encode_tasks(run, 0), both = keys + encode_tasks(run, 1);
     if (task < keys) encode(run, 0, task);
     else if (task < both) encode(run, 1, task - keys);
     else absorb(run, task - both);
@@ -164,12 +172,10 @@ const uint8_t* rows_of(const Blocks& blocks, int64_t owner, int64_t begin, int64
     if (begin / blocks.size == (begin + tokens - 1) / blocks.size) return blocks.at(owner, begin);
     if (int64_t(room.size()) < tokens * blocks.row) room.resize(tokens * blocks.row);
     uint8_t* to = room.data();
-    for (int64_t position = begin, end = begin + tokens; position < end;) {
-        const int64_t count = std::min(blocks.size - position % blocks.size, end - position);
-        std::memcpy(to, blocks.at(owner, position), count * blocks.row);
-        to += count * blocks.row;
-        position += count;
-    }
+    blocks.for_runs(owner, begin, tokens, [&](const uint8_t* rows, int64_t bytes) {
+        std::memcpy(to, rows, bytes);
+        to += bytes;
+    });
     return room.data();
 }
 
@@ -200,21 +206,15 @@ SideRows side_of(const Run& run, const Piece& piece, int side, const uint8_t* ro
 const uint8_t* rows_of(const Run& run, const Piece& piece) {
     static thread_local std::vector<uint8_t> room;
     if (piece.kind == SINKS) return run.page(piece.sequence);
-    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
-    return rows_of(blocks, run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
+    return rows_of(run.blocks_of(piece), run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
 }
 
 // Where the rows of a piece are.
 void extents_of(const Run& run, const Piece& piece, std::vector<Extent>& extents) {
     extents.clear();
     if (piece.kind == SINKS) return;
-    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
-    const int64_t owner = run.s.owner(piece.sequence), end = piece.begin + piece.tokens;
-    for (int64_t position = piece.begin; position < end;) {
-        const int64_t count = std::min(blocks.size - position % blocks.size, end - position);
-        extents.push_back({blocks.at(owner, position), count * blocks.row});
-        position += count;
-    }
+    run.blocks_of(piece).for_runs(run.s.owner(piece.sequence), piece.begin, piece.tokens,
+                                  [&](const uint8_t* rows, int64_t bytes) { extents.push_back({rows, bytes}); });
 }
 
 // later: what the thread attends to next.
@@ -227,7 +227,7 @@ void attend(const Run& run, const Piece& piece, const Piece* later) {
     const BlockKernel& kernel = latents ? l.latents_kernel : piece.kind == WINDOW ? l.window_kernel : l.sinks_kernel;
     const uint8_t* rows = rows_of(run, piece);
     const SideRows key = side_of(run, piece, 0, rows), value = side_of(run, piece, 1, rows);
-    const int64_t width = latents ? columns_of(l.sides[0].decode) : l.sizes[0];
+    const int64_t width = latents ? l.sides[0].width : l.sizes[0];
     Attention a{1, l.heads, 1, piece.tokens, key.heads, value.heads, 1, NO_MASK};
     const int64_t row = latents ? run.row(piece.sequence, segment_of(l, piece.begin), 0) : piece.sequence * l.heads;
     a.query = {(latents ? run.absorbed : run.queries) + row * width, 0, width, width};
@@ -258,9 +258,8 @@ void mix(const Run& run, int64_t i, int64_t head) {
             }
         }
     };
-    float *out = run.outputs + row * columns_of(l.sides[1].decode), *latents = run.mixed + row * l.sides[1].width;
+    float *out = run.outputs + row * l.sizes[1], *latents = run.mixed + row * l.sides[1].width;
     const float far = merge_parts(each, out, l.sizes[1], latents, l.sides[1].width);
-    std::fill(out + l.sizes[1], out + columns_of(l.sides[1].decode), 0.0f);
     if (l.means_from && far > 0) add_mean(run.mean(i, 1, group), far, l.sizes[1], out);
 }
 
@@ -269,35 +268,32 @@ int64_t merges(const Run& run) { return (run.s.count + MERGED - 1) / MERGED * ru
 // Heads of a group, of some sequences: merge, expand, round.
 void merge(const Run& run, int64_t task) {
     const BlockLayer& l = run.l;
-    const BlockBasis& basis = l.sides[1].decode;
+    const CacheBasis& basis = l.sides[1].decode;
     const int64_t group = task % l.kv_heads, shared = l.heads / l.kv_heads, begin = task / l.kv_heads * MERGED;
-    const auto for_heads = [&](auto f) {
-        for (int64_t i = begin; i < std::min(begin + MERGED, run.s.count); i++) {
-            for (int64_t h = group * shared; h < (group + 1) * shared; h++) f(i, h, i * l.heads + h);
-        }
-    };
-    Factors rows{{}, {}, true};
-    for_heads([&](int64_t i, int64_t h, int64_t row) {
-        mix(run, i, h);
-        if (run.s.quantized(i) == 0) return;
-        rows.x.push_back(run.mixed + row * l.sides[1].width);
-        rows.y.push_back(run.outputs + row * columns_of(basis));
-    });
-    for (int64_t panel = 0; panel < basis.panels; panel++) times(l.decode_type, rows, basis, group, panel);
-    for_heads([&](int64_t i, int64_t h, int64_t row) {
+    const int64_t rows = std::min(MERGED, run.s.count - begin) * shared;
+    const auto sequence = [&](int64_t r) { return begin + r / shared; };
+    const auto head = [&](int64_t r) { return group * shared + r % shared; };
+    const auto row = [&](int64_t r) { return sequence(r) * l.heads + head(r); };
+    const auto output = [&](int64_t r) { return run.outputs + row(r) * basis.m; };
+    for (int64_t r = 0; r < rows; r++) mix(run, sequence(r), head(r));
+    if (!run.far.empty()) {
+        const auto latents = [&](int64_t r) { return run.mixed + row(r) * basis.n; };
+        times(basis, group, 0, basis.m, rows, true, latents, output);
+    }
+    for (int64_t r = 0; r < rows; r++) {
         const BlockNumbers& to = run.c.output;
-        uint8_t* at = to.data + (run.s.token(i) * to.token + h * to.head) * bytes_of(l.type);
-        from_floats(run.outputs + row * columns_of(basis), l.type, l.sizes[1], at);
-    });
+        uint8_t* at = to.data + (run.s.token(sequence(r)) * to.token + head(r) * to.head) * bytes_of(l.type);
+        from_floats(output(r), l.type, l.sizes[1], at);
+    }
 }
 
 }  // namespace
 
 extern "C" void attend_blocks(const BlockCall* arguments) {
-    static thread_local std::vector<float> floats;
+    static thread_local Memory memory;
     const Call call(*arguments);
-    const Run run(call, floats);
-    const int64_t count = run.s.count, panels = encode_panels(run, 0) + encode_panels(run, 1) + absorb_panels(run);
+    const Run run(call, memory);
+    const int64_t count = run.s.count, products = encode_tasks(run, 0) + encode_tasks(run, 1) + absorb_tasks(run);
     const int64_t pieces = int64_t(run.pieces.all.size()), packed = int64_t(run.encoded.size()) * run.sides();
     const int threads = int(run.pieces.threads);
     std::atomic<int64_t> queue{0};  // the next piece that no thread has taken
@@ -306,7 +302,7 @@ extern "C" void attend_blocks(const BlockCall* arguments) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; i++) prepare(run, i);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < panels; i++) multiply(run, i);
+        for (int64_t i = 0; i < products; i++) multiply(run, i);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < packed; i++) pack(run, run.encoded[i / run.sides()], int(i % run.sides()));
         for (int64_t i = queue++, next; i < pieces; i = next) {

@@ -107,10 +107,9 @@ void mix_block(int begin, int end, int count, const Weights* weights, State* sta
     constexpr int VECTORS = vectors_for(ROWS, PARTS);
     const int rest = (end - begin) % VECTORS;
     for (int v = begin; v < end - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, weights, states, s);
-    const auto mix_rest = [&](int v, auto vectors) {
-        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, weights, states, s);
-    };
-    for_count(rest, end - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
+    with_count<VECTORS - 1>(rest, [&](auto vectors) {
+        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(end - rest, count, weights, states, s);
+    });
 }
 
 // One row: codes are multiplied as soon as they are there.

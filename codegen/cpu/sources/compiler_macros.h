@@ -3,6 +3,7 @@
 #pragma once
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_CALL __attribute__((always_inline))  // of a lambda
 #define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define UNROLL(times) PRAGMA(unroll times)

@@ -1,6 +1,8 @@
-// Powers of two of vectors.
+// Powers of two, and what is made of them.
 
 #pragma once
+
+#include <cmath>
 
 #include "vectors.h"
 
@@ -32,5 +34,15 @@ INLINE Floats exp2(Floats x) {
     return x < -126.0f ? Floats{} : power_of_2(part) * (Floats)power;
 #endif
 }
+
+// To the accuracy of exp2.
+INLINE Floats tanh(Floats x) {
+    const Floats e = exp2((x < 0.0f ? x : -x) * float(2 * LOG2E));
+    const Floats t = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -t : t;
+}
+
+// log(total 2^top); -inf where nothing was added.
+inline float log_sum_exp(float top, float total) { return float((double(top) + std::log2(double(total))) * LN2); }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "attention_part.h"
 #include "unpack_rows.h"
@@ -112,12 +111,9 @@ void mix(const float* weights, const float* totals, const float* middle, int pad
     for (int v = 0; v + VECTORS <= all; v += VECTORS) {
         mix_channels<ROWS, VECTORS>(weights, totals, middle, z, tokens, states, v * LANES);
     }
-    for_count(
-        rest, (all - rest) * LANES,
-        [&](int channel, auto count) {
-            mix_channels<ROWS, decltype(count)::value>(weights, totals, middle, z, tokens, states, channel);
-        },
-        std::make_integer_sequence<int, VECTORS - 1>());
+    with_count<VECTORS - 1>(rest, [&](auto count) {
+        mix_channels<ROWS, decltype(count)::value>(weights, totals, middle, z, tokens, states, (all - rest) * LANES);
+    });
 }
 
 // A row that is not quantized, as floats.

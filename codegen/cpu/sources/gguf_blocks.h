@@ -9,7 +9,6 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #if defined(__ARM_NEON)
@@ -31,8 +30,6 @@ namespace {
 // eight rows of a weight side by side: four bytes of codes of each row, one row behind the other, are a vector, in
 // which every sum belongs to a row of its own; numbers of a block's head stand eight in a row, too. What is left of
 // the rows behind the last eight stands as in the file.
-
-#define INLINE_CALL __attribute__((always_inline))  // of a lambda
 
 constexpr int GROUP = 32;  // numbers of a group
 
@@ -285,13 +282,5 @@ struct OfIQ4_XS : Plain {
         return four_bit_levels(b.nibbles(8 + 16 * chunk));
     }
 };
-
-template <class F, int... I>
-INLINE void each(std::integer_sequence<int, I...>, F f) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-
-template <int COUNT>
-using Upto = std::make_integer_sequence<int, COUNT>;
 
 }  // namespace

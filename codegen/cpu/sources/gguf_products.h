@@ -9,9 +9,9 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <utility>
 
 #include "gguf_blocks.h"
+#include "static_counts.h"
 
 namespace {
 
@@ -208,8 +208,8 @@ struct BlockScales {
     Scales of[NUMBERS<T> / GROUP * T::PARTS];
 
     explicit INLINE BlockScales(const uint8_t* blocks) {
-        each(Upto<NUMBERS<T> / GROUP * T::PARTS>(),
-             [&](auto part) INLINE_CALL { of[part] = T::template scales<decltype(part)::value>(blocks); });
+        for_counts<NUMBERS<T> / GROUP * T::PARTS>(
+            [&](auto part) INLINE_CALL { of[part] = T::template scales<decltype(part)::value>(blocks); });
     }
 };
 
@@ -230,12 +230,12 @@ void eight_columns(const ByteRows& x, int64_t row, const uint8_t* blocks, float*
         for (int p = 0; p < EIGHT * BYTES<T>; p += 64) __builtin_prefetch(blocks + FETCHED + p);
         const BlockScales<T> scales(blocks);
         for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
-            each(Upto<T::CHUNK * T::PARTS>(), [&](auto part) INLINE_CALL {
+            for_counts<T::CHUNK * T::PARTS>([&](auto part) INLINE_CALL {
                 constexpr int PART = decltype(part)::value, AT = PART / T::PARTS, FIRST = PART % T::PARTS * WORDS;
                 const int64_t group = at / GROUP + chunk * T::CHUNK + AT;
                 WholeSums<T, WORDS> sums[ROWS];
                 const uint8_t* from = read_again(blocks);
-                each(Upto<WORDS>(), [&](auto word) INLINE_CALL {
+                for_counts<WORDS>([&](auto word) INLINE_CALL {
                     constexpr int WORD = decltype(word)::value;
                     const Codes codes = T::template codes<AT>(Word<FIRST + WORD>{from}, chunk);
                     UNROLL(4) for (int r = 0; r < ROWS; r++) {
@@ -304,12 +304,12 @@ void sixteen_columns(const ByteRows& x, int64_t row, const uint8_t* first, const
         }
         const BlockScales<T> scales(first), others(second);
         for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
-            each(Upto<T::CHUNK * T::PARTS>(), [&](auto part) INLINE_CALL {
+            for_counts<T::CHUNK * T::PARTS>([&](auto part) INLINE_CALL {
                 constexpr int PART = decltype(part)::value, AT = PART / T::PARTS, FIRST = PART % T::PARTS * WORDS;
                 const int64_t group = at / GROUP + chunk * T::CHUNK + AT;
                 WideSums<T> sums[ROWS];
                 const uint8_t *one = read_again(first), *other = read_again(second);
-                each(Upto<WORDS>(), [&](auto word) INLINE_CALL {
+                for_counts<WORDS>([&](auto word) INLINE_CALL {
                     constexpr int WORD = FIRST + decltype(word)::value;
                     __m512i codes = (__m512i)joined<Ints16>(T::template codes<AT>(Word<WORD>{one}, chunk),
                                                             T::template codes<AT>(Word<WORD>{other}, chunk));
@@ -355,11 +355,11 @@ template <class T>
 INLINE void unpack_eight(const uint8_t* blocks, float* to) {
     const BlockScales<T> scales(blocks);
     for (int chunk = 0; chunk < NUMBERS<T> / GROUP / T::CHUNK; chunk++) {
-        each(Upto<T::CHUNK>(), [&](auto at) INLINE_CALL {
+        for_counts<T::CHUNK>([&](auto at) INLINE_CALL {
             constexpr int AT = decltype(at)::value;
             const int group = chunk * T::CHUNK + AT;
             uint32_t words[8][EIGHT];
-            each(Upto<8>(), [&](auto word) INLINE_CALL {
+            for_counts<8>([&](auto word) INLINE_CALL {
                 const Codes codes = T::template codes<AT>(Word<decltype(word)::value>{blocks}, chunk);
                 std::memcpy(words[word], &codes, sizeof codes);
             });

@@ -342,8 +342,10 @@ double pack_window(Tensor codes, Tensor scale, std::optional<Tensor> mean, int64
     const WindowTokens window{
         rows_of(codes), rows_of(scale), tokens, width, at, Type(type), means(name, mean, batch, groups, width), turn};
     const int64_t threads = torch::stable::get_num_threads();
-    static thread_local Kept kept;
-    float* latents = kept.room(batch * heads * tokens * rank);
+    static thread_local Memory memory;
+    float* latents;
+    memory.want(latents, batch * heads * tokens * rank);
+    memory.give();
     encode_window(window, static_cast<const float*>(basis.data_ptr()), batch, heads, rank, groups / heads, threads,
                   latents);
     Pack a{batch, heads, tokens, threads, FLOAT32, tiers.all.data(), int64_t(tiers.all.size()), tiers.width};

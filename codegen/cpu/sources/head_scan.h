@@ -7,12 +7,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "vectors.h"
 #include "byte_products.h"
 #include "products.h"
+#include "static_counts.h"
+#include "typed_numbers.h"
 #include "lm_head_call.h"
 
 namespace {
@@ -144,9 +145,10 @@ struct Scan {
 };
 
 INLINE float bias_at(const HeadSearch& a, int64_t row) {
-    if (a.type == FLOAT32) return static_cast<const float*>(a.bias)[row];
-    const uint16_t half = static_cast<const uint16_t*>(a.bias)[row];
-    return a.type == BFLOAT16 ? from_bits(uint32_t(half) << 16) : from_float16(half);
+    return with_type(a.type, [&](auto t) {
+        typedef decltype(t) T;
+        return T::number(static_cast<const typename T::Element*>(a.bias)[row]);
+    });
 }
 
 // What the sums of a block and a hidden state amount to.
@@ -236,11 +238,6 @@ void scan_range(const Scan& s, int64_t m, int64_t begin, int64_t end) {
     for (; block < end; block++) scan_blocks<ROWS, 1>(s, m, block);
 }
 
-template <int... I>
-void scan_rows(std::integer_sequence<int, I...>, int rows, const Scan& s, int64_t m, int64_t begin, int64_t end) {
-    ((rows == I + 1 ? scan_range<I + 1>(s, m, begin, end) : void()), ...);
-}
-
 // clang-format off
 constexpr int64_t STEP = 16;         // blocks that a thread takes at once: they stay in its cache for all hidden states
 // clang-format on
@@ -251,8 +248,9 @@ void scan_all(const Scan& s, int threads) {
     for (int64_t i = 0; i < steps; i++) {
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = s.a.rows * g / groups, last = s.a.rows * (g + 1) / groups;
-            scan_rows(std::make_integer_sequence<int, MAX_STATES>(), int(last - first), s, first, i * STEP,
-                      std::min((i + 1) * STEP, s.a.blocks));
+            with_count<MAX_STATES>(last - first, [&](auto rows) {
+                scan_range<decltype(rows)::value>(s, first, i * STEP, std::min((i + 1) * STEP, s.a.blocks));
+            });
         }
     }
 }

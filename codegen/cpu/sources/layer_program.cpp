@@ -154,9 +154,7 @@ void convert(const PackedInstruction& i, float* arena, void* tensor) {
 }
 
 void transfer(const PackedInstruction& i, float* arena, void* tensor) {
-    if (i.type == 0) convert<OfFloat32>(i, arena, tensor);
-    else if (i.type == 1) convert<OfBFloat16>(i, arena, tensor);
-    else convert<OfFloat16>(i, arena, tensor);
+    with_type(Type(i.type), [&](auto type) { convert<decltype(type)>(i, arena, tensor); });
 }
 
 void linear(const ProgramRun& run, const PackedInstruction* first, float* arena) {
@@ -242,13 +240,16 @@ void timed(double* seconds, F f) {
 
 void attend(LayerStep& s) {
     CacheAttention a = s.attention;
-    std::vector<float> query(a.batch * a.heads * a.head_size), output(a.batch * a.heads * a.value_size);
-    to_floats(static_cast<const uint8_t*>(s.query), s.type, int64_t(query.size()), query.data());
-    a.query = {query.data(), a.heads * a.head_size, a.head_size, a.head_size};
-    a.output = output.data();
+    static thread_local Memory memory;
+    const int64_t rows = a.batch * a.heads;
+    float* query;
+    memory.want(query, rows * a.head_size), memory.want(a.output, rows * a.value_size);
+    memory.give();
+    to_floats(static_cast<const uint8_t*>(s.query), s.type, rows * a.head_size, query);
+    a.query = {query, a.heads * a.head_size, a.head_size, a.head_size};
     for (const CacheAppend& side : s.sides) open(side, a.batch, bytes_of(s.type));
     attend_cache(a);
-    from_floats(output.data(), s.type, int64_t(output.size()), static_cast<uint8_t*>(s.attended));
+    from_floats(a.output, s.type, rows * a.value_size, static_cast<uint8_t*>(s.attended));
     append(s.sides[0], a.key_mean, a.batch, s.type);
     append(s.sides[1], a.value_mean, a.batch, s.type);
     s.attention.window.call.tokens++;

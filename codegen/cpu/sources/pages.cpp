@@ -167,10 +167,7 @@ void factors(const Sketches& a, const PagedCall& s, const Attention& call, float
         for (int64_t c = 0; c < a.channels; c++) {
             weights[i * a.channels + c] = float(s.scale) * (query[channels[c]] * deviation[channels[c]]);
         }
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
-        constant[i] = float(s.scale) * sum;
+        constant[i] = float(s.scale) * dot(query, mean, width);
     }
 }
 

@@ -27,8 +27,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <utility>
+
 #include "prefill_operands.h"
+#include "static_counts.h"
 
 namespace {
 
@@ -46,14 +47,6 @@ struct ValuePanels {
     int64_t panel() const { return vectors * LANES; }
     int64_t size() const { return count * panel(); }  // with what pads it
 };
-
-template <class K, int... I>
-INLINE void mix_panel(std::integer_sequence<int, I...>, int64_t vectors, const uint32_t* weights, int64_t weight_row,
-                      int64_t rows, const uint32_t* values, int64_t depth, float* out, int64_t out_row) {
-    ((vectors == I + 1 ? K::template multiply<I + 1, true>(weights, weight_row, rows, values, depth, out, out_row)
-                       : void()),
-     ...);
-}
 
 // ------------------------------------------------------------------------------------------------ keys and values
 
@@ -89,7 +82,7 @@ struct Ordered {
                 const int64_t depth = std::min(MAX_DEPTH, key_depth - from), at = from * K::DEPTH;
                 const int64_t size = std::min(depth * K::DEPTH, a.key_size - at);
                 for (int64_t c = 0; c < count; c++)
-                    K::row(row_at(a, a.key, b, g, t + c) + at * bytes_of(a.type), a.type, size, row[c]);
+                    K::row(typed_row_at(a.key, a.type, b, g, t + c) + at * bytes_of(a.type), a.type, size, row[c]);
                 for (int64_t i = 0; i < depth; i++) {
                     uint32_t* words = to + (from + i) * PANEL;
                     for (int64_t c = 0; c < count; c++) words[c] = row[c][i];
@@ -110,7 +103,8 @@ struct Ordered {
                 std::fill(to + (t < end ? width : 0), to + size, 0u);
                 if (t >= end || !width) continue;
                 const auto at = [&](int64_t token) {
-                    return token < end ? row_at(a, a.value, b, g, token) + start * bytes_of(a.type) : nullptr;
+                    return token < end ? typed_row_at(a.value, a.type, b, g, token) + start * bytes_of(a.type)
+                                       : nullptr;
                 };
                 K::pair(at(t), at(t + 1), a.type, width, to);
             }
@@ -121,14 +115,6 @@ struct Ordered {
 };
 
 // ------------------------------------------------------------------------------------------------ a block of queries
-
-// tanh, to the accuracy of exp2.
-INLINE Floats tanh_of(Floats y) {
-    const Floats size = y < 0.0f ? -y : y;
-    const Floats e = exp2(size * float(-2 * LOG2E));
-    const Floats x = (1.0f - e) / (1.0f + e);
-    return y < 0.0f ? -x : x;
-}
 
 template <class K>
 class Block {
@@ -160,7 +146,7 @@ class Block {
         b = sequence, h = head, first = from, count = size;
         std::memset(queries, 0, rows() * ordered.key_depth * 4);
         for (int64_t r = 0; r < count; r++) {
-            K::row(row_at(a, a.query, b, h, first + r), a.type, a.key_size, queries + r * ordered.key_depth);
+            K::row(typed_row_at(a.query, a.type, b, h, first + r), a.type, a.key_size, queries + r * ordered.key_depth);
         }
         std::fill(mixed, mixed + rows() * ordered.panels.size(), 0.0f);
         std::fill(top, top + rows(), -INF);
@@ -213,9 +199,11 @@ class Block {
     void mix(const uint32_t* values, int64_t begin, int64_t end) {
         const ValuePanels& panels = ordered.panels;
         for (int64_t p = 0; p < panels.count; p++) {
-            mix_panel<K>(std::make_integer_sequence<int, COLUMNS>(), panels.vectors, weights + begin, WEIGHT_ROW,
-                         rows(), values + (p * ordered.value_depth + begin) * panels.panel(), end - begin,
-                         mixed + p * panels.panel(), panels.size());
+            with_count<COLUMNS>(panels.vectors, [&](auto vectors) {
+                K::template multiply<decltype(vectors)::value, true>(
+                    weights + begin, WEIGHT_ROW, rows(), values + (p * ordered.value_depth + begin) * panels.panel(),
+                    end - begin, mixed + p * panels.panel(), panels.size());
+            });
         }
     }
 
@@ -228,7 +216,7 @@ class Block {
         const float cap = float(a.softcap * LOG2E);
         for (int64_t c = 0; c < seen; c += LANES) {
             const Floats scaled = load(x + c) * scale;
-            store(x + c, a.softcap != 0.0 ? tanh_of(scaled) * cap : scaled);
+            store(x + c, a.softcap != 0.0 ? tanh(scaled) * cap : scaled);
         }
         if (a.mask_kind == BOOL_MASK) {
             const uint8_t* mask = mask_row<uint8_t>(r, t);
@@ -300,13 +288,12 @@ class Block {
     void finish() {
         for (int64_t r = 0; r < count; r++) {
             float* out = mixed + r * ordered.panels.size();
-            const float share = total[r] > 0.0f || total[r] != total[r] ? 1.0f / total[r] : 0.0f;
+            const float share = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
             for (int64_t e = 0; e < ordered.panels.size(); e += LANES) store(out + e, load(out + e) * share);
             const int64_t* strides = a.output_strides;
             const int64_t at = b * strides[0] + h * strides[1] + (first + r) * strides[2];
             from_floats(out, a.output_type, a.value_size, a.output + at * bytes_of(a.output_type));
-            const float lse = total[r] == 0.0f ? -INF : float((double(top[r]) + std::log2(double(total[r]))) * LN2);
-            a.lse[(b * a.heads + h) * a.queries + first + r] = lse;
+            a.lse[(b * a.heads + h) * a.queries + first + r] = log_sum_exp(top[r], total[r]);
         }
     }
 };

@@ -24,11 +24,6 @@
 
 namespace {
 
-const uint8_t* row_at(const OpenAttention& a, const Rows& rows, int64_t b, int64_t h, int64_t t) {
-    return static_cast<const uint8_t*>(rows.data) +
-           (b * rows.batch + h * rows.head + t * rows.token) * bytes_of(a.type);
-}
-
 int64_t first_of(const OpenAttention& a, int64_t query) {
     return a.spans ? std::clamp<int64_t>(a.spans[2 * query], 0, a.tokens) : 0;
 }

@@ -23,11 +23,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <utility>
 
 #include "vectors.h"
 #include "number_types.h"
 #include "products.h"
+#include "static_counts.h"
 #include "gguf_formats.h"
 #include "skinny_call.h"
 
@@ -71,12 +71,6 @@ void block_of_columns(const Skinny& a, const typename T::Input* input, int64_t s
     for (int64_t c = begin + count * COLUMNS; c < end; c++) block<T, ROWS, 1>(a, input, stride, row, c, 1, 1);
 }
 
-template <class T, int... I>
-void rows_at(std::integer_sequence<int, I...>, int count, const Skinny& a, const typename T::Input* input,
-             int64_t stride, int64_t row, int64_t begin, int64_t end) {
-    ((count == I + 1 ? block_of_columns<T, I + 1>(a, input, stride, row, begin, end) : void()), ...);
-}
-
 // ------------------------------------------------------------------------------------------------ all of it
 
 // Products of one input with `count` weights.
@@ -116,8 +110,9 @@ void products(const Skinny* all, int64_t count) {
                 const int64_t column = s * step, stop = std::min(std::min(s + at_once, last) * step, its->columns);
                 for (int64_t b = 0; b < blocks; b++) {
                     const int64_t row = a.rows * b / blocks, rows = a.rows * (b + 1) / blocks - row;
-                    rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(rows), *its, input, stride, row,
-                               column, stop);
+                    with_count<BLOCK_ROWS>(rows, [&](auto count) {
+                        block_of_columns<T, decltype(count)::value>(*its, input, stride, row, column, stop);
+                    });
                 }
             }
             begin -= its_steps;

@@ -14,12 +14,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ softmax
 
-INLINE Floats tanh(Floats x) {
-    const Floats e = exp2((x < 0.0f ? x : -x) * float(2 * LOG2E));
-    const Floats t = (1.0f - e) / (1.0f + e);
-    return x < 0.0f ? -t : t;
-}
-
 template <class T, class F>
 INLINE void for_mask(const Attention& a, const Part& p, int row, int64_t begin, int tokens, F f) {
     const T* m = row_at<T>(a.mask, p.b, p.head + row / p.queries, p.query + row % p.queries);

@@ -13,22 +13,37 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ types
 
+// Returns f(T()), T of products.h.
+template <class F>
+INLINE auto with_type(Type type, F f) {
+    if (type == BFLOAT16) return f(OfBFloat16());
+    return type == FLOAT16 ? f(OfFloat16()) : f(OfFloat32());
+}
+
 void to_floats(const uint8_t* from, Type type, int64_t count, float* to) {
-    const auto* halves = reinterpret_cast<const uint16_t*>(from);
-    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *to);
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) to[i] = from_bits(uint32_t(halves[i]) << 16);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = from_float16(halves[i]);
+    if (type == FLOAT32) return void(std::memcpy(to, from, count * sizeof *to));  // also from where none is aligned
+    with_type(type, [&](auto t) {
+        typedef decltype(t) T;
+        const auto* numbers = reinterpret_cast<const typename T::Element*>(from);
+        for (int64_t i = 0; i < count; i++) to[i] = T::number(numbers[i]);
+    });
 }
 
 void from_floats(const float* from, Type type, int64_t count, uint8_t* to) {
-    auto* halves = reinterpret_cast<uint16_t*>(to);
-    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *from);
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
-    else
-        for (int64_t i = 0; i < count; i++) halves[i] = to_float16(from[i]);
+    if (type == FLOAT32) return void(std::memcpy(to, from, count * sizeof *from));
+    with_type(type, [&](auto t) {
+        typedef decltype(t) T;
+        auto* numbers = reinterpret_cast<typename T::Element*>(to);
+        for (int64_t i = 0; i < count; i++) numbers[i] = T::rounded(from[i]);
+    });
+}
+
+// Numbers as those of a type.
+void round_to(Type type, int64_t count, float* x) {
+    with_type(type, [&](auto t) {
+        typedef decltype(t) T;
+        for (int64_t i = 0; i < count; i++) x[i] = T::number(T::rounded(x[i]));
+    });
 }
 
 constexpr int64_t bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }

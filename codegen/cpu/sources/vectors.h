@@ -54,6 +54,13 @@ INLINE void store(float* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
+inline float dot(const float* x, const float* y, int64_t size) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; i++) sum += x[i] * y[i];
+    return sum;
+}
+
 INLINE Floats4 load4(const float* p) {
     Floats4 v;
     std::memcpy(&v, p, sizeof v);

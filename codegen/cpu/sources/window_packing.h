@@ -22,15 +22,16 @@ struct WindowTokens {
 
     // Those of one head, turned, less their mean, to columns of x [D,T]. runs: see `is_in_runs`.
     void read(int64_t b, int64_t g, bool runs, float* x) const {
-        static thread_local Kept kept;
-        float *row = kept.room(2 * width), *turned = row + width;
-        const float* mean = means.data ? mean_of(means, b, g) : nullptr;
+        static thread_local Memory memory;
+        float *row, *input;
+        memory.want(row, width), memory.want(input, width);
+        memory.give();
+        const float* mean = mean_of(means, b, g);
         for (int64_t t = 0; t < tokens; t++) {
             const float scale = from_float16(*row_at<uint16_t>(scales, b, g, t));
             unround_row(row_at<uint8_t>(codes, b, g, t), scale, mean, width, type, row);
-            if (turn.segment) rotate(turn, row, width, (first + t) / turn.segment, turned, b, runs);
-            const float* to_encode = turn.segment ? turned : row;
-            for (int64_t i = 0; i < width; i++) x[i * tokens + t] = mean ? to_encode[i] - mean[i] : to_encode[i];
+            set_encoder_input(turn, runs, b, row, width, first + t, mean, input);
+            for (int64_t i = 0; i < width; i++) x[i * tokens + t] = input[i];
         }
     }
 };
@@ -43,12 +44,17 @@ void encode_window(const WindowTokens& window, const float* basis, int64_t batch
     const int team = threads_for(batch * heads, batch * heads * tokens * rank * wide, threads);
 #pragma omp parallel for num_threads(team) if (team > 1)
     for (int64_t i = 0; i < batch * heads; i++) {
-        static thread_local Kept of_thread;
-        float *x = of_thread.room((wide + rank) * tokens), *columns = x + wide * tokens;
+        static thread_local Memory memory;
+        float *x, *columns;
+        memory.want(x, wide * tokens), memory.want(columns, rank * tokens);
+        memory.give();
         for (int64_t g = 0; g < share; g++) {
             window.read(i / heads, i % heads * share + g, runs, x + g * width * tokens);
         }
-        times_all<OfFloat32>(basis + i % heads * rank * wide, rank, wide, x, wide, tokens, columns, tokens);
+        const float* encoder = basis + i % heads * rank * wide;
+        times<OfFloat32>(
+            x, wide, tokens, 0, tokens, rank, false, [&](int64_t r) { return encoder + r * wide; },
+            [&](int64_t r) { return columns + r * tokens; });
         float* rows = latents + i * tokens * rank;
         for (int64_t t = 0; t < tokens; t++) {
             for (int64_t r = 0; r < rank; r++) rows[t * rank + r] = columns[r * tokens + t];
@@ -59,12 +65,7 @@ void encode_window(const WindowTokens& window, const float* basis, int64_t batch
 // The mean square of rows [count,width].
 inline double mean_square(const float* x, int64_t count, int64_t width) {
     double sum = 0;
-    for (int64_t i = 0; i < count; i++) {
-        float of_row = 0;
-#pragma omp simd reduction(+ : of_row)
-        for (int64_t k = 0; k < width; k++) of_row += x[i * width + k] * x[i * width + k];
-        sum += double(of_row);
-    }
+    for (int64_t i = 0; i < count; i++, x += width) sum += double(dot(x, x, width));
     return count ? sum / double(count * width) : 0;
 }
 

@@ -51,18 +51,15 @@ inline void round_tokens(Type type, const Rows& x, const int64_t (&sizes)[4], co
         if (int64_t(numbers.size()) < size) numbers.resize(size);
         const int64_t b = i / (tokens * heads), t = i / heads % tokens, h = i % heads;
         to_floats(typed_row_at(x, type, b, h, t), type, size, numbers.data());
-        round_row(numbers.data(), means.data ? mean_of(means, b, h) : nullptr, size,
-                  row_at<uint8_t>(codes, b, h, at + t), *row_at<uint16_t>(scales, b, h, at + t));
+        round_row(numbers.data(), mean_of(means, b, h), size, row_at<uint8_t>(codes, b, h, at + t),
+                  *row_at<uint16_t>(scales, b, h, at + t));
     }
 }
 
 // Rows of 8 bits as the numbers of a type that they stand for.
 inline void unround_row(const uint8_t* codes, float scale, const float* mean, int64_t n, Type type, float* x) {
     for (int64_t i = 0; i < n; i++) x[i] = (float(codes[i]) - 127.5f) * scale + (mean ? mean[i] : 0.0f);
-    for (int64_t i = 0; i < n; i++) {
-        if (type == BFLOAT16) x[i] = from_bits(uint32_t(to_bfloat16(x[i])) << 16);
-        else if (type == FLOAT16) x[i] = from_float16(to_float16(x[i]));
-    }
+    round_to(type, n, x);
 }
 
 }  // namespace

@@ -166,12 +166,6 @@ INLINE void with_planes(int bits, F f) {
     }
 }
 
-// Calls f(K) for K < COUNT as compile-time numbers.
-template <class F, int... K>
-INLINE void for_each(F f, std::integer_sequence<int, K...>) {
-    (f(std::integral_constant<int, K>()), ...);
-}
-
 // 16 tokens of keys -> dwords [2, 4 pieces], and halves [channels, TILE] of float16 channels.
 INLINE void unpack_keys(const Layout& layout, const Sixteen& rows, __m256i* dwords, float* halves) {
     for (int v = 0; v < 16; v += 8, halves += 8) {

@@ -75,17 +75,15 @@ INLINE void add_run(const Run& run, const __m256i* dwords, int lanes, const int3
             high[v] = in_words<FORM>(load_words(dwords + v * lanes + g.high), g.high_at);
             low[v] = LOW ? in_words<LOWER>(load_words(dwords + v * lanes + g.low), g.low_at) : high[v];
         }
-        for_each(
-            [&](auto k) {
-                constexpr int K = decltype(k)::value;
-                __m256i codes[VECTORS];
-                UNROLL(2) for (int v = 0; v < VECTORS; v++) codes[v] = code_of<HIGH, LOW, K>(high[v], low[v]);
-                UNROLL(10) for (int r = 0; r < ROWS; r++) {
-                    const __m256i q = _mm256_set1_epi32(query[ROWS * K + r]);
-                    UNROLL(2) for (int v = 0; v < VECTORS; v++) sums[r][v] = add_products(sums[r][v], codes[v], q);
-                }
-            },
-            std::make_integer_sequence<int, COUNT>());
+        for_counts<COUNT>([&](auto k) {
+            constexpr int K = decltype(k)::value;
+            __m256i codes[VECTORS];
+            UNROLL(2) for (int v = 0; v < VECTORS; v++) codes[v] = code_of<HIGH, LOW, K>(high[v], low[v]);
+            UNROLL(10) for (int r = 0; r < ROWS; r++) {
+                const __m256i q = _mm256_set1_epi32(query[ROWS * K + r]);
+                UNROLL(2) for (int v = 0; v < VECTORS; v++) sums[r][v] = add_products(sums[r][v], codes[v], q);
+            }
+        });
         query += ROWS * COUNT;
     }
     UNROLL(10) for (int r = 0; r < ROWS; r++) UNROLL(2) for (int v = 0; v < VECTORS; v++) to[r][v] = sums[r][v];

@@ -80,13 +80,11 @@ void mix_run(const Run& run, const __m256i* words, const int16_t* weights, int v
     for (const Group& g : run.groups) {
         const __m128i at = _mm_cvtsi32_si128(g.low_at);
         const __m256i *high = words + g.high * vectors, *low = words + g.low * vectors;
-        for_each(
-            [&](auto k) {
-                constexpr int K = 2 * decltype(k)::value;
-                if (K >= run.count) return;
-                multiply_values<HIGH, LOW, K, ROWS>(high, low, at, weights, vectors, pad, sums + K);
-            },
-            std::make_integer_sequence<int, 8 / HIGH>());
+        for_counts<8 / HIGH>([&](auto k) {
+            constexpr int K = 2 * decltype(k)::value;
+            if (K >= run.count) return;
+            multiply_values<HIGH, LOW, K, ROWS>(high, low, at, weights, vectors, pad, sums + K);
+        });
         sums += run.count;
     }
 }
