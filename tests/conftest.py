@@ -13,6 +13,7 @@ import pytest
 import torch
 from durations import DurationRecorder, Durations
 from hypothesis import settings
+from needs import sampled
 from small_models import FittedModel
 
 from fhopt.codegen import build
@@ -203,7 +204,7 @@ def gpt2() -> FittedModel:
     return FittedModel("gpt2")
 
 
-@pytest.fixture(scope="session", params=["llama", "gpt2"])
+@pytest.fixture(scope="session", params=sampled(["llama", "gpt2"], 2))
 def fitted(request: pytest.FixtureRequest) -> FittedModel:
     model: FittedModel = request.getfixturevalue(request.param)
     return model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiled_models import captured_sites, forward, tiny_bert, with_backend, with_biases
 from hand_plans import CODED, shared_plan
+from needs import sampled
 from small_models import FittedModel, cached, found, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
@@ -22,7 +23,7 @@ def test_inductor_compiles_the_rewritten_graph_with_gradients(llama: FittedModel
 
 
 @pytest.mark.usefixtures("traced_only")
-@pytest.mark.parametrize("layout", ["freq", "identity"])
+@pytest.mark.parametrize("layout", sampled(["freq", "identity"], 2))
 def test_full_width_latents_are_lossless_when_compiled_and_train(fitted: FittedModel, layout: str) -> None:
     check_full_width(fitted, layout)
 
@@ -127,7 +128,7 @@ def test_one_graph_serves_every_length(llama: FittedModel, with_plan: bool) -> N
 
 
 @pytest.mark.usefixtures("traced_only")
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
+@pytest.mark.parametrize("make", sampled([tiny_gpt2, tiny_bert], 2))
 def test_one_latent_for_keys_and_values_is_lossless_when_compiled_and_trains(make: Any) -> None:
     model, ids = with_biases(make()), token_ids(1, 40)
     plan = shared_plan(captured_sites(model)[1], 64)

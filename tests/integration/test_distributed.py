@@ -188,6 +188,7 @@ def test_a_user_error_in_one_process_is_reported_once_and_ends_all(here: Path) -
     assert len(first.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_all_with_its_error(here: Path) -> None:
     first, second = acted(here, "raises")
     assert first.code == 2 and "fhopt: process 1 of 2: RuntimeError: out of memory, say" in first.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import pytest
 import torch
 from model_zoo import has_transformers
 from model_zoo import huggingface as zoo
-from needs import covering
+from needs import covering, sampled
 
 import fhopt
 from fhopt.attention import latent_tensor
@@ -69,7 +70,7 @@ def layers_of(cache: Any) -> list[Any]:
     return [layer for part in parts for layer in part.layers]
 
 
-@covering(1, name=list(MODELS), kind=["growing", "static"])
+@pytest.mark.parametrize(("name", "kind"), sampled(itertools.product(MODELS, ["growing", "static"]), 9))
 def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
     if kind == "static" and name in NOT_STATIC:
         pytest.skip("transformers' own static cache fails with this model")
@@ -121,8 +122,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["growing", "static"])
-@pytest.mark.parametrize("name", HYBRIDS)
+@covering(1, name=list(HYBRIDS), kind=["growing", "static"])
 def test_layers_of_linear_attention_are_not_changed(name: str, kind: str) -> None:
     import transformers
 
@@ -159,7 +159,7 @@ def test_submodels_keep_their_attention_and_get_it_back() -> None:
         assert (text._attn_implementation, vision._attn_implementation) == ("eager", "eager")
 
 
-@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
+@pytest.mark.parametrize("name", sampled(["bloom", "mpt", "falcon"], 3))
 def test_static_caches_without_a_quantized_block_support_explicit_attention(name: str) -> None:
     from fhopt.hf.apply import latent_cache
 

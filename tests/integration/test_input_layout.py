@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import sampled
 from small_models import run, tiny_gpt2, tiny_llama
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def fitted(name: str, sequences: int = SEQUENCES, **options: Any) -> tuple[Any, 
     return model, given[-1], fhopt.fit(model, batches=given, sequences=sequences, **(OPTIONS | options))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sampled(FAMILIES, 3))
 def test_one_latent_of_the_input_halves_keys_and_values_without_loss(name: str) -> None:
     model, batch, plan = fitted(name, ratio=2, layout="input")
     assert len(plan.sites) == FAMILIES[name][2]

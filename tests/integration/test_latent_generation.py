@@ -8,6 +8,7 @@ import pytest
 import torch
 from generation import MODES, batch_of, cache_of, generate
 from latent_caches import gpt2_with_biases, plans, shared
+from needs import covering
 from small_models import FittedModel, cached, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
@@ -74,8 +75,7 @@ def test_a_continued_chat_reuses_its_cache(llama: FittedModel) -> None:
 # ---- 8-bit window
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@covering(1, mode=list(MODES), make={"llama": tiny_llama, "gpt2": tiny_gpt2})
 def test_a_quantized_window_generates_in_every_mode(make: Any, mode: str) -> None:
     model, batch = make(), batch_of(mode)
     fhopt.apply(model, plans(make, 8))

@@ -130,7 +130,7 @@ def test_perplexity_with_pages_is_measured_and_worse_than_with_all_pages(llama: 
     ("kind", "queries"),
     [
         pytest.param("latents", 12, marks=pytest.mark.slow),
-        ("window of 8 bits", 12),
+        pytest.param("window of 8 bits", 12, marks=pytest.mark.slow),
         pytest.param("pages", 1, marks=pytest.mark.slow),
         ("pages with a limit", 1),
     ],

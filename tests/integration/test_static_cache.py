@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generation import MODES, cache_of, generate
+from needs import sampled
 from small_models import FittedModel, cached, token_ids
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from fhopt.hf.apply import latent_cache
 
 @pytest.mark.parametrize(
     ("name", "ratio", "absorbs"),  # pairwise combinations
-    [("llama", 1, True), ("llama", 4, False), ("gpt2", 1, False), ("gpt2", 4, True)],
+    sampled([("llama", 1, True), ("llama", 4, False), ("gpt2", 1, False), ("gpt2", 4, True)], 3),
 )
 def test_every_step_of_a_compiled_model_runs_one_graph(
     name: str, ratio: float, absorbs: bool, request: pytest.FixtureRequest
@@ -48,7 +49,7 @@ def test_every_step_of_a_compiled_model_runs_one_graph(
     assert [t.data_ptr() for layer in compiled.layers for t in layer.tensors] == addresses
 
 
-@pytest.mark.parametrize("absorbs", [True, False])
+@pytest.mark.parametrize("absorbs", sampled([True, False], 2))
 def test_a_compiled_step_rotates_queries_for_every_segment(llama: FittedModel, absorbs: bool) -> None:
     from torch._dynamo.testing import CompileCounter
 

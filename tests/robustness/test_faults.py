@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from command_models import save_tiny_model
+from needs import sampled
 from small_models import FittedModel
 from written_files import WRITES, Write
 
@@ -119,7 +120,7 @@ def written(request: pytest.FixtureRequest, llama: FittedModel, tmp_path: Path) 
     return write
 
 
-@pytest.mark.parametrize("fail", [kill, pytest.param(interrupt, marks=pytest.mark.slow), no_room])
+@pytest.mark.parametrize("fail", sampled([kill, interrupt, no_room], 3))
 def test_a_failure_at_any_change_of_the_file_system_leaves_the_old_or_the_new(
     written: Write, fail: Callable[[], None]
 ) -> None:
@@ -139,7 +140,7 @@ def test_a_failure_at_any_change_of_the_file_system_leaves_the_old_or_the_new(
     assert number > 1
 
 
-@pytest.mark.parametrize("is_fatal", [True, False], ids=["killed", "no room"])
+@pytest.mark.parametrize("is_fatal", sampled([True, False], 2), ids=["killed", "no room"])
 def test_a_failure_at_any_byte_of_a_file_keeps_the_old_version(written: Write, is_fatal: bool) -> None:
     folder, size = written.place.parent, largest(written.place)
     for bytes_ in (0, 1, 100, size // 2, size - 1):
@@ -155,7 +156,7 @@ def test_a_failure_at_any_byte_of_a_file_keeps_the_old_version(written: Write, i
 TEXT = 'extern "C" int answer() { return 42; }\n'
 
 
-@pytest.mark.parametrize("fail", [kill, interrupt, no_room])
+@pytest.mark.parametrize("fail", sampled([kill, interrupt, no_room], 3))
 def test_a_kernel_that_could_not_be_stored_is_compiled_again(
     fail: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_a_kernel_that_could_not_be_stored_is_compiled_again(
     assert number > 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_a_command_writes_is_one_line(tmp_path: Path) -> None:
     """Run the whole command in a subprocess."""
     import subprocess

@@ -276,6 +276,7 @@ def entry_of(spelling: Spelling, sites: int) -> Entry:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=40)
 @given(spelling=spellings())
 def test_attention_of_any_spelling_is_found_with_the_same_results_and_gradients(spelling: Spelling) -> None:

@@ -284,7 +284,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
 def test_commands_in_any_order_are_done_or_refused(origin: Path) -> None:
-    run_states(origin, 25)
+    run_states(origin, 8)
 
 
 @pytest.mark.slow

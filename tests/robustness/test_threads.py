@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from needs import sampled
 from small_models import FittedModel, cached, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
@@ -148,7 +149,7 @@ def test_a_kernel_that_threads_need_at_once_is_compiled_once(no_kernels: None, m
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("is_planned", [False, True], ids=["exact", "by a plan"])
+@pytest.mark.parametrize("is_planned", sampled([False, True], 2), ids=["exact", "by a plan"])
 def test_two_threads_compile_and_run_models_concurrently(is_planned: bool, traced_only: None) -> None:
     models = [tiny_llama(), tiny_gpt2()]
     ids = token_ids(2, 20)

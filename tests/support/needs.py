@@ -17,8 +17,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def sampled(values: Iterable[Any], every: int) -> list[Any]:
-    """Parameters of a test: every `every`th runs in `make test`; the others are slow, for `make test-slow`."""
-    return [value if i % every == 0 else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
+    """Parameters of a test: every `every`th runs in `make test`; the others are slow, for `make test-slow`.
+
+    values: of one parameter, or tuples of several parameters.
+    """
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow if i % every else ())
+        for i, value in enumerate(values)
+    ]
 
 
 def covering(strength: int, **axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:

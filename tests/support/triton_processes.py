@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-INTERPRET = "from {module} import CHECKS; from triton_processes import interpret; interpret(CHECKS)"
+INTERPRET = "from {module} import CHECKS; from triton_processes import interpret; interpret(CHECKS, {names})"
 
 
 def run(program: str, folder: Path, **variables: str) -> Any:
@@ -33,17 +34,24 @@ def run(program: str, folder: Path, **variables: str) -> Any:
     return json.loads(done.stdout)
 
 
-def failures(module: str, folder: Path) -> dict[str, str]:
-    """Names of a module's checks that fail under the interpreter, with their errors."""
-    found: dict[str, str] = run(INTERPRET.format(module=module), folder, TRITON_INTERPRET="1")
+def failures(module: str, folder: Path, request: pytest.FixtureRequest) -> dict[str, str]:
+    """Names of a module's checks that fail under the interpreter, with their errors.
+
+    Only the checks that are parameters `check` of selected tests in the requesting file run.
+    """
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = sorted({item.callspec.params["check"] for item in items if "check" in item.callspec.params})
+    found: dict[str, str] = run(INTERPRET.format(module=module, names=names), folder, TRITON_INTERPRET="1")
     return found
 
 
-def interpret(checks: Mapping[str, Callable[[], None]]) -> None:
-    """Run every check and print the failures."""
+def interpret(checks: Mapping[str, Callable[[], None]], names: Sequence[str]) -> None:
+    """Run the named checks and print the failures."""
     torch.set_num_threads(1)
     failed = {}
     for name, check in checks.items():
+        if name not in names:
+            continue
         torch.manual_seed(0)
         try:
             check()

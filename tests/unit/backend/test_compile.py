@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_models import forward, with_backend
+from needs import sampled
 from small_models import FittedModel, found, tiny_llama, token_ids
 
 import fhopt
@@ -93,7 +94,7 @@ def test_layers_that_share_a_graph_get_their_own_bases(llama: FittedModel) -> No
 
 
 @pytest.mark.usefixtures("traced_only")
-@pytest.mark.parametrize("prints", [True, False], ids=["of the plan", "of the first call"])
+@pytest.mark.parametrize("prints", sampled([True, False], 2), ids=["of the plan", "of the first call"])
 def test_weights_that_the_plan_was_not_fitted_for_run_exactly_with_a_warning(llama: FittedModel, prints: bool) -> None:
     model, ids, plan = copy.deepcopy(llama.model), token_ids(1, 60), llama.plan(4)
     compiled = with_backend(model, plan=with_prints(llama, plan) if prints else plan)

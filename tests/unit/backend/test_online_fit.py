@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import sampled
 from small_models import tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
@@ -18,6 +19,7 @@ from fhopt.backend import compile_report
 from fhopt.backend.online_fit import FitTarget, TokenStream, without_padding
 from fhopt.backend.settings import Settings
 from fhopt.cache.report import cache_report
+from fhopt.errors import FhoptError
 from fhopt.hf.apply import applied_plan
 
 pytestmark = pytest.mark.usefixtures("traced_only")
@@ -220,7 +222,7 @@ NEVER: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*NEVER])
+@pytest.mark.parametrize("case", sampled(NEVER, 2))
 def test_a_requested_fit_that_never_comes_warns_once(case: str) -> None:
     make, calls, reason = NEVER[case]
     messages = warnings_of(torch.compile(make(), backend="flashhead", options={"ratio": 4}), calls)
@@ -243,7 +245,7 @@ def test_other_frames_of_a_recorded_model_do_not_warn() -> None:
     assert not warnings_of(model, calls)
 
 
-@pytest.mark.parametrize("case", [*NEVER])
+@pytest.mark.parametrize("case", sampled(NEVER, 4))
 def test_a_fit_by_default_is_silent_if_it_never_happens(case: str) -> None:
     make, calls, _ = NEVER[case]
     assert not warnings_of(torch.compile(make(), backend="flashhead", options={}), calls)
@@ -303,9 +305,8 @@ def test_training_is_not_recorded() -> None:
     ],
 )
 def test_wrong_options_are_refused_with_a_fix(options: dict[str, Any], message: str) -> None:
-    compiled: Any = torch.compile(tiny_llama(), backend="flashhead", options=options)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"FhoptError.*{message}"):
-        compiled(token_ids(1, 8))
+    with pytest.raises(FhoptError, match=message):
+        Settings.parse(options)
 
 
 def test_numbers_may_be_text() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from generation import MODES, batch_of, cache_of, generate
 from latent_caches import found_sites, gpt2_with_biases, shared
+from needs import sampled
 from padded_batches import alone, call, divergence, padded, read
 from paged_plans import paged
 from small_models import FittedModel, cached, tiny_llama, token_ids
@@ -32,7 +33,7 @@ CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 SEGMENT = 64
 
 
-@pytest.fixture(params=[{}, {"max_cache_len": 128}], ids=["growing", "static"])
+@pytest.fixture(params=sampled([{}, {"max_cache_len": 128}], 2), ids=["growing", "static"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Options of a cache."""
     return dict(request.param)
@@ -223,7 +224,7 @@ def test_chunked_prefill_finds_sequence_starts(options: dict[str, Any], llama: F
     assert float((keys - exact).square().mean() / exact.square().mean()) < 0.1
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", sampled(["eager", "sdpa"], 2))
 def test_models_with_explicit_attention_attend_in_order_of_position(attention: str, options: dict[str, Any]) -> None:
     model, batch = tiny_llama(attention), padded(LENGTHS, LATER)
     expected, _ = read(model, None, batch, LATER)
@@ -271,7 +272,7 @@ def test_selected_pages_contain_no_padding(share: float, llama: FittedModel) -> 
     torch.testing.assert_close(found, changed, **CLOSE)
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", sampled([False, True], 2))
 def test_compiled_steps_support_it_and_other_padding_needs_no_other_graph(
     segments: bool, llama: FittedModel, plan: LatentPlan
 ) -> None:

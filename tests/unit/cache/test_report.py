@@ -11,6 +11,7 @@ import torch
 from hand_plans import CODED, random_plan
 from latent_caches import coded, gpt2_with_biases, logits, shared
 from model_zoo import huggingface as zoo
+from needs import sampled
 from small_models import FittedModel, cached, tiny_llama, token_ids
 
 import fhopt
@@ -79,7 +80,7 @@ def test_decoding_never_allocates_keys_or_values_of_full_length(
     assert max(blocks) < max(rows, keys / 3)
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon", "mpt"])
+@pytest.mark.parametrize("name", sampled(["bloom", "falcon", "mpt"], 3))
 def test_nor_do_models_with_explicit_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manual_attention, "TILE", 64)
     row = next(m for m in zoo.DECODERS if m.name == name)

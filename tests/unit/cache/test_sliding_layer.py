@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from latent_caches import coded
+from needs import sampled
 from small_models import VOCABULARY, found
 from torch import Tensor
 from window_models import windowed
@@ -63,7 +64,7 @@ def read(model: Any, ids: Tensor, calls: list[int], mask: Tensor | None = None) 
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"), [*(("gemma3", calls) for calls in CALLS), *((name, CALLS[2]) for name in OTHERS)]
+    ("name", "calls"), sampled([*(("gemma3", calls) for calls in CALLS), *((name, CALLS[2]) for name in OTHERS)], 3)
 )
 def test_an_exact_plan_changes_nothing_and_its_bytes_are_as_counted(name: str, calls: list[int]) -> None:
     model, ids = models(name), tokens()
@@ -86,7 +87,7 @@ def test_an_exact_plan_changes_nothing_and_its_bytes_are_as_counted(name: str, c
 PADDED = [[150] + [1] * 50, [50, 10, 1, 1, 1, 1, 1] + [5] * 27, [40, 30, 30] + [4] * 25]
 
 
-@pytest.mark.parametrize("calls", PADDED)
+@pytest.mark.parametrize("calls", sampled(PADDED, 2))
 def test_the_same_holds_with_left_padding(calls: list[int]) -> None:
     model, ids = models(), tokens()
     mask = torch.ones_like(ids)
@@ -97,7 +98,9 @@ def test_the_same_holds_with_left_padding(calls: list[int]) -> None:
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("calls", PADDED[:2])  # the third begins with fewer tokens than there are attention sinks
+@pytest.mark.parametrize(
+    "calls", sampled(PADDED[:2], 2)
+)  # the third begins with fewer tokens than there are attention sinks
 def test_padding_is_no_part_of_the_means(calls: list[int]) -> None:
     model, ids = models(), tokens()
     mask = torch.ones_like(ids)
@@ -182,7 +185,9 @@ def test_a_crop_that_needs_dropped_tokens_is_an_error_that_changes_nothing() -> 
         layer.crop(1)
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "options", sampled([{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"num_return_sequences": 2}], 2)
+)
 def test_generation_equals_that_of_the_unmodified_model(options: dict[str, Any]) -> None:
     model, ids = models(), tokens(1)[:, :100]
     ids[:, 50:] = ids[:, :50]  # so that prompt lookup finds matches
@@ -193,7 +198,7 @@ def test_generation_equals_that_of_the_unmodified_model(options: dict[str, Any])
     assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False, **options), alone)
 
 
-@pytest.mark.parametrize("count", [40, 150])
+@pytest.mark.parametrize("count", sampled([40, 150], 2))
 def test_a_saved_layer_continues_where_it_was(count: int) -> None:
     model, ids = models(), tokens()
     plan = coded(exact(model))

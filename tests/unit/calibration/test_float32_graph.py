@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from needs import covering
 from small_models import numbered
 from torch import Tensor, nn
 
@@ -39,8 +40,7 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return ProbedGraph(captured, outcome).run(batch, PlanAttention(None))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", FAMILIES)
+@covering(1, kind=list(FAMILIES), dtype=[torch.bfloat16, torch.float16])
 def test_a_16_bit_graph_gives_float32_logits(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float32_graph, "PART", 640)  # several parts per weight
     model, batch = small(kind).to(dtype), {"input_ids": numbered(1)[0][1]["input_ids"] % 97}

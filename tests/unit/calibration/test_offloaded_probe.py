@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import sampled
 from offloaded_models import offloaded
 from small_models import found, numbered, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
@@ -92,7 +93,7 @@ def tiny_qwen() -> Any:
     return Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)).eval()
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_qwen])
+@pytest.mark.parametrize("make", sampled([tiny_gpt2, tiny_qwen], 2))
 def test_the_outline_of_a_model_has_its_sites_and_no_memory(make: Callable[[], Any]) -> None:
     model = make()
     empty = outline(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import sampled
 from small_models import VOCABULARY, found
 from transformers import DynamicCache
 from window_models import WINDOW, windowed
@@ -26,7 +27,7 @@ def fitted(captured: Captured) -> list[str]:
     return [site.name for site in run.find_compressible(CalibrationData(captured, [], name="model")).sites.values()]
 
 
-@pytest.mark.parametrize("tokens", [16, WINDOW + 16])
+@pytest.mark.parametrize("tokens", sampled([16, WINDOW + 16], 2))
 def test_a_window_is_found_in_shorter_graphs_and_its_site_is_fitted(tokens: int) -> None:
     captured, outcome = found(windowed("gemma3", **GEMMA), tokens)
     masks = [(site.mask, site.window) for site in outcome.sites.values()]

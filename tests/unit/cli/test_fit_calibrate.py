@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_models import call, save_tiny_model
+from needs import sampled
 
 from fhopt.calibration.statistics_file import load_statistics
 from fhopt.fitting.fast_choice import bound_of
@@ -150,13 +151,16 @@ def test_files_of_other_things_are_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stored", "has_them", "options", "dtype"),
-    [
-        ("bfloat16", True, (), "bfloat16"),
-        ("bfloat16", True, ("--dtype", "float32"), "float32"),
-        ("bfloat16", False, (), "float32"),
-        ("float16", True, (), "float32"),
-        ("float32", True, (), "float32"),
-    ],
+    sampled(
+        [
+            ("bfloat16", True, (), "bfloat16"),
+            ("bfloat16", True, ("--dtype", "float32"), "float32"),
+            ("bfloat16", False, (), "float32"),
+            ("float16", True, (), "float32"),
+            ("float32", True, (), "float32"),
+        ],
+        2,
+    ),
 )
 def test_a_model_is_calibrated_in_the_dtype_that_is_faster_here(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, has_them: bool,

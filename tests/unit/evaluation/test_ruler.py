@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from character_tokenizer import characters
+from needs import sampled
 from small_models import FittedModel, tiny_llama
 
 from fhopt.errors import FhoptError
@@ -50,7 +51,7 @@ def read(written: dict[str, list[Item]], tokenizer: Any) -> dict[str, list[Read]
     return {task: [Read(item, tokenizer) for item in items] for task, items in written.items()}
 
 
-@pytest.mark.parametrize("task", RULER)
+@pytest.mark.parametrize("task", sampled(RULER, 3))
 def test_items_are_the_same_for_the_same_seed(task: str, tokenizer: Any, written: dict[str, list[Item]]) -> None:
     def again(seed: int) -> list[Item]:
         options = TaskOptions(OPTIONS.lengths, OPTIONS.items, seed, window=16)
@@ -221,6 +222,7 @@ def test_ruler_expands_to_its_tasks_and_all_to_the_others() -> None:
     assert len(str(found.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_both_caches_are_compared_item_by_item(llama: FittedModel, tokenizer: Any) -> None:
     model = tiny_llama(max_position_embeddings=4096)  # the weights of `llama`
     asked = ["niah_single", "variable_tracking", "question", "long_copy"]

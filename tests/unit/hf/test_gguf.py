@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf_models import save_text_gguf
 from latent_caches import coded, plans
-from needs import needs_compiler
+from needs import covering, needs_compiler
 from torch import Tensor
 
 import fhopt
@@ -82,8 +82,7 @@ def test_matrices_with_a_kernel_stay_in_blocks(saved: Callable[..., Path]) -> No
     assert {w.dtype for w in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("kinds", [ALL, MIXED, UNLIKE])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@covering(1, kinds={"all": ALL, "mixed": MIXED, "unlike": UNLIKE}, dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_a_plan_of_the_dequantized_model_applies_and_layers_run_as_programs(
     kinds: dict[str, str], dtype: torch.dtype, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

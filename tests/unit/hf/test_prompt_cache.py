@@ -11,6 +11,7 @@ import pytest
 import torch
 from generation import MODES, generate
 from hand_plans import shared_plan
+from needs import covering
 from small_models import FittedModel, cached, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
@@ -48,9 +49,10 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_cache_len": 130}], ids=["growing", "static"])
-@pytest.mark.parametrize("window_bits", [16, 8])
-@pytest.mark.parametrize("kind", ["coded", "full width", "one latent"])
+@covering(
+    2, kind=["coded", "full width", "one latent"], window_bits=[16, 8],
+    options={"growing": {}, "static": {"max_cache_len": 130}},
+)  # fmt: skip
 def test_a_saved_prefix_continues_as_if_it_had_stayed_in_memory(
     kind: str, window_bits: int, options: dict[str, Any], llama: FittedModel, tmp_path: Path
 ) -> None:

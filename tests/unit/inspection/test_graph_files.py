@@ -7,7 +7,6 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
-import sample_reports
 from seen_plans import STAGES, texts
 from small_models import FittedModel
 
@@ -17,18 +16,7 @@ from fhopt.inspection import graphs
 from fhopt.inspection.facts import inspect_sites
 from fhopt.inspection.graph_files import write_graphs
 from fhopt.inspection.snapshots import Snapshots
-from fhopt.models.sites import find_sites
-from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
-
-
-@pytest.fixture(scope="module")
-def snapshots(llama: FittedModel) -> tuple[Snapshots, LatentPlan]:
-    taken, plan = Snapshots(keep_networks=True), llama.plan(4)
-    with taken.taking():
-        outcome = find_sites(sample_reports.loaded(llama))
-        pipeline.optimize(outcome, plan)
-    return taken, plan
 
 
 @pytest.mark.parametrize("ending", GRAPHS)

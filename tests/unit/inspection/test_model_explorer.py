@@ -6,28 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import sample_reports
-from small_models import FittedModel
 
-from fhopt.inspection.facts import Inspection, site_facts
-from fhopt.inspection.graph_files import write_graphs
+from fhopt.inspection.facts import Inspection
 from fhopt.inspection.model_explorer import namespace
 from fhopt.inspection.snapshots import Snapshots
-from fhopt.models.sites import find_sites
-from fhopt.passes import pipeline
-
-
-@pytest.fixture(scope="module")
-def written(llama: FittedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Snapshots, Inspection]:
-    seen, plan, loaded = Snapshots(keep_networks=True), llama.plan(4), sample_reports.loaded(llama)
-    with seen.taking():
-        outcome = find_sites(loaded)
-        found = site_facts(loaded, outcome, plan)
-        pipeline.optimize(outcome, plan)
-    path = tmp_path_factory.mktemp("explorer") / "tiny.fhopt"
-    names = [p.name for p in write_graphs(seen, path, found, "normalize")]
-    assert names == ["tiny.fhopt", "tiny.bytes.json", "tiny.bits.json", "tiny.nats.json"]
-    return path, seen, found
 
 
 def test_node_data_are_those_of_the_sites(written: tuple[Path, Snapshots, Inspection]) -> None:

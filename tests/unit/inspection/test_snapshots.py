@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import sample_reports
 from seen_plans import STAGES
 from small_models import FittedModel
 
 from fhopt.inspection.snapshots import Snapshots
 from fhopt.models.sites import find_sites
-from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
-
-
-@pytest.fixture(scope="module")
-def snapshots(llama: FittedModel) -> tuple[Snapshots, LatentPlan]:
-    taken, plan = Snapshots(keep_networks=True), llama.plan(4)
-    with taken.taking():
-        outcome = find_sites(sample_reports.loaded(llama))
-        pipeline.optimize(outcome, plan)
-    return taken, plan
 
 
 def test_a_snapshot_is_taken_after_every_pass_and_none_outside(

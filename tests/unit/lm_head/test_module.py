@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lm_heads import applied, made, skewed, weights
-from needs import needs_compiler
+from needs import covering, needs_compiler
 from small_models import tiny_gpt2, tiny_llama, token_ids
 from torch import nn
 
@@ -24,8 +24,7 @@ from fhopt.lm_head.module import RetrievalHead, dense, stamp_of
 pytestmark = needs_compiler
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@covering(1, make={"llama": tiny_llama, "gpt2": tiny_gpt2}, dtype=[torch.float32, torch.bfloat16])
 def test_generation_equals_that_of_the_dense_head(make: Any, dtype: torch.dtype) -> None:
     model = make().to(dtype)
     prompt = token_ids(3, 12)

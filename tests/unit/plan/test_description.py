@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forged_files import changed
 from hand_plans import CODED, random_plan
 from paged_plans import paged
 from safetensors.torch import load_file, save_file
@@ -49,19 +49,6 @@ def fields(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
     for name, item in items:
         yield (*path, name)
         yield from fields(item, *path, name)
-
-
-def changed(described: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """Return a copy with another value at one place; `...` deletes it."""
-    described = copy.deepcopy(described)
-    holder = described
-    for name in path[:-1]:
-        holder = holder[name]
-    if value is ...:
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = value
-    return described
 
 
 def nudged(value: Any) -> Any:

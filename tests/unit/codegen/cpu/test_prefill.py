@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from needs import needs_compiler
+from needs import needs_compiler, sampled
 from torch import Tensor
 
 from fhopt.codegen.background import Builder
@@ -33,7 +33,7 @@ TIERS = algebra.BitGroups([8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7])
 UNITS = {"this CPU": "", "AVX-512 BF16": "cooperlake", "AVX2": "x86-64-v3", "SSE": "x86-64"}
 
 
-@pytest.fixture(autouse=True, params=UNITS.values(), ids=list(UNITS))
+@pytest.fixture(autouse=True, params=sampled(UNITS.values(), 4), ids=list(UNITS))
 def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for the kernel, for this CPU or a lesser one, even if 4-float vectors would not pay."""
     if request.param and platform.machine() != "x86_64":

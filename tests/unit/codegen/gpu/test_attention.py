@@ -26,9 +26,9 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def failed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     pytest.importorskip("triton")
-    return failures("triton_attention_checks", tmp_path_factory.mktemp("triton"))
+    return failures("triton_attention_checks", tmp_path_factory.mktemp("triton"), request)
 
 
 @pytest.mark.slow

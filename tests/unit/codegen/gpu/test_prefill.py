@@ -36,8 +36,8 @@ STEPS = {8: 0.02, 4: 0.3, 2: 0.9}
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return failures("triton_prefill_checks", tmp_path_factory.mktemp("triton"))
+def failed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return failures("triton_prefill_checks", tmp_path_factory.mktemp("triton"), request)
 
 
 @needs_triton

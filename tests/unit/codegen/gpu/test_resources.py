@@ -110,6 +110,7 @@ def test_objections_to_a_kernel_are_reported(change: dict[str, Any], reason: str
 # --------------------------------------------------------------------------------------------------- compiling
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_are_compiled_for_absent_gpus() -> None:
     found = {name: compile_kernels([product()], GPUS[name])[0] for name in ("a100-80", "h100", "mi300x")}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_twice import compiled_twice, explanations
+from needs import sampled
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -77,10 +78,10 @@ def inputs() -> tuple[Tensor]:
 
 @pytest.mark.parametrize(
     ("function", "names"),
-    [
+    sampled([
         (grad, [GRADIENT]), (grad_and_attention, [GRADIENT]), (vjp, [GRADIENT]), (jacrev, [GRADIENT]), (jvp, [TANGENT]),
         (jacfwd, [TANGENT, MAP]), (mapped, [MAP]), (in_place, [GRADIENT]), (of_a_sum, [GRADIENT]),
-    ],
+    ], 3),
 )  # fmt: skip
 def test_attention_inside_a_transform_is_not_rewritten(function: Callable[[Tensor], Any], names: list[str]) -> None:
     sites = compiled_twice(function, inputs(), inputs())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from needs import covering, sampled
 from small_models import MAKERS, cached, found, run, token_ids
 
 from fhopt.models.capture import capture, from_exported
@@ -17,8 +19,7 @@ from fhopt.passes.recognize.find_attention import rotation
 from fhopt.plan.site import Rope
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@covering(1, name=["llama", "gpt2"], attention=["sdpa", "eager"])
 def test_every_layer_of_a_decoder_is_found_and_results_stay(name: str, attention: str) -> None:
     model = MAKERS[name](attention)
     captured, outcome = found(model)
@@ -92,8 +93,10 @@ def test_the_angles_of_the_rotation_are_measured() -> None:
     assert site.rope.angles == pytest.approx(expected, rel=1e-4)  # cos and sin are float32
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["neox", "gptj", "qwen3", "cohere", "opt", "llama"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    sampled(itertools.product([torch.bfloat16, torch.float16], ["neox", "gptj", "qwen3", "cohere", "opt", "llama"]), 5),
+)
 def test_in_16_bit_models_the_same_rotation_is_found(name: str, dtype: torch.dtype) -> None:
     """Most models round sines and cosines to the dtype of their weights."""
 
@@ -199,12 +202,15 @@ def test_a_model_that_caches_latents_is_not_rewritten_with_a_reason() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "mask"),
-    [
-        ("t5", "self", "relative"),
-        ("set_transformer", "cross", "none"),
-        ("mpt", "self", "alibi"),
-        ("bert", "self", "padding"),
-    ],
+    sampled(
+        [
+            ("t5", "self", "relative"),
+            ("set_transformer", "cross", "none"),
+            ("mpt", "self", "alibi"),
+            ("bert", "self", "padding"),
+        ],
+        2,
+    ),
 )
 def test_kinds_and_masks_are_recognized(name: str, kind: str, mask: str) -> None:
     site, _ = site_of(name)
@@ -217,7 +223,7 @@ def test_sinks_and_windows_are_recognized() -> None:
     assert {(s.mask, s.window > 0) for s in outcome.sites.values()} == {("sliding", True), ("causal", False)}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", sampled(["sdpa", "eager"], 2))
 def test_checks_run_on_few_tokens_for_any_length_and_agree(attention: str) -> None:
     def described(length: int) -> list[Any]:
         captured = capture(MAKERS["llama"](attention), (), {"input_ids": token_ids(1, length), "use_cache": False})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_twice import compiled_twice, explanations
+from needs import sampled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,11 +80,11 @@ def inputs() -> tuple[Tensor]:
 
 @pytest.mark.parametrize(
     ("form", "queries"),
-    [
+    sampled([
         (by_head, (H, S, D)), (by_head, (1, H, S, D)), (expanded, (1, H, S, D)),
         (normed_keys, (H, S, D)), (by_einsum, (H, S, D)), (of_one_head, (S, WIDTH)), (keys_on_the_left, (S, WIDTH)),
         (by_linear, (S, WIDTH)),
-    ],
+    ], 3),
 )  # fmt: skip
 def test_attention_of_learned_queries_is_found(form: Callable[[Any, Tensor], Tensor], queries: tuple[int, ...]) -> None:
     module = Pooling(form, *queries).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from needs import covering
+from needs import sampled
 from torch import Tensor, nn
 from torch._inductor.fx_passes import fuse_attention
 
@@ -98,7 +99,7 @@ def check(name: str, is_projected: bool) -> None:
 
 
 @pytest.mark.usefixtures("traced_only")
-@covering(1, name=list(PATTERNS), is_projected={"bare": False, "projected": True})
+@pytest.mark.parametrize(("name", "is_projected"), sampled(itertools.product(PATTERNS, [False, True]), 5))
 def test_a_pattern_of_the_compiler_is_found_and_gives_the_same_result(name: str, is_projected: bool) -> None:
     check(name, is_projected)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_twice import compiled_twice, explanations
+from needs import covering
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -109,8 +110,9 @@ def by_a_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=0.3)
 
 
-@pytest.mark.parametrize("axis", ["b", "h", "s", "t", "d", "e"])
-@pytest.mark.parametrize("function", [spelled_out, by_exponentials, by_a_call])
+@covering(
+    1, function={f.__name__: f for f in (spelled_out, by_exponentials, by_a_call)}, axis=["b", "h", "s", "t", "d", "e"]
+)
 def test_an_attention_without_elements_is_not_rewritten(function: Callable[..., Tensor], axis: str) -> None:
     size: dict[str, Any] = {axis: 0}
     reasons = explanations(compiled_twice(function, operands(**size), operands(**size)))

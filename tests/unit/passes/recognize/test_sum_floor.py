@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from compiled_twice import compiled_twice, explanations
+from needs import covering
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,8 +79,10 @@ def of_small_scores() -> tuple[Tensor, Tensor, Tensor]:
     return q.abs() * 4 + 5, -k.abs() - 4, v
 
 
-@pytest.mark.parametrize("powers", [shifted, shifted_by_max])
-@pytest.mark.parametrize("weights", [normalized, clamped, clamped_by_name, added, added_first])
+@covering(
+    1, weights={f.__name__: f for f in (normalized, clamped, clamped_by_name, added, added_first)},
+    powers={f.__name__: f for f in (shifted, shifted_by_max)},
+)  # fmt: skip
 def test_a_floor_below_the_largest_exponential_is_never_reached(
     powers: Callable[[Tensor], Tensor], weights: Callable[[Tensor], Tensor]
 ) -> None:

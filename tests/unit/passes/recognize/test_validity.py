@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled_twice import compiled_twice, explanations
+from needs import sampled
 from torch import Tensor, nn
 
 B, H, T, D = 2, 4, 9, 8
@@ -89,7 +90,7 @@ IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the secon
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*AFTER_SOFTMAX, *IN_SCORES])
+@pytest.mark.parametrize("name", sampled([*AFTER_SOFTMAX, *IN_SCORES], 2))
 def test_a_value_without_effect_in_the_first_call_is_not_dropped(name: str) -> None:
     program, first, second, reason = (AFTER_SOFTMAX | IN_SCORES)[name]
     sites = compiled_twice(program, (*operands(), first), (*operands(1), second), tolerance=1e-12)
@@ -233,7 +234,7 @@ def future() -> Tensor:
     return torch.ones(T, T, dtype=torch.bool).triu(1)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", sampled(ROWS, 2))
 def test_a_row_without_keys_gives_the_same_as_the_model(name: str) -> None:
     program, rows = ROWS[name]
     sets = [(*operands(i), m.expand(B, 1, T, T)) for i, m in enumerate((ONES, NOTHING, SOMETHING))]

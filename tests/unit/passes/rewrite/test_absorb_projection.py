@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from absorbed_latents import Absorbing, B, C, H, Mla, N, P, R, T, inputs, plain, with_rotary
+from needs import covering
 from small_models import found, tiny_gpt2
 from torch import Tensor, fx, nn
 
@@ -52,8 +53,7 @@ def checked(module: Mla, dynamic: bool | None = None) -> Absorbing:
     return backend
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("expand", [plain, biased, by_heads])
+@covering(1, expand={f.__name__: f for f in (plain, biased, by_heads)}, dynamic=[True, False])
 def test_any_spelling_of_the_expansion_is_absorbed(expand: Any, dynamic: bool) -> None:
     backend = checked(Mla(expand), dynamic)
     assert len(backend.absorbed) == 1 == len(backend.outcomes)
