@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quality_tables import as_csv
-from results_sections import PAGES, Page, Section
+from results_sections import PAGES, ResultsPage, Section
 from results_tables import RESULTS, ROOT, Results, by_case
 
 DOCS = ROOT / "docs"
@@ -32,20 +32,20 @@ def pages(folder: Path = RESULTS) -> dict[str, str]:
     results = {path.stem: Results.read(path) for path in sorted(folder.glob("*.json"))}
     known = {name for page in PAGES.values() for name in page.sections}
     others = {name: Section(name, "make help", "", by_case) for name in results if name not in known}
-    shown = dict(PAGES) | ({"others": Page("Others", "Further results.", others)} if others else {})
+    shown = dict(PAGES) | ({"others": ResultsPage("Others", "Further results.", others)} if others else {})
     out = {f"results/{name}.md": page_text(name, page, results, folder) for name, page in shown.items()}
     out |= {f"results/{name}.csv": as_csv(found) for name, found in results.items() if name.startswith("quality")}
     return {"results.md": index(shown)} | out
 
 
-def index(shown: dict[str, Page]) -> str:
+def index(shown: dict[str, ResultsPage]) -> str:
     """Return the page that lists the others."""
     lines = [f"- [{page.title}](results/{name}.md): {page.about}" for name, page in shown.items()]
     tree = ["```{toctree}", ":hidden:", "", *(f"results/{name}" for name in shown), "```"]
     return "\n".join([INDEX, *lines, "", *tree]) + "\n"
 
 
-def page_text(name: str, page: Page, results: dict[str, Results], folder: Path) -> str:
+def page_text(name: str, page: ResultsPage, results: dict[str, Results], folder: Path) -> str:
     """Format one page: its sections in order, those without results left out."""
     parts = [NOTE, f"# {page.title}", page.about]
     parts += [section(page.sections[file], results[file], folder) for file in page.sections if file in results]

@@ -33,7 +33,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Page:
+class ResultsPage:
     """Describe one page: its title, what it is about, and its sections by results file."""
 
     title: str
@@ -207,18 +207,18 @@ RELIABILITY = {
 }  # fmt: skip
 
 PAGES = {
-    "quality": Page(
+    "quality": ResultsPage(
         "Quality",
         "Change in perplexity, and KL divergence from the model with the full-precision cache, on held-out texts: "
         "domains that did not calibrate the plan. Texts from calibration domains are in the CSV files only.",
         QUALITY,
     ),
-    "tasks": Page("Tasks", "Accuracy on tasks, with the number of items and 95% confidence intervals.", TASKS),
-    "speed": Page("Speed and memory", "Latency and memory on CPUs.", SPEED),
-    "engines": Page("Other inference engines", "Decode and prompt throughput compared with other engines.", ENGINES),
-    "serving": Page("Serving", "Plans in vLLM.", SERVING),
-    "detection": Page(
+    "tasks": ResultsPage("Tasks", "Accuracy on tasks, with the number of items and 95% confidence intervals.", TASKS),
+    "speed": ResultsPage("Speed and memory", "Latency and memory on CPUs.", SPEED),
+    "engines": ResultsPage("Other inference engines", "Decode and prompt throughput, by engine.", ENGINES),
+    "serving": ResultsPage("Serving", "Plans in vLLM.", SERVING),
+    "detection": ResultsPage(
         "Detection", "Which attentions fhopt finds, and how exactly the rewritten graphs compute.", DETECTION
     ),
-    "reliability": Page("Reliability", "Long runs, versions and test coverage.", RELIABILITY),
+    "reliability": ResultsPage("Reliability", "Long runs, versions and test coverage.", RELIABILITY),
 }  # fmt: skip
