@@ -120,10 +120,10 @@ audit: $(DEMO) $(AUDIT)  ## known vulnerabilities of everything installed, and o
 	$(BIN)/pip-audit --progress-spinner off --skip-editable
 	$(BIN)/pip-audit --progress-spinner off --strict --no-deps --disable-pip -r constraints.txt
 
-zoo: $(BENCH)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
+zoo: $(BENCH)  ## find attention in every model of the zoo, compare, write docs/results/zoo.md (QUICK=1: a sample)
 	$(BIN)/python -m benchmarks.zoo.curated
 
-zoo-wide: $(BENCH)  ## find attention in every class of transformers, made small; writes docs/zoo_wide.md (QUICK=1: a sample)
+zoo-wide: $(BENCH)  ## find attention in every class of transformers, made small; writes docs/results/zoo_wide.md (QUICK=1: a sample)
 	$(BIN)/python -m benchmarks.zoo.wide
 
 zoo-plans: $(BENCH)  ## fit, apply and generate with a plan on every decoder of the wide zoo (QUICK=1: a sample)
@@ -132,7 +132,7 @@ zoo-plans: $(BENCH)  ## fit, apply and generate with a plan on every decoder of 
 bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
 	$(BIN)/python -m benchmarks.zoo.finding_time
 
-bench-quality: $(BENCH)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
+bench-quality: $(BENCH)  ## quality against bytes, plans and other small caches (QUICK=1: small)
 	$(BIN)/python -m benchmarks.quality.perplexity
 
 bench-calibration: $(BENCH)  ## loss of plans against the tokens that they were fitted to (QUICK=1: small)
@@ -184,6 +184,7 @@ bench-attention: $(BENCH)  ## attention of one token on this CPU, against every 
 docs: $(DOCS)  ## the documentation, into build/docs: warnings and broken links are errors
 	$(BIN)/python docs/error_catalogue.py
 	$(BIN)/python docs/results_page.py
+	$(BIN)/python docs/page_figures.py
 	$(BIN)/python docs/readme_figures.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "make docs: open build/docs/index.html"

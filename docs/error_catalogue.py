@@ -1,6 +1,6 @@
 """Generate the pages of exceptions and of reasons from the code: every message for a user, with its fix.
 
-    python docs/error_catalogue.py        writes docs/reference/errors.md and docs/reference/left_alone.md
+    python docs/error_catalogue.py        writes docs/reference/errors.md and docs/reference/not_rewritten.md
 
 Messages are read from the source text (`ast`), not collected at run time, so every message that can be raised is on
 the page. The last sentences of a message are its fix; a test fails for a message without one.
@@ -261,17 +261,17 @@ def grouped(results: list[Message], families: tuple[Family, ...]) -> dict[Family
 
 ERRORS_HEAD = """# Exceptions raised by fhopt
 
-An error that a user can correct raises `fhopt.FhoptError`. Its message says what was found, what was expected, and the
-cure; the command line prints it as one line, `fhopt: ...`, and ends with exit code 2. This page lists every such
+An error that a user can correct raises `fhopt.FhoptError`. Its message says what was found, what was expected, and how
+to fix it; the command line prints it as one line, `fhopt: ...`, and ends with exit code 2. This page lists every such
 message. Values that depend on the case are in ⟨angle brackets⟩.
 
 Any other exception is a defect of fhopt: a `PassError` names the pass that broke its contract and the node, and
 `FHOPT_DUMP=FOLDER` writes the graph after each pass, for a bug report. A graph that a pass does not recognize is not an
-error: it is not rewritten, for [a reason](left_alone.md).
+error: it is not rewritten, for [a reason](not_rewritten.md).
 """
 REASONS_HEAD = """# Reasons not to rewrite an attention
 
-An attention that fhopt does not recognize is not rewritten, stays exact, and is reported with a reason: by
+An attention that fhopt does not recognize is not rewritten, runs unchanged, and is reported with a reason: by
 `fhopt explain MODEL`, by `fhopt.report(compiled)`, and in an HTML report, together with the source line of the model's
 code. This page lists all reasons. Values that depend on the case are in ⟨angle brackets⟩.
 """
@@ -281,11 +281,11 @@ def errors_page() -> str:
     """Return the text of docs/reference/errors.md."""
     parts = [_GENERATED, ERRORS_HEAD]
     for family, result in grouped(messages(ERROR), FAMILIES).items():
-        rows = [f"| {_cell(problem)} | {_cell(cure)} |" for problem, cure in map(split, _texts(result))]
+        rows = [f"| {_cell(problem)} | {_cell(fix)} |" for problem, fix in map(split, _texts(result))]
         parts += [
             f"## {family.title}\n",
             f"{family.about}\n",
-            "| message | expected, and the cure |",
+            "| message | expected, and the fix |",
             "|---|---|",
             *rows,
             "",
@@ -294,7 +294,7 @@ def errors_page() -> str:
 
 
 def reasons_page() -> str:
-    """Return the text of docs/reference/left_alone.md."""
+    """Return the text of docs/reference/not_rewritten.md."""
     parts = [_GENERATED, REASONS_HEAD]
     for family, result in grouped(messages(REASON), REASONS).items():
         rows = [
@@ -305,7 +305,7 @@ def reasons_page() -> str:
 
 
 _GENERATED = "<!-- Made by docs/error_catalogue.py from the code. Do not edit. -->\n"
-PAGES = {"errors.md": errors_page, "left_alone.md": reasons_page}
+PAGES = {"errors.md": errors_page, "not_rewritten.md": reasons_page}
 
 
 def _texts(results: list[Message]) -> list[str]:

@@ -1,7 +1,7 @@
 """Tables of measured results, made from benchmarks/results/*.json.
 
-Each benchmark writes one file (benchmarks/recording.py): machine, versions, commit and rows of figures. `results_page`
-puts the tables into sections.
+Each benchmark writes one file (benchmarks/recording.py): machine, versions, commit and rows of values.
+`results_sections` puts the tables into sections.
 """
 
 from __future__ import annotations
@@ -88,23 +88,23 @@ def _heading(metric: str, unit: str) -> str:
 METRICS = {
     "step_ms": "decode step, ms",
     "cache_bytes": "KV cache, bytes",
-    "step_bytes": "bytes read by attention in a decode step",
+    "step_bytes": "bytes loaded by attention in a decode step",
     "sinks_bytes": "attention sinks, bytes",
     "sealed_bytes": "packed latents, bytes",
-    "window_bytes": "residual window, bytes",
-    "exact_bytes": "exact keys and values, bytes",
+    "window_bytes": "recent window, bytes",
+    "exact_bytes": "full-precision keys and values, bytes",
     "spare_bytes": "spare capacity, bytes",
-    "weight_left_out": "attention weight not read",
+    "weight_left_out": "attention weight left out",
     "right": "correct answers",
     "right_error": "correct answers, standard error",
-    "loss_rise": "increase of perplexity, %",
+    "loss_rise": "change in perplexity, %",
     "same_token": "same most likely token, %",
 }  # headings of metrics whose name in the files is not a term of the glossary
 NAMES = {
     ", growing": ", dynamic cache",
     ", static": ", static cache",
     "x codes": "x smaller latents",
-    "window of 8 bits": "residual window of 8 bits",
+    "window of 8 bits": "8-bit recent window",
     "fhopt, certain": "fhopt, guaranteed",
 }  # likewise parts of the names of cases and implementations
 
@@ -137,30 +137,6 @@ def by_case(results: Results) -> str:
 # ------------------------------------------------------------------------------------------------- tables of benchmarks
 
 
-def quality_and_kl(results: Results) -> str:
-    """Format KL and increase of perplexity of each cache at each size on each text."""
-    kl = quality(results, "kl", lambda value: f"{value:.4f}")
-    return f"KL from the exact cache, nats per token:\n\n{kl}\n\nIncrease of perplexity:\n\n{quality(results)}"
-
-
-def quality(
-    results: Results,
-    metric: str = "perplexity_increase_percent",
-    show: Callable[[float], str] = lambda value: f"{value:+.2f} %",
-) -> str:
-    """Format one metric of each cache at each size on each text."""
-    rows = results.of(metric)
-    texts = list(dict.fromkeys(row["case"].split("@")[0] for row in rows))
-    cells: dict[tuple[float, str], dict[str, str]] = {}
-    for row in rows:
-        text, size = row["case"].split("@")
-        cells.setdefault((float(size.rstrip("x")), row["impl"]), {})[text] = show(row["value"])
-    lines = (
-        [impl, f"{size:g}x", *(result.get(t, "-") for t in texts)] for (size, impl), result in sorted(cells.items())
-    )
-    return table(["cache", "size", *texts], lines)
-
-
 def attention(results: Results) -> str:
     """Format one table for each shape, in milliseconds."""
     shapes = list(dict.fromkeys(row["case"].split(", T=")[0] for row in results.rows))
@@ -191,11 +167,14 @@ def zoo(results: Results) -> str:
         ["forward passes", number(len(results.of("sites_expected")))],
         ["attentions expected", number(expected)],
         ["attentions found", number(result)],
-        ["not rewritten, for an expected reason", number(explained)],
-        ["largest difference of an output, relative", f"{max(r['value'] for r in results.of('max_error')):.1e}"],
-        ["largest difference of a gradient", f"{max(r['value'] for r in results.of('max_gradient_error')):.1e}"],
+        ["other softmaxes, not rewritten, with a reason", number(explained)],
+        [
+            "max error of an output, relative to the largest element",
+            f"{max(r['value'] for r in results.of('max_error')):.1e}",
+        ],
+        ["max error of a gradient, relative", f"{max(r['value'] for r in results.of('max_gradient_error')):.1e}"],
     ]
-    return table(["", "all"], lines)
+    return table(["", "total"], lines)
 
 
 def zoo_wide(results: Results) -> str:
@@ -205,11 +184,12 @@ def zoo_wide(results: Results) -> str:
         families.setdefault(row["family"], []).append(row)
     bad = ("silent", "wrong", "crashed")
     lines = [
-        [family, number(len(rows)), number(sum(r["baseline"] for r in rows)), number(sum(r["value"] for r in rows)),
+        [family, number(len(rows)), number(sum(r["baseline"] for r in rows)),
+         number(sum(min(r["value"], r["baseline"]) for r in rows)),
          *(str(sum(r["status"] == status for r in rows)) for status in bad)]
         for family, rows in families.items()
     ]  # fmt: skip
-    return table(["family", "classes", "attentions", "found", "missed in silence", "wrong numbers", "crashed"], lines)
+    return table(["family", "classes", "attentions", "found", "missed silently", "wrong results", "crashed"], lines)
 
 
 def zoo_plans(results: Results) -> str:
@@ -219,7 +199,7 @@ def zoo_plans(results: Results) -> str:
     for row in results.rows:
         by_ratio.setdefault(row["impl"], []).append(row["status"])
     lines = [[ratio, *(str(found.count(status)) for status in statuses)] for ratio, found in by_ratio.items()]
-    return table(["", "as expected", "loses more", "refused", "wrong", "crashed", "does not generate"], lines)
+    return table(["", "as expected", "KL above expected", "refused", "wrong", "crashed", "does not generate"], lines)
 
 
 def head(results: Results) -> str:
@@ -240,7 +220,7 @@ def compiled_zoo(results: Results) -> str:
     for metric, name in (("max_error", "an output"), ("max_gradient_error", "a gradient")):
         for words, is_half in (("float32", False), ("16 bits", True)):
             collected = [r["value"] for r in results.of(metric) if r["case"].endswith(HALVES) == is_half]
-            lines.append([f"largest difference of {name}, {words}", f"{max(collected):.1e}", ""])
+            lines.append([f"max relative error of {name}, {words}", f"{max(collected):.1e}", ""])
     return table(["", "flashhead", "inductor"], lines)
 
 
@@ -253,49 +233,48 @@ def coverage(results: Results) -> str:
     parts = [table(["package", "lines, %", "branches, %"], lines)]
     modules = [[f"`{row['case']}`", f"{row['value']:.1f}", row["impl"]] for row in results.of("lines_of_module")]
     if modules:
-        parts.append("Modules of which the tests run less than 80 % of the lines:")
+        parts.append("Modules with line coverage below 80%:")
         parts.append(table(["module", "lines, %", "why"], modules))
     return "\n\n".join(parts)
 
 
 def tasks(results: Results) -> str:
-    """Format right answers and what an answer lost, a row for each task; then KL by generated position."""
+    """Format accuracy and its change, the change in log-probability, and KL by generated position."""
     size = re.compile(r"@([0-9.]+)x$")
 
     def order(impl: str) -> tuple[float, str]:
         return float(known[1]) if (known := size.search(impl)) else float("inf"), impl
 
     plans = sorted({row["impl"] for row in results.rows} - {"exact"}, key=order)
-    impls = ["exact", *plans]
     found = {(row["case"], row["impl"], row["metric"]): row["value"] for row in results.rows}
 
-    def cases(metric: str) -> list[str]:
-        return list(dict.fromkeys(row["case"] for row in results.of(metric)))
-
-    def cell(case: str, impl: str, metric: str, show: Callable[[float], str]) -> str:
+    def cell(case: str, impl: str, metric: str, shown: str) -> str:
         value = found.get((case, impl, metric))
-        return "-" if value is None else show(value)
+        return "-" if value is None else format(value, shown)
 
-    def right(case: str, impl: str) -> str:
-        change = found.get((case, impl, "log_prob_change"))
-        behind = "" if change is None else f" ({change:+.3f})"
-        return cell(case, impl, "accuracy_percent", lambda value: f"{value:.1f}") + behind
+    def accuracy(case: str, impl: str) -> str:
+        low, high = (cell(case, impl, f"accuracy_change_{end}", "+.0f") for end in ("low", "high"))
+        value = cell(case, impl, "accuracy_percent", ".1f")
+        return value if low == "-" else f"{value} ({low} to {high})"
 
-    answers = [
-        [case, cell(case, "exact", "items", number), *(right(case, impl) for impl in impls)]
-        for case in cases("accuracy_percent")
-    ]
-    lost = [
-        [case, *(cell(case, impl, "kl_nats", lambda value: f"{value:.5f}") for impl in plans)]
-        for case in cases("kl_nats")
-        if "@" in case
-    ]
+    def lines(metric: str, row: Callable[[str], list[str]]) -> list[list[str]]:
+        return [[case, *row(case)] for case in dict.fromkeys(r["case"] for r in results.of(metric))]
+
+    answers = lines("accuracy_percent", lambda case: [
+        cell(case, "exact", "items", ".0f"), cell(case, "exact", "accuracy_percent", ".1f"),
+        *(accuracy(case, plan) for plan in plans),
+    ])  # fmt: skip
+    changes = lines("log_prob_change", lambda case: [cell(case, plan, "log_prob_change", "+.3f") for plan in plans])
+    kl = lines("kl_nats", lambda case: [cell(case, plan, "kl_nats", ".5f") for plan in plans])
+    shown = [plan.replace("@", " ") for plan in plans]
     return "\n\n".join(
         [
-            "Right answers, % (in brackets: change of the right answer's log-probability, nats a token):",
-            table(["task", "items", *impls], answers),
-            "KL from the exact cache, nats a token, up to so many generated tokens:",
-            table(["text", *plans], lost),
+            "Accuracy, % (in parentheses: 95% interval of the change, percentage points):",
+            table(["task", "n", "full precision", *shown], answers),
+            "Change in log-probability of the correct answer, nats/token:",
+            table(["task", *shown], changes),
+            "KL divergence from the full-precision cache, nats/token; `generation@N`: up to N generated tokens:",
+            table(["text", *shown], [line for line in kl if "@" in line[0]]),
         ]
     )
 
@@ -318,7 +297,7 @@ def engines(results: Results) -> str:
         parts += ["Not run:", table(["engine", "case", "error"], failed)]
     sizes = [[row["impl"], f"{row['value'] / 1e9:.2f}"] for row in results.of("installed_bytes")]
     if sizes:
-        parts += ["Installed, without what fhopt itself needs:", table(["environment", "GB"], sizes)]
+        parts += ["Installed size, without fhopt's own requirements:", table(["environment", "GB"], sizes)]
     return "\n\n".join(parts)
 
 
@@ -328,13 +307,15 @@ def _by_context(results: Results, metric: str, show: Callable[[dict[str, Any]], 
     contexts = sorted({row["case"] for row in rows}, key=lambda text: int(text.replace(",", "")))
     cells = {(row["impl"], row["case"]): show(row) for row in rows}
     impls = dict.fromkeys(row["impl"] for row in rows)
-    return table(["tokens", *contexts], ([impl, *(cells.get((impl, c), "-") for c in contexts)] for impl in impls))
+    return table(
+        ["context, tokens", *contexts], ([impl, *(cells.get((impl, c), "-") for c in contexts)] for impl in impls)
+    )
 
 
 ENGINE_METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "decode_tokens_per_second": ("decode, tokens per second of all sequences", with_ratio),
-    "prefill_tokens_per_second": ("prompt, tokens per second of all sequences", with_ratio),
-    "first_token_s": ("first token, seconds from the start of the process", with_ratio),
-    "second_token_cold_s": ("second token, seconds, nothing compiled before", with_ratio),
-    "peak_bytes": ("peak memory of the process, MiB", lambda row: f"{row['value'] / 2**20:,.0f}"),
+    "decode_tokens_per_second": ("decode throughput, tok/s", with_ratio),
+    "prefill_tokens_per_second": ("prompt throughput, tok/s", with_ratio),
+    "first_token_s": ("time to first token from process start, s", with_ratio),
+    "second_token_cold_s": ("time to second token, s, with empty compile caches", with_ratio),
+    "peak_bytes": ("peak process memory, MiB", lambda row: f"{row['value'] / 2**20:,.0f}"),
 }

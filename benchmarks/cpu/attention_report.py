@@ -1,4 +1,4 @@
-"""Table, page and plot of benchmarks/cpu/attention.py."""
+"""Table and plot of benchmarks/cpu/attention.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from benchmarks import recording
 from benchmarks.cpu.attention_shapes import AttentionCase
 from benchmarks.recording import Row
 
@@ -66,36 +65,6 @@ def summary(rows: Sequence[Row]) -> Table:
     return out
 
 
-def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
-    """Return the page of results: a table per shape and dtype, skipped cases, and the targets."""
-    versions, about = recording.versions(), recording.machine()
-    by_key = {(row.case, row.impl, row.metric): row for row in rows}
-    names = [name for name in dict.fromkeys(row.impl for row in rows) if name != COPY]
-    every = list(dict.fromkeys(row.case for row in rows))
-    text = [
-        "# Attention of one token on a CPU",
-        "",
-        f"`make bench-attention` on {about['cpu']} ({about['cpu_capability']}, {about['cores']} cores), "
-        f"torch {versions['torch']}. Milliseconds a call, and the speed-up over the fastest implementation in torch. "
-        "Implementations in torch read the same keys and values; bytes of latents include their scales. "
-        "The implementations are described in [benchmarks/cpu/attention.py](../benchmarks/cpu/attention.py).",
-    ]
-    for group in dict.fromkeys(_group(case) for case in every):
-        here = [case for case in every if _group(case) == group]
-        labels = [", ".join(_label(case)) for case in here]
-        text += ["", f"## {group}", "", "| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(here)]
-        for name in names:
-            cells = [_cell(by_key, case, name) for case in here]
-            text.append(f"| {name} | " + " | ".join(cells) + " |")
-        copies = [f"{by_key[case, COPY, 'gb_s'].value:.0f}" for case in here]
-        text.append("| a copy, GB/s | " + " | ".join(copies) + " |")
-    if left_out:
-        text += ["", "Left out: " + "; ".join(left_out) + "."]
-    text += ["", "## Promises, T=32768, B=1", "", "| | promised | measured |", "|---|---|---|"]
-    text += [f"| {what} | {target:.1f}x | {measured:.2f}x |" for what, target, measured in promised(rows)]
-    return "\n".join(text) + "\n"
-
-
 def _group(case: str) -> str:
     shape, _, _, dtype, _ = case.split(", ")
     return f"{shape}, {dtype}"
@@ -104,14 +73,6 @@ def _group(case: str) -> str:
 def _label(case: str) -> tuple[str, str, str]:
     _, tokens, batch, _, threads = case.split(", ")
     return tokens, batch, threads
-
-
-def _cell(by_key: dict[tuple[str, str, str], Row], case: str, name: str) -> str:
-    time_ms, speed = by_key.get((case, name, "time_ms")), speed_gb_s(by_key, case, name)
-    if time_ms is None or speed is None:
-        return "-"
-    text = f"{time_ms.value:.3g} ({time_ms.ratio:.2f}x)"
-    return f"{text}, {speed:.0f} GB/s" if name.startswith("fhopt") else text
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:

@@ -1,9 +1,9 @@
 """Benchmark of quality against bytes: plans and other small KV caches, on the same tokens and full-precision tokens.
 
-    python -m benchmarks.quality.perplexity                 benchmarks/results/quality.json and .png, docs/quality.md
+    python -m benchmarks.quality.perplexity                 benchmarks/results/quality.json and .png
     python -m benchmarks.quality.perplexity --quick         one short text, one ratio, two methods (also QUICK=1)
     python -m benchmarks.quality.perplexity --plans FOLDER  saved plans FOLDER/8x, ... instead of calibration
-    python -m benchmarks.quality.perplexity --model FOLDER  another model: benchmarks/results/quality-NAME.json; no page
+    python -m benchmarks.quality.perplexity --model FOLDER  another model: benchmarks/results/quality-NAME.json
     python -m benchmarks.quality.perplexity --kept ...      plans only, other methods from the model's results file
 
 Quality is measured against the full-precision cache: perplexity increase, and KL(exact || other) of the next token. The
@@ -31,13 +31,12 @@ from benchmarks.quality.caches import baseline_caches, fit_plans, load_plans, ou
 from benchmarks.quality.comparison import rows
 from benchmarks.quality.former_results import check_kept, kept_results
 from benchmarks.quality.measurement import TEXTS, exact_perplexity, measure, read_texts
-from benchmarks.quality.report import contest_table, draw, summary, write_page
-from benchmarks.recording import ROOT, is_quick, record, screen
+from benchmarks.quality.report import contest_table, draw, summary
+from benchmarks.recording import is_quick, record, screen
 from fhopt.calibration import options as calibration_options
 from fhopt.errors import FhoptError
 from fhopt.models.loader import load_model
 
-PAGE = ROOT / "docs" / "quality.md"
 RATIOS = (3.2, 4.0, 5.3, 8.0, 12.0)
 CONTEXT = 2048
 QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
@@ -50,7 +49,7 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option(
     "--data", multiple=True, metavar="TEXT", help="Calibration text; topics when not given for the demo model."
 )
-@click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`; no page for other ones.")
+@click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--context", default=CONTEXT, show_default=True, help="Tokens of each text.")
 @click.option(
@@ -68,7 +67,7 @@ def main(
     )  # ninja: quanto
     quick = quick or is_quick()
     options = calibration_options.FitOptions()
-    if data or model == "demo":  # the demo model's page is about domains not used for calibration
+    if data or model == "demo":  # the demo model is measured on domains that did not calibrate
         options = dataclasses.replace(options, texts=data or ("topics",))
     if quick:
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
@@ -90,9 +89,6 @@ def main(
         raise click.ClickException(str(error)) from error
     record(name, rows(results), lambda figure: draw(figure, results, loaded.name), summary(results))
     screen().print(contest_table(results))
-    if not quick and model == "demo":
-        write_page(PAGE, results)
-        print(f"quality: {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,19 @@
-"""Tables, plot and page of benchmarks/quality/perplexity.py."""
+"""Tables and plot of benchmarks/quality/perplexity.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.quality.comparison import COMPARABLE, Contest, contests, size_name
+from benchmarks.quality.comparison import Contest, contests, size_name
 from benchmarks.quality.measurement import COUNTED_AT, OURS, QualityResult
-from benchmarks.quality.methods.quantized_caches import PACKAGES
-from benchmarks.recording import commit, machine, versions
 from fhopt.evaluation.statistics import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
-
-COMMAND = "make bench-quality"
 
 
 def summary(results: Sequence[QualityResult]) -> Table:
@@ -120,88 +114,3 @@ def _lines(axes: Axes, results: Sequence[QualityResult], loss: Callable[[Compari
         if family == OURS:
             style |= dict(linewidth=2.5, zorder=3, color="black")
         axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], label=family, **style)
-
-
-def write_page(path: Path, results: Sequence[QualityResult]) -> None:
-    """Write the Markdown page: implementations, contests, texts."""
-    lines = [
-        "# Quality: the loss of smaller KV caches",
-        "",
-        *_made_by(),
-        "",
-        *_method(results),
-        "",
-        "![loss against bytes](../benchmarks/results/quality.png)",
-        "",
-        "## By implementation",
-        "",
-        *_markdown(SUMMARY, [_summary_cells(result) for result in results]),
-        "",
-        "## Plans against caches that are not smaller",
-        "",
-        "Each plan is compared with each method's smallest size that is at least as large. `its bytes` and `its KL` "
-        "are relative to the plan's; a plan is better when it is better in both measures. In `quality.json`, a plan's "
-        f"baseline is the best of these that holds at most {COMPARABLE:g} times its bytes.",
-        "",
-        *_markdown(CONTESTS, [_contest_cells(contest) for contest in contests(results)]),
-        "",
-        "## By text",
-        "",
-        *_by_text(results),
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.part")
-    staging.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    staging.replace(path)
-
-
-def _made_by() -> list[str]:
-    used, on = versions(), machine()
-    known, _, state = commit().partition("-")
-    measured = f"{known[:12]} ({state})" if state else known[:12]
-    packages = [f"{p} {metadata.version(p)}" for p in PACKAGES.values() if _is_installed(p)]
-    named = ", ".join([f"torch {used['torch']}", f"transformers {used.get('transformers', '-')}", *packages])
-    return [
-        f"Made by `{COMMAND}` with {named}, on {on['cpu'] or on['architecture']} ({on['threads']} threads), commit "
-        f"{measured}. Do not edit: run the command again.",
-    ]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _method(results: Sequence[QualityResult]) -> list[str]:
-    texts = list(results[0].by_text)
-    unseen = ", ".join(f"{t.name} ({len(t.ids):,} tokens)" for t in texts if t.is_unseen)
-    seen = ", ".join(t.name for t in texts if not t.is_unseen)
-    return [
-        f"SmolLM2-135M-Instruct in float32; each token attends to what it would attend to in decoding. Unseen texts: "
-        f"{unseen}; the mean is over their tokens. Calibrated on the first half of "
-        f"{seen or 'another text'}, whose second half is in the last table only. Bytes are counted at "
-        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. All have the same attention sinks and "
-        "residual window, but quanto and hqq: they are `transformers.QuantizedCache` with its own residual window. "
-        "Formulas: the docstring of `benchmarks/quality/methods/quantized_caches.py` and of the modules that it names; "
-        "sources: [comparison](comparison.md). Intervals: a bootstrap over blocks of 64 tokens."
-    ]
-
-
-def _by_text(results: Sequence[QualityResult]) -> list[str]:
-    """Format the perplexity increase, with the full-precision perplexity in the first row."""
-    texts = list(results[0].by_text)
-    exact = [f"{results[0].by_text[text].exact:.3f}" for text in texts]
-    heading = ("cache", "size", *(text.name + ("" if text.is_unseen else " (kind of calibration)") for text in texts))
-    body = [
-        (result.impl.name, size_name(result.impl), *(_percent(result.by_text[t].increase_percent) for t in texts))
-        for result in results
-    ]
-    return _markdown(heading, [("exact perplexity", "1x", *exact), *body])
-
-
-def _markdown(heading: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    lines = [heading, ["---"] * len(heading), *body]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -1,6 +1,6 @@
 """Plans on every decoder in which the wide zoo finds attention: fit, apply and generate.
 
-    python -m benchmarks.zoo.plans               everything: benchmarks/results/zoo_plans.json and docs/zoo_plans.md
+    python -m benchmarks.zoo.plans               benchmarks/results/zoo_plans.json and docs/results/zoo_plans.md
     python -m benchmarks.zoo.plans --only Gemma  classes whose name contains Gemma; writes nothing
     python -m benchmarks.zoo.plans --quick       a sample of under a minute (also QUICK=1); writes nothing
 
@@ -31,7 +31,7 @@ from benchmarks.zoo.wide_check import one_line
 from benchmarks.zoo.wide_report import reasons
 
 KEPT = ROOT / "build" / "zoo_plans.jsonl"
-PAGE = ROOT / "docs" / "zoo_plans.md"
+PAGE = ROOT / "docs" / "results" / "zoo_plans.md"
 SECONDS = 300.0  # per plan; most take 3 to 10
 RATIOS = (4.0, 1.0)
 WIDE = 48  # tokens of a sliding window: compressed, and shorter than the prompt
@@ -39,9 +39,9 @@ WINDOWS = re.compile(r"sliding_window(_size)?|attention_window_size|attention_ch
 SAMPLE = 20  # in a quick run, one in this many classes
 STATUSES = {
     "works": "as expected",
-    "more": "loses more than expected",
+    "more": "KL above expected",
     "refused": "refused, with a reason",
-    "wrong": "wrong numbers, or a plan that is not used",
+    "wrong": "wrong results, or a plan that is not used",
     "crashed": "crashed",
     "not built": "does not generate in this form",
 }
@@ -198,8 +198,8 @@ def page(rows: Sequence[PlanRow]) -> str:
         "",
         "Every decoder of [the wide zoo](zoo_wide.md) that has keys and values of its own to compress: tiny, random "
         "weights. A plan is fitted to random tokens and applied; the model then generates, and decodes the tokens that "
-        "it generates without a plan. A plan of ratio 1 must give the same logits; one of ratio 4 should lose, in nats "
-        "a token, at most five times what its fit expects. Random models say nothing about the loss of trained ones.",
+        "it generates without a plan. A 1x plan must give the same logits; a 4x plan must have a KL of at most five "
+        "times its expected loss. Random models say nothing about the quality of trained ones.",
         "",
         "| ratio | classes | " + " | ".join(STATUSES.values()) + " |",
         "|---|---|" + "---|" * len(STATUSES),
@@ -220,14 +220,18 @@ def _changed_experts(rows: Sequence[PlanRow]) -> list[str]:
     if not rows:
         return []
     names = ", ".join(row.case for row in rows)
-    return ["", f"In these, a token changed its expert; what counts is the loss with all experts for each: {names}."]
+    return [
+        "",
+        "In these mixtures of experts, a token was routed to another expert; they are compared with all experts "
+        f"active: {names}.",
+    ]
 
 
 def _losses(rows: Sequence[PlanRow]) -> list[str]:
     """Format the plans that exceed the expected KL."""
     if not rows:
         return []
-    lines = ["", "## Loses more than expected", "", "| class | nats a token | expected |", "|---|---|---|"]
+    lines = ["", "## KL above expected", "", "| class | nats a token | expected |", "|---|---|---|"]
     return lines + [f"| {row.case} | {row.measured:.1e} | {row.expected:.1e} |" for row in rows]
 
 

@@ -1,6 +1,6 @@
 """Attention detection in every model class of the installed transformers, small and random, with numerical checks.
 
-    python -m benchmarks.zoo.wide                    everything: benchmarks/results/zoo_wide.json, docs/zoo_wide.md
+    python -m benchmarks.zoo.wide                    benchmarks/results/zoo_wide.json, docs/results/zoo_wide.md
     python -m benchmarks.zoo.wide --only Gemma       classes whose name contains Gemma; writes nothing
     python -m benchmarks.zoo.wide --family decoders  only that family; rows of others stay unchanged
     python -m benchmarks.zoo.wide --quick            a sample of under a minute (also QUICK=1); writes nothing
@@ -36,7 +36,7 @@ from benchmarks.zoo.wide_check import BAD, WideRow, check, one_line
 from benchmarks.zoo.wide_report import page, table
 
 KEPT = ROOT / "build" / "zoo_wide.jsonl"
-PAGE = ROOT / "docs" / "zoo_wide.md"
+PAGE = ROOT / "docs" / "results" / "zoo_wide.md"
 SECONDS = 240.0  # per class; most take 2 to 5
 QUICK_SECONDS = 40.0  # time limit for starting another class in a quick run
 SAMPLE = 25  # in a quick run, one in this many classes

@@ -12,9 +12,9 @@ from benchmarks.zoo.wide_check import WideRow
 
 STATUSES = {
     "found": "all found",
-    "explained": "some left alone, with a reason",
-    "silent": "missed in silence",
-    "wrong": "wrong numbers",
+    "explained": "some not rewritten, with a reason",
+    "silent": "missed silently",
+    "wrong": "wrong results",
     "crashed": "crashed",
     "not captured": "not traced by torch.compile",
     "no attention": "no softmax attention",
@@ -42,7 +42,7 @@ def _cells(members: Sequence[WideRow]) -> list[str]:
             f"{worst:.0e}"]  # fmt: skip
 
 
-HEADINGS = ("classes", "attentions", "found", "share", "explained", *STATUSES.values(), "largest difference")
+HEADINGS = ("classes", "attentions", "found", "share", "explained", *STATUSES.values(), "max relative error")
 
 
 def table(rows: Sequence[WideRow]) -> Table:
@@ -68,15 +68,15 @@ def page(rows: Sequence[WideRow], versions: Mapping[str, str], commit: str, untr
         "Every model class is built from its default configuration with rewritten sizes (two layers, or one of each "
         "kind; H=4, D=16) and random weights, and called once. The attentions of a class are counted from what it "
         "computes: the softmax of a product of two activations, and a product of that with values. Each is then found "
-        "by fhopt and rewritten exactly, or left alone with a reason; outputs of both graphs are compared, relative to "
-        "the largest number of each tensor. Weights are random, so nothing here says how well a plan would do.",
+        "by fhopt and rewritten exactly, or not rewritten, with a reason. Outputs of both graphs are compared, "
+        "relative to the largest element of each tensor. Weights are random: this says nothing about plan quality.",
         "",
         "| family | " + " | ".join(HEADINGS) + " |",
         "|---|" + "---|" * len(HEADINGS),
         *(f"| {name} | " + " | ".join(_cells(members)) + " |" for name, members in families(rows).items()),
         "",
         "Classes without softmax attention are state-space, convolutional and similar models. Classes that were not "
-        "built refuse small sizes, or need other inputs than those that are tried; they say nothing about fhopt.",
+        "built reject small sizes, or need inputs that the benchmark does not try; they say nothing about fhopt.",
         *(
             [f"{untried} further classes have not been tried yet: `make zoo-wide` goes on with them."]
             if untried
