@@ -223,13 +223,14 @@ def found(folder: Path) -> str:
     counts = ("expected", "found", "explained")
     expected, sites, left = (sum(row["value"] for row in results.of(f"sites_{what}")) for what in counts)
     output, gradient = (max(r["value"] for r in results.of(f"max_{what}error")) for what in ("", "gradient_"))
-    wide = _read(folder, "zoo_wide").of("attentions_found")
-    all_found, counted = (sum(row[key] or 0 for row in wide) for key in ("value", "baseline"))
+    built = [row for row in _read(folder, "zoo_wide").of("attentions_found") if row["status"] != "not built"]
+    all_found, counted = (sum(row[key] or 0 for row in built) for key in ("value", "baseline"))
     text = (
         f"On {number(len(passes))} forward passes of tiny random models, fhopt rewrites {number(sites)} of "
         f"{number(expected)} attention ops and reports a reason for {number(left)} others. Outputs match to "
-        f"{output:.1e}, gradients to {gradient:.1e} (relative to the largest element). In all model "
-        f"classes of transformers and five other libraries, it detects {number(all_found)} of {number(counted)}. "
+        f"{output:.1e}, gradients to {gradient:.1e} (relative to the largest element). In "
+        f"{len(built)} model classes of transformers and five other libraries, it detects {number(all_found)} of "
+        f"{number(counted)}. "
         "`fhopt explain MODEL` lists misses."
     )
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
