@@ -1,6 +1,7 @@
 """Fill the figures of README.md from benchmarks/results/*.json.
 
-    python docs/readme_figures.py      writes README.md
+    python docs/readme_figures.py                       writes README.md
+    python docs/readme_figures.py --release URL         also makes links absolute, for package indexes
 
 A block of README.md between `<!-- figures: NAME -->` and `<!-- end -->` holds what the function `NAME` of `BLOCKS`
 returns. Every measured figure of the README is in such a block, and a test compares them with the files.
@@ -8,10 +9,11 @@ returns. Every measured figure of the README is in such a block, and a test comp
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ SMALL_WEIGHTS = re.compile("Q4_0|int[48]")  # in names of engines, of 4 or 8 bit
 CALIBRATED = ("source", "docstrings", "topics", "mixture")  # texts of the kinds that calibrated the plans
 FHOPT = "fhopt"
 SIZES = 4.0, 8.0  # times smaller than a 16-bit cache: baselines are compared at the sizes nearest to them
+MAX_METHODS = 3  # other methods of one size in the table, those of the lowest KL
 NEAR = 1.25  # ratio up to which two sizes are compared
 NAMES = {
     "fhopt": "**fhopt**",
@@ -42,13 +45,18 @@ NAMES = {
     "snapkv": "SnapKV",
     "expected-attention": "Expected Attention",
 }  # families of caches in the files, in the words of the README; others by their own name
-MARKS = {"fhopt": "o", "kivi": "K", "kvtc": "V", "quarot": "Q", "turboquant": "T", "aatc": "A"}  # of the chart
-LEGEND = {"o": "fhopt", "V": "KVTC", "K": "KIVI", "A": "AATC", "Q": "QuaRot", "T": "TurboQuant", "+": "others"}
+ENGINES = {
+    "ik_llama": "ik_llama.cpp",
+    "fhopt exact": "fhopt, exact mode",
+    "fhopt 4x": "**fhopt 4x**",
+    "fhopt 8x": "**fhopt 8x**",
+}
+UNITS = {"AVX512": "AVX-512", "AVX2": "AVX2"}
 
 
 @dataclass(frozen=True)
 class CacheLoss:
-    """Hold what one cache of one size loses, over the texts that calibrated nothing.
+    """Hold the quality of one cache at one size, over held-out texts.
 
     name: of family and bits, in the files. size: how many times smaller than a 16-bit cache. mean, worst: rise of
     perplexity in percent. kl: mean, in nats per token. texts: how many.
@@ -98,123 +106,109 @@ def _cache(name: str, size: float, rises: list[float], kl: list[float]) -> Cache
 
 
 def measured(folder: Path) -> str:
-    """State loss, speed, engines and memory, with what each was measured on."""
+    """Tabulate quality, decode latency, throughput and memory, also where fhopt does not win."""
     plans = {cache.size: cache for cache in caches(_read(folder, QUALITY)) if cache.family == FHOPT}
+    four, eight = (plans[size] for size in SIZES)
+    peers = _read(folder, "peers")
     lines = [
-        _loss(plans[4.0], plans[8.0]),
-        _speed(_read(folder, "decode")),
-        _engines(_read(folder, "peers")),
+        [f"Perplexity increase, {four.texts} held-out domains: mean (worst)", "0", _rise(four), _rise(eight)],
+        ["KL divergence from the full-precision cache, nats/token", "0", f"{four.kl:.4f}", f"{eight.kl:.4f}"],
+        _decode_step(_read(folder, "decode")),
+        *(_compared(peers, *case) for case in (("decode", 8000), ("decode", 512), ("prefill", 8000), ("prefill", 512))),
         _memory(_read(folder, "memory")),
     ]
-    return "\n".join(lines)
-
-
-def _loss(four: CacheLoss, eight: CacheLoss) -> str:
-    return _item(
-        f"**Loss.** With a KV cache {four.size:g} times smaller, the perplexity of {four.texts} kinds of text that "
-        f"were not used for calibration changes by {four.mean:+.2f} % (worst text {four.worst:+.2f} %); "
-        f"{eight.size:g} times smaller, by {eight.mean:+.2f} % ({eight.worst:+.2f} %)."
+    caption = textwrap.fill(
+        f"{MODEL} on CPU ({peers.machine['cpu']}, AVX-512, {peers.machine['threads']} threads), batch 1. Throughput: "
+        "16-bit weights, compared with the fastest other engine. Below 1x, that engine is faster. "
+        "[All results](docs/results.md).",
+        WIDTH,
     )
+    return f"{caption}\n\n{table(['', 'baseline', 'fhopt 4x', 'fhopt 8x'], lines)}"
 
 
-def _speed(results: Results) -> str:
-    case = "batch 1, float32, 8,192 tokens"
-    rows = {row["impl"]: row for row in results.of("step_ms") if row["case"] == case}
-    four, eight, exact = (rows[name] for name in ("fhopt 4x, growing", "fhopt 8x, growing", "fhopt exact"))
-    return _item(
-        f"**Speed.** With 8,192 cached tokens a decode step takes {four['value']:.1f} ms, as `apply` and `generate` "
-        f"run it; the fastest implementation in transformers takes {four['baseline']:.1f} ms ({four['ratio']:.2f}x). "
-        f"With an 8 times smaller cache: {eight['ratio']:.2f}x; with the exact cache, compiled: {exact['ratio']:.2f}x "
-        f"(batch 1, float32, {results.machine['threads']} CPU threads)."
-    )
+def _rise(cache: CacheLoss) -> str:
+    return f"{cache.mean:+.2f}% ({cache.worst:+.2f}%)"
 
 
-def _engines(results: Results) -> str:
-    """State how fast tokens are generated behind the longest prompt, with each vector unit that was measured."""
-    rows = [
-        row for row in results.of("decode_tokens_per_second")
-        if row["case"].split("/")[::2][:2] == [MODEL, "1"] and not SMALL_WEIGHTS.search(row["impl"])
-    ]  # fmt: skip
-    longest = max(int(row["case"].split("/")[1]) for row in rows)
-    units: dict[str, dict[str, float]] = {}
-    for row in rows:
-        _, context, _, unit = row["case"].split("/")
-        if int(context) == longest:
-            speeds = units.setdefault(unit, {})
-            name = row["impl"] if row["impl"].startswith("fhopt") else row["impl"].split()[0]
+def _decode_step(results: Results) -> list[str]:
+    rows = {row["impl"]: row for row in results.of("step_ms") if row["case"] == "batch 1, float32, 8,192 tokens"}
+    plans = [rows[f"fhopt {size:g}x, growing"] for size in SIZES]
+    faster = (f"{row['value']:.1f} ({row['ratio']:.2f}x)" for row in plans)
+    return ["Decode step at 8,192 tokens, FP32, ms", f"{plans[0]['baseline']:.1f} (transformers)", *faster]
+
+
+def _compared(results: Results, stage: str, context: int) -> list[str]:
+    """Compare the throughput of both plans with the fastest other engine, with AVX-512."""
+    speeds = throughput(results, stage, context, "AVX512")
+    best, engine = max((speed, name) for name, speed in speeds.items() if not name.startswith(FHOPT))
+    plans = (speeds[f"fhopt {size:g}x"] for size in SIZES)
+    what = f"Decode at {context:,} tokens" if stage == "decode" else f"Prompt of {context:,} tokens"
+    ratios = (f"{speed:,.0f} ({speed / best:.2f}x)" for speed in plans)
+    return [f"{what}, tok/s", f"{best:,.0f} ({ENGINES.get(engine, engine)})", *ratios]
+
+
+def throughput(results: Results, stage: str, context: int, unit: str) -> dict[str, float]:
+    """Return tok/s of each engine at batch 1 with 16-bit weights and its fastest KV-cache type."""
+    speeds: dict[str, float] = {}
+    for row in results.of(f"{stage}_tokens_per_second"):
+        if row["case"] == f"{MODEL}/{context}/1/{unit}" and not SMALL_WEIGHTS.search(row["impl"]) and row["value"]:
+            name = row["impl"] if row["impl"].startswith(FHOPT) else row["impl"].split()[0]
             speeds[name] = max(row["value"], speeds.get(name, 0.0))
-    told = "; ".join(f"{UNITS[unit]} {_race(units[unit])}" for unit in sorted(units, key=list(UNITS).index))
-    return _item(
-        f"**Beside other engines**, tokens a second behind {longest:,}, 16-bit weights, the fastest cache of each: "
-        f"{told} ({results.machine['threads']} CPU threads)."
+    return speeds
+
+
+def engines(folder: Path) -> str:
+    """Tabulate decode and prompt throughput by engine, the fastest at long contexts first."""
+    results = _read(folder, "peers")
+    cases = [("decode", 8000, "AVX512"), ("decode", 512, "AVX512"), ("prefill", 8000, "AVX512"),
+             ("decode", 8000, "AVX2"), ("decode", 512, "AVX2"), ("prefill", 8000, "AVX2")]  # fmt: skip
+    speeds = [throughput(results, *case) for case in cases]
+    names = sorted(speeds[0], key=lambda name: -speeds[0][name])
+    rows = (
+        [ENGINES.get(name, name), *(f"{column[name]:,.0f}" if name in column else "-" for column in speeds)]
+        for name in names
     )
+    stages = {"decode": "decode", "prefill": "prompt"}
+    head = ["tok/s", *(f"{stages[stage]} {context:,}, {UNITS[unit]}" for stage, context, unit in cases)]
+    cpu = f"{results.machine['threads']} threads of an {results.machine['cpu']}"
+    caption = f"{MODEL}, batch 1, 16-bit weights, {cpu}; each engine's fastest KV type:"
+    return f"{caption}\n\n{table(head, rows)}"
 
 
-UNITS = {"AVX512": "with AVX-512", "AVX2": "with AVX2 alone"}
-
-
-def _race(speeds: Mapping[str, float]) -> str:
-    others = sorted((speed, name) for name, speed in speeds.items() if not name.startswith("fhopt"))
-    listed = ", ".join(f"{name} {speed:.0f}" for speed, name in others)
-    return f"{speeds['fhopt 4x']:.0f} at 4x and {speeds['fhopt 8x']:.0f} at 8x, {listed}"
-
-
-def _memory(results: Results) -> str:
+def _memory(results: Results) -> list[str]:
     exact, four = (results.value("resident_bytes", *case) / 2**20 for case in (("exact", "exact"), ("4x", "fhopt")))
-    return _item(
-        f"**Memory.** Over 8,192 tokens in bfloat16 the process grows by {four:.1f} MiB in place of {exact:.1f} MiB "
-        f"({exact / four:.2f}x less)."
+    return ["Process memory for 8,192 tokens, BF16, MiB", f"{exact:.1f}", f"{four:.1f} ({exact / four:.2f}x)", "-"]
+
+
+def tasks(folder: Path) -> str:
+    """State how many fields of JSON are right at the longest context, as an example of exact strings."""
+    results, case = _read(folder, "tasks"), "Qwen2.5-Coder-1.5B-Instruct/json_extraction@16384"
+    rows = {(row["impl"], row["metric"]): row["value"] for row in results.rows if row["case"] == case}
+    items = rows["exact", "items"]
+    right = [round(rows[impl, "accuracy_percent"] * items / 100) for impl in ("exact", "fhopt@4x", "fhopt@8x")]
+    text = (
+        f"- **Tasks.** Accuracy was measured on small samples only. Of {items:.0f} JSON fields in 16,384-token "
+        f"contexts, Qwen2.5-Coder-1.5B-Instruct extracts {right[0]} with the full-precision cache, {right[1]} at 4x "
+        f"and {right[2]} at 8x."
     )
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _item(text: str) -> str:
-    return textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def chart(folder: Path) -> str:
-    """Draw loss against size in characters: KL on a logarithmic axis, caches of the benchmark of quality as letters."""
-    known = [cache for cache in caches(_read(folder, QUALITY)) if cache.size >= 1.8]
-    shown = sorted(known, key=lambda cache: cache.family == FHOPT)  # on top of others
-    width, rows_a_decade, top, bottom = 60, 3, 0, -4
-    grid = [[" "] * width for _ in range((top - bottom) * rows_a_decade + 1)]
-    least, most = math.log(1.8), math.log(max(cache.size for cache in shown) * 1.04)
-    for cache in shown:
-        column = round((math.log(cache.size) - least) / (most - least) * (width - 1))
-        depth = round((top - math.log10(max(cache.kl, 10**bottom))) * rows_a_decade)
-        grid[max(0, depth)][column] = MARKS.get(cache.family, "+")
-    lines = []
-    for at, row in enumerate(grid):
-        label = f"{10.0 ** (top - at // rows_a_decade):g}" if at % rows_a_decade == 0 else ""
-        lines.append(f"{label:>8} |{''.join(row)}".rstrip())
-    marks = {MARKS.get(cache.family, "+") for cache in shown}
-    legend = "   ".join(f"{mark} {name}" for mark, name in LEGEND.items() if mark in marks)
-    return "\n".join(["```text", "KL, nats a token", *lines, *_scale(least, most, width), f"{'':>10}{legend}", "```"])
-
-
-def _scale(least: float, most: float, width: int) -> Iterable[str]:
-    """Return the horizontal axis of the chart."""
-    labels = [" "] * (width + 4)
-    for size in (2, 3, 4, 6, 8, 12):
-        column = round((math.log(size) - least) / (most - least) * (width - 1))
-        if column < width:
-            labels[column : column + len(f"{size}x")] = f"{size}x"
-    yield f"{'':>8} +{'-' * width}"
-    yield f"{'':>10}{''.join(labels)}".rstrip() + "  smaller than 16 bits"
-
-
-def rivals(folder: Path) -> str:
-    """Format a table: plans of fhopt, and each other method at the sizes nearest to those of `SIZES`."""
+def methods(folder: Path) -> str:
+    """Format a table: plans of fhopt, and the best other methods at the sizes nearest to those of `SIZES`."""
     all_caches = caches(_read(folder, QUALITY))
     shown = []
     for size in SIZES:
         near = [cache for cache in all_caches if _distance(cache, size) <= math.log(NEAR)]
         nearest = {c.family: c for c in sorted(near, key=lambda cache: -_distance(cache, size))}
-        shown += sorted(nearest.values(), key=lambda cache: cache.kl)
+        ranked = sorted(nearest.values(), key=lambda cache: cache.kl)
+        shown += [cache for cache in ranked if cache.family == FHOPT]
+        shown += [cache for cache in ranked if cache.family != FHOPT][:MAX_METHODS]
     lines = (
-        [cache.shown, f"{cache.size:g}x", f"{cache.mean:+.2f} %", f"{cache.worst:+.2f} %", f"{cache.kl:.4f}"]
+        [cache.shown, f"{cache.size:g}x", f"{cache.mean:+.2f}%", f"{cache.worst:+.2f}%", f"{cache.kl:.4f}"]
         for cache in shown
     )
-    head = ["KV cache", "smaller", f"perplexity, mean of {shown[0].texts} texts", "worst text", "KL to exact"]
+    head = ["method", "compression", f"perplexity, mean of {shown[0].texts} domains", "worst domain", "KL, nats/token"]
     return table(head, lines)
 
 
@@ -229,16 +223,26 @@ def found(folder: Path) -> str:
     counts = ("expected", "found", "explained")
     expected, sites, left = (sum(row["value"] for row in results.of(f"sites_{what}")) for what in counts)
     output, gradient = (max(r["value"] for r in results.of(f"max_{what}error")) for what in ("", "gradient_"))
+    built = [row for row in _read(folder, "zoo_wide").of("attentions_found") if row["status"] != "not built"]
+    all_found, counted = (sum(row[key] or 0 for row in built) for key in ("value", "baseline"))
     text = (
-        "Each rewrite is proved from the operators to hold for all values, and checked on random ones. In "
-        f"{number(len(passes))} forward passes of tiny random models, fhopt rewrites {number(sites)} of "
-        f"{number(expected)} attention ops and leaves {number(left)} others with a reason. On two sets of values, "
-        f"outputs match to {output:.1e} and gradients to {gradient:.1e} (relative to the largest element)."
+        f"On {number(len(passes))} forward passes of tiny random models, fhopt rewrites {number(sites)} of "
+        f"{number(expected)} attention ops and reports a reason for {number(left)} others. Outputs match to "
+        f"{output:.1e}, gradients to {gradient:.1e} (relative to the largest element). In "
+        f"{len(built)} model classes of transformers and five other libraries, it detects {number(all_found)} of "
+        f"{number(counted)}. "
+        "`fhopt explain MODEL` lists misses."
     )
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"measured": measured, "chart": chart, "rivals": rivals, "found": found}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "measured": measured,
+    "engines": engines,
+    "methods": methods,
+    "found": found,
+    "tasks": tasks,
+}
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:
@@ -250,13 +254,28 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     return re.sub(r"(<!-- figures: (\w+) -->)\n.*?(<!-- end -->)", block, text, flags=re.S)
 
 
+def absolute(text: str, repository: str) -> str:
+    """Return the README with absolute links and pictures, because a package index has no files to resolve them."""
+
+    def link(match: re.Match[str]) -> str:
+        kind = "raw" if match[1] else "blob"
+        return f"{match[1]}[{match[2]}]({repository.rstrip('/')}/{kind}/main/{match[3]})"
+
+    text = re.sub(r'(?<=<img src=")(?!https?:)', f"{repository.rstrip('/')}/raw/main/", text)
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", link, text)
+
+
 def _read(folder: Path, name: str) -> Results:
     return Results.read(folder / f"{name}.json")
 
 
 def main() -> None:
     """Write README.md."""
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", metavar="URL", help="address of the repository")
+    repository = parser.parse_args().release
+    text = filled(README.read_text(encoding="utf-8"))
+    README.write_text(absolute(text, repository) if repository else text, encoding="utf-8")
 
 
 if __name__ == "__main__":
