@@ -24,7 +24,7 @@ from fhopt.codegen.cpu.gguf_blocks import FORMATS, interleave_rows
 from fhopt.errors import FhoptError
 from fhopt.hf.block_weight import BlockWeight
 from fhopt.models.gguf_files import check_packages, frugal, not_read, release_pages
-from fhopt.models.gguf_header import check_whole
+from fhopt.models.gguf_header import check_gguf_size
 from fhopt.models.transformers_import import QuietProgress, transformers
 from fhopt.progress import Progress, silent
 
@@ -46,7 +46,7 @@ def load_gguf(
     if not path.is_file():
         raise FhoptError(f"{path} is not a file; expected a GGUF file.")
     check_packages()
-    check_whole(path)
+    check_gguf_size(path)
     codegen.register_kernels()
     codegen.start_blocks()
     progress("loading", 0, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,7 @@ _MAX_DIMENSIONS = 4
 _MAX_VERSION = 0xFFFF  # larger: a big-endian file, read as little-endian
 
 
-def check_whole(path: Path) -> None:
+def check_gguf_size(path: Path) -> None:
     """Raise FhoptError if a GGUF file is shorter than its header says. Propagates OSError."""
     size = path.stat().st_size
     try:
@@ -56,7 +57,7 @@ def _described_bytes(file: BinaryIO) -> int:
 def _tensor_end(file: BinaryIO) -> int:
     """Read the description of a tensor and return where its data end, from the start of all data."""
     gguf: Any = importlib.import_module("gguf")
-    file.seek(*_unpack(file, "Q"), 1)  # name
+    file.seek(_unpack(file, "Q")[0], os.SEEK_CUR)  # name
     (dimensions,) = _unpack(file, "I")
     if dimensions > _MAX_DIMENSIONS:
         raise ValueError(f"{dimensions} dimensions")
@@ -69,16 +70,16 @@ def _tensor_end(file: BinaryIO) -> int:
 def _skip(file: BinaryIO, kind: int) -> None:
     """Move past a metadata value."""
     if kind == _STRING:
-        file.seek(*_unpack(file, "Q"), 1)
+        file.seek(_unpack(file, "Q")[0], os.SEEK_CUR)
     elif kind == _ARRAY:
         element, count = _unpack(file, "IQ")
         if element in _SCALAR_BYTES:
-            file.seek(count * _SCALAR_BYTES[element], 1)
+            file.seek(count * _SCALAR_BYTES[element], os.SEEK_CUR)
             return
         for _ in range(count):
             _skip(file, element)
     else:
-        file.seek(_SCALAR_BYTES[kind], 1)
+        file.seek(_SCALAR_BYTES[kind], os.SEEK_CUR)
 
 
 def _unpack(file: BinaryIO, format: str) -> tuple[Any, ...]:
