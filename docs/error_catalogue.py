@@ -47,7 +47,8 @@ FAMILIES = (
         "Opening a model",
         "`MODEL` of a command, and `fhopt.models.loader.load_model`, take `demo`, a folder of Hugging Face, a GGUF "
         "file, a `.pt2` program, or `python.module:function`. Nothing is downloaded.",
-         ("fhopt/models/loader", "fhopt/models/gguf_files", "fhopt/models/converted_models",
+         ("fhopt/models/loader", "fhopt/models/gguf_files", "fhopt/models/gguf_header",
+         "fhopt/models/converted_models", "fhopt/errors", "fhopt/hf/load",
          "fhopt/models/model_files", "fhopt/models/model_name", "fhopt/models/loaded_model",
           "fhopt/models/model_facts", "fhopt/models/capture", "fhopt/models/example_inputs", "fhopt/models/sites",
           "fhopt/models/transformers_import", "fhopt/cli/demo"),

@@ -4,6 +4,7 @@
     fhopt.apply(model, plan); model.generate(...)                   cache latents
     torch.compile(model, backend="flashhead")                       the compiler backend, registered on installation
     model = fhopt.load(FOLDER)                                      output of `fhopt rewrite`, ready to generate
+    model = fhopt.load("demo")                                      SmolLM2-135M-Instruct of `make demo`, offline
     model, tokenizer = fhopt.load_gguf(FILE)                        weights stay in their quantized blocks
 
 Importing this package is cheap: names are imported on first use. The only side effect: when transformers loads its
@@ -73,6 +74,10 @@ __all__ = [
 
 
 __getattr__ = lazily(__name__, _WHERE)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _register_quantizer() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -16,6 +18,14 @@ def one_line(text: object, limit: int = 300) -> str:
     """Return the start of a text as one printable line, for a message: files may contain any characters."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else "?" for c in words[:limit])
+
+
+def unknown_name(name: str, known: Iterable[str], what: str) -> FhoptError:
+    """Make the error for a misspelled name, with the nearest known one, or all if none is near. what: kind of name."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1)
+    expected = f"{near[0]!r}" if near else f"one of {', '.join(names)}"
+    return FhoptError(f"{name!r} is not {what}; expected {expected}. Check the spelling.")
 
 
 class Miss(Exception):

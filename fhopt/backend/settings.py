@@ -6,11 +6,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fhopt.backend import online_fit
-from fhopt.errors import FhoptError
+from fhopt.errors import FhoptError, unknown_name
 from fhopt.plan.latent_plan import LatentPlan, as_plan
 from fhopt.plan.plan_files import PLAN_FILES
 
@@ -38,6 +39,7 @@ class Settings:
         """Split and check options: (settings, options of inductor). Raises FhoptError."""
         ours = {k: v for k, v in options.items() if k in OPTIONS and v is not None}
         theirs = {k: v for k, v in options.items() if k not in OPTIONS}
+        _check_names(theirs)
         if ours.get("weights", "check") not in ("check", "trust"):
             raise FhoptError(f"option weights is {ours['weights']!r}; expected 'check' or 'trust'.")
         for name in ("skinny_products", "strict", "assume_finite"):
@@ -52,6 +54,19 @@ class Settings:
         assume_finite = is_fitted or plan is not None or ours.get("assume_finite", False)
         fitted = target if is_fitted else None
         return Settings(plan, fitted, trusting, products, ours.get("strict", False), assume_finite), theirs
+
+
+def _check_names(theirs: Mapping[str, Any]) -> None:
+    """Raise FhoptError for options that inductor does not have."""
+    if not theirs:
+        return
+    from torch._inductor import config
+
+    known = config.get_config_copy().keys()
+    for name in theirs:
+        if name.replace("-", "_") not in known:
+            near = get_close_matches(name, [*OPTIONS, *known], n=1)
+            raise unknown_name(name, near or OPTIONS, "an option of fhopt or of inductor")
 
 
 def _check_combination(ours: Mapping[str, Any], is_exact: bool) -> None:

@@ -17,7 +17,7 @@ from fhopt.fitting.costs import Costs
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.parallel.collectives import Sums, processes
 
-SAVE_EVERY = 4  # batches (calibration) or sequences (healing) between checkpoints
+SAVE_EVERY = 4  # batches (calibration) or sequences (healing) between checkpoints; calibration also saves the first
 SIDES = ("key", "value")
 
 
@@ -175,5 +175,6 @@ class BatchPass:
         """Report a batch as added to the sums, and save them periodically."""
         self.progress(self.checkpoint.stage.name, number + 1, self.total)
         count = processes()[1]
-        if (number // count + 1) % SAVE_EVERY == 0 or number + count >= self.total:
+        finished = number // count + 1  # of this process
+        if finished == 1 or finished % SAVE_EVERY == 0 or number + count >= self.total:
             self.checkpoint.save(self.sums, number + 1)

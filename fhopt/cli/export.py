@@ -14,6 +14,7 @@ from fhopt.cli.arguments import EXPORTED, MODEL, PLAN, REWRITTEN, TEXT
 from fhopt.cli.options import DTYPES, busy, json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
 
+_force_option = click.option("--force", is_flag=True, help="Replace an older folder of this command at --out.")
 _EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of the time
 
 
@@ -57,10 +58,11 @@ _EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of 
     "--aot/--no-aot", default=True, show_default=True, help="pt2: compile the programs, too, which takes minutes."
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@_force_option
 @json_option
 def rewrite_command(
     model: str, plan_path: Path, texts: tuple[str, ...], measure: bool, sequences: int, context: int,
-    dtype: str | None, shard_size: str, kind: str, aot: bool, out: Path, as_json: bool,
+    dtype: str | None, shard_size: str, kind: str, aot: bool, out: Path, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL and its plan as one folder, which fhopt.load and transformers open, also as the exact original.
 
@@ -79,6 +81,7 @@ def rewrite_command(
     from fhopt.plan.latent_plan import LatentPlan
 
     out, source = Path(os.path.abspath(out)), folder_of(model)
+    _check_new(out, force)
     plan = LatentPlan.load(plan_path)
     own = rewrite_folder.stored_dtype(source) if source else None
     if kind == "pt2":
@@ -113,6 +116,16 @@ def rewrite_command(
     )
 
 
+def _check_new(out: Path, force: bool) -> None:
+    """Raise FhoptError if a folder that this command wrote before would be replaced without --force."""
+    from fhopt.export.pt2_module import DESCRIPTION as PROGRAM
+    from fhopt.export.pt2_step import DESCRIPTION as STEP
+    from fhopt.models.rewritten_folder import MANIFEST
+
+    if not force and any((out / name).is_file() for name in (MANIFEST, STEP, PROGRAM)):
+        raise FhoptError(f"{out} exists; expected a new folder. Choose another name, or replace it with --force.")
+
+
 def _check_size(text: str) -> None:
     if re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", text, re.IGNORECASE) is None:
         raise FhoptError(f"--shard-size {text!r} is not a size; expected one such as 500MB or 5GB.")
@@ -135,9 +148,10 @@ def _check_size(text: str) -> None:
 )
 @click.option("--bytecode", is_flag=True, help="Write MLIR as bytecode instead of text.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write. [default: FOLDER-TARGET]")
+@_force_option
 @json_option
 def export_command(
-    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, out: Path | None, as_json: bool
+    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, out: Path | None, force: bool, as_json: bool
 ) -> None:
     """Export a decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, with its weights.
 
@@ -148,6 +162,7 @@ def export_command(
     out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
     chosen = Target(target, arch, dialect, bytecode)
     chosen.check()
+    _check_new(out, force)
 
     from fhopt.export.mlir import export
     from fhopt.models.loader import load_model

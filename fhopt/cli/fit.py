@@ -22,10 +22,15 @@ from fhopt.cli.options import (
     output_console,
     print_json,
     progress_bar,
+    resumable,
 )
 from fhopt.errors import FhoptError
 from fhopt.fitting.codes import AUTO, CHOICES
 from fhopt.planning.request import CALIBRATING
+
+NOT_EXPORTED = (  # printed before a calibration, which takes minutes
+    "The plan will be for generate() and serving. Exported programs and torch.compile graphs need --mean-tokens 0."
+)
 
 if TYPE_CHECKING:
     from fhopt.evaluation.statistics import Comparison
@@ -83,7 +88,11 @@ def calibrate_command(
 
     with busy("loading", as_json):
         loaded = load_model(model, getattr(torch, dtype), where)
-    with progress_bar(as_json, CALIBRATING) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+    with (
+        resumable(out.with_name(f".{out.name}.calibration")),
+        progress_bar(as_json, CALIBRATING) as shown,
+        ProgressFile(beside(out)).kept(shown) as progress,
+    ):
         shown("finding attention", 0, 1)
         measured = calibrate_source(text_source(loaded), chosen, progress, layouts)
         if collectives.leave() > 0:  # only the first process writes
@@ -162,6 +171,12 @@ def calibrate_command(
     "--mass",
     help="Page selection: read fewer pages as long as this share of attention weight, such as 99%, is read on average.",
 )
+@click.option(
+    "--keep-statistics",
+    "kept",
+    type=click.Path(path_type=Path),
+    help="Also write the statistics to this file, from which --statistics fits plans of other sizes in seconds.",
+)
 @click.option("--explain", type=click.Path(path_type=Path), help="Plot spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
 @calibration_placement_options
@@ -171,8 +186,8 @@ def calibrate_command(
 def fit_command(
     invoked: click.Context, model: str | None, statistics_file: Path | None, ratios: tuple[float, ...],
     bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...], window_bits: str,
-    pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None, dtype: str,
-    as_json: bool, **options: Any,
+    pages: str | None, mass: str | None, kept: Path | None, explain: Path | None, out: Path, device_map: str | None,
+    dtype: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Calibrate MODEL on text and write a plan.
 
@@ -187,12 +202,15 @@ def fit_command(
         ratio=ratios, bytes_per_token=bytes_per_token, max_loss=max_loss, gate_texts=gate_texts, pages=pages, mass=mass,
         statistics=statistics_file, options=options, given={name for name in options if _is_given(invoked, name)},
     )  # fmt: skip
-    _check_places(out, explain)
+    _check_places(out, explain, kept)
     if model is None and request.needs_model:
         raise FhoptError(
             "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
             "Try fhopt fit demo -o PLAN."
         )
+
+    if not as_json and request.calibration is None and request.options.mean_tokens and not request.options.is_lossless:
+        click.echo(NOT_EXPORTED, err=True)
 
     from fhopt.parallel.device_map import placement
 
@@ -200,6 +218,7 @@ def fit_command(
 
     import torch
 
+    from fhopt.calibration.statistics_file import save_statistics
     from fhopt.fitting.choices import AUTO
     from fhopt.inspection.plots import explain_plan
     from fhopt.models.loader import load_model
@@ -209,10 +228,13 @@ def fit_command(
         with busy("loading", as_json):
             dtype = calibration_dtype(model, dtype, device_map, is_measured=request.runs_model)
             loaded = load_model(model, getattr(torch, dtype), where)
-    fitted = _fitted(loaded, request, dtype, beside=out, as_json=as_json)
+    with resumable(options["checkpoint"]):
+        fitted = _fitted(loaded, request, dtype, beside=out, as_json=as_json)
     if fitted is None:  # another process writes
         return
     fitted.plan.save(out)
+    if kept is not None:
+        save_statistics(fitted.calibration, kept)
     if explain is not None:
         explain_plan(fitted.calibration, fitted.plan, explain)
     tokens = request.options.tokens
@@ -240,8 +262,9 @@ def _is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
 
 
-def _check_places(out: Path, picture: Path | None) -> None:
-    """Raise FhoptError if a plan, or its plot, cannot be written."""
+def _check_places(out: Path, picture: Path | None, kept: Path | None) -> None:
+    """Raise FhoptError if a plan, its plot or its statistics cannot be written."""
+    from fhopt.calibration.statistics_header import check_file
     from fhopt.files import check_picture, check_writable
     from fhopt.models.model_files import check_plan_place
 
@@ -249,6 +272,8 @@ def _check_places(out: Path, picture: Path | None) -> None:
     check_writable(out.parent)
     if picture is not None:
         check_picture(picture)
+    if kept is not None:
+        check_file(kept)
 
 
 def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:

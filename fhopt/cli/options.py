@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from fhopt.errors import FhoptError
 from fhopt.hardware.devices import SHOWN
 from fhopt.progress import silent
 
+INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
 PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that inspect a model, with shares
 halved_text_option = click.option(
@@ -93,6 +95,20 @@ def busy(stage: str, as_json: bool) -> Iterator[None]:
     with progress_bar(as_json, {stage: 1.0}, transient=True) as progress:
         progress(stage, 0, 1)
         yield
+
+
+@contextmanager
+def resumable(checkpoint: Path) -> Iterator[None]:
+    """On Ctrl-C, say what is kept and how to resume, and exit with code 130. checkpoint: start of the files' paths."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = sorted(str(p) for p in checkpoint.parent.iterdir() if p.name.startswith(f"{checkpoint.name}."))
+        if kept:
+            click.echo(f"stopped. Finished batches are in {', '.join(kept)}. Run the same command to resume.", err=True)
+        else:
+            click.echo("stopped. Nothing is kept: no batch was finished, or calibration was over.", err=True)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def read_counts(text: str, option: str) -> tuple[int, ...]:

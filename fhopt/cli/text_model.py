@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fhopt.cli.options import busy
+from fhopt.cli.options import INTERRUPTED, busy, progress_bar
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from fhopt.hf.streaming import Generated
     from fhopt.models.loaded_model import LoadedModel
     from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.progress import Progress
 
-INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
+LOADING_BLOCKS = {"loading": 1.0, "kernels": 4.0}  # stages, and shares of the time of the first run
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,11 @@ def load_text_model(
     from fhopt.models.loader import load_model
     from fhopt.parallel.device_map import placement
 
-    with busy("loading", as_json):
-        if keep_blocks:
-            loaded = _load_blocks(name, getattr(torch, dtype), device_map)
-        else:
+    if keep_blocks:
+        with progress_bar(as_json, LOADING_BLOCKS, transient=True) as progress:
+            loaded = _load_blocks(name, getattr(torch, dtype), device_map, progress)
+    else:
+        with busy("loading", as_json):
             loaded = load_model(name, getattr(torch, dtype), placement(device_map))
     network = loaded.language_model()
     if plan is not None:
@@ -135,7 +137,7 @@ def load_text_model(
     return TextModel(loaded.name, network, loaded.tokenizer, plan)
 
 
-def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> LoadedModel:
+def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None, progress: Progress) -> LoadedModel:
     """Load a GGUF file's model with weights in their quantized blocks. Raises FhoptError for any other model."""
     from fhopt.hf.gguf import load_gguf
     from fhopt.models.loaded_model import LoadedModel
@@ -146,7 +148,7 @@ def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None) -> Loade
         raise FhoptError(f"--keep-blocks is for GGUF files, and {name} is none. Leave it out, or name a .gguf file.")
     if device_map not in (None, "cpu"):
         raise FhoptError("--keep-blocks is for CPUs, and --device-map names another place. Leave one of them out.")
-    model, tokenizer = load_gguf(path, dtype)
+    model, tokenizer = load_gguf(path, dtype, progress)
     return LoadedModel(DEMO_NAME if name == "demo" else path.stem, model, tokenizer)
 
 
@@ -162,7 +164,7 @@ def interruptible() -> Iterator[None]:
 
 def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") -> list[str]:
     """Return speed and bytes of a generation in lines. kind: of KV cache. dtype: of full-precision keys and values."""
-    from fhopt.plan.display import quantity, rate, times
+    from fhopt.plan.display import quantity, rate
 
     values = done.as_json()
     read = f"{done.prompt_tokens:,} prompt tokens" + (f" ({prompt_form})" if prompt_form else "")
@@ -175,6 +177,15 @@ def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") ->
     lines = [f"{read}: {rates}", f"{len(done.ids):,} tokens{decode}"]
     if values["cache_bytes"]:
         size, exact = (quantity(values[name], "B") for name in ("cache_bytes", "exact_cache_bytes"))
-        than = f", exact {exact} in {dtype}: {times(values['ratio'])} smaller" if kind != "exact KV cache" else ""
+        than = f", exact {exact} in {dtype}: {_size_words(values['ratio'])}" if kind != "exact KV cache" else ""
         lines.append(f"{kind}: {size}{than}")
     return lines
+
+
+def _size_words(ratio: float) -> str:
+    """Compare a KV cache with the full-precision one. ratio: how many times smaller it is."""
+    from fhopt.plan.display import times
+
+    if ratio >= 1:
+        return f"{times(ratio)} smaller"
+    return f"{times(1 / ratio)} larger, because few tokens are latents yet"

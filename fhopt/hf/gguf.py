@@ -24,31 +24,39 @@ from fhopt.codegen.cpu.gguf_blocks import FORMATS, interleave_rows
 from fhopt.errors import FhoptError
 from fhopt.hf.block_weight import BlockWeight
 from fhopt.models.gguf_files import check_packages, frugal, not_read, release_pages
+from fhopt.models.gguf_header import check_gguf_size
 from fhopt.models.transformers_import import QuietProgress, transformers
+from fhopt.progress import Progress, silent
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
 Process = Callable[[Any, str], Any]  # transformers' conversion of a named tensor: values -> values
 
 
-def load_gguf(file: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load_gguf(
+    file: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16, progress: Progress = silent
+) -> tuple[Any, Any]:
     """Load the model of a GGUF file with its matrices in quantized blocks, and its tokenizer.
 
     dtype: of all other weights and of the KV cache. Matrices in formats without a kernel (IQ1 to IQ3, Q5_0, Q5_1) are
     dequantized. The model accepts plans fitted to the dequantized model (`fhopt fit FILE`) and runs only on CPU. Raises
-    FhoptError if the file cannot be loaded this way.
+    FhoptError if the file cannot be loaded this way. progress: called with the stages `loading` and `kernels`, which
+    take minutes to build the first time.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise FhoptError(f"{path} is not a file; expected a GGUF file.")
     check_packages()
+    check_gguf_size(path)
     codegen.register_kernels()
     codegen.start_blocks()
+    progress("loading", 0, 1)
     with not_read(path), QuietProgress(), frugal():
         hf = transformers()
         tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         config = hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         model = _model_of(hf, config, dtype)
         _fill(model, path, dtype)
+    progress("kernels", 0, 1)
     if not codegen.prepare_blocks():
         raise FhoptError(
             "no C++ compiler was found, and weights in blocks are multiplied by compiled kernels. Install g++ (or "

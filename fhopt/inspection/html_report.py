@@ -224,6 +224,8 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "number": lambda value: _fixed(value, 0 if float(value).is_integer() else 1),
     "ratio": lambda value: f"{_fixed(value, 2)}x",
     "fixed4": lambda value: _fixed(value, 4),
+    "percent": lambda value: f"{'+' if value >= 0 else ''}{_fixed(value, 2)}%",
+    "megabytes": lambda value: f"{_fixed(value / 1e6, 1)} MB",
     "small": _three_digits,
 }
 

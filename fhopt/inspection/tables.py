@@ -69,10 +69,9 @@ def inspection_tables(inspection: Inspection, site: str | None = None) -> Group:
 def _sites_in_rows(inspection: Inspection) -> Table:
     """Tabulate sites, a row each. With a plan, columns with the same cell in every row become one line."""
     form = common_form(tuple(s.site.name for s in inspection.sites))
-    pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
     rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in inspection.sites]
     alike = [n for n in _SITE_COLUMNS if inspection.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
-    table = light_table(Text(f"Attention of {inspection.model}{pattern}"))
+    table = light_table(Text(f"Attention of {inspection.model}{_pattern(form)}"))
     table.caption_justify = "left"
     table.add_column("site", overflow="fold")
     for name in _SITE_COLUMNS:
@@ -87,6 +86,11 @@ def _sites_in_rows(inspection: Inspection) -> Table:
     if alike:
         table.caption = Text("every site: " + ", ".join(f"{name} {rows[0][name]}" for name in alike))
     return table
+
+
+def _pattern(form: tuple[str, str]) -> str:
+    """Return the part of site names that tables leave out."""
+    return f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
 
 
 _SITE_COLUMNS = ("kind", "H/G/D", "rope", "mask", "key norm", "exact B/token")
@@ -222,15 +226,18 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
 
 def plan_table(plan: LatentPlan) -> Table:
     """Tabulate a plan, a row per site: layout, channels x mean bits of keys and values, bytes per quantized token."""
-    table = Table(title="Latent plan (channels x mean bits)", title_justify="left")
+    form = common_form(tuple(p.site.name for p in plan.sites))
+    table = light_table("Latent plan (channels x mean bits)")
+    if any(form):
+        table.caption, table.caption_justify = Text(f"sites{_pattern(form)}"), "left"
     for name in ("site", "layout", "keys", "values"):
         table.add_column(name, overflow="fold")
     for name in ("bytes/token", "exact", "ratio"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in describe(plan):
         ratio = row["exact_bytes"] / row["bytes"]
         table.add_row(
-            row["site"],
+            Text(short_name(row["site"], form)),
             row["layout"],
             row["key"],
             row["value"],

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.models.gguf_header import check_gguf_size
 from fhopt.models.transformers_import import QuietProgress, transformers
 
 _ROWS_BYTES = 1 << 24  # of quantized blocks that are dequantized at once
@@ -29,6 +30,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a GGUF file's model, with weights in `dtype`, and its tokenizer. Raises FhoptError."""
     hf = transformers()
     check_packages()
+    check_gguf_size(path)
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
     if hasattr(hf, "GgufConfig"):  # otherwise newer versions leave weights quantized if they have kernels
         options["quantization_config"] = hf.GgufConfig(dequantize=True)

@@ -39,9 +39,15 @@ def check_fingerprint(plan: LatentPlan, parameters: Mapping[str, Tensor], model:
     """Raise FhoptError if the plan has a fingerprint that differs from the model's."""
     expected = plan.provenance.get("fingerprint")
     if expected is not None and fingerprint(parameters, [s.site for s in plan.sites]) != expected:
+        is_adapted = any(".base_layer." in name for name in parameters)
+        fix = (
+            "Fit a plan for the model with its PEFT adapter: fhopt.fit(model, tokenizer)."
+            if is_adapted
+            else "Fit a plan for this one: fhopt fit MODEL."
+        )
         raise FhoptError(
-            f"the plan was fitted to another model than {model} (fingerprint {str(expected)[:12]} does not match). "
-            "Fit a plan for this one: fhopt fit MODEL."
+            f"the plan was fitted to another model than {model} (to {plan.provenance.get('model', 'an unnamed one')}; "
+            f"fingerprint {str(expected)[:12]} does not match). {fix}"
         )
 
 

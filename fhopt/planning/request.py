@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fhopt.calibration.options import DECIDED_BY_STATISTICS, FitOptions
-from fhopt.errors import FhoptError
+from fhopt.errors import FhoptError, unknown_name
 from fhopt.plan.site_plan import no_pages
 from fhopt.refine import page_options
 from fhopt.refine.options import Gate, read_loss
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fhopt.calibration.run import Calibration
 
 DEFAULT_RATIO = 4.0
+OPTIONS = {  # of `fhopt.fit`
+    *FitOptions.__dataclass_fields__, "text", "batches", "statistics", "bytes_per_token", "max_loss", "gate_text",
+    "pages", "mass",
+} - {"texts"}  # fmt: skip
 CALIBRATING = {"finding attention": 1.0, "moments": 4.0, "rates": 4.0, "losses": 3.0}  # stages, shares of the time
 
 
@@ -77,12 +81,9 @@ def read_request(
 
 def _options(values: Mapping[str, Any]) -> FitOptions:
     """Build FitOptions. Raises FhoptError for unknown names."""
-    unknown = sorted(set(values) - set(FitOptions.__dataclass_fields__))
-    if unknown:
-        raise FhoptError(
-            f"{', '.join(unknown)}: no such option of a fit; expected some of "
-            f"{', '.join(FitOptions.__dataclass_fields__)}. Check the spelling."
-        )
+    for name in values:
+        if name not in FitOptions.__dataclass_fields__:
+            raise unknown_name(name, OPTIONS, "an option of a fit")
     return FitOptions(**values)
 
 

@@ -116,8 +116,8 @@ def _check_cancelled(core: Core, region: Region, roles: Roles, base: Evaluator) 
         old, new = region.run(drawn), _canonical(core, drawn, base, False)
         if bool((new.isfinite() & ~old.isfinite()).any()):
             raise Miss(
-                f"the result is not finite if {side.name} is 0, and otherwise {side.name} cancels; expected values that "
-                "do not cancel",
+                f"the result is not finite if {side.name} is 0, and otherwise {side.name} cancels; expected values "
+                "that do not cancel",
                 core.output,
             )
 

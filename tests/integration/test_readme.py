@@ -17,6 +17,7 @@ from small_models import tiny_llama
 from text_models import save_text_model
 
 import fhopt
+from fhopt.models.loader import load_model
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -143,8 +144,8 @@ def test_the_program_runs_on_a_small_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fhopt, "fit", functools.partial(fhopt.fit, sequences=2, rate_sequences=2))
-    assert '"demo"' in program()
-    exec(compile(program().replace('"demo"', repr(str(folder))), "README.md", "exec"), {"__name__": "readme"})
+    monkeypatch.setattr("fhopt.hf.load.load_model", lambda name, dtype: load_model(str(folder), dtype))
+    exec(compile(program(), "README.md", "exec"), {"__name__": "readme"})
     assert re.fullmatch(r"[4-9]\.\d\dx smaller: .*\n", capsys.readouterr().out, flags=re.S)
 
 

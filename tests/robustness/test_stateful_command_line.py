@@ -187,7 +187,7 @@ class CommandStates(RuleBasedStateMachine):
 
     @rule(plan=st.sampled_from(PLACES), out=st.sampled_from([NEW, NEW, "plan", MODEL, NOTES]))
     def rewrite(self, plan: str, out: str) -> None:
-        arguments = ("--plan", self.at(plan), "--no-measure", "-o", self.at(out))
+        arguments = ("--plan", self.at(plan), "--no-measure", "--force", "-o", self.at(out))
         result = self.run("rewrite", self.at(MODEL), *arguments, writes=out)
         is_free = not self.at(out).exists() or (self.at(out).is_dir() and not [*self.at(out).iterdir()])
         fits = is_free or (out == NEW and (self.at(NEW) / "fhopt.json").exists())

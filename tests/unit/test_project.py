@@ -60,3 +60,9 @@ def test_help_says_how_much_is_installed() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = re.findall(r"\.ready-(\w+)$", text, flags=re.M)
     assert len(targets) == 6 and [t for t in targets if f"SIZE_{t} := " not in text] == []
+
+
+def test_dir_lists_the_api() -> None:
+    import fhopt
+
+    assert dir(fhopt) == sorted(fhopt.__all__)

@@ -29,6 +29,8 @@
     number: (value) => groups(value, Number.isInteger(value) ? 0 : 1),
     ratio: (value) => `${groups(value, 2)}x`,
     fixed4: (value) => groups(value, 4),
+    percent: (value) => `${value >= 0 ? "+" : ""}${groups(value, 2)}%`,
+    megabytes: (value) => `${groups(value / 1e6, 1)} MB`,
     small,
   };
   const show = (path, form) => {

@@ -10,6 +10,9 @@ import torch
 from compiled_models import forward, with_backend
 from small_models import FittedModel, tiny_gpt2, token_ids
 
+from fhopt.backend.settings import Settings
+from fhopt.errors import FhoptError
+
 
 @pytest.mark.slow
 def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: FittedModel, tmp_path: Path) -> None:
@@ -52,3 +55,17 @@ def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_old_one(llama: Fitted
         with pytest.warns(RuntimeWarning, match="has changed since it was read"):
             found = forward(compiled, ids)
         torch.testing.assert_close(found, forward(llama.model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("raito", "ratio"), ("max_autotun", "max_autotune"), ("triton.cudagraph", "triton.cudagraphs")],
+)
+def test_a_misspelled_option_is_answered_with_the_nearest_name(option: str, nearest: str) -> None:
+    with pytest.raises(FhoptError, match=f"{option!r} is not an option of fhopt or of inductor; expected {nearest!r}"):
+        Settings.parse({option: 4})
+
+
+def test_an_option_with_no_name_near_is_answered_with_those_of_fhopt() -> None:
+    with pytest.raises(FhoptError, match="expected one of assume_finite, calibration_tokens, max_loss, plan"):
+        Settings.parse({"qqqqqq": 4})

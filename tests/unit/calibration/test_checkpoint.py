@@ -51,6 +51,15 @@ def test_checkpoints_are_removed_when_the_calibration_is_done(llama: FittedModel
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_first_batch_is_saved_at_once(llama: FittedModel, tmp_path: Path) -> None:
+    options = replace(OPTIONS, checkpoint=tmp_path / "state")
+    with pytest.raises(Interrupted):
+        measure(llama.captured, options, stop_at("moments", 2))
+    seen: list[int] = []
+    measure(llama.captured, options, lambda now, done, total: seen.append(done))
+    assert seen[0] == 1
+
+
 def test_nothing_is_written_without_a_checkpoint_folder(
     llama: FittedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

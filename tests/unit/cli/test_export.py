@@ -56,7 +56,9 @@ def test_the_command_writes_programs_and_does_not_change_other_folders(tmp_path:
 def test_the_command_writes_the_program_of_a_hand_written_module(tmp_path: Path) -> None:
     plan_of(as_loaded(mixer())).save(tmp_path / "plan")
     options = ["rewrite", "exported_steps:mixer", "--plan", str(tmp_path / "plan"), "--format", "pt2", "--no-aot"]
-    for _ in range(2):  # an older one is replaced
-        done = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "out")])
+    for force in ([], ["--force"]):
+        done = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "out"), *force])
         assert done.exit_code == 0, done.output
+    refused = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "out exists; expected a new folder. Choose another name, or" in refused.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "plan", "program.json", "program.pt2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_models import call, save_tiny_model
+from rich.console import Console
 from small_models import FittedModel
 
 from fhopt.cli.fit import _show_device, _show_plan
+from fhopt.cli.options import resumable
 from fhopt.fitting import fit_plan
 from fhopt.fitting.statistics import empty_statistics
+from fhopt.inspection.tables import plan_table
 from fhopt.plan.site import AttentionSite
 
 
@@ -108,3 +112,26 @@ def test_it_warns_of_a_plan_that_is_slow_on_a_cpu(
     plan = fit_plan.fit_ratio(empty_statistics([site]), ratio=4, layout=layout, context=64)
     _show_device(plan, 8192, as_json=False)
     assert ("1 of 1 sites have one latent for all kv heads" in capsys.readouterr().out) is told
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_ctrl_c_reports_what_is_kept_and_how_to_resume(
+    finished: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / ".plan.calibration"
+    with pytest.raises(SystemExit) as ended, resumable(checkpoint):
+        if finished:
+            Path(f"{checkpoint}.moments").touch()
+        raise KeyboardInterrupt
+    told = capsys.readouterr().err
+    assert ended.value.code == 130
+    expected = f"are in {checkpoint}.moments. Run the same command to resume." if finished else "Nothing is kept"
+    assert told.startswith("stopped. ") and expected in told
+
+
+def test_the_table_of_a_plan_has_a_line_for_each_site_in_80_columns(llama: FittedModel) -> None:
+    plan = llama.plan(4)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(plan_table(plan))
+    lines = console.export_text().splitlines()
+    assert len(lines) == len(plan.sites) + 6 and max(map(len, lines)) <= 80, lines  # title, head, three rules, names

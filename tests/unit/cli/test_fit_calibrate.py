@@ -78,8 +78,14 @@ def test_the_expected_loss_is_an_interval_wherever_it_is_printed(folder: Path) -
 
 
 def test_a_plan_equals_that_of_fit(folder: Path) -> None:
-    result = call("fit", str(folder / "model"), *SAMPLE, "-o", str(folder / "alone"))
+    kept = folder / "kept"
+    result = call(
+        "fit", str(folder / "model"), *SAMPLE, "-o", str(folder / "alone"), "--keep-statistics", str(kept)
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "Exported programs and torch.compile graphs need --mean-tokens 0." in result.stderr
+    again = call("fit", "--statistics", str(kept), "-o", str(folder / "again"), "--json")
+    assert json.loads(again.stdout)["digest"] == LatentPlan.load(folder / "alone").digest()
     fit(folder)
     alone, plan = (LatentPlan.load(folder / name) for name in ("alone", "plan"))
     for name in ("fingerprint", "weights", "text_sha256", "model", "predicted_nats"):

@@ -105,3 +105,15 @@ def test_statistics_are_short_lines() -> None:
     read, _, speed = first.partition(": ")
     assert read == "9 prompt tokens (raw), 4 of them new"
     assert speed == "first token after 500 ms, prefill 8 tokens/s" and decoded == "3 tokens, decode 4 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(0.5, "2.00x larger, because few tokens are latents yet"), (4.0, "4.00x smaller")]
+)
+def test_a_latent_cache_is_compared_in_the_direction_that_is_true(
+    ratio: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = Generated((1, 2), "ab", 9, 9, (0.5, 0.75), object())
+    monkeypatch.setattr("fhopt.hf.streaming.cache_bytes", lambda cache: 1000)
+    monkeypatch.setattr("fhopt.hf.streaming.exact_cache_bytes", lambda cache: int(1000 * ratio))
+    assert statistics(done, "4.0x plan", "float32")[-1].endswith(f"in float32: {words}")

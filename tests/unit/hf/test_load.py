@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from rewritten_folders import ROUNDING, difference, generated, written
-from small_models import FittedModel, token_ids
+from small_models import FittedModel, tiny_llama, token_ids
 
 import fhopt
+from fhopt.errors import FhoptError
+from fhopt.models.loaded_model import LoadedModel
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +47,18 @@ def test_a_loaded_model_can_be_unapplied_saved_and_is_then_the_original(
     original = llama.model.state_dict()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     assert original.keys() == again.keys() and all(torch.equal(original[k], again[k]) for k in original)
+
+
+def test_the_demo_model_loads_offline_with_its_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = LoadedModel("demo", tiny_llama(), tokenizer=object())
+    monkeypatch.setattr("fhopt.hf.load.load_model", lambda name, dtype: loaded if name == "demo" else None)
+    model = fhopt.load("demo")
+    assert model is loaded.module and model.tokenizer is loaded.tokenizer
+    with pytest.raises(FhoptError, match="'dtyp' is not an option of the demo's model; expected 'dtype'"):
+        fhopt.load("demo", dtyp=torch.float16)
+
+
+def test_a_name_that_is_no_folder_is_refused_without_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", None)
+    with pytest.raises(FhoptError, match="'HuggingFaceTB/nothing' is not a folder on this machine"):
+        fhopt.load("HuggingFaceTB/nothing")

@@ -21,6 +21,7 @@ from fhopt.cli.app import main
 from fhopt.errors import FhoptError
 from fhopt.inspection import html_report
 from fhopt.inspection.html_report import HtmlReport
+from fhopt.plan.quality_card import with_measured
 
 
 class Page(HTMLParser):
@@ -101,6 +102,30 @@ def test_the_demos_measurements_are_shown_and_in_the_json(tiny: HtmlReport) -> N
     assert shown["measured.cache_nbytes.exact"] == "94,371,840"
     assert shown["measured.speed_by_context.8000.exact"] == "15.0"
     assert any("after 8,000 tokens" in text for text in found.text)
+
+
+def test_the_card_shows_the_worst_measured_text(llama: FittedModel) -> None:
+    row = {"tokens": 512, "exact": 8.0, "plan": 8.1, "increase_percent_ci": None}
+    kinds = {
+        "topics": row | {"increase_percent": 0.1, "kl": 0.001},
+        "source": row | {"increase_percent": 1.25, "kl": 0.02},
+    }
+    plan = with_measured(llama.plan(4), kinds, {})
+    shown = {
+        path: text
+        for path, _, text in Page(
+            html_report.page(html_report.build_report(sample_reports.loaded(llama), plan))
+        ).numbers
+    }
+    assert shown["plan.card.texts.1.increase_percent"] == "+1.25%" and shown["plan.card.texts.1.kl"] == "0.02"
+    assert "plan.card.texts.0.increase_percent" not in shown and "plan.expected_nats" not in shown
+
+
+def test_sizes_are_in_megabytes_at_the_counted_context(tiny: HtmlReport, tiny_page: Page) -> None:
+    shown = {path: text for path, _, text in tiny_page.numbers}
+    size = tiny.as_json()["plan"]["cache"]
+    assert shown["plan.cache.plan_bytes"] == f"{size['plan_bytes'] / 1e6:.1f} MB" and size["tokens"] == 8192
+    assert shown["cache.exact_bytes"] == f"{size['exact_bytes'] / 1e6:.1f} MB"
 
 
 def test_the_page_loads_no_external_resource_and_forbids_it(tiny_page: Page) -> None:

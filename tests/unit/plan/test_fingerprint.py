@@ -19,5 +19,14 @@ def test_a_plan_recognizes_its_model_in_any_dtype_and_refuses_another(llama: Fit
     other = tiny_llama()
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
-    with pytest.raises(FhoptError, match="another model"):
-        fingerprint.check_fingerprint(plan, dict(other.named_parameters()), "another")
+    with pytest.raises(FhoptError, match=r"another model than another \(to tiny; fingerprint"):
+        fingerprint.check_fingerprint(plan.with_provenance(model="tiny"), dict(other.named_parameters()), "another")
+
+
+def test_a_model_with_an_adapter_is_told_to_fit_its_own_plan(llama: FittedModel) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plan = llama.plan(4).with_provenance(fingerprint="0")
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["k_proj"]))
+    with pytest.raises(FhoptError, match="Fit a plan for the model with its PEFT adapter"):
+        fingerprint.check_fingerprint(plan, dict(adapted.named_parameters()), "adapted")

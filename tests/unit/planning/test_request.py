@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
+import fhopt
 from fhopt.errors import FhoptError
 from fhopt.planning.request import read_request
+
+
+def test_a_misspelled_option_of_python_is_answered_with_the_nearest_name() -> None:
+    for name, nearest in (("max_los", "max_loss"), ("batchs", "batches"), ("sequnces", "sequences")):
+        with pytest.raises(FhoptError, match=f"{name!r} is not an option of a fit; expected {nearest!r}"):
+            fhopt.fit(None, **{name: 1})  # type: ignore[arg-type]
 
 
 def read(given: tuple[str, ...] = (), options: dict[str, Any] | None = None, **values: Any) -> Any:
@@ -42,7 +49,7 @@ def test_numbers_and_texts_are_parsed_identically() -> None:
         (dict(max_loss=float("nan")), "is not possible"),
         (dict(pages=[1]), "is not a share"),
         (dict(pages=0.125, options={"segment": 512}), "segments"),
-        (dict(options={"sinsk": 4}), "sinsk: no such option of a fit"),
+        (dict(options={"sinsk": 4}), "'sinsk' is not an option of a fit; expected 'sinks'"),
         (dict(options={"sinks": -1}), "sinks"),
         (dict(statistics="none.stats", given=("sinks",)), "--sinks belongs to the calibration"),
         (dict(statistics="none.stats", given=("texts",)), "--data belongs to the calibration"),
