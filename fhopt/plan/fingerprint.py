@@ -40,8 +40,8 @@ def check_fingerprint(plan: LatentPlan, parameters: Mapping[str, Tensor], model:
     expected = plan.provenance.get("fingerprint")
     if expected is not None and fingerprint(parameters, [s.site for s in plan.sites]) != expected:
         raise FhoptError(
-            f"the plan was fitted to another model than {model} (fingerprint {str(expected)[:12]} does not match). "
-            "Fit a plan for this one: fhopt fit MODEL."
+            f"the plan was not fitted to {model} (fingerprint {str(expected)[:12]} does not match). Fit a "
+            "plan for this model: fhopt fit MODEL."
         )
 
 

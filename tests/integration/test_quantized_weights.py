@@ -111,7 +111,7 @@ def test_int8_weights_are_multiplied_without_dequantization(
 
 def test_integer_activations_give_no_gradient_and_are_refused_in_one_sentence() -> None:
     model = in_bytes(tiny_llama(**WIDE), "Int8DynamicActivationInt8WeightConfig")
-    with pytest.raises(FhoptError, match=r"no gradient goes back .* before it is quantized"):
+    with pytest.raises(FhoptError, match=r"no gradient flows .* before quantizing activations"):
         fitted(model)
 
 

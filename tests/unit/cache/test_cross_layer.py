@@ -27,7 +27,7 @@ def test_cross_layers_take_their_tokens_once() -> None:
         layer.update(keys, values)
     assert all(map(torch.equal, layer.tensors, state))
     layer.reset()
-    with pytest.raises(FhoptError, match="Is this the model"):
+    with pytest.raises(FhoptError, match="Use a plan that was fitted for this model"):
         layer.update(keys[:, :3], values)
     layer.update(keys, values)
     torch.testing.assert_close(layer.keys.reconstruct(), keys)

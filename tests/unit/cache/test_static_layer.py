@@ -278,6 +278,6 @@ def test_an_empty_cache_takes_another_batch_and_a_filled_one_does_not(llama: Fit
             expected = llama.model(ids, use_cache=False).logits
             found = torch.cat([llama.model(part, **cached(cache)).logits for part in ids.split(20, 1)], 1)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-            with pytest.raises(FhoptError, match="Use one cache for each batch"):
+            with pytest.raises(FhoptError, match="Use one cache per batch"):
                 llama.model(token_ids(batch + 1, 1), **cached(cache))
             cache.reset()

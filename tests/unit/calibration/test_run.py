@@ -27,7 +27,7 @@ def test_no_batch_at_all_is_refused(llama: FittedModel) -> None:
 
 
 def test_batches_that_leave_none_for_choosing_bits_are_refused(llama: FittedModel) -> None:
-    with pytest.raises(FhoptError, match="bits are chosen by others"):
+    with pytest.raises(FhoptError, match="leave none for the bit allocation"):
         measure(llama.captured, count=6)
 
 

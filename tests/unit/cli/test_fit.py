@@ -22,23 +22,23 @@ from fhopt.plan.site import AttentionSite
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ratio", "4", "--max-loss", "1%"), "each choose the size"),
+        (("--ratio", "4", "--max-loss", "1%"), "mutually exclusive"),
         (("--ratio", "4", "--ratio", "8"), "fhopt plans fit MODEL --ratio 4 --ratio 8, or"),
-        (("--ratio", "4", "--bytes-per-token", "100"), "each choose the size"),
+        (("--ratio", "4", "--bytes-per-token", "100"), "mutually exclusive"),
         (("--max-loss", "much"), "is not a share"),
-        (("--max-loss", "0"), "is not possible"),
+        (("--max-loss", "0"), "is invalid"),
         (("--layout", "mla"), "is unknown"),
         (("--sequences", "1", "--context", "200"), "more or longer sequences"),
         (("--rate-sequences", "0"), "one more sequence"),
         (("--recent", "0"), "recent and block of at least 1"),
-        (("--tokens", "100"), "none beyond sinks and window"),
-        (("--explain", "picture"), "is not a picture"),
-        (("--explain", "."), "is not a picture"),
-        (("--gate-data", "source"), "both or neither"),
-        (("--max-loss", "1%", "--pages", "1/8"), "with all pages read"),
-        (("--max-loss", "1%", "--mass", "0.9"), "with all pages read"),
+        (("--tokens", "100"), "covered by sinks and residual window"),
+        (("--explain", "picture"), "is not an image file name"),
+        (("--explain", "."), "is not an image file name"),
+        (("--gate-data", "source"), "gate_data requires max_loss"),
+        (("--max-loss", "1%", "--pages", "1/8"), "without page selection"),
+        (("--max-loss", "1%", "--mass", "0.9"), "without page selection"),
         (("--device", "abacus"), "abacus"),
-        (("--code", "trellis", "--device", "h100"), "trellis codes are for CPUs"),
+        (("--code", "trellis", "--device", "h100"), "trellis codes require a CPU"),
     ],
 )
 def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_context_that_a_plan_is_made_for(
 def test_a_size_below_the_least_is_refused_before_the_calibration(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     result = call("fit", str(tmp_path / "model"), *SAMPLE, "--ratio", "100", "-o", str(tmp_path / "plan"))
-    assert result.exit_code == 2 and "the least possible is" in result.stderr, result.output
+    assert result.exit_code == 2 and "expected at least" in result.stderr, result.output
     assert os.listdir(tmp_path) == ["model"]
 
 

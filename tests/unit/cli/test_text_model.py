@@ -34,12 +34,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no such plan": (["generate", "{chatty}", "x", "--plan", "{tmp}/no"], "is not a plan"),
     "a folder that is no plan": (["generate", "{chatty}", "x", "--plan", "{tmp}"], "is not a plan"),
     "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "fitted to another model"),
-    "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "expected one of the two"),
+    "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "mutually exclusive"),
     "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "the model has 512 positions"),
-    "contexts that are words": (["bench", "{chatty}", "--contexts", "long"], "not a list of positive numbers"),
-    "a negative batch": (["bench", "{chatty}", "--batches", "-1"], "not a list of positive numbers"),
+    "contexts that are words": (
+        ["bench", "{chatty}", "--contexts", "long"],
+        "expected comma-separated positive integers",
+    ),
+    "a negative batch": (["bench", "{chatty}", "--batches", "-1"], "expected comma-separated positive integers"),
     "negative rounds": (["bench", "{chatty}", "--rounds", "-1"], "-1 rounds"),
-    "a plot that is no picture": (["bench", "{chatty}", "-o", "{tmp}/plot.txt"], "is not a picture"),
+    "a plot that is no picture": (["bench", "{chatty}", "-o", "{tmp}/plot.txt"], "is not an image file name"),
     "a plan of another model to measure": (["bench", "{other}", "--plan", "{plan}"], "fitted to another model"),
 }
 
@@ -93,15 +96,17 @@ def test_a_rewritten_folder_brings_its_plan(llama: FittedModel, folders: dict[st
     given = read_model_plan(str(folders["chatty"]), tmp_path / "new")
     assert given is not None and given.digest() == plan.digest()
     save_plan(tmp_path / "plan", llama)
-    with pytest.raises(FhoptError, match="expected one of the two"):
+    with pytest.raises(FhoptError, match="mutually exclusive"):
         read_model_plan(str(tmp_path / "new"), tmp_path / "plan", exact=True)
 
 
 def test_statistics_are_short_lines() -> None:
     stopped = Generated((), "", 9, 9, (), None, 1)
-    assert statistics(stopped, "exact KV cache", "float32") == ["9 prompt tokens: stopped before the first token"]
+    assert statistics(stopped, "full-precision KV cache", "float32") == [
+        "9 prompt tokens: stopped before the first token"
+    ]
     done = Generated((1, 2, 3), "abc", 9, 4, (0.5, 0.75, 1.0), None)
-    first, decoded = statistics(done, "exact KV cache", "float32", "raw")
+    first, decoded = statistics(done, "full-precision KV cache", "float32", "raw")
     read, _, speed = first.partition(": ")
     assert read == "9 prompt tokens (raw), 4 of them new"
-    assert speed == "first token after 500 ms, prefill 8 tokens/s" and decoded == "3 tokens, decode 4 tokens/s"
+    assert speed == "first token after 500 ms, prefill 8 tok/s" and decoded == "3 tokens, decode 4 tok/s"

@@ -85,7 +85,7 @@ def test_a_file_contains_code_only_for_its_planes(target: str, bits: int) -> Non
 @pytest.mark.parametrize(
     ("tiers", "width", "dtype", "reason"),
     [
-        (((7, 8, 0.3),), 8, "float32", "cannot become a kernel"),
+        (((7, 8, 0.3),), 8, "float32", "have no kernel"),
         (((4, 12, 0.3),), 12, "float32", "multiples of 8"),
         (((4, 16, 0.3),), 24, "float32", "do not add up"),
         ((), 24, "float64", "no kernel reads uncoded float64"),

@@ -208,7 +208,7 @@ def test_a_context_without_room_is_refused(task: str, tokenizer: Any) -> None:
 
 def test_a_text_without_a_rare_word_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhopt.evaluation.tasks.tokens.read_text", lambda _: "Nothing happens here at all. " * 200)
-    with pytest.raises(FhoptError, match="no word that stands only once"):
+    with pytest.raises(FhoptError, match="no word that occurs only once"):
         write_items(tokenizer, ["question"], TaskOptions((600,), 1, window=16))
 
 

@@ -22,7 +22,7 @@ def test_groups_and_names_are_chosen_in_order() -> None:
 
 def test_lengths_are_numbers() -> None:
     assert task_choice.read_lengths("512, 64,512") == (512, 64)
-    with pytest.raises(FhoptError, match="are not numbers of tokens"):
+    with pytest.raises(FhoptError, match="expected comma-separated token counts"):
         task_choice.read_lengths("512,-1")
 
 

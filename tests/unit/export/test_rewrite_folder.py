@@ -109,7 +109,7 @@ def test_unsupported_models_are_refused_before_anything_is_written(llama: Fitted
         written(out, quantized, plan)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    with pytest.raises(FhoptError, match="holds other things"):
+    with pytest.raises(FhoptError, match="is not a rewritten folder"):
         written(tmp_path / "full", llama.model, plan)
     assert not out.exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["letter.txt"]
 

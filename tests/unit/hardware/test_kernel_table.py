@@ -215,7 +215,7 @@ def test_a_plan_without_latents_has_no_kernels(plan: LatentPlan, tmp_path: Path)
     [
         (["{plan}", "--device", "v100", "--out", "{tmp}/out"], "expected one of h100, h200, a100-80, a10, l4, 4090"),
         (["{tmp}/none", "--device", "h100", "--out", "{tmp}/out"], "is not a plan"),
-        (["{plan}", "--device", "cpu", "--out", "{tmp}/full"], "exists and holds other things"),
+        (["{plan}", "--device", "cpu", "--out", "{tmp}/full"], "exists and is not a plan"),
         (["{plan}", "--device", "cpu", "--out", "{tmp}/file/below"], "Choose another folder"),
     ],
 )

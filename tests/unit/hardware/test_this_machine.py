@@ -88,7 +88,7 @@ def test_a_complete_machine_has_only_good_news() -> None:
     ("change", "state", "words", "cure"),
     [
         ({"compiler_fault": "No C++ compiler."}, SLOW, "No C++ compiler. Decoding on the CPU", "Install g++"),
-        ({"kernels": "NEON: products of 4 floats"}, SLOW, "convert quantized values to floats", ""),
+        ({"kernels": "NEON: 4-lane float dot products"}, SLOW, "convert quantized values to floats", ""),
         ({"gpu_fault": "the driver is too old"}, MISSING, "the driver is too old", "pytorch.org"),
         ({"gpus": (replace(GPU, triton_fault="no cc"),)}, SLOW, "(no cc)", "Install the triton"),
         ({"free_gb": 0.5}, SLOW, "Only 0.5 GB", "--dtype bfloat16"),

@@ -223,7 +223,7 @@ def test_an_attention_assigned_to_the_configuration_also_warns(llama: FittedMode
 def test_attention_without_support_for_latents_is_refused(llama: FittedModel) -> None:
     with applied(llama) as model:
         model.set_attn_implementation("flex_attention")
-        with pytest.raises(FhoptError, match="'flex_attention' cannot read the latents"):
+        with pytest.raises(FhoptError, match="'flex_attention' does not support latents"):
             model(token_ids(1, 8))
 
 

@@ -171,7 +171,7 @@ def test_unknown_formats_and_partial_blocks_are_refused() -> None:
         BlockedWeight(values, 7, 256),
         BlockedWeight(values.to("meta"), 12, 256),
     ):
-        with pytest.raises(ValueError, match="whole blocks, the CPU"):
+        with pytest.raises(ValueError, match="whole blocks, and the CPU"):
             BlockWeight(blocks, torch.float32)
 
 

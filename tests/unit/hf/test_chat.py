@@ -94,7 +94,7 @@ def test_a_turn_without_room_changes_nothing() -> None:
 
 
 def test_a_model_without_a_template_names_an_alternative() -> None:
-    with pytest.raises(FhoptError, match=r"has no chat template; .*fhopt generate model --raw"):
+    with pytest.raises(FhoptError, match=r"has no chat template, .*fhopt generate model --raw"):
         chat(tiny_llama(), None).ask("hello", print)
 
 

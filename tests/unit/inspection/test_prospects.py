@@ -65,8 +65,8 @@ def test_layers_with_a_longer_window_are_compressed() -> None:
     [
         (CacheLayer("layers.0", is_full=False, state_bytes=64), "linear attention"),
         (CacheLayer("layers.0", is_full=False), "no tokens"),
-        (CacheLayer("layers.0", is_full=False, numbers=3), "a form of its own"),
-        (CacheLayer("other.0", numbers=3), "no attention was recognized"),
+        (CacheLayer("layers.0", is_full=False, numbers=3), "its own kind of KV cache"),
+        (CacheLayer("other.0", numbers=3), "no attention found"),
     ],
 )
 def test_what_stays_exact_has_its_reason(layer: CacheLayer, reason: str) -> None:

@@ -41,5 +41,5 @@ def test_a_bias_added_after_the_layer_is_refused_with_a_fix() -> None:
     model = Behind()
     site = find_head(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.output.weight.detach(), model.shift.detach())
-    with pytest.raises(FhoptError, match=r"shift is added to the output of output.*Expected it as the bias"):
+    with pytest.raises(FhoptError, match=r"shift is added to the output of output.*expected it as the bias"):
         apply_head(model, head)

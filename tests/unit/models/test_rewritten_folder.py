@@ -192,7 +192,7 @@ HARM: dict[Callable[[Path], None], str] = {
     other_weights: "weights are not those|fitted to another model",
     weights_not_numbers: "non-finite",
     a_tensor_less: "missing keys|weights are not those",
-    cut_short: "bytes, expected",
+    cut_short: "bytes; expected",
     one_bit: "SHA-256",
     other_plan: "not the one",
     fingerprint: "fitted to another model",
@@ -239,7 +239,7 @@ def test_pickles_and_code_next_to_the_model_are_never_loaded(name: str, forged: 
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match="not a rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten folder"):
         fhopt.load(tmp_path)
-    with pytest.raises(FhoptError, match="not a rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten folder"):
         fhopt.load(tmp_path / "absent")

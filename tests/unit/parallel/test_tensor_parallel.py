@@ -244,7 +244,7 @@ def check_what_cannot_be_done_is_refused(folder: Path) -> None:
     with pytest.raises(FhoptError, match=r"keeps 2 kv heads, the model has 1 .*latent_cache\(model\)"):
         spread(token_ids(), past_key_values=fhopt.LatentCache(plan, spread.config))
     fhopt.unapply(spread)
-    with pytest.raises(FhoptError, match=r"spread over several processes.*whole model"):
+    with pytest.raises(FhoptError, match=r"sharded over several processes.*whole model"):
         fhopt.fit(spread, batches=[{"input_ids": token_ids()}])
 
 

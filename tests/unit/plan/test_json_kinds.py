@@ -70,7 +70,7 @@ def test_other_values_are_refused_with_their_place(kind: kinds.Kind, value: Any,
 
 
 def test_an_integer_too_long_for_python_to_print_is_refused() -> None:
-    with pytest.raises(ValueError, match="a number of thousands of digits"):
+    with pytest.raises(ValueError, match="a number with thousands of digits"):
         kinds.whole()(10**5000, "x")
 
 

@@ -92,7 +92,7 @@ def test_a_maximum_loss_and_pages_are_accepted(loaded: LoadedModel, monkeypatch:
     ("values", "message"),
     [
         (dict(), "neither a tokenizer nor batches"),
-        (dict(batches=[], max_loss=0.1), "measured on text"),
+        (dict(batches=[], max_loss=0.1), "require text"),
         (dict(batches=[]), "there are no batches"),
         (dict(batches=[], ratioo=4), "ratioo: no such option"),
     ],

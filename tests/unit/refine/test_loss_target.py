@@ -47,7 +47,7 @@ def test_a_text_that_is_not_a_loss_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.0, float("nan")])
 def test_a_meaningless_limit_is_refused(share: float) -> None:
-    with pytest.raises(FhoptError, match=r"a loss of .* is not possible"):
+    with pytest.raises(FhoptError, match=r"max_loss .* is invalid"):
         Gate(share).check()
 
 

@@ -62,7 +62,7 @@ def test_a_kernel_that_spills_is_reported_once_with_a_fix(monkeypatch: pytest.Mo
     ("change", "features", "message"),
     [
         pytest.param({"key": lambda x: x[..., :-1]}, {}, "key has shape", id="row"),
-        pytest.param({"key": lambda x: x.float()}, {}, "codes are torch.uint8", id="type"),
+        pytest.param({"key": lambda x: x.float()}, {}, "expected torch.uint8", id="type"),
         pytest.param({"value_scale": lambda x: None}, {}, "value_scale is none", id="scale"),
         pytest.param({"query": lambda x: x[..., :-1]}, {}, "build their kernel", id="query"),
         pytest.param({}, {"softcap": 3.0}, "build their kernel", id="softcap"),
