@@ -113,7 +113,7 @@ FIELDS_OF_PLANS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("provenance", "cache_layers"), 5, r"provenance\.cache_layers is 5; "),
     (("provenance", "cache_layers"), [1], r"provenance\.cache_layers\.0 is 1; "),
     (("provenance", "cache_layers", 0, "window"), "64", r"cache_layers\.0\.window is '64'; "),
-    (("provenance", "cache_layers", 0, "more"), 1, r"cache_layers\.0\.more is not a field of it; "),
+    (("provenance", "cache_layers", 0, "more"), 1, r"cache_layers\.0\.more is not a known field; "),
     (("provenance", "model"), HALF, r"provenance\.model is '\\udc80'; "),
     (("provenance", "note"), {"a": [HALF]}, r"provenance\.note\.a\.0 is '\\udc80'; "),
     (("provenance", "loss_checks", 0, "nats"), [], r"loss_checks\.0\.nats has 0 numbers; "),
@@ -189,7 +189,7 @@ FIELDS_OF_STATISTICS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("sites", 0, "softcap"), 2.0**63, r"sites\.0\.softcap is 9\.2\S+; "),
     (("sites", 0, "projections", "k"), [HALF], r"projections\.k\.0 is '\\udc80'; "),
     (("sites", 0, "key_dim"), (1 << 20) - 2, r"tensor \S+ is torch\.float32 of shape"),
-    (("sites", 0, "more"), 1, r"sites\.0\.more is not a field of it; "),
+    (("sites", 0, "more"), 1, r"sites\.0\.more is not a known field; "),
     (("provenance", "cache_layers"), {"a": 1}, r"provenance\.cache_layers is \{'a': 1\}; "),
     (("prints", "fingerprint"), None, r"prints\.fingerprint is None; "),
 )

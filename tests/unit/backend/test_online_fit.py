@@ -79,7 +79,7 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
     with caplog.at_level(logging.WARNING, logger="fhopt"):
         assert not warnings_of(compiled, lambda model: gather(model, 5))
     messages = [r.message for r in caplog.records if r.name == "fhopt"]
-    assert len(messages) == 2 and "runs exactly until 4096 tokens of its calls are recorded" in messages[0]
+    assert len(messages) == 2 and "runs in exact mode until 4096 tokens are recorded" in messages[0]
     assert "new sequences are cached as latents" in messages[1] and "perplexity" in messages[1]
     found = fhopt.report(compiled)
     assert found.state == compile_report.COMPRESSED and "held-out tokens" in found.events[-1]
@@ -261,7 +261,7 @@ def test_a_second_target_for_a_model_is_not_ignored_silently() -> None:
     model = tiny_llama()
     assert not warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 4}), twice)
     messages = warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 8}), twice)
-    assert len(messages) == 1 and "recorded with ratio=4, not ratio=8. Call torch.compiler.reset()" in messages[0]
+    assert len(messages) == 1 and "for ratio=4, not for ratio=8. Call torch.compiler.reset()" in messages[0]
 
 
 def test_a_fit_for_a_model_with_a_plan_warns() -> None:

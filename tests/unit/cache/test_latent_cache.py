@@ -87,7 +87,9 @@ def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays
     cache = LatentCache(replace(llama.plan(4), sites=llama.plan(4).sites[:1]))
     with torch.no_grad():
         for _ in range(2):
-            with pytest.raises(FhoptError, match=r"caches a layer 1, .* know 1.*LatentCache\(plan, model.config\)"):
+            with pytest.raises(
+                FhoptError, match=r"caches layer 1, .* only 1 layers.*LatentCache\(plan, model.config\)"
+            ):
                 llama.model(token_ids(1, 40), **cached(cache))
             assert cache.get_seq_length() == 0 and cache.nbytes == 0
         cache = LatentCache(cache.plan, llama.model.config)
@@ -111,7 +113,7 @@ def test_a_cache_continues_in_its_first_dtype(llama: FittedModel) -> None:
     with torch.no_grad():
         llama.model(token_ids(1, 60), **cached(cache))
         state = [t.clone() for layer in cache.layers for t in layer.tensors]
-        with pytest.raises(FhoptError, match=r"torch.bfloat16 of batch 1, the cache holds torch.float32"):
+        with pytest.raises(FhoptError, match=r"torch.bfloat16 with batch size 1; expected torch.float32"):
             copy.deepcopy(llama.model).to(torch.bfloat16)(token_ids(1, 1), **cached(cache))
         with pytest.raises(FhoptError, match="of batch 2"):
             llama.model(token_ids(2, 1), **cached(cache))

@@ -30,7 +30,7 @@ def test_a_description_is_returned(tmp_path: Path) -> None:
     ("about", "tail", "reason"),
     [
         ({"version": 1}, b"", "has no statistics"),
-        ({"levels": [], "version": 3}, b"", "has statistics of version 3"),
+        ({"levels": [], "version": 3}, b"", "has statistics version 3"),
         ({"levels": [], "version": 1}, b"more", "is damaged"),
         ([1], b"", "has no statistics"),
     ],

@@ -22,7 +22,7 @@ def run(*arguments: Any) -> Any:
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     assert "not a rewritten folder" in run(tmp_path, "--target", "mlir").stderr
     (tmp_path / "fhopt.json").write_text("{}")  # options are checked before its contents
-    assert "expected mlir, iree-cpu" in run(tmp_path, "--target", "nothing").stderr
+    assert "expected one of mlir, iree-cpu" in run(tmp_path, "--target", "nothing").stderr
 
 
 # --------------------------------------------------------------------------------------------------- programs

@@ -107,4 +107,4 @@ def test_it_warns_of_a_plan_that_is_slow_on_a_cpu(
     site = AttentionSite("a", {}, "self", 16, kv_heads, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")
     plan = fit_plan.fit_ratio(empty_statistics([site]), ratio=4, layout=layout, context=64)
     _show_device(plan, 8192, as_json=False)
-    assert ("1 of 1 sites have one latent for all kv heads" in capsys.readouterr().out) is told
+    assert ("1 of 1 sites share one latent across all kv heads" in capsys.readouterr().out) is told

@@ -72,7 +72,7 @@ def test_inspect_describes_one_site_and_writes_its_graph(importable: str, tmp_pa
     [
         (("--stage", "input"), "--stage requires --graph"),
         (("--graph", "graph.png"), "not a graph file"),
-        (("--site", "nowhere"), "there is no site named 'nowhere'"),
+        (("--site", "nowhere"), "site 'nowhere' does not exist"),
         (("--device", "abacus"), "abacus"),
     ],
 )

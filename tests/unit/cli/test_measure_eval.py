@@ -41,7 +41,10 @@ def call(*arguments: object) -> Any:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "an unknown task": (["--tasks", "copy,poetry"], "unknown task 'poetry'; expected some of perplexity, passkey"),
+    "an unknown task": (
+        ["--tasks", "copy,poetry"],
+        "task 'poetry' is unknown; expected a comma-separated list of perplexity, passkey",
+    ),
     "a task of RULER without room": (["--tasks", "ruler", "--lengths", "200"], "no room for the task niah_single"),
     "lengths that are words": (["--lengths", "long"], "lengths 'long' are expected comma-separated token counts"),
     "a length of 0": (["--lengths", "0"], "expected comma-separated token counts"),

@@ -22,12 +22,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a program without a tokenizer": (["chat", "a.pt2"], "expected a program saved"),
     "a GGUF file that is not there": (["bench", "{tmp}/a.gguf"], "expected a GGUF file"),
     "no chat template, asked for": (["generate", "{mute}", "x", "--chat"], "has no chat template"),
-    "no chat template": (["chat", "{mute}"], "without it use `fhopt generate {mute} --raw PROMPT`"),
+    "no chat template": (["chat", "{mute}"], "Use `fhopt generate {mute} --raw PROMPT`"),
     "no prompt": (["generate", "{chatty}"], "found no prompt"),
     "two prompts": (["generate", "{chatty}", "x", "--file", "y"], "found a PROMPT and --file"),
     "an empty prompt": (["generate", "{chatty}", " "], "the prompt is empty"),
     "a prompt file that is not there": (["generate", "{chatty}", "--file", "{tmp}/no"], "cannot read the prompt"),
-    "a prompt longer than the model": (["generate", "{chatty}", "x" * 600], "do not fit: the model has 512"),
+    "a prompt longer than the model": (["generate", "{chatty}", "x" * 600], "exceed the model's 512"),
     "negative tokens": (["generate", "{chatty}", "x", "--max-new-tokens", "-1"], "-1 new tokens"),
     "more tokens than the model has": (["chat", "{chatty}", "--max-new-tokens", "512"], "the model has 512 positions"),
     "a negative temperature": (["chat", "{chatty}", "--temperature", "-1"], "temperature -1"),
@@ -108,5 +108,5 @@ def test_statistics_are_short_lines() -> None:
     done = Generated((1, 2, 3), "abc", 9, 4, (0.5, 0.75, 1.0), None)
     first, decoded = statistics(done, "full-precision KV cache", "float32", "raw")
     read, _, speed = first.partition(": ")
-    assert read == "9 prompt tokens (raw), 4 of them new"
+    assert read == "9 prompt tokens (raw), 4 of them prefilled"
     assert speed == "first token after 500 ms, prefill 8 tok/s" and decoded == "3 tokens, decode 4 tok/s"

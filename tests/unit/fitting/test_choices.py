@@ -22,7 +22,7 @@ def test_invalid_layouts_and_bits_are_refused() -> None:
         choices.check_layouts(["x"])
     with pytest.raises(FhoptError, match=r"bits \[7\] are invalid"):
         choices.check_options(4.0, choices.AUTO, (7,))
-    with pytest.raises(FhoptError, match="make no kernel for h100"):
+    with pytest.raises(FhoptError, match="have no kernel for h100"):
         choices.check_options(4.0, choices.AUTO, (3,), "h100")
 
 

@@ -54,10 +54,10 @@ def test_models_without_a_cache_of_transformers_are_refused(llama: FittedModel) 
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
     own = XLNetLMHeadModel(XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=16))
-    with pytest.raises(FhoptError, match="XLNetLMHeadModel keeps a cache of its own"):
+    with pytest.raises(FhoptError, match="XLNetLMHeadModel uses its own kind of cache"):
         fhopt.apply(own, llama.plan(4))
     none = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=97, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(FhoptError, match="OpenAIGPTLMHeadModel keeps no KV cache"):
+    with pytest.raises(FhoptError, match="OpenAIGPTLMHeadModel uses no KV cache"):
         fhopt.apply(none, llama.plan(4))
 
 
@@ -165,7 +165,7 @@ def test_a_quantized_cache_is_used_without_the_plan_and_warns_once(llama: Fitted
         found, messages = layers_after(model, cache=quantized)
         assert found == {"Fp8QuantizedLayer"} and len(messages) == 1
         assert (
-            "a cache of class QuantizedCache is used without the applied plan" in messages[0]
+            "a cache of class QuantizedCache bypasses the applied plan" in messages[0]
             and "fhopt.unapply(model)" in messages[0]
         )
         assert layers_after(model, cache=QuantizedCache("fp8", model.config)) == ({"Fp8QuantizedLayer"}, [])
@@ -185,7 +185,7 @@ def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama:
     with applied(llama) as model:
         found, messages = layers_after(model, cache=Own(config=model.config))
         assert found == {"DynamicLayer"} and "a cache of class Own is used" in messages[0]
-        with pytest.warns(RuntimeWarning, match="class Paged is used without the applied plan"):
+        with pytest.warns(RuntimeWarning, match="class Paged bypasses the applied plan"):
             applying._use_latents(model, (), {"input_ids": token_ids(1, 8), "cache": Paged()})
 
 

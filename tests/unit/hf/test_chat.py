@@ -100,5 +100,5 @@ def test_a_model_without_a_template_names_an_alternative() -> None:
 
 def test_a_template_that_refuses_is_named() -> None:
     refusing = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(FhoptError, match=r"refuses this conversation \(System role not supported\).*--system"):
+    with pytest.raises(FhoptError, match=r"rejects this conversation \(System role not supported\).*--system"):
         chat(tiny_llama(), refusing).ask("hello", print)

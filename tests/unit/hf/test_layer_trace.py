@@ -105,7 +105,7 @@ def test_obstacles_to_a_program_are_named(oddity: str, reason: str) -> None:
 def test_a_layer_that_fails_with_a_mock_cache_is_reported() -> None:
     register_attention()
     layer = _Layer()
-    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"fails beside the cache \(RuntimeError"):
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"its dry run fails \(RuntimeError"):
         rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, 0)
 
 

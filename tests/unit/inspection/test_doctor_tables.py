@@ -50,7 +50,7 @@ def test_a_model_on_two_devices_fits_a_terminal(width: int) -> None:
     made = site_prospects("model", SITES, places, 8_000_000_000, LAYERS, positions=131_072, missed=1)
     text = shown(prospects_report(made), width)
     assert "16.0 GB, 2 bytes each" in text and "2; 1 not rewritten, see fhopt explain" in text
-    assert "1 layer: only the newest 512 tokens are kept (sliding window)" in text
+    assert "1 layer: caches only the newest 512 tokens (sliding window)" in text
     assert "context that fits, h100" in text and "pays on CPU" in text
     assert "faster at 32,768 tokens" in text
 

@@ -48,7 +48,7 @@ def test_weights_that_do_not_fit_leave_room_for_no_token() -> None:
 def test_layers_with_a_short_window_stay_exact_and_lower_the_ratio_of_the_whole_model() -> None:
     layers = [*FULL[:2], *(replace(one, window=16, mask="sliding") for one in FULL[2:])]
     found = site_prospects("m", SITES, [PLACE], layers=layers)
-    assert found.kept_exact == (KeptExact(2, "only the newest 16 tokens are kept (sliding window)"),)
+    assert found.kept_exact == (KeptExact(2, "caches only the newest 16 tokens (sliding window)"),)
     assert 3.9 < found.caches[1].ratio < 4
     alone = site_prospects("m", [replace(s, mask="sliding", window=16) for s in SITES], [PLACE])
     assert alone.caches[2].ratio == 1 and alone.caches[2].pays[0].verdict == "never"

@@ -20,7 +20,7 @@ pytestmark = needs_compiler
 def test_a_head_of_other_weights_is_refused() -> None:
     model, other = tiny_llama(), tiny_llama(vocab_size=98)
     _, head = applied(model)
-    with pytest.raises(FhoptError, match=r"made for another lm_head\.weight"):
+    with pytest.raises(FhoptError, match=r"fitted for another lm_head\.weight"):
         apply_head(other, head)
     with pytest.raises(FhoptError, match=r"parameter lm_head\.weight, which Linear does not have"):
         apply_head(nn.Linear(2, 2), head)

@@ -186,7 +186,7 @@ HARM: dict[Callable[[Path], None], str] = {
     index_outside: "other.safetensors",
     manifest_outside: "not a file of this folder",
     absolute_manifest: "not a file of this folder",
-    code_of_its_own: "never run",
+    code_of_its_own: "fhopt never runs",
     class_of_another_kind: "Trainer",
     adapter: "adapter_config",
     other_weights: "weights are not those|fitted to another model",

@@ -94,7 +94,7 @@ def test_a_maximum_loss_and_pages_are_accepted(loaded: LoadedModel, monkeypatch:
         (dict(), "neither a tokenizer nor batches"),
         (dict(batches=[], max_loss=0.1), "require text"),
         (dict(batches=[]), "there are no batches"),
-        (dict(batches=[], ratioo=4), "ratioo: no such option"),
+        (dict(batches=[], ratioo=4), "fit has no option ratioo"),
     ],
 )
 def test_missing_arguments_are_named(values: dict[str, Any], message: str) -> None:

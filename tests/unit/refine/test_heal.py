@@ -115,7 +115,7 @@ def test_an_interrupted_healing_resumes_and_gives_the_same_plan(
 def test_a_checkpoint_of_another_healing_is_refused(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
     options = interrupted(model, plan, tmp_path)
     for other in (replace(options, tokens=8 * CONTEXT), replace(options, texts=("source",))):
-        with pytest.raises(FhoptError, match=r"state is of another healing .* Remove it"):
+        with pytest.raises(FhoptError, match=r"state belongs to another healing .* Remove it"):
             heal(model, plan, other)
     with pytest.raises(FhoptError, match="of another healing"):
         heal(model, replace(plan, recent=9), options)
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_refused(
         (dict(ridge=0.0), "ridge 0 is invalid"),
         (dict(ridge=float("nan")), "ridge nan is invalid"),
         (dict(ridge=math.inf), "ridge inf is invalid"),
-        (dict(context=12), "has none beyond sinks and recent tokens of the plan; expected more than 12"),
+        (dict(context=12), "is covered by the plan's sinks and residual window; expected more than 12"),
         (dict(context=1024), "the model has 512 positions"),
         (dict(tokens=10**7), "expected at least"),  # more than the text has
         (dict(texts=("absent.txt",)), "cannot read absent.txt"),
@@ -163,7 +163,7 @@ def test_options_that_cannot_work_are_refused(
 def test_a_plan_without_loss_is_refused(model: LoadedModel) -> None:
     _, outcome = found(model.language_model())
     plan = fit_plan.exact_plan(outcome.sites.values(), recent=8)
-    with pytest.raises(FhoptError, match="there is nothing to heal: every site of the plan is exact"):
+    with pytest.raises(FhoptError, match="there is nothing to heal: every site of the plan is unquantized"):
         heal(model, plan, OPTIONS)
 
 

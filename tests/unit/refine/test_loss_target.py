@@ -83,7 +83,7 @@ def test_a_gate_that_no_plan_passes_reports_the_smallest_loss(
         return TokenCosts(exact, exact + 0.5, torch.full_like(exact, 0.5))
 
     monkeypatch.setattr(loss_target, "token_costs", dear)
-    with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity rises by \+64"):
+    with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity changes by \+64"):
         smallest_plan(loaded, calibration, OPTIONS, SMALL, loss_target.held_out(loaded, OPTIONS, SMALL))
 
 

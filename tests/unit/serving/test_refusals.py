@@ -47,7 +47,7 @@ def test_trellis_codes_are_served_on_cpus_only() -> None:
     ring = random_plan("head", (BitGroup(4, 16, -0.031),))
     refusals.check_engine(ring, config())
     refusals.check_engine(PLAN, config(device_type="cuda"))
-    with pytest.raises(FhoptError, match="vLLM on a GPU reads no trellis codes"):
+    with pytest.raises(FhoptError, match="vLLM on a GPU does not support trellis codes"):
         refusals.check_engine(ring, config(device_type="cuda"))
 
 
@@ -105,7 +105,7 @@ def with_site(**changes: Any) -> LatentPlan:
         ({"window": 64}, "a sliding window"),
         ({"softcap": 30.0}, "a softcap"),
         ({"sinks": True}, "sink logits"),
-        ({"mask": "none"}, "a mask of kind 'none'"),
+        ({"mask": "none"}, "a 'none' mask"),
         ({"kind": "cross"}, "cross attention"),
     ],
 )

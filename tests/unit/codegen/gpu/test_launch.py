@@ -51,7 +51,7 @@ def test_a_kernel_that_spills_is_reported_once_with_a_fix(monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(even)  # rows as fitted for a GPU: another plan would not help
-    with pytest.warns(RuntimeWarning, match=r"keeps 32 bytes a thread in memory.* fhopt fit MODEL --device"):
+    with pytest.warns(RuntimeWarning, match=r"spills 32 bytes of registers per thread.* fhopt fit MODEL --device"):
         call(odd)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
