@@ -62,7 +62,7 @@ def _perplexity_table(texts: Mapping[str, Mapping[str, Any]], title: str) -> Tab
     for text, row in texts.items():
         cells = [text, f"{row['tokens']:,}", f"{row['exact']:.4f}"]
         if "plan" in row:
-            increase = f"{row['increase_percent']:+.2f} %" + interval_words(row["increase_percent_ci"], "+.2f")
+            increase = f"{row['increase_percent']:+.2f}%" + interval_words(row["increase_percent_ci"], "+.2f")
             cells += [f"{row['plan']:.4f}", increase, f"{row['kl']:.4f}" + interval_words(row["kl_ci"], ".4f")]
         table.add_row(*cells)
     return table
@@ -81,7 +81,7 @@ def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
 
 
 def _depth(percent: int | None) -> str:
-    return "spread" if percent is None else f"{percent} %"
+    return "spread" if percent is None else f"{percent}%"
 
 
 def _answers(results: Mapping[str, Any]) -> list[str]:
@@ -111,7 +111,7 @@ def throughput_heading(result: Mapping[str, Any]) -> str:
 
 def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are over the full-precision cache."""
-    columns = ("prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes")
+    columns = ("prefill,\ntok/s", "first\ntoken", "decode,\ntok/s", "KV cache,\nbytes")
     return _by_case(throughput_heading(result), columns, result["rows"], _throughput_cells)
 
 

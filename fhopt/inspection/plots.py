@@ -102,7 +102,7 @@ def _sensitivity(axes: Axes, calibration: Calibration, plan: LatentPlan) -> None
     axes.set(
         yscale="log",
         xlabel="site",
-        ylabel="nats per token",
+        ylabel="nats/token",
         title="sensitivity: expected loss with 2 bits in every channel",
     )
     axes.legend()

@@ -178,13 +178,13 @@ def _quality(card: QualityCard) -> Group:
     for name in ("measured on", "tokens or items", "exact", "plan", "change", "KL, nats/token"):
         table.add_column(name, justify="left" if name == "measured on" else "right")
     for text in card.texts:
-        change = f"{text.increase_percent:+.2f} %" + interval_words(text.increase_percent_ci, "+.2f")
+        change = f"{text.increase_percent:+.2f}%" + interval_words(text.increase_percent_ci, "+.2f")
         table.add_row(
             Text(text.name), f"{text.tokens:,}", f"{text.exact:.4f}", f"{text.plan:.4f}", change, f"{text.kl:.4f}"
         )
     for task in card.tasks:
         change = f"{task.plan - task.exact:+.1f} points"
-        table.add_row(Text(task.name), f"{task.items:,}", f"{task.exact:.1f} %", f"{task.plan:.1f} %", change, "")
+        table.add_row(Text(task.name), f"{task.items:,}", f"{task.exact:.1f}%", f"{task.plan:.1f}%", change, "")
     return Group(calibrated, table)
 
 

@@ -40,7 +40,7 @@ def test_numbers_and_texts_are_parsed_identically() -> None:
         (dict(max_loss="much"), "is invalid; expected a share"),
         (dict(max_loss=object()), "is invalid; expected a share"),
         (dict(max_loss=float("nan")), "is invalid"),
-        (dict(pages=[1]), "is invalid; expected a share"),
+        (dict(pages=[1]), "is not a share"),
         (dict(pages=0.125, options={"segment": 512}), "segments"),
         (dict(options={"sinsk": 4}), "fit has no option sinsk"),
         (dict(options={"sinks": -1}), "sinks"),

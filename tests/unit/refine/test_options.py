@@ -13,7 +13,7 @@ from fhopt.refine.options import Gate, HealOptions, read_loss
 
 def test_losses_are_shares() -> None:
     assert read_loss("1%") == 0.01
-    with pytest.raises(FhoptError, match="'low' is not a share"):
+    with pytest.raises(FhoptError, match="max_loss 'low' is invalid"):
         read_loss("low")
     with pytest.raises(FhoptError, match="is invalid"):
         Gate(math.nan).check()
