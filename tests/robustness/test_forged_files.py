@@ -104,7 +104,7 @@ FIELDS_OF_PLANS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("sites", 0, "site", "projections"), {"k": [HALF]}, r"sites\.0\.site\.projections\.k\.0 is '\\udc80'; "),
     (("sites", 0, "site", "projections"), {HALF: ["k"]}, r"projections is '\\udc80'; "),
     (("sites", 0, "site", "rope", "angles", 0), 1e300, r"rope\.angles\.0 is 1e\+300; "),
-    (("sites", 0, "site", "rope", "angles"), [0.5], r"rope\.angles has 1 numbers; expected 6"),
+    (("sites", 0, "site", "rope", "angles"), [0.5], r"rope\.angles has 1 values; expected 6"),
     (("sites", 0, "site", "rope", "offset"), 5, r"rope\.rotary_dim is 12 from channel 5; "),
     (("sites", 0, "site", "rope", "blocks"), 5, r"rope\.rotary_dim is 12 from channel 2; "),
     (("sinks",), 10**9, r"sinks is 1000000000; "),
@@ -116,7 +116,7 @@ FIELDS_OF_PLANS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("provenance", "cache_layers", 0, "more"), 1, r"cache_layers\.0\.more is not a known field; "),
     (("provenance", "model"), HALF, r"provenance\.model is '\\udc80'; "),
     (("provenance", "note"), {"a": [HALF]}, r"provenance\.note\.a\.0 is '\\udc80'; "),
-    (("provenance", "loss_checks", 0, "nats"), [], r"loss_checks\.0\.nats has 0 numbers; "),
+    (("provenance", "loss_checks", 0, "nats"), [], r"loss_checks\.0\.nats has 0 values; "),
 )
 
 

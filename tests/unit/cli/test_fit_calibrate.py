@@ -103,8 +103,8 @@ def test_sizes_layouts_devices_and_losses_come_from_the_same_file(folder: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--sinks", "4"), "--sinks belongs to the calibration"),
-        (("--data", "source"), "--data belongs to the calibration"),
+        (("--sinks", "4"), "--sinks and --statistics are mutually exclusive"),
+        (("--data", "source"), "--data and --statistics are mutually exclusive"),
         (("--layout", "freq"), "no bases of the layout freq"),
         (("--ratio", "900"), "expected at least"),
     ],

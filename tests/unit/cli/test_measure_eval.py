@@ -46,7 +46,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "task 'poetry' is unknown; expected a comma-separated list of perplexity, passkey",
     ),
     "a task of RULER without room": (["--tasks", "ruler", "--lengths", "200"], "no room for the task niah_single"),
-    "lengths that are words": (["--lengths", "long"], "lengths 'long' are expected comma-separated token counts"),
+    "lengths that are words": (
+        ["--lengths", "long"],
+        "--lengths 'long' is invalid; expected comma-separated token counts",
+    ),
     "a length of 0": (["--lengths", "0"], "expected comma-separated token counts"),
     "a context without room": (["--tasks", "digits", "--lengths", "200"], "Use longer --lengths"),
     "a task beyond the model": (["--tasks", "copy", "--lengths", "700"], "the model has 512 positions"),

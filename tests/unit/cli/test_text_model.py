@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a negative temperature": (["chat", "{chatty}", "--temperature", "-1"], "temperature -1"),
     "no such plan": (["generate", "{chatty}", "x", "--plan", "{tmp}/no"], "is not a plan"),
     "a folder that is no plan": (["generate", "{chatty}", "x", "--plan", "{tmp}"], "is not a plan"),
-    "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "fitted to another model"),
+    "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "plan was not fitted to"),
     "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "mutually exclusive"),
     "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "the model has 512 positions"),
     "contexts that are words": (
@@ -43,7 +43,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a negative batch": (["bench", "{chatty}", "--batches", "-1"], "expected comma-separated positive integers"),
     "negative rounds": (["bench", "{chatty}", "--rounds", "-1"], "-1 rounds"),
     "a plot that is no picture": (["bench", "{chatty}", "-o", "{tmp}/plot.txt"], "is not an image file name"),
-    "a plan of another model to measure": (["bench", "{other}", "--plan", "{plan}"], "fitted to another model"),
+    "a plan of another model to measure": (["bench", "{other}", "--plan", "{plan}"], "plan was not fitted to"),
 }
 
 

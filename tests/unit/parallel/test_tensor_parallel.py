@@ -189,7 +189,7 @@ def check_a_fitted_plan_with_its_fingerprint(folder: Path) -> None:
     expected, found = token_costs(whole, ids, plan), token_costs(spread, ids, plan)
     torch.testing.assert_close(found.plan, expected.plan, rtol=0, atol=1e-8)  # float32 bases, float64 models
     assert not torch.equal(found.plan, found.exact)
-    with pytest.raises(FhoptError, match="fitted to another model"):
+    with pytest.raises(FhoptError, match="plan was not fitted to"):
         fhopt.apply(spread_model(folder, "other"), plan)
 
 

@@ -70,7 +70,7 @@ def test_statistics_give_plans_without_a_model(folder: Path, loaded: LoadedModel
         fhopt.fit(loaded.module, loaded.tokenizer, ratio=8, **SMALL),
     ]
     assert plans[0].digest() == plans[1].digest()
-    with pytest.raises(FhoptError, match="--sinks belongs to the calibration"):
+    with pytest.raises(FhoptError, match="--sinks and --statistics are mutually exclusive"):
         fhopt.fit(None, statistics=tmp_path / "s.stats", sinks=4)
 
 
