@@ -72,7 +72,7 @@ def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: FittedMod
     state = [t.clone() for t in layer.tensors]
     wrong = {
         "keys and values have": torch.randn(1, 3, 1, 16),
-        "batch 2": torch.randn(2, 2, 1, 16),
+        "batch size 2": torch.randn(2, 2, 1, 16),
         "torch.bfloat16": torch.randn(1, 2, 1, 16, dtype=torch.bfloat16),
     }
     for message, tokens in wrong.items():

@@ -52,8 +52,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "a length of 0": (["--lengths", "0"], "expected comma-separated token counts"),
     "a context without room": (["--tasks", "digits", "--lengths", "200"], "Use longer --lengths"),
-    "a task beyond the model": (["--tasks", "copy", "--lengths", "700"], "the model has 512 positions"),
-    "perplexity beyond the model": (["--context", "900"], "the model has 512 positions"),
+    "a task beyond the model": (["--tasks", "copy", "--lengths", "700"], "expected at most 512, the model's limit"),
+    "perplexity beyond the model": (["--context", "900"], "expected at most 512, the model's limit"),
     "a plan that is not there": (["--plan", "nowhere"], "is not a plan"),
 }
 

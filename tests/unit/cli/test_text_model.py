@@ -35,7 +35,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a folder that is no plan": (["generate", "{chatty}", "x", "--plan", "{tmp}"], "is not a plan"),
     "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "plan was not fitted to"),
     "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "mutually exclusive"),
-    "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "the model has 512 positions"),
+    "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "expected at most 512"),
     "contexts that are words": (
         ["bench", "{chatty}", "--contexts", "long"],
         "expected comma-separated positive integers",

@@ -67,7 +67,7 @@ def test_sites_of_one_shape_are_computed_once_and_those_of_two_separately(llama:
 def test_a_plan_of_another_model_is_refused(llama: FittedModel, gpt2: FittedModel) -> None:
     loaded = sample_reports.loaded(llama)
     plan = gpt2.plan(4).with_provenance(fingerprint="another")
-    with pytest.raises(FhoptError, match="another model"):
+    with pytest.raises(FhoptError, match="not fitted to"):
         site_facts(loaded, find_sites(loaded), plan)
 
 

@@ -19,5 +19,5 @@ def test_a_plan_recognizes_its_model_in_any_dtype_and_refuses_another(llama: Fit
     other = tiny_llama()
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
-    with pytest.raises(FhoptError, match="another model"):
+    with pytest.raises(FhoptError, match="not fitted to"):
         fingerprint.check_fingerprint(plan, dict(other.named_parameters()), "another")

@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_refused(
         (dict(ridge=float("nan")), "ridge nan is invalid"),
         (dict(ridge=math.inf), "ridge inf is invalid"),
         (dict(context=12), "is covered by the plan's sinks and residual window; expected more than 12"),
-        (dict(context=1024), "the model has 512 positions"),
+        (dict(context=1024), "expected at most 512, the model's limit"),
         (dict(tokens=10**7), "expected at least"),  # more than the text has
         (dict(texts=("absent.txt",)), "cannot read absent.txt"),
     ],
