@@ -37,7 +37,7 @@ def render_kernel(spec: KernelSpec, target: str) -> str:
         "triton": gpu_attention.render_triton,
     }
     if target not in renderers:
-        raise FhoptError(f"there is no renderer for {target!r}; expected one of {', '.join(renderers)}.")
+        raise FhoptError(f"target {target!r} has no renderer; expected one of {', '.join(renderers)}.")
     return renderers[target](spec)
 
 

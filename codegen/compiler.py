@@ -62,8 +62,8 @@ def warn_without_compiler(error: CompileError) -> None:
         return
     warn_once(
         "compiler",
-        f"{error} Attention on latents runs on plain torch operations, which is slower. "
-        "Install g++ (or clang++) and start again to get compiled kernels.",
+        f"{error} Attention on latents runs on plain torch operations, which is slower. Install g++ (or "
+        "clang++) and restart to use compiled kernels.",
     )
 
 
@@ -127,7 +127,7 @@ def _macros(compiler: str) -> frozenset[str]:
 def _defined(compiler: str, flag: str) -> frozenset[str]:
     done = _run([compiler, flag, "-dM", "-E", "-x", "c++", os.devnull])
     if done.returncode:
-        raise CompileError(f"{compiler} refused {flag}.")
+        raise CompileError(f"{compiler} rejected {flag}.")
     return frozenset(line.split()[1] for line in done.stdout.splitlines() if line.startswith("#define "))
 
 
@@ -136,14 +136,14 @@ _BYTES = {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"}
 _UNITS = (
     (
         _BYTES | {"__AVX512BF16__", "__AMX_BF16__"},
-        "AVX-512 VNNI: products of bytes, and of 16 floats; AMX for prompts in bfloat16",
+        "AVX-512 VNNI: 8-bit integer and 16-lane float dot products; AMX for BF16 prefill",
     ),
     (_BYTES, "AVX-512 VNNI: products of bytes, and of 16 floats"),
-    ({"__AVX512F__"}, "AVX-512 without VBMI: products of words, and of 16 floats"),
-    ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, "AVX2 with VNNI: products of words, and of 8 floats"),
-    ({"__AVX2__", "__F16C__"}, "AVX2: products of words, and of 8 floats"),
-    ({"__AVX2__"}, "AVX2: products of 8 floats"),
-    ({"__ARM_NEON"}, "NEON: products of 4 floats"),
+    ({"__AVX512F__"}, "AVX-512 without VBMI: 16-bit integer and 16-lane float dot products"),
+    ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, "AVX2 with VNNI: 16-bit integer and 8-lane float dot products"),
+    ({"__AVX2__", "__F16C__"}, "AVX2: 16-bit integer and 8-lane float dot products"),
+    ({"__AVX2__"}, "AVX2: 8-lane float dot products"),
+    ({"__ARM_NEON"}, "NEON: 4-lane float dot products"),
 )
 
 
@@ -157,7 +157,7 @@ def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ..
         if failed and _errors(command):  # without OpenMP the kernel is single-threaded
             lines = failed.strip().splitlines()
             message = next((line for line in lines if "error" in line), lines[0])
-            raise CompileError(f"{compiler[0]} refused a generated file: {message}.")
+            raise CompileError(f"{compiler[0]} failed to compile a generated file: {message}.")
 
 
 def _errors(command: list[str]) -> str:
@@ -180,7 +180,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     except OSError as error:
         raise CompileError(f"{command[0]} cannot be started ({error.strerror}).") from error
     if _ends.is_set():
-        raise CompileError(f"{command[0]} was stopped, since the process ends.")
+        raise CompileError(f"{command[0]} was stopped because the process is exiting.")
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 

@@ -28,7 +28,7 @@ class RowFormat:
         """Convert `x` to the kernel's type with a dense last dimension. Raises ValueError."""
         if x.dtype != self.dtype:
             if self.coded:
-                raise ValueError(f"{self.name} has type {x.dtype}; codes are torch.uint8. Pass what fhopt::pack gave.")
+                raise ValueError(f"{self.name} is {x.dtype}; expected torch.uint8. Pass the result of fhopt::pack.")
             x = x.to(self.dtype)
         return x if x.stride(3) == 1 else x.contiguous()
 
@@ -37,8 +37,8 @@ class RowFormat:
         batch, heads, rows, width = x.shape
         if batch != query[0] or query[1] % heads or rows != tokens or width != self.row:
             raise ValueError(
-                f"{self.name} has shape {tuple(x.shape)}; for queries {query} this kernel takes "
-                f"[{query[0]}, J, {tokens}, {self.row}], J a divisor of {query[1]}. Build the kernel of these tiers."
+                f"{self.name} has shape {tuple(x.shape)}; expected, for queries {query}, [{query[0]}, J, "
+                f"{tokens}, {self.row}], J a divisor of {query[1]}. Build the kernel of these tiers."
             )
         if self.scaled and (scale is None or scale.dtype != torch.float16 or scale.shape != (batch, heads, rows)):
             actual = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"

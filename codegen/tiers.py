@@ -19,15 +19,17 @@ def check_spec(spec: KernelSpec) -> None:
     for side, tiers, width in (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width)):
         if any(bits not in SUPPORTED_BITS or w < 1 or w % TIER_QUANTUM for bits, w, _ in tiers):
             raise FhoptError(
-                f"the {side} tiers {tiers} cannot become a kernel; expected bits in {SUPPORTED_BITS} and widths that "
+                f"the {side} tiers {tiers} have no kernel; expected bits in {SUPPORTED_BITS} and widths that "
                 f"are multiples of {TIER_QUANTUM}. Fit the plan again, or round the widths."
             )
         if tiers and sum(w for _, w, _ in tiers) != width:
-            raise FhoptError(f"the {side} tiers {tiers} do not add up to the width {width}; give widths that do.")
+            raise FhoptError(f"the {side} tiers {tiers} do not add up to the width {width}. Pass widths that do.")
         if any(is_trellis(bits, step) and bits not in TRELLIS_BITS for bits, _, step in tiers):
             raise FhoptError(f"the {side} tiers {tiers} have trellis codes; expected bits of {TRELLIS_BITS} for these.")
     if spec.dtype not in UNCODED_DTYPES:
-        raise FhoptError(f"no kernel reads uncoded {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors.")
+        raise FhoptError(
+            f"no kernel supports unquantized {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors."
+        )
 
 
 def spec_has_trellis(spec: KernelSpec) -> bool:
@@ -39,7 +41,9 @@ def check_uniform(spec: KernelSpec, what: str) -> None:
     """Raise FhoptError as `check_spec` does, and if `spec` has trellis codes, which `what` does not support."""
     check_spec(spec)
     if spec_has_trellis(spec):
-        raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
+        raise FhoptError(
+            f"{what} does not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code uniform."
+        )
 
 
 def is_scaled(tiers: Tiers) -> bool:

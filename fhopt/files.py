@@ -71,7 +71,7 @@ def read_file(path: Path, limit: int = JSON_BYTES, cure: str = "Give the file it
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1)
     if len(content) > size:
-        raise FhoptError(f"{path} has grown while it was read; expected a file that nobody writes to. {cure}")
+        raise FhoptError(f"{path} grew while fhopt read it; expected a file that no process writes to. {cure}")
     return content
 
 
@@ -84,7 +84,7 @@ def tensor_limit() -> int:
 
 def _checked(about: os.stat_result, path: Path, limit: int | None, cure: str) -> int:
     if not stat.S_ISREG(about.st_mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(about.st_mode)), "no regular file")
+        kind = next((name for is_kind, name in _KINDS if is_kind(about.st_mode)), "not a regular file")
         raise FhoptError(f"{path} is {kind}; expected a regular file. {cure}")
     if limit is not None and about.st_size > limit:
         raise _too_long(path, about.st_size, limit, cure)
@@ -109,8 +109,8 @@ def check_no_pickle(path: Path, cure: str) -> None:
         start = file.read(9)
     if is_pickle(start):
         raise FhoptError(
-            f"{path} is a pickle, or an archive with one, as torch.save writes: it can run code when it is read, and "
-            f"fhopt never does. Expected JSON and safetensors. {cure}"
+            f"{path} is a pickle, or an archive with one, as torch.save writes; expected JSON and "
+            f"safetensors, because loading a pickle can run code. {cure}"
         )
 
 
@@ -220,7 +220,7 @@ def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
     """Raise ValueError if description or tensors are not what `write_tensors` wrote."""
     description = {name: value for name, value in about.items() if name != "digest"}
     if about.get("digest") != digest(description, tensors):
-        raise ValueError("its content is not what was written")
+        raise ValueError("its digest does not match its content")
 
 
 # --------------------------------------------------------------------------------------------------- folders
@@ -239,22 +239,28 @@ def check_writable(folder: Path) -> None:
 def check_picture(path: Path) -> None:
     """Raise FhoptError if matplotlib cannot draw to `path`, before anything slow starts."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
+        raise FhoptError(
+            "matplotlib is not installed; plots require the extra plot. Install it with: pip install 'fhopt[plot]'"
+        )
     if path.suffix.lower() not in PICTURES or path.is_dir():
-        raise FhoptError(f"{path} is not a picture; expected a file that ends in {', '.join(PICTURES)}.")
+        raise FhoptError(
+            f"{path} is not an image file name; expected one that ends in {', '.join(PICTURES)}. Rename it."
+        )
     check_writable(path.parent)
 
 
 def check_graph(path: Path, formats: Sequence[str] = GRAPHS) -> None:
     """Raise FhoptError for a graph file whose format is not in `formats`."""
     if path.suffix.lower() not in formats or path.is_dir():
-        raise FhoptError(f"{path} is not a graph file; expected a name that ends in {', '.join(formats)}.")
+        raise FhoptError(f"{path} is not a graph file name; expected one that ends in {', '.join(formats)}. Rename it.")
 
 
 def check_folder(path: Path, names: Iterable[str]) -> None:
     """Raise FhoptError if `path` exists and contains anything but files of these names."""
     if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):
-        raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
+        raise FhoptError(
+            f"{path} exists and is not a plan; expected a new folder or an older plan. Choose another folder."
+        )
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -279,7 +285,7 @@ def appearing_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a folder that you may write to.") from error
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a writable folder.") from error
     former = staging.with_name(f"{staging.name}-former")
     try:
         yield staging

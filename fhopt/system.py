@@ -153,8 +153,8 @@ def cached_file(name: str, make: Callable[[Path], None]) -> Path:
         other = _temporary_folder()
         warn_once(
             "cache",
-            f"The kernel cache cannot be used ({error}); the kernels of this process go to {other} and are built "
-            f"again next time. Set {CACHE_VARIABLE} to a folder that you, and nobody else, may write to.",
+            f"The kernel cache is unusable ({error}): this process stores kernels in {other}, and the next "
+            f"one compiles them again. Set {CACHE_VARIABLE} to a folder that only you can write to.",
         )
     return _locked(os.open(other, os.O_RDONLY | os.O_DIRECTORY), other / name, make)
 

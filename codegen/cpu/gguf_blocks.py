@@ -112,7 +112,7 @@ def most_rows(format: int, dtype: torch.dtype) -> int:
 def _checked(which: Tensor, rows: int) -> Tensor:
     """Return row indices as the library takes them. Raises IndexError out of range, TypeError for another dtype."""
     if not which.is_cpu or which.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"numbers of rows are {which.dtype} on {which.device}; expected torch.int64 on the CPU.")
+        raise TypeError(f"row indices are {which.dtype} on {which.device}; expected torch.int64 on the CPU.")
     if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < rows:
         raise IndexError(f"rows {int(which.min())} to {int(which.max())} of a weight of {rows} rows.")
     return which.long().contiguous()
@@ -171,4 +171,6 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-LIBRARY = CppLibrary("blocks", "block_linear.cpp", _bind, "Weights in blocks are dequantized.")
+LIBRARY = CppLibrary(
+    "blocks", "block_linear.cpp", _bind, "Block-quantized weights are dequantized, which uses more memory."
+)

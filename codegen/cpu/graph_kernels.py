@@ -406,6 +406,6 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL | None:
 
 
 LIBRARY = CppLibrary(
-    "ops", "graph_kernels.cpp", _bind, "Calls of kernels go through Python, which costs some 30 microseconds each.",
+    "ops", "graph_kernels.cpp", _bind, "Kernel calls go through Python, which adds about 30 microseconds each.",
     _flags, ("-ltorch_cpu",),
 )  # fmt: skip

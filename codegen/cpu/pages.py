@@ -165,4 +165,4 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-LIBRARY = CppLibrary("pages", "pages.cpp", _bind, "Pages are weighed by torch.")
+LIBRARY = CppLibrary("pages", "pages.cpp", _bind, "Page selection runs on torch operations, which is slower.")

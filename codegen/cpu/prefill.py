@@ -162,4 +162,4 @@ def _bind(library: ctypes.CDLL) -> Any:
     return library.open_attention
 
 
-LIBRARY = CppLibrary("prefill", "prefill.cpp", _bind, "Attention of many queries is left to torch.")
+LIBRARY = CppLibrary("prefill", "prefill.cpp", _bind, "Prefill attention runs on torch operations, which is slower.")

@@ -145,4 +145,6 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-LIBRARY = CppLibrary("skinny", "skinny_linear.cpp", lambda library: library, "Products of few rows are left to torch.")
+LIBRARY = CppLibrary(
+    "skinny", "skinny_linear.cpp", lambda library: library, "Skinny GEMMs run on torch operations, which is slower."
+)

@@ -40,4 +40,6 @@ def is_wanted() -> bool:
     return multiplies_by_loops(torch.bfloat16)
 
 
-LIBRARY = CppLibrary("wide", "wide_linear.cpp", lambda library: library, "Products of many rows are left to torch.")
+LIBRARY = CppLibrary(
+    "wide", "wide_linear.cpp", lambda library: library, "GEMMs run on torch operations, which is slower."
+)

@@ -131,8 +131,8 @@ def write_config(
             target.write_text(text)
     except OSError as error:
         raise FhoptError(
-            f"the configuration cannot be kept: {error.strerror} ({path}). Set FHOPT_CACHE_DIR to a folder that you "
-            "may write to."
+            f"the kernel configuration cannot be saved: {error.strerror} ({path}). Set FHOPT_CACHE_DIR to a "
+            "writable folder."
         ) from error
 
 

@@ -72,8 +72,8 @@ def encode_triton(
         return encode_reference(x, basis, bits, widths, steps, codes, scale, at=at, places=places, table=table)
     if codes.shape[-1] != known.row_bytes or basis.shape[1] != known.width:
         raise ValueError(
-            f"codes have rows of {codes.shape[-1]} bytes and basis {basis.shape[1]} channels; these tiers have "
-            f"{known.row_bytes} and {known.width}. Give the storage and the basis of one plan."
+            f"codes have {codes.shape[-1]} bytes per row and basis has {basis.shape[1]} channels; expected "
+            f"{known.row_bytes} and {known.width}. Pass the storage and the basis of one plan."
         )
     batch, groups, tokens, size = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
@@ -130,18 +130,20 @@ def _check(x: Tensor, basis: Tensor, codes: Tensor, scale: Tensor, places: Tenso
     heads = basis.shape[0]
     if groups % heads or basis.shape[2] != groups // heads * size:
         raise ValueError(
-            f"basis has shape {tuple(basis.shape)}; for x {tuple(x.shape)} it is [J, R, {groups}/J * {size}], J a "
-            f"divisor of {groups}. Give the encoder of this site."
+            f"basis has shape {tuple(basis.shape)}; expected [J, R, {groups}/J * {size}], J a divisor of "
+            f"{groups}, for x {tuple(x.shape)}. Pass the encoder of this site."
         )
     if codes.dtype != torch.uint8 or scale.dtype != torch.float16 or codes.shape[:3] != scale.shape:
         raise ValueError(
-            f"codes are {codes.dtype} {tuple(codes.shape)} and scale {scale.dtype} {tuple(scale.shape)}; expected "
-            "torch.uint8 [..., rows, bytes] and torch.float16 [..., rows]. Give the storage of one cache."
+            f"codes are {codes.dtype} {tuple(codes.shape)} and scale {scale.dtype} {tuple(scale.shape)}; "
+            "expected torch.uint8 [..., rows, bytes] and torch.float16 [..., rows]. Pass the storage of one "
+            "cache."
         )
     if codes.shape[1] != heads or (table is None and codes.shape[0] != batch):
         raise ValueError(
-            f"codes have shape {tuple(codes.shape)}; for {batch} sequences and {heads} latent heads they are "
-            f"[{'pool' if table is not None else batch}, {heads}, rows, bytes]. Give the storage of this site."
+            f"codes have shape {tuple(codes.shape)}; expected, for {batch} sequences and {heads} latent "
+            f"heads, [{'pool' if table is not None else batch}, {heads}, rows, bytes]. Pass the storage of "
+            "this site."
         )
     if places is not None and (places.dtype != torch.int64 or places.shape != (tokens,) or not places.is_contiguous()):
         raise ValueError(f"places are {places.dtype} {tuple(places.shape)}; expected torch.int64 {(tokens,)}, dense.")

@@ -224,8 +224,8 @@ def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
     if words and "spills" not in _warned:
         _warned.add("spills")
         warnings.warn(
-            f"{spec.name} keeps {4 * words} bytes a thread in memory, for want of registers: its plan, of many or odd "
-            "tiers, was not fitted for a GPU. It gives the same numbers, slower. Fit one for it: fhopt fit MODEL "
+            f"{spec.name} spills {4 * words} bytes of registers per thread, because its plan uses bit widths "
+            "not chosen for GPUs. Results are correct but slow. Refit for this GPU, e.g.: fhopt fit MODEL "
             "--device h100.",
             RuntimeWarning,
             stacklevel=2,
@@ -265,7 +265,7 @@ def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
 def _within(config: Config, page: int) -> Config:
     """Reduce tiles so that they do not cross a page, if pages are as large as a tile can be."""
     if not page or page % PAGE_QUANTUM:
-        raise ValueError(f"pages have {page} tokens; expected a multiple of {PAGE_QUANTUM}. Seal larger blocks.")
+        raise ValueError(f"pages have {page} tokens; expected a multiple of {PAGE_QUANTUM}. Quantize larger blocks.")
     return replace(config, block_t=gcd(page, config.block_t)) if page % SMALLEST_PIECE == 0 else config
 
 

@@ -97,7 +97,10 @@ def device_table(
 ) -> Tensor:
     """Create the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
     if groups_have_trellis(bits, steps):
-        raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
+        raise FhoptError(
+            "GPU kernels do not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code "
+            "uniform."
+        )
     lines, channel, byte = [], 0, 0
     for b, w in zip(bits, widths, strict=True):
         lines.append((b, w, channel, byte))

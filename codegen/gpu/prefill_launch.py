@@ -138,18 +138,21 @@ class PrefillKernel:
         sizes = []
         for side, (x, _, decode) in zip(self._sides, sides, strict=True):
             if decode is None and side.coded:
-                raise ValueError(f"{side.name}_decode is none; codes need a decoder [G, D, R]. Give that of the site.")
+                raise ValueError(
+                    f"{side.name}_decode is missing; expected a decoder [G, D, R] for codes. Pass the decoder of "
+                    "the site."
+                )
             width = self.spec.key_width if side.name == "key" else self.spec.value_width
             if decode is not None and (decode.shape[2] != width or decode.shape[0] % x.shape[1]):
                 raise ValueError(
-                    f"{side.name}_decode has shape {tuple(decode.shape)}; for rows {tuple(x.shape)} it is "
-                    f"[G, D, {width}], G a multiple of {x.shape[1]}. Give the decoder of these rows."
+                    f"{side.name}_decode has shape {tuple(decode.shape)}; expected [G, D, {width}], G a "
+                    f"multiple of {x.shape[1]}, for rows {tuple(x.shape)}. Pass the decoder of these rows."
                 )
             sizes.append((x.shape[1], x.shape[3]) if decode is None else (decode.shape[0], decode.shape[1]))
         if sizes[0][0] != sizes[1][0]:
             raise ValueError(
-                f"there are {sizes[0][0]} heads of keys and {sizes[1][0]} of values; expected as many. Give both sides "
-                "of one site."
+                f"there are {sizes[0][0]} key heads and {sizes[1][0]} value heads; expected the same number. "
+                "Pass both sides of one site."
             )
         return sizes[0], sizes[1]
 
@@ -168,8 +171,8 @@ class PrefillKernel:
         (groups, size), _ = self.sizes(sides)
         if query.shape[1] % groups or query.shape[3] != size:
             raise ValueError(
-                f"queries have shape {tuple(query.shape)}; for {groups} kv heads of {size} numbers they are "
-                f"[B, H, S, {size}], H a multiple of {groups}. Give queries that are not absorbed."
+                f"queries have shape {tuple(query.shape)}; expected [B, H, S, {size}], H a multiple of "
+                f"{groups} kv heads. Pass queries that are not absorbed."
             )
         return query.shape[1] // groups * query.shape[2]
 

@@ -122,13 +122,13 @@ def objection(resources: Resources, gpu: Gpu) -> str:
     if resources.error:
         return f"does not compile: {resources.error}"
     if resources.spilled:
-        return f"spills {resources.spilled} bytes a thread"
+        return f"spills {resources.spilled} bytes per thread"
     if resources.shared > gpu.block_shared:
-        return f"needs {resources.shared:,} bytes of shared memory, a block may have {gpu.block_shared:,}"
+        return f"needs {resources.shared:,} bytes of shared memory; a block may have {gpu.block_shared:,}"
     if resources.tensor_columns > TENSOR_COLUMNS:
-        return f"needs {resources.tensor_columns} columns of tensor memory, there are {TENSOR_COLUMNS}"
+        return f"needs {resources.tensor_columns} columns of tensor memory; there are {TENSOR_COLUMNS}"
     if needed > gpu.registers:
-        return f"needs {needed:,} registers, there are {gpu.registers:,}"
+        return f"needs {needed:,} registers; there are {gpu.registers:,}"
     return ""
 
 
@@ -194,8 +194,8 @@ def triton_version() -> str:
     module = importlib.util.find_spec("triton")
     if module is None or module.origin is None:
         raise FhoptError(
-            "kernels for GPUs are checked by compiling them, and Triton is not installed. Install it: pip install "
-            "'triton>=3.6' (there are wheels for Linux)."
+            "Triton is not installed; checking GPU kernels requires it. Install it with: pip install "
+            "'triton>=3.6' (wheels exist for Linux)."
         )
     version = re.search(r"""^__version__ = ['"](.+?)['"]""", Path(module.origin).read_text(), re.MULTILINE)
     return version[1] if version else "unknown"
@@ -253,8 +253,8 @@ def _compile(requests: Sequence[CompileRequest], gpu: Gpu) -> Iterator[Resources
                     yield Resources(**json.loads(line))
             process.wait()
             errors.seek(0)
-            died = f"the compiler died: {_last_line(errors.read())}"
-            yield died if timer.is_alive() else f"took over {limit} seconds"
+            died = f"the compiler crashed: {_last_line(errors.read())}"
+            yield died if timer.is_alive() else f"took more than {limit} seconds"
         finally:
             timer.cancel()
             process.kill()

@@ -196,7 +196,7 @@ def tune(
     """
     if timer is None or not device_name:
         if not torch.cuda.is_available():
-            raise FhoptError("there is no GPU to tune on. Tune on a machine with one, or take what the filter chooses.")
+            raise FhoptError("there is no GPU to tune on. Tune on a machine with a GPU, or use the filter's choice.")
         device_name = device_name or torch.cuda.get_device_name(device)
         timer = timer or _by_events
     kernel = kernel or build_triton(spec)

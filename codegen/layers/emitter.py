@@ -52,7 +52,7 @@ class Emitter:
     def value(self, ref: Any) -> Value:
         """Return a value of the trace. Raises UnsupportedError."""
         if not isinstance(ref, Ref):
-            raise UnsupportedError(f"an operand that is no tensor ({ref!r})")
+            raise UnsupportedError(f"an operand that is not a tensor ({ref!r})")
         return self.values[ref.number]
 
     def new(self, shape: Sequence[int]) -> Value:
@@ -73,7 +73,7 @@ class Emitter:
         if value.view is own and known is not None:
             return known
         if value.view.dtype not in TYPES:
-            raise UnsupportedError(f"numbers of {value.view.dtype}")
+            raise UnsupportedError(f"elements of {value.view.dtype}")
         loaded = self.new(value.view.shape)
         self.read.add(value.external)
         sizes, kind = four(value.view.shape), TYPES[value.view.dtype]
@@ -135,10 +135,10 @@ class Emitter:
         a = self.operand(x)
         columns, width = weight.view.shape[0], a.view.shape[-1] if format else weight.view.shape[1]
         if weight.external < 0 or weight.view.stride(1) != 1 or weight.view.storage_offset():
-            raise UnsupportedError("a product with what is no weight")
+            raise UnsupportedError("a matmul with a tensor that is not a weight")
         quantized = scale is not None or format > 0
         if (weight.view.dtype not in TYPES and not quantized) or a.view.shape[-1] != width:
-            raise UnsupportedError(f"a product with a weight of {weight.view.dtype}")
+            raise UnsupportedError(f"a matmul with a weight of {weight.view.dtype}")
         rows = row_layout(a.view) or row_layout((a := self.dense(a)).view)
         assert rows is not None
         out = self.new((*a.view.shape[:-1], columns))
@@ -163,9 +163,9 @@ class Emitter:
             return -1
         value = self.value(ref)
         if value.external < 0 or value.view.dtype != dtype or tuple(value.view.shape) != (columns,):
-            raise UnsupportedError("a product with a bias that is no weight")
+            raise UnsupportedError("a matmul with a bias that is not a weight")
         if value.view.stride(0) != 1 or value.view.storage_offset():
-            raise UnsupportedError("a bias that is not dense")
+            raise UnsupportedError("a bias that is not contiguous")
         return value.external
 
     def _same_input(self, product: Instruction) -> Instruction | None:

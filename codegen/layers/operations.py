@@ -66,7 +66,7 @@ def _same(low: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     """Lower a copy or cast: to nothing, or to a copy if the layer changes values in place."""
     value = low.value(args[0])
     if not value.view.is_floating_point() or not kwargs.get("dtype", torch.float32).is_floating_point:
-        raise UnsupportedError("a cast from or to whole numbers")
+        raise UnsupportedError("a cast from or to integers")
     value = low.in_arena(value)
     if low.changes:
         return low.emit(Instruction(Code.COPY, four(value.view.shape), low.new(value.view.shape), value))

@@ -104,4 +104,4 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-LIBRARY = CppLibrary("layer", "layer_program.cpp", _bind, "Layers run operation by operation.")
+LIBRARY = CppLibrary("layer", "layer_program.cpp", _bind, "Layers run operation by operation, which is slower.")

@@ -92,8 +92,9 @@ def _on_reconstructed(func: Any, args: Any, kwargs: Any) -> Any:
     changes = (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
     if (changes and args and isinstance(args[0], LatentTensor)) or isinstance(kwargs.get("out"), LatentTensor):
         raise FhoptError(
-            f"the model changes cached keys or values in place ({name}), which latents cannot be. Call "
-            "fhopt.unapply(model), or make the cache with absorb=False."
+            f"the model modifies cached keys or values in place ({name}); expected read-only access, since "
+            "latents cannot be updated in place. Call fhopt.unapply(model), or create the cache with "
+            "absorb=False."
         )
     _warn(name)
     args, kwargs = tree_map(lambda x: x.reconstruct() if isinstance(x, LatentTensor) else x, (args, kwargs))
@@ -108,9 +109,10 @@ def _warn(operation: str) -> None:
     if operation not in _warned:
         _warned.add(operation)
         warnings.warn(
-            f"The model calls {operation} on cached keys or values, which fhopt cannot do on latents: they are "
-            "reconstructed at full length for it, in every call. Expected scaled_dot_product_attention, products with "
-            "queries or weights, or transformers' attention interface. fhopt.apply(model, plan) sets the last.",
+            f"{operation} has no latent implementation: fhopt reconstructs full-length keys and values on "
+            "every call, which is slow; expected scaled_dot_product_attention, matmuls with queries or "
+            "weights, or transformers' attention interface. Call fhopt.apply(model, plan), which sets the "
+            "last.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -48,8 +48,8 @@ def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: LatentReader)
     if reader.pending:
         reader.pending = False
         raise FhoptError(
-            "a compiled model changes cached keys before its attention reads them, and loses the latents. Make the "
-            "cache with absorb=False, or do not compile."
+            "a compiled model modifies cached keys before its attention, so fhopt cannot use their latents; "
+            "expected unmodified keys. Create the cache with absorb=False, or do not compile the model."
         )
     reader.pending = True
     offered = key.view_as(key)

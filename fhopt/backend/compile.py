@@ -213,7 +213,7 @@ class _OtherWeights:
 
     def _warn(self, stale: Stale) -> None:
         message = (
-            f"{stale}: this graph runs exactly for them. Fit a plan for the new weights, or set "
+            f"{stale}: this graph runs in exact mode. Fit a plan for the new weights, or set "
             "options={'weights': 'trust'} if they changed little."
         )
         self.report.add_event(message)

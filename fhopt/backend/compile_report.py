@@ -171,8 +171,8 @@ def report(compiled: Any) -> CompileReport:
     parts = [part for part in parts if part.graphs or part.events]
     if not parts:
         raise FhoptError(
-            f"nothing of {type(target).__name__} has been compiled by fhopt yet. Compile it with "
-            'model.compile(backend="flashhead") and call it once.'
+            f"fhopt has not compiled {type(target).__name__} yet; expected a compiled module that was called. "
+            'Run model.compile(backend="flashhead"), then call the model once.'
         )
     return parts[0] if len(parts) == 1 else _merge(type(target).__name__, parts)
 

@@ -65,7 +65,7 @@ class FitTarget:
         given = {name: options[name] for name in FIT_OPTIONS if options.get(name) is not None}
         for name, value in given.items():
             if isinstance(value, bool):
-                raise FhoptError(f"option {name} is {value}; expected a number. Leave it out, or set a number.")
+                raise FhoptError(f"option {name} is {value}; expected a number. Drop it, or set a number.")
         try:
             ratio = None if options.get("ratio") is None else float(options["ratio"])
             limit = options.get("max_loss", MAX_LOSS)
@@ -73,11 +73,11 @@ class FitTarget:
             tokens = int(options.get("calibration_tokens", CALIBRATION_TOKENS))
         except (TypeError, ValueError) as error:
             raise FhoptError(
-                f"ratio, max_loss and calibration_tokens: {error}; expected numbers, or a share such as '1%' for "
-                "max_loss."
+                f"options ratio, max_loss and calibration_tokens are invalid ({error}); expected numbers, or "
+                "a percentage such as '1%' for max_loss."
             ) from error
         if ratio is not None and not 1 <= ratio < 1000:
-            raise FhoptError(f"option ratio is {ratio:g}; expected 1 (exact) or a number above it, such as 4.")
+            raise FhoptError(f"option ratio is {ratio:g}; expected 1 (exact mode) or a larger number, such as 4.")
         if tokens < MIN_TOKENS:
             raise FhoptError(f"option calibration_tokens is {tokens}; expected at least {MIN_TOKENS:,}.")
         Gate(limit).check()
@@ -173,19 +173,21 @@ class OnlineFit:
                 plan = fit_recorded(shared_weight_copy(model), self.stream, self.target)
                 apply(model, plan)
         except FhoptError as error:
-            self._conclude(compile_report.REJECTED, f"stays exact: {error}")
+            self._conclude(compile_report.REJECTED, f"stays in exact mode: {error}")
             return
         except Exception as error:  # the user's call must not fail because of it
             logger.debug("fhopt: fitting failed", exc_info=True)
-            self._conclude(compile_report.REJECTED, f"stays exact: fitting failed ({type(error).__name__}: {error})")
+            self._conclude(
+                compile_report.REJECTED, f"stays in exact mode: fitting failed ({type(error).__name__}: {error})"
+            )
             return
         gated = plan.provenance["gate"]
         _raise_recompile_limit(len(self.report.graphs) + 1)
         self._conclude(
             compile_report.COMPRESSED,
-            f"new sequences are cached as latents, {plan.ratio():.2f}x smaller, {len(plan.sites)} sites: perplexity "
-            f"{gated['increase_percent']:+.2f} % on {gated['tokens']} held-out tokens (limit "
-            f"{100 * self.target.max_loss:g} %). fhopt.unapply(model) undoes it",
+            f"new sequences are cached as latents, {plan.ratio():.2f}x smaller, {len(plan.sites)} sites: "
+            f"perplexity {gated['increase_percent']:+.2f}% on {gated['tokens']} held-out tokens (limit "
+            f"{100 * self.target.max_loss:g}%). Undo it with fhopt.unapply(model)",
         )
 
     def _conclude(self, state: str, message: str) -> None:
@@ -279,14 +281,17 @@ def recording(
     if positions is None:
         if online is None and has_attention:  # the graph with the token ids is compiled before this one
             _stay_exact(
-                f"calls of {type(root).__name__} without token ids are not recorded. {_BY_PLAN}", root, target, report
+                f"fhopt cannot record calls of {type(root).__name__} without token ids. {_BY_PLAN}",
+                root,
+                target,
+                report,
             )
         return compiled
     if online is None:
         online = _fits[root] = OnlineFit(root, target, report)
         if target.is_requested:
             logger.warning(
-                "fhopt: %s runs exactly until %d tokens of its calls are recorded, to which a plan is fitted (%s). %s",
+                "fhopt: %s runs in exact mode until %d tokens are recorded; then fhopt fits a plan to them (%s). %s",
                 type(root).__name__, target.calibration_tokens, target, _BY_PLAN,
             )  # fmt: skip
     if online.is_done:
@@ -313,15 +318,18 @@ _BY_PLAN = "Fit a plan (fhopt fit, fhopt.fit) and set options={'plan': plan} to 
 def _obstacle(root: torch.nn.Module | None, online: OnlineFit | None, target: FitTarget, training: bool) -> str:
     """Return why calls of a graph are not recorded, with the fix; "" if they are."""
     if root is None:
-        return f"a graph that belongs to no module is not recorded. {_BY_PLAN}, or compile the model itself"
+        return f"fhopt cannot record a graph that belongs to no module. {_BY_PLAN}, or compile the model itself"
     if online is not None and online.target != target and target.is_requested:
-        return f"its calls are recorded with {online.target}, not {target}. Call torch.compiler.reset() to change it"
+        return (
+            f"fhopt already records its calls for {online.target}, not for {target}. Call torch.compiler.reset() "
+            "to change the target"
+        )
     if hasattr(root, "_fhopt_applied"):
         return "" if online else "a plan is already applied. Call fhopt.unapply(model) to fit another one"
     if reason := why_no_fit(root):
         return f"{reason}. {_BY_PLAN}"
     if training:
-        return "calls that record gradients are not recorded. Call the model inside torch.no_grad() to fit a plan"
+        return "fhopt cannot record calls with gradients. Call the model inside torch.no_grad() to fit a plan"
     return ""
 
 
@@ -329,8 +337,8 @@ def _stay_exact(obstacle: str, root: torch.nn.Module | None, target: FitTarget, 
     """Report why a graph stays exact, and warn once if a fit was requested."""
     if not target.is_requested and (root is None or not why_no_fit(root)):
         return
-    report.add_event(f"stays exact: {obstacle}")
-    message = f"fhopt: {type(root).__name__ if root is not None else 'a function'} stays exact: {obstacle}."
+    report.add_event(f"stays in exact mode: {obstacle}")
+    message = f"fhopt: {type(root).__name__ if root is not None else 'a function'} stays in exact mode: {obstacle}."
     if target.is_requested and message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -339,9 +347,9 @@ def _stay_exact(obstacle: str, root: torch.nn.Module | None, target: FitTarget, 
 def why_no_fit(model: Any) -> str:
     """Return why no plan can be fitted to the calls of a model; "" if one can."""
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "generate"):
-        return f"{type(model).__name__} is not a language model of transformers, whose KV cache a plan compresses"
+        return f"{type(model).__name__} is not a transformers language model with a KV cache that a plan could compress"
     if model.config.is_encoder_decoder:
-        return f"{type(model).__name__} has an encoder, whose calls are not recorded"
+        return f"{type(model).__name__} has an encoder, and fhopt records only decoder-only models"
     if not getattr(model, "can_generate", lambda: True)():
         return f"{type(model).__name__} has no KV cache that a plan could compress"
     return ""

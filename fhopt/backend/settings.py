@@ -44,7 +44,7 @@ class Settings:
             raise FhoptError(f"option weights is {ours['weights']!r}; expected 'check' or 'trust'.")
         for name in ("skinny_products", "strict", "assume_finite"):
             if not isinstance(ours.get(name, False), bool):
-                raise FhoptError(f"option {name} is {ours[name]!r}; expected True or False. Set one of them.")
+                raise FhoptError(f"option {name} is {ours[name]!r}; expected True or False. Set it to one of them.")
         plan, target = _plan(ours.get("plan")), online_fit.FitTarget.parse(ours)
         _check_combination(ours, is_exact=target.ratio == 1)
         if plan is not None:
@@ -74,16 +74,16 @@ def _check_combination(ours: Mapping[str, Any], is_exact: bool) -> None:
     if "plan" in ours:
         clash = [name for name in online_fit.FIT_OPTIONS if name in ours]
         if clash:
-            raise FhoptError(f"options plan and {clash[0]} exclude each other; expected one of them. Leave one out.")
+            raise FhoptError(f"options plan and {clash[0]} are mutually exclusive. Drop one of them.")
         return
     for name in ("weights", "strict"):
         if name in ours:
             raise FhoptError(
-                f"option {name} requires a plan; expected options={{'plan': plan, ...}}. Leave {name} out."
+                f"option {name} requires a plan; expected options={{'plan': plan, ...}}. Add a plan, or drop {name}."
             )
     clash = [name for name in ("max_loss", "calibration_tokens") if name in ours and is_exact]
     if clash:
-        raise FhoptError(f"options ratio=1 and {clash[0]} exclude each other; expected one of them. Leave one out.")
+        raise FhoptError(f"options ratio=1 and {clash[0]} are mutually exclusive. Drop one of them.")
 
 
 def _plan(option: Any) -> LatentPlan | None:
@@ -102,8 +102,8 @@ def _loaded(path: str) -> LatentPlan:
     plan, stamps = loaded_plans[path]
     if _stamps(path) != stamps:
         warnings.warn(
-            f"{path} has changed since it was read; graphs use the plan as it was. Call torch.compiler.reset() to "
-            "compile with the new one.",
+            f"{path} has changed since it was loaded; compiled graphs still use the old plan. Call "
+            "torch.compiler.reset() to compile with the new one.",
             RuntimeWarning,
             stacklevel=2,
         )

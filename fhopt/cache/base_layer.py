@@ -93,8 +93,8 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         expected = (site.kv_heads, site.key_dim, site.kv_heads, site.value_dim)
         if sizes != expected:
             raise FhoptError(
-                f"{site.name}: keys and values have (heads, size) {sizes[:2]} and {sizes[2:]}, the plan expects "
-                f"{expected[:2]} and {expected[2:]}. Is this the model that the plan was fitted for?"
+                f"{site.name}: keys and values have (heads, size) {sizes[:2]} and {sizes[2:]}; expected "
+                f"{expected[:2]} and {expected[2:]} as in the plan. Use a plan that was fitted for this model."
             )
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -103,8 +103,9 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         site = self.site.site
         if self.is_initialized and (key_states.dtype != self.dtype or key_states.shape[0] != self.batch_size):
             raise FhoptError(
-                f"{site.name}: new tokens are {key_states.dtype} of batch {key_states.shape[0]}, the cache holds "
-                f"{self.dtype} of batch {self.batch_size}. Use one cache for each batch and dtype."
+                f"{site.name}: new tokens are {key_states.dtype} with batch size {key_states.shape[0]}; "
+                f"expected {self.dtype} with batch size {self.batch_size}, as in the cache. Use one cache per "
+                "batch and dtype."
             )
 
     def _place_bases(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -375,4 +376,6 @@ def _but_tokens(x: Tensor) -> tuple[int, ...]:
 def check_crop(tokens_to_remove: int, length: int) -> None:
     """Check the argument of `crop`, a number from -length to 0. Raises FhoptError."""
     if tokens_to_remove > 0 or -tokens_to_remove > length:
-        raise FhoptError(f"crop({tokens_to_remove}) of {length} tokens; expected a number from -{length} to 0.")
+        raise FhoptError(
+            f"crop({tokens_to_remove}) is out of range for {length} tokens; expected a number from -{length} to 0."
+        )

@@ -44,8 +44,8 @@ class CrossLatentLayer(LatentLayerBase):
         self._check(key_states, value_states)
         if self.count:
             raise FhoptError(
-                f"{self.site.site.name}: the cross attention cache holds {self.count} tokens and does not grow. "
-                "Call reset(), or use one cache for each input."
+                f"{self.site.site.name}: the cross-attention cache is full with {self.count} tokens, and its "
+                "size is fixed. Call reset(), or use one cache per input."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

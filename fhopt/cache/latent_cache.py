@@ -53,7 +53,8 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         if kind not in ("self", "cross") or (max_cache_len is not None and max_cache_len < 1):
             raise FhoptError(
-                f"kind={kind!r}, max_cache_len={max_cache_len}: expected 'self' or 'cross', and 1 token or more."
+                f"kind={kind!r}, max_cache_len={max_cache_len} is invalid; expected kind 'self' or 'cross', "
+                "and max_cache_len of at least 1. Correct them."
             )
         plan = as_plan(plan)
         plain = None if config is None else plain_layers(config, max_cache_len)
@@ -77,8 +78,8 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         try:
             if layer_idx >= len(self.layers):
                 raise FhoptError(
-                    f"the model caches a layer {layer_idx}, the plan and this cache know {len(self.layers)}. Give the "
-                    "configuration of the model too: LatentCache(plan, model.config)."
+                    f"the model caches layer {layer_idx}, but this cache has only {len(self.layers)} layers. "
+                    "Pass the model's configuration too: LatentCache(plan, model.config)."
                 )
             result: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except FhoptError:
@@ -101,9 +102,10 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         if energy > UNLIKE:
             warn_once(
                 f"unlike text {id(self.plan)}",
-                f"the text is unlike what the plan was calibrated on: latents of its values have {energy:.2f} times "
-                f"the energy (up to {UNLIKE} is usual). Expect a larger loss than the plan says; `fhopt eval MODEL "
-                "--plan PLAN --data FILE` measures it, `fhopt fit MODEL --data FILE` calibrates on such text.",
+                f"input looks out of distribution for this plan: value-latent energy is {energy:.2f}x the "
+                f"calibration level (normal: up to {UNLIKE}x). Quality may be worse than the plan's expected "
+                "loss. Measure it with `fhopt eval MODEL --plan PLAN --data FILE`, or calibrate on such text "
+                "with `fhopt fit MODEL --data FILE`.",
             )
 
     @property

@@ -39,9 +39,11 @@ def latent_layers(
     if plain is None:
         plain = [DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len) for _ in range(last + 1)]
     if kind == "self" and last < 0:
-        raise FhoptError("the plan has no site in a layer that this model caches. Fit a plan for this model.")
+        raise FhoptError("the plan has no site in any layer that this model caches. Fit a plan for this model.")
     if last >= len(plain):
-        raise FhoptError(f"the plan names layer {last}, the model has {len(plain)}. Fit a plan for this model.")
+        raise FhoptError(
+            f"the plan names layer {last}, but the model has only {len(plain)} layers. Fit a plan for this model."
+        )
     made = [_latent_layer(plan, sites[i], old, kind, absorb) if i in sites else old for i, old in enumerate(plain)]
     for layer in [layer for layer in made if isinstance(layer, StaticLatentLayer)][1:]:
         layer.checks_room = False

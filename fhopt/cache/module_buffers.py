@@ -90,7 +90,7 @@ def parts(held: BufferPair, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         if contents == {"released"}:
             return _known(state, held, values).slots.parts
         if "released" in contents:
-            raise _lost(held.site, "of its two buffers only one was filled anew")
+            raise _lost(held.site, "only one of its two buffers was refilled")
         if state is None or not state.is_for(held, values):
             state = _states[keys] = BufferState(held, keys, values)
         if "tokens" in contents:
@@ -120,11 +120,11 @@ def restore(tensors: Iterable[Any]) -> None:
 def why_kept(buffer: Tensor) -> str:
     """Return why the memory of a buffer cannot be released; "" if it can."""
     if buffer.is_inference():
-        return "was made in inference mode: its changes are not counted"
+        return "was created in inference mode, where torch does not count changes"
     if buffer.requires_grad:
         return "needs a gradient"
     is_whole = is_released(buffer) or buffer.untyped_storage().nbytes() == buffer.nbytes
-    return "" if is_whole and not buffer._is_view() else "has no memory of its own: it is a view of other tensors"
+    return "" if is_whole and not buffer._is_view() else "is a view of other tensors"
 
 
 def release(buffer: Tensor) -> None:
@@ -155,7 +155,7 @@ def _content(site: SitePlan, buffer: Tensor) -> str:
     if gone:
         raise _lost(site, "its buffer was written outside of a compiled graph")
     if bool(nothing.any()):
-        raise _lost(site, "its buffer holds NaN, as a copy of a buffer does whose memory was released")
+        raise _lost(site, "its buffer holds NaN, like a copy of a buffer whose memory was released")
     return "tokens"
 
 
@@ -169,8 +169,8 @@ def _known(state: BufferState | None, held: BufferPair, values: Tensor) -> Buffe
 
 def _lost(site: SitePlan, reason: str) -> FhoptError:
     return FhoptError(
-        f"{site.site.name}: the tokens in its cache are lost, {reason}. Start again with buffers of zeros "
-        "(`buffer.zero_()`, of keys and of values), and compile everything that writes or reads them."
+        f"{site.site.name}: the tokens in its cache are lost: {reason}. Start again with zeroed key and value "
+        "buffers (`buffer.zero_()`), and compile everything that writes or reads them."
     )
 
 

@@ -33,8 +33,8 @@ class SlidingLatentLayer(LatentLayer):
     def __init__(self, plan: LatentPlan, site: SitePlan, sliding_window: int, absorb: bool = True) -> None:
         if site.segment:
             raise FhoptError(
-                f"{site.site.name}: keys in a sliding window are not relative to segments, but the plan's are. "
-                "Fit it for this model again."
+                f"{site.site.name}: the plan encodes keys relative to segments; expected none in "
+                "sliding-window attention. Fit the plan for this model again."
             )
         self.whole_window = plan.window.within(sliding_window)
         self.sliding_window, self.record_past = sliding_window, False
@@ -145,9 +145,9 @@ class SlidingLatentLayer(LatentLayer):
         first = max(0, length + tokens_to_remove - (self.sliding_window - 1))
         if tokens_to_remove and first < self.dropped:
             raise FhoptError(
-                f"crop({tokens_to_remove}) of {length} tokens: a window of {self.sliding_window} shows tokens from "
-                f"{first} on then, and those before {self.dropped} were dropped. Call cache.activate_past_recording() "
-                "before tokens come that may be removed again."
+                f"crop({tokens_to_remove}) of {length} tokens needs tokens from {first} on for a window of "
+                f"{self.sliding_window}, but those before {self.dropped} were dropped. Call "
+                "cache.activate_past_recording() before adding tokens that may be removed again."
             )
 
     def _counters(self) -> dict[str, Any]:

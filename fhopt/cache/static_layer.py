@@ -89,11 +89,11 @@ class StaticLatentLayer(LatentLayerBase):
             self.is_initialized = False
 
     def _check_room(self, new: int) -> None:
-        message = f"{self.site.site.name}: a static cache of {self.max_cache_len} tokens cannot take {new} more"
+        message = f"{self.site.site.name}: a static cache of {self.max_cache_len} tokens has no room for {new} more"
         if torch.compiler.is_compiling():
             torch._assert_async(self.cumulative_length + new <= self.max_cache_len, message)
         elif self.checks_room and (held := int(self.cumulative_length)) + new > self.max_cache_len:
-            raise FhoptError(f"{message}, it holds {held}. Make it longer (max_cache_len), or crop or reset it.")
+            raise FhoptError(f"{message}; it already holds {held}. Raise max_cache_len, or crop or reset the cache.")
 
     def _read(self, *new: Tensor) -> tuple[Tensor, Tensor, StaticLatents]:
         """Return (exact keys, exact values, latents), followed by the `new` tokens (keys, values)."""

@@ -104,8 +104,8 @@ class Checkpoint:
             about, tensors = read_tensors(file)
             if about["key"] != dict(self.key):
                 raise FhoptError(
-                    f"{file} is of another {self.stage.work} ({self.stage.inputs} differ). Remove it, or give what it "
-                    "was made with."
+                    f"{file} belongs to another {self.stage.work} ({self.stage.inputs} differ). Remove it, or "
+                    "rerun with the original inputs."
                 )
             check_digest(about, tensors)
             return tensors, int(about[self.stage.unit])
@@ -132,7 +132,7 @@ class Checkpoint:
         try:
             write_tensors(file, {"key": dict(self.key), self.stage.unit: batches}, sums)
         except (OSError, SafetensorError) as error:
-            raise FhoptError(f"cannot write {file}: {error}. Give another place for the checkpoint.") from error
+            raise FhoptError(f"cannot write {file}: {error}. Choose another checkpoint file.") from error
 
     def remove(self) -> None:
         """Delete the checkpoint once the work is done."""

@@ -107,7 +107,7 @@ def of_batches(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
     remaining = iter(batches)
     first = next(remaining, None)
     if first is None:
-        raise FhoptError("there are no batches; expected an iterable of dicts of keyword arguments.")
+        raise FhoptError("there are no batches; expected an iterable of dicts of keyword arguments. Pass at least one.")
     source: Source = find_dispatched(model, first) if is_dispatched(model) else capture(model, (), first)
     return CalibrationData(
         source, itertools.chain([first], remaining), Weights(model), type(model).__name__, encoder=encoder_path(model),

@@ -94,8 +94,8 @@ def find_dispatched(model: Any, batch: Batch) -> Dispatched:
     """Find the sites of a model by capturing its outline on a batch. Raises FhoptError for unsupported models."""
     if not hasattr(model, "set_attn_implementation"):
         raise FhoptError(
-            f"{type(model).__name__} is run by hooks of accelerate and is not a model of transformers; expected one. "
-            "Calibrate it on one device."
+            f"{type(model).__name__} runs with accelerate hooks but is not a transformers model; expected a "
+            "transformers model. Calibrate it on one device."
         )
     inputs = {name: value.cpu() for name, value in batch.items()}
     captured = capture(outline(model), (), {**inputs, **_without_cache(model)})
@@ -105,7 +105,8 @@ def find_dispatched(model: Any, batch: Batch) -> Dispatched:
     if by_hand or len({id(module) for module in modules.values()}) < len(outcome.sites):
         raise FhoptError(
             f"{(by_hand or list(modules))[0]} of {type(model).__name__} does not call transformers' attention "
-            "interface, once; expected it where a model is spread over devices. Calibrate it on one device."
+            "interface exactly once; expected one call if a model is spread over devices. Calibrate it on "
+            "one device."
         )
     return Dispatched(model, outcome, modules, captured.is_logits)
 

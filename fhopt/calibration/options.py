@@ -63,9 +63,9 @@ class FitOptions:
         far = self.sequences * max(0, self.context - self.sinks - self.near_tokens)
         if far < MIN_FAR_TOKENS or self.rate_sequences < 1:
             raise FhoptError(
-                f"{self.sequences} + {self.rate_sequences} sequences of {self.context} tokens leave {far} beyond sinks "
-                f"and recent tokens to calibrate on; expected at least {MIN_FAR_TOKENS}, and one more sequence to "
-                "choose bits by. Use more or longer sequences."
+                f"{self.sequences} + {self.rate_sequences} sequences of {self.context} tokens leave {far} "
+                f"tokens after sinks and residual window to calibrate on; expected at least {MIN_FAR_TOKENS}, "
+                "and one more sequence for the bit allocation. Use more or longer sequences."
             )
 
     def check_sizes(self) -> None:
@@ -74,18 +74,18 @@ class FitOptions:
             find_device(self.device)
         check_options(self.ratio, self.layout, self.bits, self.device, chosen(self.code, self.ratio, is_read=False))
         if self.mean_tokens < 0:
-            raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
+            raise FhoptError(f"mean_tokens is {self.mean_tokens}; expected 0 (none) or more. Try 256.")
         if not 0 <= self.segment_tokens <= MAX_SEGMENT or self.segment_tokens % MIN_SEGMENT:
             raise FhoptError(
-                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {MIN_SEGMENT} up to "
+                f"segment is {self.segment}; expected 0 (none) or a multiple of {MIN_SEGMENT} up to "
                 f"{MAX_SEGMENT}. Try {SEGMENT}."
             )
         if self.kernel_shapes is not None and self.kernel_shapes < 1:
-            raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")
+            raise FhoptError(f"kernel_shapes is {self.kernel_shapes}; expected at least 1. Try 4.")
         if self.window.quantized_tokens(self.tokens) == 0:
             raise FhoptError(
-                f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "
-                f"{self.window.first_length}. Make the plan for a longer context."
+                f"a context of {self.tokens} tokens is covered by sinks and residual window; expected at "
+                f"least {self.window.first_length}. Raise --tokens."
             )
 
     @property

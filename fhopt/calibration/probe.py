@@ -233,7 +233,10 @@ def graph_arguments(captured: Captured, batch: Batch) -> list[Any]:
         argument = captured.inputs.get(name)
         value = batch[argument] if argument is not None and argument in batch else example
         if isinstance(value, Tensor) and value.shape != example.shape:
-            raise FhoptError(f"a batch has {argument} of shape {tuple(value.shape)}, expected {tuple(example.shape)}.")
+            raise FhoptError(
+                f"a batch has {argument} of shape {tuple(value.shape)}; expected {tuple(example.shape)}. Pass "
+                "batches of one shape."
+            )
         values.append(value.detach().to(example.device) if isinstance(value, Tensor) else value)
     return values
 
@@ -246,9 +249,9 @@ def _random_score(output: Tensor, is_logits: bool, generator: torch.Generator) -
     """
     if not output.requires_grad:
         raise FhoptError(
-            "no gradient goes back from the model's output to its attention: layers between them have none, as where "
-            "activations are quantized to integers. Calibrate the model before it is quantized so, or quantize its "
-            "weights only (torchao: Int8WeightOnlyConfig)."
+            "cannot calibrate: no gradient flows from the output back to the attention inputs; a layer in "
+            "between is not differentiable (e.g. integer activation quantization). Calibrate before "
+            "quantizing activations, or use weight-only quantization (torchao: Int8WeightOnlyConfig)."
         )
     if not is_logits:
         return (output * torch.randn(output.shape, generator=generator).to(output)).sum()

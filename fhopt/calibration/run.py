@@ -217,7 +217,7 @@ class _Passes:
         collectives.reduce_sums(sums)
         self.read = moments.sequences
         if not any(int(s.key.count) for s in statistics.values()):
-            raise FhoptError("no calibration batch was given; expected at least one.")
+            raise FhoptError("there are no calibration batches; expected at least one. Pass more data.")
         return statistics
 
     def tokens_per_sequence(self, statistics: dict[str, SiteStatistics]) -> int:
@@ -238,8 +238,8 @@ class _Passes:
         collectives.reduce_sums(sums)
         if not rates.sequences:
             raise FhoptError(
-                f"the {self.options.sequences} batches for the bases took all there were, and bits are chosen by "
-                "others; give more batches, or a smaller number of sequences."
+                f"the {self.options.sequences} batches for the bases leave none for the bit allocation. Pass "
+                "more batches, or fewer sequences."
             )
         return costs
 
@@ -280,11 +280,10 @@ def find_compressible(data: CalibrationData) -> passes_outcome.Outcome:
     compressible = {node: site for node, site in decoding.items() if is_compressible(site, layers)}
     if not compressible:
         kept = max(layer.window for layer in layers)
-        what = f"windows of at most {kept:,}" if kept else "its cache keeps keys and values beside a state"
+        what = f"windows of at most {kept:,}" if kept else "its cache stores keys and values next to a recurrent state"
         raise FhoptError(
-            f"no attention layer of {data.name} keeps tokens enough in a layer of its own ({what}), so there is "
-            f"nothing to compress; expected a model in which some layers attend to all tokens, or to {MIN_SLIDING} "
-            "or more."
+            f"no attention layer of {data.name} caches enough tokens to compress ({what}); expected some "
+            f"layers that attend to all tokens, or to at least {MIN_SLIDING}. Use another model."
         )
     return replace(outcome, sites=compressible)
 

@@ -116,14 +116,14 @@ def _check_sums(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
         if not total.is_floating_point() and not 0 <= int(found) <= MAX_COUNT:
             raise WrongField(f"tensor {name} is {int(found)}; expected a count from 0 to {MAX_COUNT:,}")
         if name.endswith((".moment", ".metric")) and float(found.diagonal(dim1=-2, dim2=-1).min()) < 0:
-            raise WrongField(f"tensor {name} has negative squares on its diagonal; expected sums from 0 on")
+            raise WrongField(f"tensor {name} has a negative diagonal; expected sums of squares of at least 0")
 
 
 def _check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], is_float: bool = True) -> None:
     """Raise WrongField for a tensor that is missing, has another shape or dtype, or has too large values."""
     found = tensors.get(name)
     if found is None:
-        raise WrongField(f"tensor {name} is missing; expected one of shape {shape}")
+        raise WrongField(f"tensor {name} is missing; expected shape {shape}")
     kinds = (torch.float32, torch.float64) if is_float else (torch.int64,)
     if tuple(found.shape) != shape or found.dtype not in kinds:
         raise WrongField(
@@ -131,7 +131,9 @@ def _check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ..
             f"{shape}"
         )
     if is_float and not float(found.abs().max()) <= MAX_SUM:
-        raise WrongField(f"tensor {name} has non-finite numbers, or some above {MAX_SUM:g}; expected smaller ones")
+        raise WrongField(
+            f"tensor {name} has non-finite values or values above {MAX_SUM:g}; expected finite values up to it"
+        )
 
 
 def _bases(
@@ -149,7 +151,7 @@ def _bases(
             _check_tensor(tensors, f"{prefix}.{part}", shape)
         parts = Basis(*(tensors[f"{prefix}.{part}"].double() for part in PARTS))
         if float(parts.variance.min()) < 0:
-            raise WrongField(f"tensor {prefix}.variance has negative numbers; expected variances from 0 on")
+            raise WrongField(f"tensor {prefix}.variance has negative values; expected variances of at least 0")
         return parts
 
     # sorted JSON keys lose the order of layouts; the first must fit the smallest budget

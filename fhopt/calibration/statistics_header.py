@@ -63,16 +63,19 @@ def check_statistics(file: Path) -> dict[str, Any]:
         about = read_description(file)
     except OSError as error:
         raise FhoptError(
-            f"cannot read {file}: {error.strerror or error}. Expected a file of `fhopt calibrate MODEL -o FILE`."
+            f"cannot read {file}: {error.strerror or error}; expected a statistics file. Write one with: "
+            "fhopt calibrate MODEL -o FILE."
         ) from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged_statistics(file, error) from error
     if "levels" not in about:
-        raise FhoptError(f"{file} has no statistics; expected a file of `fhopt calibrate MODEL -o FILE`.")
+        raise FhoptError(
+            f"{file} has no statistics; expected a statistics file. Write one with: fhopt calibrate MODEL -o FILE."
+        )
     if about.get("version") not in (STATISTICS_VERSION, WITH_SEGMENTS):
         raise FhoptError(
-            f"{file} has statistics of version {one_line(about.get('version'), 20)}; this fhopt reads versions "
-            f"{STATISTICS_VERSION} and {WITH_SEGMENTS}. Calibrate again with this version."
+            f"{file} has statistics version {one_line(about.get('version'), 20)}; expected version "
+            f"{STATISTICS_VERSION} or {WITH_SEGMENTS}. Calibrate again with this fhopt."
         )
     return about
 
@@ -82,7 +85,7 @@ def check_fields(about: Mapping[str, Any]) -> None:
     record(_FIELDS)(about, "")
     names = [site["name"] for site in about["sites"]]
     if not names or len(set(names)) < len(names):
-        raise WrongField(f"sites has {len(names)} names, {len(set(names))} of them different; expected different ones")
+        raise WrongField(f"sites has {len(names)} names, {len(set(names))} of them distinct; expected distinct names")
     if set(about["layouts"]) != set(names) or not all(about["layouts"].values()):
         raise WrongField(f"layouts has {len(about['layouts'])} sites; expected the bases of each of {len(names)}")
     for name, layouts in about["layouts"].items():
@@ -91,7 +94,7 @@ def check_fields(about: Mapping[str, Any]) -> None:
                 raise WrongField(f"layouts.{name}.{layout} is {sides}; expected 1 for the layout input, 2 for others")
     levels = about["levels"]
     if levels != sorted(set(levels)) or levels[:1] not in ([], [0]):
-        raise WrongField(f"levels is {str(levels)[:60]}; expected rising numbers from 0 on, or none")
+        raise WrongField(f"levels is {str(levels)[:60]}; expected null or ascending numbers of at least 0")
 
 
 def damaged_statistics(file: Path, error: Exception) -> FhoptError:
@@ -105,9 +108,11 @@ def check_file(file: Path) -> None:
     """Raise FhoptError if statistics cannot be written to `file`, or would overwrite anything but statistics."""
     check_writable(file.parent)
     if file.is_dir():
-        raise FhoptError(f"{file} is a folder; expected a file for the statistics, such as {file.name}.stats.")
+        raise FhoptError(f"{file} is a folder; expected a file name. Choose one, such as {file.name}.stats.")
     if file.exists() and not _is_statistics(file):
-        raise FhoptError(f"{file} exists and holds other things; expected a new file or older statistics.")
+        raise FhoptError(
+            f"{file} exists and is not a statistics file; expected a new file or older statistics. Choose another file."
+        )
 
 
 def _is_statistics(file: Path) -> bool:

@@ -97,8 +97,8 @@ class Folder(Argument):
         folder = Path(value)
         if not any((folder / name).is_file() for name in self.files):
             raise FhoptError(
-                f"{folder} is not a rewritten model: it has no {' or '.join(self.files)}. Expected a folder that "
-                "`fhopt rewrite MODEL --plan PLAN -o FOLDER` wrote."
+                f"{folder} is not a rewritten folder: it has no {' or '.join(self.files)}. Write one with: "
+                "fhopt rewrite MODEL --plan PLAN -o FOLDER."
             )
 
 

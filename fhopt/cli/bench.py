@@ -11,6 +11,7 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.options import (
+    INTERRUPTED,
     blocks_option,
     json_option,
     output_console,
@@ -19,7 +20,7 @@ from fhopt.cli.options import (
     progress_bar,
     read_counts,
 )
-from fhopt.cli.text_model import INTERRUPTED, TextModel, interruptible, load_text_model, read_model_plan
+from fhopt.cli.text_model import TextModel, interruptible, load_text_model, read_model_plan
 
 if TYPE_CHECKING:
     from fhopt.evaluation.throughput import Throughput
@@ -34,19 +35,16 @@ if TYPE_CHECKING:
     "plan_paths",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Plan to compare with, repeatable. [default: that of a folder that `fhopt rewrite` wrote; else none]",
+    help="Plan to compare with the full-precision KV cache; repeatable. [default: the plan of a rewritten folder, "
+    "else none]",
 )
-@click.option(
-    "--contexts", help="Tokens of a sequence, a list with commas. [default: 512,2048,8192, up to the model's limit]"
-)
-@click.option("--batches", default="1", show_default=True, help="Sequences at once, a list with commas.")
-@click.option(
-    "--decode", type=int, default=64, show_default=True, help="How many of the tokens are generated, not read."
-)
-@click.option("--rounds", type=int, default=3, show_default=True, help="Rounds, of which medians are taken.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
-@click.option("--parts", is_flag=True, help="Also print what the time of a decode step goes to.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Plot to this file: .png, .svg or .pdf.")
+@click.option("--contexts", help="Context lengths, comma-separated. [default: 512,2048,8192, up to the model's limit]")
+@click.option("--batches", default="1", show_default=True, help="Batch sizes, comma-separated.")
+@click.option("--decode", type=int, default=64, show_default=True, help="Decode steps to time per context.")
+@click.option("--rounds", type=int, default=3, show_default=True, help="Measurement rounds; the median is reported.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the tokens.")
+@click.option("--parts", is_flag=True, help="Also print a time breakdown of one decode step.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File of a plot: .png, .svg or .pdf.")
 @placement_options
 @blocks_option
 @json_option
@@ -54,10 +52,10 @@ def bench(
     model: str, plan_paths: tuple[Path, ...], contexts: str | None, batches: str, decode: int, rounds: int, seed: int,
     parts: bool, out: Path | None, device_map: str | None, dtype: str, keep_blocks: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure MODEL's speed of prefill and decode, and bytes of the KV cache, over contexts: exact against plans.
+    """Measure prefill and decode throughput and KV cache bytes, with the full-precision KV cache and with plans.
 
-    Each context is filled by a prompt of random tokens, the same for all KV caches, and generated tokens at its end.
-    Ctrl-C stops, and prints what is complete.
+    Each context is a prompt of random tokens, the same for all KV caches, followed by decode steps. Ctrl-C stops and
+    prints the complete contexts.
     """
     from fhopt.evaluation.throughput_options import ThroughputOptions
     from fhopt.files import check_picture
@@ -183,6 +181,6 @@ def _show(result: dict[str, Any], out: Path | None, as_json: bool, parts: bool) 
         if parts:
             console.print(parts_table(result))
     if not result["complete"]:
-        click.echo("stopped; contexts that were not complete are left out", err=True)
+        click.echo("stopped; incomplete contexts are omitted", err=True)
     if out is not None:
         console.print(f"plot written to {out}", soft_wrap=True, highlight=False)

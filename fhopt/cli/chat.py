@@ -34,7 +34,7 @@ _PROMPT = "> "
 
 @main.command()
 @click.argument("model")
-@click.option("--system", default="", help="System message: how the model is to answer.")
+@click.option("--system", default="", help="System message.")
 @sampling_options
 @placement_options
 @blocks_option
@@ -44,10 +44,10 @@ def chat(
     top_p: float, seed: int, device_map: str | None, dtype: str, keep_blocks: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Chat with MODEL on one KV cache, a plan's or the exact one: each turn reads its new tokens alone.
+    """Chat with MODEL, reusing one KV cache: each turn prefills only its new tokens.
 
-    A turn is a line, typed or piped. /stats prints speed and bytes, /reset forgets the conversation, /quit leaves.
-    Ctrl-C stops an answer; twice, or Ctrl-D, leaves. With --json: one object per turn, a line each.
+    A turn is one line, typed or piped. /stats prints throughput and bytes, /reset clears the conversation, /quit
+    leaves. Ctrl-C stops an answer; twice, or Ctrl-D, leaves. --json prints one object per turn, one per line.
     """
     with interruptible():
         sampling = read_sampling(model, max_new_tokens, temperature, top_p, seed, needs_template=True)
@@ -145,7 +145,7 @@ class _Session:
 
     def _print_statistics(self) -> None:
         if self.chat.last is None:
-            click.echo("no turn yet", err=True)
+            click.echo("no turns yet", err=True)
             return
         click.echo(f"{len(self.chat.held):,} tokens in the KV cache", err=True)
         for line in statistics(self.chat.last, self.opened.cache_words, self.dtype):

@@ -17,7 +17,7 @@ SHARES = {"loading": 1.0} | CALIBRATING | {"perplexity": 5.0, "speed": 3.0, "rep
 
 
 @main.command()
-@click.option("--ratio", type=float, default=4.0, show_default=True, help="Compression of the 16-bit KV cache.")
+@click.option("--ratio", type=float, default=4.0, show_default=True, help="Compression ratio of the 16-bit KV cache.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -48,7 +48,7 @@ def demo(ratio: float, out: Path, as_json: bool) -> None:
         console.print(
             f"plan:   {result['plan_path']}\nreport: {result['report_path']}", soft_wrap=True, highlight=False
         )
-        console.print(f"done in {result['seconds']:.0f} s, of which {result['report_seconds']:.1f} s for the report.")
+        console.print(f"done in {result['seconds']:.0f} s, including {result['report_seconds']:.1f} s for the report.")
 
 
 def _check_extras() -> None:
@@ -56,8 +56,8 @@ def _check_extras() -> None:
     absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         raise FhoptError(
-            f"the demo needs {', '.join(absent)}, which pip install fhopt does not bring. Install what it needs with: "
-            "pip install 'fhopt[demo]'"
+            f"{', '.join(absent)}: not installed; the demo needs the extra demo. Install it with: pip install "
+            "'fhopt[demo]'"
         )
 
 

@@ -85,7 +85,7 @@ def demo_summary(result: dict[str, Any]) -> str:
     speeds = {int(n): speed["plan"] / speed["exact"] for n, speed in result["speed_by_context"].items()}
     longest = max(speeds)
     pays = result["break_even_tokens"]
-    since = "at no length that was measured" if pays is None else f"from {pays:,} tokens on"
+    since = "at no measured length" if pays is None else f"from {pays:,} tokens"
     answers = result["answer"]
     same = "the same answer" if answers["exact"] == answers["plan"] else "another answer"
     change = max(values["plan"] / values["exact"] - 1 for values in result["perplexity"].values())

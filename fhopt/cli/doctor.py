@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
-    help="Dtype of weights and of exact keys and values, for bytes and for what fits.",
+    help="Dtype of the weights and of the full-precision KV cache.",
 )
 @json_option
 def doctor(model: str | None, dtype: str, as_json: bool) -> None:
-    """Report in a few seconds what this machine has, what will be fast or slow on it, and how to fix that.
+    """Check CPU features, memory bandwidth, compiler and GPUs, and suggest a fix for anything slow or missing.
 
-    With MODEL also what a plan would gain here: bytes, contexts that fit into memory, speed. The exit code is 0,
-    whatever is found.
+    With MODEL, also estimates what a plan gains here: bytes, contexts that fit in memory, speed. The exit code is
+    always 0.
     """
     from fhopt.hardware.this_machine import examine, findings
     from fhopt.inspection.doctor_tables import machine_report, prospects_report

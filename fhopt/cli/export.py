@@ -28,45 +28,52 @@ _EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of 
     multiple=True,
     default=("topics", "source"),
     show_default=True,
-    help="Text on which the loss for the model card is measured, as in eval; repeatable.",
+    help="Text for the model card's quality results, as in eval; repeatable.",
 )
 @click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
-    help="Measure the loss for the model card, which takes some time.",
+    help="Measure quality for the model card, which takes a few minutes.",
 )
-@click.option(
-    "--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences to measure on, per text."
-)
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences per text.")
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     help="Dtype of the weights. [default: as stored; float32 unless MODEL is a Hugging Face folder]",
 )
-@click.option("--shard-size", default="5GB", show_default=True, help="Size of weight files that are not copied.")
+@click.option(
+    "--shard-size",
+    default="5GB",
+    show_default=True,
+    help="Maximum size of a weight file; copied files keep their size.",
+)
 @click.option(
     "--format",
     "kind",
     type=click.Choice(["folder", "pt2"]),
     default="folder",
     show_default=True,
-    help="A model folder, or programs that run without fhopt: a decode step with latents as state, or any module.",
+    help="folder: a rewritten folder. pt2: exported programs, which run without fhopt: a decode step with latents "
+    "as state, or any module.",
 )
 @click.option(
-    "--aot/--no-aot", default=True, show_default=True, help="pt2: compile the programs, too, which takes minutes."
+    "--aot/--no-aot",
+    default=True,
+    show_default=True,
+    help="With --format pt2: also compile the programs, which takes minutes.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @_force_option
 @json_option
 def rewrite_command(
     model: str, plan_path: Path, texts: tuple[str, ...], measure: bool, sequences: int, context: int,
     dtype: str | None, shard_size: str, kind: str, aot: bool, out: Path, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write MODEL and its plan as one folder, which fhopt.load and transformers open, also as the exact original.
+    """Write MODEL and its plan as one folder, which fhopt.load and transformers open, with or without the plan.
 
-    Weights are not changed: those of a Hugging Face folder are copied. MODEL must generate text, except with
+    The weights are unchanged; those of a Hugging Face folder are copied. MODEL must generate text, except with
     --format pt2.
     """
     _check_size(shard_size)
@@ -107,7 +114,7 @@ def rewrite_command(
         return
     console = output_console(as_json)
     for text, result in losses.items():
-        console.print(f"{text}: perplexity {result.exact:.4f} -> {result.plan:.4f} ({result.increase_percent:+.2f} %)")
+        console.print(f"{text}: perplexity {result.exact:.4f} -> {result.plan:.4f} ({result.increase_percent:+.2f}%)")
     console.print(
         f"{written.total_bytes:,} bytes written to {out}: {written.weight_bytes:,} of weights, {written.plan_bytes:,} "
         "of the plan.",
@@ -128,7 +135,7 @@ def _check_new(out: Path, force: bool) -> None:
 
 def _check_size(text: str) -> None:
     if re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", text, re.IGNORECASE) is None:
-        raise FhoptError(f"--shard-size {text!r} is not a size; expected one such as 500MB or 5GB.")
+        raise FhoptError(f"--shard-size {text!r} is invalid; expected a size such as 500MB or 5GB.")
 
 
 @main.command("export")
@@ -136,18 +143,18 @@ def _check_size(text: str) -> None:
 @click.option(
     "--target",
     required=True,
-    help="mlir, or a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal.",
+    help="mlir, or an IREE device: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal.",
 )
 @click.option(
     "--arch",
     default="",
-    help="Architecture as IREE names it: aarch64:cortex-a76, sm_90, gfx942... [default: common ones]",
+    help="Architecture in IREE's spelling: aarch64:cortex-a76, sm_90, gfx942... [default: common ones]",
 )
 @click.option(
     "--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True, help="MLIR dialect."
 )
-@click.option("--bytecode", is_flag=True, help="Write MLIR as bytecode instead of text.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write. [default: FOLDER-TARGET]")
+@click.option("--bytecode", is_flag=True, help="Write MLIR bytecode instead of text.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write. [default: FOLDER-TARGET]")
 @_force_option
 @json_option
 def export_command(
@@ -190,7 +197,7 @@ def verify_step(folder: Path, as_json: bool) -> None:
     """Prove that the decode step in FOLDER never reconstructs keys or values, and count its cost per token.
 
     The proof reads the program's code. FOLDER was written by `fhopt export`, or by `fhopt rewrite`, whose decode step
-    is lowered first. Exit code 1 where the proof fails. Needs the extra mlir.
+    is lowered first. The exit code is 1 if the proof fails. Requires the extra mlir.
     """
     from fhopt.export.mlir_check import verify_folder
 
@@ -200,10 +207,9 @@ def verify_step(folder: Path, as_json: bool) -> None:
         print_json(asdict(result))
     else:
         click.echo(
-            f"multiplications: {result.macs}, T quantized tokens\n"
-            f"per token: {result.bytes_per_token:,} bytes (exact {result.exact_bytes_per_token:,}), "
-            f"{result.macs_per_token:,} multiplications\n"
-            f"largest float tensor: {result.largest_per_token:,} numbers per token"
+            f"multiplications: {result.macs}, T quantized tokens\nper token: {result.bytes_per_token:,} bytes "
+            f"(full precision {result.exact_bytes_per_token:,}), {result.macs_per_token:,} "
+            f"multiplications\nlargest float tensor: {result.largest_per_token:,} elements per token"
         )
         for fault in result.faults:
             click.echo(f"FAULT: {fault}")

@@ -49,19 +49,19 @@ if TYPE_CHECKING:
     multiple=True,
     default=("input", "band", "identity", "head"),
     show_default=True,
-    help="Layout of latents that plans may get, repeatable: band, freq, head, identity, input.",
+    help="Layout that plans may use; repeatable: band, freq, head, identity, input.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File for the statistics.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Statistics file to write.")
 @calibration_placement_options
 @json_option
 @fails_together
 def calibrate_command(
     model: str, layouts: tuple[str, ...], out: Path, device_map: str | None, dtype: str, as_json: bool, **options: Any
 ) -> None:
-    """Calibrate MODEL on text and write statistics, from which plans of any size are fitted in seconds.
+    """Calibrate MODEL on text and write statistics, from which plans of any ratio are fitted in seconds.
 
-    The plans: fhopt fit --statistics FILE --ratio 8 -o PLAN. The same command resumes an interrupted calibration. Under
-    torchrun the processes share it. For models larger than one device: --device-map.
+    Fit plans with: fhopt fit --statistics FILE --ratio 8 -o PLAN. The same command resumes an interrupted calibration.
+    Under torchrun the processes share it. For models larger than one device: --device-map.
     """
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.statistics_header import check_file
@@ -109,9 +109,9 @@ def calibrate_command(
         print_json({"statistics_path": str(out), "bytes": out.stat().st_size, "dtype": dtype} | about | took)
         return
     output_console(as_json).print(
-        f"{about['tokens']:,} tokens read in {took['seconds']:.0f} s in {dtype}, at most "
-        f"{took['peak_megabytes']:,} MB of memory\n"
-        f"statistics of {about['sites']} sites written to {out} ({out.stat().st_size / 1e6:.0f} MB)",
+        f"{about['tokens']:,} tokens in {took['seconds']:.0f} s in {dtype}, peak memory "
+        f"{took['peak_megabytes']:,} MB\nstatistics of {about['sites']} sites written to {out} "
+        f"({out.stat().st_size / 1e6:.0f} MB)",
         soft_wrap=True,
         highlight=False,
     )
@@ -123,7 +123,7 @@ def calibrate_command(
     "--statistics",
     "statistics_file",
     type=STATISTICS,
-    help="File of `fhopt calibrate`, in place of a calibration; MODEL is needed for --max-loss and --pages only.",
+    help="Statistics file of `fhopt calibrate`; skips calibration. Only --max-loss and --pages then need MODEL.",
 )
 @calibration_options
 @click.option(
@@ -131,45 +131,58 @@ def calibrate_command(
     "ratios",
     type=float,
     multiple=True,
-    help="Compression of the 16-bit KV cache, of layers that keep all tokens. [default: 4]",
-)
-@click.option("--bytes-per-token", type=float, help="Size of these layers instead of --ratio, everything included.")
-@click.option(
-    "--max-loss", help="Instead of --ratio: the smallest plan whose perplexity rises by at most this, such as 1%."
+    help="Compression ratio of the 16-bit KV cache, in layers that cache all tokens. [default: 4]",
 )
 @click.option(
-    "--gate-data", "gate_texts", type=TEXT, multiple=True, help="Text on whose second half --max-loss is measured."
+    "--bytes-per-token",
+    type=float,
+    help="KV cache bytes per token of these layers, instead of --ratio; scales, sinks and residual window included.",
 )
 @click.option(
-    "--layout", default="auto", show_default=True, help="Layout of latents: auto, band, freq, head, identity or input."
+    "--max-loss", help="Max perplexity increase, such as 1%, instead of --ratio: finds the smallest plan within it."
+)
+@click.option(
+    "--gate-data",
+    "gate_texts",
+    type=TEXT,
+    multiple=True,
+    help="Text for --max-loss, which is measured on its second half.",
+)
+@click.option(
+    "--layout", default="auto", show_default=True, help="Latent layout: auto, band, freq, head, identity or input."
 )
 @click.option(
     "--device",
     type=DEVICE,
-    help="Target device, as in cost. For a CPU some loss is given for time; for a GPU what is slow there is excluded.",
+    help="Target device, as in cost. On CPUs, trades some quality for faster attention; on GPUs, excludes slow "
+    "layouts and bit widths.",
 )
 @click.option(
     "--kernel-shapes",
     type=click.IntRange(min=1),
-    help="How many different kernels the sites need, at most: fewer to compile, for some loss. [default: 4 for GPUs]",
+    help="Max number of distinct kernels: fewer compile faster, at some loss of quality. [default: 4 for GPUs]",
 )
 @click.option(
     "--code",
     type=click.Choice(CHOICES),
     default=AUTO,
     show_default=True,
-    help="How latents are quantized. trellis loses a third less at 8x; for CPUs. auto: where it pays, from 5x on.",
+    help="Quantizer for latents. trellis: lower error at high compression, CPU only. auto: trellis at 5x and above.",
 )
 @click.option(
-    "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."
+    "--window-bits",
+    type=click.Choice(["8", "16"]),
+    default="8",
+    show_default=True,
+    help="Bit width of the residual window.",
 )
 @click.option(
     "--pages",
-    help="Page selection: share of quantized tokens that a decode step reads on average, such as 1/8. [default: all]",
+    help="Page selection: average share of quantized tokens that a decode step attends to, such as 1/8. [default: all]",
 )
 @click.option(
     "--mass",
-    help="Page selection: read fewer pages as long as this share of attention weight, such as 99%, is read on average.",
+    help="Page selection: select as few pages as cover this share of the attention weight on average, such as 99%.",
 )
 @click.option(
     "--keep-statistics",
@@ -177,8 +190,8 @@ def calibrate_command(
     type=click.Path(path_type=Path),
     help="Also write the statistics to this file, from which --statistics fits plans of other sizes in seconds.",
 )
-@click.option("--explain", type=click.Path(path_type=Path), help="Plot spectrum, bits and sensitivity to this file.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
+@click.option("--explain", type=click.Path(path_type=Path), help="File of a plot of spectrum, bits and sensitivity.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the plan to.")
 @calibration_placement_options
 @json_option
 @click.pass_context
@@ -205,8 +218,8 @@ def fit_command(
     _check_places(out, explain, kept)
     if model is None and request.needs_model:
         raise FhoptError(
-            "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
-            "Try fhopt fit demo -o PLAN."
+            "MODEL is missing; expected a model, or --statistics FILE without --max-loss and --pages. Try: "
+            "fhopt fit demo -o PLAN."
         )
 
     if not as_json and request.calibration is None and request.options.mean_tokens and not request.options.is_lossless:
@@ -284,9 +297,9 @@ def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
     slow = sum(len(site.key.encode) == 1 and is_slow(site.site, tokens) for site in plan.sites)
     if slow and not as_json:
         output_console(as_json).print(
-            f"{slow} of {len(plan.sites)} sites have one latent for all kv heads, chosen by loss alone: attention "
-            f"takes this CPU more than {SLOW:g} times as long as with a latent for each. For this CPU: --device "
-            f"{most_alike()}; for a GPU: --device h100.",
+            f"{slow} of {len(plan.sites)} sites share one latent across all kv heads, which makes attention "
+                f"on this CPU more than {SLOW:g}x slower than one latent per head. Refit for this CPU: --device "
+                f"{most_alike()}; for a GPU: --device h100.",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 
@@ -322,22 +335,24 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, tried: dict[float, Comp
         console.print(f"Warning: {warning}", highlight=False, soft_wrap=True)
     for name, trial in trials.items():
         low, high = trial["increase_percent_ci"]
-        console.print(f"{name}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
+        console.print(f"{name}x: perplexity {trial['increase_percent']:+.2f}% ({low:+.2f} to {high:+.2f})")
     if shared := plan.provenance.get("kernel_shapes"):
         more = plan.provenance["predicted_nats"] / shared["predicted_nats_without"] - 1
-        console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f} %", highlight=False)
+        console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f}%", highlight=False)
     if timed := plan.provenance.get(TIME):
         more = plan.provenance["predicted_nats"] / timed["predicted_nats_without"] - 1
         console.print(
-            f"for {timed['device']}: attention in {timed['share']:.2f} of the time, expected loss {100 * more:+.0f} %, "
-            "beside the plan of this size that loses least",
+            f"for {timed['device']}: attention {1 / timed['share']:.2f}x faster, expected loss "
+                f"{100 * more:+.0f}%, versus the plan of this size with the lowest loss",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     if plan.has_trellis:
-        console.print("trellis codes, which CPUs read; for GPUs and exports: --code uniform", highlight=False)
+        console.print(
+            "trellis codes run only on CPUs; for GPUs and exports, refit with --code uniform", highlight=False
+        )
     context = "" if tokens == COUNTED_AT else f" at {tokens:,} tokens"
     console.print(
         f"{ratio:.2f}x plan{context} for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
     )
     if size.exact_layers:
-        console.print(f"{size.exact_layers} layers stay exact. Whole model: {size.words}", highlight=False)
+        console.print(f"{size.exact_layers} layers stay in full precision. Whole model: {size.words}", highlight=False)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import blocks_option, busy, json_option, placement_options, print_json
+from fhopt.cli.options import INTERRUPTED, blocks_option, busy, json_option, placement_options, print_json
 from fhopt.cli.text_model import (
-    INTERRUPTED,
     TextModel,
     interruptible,
     load_text_model,
@@ -36,13 +35,13 @@ if TYPE_CHECKING:
     "--file",
     "prompt_file",
     type=click.Path(path_type=Path),
-    help="Read the prompt from a file; -: from standard input.",
+    help="Prompt file; - reads standard input.",
 )
 @click.option(
     "--chat/--raw",
     "chat",
     default=None,
-    help="Put the prompt into the chat template, or let the model continue it. [default: --chat where it has one]",
+    help="Apply the chat template, or continue the prompt as plain text. [default: --chat if the model has a template]",
 )
 @sampling_options
 @placement_options
@@ -53,9 +52,9 @@ def generate(
     max_new_tokens: int | None, temperature: float, top_p: float, seed: int, device_map: str | None, dtype: str,
     keep_blocks: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Generate text behind PROMPT with MODEL, streamed to standard output, with a plan's KV cache or the exact one.
+    """Generate text from PROMPT with MODEL, streamed to standard output, with or without a plan.
 
-    PROMPT may be -, for standard input. Statistics follow on standard error. Ctrl-C stops, and still prints them.
+    A PROMPT of - reads standard input. Throughput and bytes follow on standard error, also after Ctrl-C.
     """
     with interruptible():
         sampling = read_sampling(model, max_new_tokens, temperature, top_p, seed, needs_template=bool(chat))
@@ -121,12 +120,10 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """Return the text of the prompt. Raises FhoptError for none, two, or an empty one."""
     if (prompt is None) == (file is None):
         found = "no prompt" if prompt is None else "a PROMPT and --file"
-        raise FhoptError(
-            f"found {found}; expected one: fhopt generate MODEL PROMPT, or --file FILE, or - for standard input."
-        )
+        raise FhoptError(f"found {found}; expected one prompt. Pass PROMPT, --file FILE, or - for standard input.")
     text = prompt if prompt is not None and prompt != "-" else _read_file(file or Path("-"))
     if not text.strip():
-        raise FhoptError("the prompt is empty; expected some text.")
+        raise FhoptError("the prompt is empty; expected text. Pass a PROMPT.")
     return text
 
 
@@ -135,4 +132,6 @@ def _read_file(file: Path) -> str:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise FhoptError(f"cannot read the prompt {file}: {reason}. Expected a text file.") from error
+        raise FhoptError(
+            f"cannot read the prompt {file}: {reason}; expected a UTF-8 text file. Pass another file."
+        ) from error

@@ -17,25 +17,32 @@ from fhopt.cli.options import DTYPES, halved_text_option, json_option, output_co
 @main.command()
 @click.argument("model", type=MODEL)
 @halved_text_option
-@click.option("--sequences", type=int, default=8, show_default=True, help="Calibration sequences for hidden states.")
+@click.option("--sequences", type=int, default=8, show_default=True, help="Calibration sequences.")
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens per sequence.")
-@click.option("--clusters", type=int, help="Clusters of rows. [default: one per 64 rows]")
-@click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads the fewest bytes.")
-@click.option("--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens to measure on.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
+@click.option("--clusters", type=int, help="Number of row clusters. [default: one per 64 rows]")
+@click.option(
+    "--bits",
+    default="auto",
+    show_default=True,
+    help="Bits per weight: 4, 8, or auto (the mix that loads the fewest bytes).",
+)
+@click.option(
+    "--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Held-out tokens to measure on."
+)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Random seed.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
-    help="Dtype of the model that the head is for.",
+    help="Dtype of the model that will use the head.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the head.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the head to.")
 @json_option
 def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Fit a retrieval language-model head for MODEL, which finds the largest logits from few of its bytes.
+    """Fit a retrieval head for MODEL: finds the largest logits by reading only candidate rows.
 
-    The largest logits are certified for every hidden state. In Python:
+    A certificate shows for every hidden state that the result is the dense head's. In Python:
     fhopt.lm_head.apply_head(model, Head.load(FOLDER)).
     """
     from fhopt.files import check_folder, check_writable
@@ -67,12 +74,12 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
         return
     console = output_console(as_json)
     console.print(
-        f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, {dtype}\n"
-        f"{result.certified_percent:.2f} % of {result.positions:,} held-out tokens certified, "
-        f"{result.agreement_percent:.2f} % equal to the dense head\n"
-        f"bytes read per token {result.dense_bytes_per_row:,} -> {result.bytes_per_row:,.0f}, "
-        f"time {result.dense_time_ms:.2f} -> {result.time_ms:.2f} ms on {result.threads} threads\n"
-        f"without a certificate, {made.probes} of {made.clusters} clusters: {result.probed_agreement_percent:.2f} %",
+        f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, "
+        f"{dtype}\n{result.certified_percent:.2f}% of {result.positions:,} held-out tokens certified, "
+        f"{result.agreement_percent:.2f}% equal to the dense head\nbytes loaded per token "
+        f"{result.dense_bytes_per_row:,} -> {result.bytes_per_row:,.0f}, time {result.dense_time_ms:.2f} -> "
+        f"{result.time_ms:.2f} ms on {result.threads} threads\nwithout a certificate, {made.probes} of "
+        f"{made.clusters} clusters: {result.probed_agreement_percent:.2f}% equal",
         highlight=False,
     )
     console.print(f"head written to {out}", soft_wrap=True, highlight=False)

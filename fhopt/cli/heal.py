@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_path", type=PLAN, required=True, help="The plan to start from.")
+@click.option("--plan", "plan_path", type=PLAN, required=True, help="Plan to heal.")
 @halved_text_option
-@click.option("--tokens", type=int, default=50_000, show_default=True, help="Calibration tokens, each read once.")
+@click.option("--tokens", type=int, default=50_000, show_default=True, help="Number of calibration tokens.")
 @click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
-@click.option("--ridge", type=float, help="Regularization towards the decoders of the plan.")
-@click.option("--held-out", type=int, default=2, show_default=True, help="Sequences to measure on.")
+@click.option("--ridge", type=float, help="Regularization toward the plan's decoder matrices.")
+@click.option("--held-out", type=int, default=2, show_default=True, help="Held-out sequences to measure on.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="File from which an interrupted healing resumes. [default: beside the plan that is written]",
+    help="Checkpoint file, from which the same command resumes. [default: next to the healed plan]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
-    help="Dtype of the model; that of the plan does not change.",
+    help="Dtype of the model; the plan keeps its own.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the healed plan to.")
 @json_option
 def heal_command(
     model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Solve for decoders that bring MODEL closest to its exact outputs, and write a plan of the same size.
+    """Refit a plan's decoder matrices to reduce its output error, and write a plan of the same size.
 
     The same command resumes an interrupted healing. MODEL must be a causal language model with a tokenizer.
     """
@@ -85,9 +85,9 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
     before, after = healing["before"], healing["after"]
     console = output_console(as_json)
     console.print(
-        f"{healing['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
-        f"KL from the exact model {before['kl']:.4g} -> {after['kl']:.4g} nats per token\n"
-        f"increase of perplexity  {before['increase_percent']:+.2f} -> {after['increase_percent']:+.2f} %",
+        f"healed on {healing['tokens']:,} tokens, measured on {after['tokens']:,} held-out tokens:\nKL from "
+        f"the full-precision model {before['kl']:.4g} -> {after['kl']:.4g} nats/token\nperplexity increase  "
+        f"{before['increase_percent']:+.2f}% -> {after['increase_percent']:+.2f}%",
         highlight=False,
     )
     console.print(f"{plan.ratio():.2f}x plan written to {out}", soft_wrap=True, highlight=False)

@@ -18,13 +18,13 @@ from fhopt.files import EXPLORER_GRAPH, GRAPHS, check_graph, check_writable
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_path", type=PLAN, help="Show this plan beside the sites.")
-@click.option("--site", help="All facts of one site, with its formulas.")
+@click.option("--plan", "plan_path", type=PLAN, help="Plan to show for each site.")
+@click.option("--site", help="Show all facts of one site, with formulas.")
 @click.option(
-    "--graph", type=click.Path(path_type=Path), help="Write the graph: .dot, .svg, .graphml, .json, or .fhopt."
+    "--graph", type=click.Path(path_type=Path), help="Graph file to write: .dot, .svg, .graphml, .json or .fhopt."
 )
 @click.option(
-    "--stage", help="The pass after which --graph is written, input, or all. [default: normalize; with a plan: absorb]"
+    "--stage", help="Pass after which --graph is written, or input, or all. [default: normalize; with a plan: absorb]"
 )
 @device_option
 @json_option
@@ -32,15 +32,15 @@ def inspect_command(
     model: str, plan_path: Path | None, site: str | None, graph: Path | None, stage: str | None,
     devices: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """List the attention sites of MODEL, what a plan does to them, and attention that is not rewritten.
+    """List MODEL's attention sites, the bits of a plan, and attention that is not rewritten.
 
-    A .fhopt file has the graphs after all passes, for Model Explorer.
+    A .fhopt file stores the graph after each pass, for Model Explorer.
 
-    Columns: keys and values, channels of a latent head x mean bits; nats, the expected loss per token; faster from,
-    DEVICE: the number of cached tokens from which on the plan is faster, by roofline.
+    Columns: keys and values: channels of a latent head x mean bits; nats: expected KL per token; faster from, DEVICE:
+    break-even context length (roofline).
     """
     if stage is not None and graph is None:
-        raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")
+        raise FhoptError("--stage requires --graph; expected both. Add --graph FILE, or drop --stage.")
     if graph is not None:
         check_graph(graph, (*GRAPHS, EXPLORER_GRAPH))
 
@@ -108,15 +108,15 @@ def explain(model: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_path", type=PLAN, help="Show this plan beside the sites.")
+@click.option("--plan", "plan_path", type=PLAN, help="Plan to show for each site.")
 @device_option
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
 @json_option
 def report_command(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Write a report of MODEL and its plan as one HTML file that opens without a network.
+    """Write a report of MODEL and its plan as one HTML file that opens offline.
 
-    It shows each site before and after, spectra, bits, sensitivity, loss against bytes, rooflines, the generated
-    kernels, the changes of each pass, and attention that is not rewritten. All its numbers are in --json.
+    It shows each site before and after, spectra, bits, sensitivity, loss versus bytes, rooflines, the generated
+    kernels, the changes of each pass, and attention that is not rewritten. --json prints all its data.
     """
     check_writable(Path(os.path.abspath(out)).parent)
 
@@ -140,14 +140,16 @@ def report_command(model: str, plan_path: Path | None, devices: tuple[str, ...],
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_path", type=COMING_PLAN, help="A plan, which may still be being fitted.")
+@click.option(
+    "--plan", "plan_path", type=COMING_PLAN, help="Plan to show; a running `fhopt fit` may still be writing it."
+)
 @device_option
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="[default: any free port]")
-@click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open a browser.")
+@click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open a browser window.")
 def view(model: str, plan_path: Path | None, devices: tuple[str, ...], port: int, opens: bool) -> None:
-    """Show the report of MODEL in a browser on this machine, and the progress of a running `fhopt fit` of the plan.
+    """Show MODEL's report in a browser, and the progress of a running `fhopt fit`.
 
-    The report is built again when the plan is written or changes.
+    The report is rebuilt when the plan changes.
     """
     import webbrowser
 

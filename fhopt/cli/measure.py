@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "--plan",
     "plan_path",
     type=PLAN,
-    help="The plan to compare with. [default: the exact model alone]",
+    help="Plan to compare with the full-precision KV cache. [default: none]",
 )
 @click.option(
     "--data",
@@ -49,30 +49,35 @@ if TYPE_CHECKING:
     multiple=True,
     default=("topics", "source"),
     show_default=True,
-    help="Text for perplexity, as in fit; repeatable.",
+    help="Text to measure perplexity on, as in fit; repeatable.",
 )
 @click.option(
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="A list with commas of: perplexity, passkey, copy, digits, arithmetic, or all for these; niah_single, "
-    "niah_multikey, niah_multivalue, variable_tracking, common_words, question, json_extraction, long_copy, or ruler "
-    "for these.",
+    help="Comma-separated tasks: perplexity, passkey, copy, digits, arithmetic (together: all); niah_single, "
+    "niah_multikey, niah_multivalue, variable_tracking, common_words, question, json_extraction, long_copy "
+    "(together: ruler).",
 )
 @click.option(
     "--items",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Items per task, length and depth of the needle.",
+    help="Items per task, context length and needle depth.",
 )
-@click.option("--lengths", default="512,1024,2048", show_default=True, help="Context lengths of the tasks, in tokens.")
 @click.option(
-    "--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences per text, for perplexity."
+    "--lengths",
+    default="512,1024,2048",
+    show_default=True,
+    help="Context lengths of the tasks in tokens, comma-separated.",
+)
+@click.option(
+    "--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences per text for perplexity."
 )
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tasks.")
-@click.option("--record", is_flag=True, help="Write the figures into the plan, for its quality card.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the tasks.")
+@click.option("--record", is_flag=True, help="Record the results in the plan's quality card.")
 @placement_options
 @json_option
 @fails_together
@@ -80,16 +85,16 @@ def evaluate(
     model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
     context: int, seed: int, record: bool, device_map: str | None, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure perplexity and tasks of MODEL with the exact KV cache and with the plan's, with 95 % intervals.
+    """Measure MODEL's perplexity and tasks with the full-precision KV cache and with a plan, with 95% CIs.
 
-    Perplexity is measured on the second half of each text. The tasks ask for what compressed attention loses first:
-    strings and numbers far back in the context. MODEL must be a causal language model with a tokenizer. Under torchrun
-    the processes share the sequences and items. For models larger than one device: --device-map.
+    Perplexity is measured on the second half of each text. The tasks test what compression degrades first: recall of
+    strings and numbers from far back in the context. MODEL must be a causal language model with a tokenizer. Under
+    torchrun the processes share the sequences and items. For models larger than one device: --device-map.
     """
     from fhopt.evaluation.task_choice import parse_tasks, read_lengths
 
     if record and plan_path is None:
-        raise FhoptError("--record writes into a plan, and none is given; expected --plan PLAN.")
+        raise FhoptError("--record requires a plan; expected --plan PLAN. Add it, or drop --record.")
     chosen, cells = parse_tasks(tasks), read_lengths(lengths)
 
     from fhopt.parallel.device_map import placement
@@ -195,7 +200,7 @@ def _perplexities(
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_path", type=PLAN, help="The plan. [default: hypothetical ratios 2, 4 and 8]")
+@click.option("--plan", "plan_path", type=PLAN, help="Plan to estimate. [default: hypothetical ratios 2, 4 and 8]")
 @click.option(
     "--device",
     "names",
@@ -203,7 +208,7 @@ def _perplexities(
     multiple=True,
     default=SHOWN,
     show_default=True,
-    help="Device; also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, cpu-avx2, here; repeatable.",
+    help="Device; repeatable. Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, cpu-avx2, here.",
 )
 @click.option(
     "--tokens",
@@ -219,14 +224,14 @@ def _perplexities(
     type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
-    help="Dtype of weights and of exact keys and values.",
+    help="Dtype of the weights and of the full-precision KV cache.",
 )
 @json_option
 def cost(
     model: str, plan_path: Path | None, names: tuple[str, ...], tokens: tuple[int, ...], batch: int, dtype: str,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Estimate a decode step of MODEL on devices by peak figures, and from which context on latents are faster."""
+    """Estimate MODEL's decode time per device with a roofline model, and the break-even context length of latents."""
     from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
     from fhopt.hardware.devices import find_device
     from fhopt.inspection.measured_tables import cost_tables
@@ -259,12 +264,15 @@ def cost(
         print_json(about | {"hypothetical": plan is None, "formulas": formulas} | asdict(comparison))
         return
     console = output_console(as_json)
-    title = f"One decode step of attention in {loaded.name}: batch {batch}, {dtype}, peak figures of the devices"
+    title = (
+        f"One decode step of attention in {loaded.name}: batch {batch}, {dtype}, peak bandwidth and throughput of "
+        "the devices"
+    )
     console.print(cost_tables(costs, comparison, title))
     if plan is None:
         console.print(
-            "2x, 4x and 8x are hypothetical: bytes are divided, heads and widths unchanged. For a real plan: "
-            "fhopt fit MODEL -o PLAN, then --plan PLAN.",
+            "2x, 4x and 8x are hypothetical plans: bytes divided by the ratio, heads and widths unchanged. "
+            "For a real plan: fhopt fit MODEL -o PLAN, then --plan PLAN.",
             highlight=False,
         )
 
@@ -276,15 +284,17 @@ def cost(
     multiple=True,
     help="Number of threads; repeatable. [default: 1, and all cores]",
 )
-@click.option("--again", is_flag=True, help="Measure again, and replace stored figures.")
+@click.option("--again", is_flag=True, help="Measure again and replace the stored results.")
 @json_option
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
-    """Measure this machine's CPU once, in a few seconds: `--device here` in other commands."""
+    """Measure this machine's CPU once, in a few seconds, for `--device here` in other commands."""
     from fhopt.system import cores
 
     counts = threads or tuple(dict.fromkeys((1, cores())))
     if max(counts) > cores():
-        raise FhoptError(f"{max(counts)} threads were requested; expected at most {cores()}, the number of cores.")
+        raise FhoptError(
+            f"--threads {max(counts)} exceeds the number of cores; expected at most {cores()}. Use fewer threads."
+        )
 
     from fhopt.codegen.compiler import vector_unit
     from fhopt.hardware import this_cpu
@@ -313,21 +323,22 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
-    help="Dtype of queries, and of latents that are not quantized.",
+    help="Dtype of queries and of unquantized latents.",
 )
 @click.option(
     "--candidates",
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Configurations to compile where the default does not fit, some seconds each; 0: all, for all kernels.",
+    help="Configurations to compile if the default does not fit, a few seconds each; 0 tries all of them for all "
+    "kernels.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the files to.")
 @json_option
 def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write the generated kernels of PLAN, and a table of the bytes that they read and the resources that they use.
+    """Write the generated kernels of PLAN, and a table of the bytes they load and the resources they use.
 
-    Kernels for GPUs are compiled to read their resources; no GPU is needed.
+    GPU kernels are compiled to find their resources; no GPU is needed.
     """
     from fhopt.hardware.kernel_table import Options, rejected_table, terminal_table, write_kernels
     from fhopt.plan.latent_plan import LatentPlan

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @click.pass_context
 @json_option
 def models(context: click.Context, as_json: bool) -> None:
-    """List the models that were converted from GGUF files, or prune them.
+    """List or prune the models converted from GGUF files.
 
-    A GGUF file is converted by the first command that names it, and kept up to FHOPT_MODELS_GB gigabytes of such models
-    (20; 0 keeps none). Those that were used longest ago make room.
+    The first command that names a GGUF file converts it and stores the result, up to FHOPT_MODELS_GB gigabytes in total
+    (default 20; 0 stores none). The least recently used models are removed first.
     """
     if context.invoked_subcommand is not None:
         return
@@ -44,10 +44,10 @@ def models(context: click.Context, as_json: bool) -> None:
 
 
 @models.command("prune")
-@click.option("--all", "is_all", is_flag=True, help="Remove all of them.")
+@click.option("--all", "is_all", is_flag=True, help="Remove all converted models.")
 @json_option
 def prune_models(is_all: bool, as_json: bool) -> None:
-    """Remove converted models beyond FHOPT_MODELS_GB, and what interrupted commands left more than a day ago."""
+    """Remove converted models beyond FHOPT_MODELS_GB, and old leftovers."""
     from fhopt.models.converted_models import prune_converted
 
     removed = prune_converted(0 if is_all else None)

@@ -26,9 +26,9 @@ PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that inspect a model, with shares
 halved_text_option = click.option(
     "--data", "texts", type=TEXT, multiple=True, default=("topics",), show_default=True,
-    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
+    help="Calibration text, as in fit; repeatable. Its second half is held out for measuring.",
 )  # fmt: skip
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print only one JSON object.")
 
 
 def _is_first() -> bool:
@@ -116,7 +116,7 @@ def read_counts(text: str, option: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     counts = [int(word) if word.isascii() and word.isdecimal() else 0 for word in words]
     if not all(counts):
-        raise FhoptError(f"{option} {text!r} is not a list of positive numbers; expected one such as 1,4,16.")
+        raise FhoptError(f"{option} {text!r} is invalid; expected comma-separated positive integers such as 1,4,16.")
     return tuple(dict.fromkeys(counts))
 
 
@@ -139,29 +139,29 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--data", "texts", type=TEXT, multiple=True, default=("topics", "source", "docstrings", "mixture"),
             show_default=True,
-            help="Calibration text, repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, "
-            "docstrings, mixture.",
+            help="Calibration text; repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, "
+                "docstrings, mixture.",
         ),
         _count("--sequences", 8, "Calibration sequences for the bases."),
-        _count("--rate-sequences", 8, "Calibration sequences for the choice of bits."),
+        _count("--rate-sequences", 8, "Calibration sequences for the bit allocation."),
         _count("--context", 1024, "Tokens per sequence."),
-        _count("--tokens", 8192, "Length of context that plans are made for, at which sizes are counted."),
+        _count("--tokens", 8192, "Target context length, at which compression ratios are computed."),
         click.option(
             "--recent", type=int,
-            help="Residual window: newest tokens that are not quantized into latents. [default: --tokens / 32]",
+            help="Size of the residual window: newest tokens, not yet quantized to latents. [default: --tokens / 32]",
         ),
-        _count("--sinks", 16, "Attention sinks: first tokens, which are kept as they come."),
+        _count("--sinks", 16, "Number of attention sinks: first tokens, stored in full precision."),
         _count(
             "--mean-tokens", 256,
-            "Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
+            "Subtract the mean of the first N tokens before quantizing. Use 0 for plans that will be exported.",
         ),
         click.option(
             "--segment", type=int,
-            help="Encode keys relative to segments of so many tokens, so that a plan is as good however long the "
-            "context is; 0: as they are. [default: 512; 0 with --pages, --mean-tokens 0 or a GPU]",
+            help="Undo RoPE per segment of N tokens before quantizing keys, so that quality does not degrade with "
+                "context length; 0 disables. [default: 512; 0 with --pages, --mean-tokens 0 or a GPU]",
         ),
         click.option(
-            "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers."
+            "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Random seed."
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -177,7 +177,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 AUTO_DTYPE = "auto"
 _placement_option = click.option(
     "--device-map",
-    help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",
+    help="Device of the weights: auto, cpu, cuda, or a JSON file that maps modules to devices. [default: cpu]",
 )
 
 
@@ -196,8 +196,8 @@ def calibration_placement_options(command: Callable[..., None]) -> Callable[...,
         type=click.Choice([AUTO_DTYPE, *DTYPES]),
         default=AUTO_DTYPE,
         show_default=True,
-        help="Dtype of the model. auto: bfloat16 where the model is stored in it or in a GGUF file and this CPU has "
-        "instructions for it, else float32; float32 with --max-loss and --pages.",
+        help="Dtype of the model. auto: bfloat16 for BF16 and GGUF models if this CPU supports it, else float32; "
+        "float32 with --max-loss and --pages.",
     )
     return _placement_option(dtype(command))
 
@@ -218,8 +218,8 @@ def calibration_dtype(model: str, asked: str, device_map: str | None, is_measure
 
 blocks_option = click.option(
     "--keep-blocks", is_flag=True,
-    help="Leave the weights of a GGUF file in their blocks: less memory and faster decoding, on CPUs. --dtype is that "
-    "of everything else.",
+    help="Run GGUF weights in their quantized blocks: less memory and faster decoding, CPU only. --dtype applies "
+        "to everything else.",
 )  # fmt: skip
 
 device_option = click.option(

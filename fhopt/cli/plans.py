@@ -58,16 +58,18 @@ def _show_plans(results: list[StoredPlan], as_json: bool) -> None:
     multiple=True,
     default=(4.0, 8.0),
     show_default=True,
-    help="Compression of the 16-bit KV cache; repeatable.",
+    help="Compression ratio of the 16-bit KV cache; repeatable.",
 )
 @calibration_options
 @click.option("--device", type=DEVICE, help="Target device, as in fit.")
-@click.option("--code", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="Of latents, as in fit.")
+@click.option(
+    "--code", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="Quantizer for latents, as in fit."
+)
 @json_option
 def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
-    """Fit plans of several ratios for MODEL from one calibration, and store them.
+    """Fit and store plans of several ratios from one calibration.
 
-    Stored plans are not fitted again. The same command resumes an interrupted calibration.
+    Plans already stored are not refitted. The same command resumes an interrupted calibration.
     """
     from fhopt.calibration.options import FitOptions
 
@@ -113,10 +115,10 @@ def plan_path(name: str, as_json: bool) -> None:
 
 @plans.command("verify")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--model", type=MODEL, help="Also report plans that were fitted to another model.")
+@click.option("--model", type=MODEL, help="Also report plans that were not fitted to this model.")
 @json_option
 def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
-    """Check all bytes of plans and report damaged ones; exit code 1 where there are any."""
+    """Check plans for damage; the exit code is 1 if any is damaged."""
     from fhopt.planning.plan_store import find_plan, stored_plans, verify_plan
 
     asked = [find_plan(n) for n in names] if names else stored_plans()
@@ -135,11 +137,11 @@ def _loaded(model: str, as_json: bool) -> LoadedModel:
 
 
 @plans.command("prune")
-@click.option("--keep", type=click.IntRange(min=0), help="Keep only this many plans of each model, the newest.")
-@click.option("--dry-run", is_flag=True, help="Remove nothing, only list.")
+@click.option("--keep", type=click.IntRange(min=0), help="Keep only the N newest plans of each model.")
+@click.option("--dry-run", is_flag=True, help="List what would be removed, and remove nothing.")
 @json_option
 def prune_command(keep: int | None, dry_run: bool, as_json: bool) -> None:
-    """Remove damaged plans, and files that interrupted commands left more than a day ago."""
+    """Remove damaged plans, and leftover files over a day old."""
     from fhopt.planning.plan_store import prune_plans
 
     done = prune_plans(keep, dry_run)

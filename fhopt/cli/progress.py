@@ -71,7 +71,7 @@ class Job:
     def words(self) -> str:
         """Describe the progress on a line: `moments 3 of 12: 37 %, 41 s left`."""
         steps = f" {self.done} of {self.total}" if self.total > 1 else ""
-        return f"{self.stage}{steps}: {100 * self.fraction:.0f} %, {self.time_words()}"
+        return f"{self.stage}{steps}: {100 * self.fraction:.0f}%, {self.time_words()}"
 
     def time_words(self) -> str:
         """Describe the time left, or the time so far if it is unknown."""

@@ -37,7 +37,7 @@ class TextModel:
     @property
     def cache_words(self) -> str:
         """Description of the KV cache."""
-        return "exact KV cache" if self.plan is None else f"{self.plan.ratio():.1f}x plan"
+        return "full-precision KV cache" if self.plan is None else f"{self.plan.ratio():.1f}x plan"
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,19 +45,19 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option(
             "--plan", "plan_path", type=click.Path(path_type=Path),
-            help="The plan to apply. [default: that of a folder that `fhopt rewrite` wrote; else the exact KV cache]",
+            help="Plan to apply. [default: the plan of a rewritten folder, else the full-precision KV cache]",
         ),
-        click.option("--exact", is_flag=True, help="Use the exact KV cache of a folder that has a plan."),
+        click.option("--exact", is_flag=True, help="Use the full-precision KV cache even if the folder has a plan."),
         click.option(
             "--max-new-tokens", type=int,
-            help="Tokens to generate at most. [default: 256, or what the model has room for]",
+            help="Max number of tokens to generate. [default: 256, or up to the model's limit]",
         ),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy; 1: as trained."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy."),
         click.option(
             "--top-p", type=float, default=1.0, show_default=True,
-            help="Draw from the likeliest tokens that have this probability together; needs --temperature.",
+            help="Nucleus (top-p) sampling threshold; requires --temperature > 0.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of random numbers."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Random seed."),
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -89,7 +89,7 @@ def read_model_plan(model: str, plan_path: Path | None, exact: bool = False) -> 
 
     if exact:
         if plan_path is not None:
-            raise FhoptError("--exact is the exact KV cache, and --plan names a plan; expected one of the two.")
+            raise FhoptError("--exact and --plan are mutually exclusive. Drop one of them.")
         return None
     folder = folder_of(model)
     if plan_path is None and (folder is None or not (folder / "fhopt.json").is_file()):
@@ -98,8 +98,8 @@ def read_model_plan(model: str, plan_path: Path | None, exact: bool = False) -> 
     assert path is not None
     if not path.is_dir():
         raise FhoptError(
-            f"{path} is not a plan: there is no such folder. Expected one with plan.json and plan.safetensors, as "
-            "`fhopt fit MODEL -o FOLDER` writes."
+            f"{path} is not a plan: there is no such folder; expected a folder with plan.json and "
+            "plan.safetensors. Write one with: fhopt fit MODEL -o FOLDER."
         )
     from fhopt.models.rewritten_folder import PLAN, is_rewritten
     from fhopt.models.stored_weights import check_stored
@@ -145,9 +145,9 @@ def _load_blocks(name: str, dtype: torch.dtype, device_map: str | None, progress
 
     path = gguf_file(name)
     if path is None:
-        raise FhoptError(f"--keep-blocks is for GGUF files, and {name} is none. Leave it out, or name a .gguf file.")
+        raise FhoptError(f"--keep-blocks requires a GGUF file, but {name} is not one. Drop it, or pass a .gguf file.")
     if device_map not in (None, "cpu"):
-        raise FhoptError("--keep-blocks is for CPUs, and --device-map names another place. Leave one of them out.")
+        raise FhoptError("--keep-blocks runs only on CPUs, but --device-map names another device. Drop one of them.")
     model, tokenizer = load_gguf(path, dtype, progress)
     return LoadedModel(DEMO_NAME if name == "demo" else path.stem, model, tokenizer)
 
@@ -169,15 +169,16 @@ def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") ->
     values = done.as_json()
     read = f"{done.prompt_tokens:,} prompt tokens" + (f" ({prompt_form})" if prompt_form else "")
     if done.prefill_tokens < done.prompt_tokens:
-        read += f", {done.prefill_tokens:,} of them new"
+        read += f", {done.prefill_tokens:,} of them prefilled"
     if not done.times:
         return [f"{read}: stopped before the first token"]
-    rates = f"first token after {quantity(done.times[0], 's')}, prefill {rate(done.prefill_rate or 0)} tokens/s"
-    decode = "" if done.decode_rate is None else f", decode {rate(done.decode_rate)} tokens/s"
+    rates = f"first token after {quantity(done.times[0], 's')}, prefill {rate(done.prefill_rate or 0)} tok/s"
+    decode = "" if done.decode_rate is None else f", decode {rate(done.decode_rate)} tok/s"
     lines = [f"{read}: {rates}", f"{len(done.ids):,} tokens{decode}"]
     if values["cache_bytes"]:
         size, exact = (quantity(values[name], "B") for name in ("cache_bytes", "exact_cache_bytes"))
-        than = f", exact {exact} in {dtype}: {_size_words(values['ratio'])}" if kind != "exact KV cache" else ""
+        size = _size_words(values["ratio"])
+        than = f", full precision {exact} in {dtype}: {size}" if kind != "full-precision KV cache" else ""
         lines.append(f"{kind}: {size}{than}")
     return lines
 

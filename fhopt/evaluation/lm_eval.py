@@ -38,8 +38,8 @@ def harness_model() -> Any:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise FhoptError(
-            "lm-eval is not installed; its harness needs the extra evaluation. Install it with: "
-            "pip install 'fhopt[evaluation]'"
+            "lm-eval is not installed; the harness requires the extra evaluation. Install it with: pip "
+            "install 'fhopt[evaluation]'"
         ) from error
 
     class LatentLM(HFLM):  # type: ignore[misc]
@@ -89,7 +89,7 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
     """Resolve lm-eval's option `dtype`; `auto` is float32, the dtype for measuring plans. Raises FhoptError."""
     dtype = torch.float32 if name == "auto" else getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise FhoptError(f"dtype {name!r} is unknown; expected float32, bfloat16, float16 or auto.")
+        raise FhoptError(f"dtype {name!r} is unknown; expected float32, bfloat16, float16 or auto. Set one of them.")
     return dtype
 
 

@@ -223,7 +223,7 @@ def _question(rng: random.Random, room: Room) -> Wording:
             question = "\n\nComplete this sentence of the text above:", body
             return Wording((body, answer), question, (answer,), around=around)
     raise FhoptError(
-        "the task question found no word that stands only once in a context of this length. Give shorter --lengths."
+        "the task question found no word that occurs only once in a context of this length. Use shorter --lengths."
     )
 
 

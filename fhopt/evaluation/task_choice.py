@@ -21,7 +21,7 @@ def parse_tasks(names: str) -> list[str]:
     wrong = [name for name in chosen if name not in (*known, *groups)]
     if wrong:
         expected = ", ".join((*known, *groups))
-        raise FhoptError(f"unknown task {wrong[0]!r}; expected some of {expected}, with commas between.")
+        raise FhoptError(f"task {wrong[0]!r} is unknown; expected a comma-separated list of {expected}.")
     meant = {task for name in chosen for task in groups.get(name, [name])}
     return [name for name in known if name in meant]
 
@@ -30,5 +30,5 @@ def read_lengths(text: str) -> tuple[int, ...]:
     """Parse a comma-separated list of lengths, such as 512,1024. Raises FhoptError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise FhoptError(f"lengths {text!r} are not numbers of tokens; expected some like 512,1024.")
+        raise FhoptError(f"--lengths {text!r} is invalid; expected comma-separated token counts such as 512,1024.")
     return tuple(dict.fromkeys(int(part) for part in parts))

@@ -183,8 +183,9 @@ class ItemWriter:
         first, last = max(len(self.start), sinks), length - question - window - sum(needles)
         if last < first:
             raise FhoptError(
-                f"a context of {length} tokens has no room for the task {task} between {sinks} sinks and a window of "
-                f"{window}; expected at least {length + first - last} tokens. Give longer --lengths."
+                f"a context of {length} tokens has no room for the task {task} between {sinks} sinks and a "
+                f"residual window of {window}; expected at least {length + first - last} tokens. Use longer "
+                "--lengths."
             )
         count = len(needles)
         shares = [(2 * i + 1, 2 * count) for i in range(count)] if depth is None else [(depth, 100)] * count

@@ -102,8 +102,8 @@ def _enough_memory(context: int, batch: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise FhoptError(
-            f"a context of {context} tokens at batch {batch} does not fit into the memory of the device. Measure less: "
-            "--contexts, --batches, or --dtype bfloat16."
+            f"a context of {context} tokens at batch size {batch} does not fit into device memory. Lower "
+            "--contexts or --batches, or use --dtype bfloat16."
         ) from error
 
 

@@ -27,9 +27,9 @@ class ThroughputOptions:
         """Raise FhoptError for invalid values."""
         for what, number in (("tokens to generate", self.decode), ("rounds", self.rounds)):
             if number < 1:
-                raise FhoptError(f"{number} {what} are not possible; expected 1 or more.")
+                raise FhoptError(f"{number} {what} is invalid; expected 1 or more.")
         if not 0 <= self.seed < 2**63:
-            raise FhoptError(f"seed {self.seed} is not possible; expected 0 to 2^63 - 1.")
+            raise FhoptError(f"seed {self.seed} is invalid; expected 0 to 2^63 - 1.")
         if self.contexts is not None:
             self._check_room(min(self.contexts))
 
@@ -40,8 +40,8 @@ class ThroughputOptions:
         """
         if self.contexts is not None and positions is not None and max(self.contexts) > positions:
             raise FhoptError(
-                f"a context of {max(self.contexts)} tokens is too long: the model has {positions} positions. Give "
-                "shorter --contexts."
+                f"a context of {max(self.contexts)} tokens is too long; expected at most {positions}, the "
+                "model's limit. Use shorter --contexts."
             )
         contexts = CONTEXTS if self.contexts is None else self.contexts
         kept = tuple(dict.fromkeys(min(c, positions or c) for c in contexts))
@@ -51,6 +51,6 @@ class ThroughputOptions:
     def _check_room(self, context: int) -> None:
         if context <= self.decode:
             raise FhoptError(
-                f"a context of {context} tokens has no room for a prompt and {self.decode} tokens to generate. Give "
-                "longer --contexts, or a smaller --decode."
+                f"a context of {context} tokens has no room for a prompt and {self.decode} tokens to "
+                "generate. Use longer --contexts, or a smaller --decode."
             )

@@ -97,7 +97,8 @@ def _check(model: Any, plan: LatentPlan) -> None:
         or "position_ids" not in inspect.signature(model.forward).parameters
     ):
         raise FhoptError(
-            f"{type(model).__name__} takes no position_ids; expected a causal language model of transformers that does."
+            f"{type(model).__name__} takes no position_ids; expected a causal transformers language model "
+            "with position_ids. Use `fhopt.apply` for this model."
         )
     check_fingerprint(plan, dict(model.named_parameters()), type(model).__name__)
     plan.check_no_means("an exported decode step")
@@ -105,17 +106,21 @@ def _check(model: Any, plan: LatentPlan) -> None:
     module = inspect.getmodule(type(model))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         raise FhoptError(
-            f"{type(model).__name__} computes attention in its own code; expected a call of transformers' interface."
+            f"{type(model).__name__} computes attention in its own code; expected a call of transformers' "
+            "attention interface. Use `fhopt.apply` for this model."
         )
     layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     for site in (site_plan.site for site_plan in plan.sites):
         if site.kind != "self" or site.mask != "causal" or site.sinks or site.window:
             raise FhoptError(
-                f"{site.name} has a mask of kind {site.mask!r}, sink logits or an encoder; a decode step is exported "
-                "with causal self-attention only. Use `fhopt.apply` for this model."
+                f"{site.name} has a {site.mask!r} mask, sink logits or an encoder; expected causal "
+                "self-attention for an exported decode step. Use `fhopt.apply` for this model."
             )
     if len(plan.sites) != layers:
-        raise FhoptError(f"the plan has {len(plan.sites)} sites for {layers} layers; expected one for each layer.")
+        raise FhoptError(
+            f"the plan has {len(plan.sites)} sites for {layers} layers; expected one site per layer. Fit a plan "
+            "for this model."
+        )
 
 
 def _serve(site: SitePlan) -> str:

@@ -65,13 +65,15 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
     try:
         compiler = find_compiler()
     except CompileError as error:
-        raise FhoptError(f"{error} Install g++ (or clang++), or leave compiled programs out: --no-aot.") from error
+        raise FhoptError(f"{error} Install g++ (or clang++), or pass --no-aot.") from error
     flags = (*FLAGS, "-fopenmp", native_flag(), *graph_kernels.torch_flags())
     command = [compiler, *flags, *(str(folder / name) for name in files), "-o", str(path), "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-        raise FhoptError(f"{compiler} refused the kernels: {first}. Leave compiled programs out: --no-aot.")
+        raise FhoptError(
+            f"{compiler} failed to compile the kernels: {first}. Pass --no-aot to export without compiled programs."
+        )
 
 
 _COMMAND = (

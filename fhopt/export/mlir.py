@@ -111,7 +111,8 @@ def _imported(
     except Exception as error:  # torch-mlir raises many types
         first = (str(error).strip() or "no message").splitlines()[0][:200]
         raise FhoptError(
-            f"the {name} cannot be lowered to {dialect}: {first}. Expected operations of torch."
+            f"the {name} cannot be lowered to {dialect}: {first}; expected only torch operations. Export with "
+            "--dialect torch, or use `fhopt rewrite --format pt2`."
         ) from error
 
 
@@ -120,8 +121,8 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise FhoptError(
-            f"{name.partition('.')[0]} is not installed; this needs the extra mlir. Install it with: pip install "
-            "'fhopt[mlir]'"
+            f"{name.partition('.')[0]} is not installed; the export requires the extra mlir. Install it with: "
+            "pip install 'fhopt[mlir]'"
         ) from error
 
 
@@ -166,8 +167,8 @@ def compile_module(text: str, target: Target) -> bytes:
     except Exception as error:  # errors of an external program
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise FhoptError(
-            f"IREE could not compile for {backend} {arch}: {(lines or [str(error)])[0][:300]}. Give `--arch` as IREE "
-            "names it, or another target."
+            f"IREE could not compile for {backend} {arch}: {(lines or [str(error)])[0][:300]}. Set --arch to "
+            "an architecture that IREE knows, or choose another target."
         ) from error
     return made
 
@@ -204,7 +205,9 @@ def open_module(folder: Path) -> StepState:
 
     about, plan = read_step_description(folder), LatentPlan.load(folder / PLAN)
     if about.get("target", {}).get("name") != "iree-cpu":
-        raise FhoptError(f"{folder} is for {about.get('target')}; expected an export with --target iree-cpu.")
+        raise FhoptError(
+            f"{folder} was exported for {about.get('target')}; expected iree-cpu. Export with --target iree-cpu."
+        )
     try:
         check_tensor_file(folder / WEIGHTS)
         weights = load_file(folder / WEIGHTS)

@@ -99,7 +99,9 @@ def verify_folder(folder: Path) -> MlirCheck:
     about = read_step_description(folder)
     files = [folder / name for name in ("step.mlir", "step.mlirbc") if (folder / name).is_file()]
     if not files:
-        raise FhoptError(f"{folder} holds no MLIR; expected what `fhopt export FOLDER --target mlir` wrote.")
+        raise FhoptError(
+            f"{folder} has no MLIR; expected an exported folder. Write one with: fhopt export FOLDER --target mlir."
+        )
     plan = LatentPlan.load(folder / rewritten_folder.PLAN)
     window_dtypes = [t["dtype"] for t in about["state"] if None not in t["shape"]]
     return verify_text(read_file(files[0], PROGRAM_BYTES), plan, getattr(torch, window_dtypes[0]).itemsize)
@@ -121,7 +123,9 @@ def walk(text: str | bytes) -> OperationCounts:
     try:
         module = ir.Module.parse(text, context)
     except Exception as error:  # the parser's own type is not public
-        raise FhoptError(f"this is not MLIR ({str(error).splitlines()[0][:200]}). Export it again.") from error
+        raise FhoptError(
+            f"the file is not valid MLIR ({str(error).splitlines()[0][:200]}). Export it again."
+        ) from error
     counts = OperationCounts()
     for function in module.body.operations:
         if function.operation.name == "func.func":
@@ -131,7 +135,9 @@ def walk(text: str | bytes) -> OperationCounts:
             for operation in _operations(function.operation):
                 _count(ir, operation, counts)
     if not counts.macs:
-        raise FhoptError("there is no contraction in it; expected a step in linalg. Export with --dialect linalg.")
+        raise FhoptError(
+            "the program has no contraction; expected a decode step in linalg. Export with --dialect linalg."
+        )
     return counts
 
 
@@ -140,7 +146,8 @@ def _bindings() -> Any:
         return importlib.import_module("torch_mlir.ir")
     except ImportError as error:
         raise FhoptError(
-            "torch-mlir is not installed; this needs the extra mlir. Install it with: pip install 'fhopt[mlir]'"
+            "torch-mlir is not installed; `fhopt verify` requires the extra mlir. Install it with: pip "
+            "install 'fhopt[mlir]'"
         ) from error
 
 
@@ -157,7 +164,7 @@ def _check_dialects(function: Any) -> None:
     seen = {operation.name.partition(".")[0] for operation in _operations(function)}
     if unknown := seen - {"linalg", "tensor", "arith", "math", "func", "cf", "affine", "scf", "tm_tensor"}:
         raise FhoptError(
-            f"it holds operations of {min(unknown)}; expected linalg on tensors. Export with --dialect linalg."
+            f"the program has {min(unknown)} operations; expected linalg on tensors. Export with --dialect linalg."
         )
 
 
@@ -175,7 +182,8 @@ def _count(ir: Any, operation: Any, counts: OperationCounts) -> None:
         numbers = _numbers(result.type)
         if sympy.degree(numbers, T) > 1:
             raise FhoptError(
-                f"{operation.name} ({_source(operation)}) makes {numbers} numbers; expected T at most once."
+                f"{operation.name} ({_source(operation)}) produces {numbers} elements; expected a size that "
+                "contains T at most once."
             )
         if not numbers.has(T):
             continue
@@ -254,19 +262,19 @@ def compare_counts(counts: OperationCounts, plan: LatentPlan, itemsize: int = 4)
     macs, bytes_ = (int(sympy.Poly(p, T).coeff_monomial(T)) for p in (counts.macs, counts.argument_bytes))
     largest = max((int(f.count.coeff(T, 1)) for f in counts.tensors), default=0)
     faults = [
-        f"a contraction makes {f.count} numbers, more than {scores} scores per token: {f.operation} ({f.source})"
+        f"a contraction produces {f.count} elements, more than {scores} scores per token: {f.operation} ({f.source})"
         for f in counts.results
         if int(f.count.coeff(T, 1)) > scores
     ]
     faults += [
-        f"a tensor has {f.count} numbers, expected at most {most} per token: {f.operation} ({f.source})"
+        f"a tensor has {f.count} elements; expected at most {most} per token: {f.operation} ({f.source})"
         for f in counts.tensors
         if int(f.count.coeff(T, 1)) > most
     ]
     if bytes_ != expected_bytes:
-        faults.append(f"a token takes {bytes_} bytes, expected {expected_bytes} as in the plan")
+        faults.append(f"a token takes {bytes_} bytes; expected {expected_bytes} as in the plan")
     if macs != expected_macs:
-        faults.append(f"a token takes {macs:,} multiplications, expected {expected_macs:,} for attention on latents")
+        faults.append(f"a token takes {macs:,} multiplications; expected {expected_macs:,} for attention on latents")
     unique = tuple(dict.fromkeys(faults))
     exact = plan.exact_token_bytes(itemsize)
     return MlirCheck(str(sympy.expand(counts.macs)), macs, bytes_, largest, scores, exact, unique)

@@ -81,11 +81,14 @@ def _loss(plan: LatentPlan, losses: Mapping[str, Comparison]) -> str:
     if not rows and not known.tasks:
         return "## What it loses\n\nNot measured. `fhopt eval FOLDER --plan FOLDER/plan` does.\n"
     tasks = "".join(
-        f"| {task.name} | {task.items:,} | {task.exact:.1f} % | {task.plan:.1f} % |\n" for task in known.tasks
+        f"| {task.name} | {task.items:,} | {task.exact:.1f}% | {task.plan:.1f}% |\n" for task in known.tasks
     )
     if tasks:
-        tasks = f"\n| task | items | right, exact | with latents |\n|---|---|---|---|\n{tasks}"
-    head = "| text | tokens | perplexity, exact | with latents | change (95 %) | KL |\n|---|---|---|---|---|---|"
+        tasks = f"\n| task | items | correct, full precision | correct, with the plan |\n|---|---|---|---|\n{tasks}"
+    head = (
+        "| text | tokens | perplexity, full precision | with the plan | change (95% CI) | KL, nats/token "
+        "|\n|---|---|---|---|---|---|"
+    )
     return f"## What it loses\n\nThrough the real cache, on the half of each text that is held out.\n\n{head}\n" + (
         "\n".join(rows) + "\n" + tasks
     )
@@ -107,8 +110,8 @@ def _loss_row(text: str, loss: Comparison) -> str:
     interval = loss.increase_percent_ci
     between = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
     return (
-        f"| {text} | {loss.tokens:,} | {loss.exact:.4f} | {loss.plan:.4f} "
-        f"| {loss.increase_percent:+.2f} %{between} | {loss.kl:.4f} |"
+        f"| {text} | {loss.tokens:,} | {loss.exact:.4f} | {loss.plan:.4f} | "
+        f"{loss.increase_percent:+.2f}%{between} | {loss.kl:.4f} |"
     )
 
 
@@ -116,15 +119,16 @@ def _bytes(plan: LatentPlan, layers: Sequence[CacheLayer]) -> str:
     compressed = compressed_sites(plan, layers)
     layouts = Counter(site.layout for site in compressed)
     stays_exact = cache_size(plan, COUNTED_AT[0], layers).exact_layers
-    kept = f" {stays_exact} layers stay exact." if stays_exact else ""
-    more = (" whole model, exact | ratio |", "---|---|") if stays_exact else ("", "")
+    kept = f" {stays_exact} layers stay in full precision." if stays_exact else ""
+    more = (" whole model, full precision | ratio |", "---|---|") if stays_exact else ("", "")
     kinds = ", ".join(f"{count} `{layout}`" for layout, count in layouts.most_common())
     lines = [
         "## What it holds\n",
-        f"{len(compressed)} attentions: {kinds}.{kept} The first {plan.sinks} tokens stay exact, the newest "
-        f"{plan.recent} to {plan.window.capacity} are kept in {plan.window_bits} bits. All counted, against "
-        "16-bit keys and values:\n",
-        f"| tokens | exact bytes per token | latent bytes per token | ratio |{more[0]}\n|---|---|---|---|{more[1]}",
+        f"{len(compressed)} attentions: {kinds}.{kept} The first {plan.sinks} tokens are stored in full "
+        f"precision, the newest {plan.recent} to {plan.window.capacity} in {plan.window_bits} bits. Ratios "
+        "count everything, versus a 16-bit KV cache:\n",
+        "| tokens | full-precision bytes per token | bytes per token with the plan | ratio "
+        f"|{more[0]}\n|---|---|---|---|{more[1]}",
     ]
     for tokens in COUNTED_AT:
         size = cache_size(plan, tokens, layers)

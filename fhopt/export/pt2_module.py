@@ -134,8 +134,8 @@ def _exported(
             return torch.export.export(module, args, dict(kwargs or {}), strict=False)
         except Exception as error:  # the module's code may do what export does not support
             raise FhoptError(
-                f"{name} cannot be exported: {type(error).__name__}: {first_line(error)}. Expected a module that "
-                "torch.export takes."
+                f"{name} cannot be exported: {type(error).__name__}: {first_line(error)}; expected a module "
+                "that torch.export accepts. Correct what is named there."
             ) from error
 
 
@@ -144,7 +144,7 @@ def _check_targets(program: torch.export.ExportedProgram, kernels: bool) -> None
     known = {torch.ops.fhopt.latent_kernel.default} if kernels else set[Any]()
     for node in program.graph.nodes:
         if getattr(node.target, "namespace", "") == "fhopt" and node.target not in known:
-            raise FhoptError(f"{node.target} has no form in operations of torch; expected another plan or layout.")
+            raise FhoptError(f"{node.target} has no implementation in torch operations. Use another plan or layout.")
 
 
 def _kernel_call(specs: list[KernelSpec]) -> Callable[..., tuple[Tensor, Tensor]]:

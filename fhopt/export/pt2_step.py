@@ -94,8 +94,8 @@ def export_pt2(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Exp
             )
         except Exception as error:  # the model's code may do what export does not support
             raise FhoptError(
-                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}. Expected a "
-                "model that torch.export takes."
+                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}; "
+                "expected a model that torch.export accepts. Correct what is named there."
             ) from error
         seal = torch.export.export(Seal(step), blocks, strict=False)
     return Exported(exported, seal, tuple(step.tensors))
@@ -145,7 +145,9 @@ def check_out(out: Path, *descriptions: str) -> None:
     """Raise FhoptError if `out` contains anything but an older export, which has one of the files `descriptions`."""
     is_older = any((out / name).is_file() for name in descriptions)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_older)):
-        raise FhoptError(f"{out} exists and holds other things; expected a new folder or an older export.")
+        raise FhoptError(
+            f"{out} exists and is not an export; expected a new folder or an older export. Choose another folder."
+        )
 
 
 def _write_compiled(model: nn.Module, plan: LatentPlan, staging: Path) -> None:
@@ -158,7 +160,9 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # inductor and the compiler raise many types
-        raise FhoptError(f"AOTInductor could not compile it: {first_line(error)}. Leave it out: --no-aot.") from error
+        raise FhoptError(
+            f"AOTInductor failed: {first_line(error)}. Pass --no-aot to export without compiled programs."
+        ) from error
 
 
 def describe_state(tensors: Sequence[StateTensor]) -> list[dict[str, Any]]:
@@ -201,9 +205,10 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 
     if not (folder / DESCRIPTION).is_file():
         raise FhoptError(
-            f"{folder} has no {DESCRIPTION}; expected what `fhopt rewrite --format pt2` or `fhopt export` wrote."
+            f"{folder} has no {DESCRIPTION}; expected an exported folder. Write one with: fhopt rewrite "
+            "--format pt2, or fhopt export."
         )
     about = read_json(folder, DESCRIPTION)
     if about.get("version") != VERSION:
-        raise FhoptError(f"{folder} has version {about.get('version')}, this fhopt reads {VERSION}. Export it again.")
+        raise FhoptError(f"{folder} has version {about.get('version')}; expected {VERSION}. Export it again.")
     return about

@@ -112,21 +112,28 @@ def check_rewritable(loaded: LoadedModel, plan: LatentPlan, out: Path, source: P
     model: Any = loaded.module
     if not hasattr(model, "save_pretrained") or not getattr(model, "can_generate", lambda: False)():
         raise FhoptError(
-            f"{loaded.name} is not a generative model of transformers; expected one. Export any other module as a "
-            "program: --format pt2."
+            f"{loaded.name} is not a generative transformers model; expected one. Export other modules with "
+            "--format pt2."
         )
     quantized = getattr(model.config, "quantization_config", None)
     if quantized is not None:
         raise FhoptError(
-            f"{loaded.name} is quantized ({getattr(quantized, 'quant_method', 'unknown')}), and a configuration can "
-            "name one quantizer. Use fhopt.apply(model, plan) on it, or rewrite the model that was not quantized."
+            f"{loaded.name} is quantized ({getattr(quantized, 'quant_method', 'unknown')}), and a "
+            "configuration can name only one quantizer. Use fhopt.apply(model, plan), or rewrite the "
+            "unquantized model."
         )
     if model.is_remote_code():
-        raise FhoptError(f"{loaded.name} has code of its own; expected a model that is part of transformers.")
+        raise FhoptError(
+            f"{loaded.name} has custom code; expected a model that is part of transformers. Use "
+            "fhopt.apply(model, plan)."
+        )
     if source is not None and source.resolve() == out.resolve():
-        raise FhoptError(f"{out} is the model itself. Write to another folder.")
+        raise FhoptError(f"{out} is the folder of the model. Write to another folder.")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not rewritten_folder.is_rewritten(out))):
-        raise FhoptError(f"{out} exists and holds other things; expected a new folder or a rewritten model.")
+        raise FhoptError(
+            f"{out} exists and is not a rewritten folder; expected a new folder or a rewritten one. Choose "
+            "another folder."
+        )
     unapply(apply(model, plan))
     return model
 
@@ -179,8 +186,8 @@ def _save_weights(model: Any, staging: Path, shard_size: str) -> None:
         model.save_pretrained(staging, max_shard_size=shard_size)
     except (ValueError, RuntimeError) as error:
         raise FhoptError(
-            f"{type(model).__name__} could not be saved ({str(error).splitlines()[0]}). Give the folder that the model "
-            "came from."
+            f"{type(model).__name__} could not be saved ({str(error).splitlines()[0]}). Pass the model's "
+            "original folder."
         ) from error
 
 

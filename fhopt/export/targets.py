@@ -29,8 +29,13 @@ class Target:
     def check(self) -> None:
         """Raise FhoptError for an unknown target and for options that it does not take."""
         if self.name != "mlir" and self.name not in TARGETS:
-            raise FhoptError(f"unknown target {self.name!r}; expected mlir, {', '.join(TARGETS)}.")
+            raise FhoptError(f"target {self.name!r} is unknown; expected one of mlir, {', '.join(TARGETS)}.")
         if self.name == "mlir" and self.arch:
-            raise FhoptError("--arch names a device's architecture; expected it with an iree target.")
+            raise FhoptError(
+                "--arch requires an IREE target; expected --target iree-*. Drop --arch, or choose such a target."
+            )
         if self.name != "mlir" and self.dialect != "linalg":
-            raise FhoptError("IREE compiles linalg; expected --dialect torch only with --target mlir.")
+            raise FhoptError(
+                "--dialect torch requires --target mlir, since IREE compiles linalg. Drop --dialect, or use "
+                "--target mlir."
+            )

@@ -87,8 +87,8 @@ class Budget:
         window, quantized = self.window, max(self._split(p.site)[2] for p in own)
         if quantized == 0:
             raise FhoptError(
-                f"{self.tokens} tokens are all exact (sinks {window.sinks}, recent {window.recent}); expected a longer "
-                "context."
+                f"a context of {self.tokens} tokens is covered by sinks ({window.sinks}) and residual window "
+                f"({window.recent}). Raise --tokens."
             )
         fixed = sum(p.mean_bytes() for p in own) if self.has_means else 0
         for p in own:
@@ -111,8 +111,8 @@ def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[i
 def _check_reached(least: float, asked: int) -> None:
     if least > asked:
         raise FhoptError(
-            f"the size leaves {asked / 8:.0f} bytes for a quantized token, the least possible is {least / 8:.0f} "
-            "(sinks and window are counted). Lower the ratio, or make the plan for a longer context."
+            f"ratio too high: {asked / 8:.0f} bytes per quantized token remain after sinks and residual "
+            f"window; expected at least {least / 8:.0f}. Lower --ratio, or raise --tokens."
         )
 
 

@@ -128,8 +128,8 @@ def _seconds(device: Device, site: AttentionSite, groups: int, widths: Sequence[
 
 def no_joint_basis(site: AttentionSite) -> FhoptError:
     """Build the error for a site that does not support the layout `input`."""
-    why = "its keys rotate" if site.rope is not None else "they are as wide as their input, or it is too wide"
+    why = "its keys rotate" if site.rope is not None else "they are as wide as their input, or the input is too wide"
     return FhoptError(
-        f"{site.name}: keys and values are not maps of one input half as wide ({why}); the layout `input` needs that. "
-        "Use another layout."
+        f"{site.name}: layout `input` requires keys and values that are projections of one narrower input "
+        f"({why}). Use another layout."
     )

@@ -24,19 +24,19 @@ def check_options(
 ) -> None:
     """Raise FhoptError if a plan cannot have this ratio, layout, bits and code, on `device` if given."""
     if not 1 <= ratio < 1000:
-        raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
+        raise FhoptError(f"ratio {ratio:g} is invalid; expected a number from 1 (exact mode) to 16. Try --ratio 4.")
     if layout != AUTO:
         check_layouts([layout])
     if not bits or any(b not in BITS for b in bits):
-        raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, BITS))}.")
+        raise FhoptError(f"bits {list(bits)} are invalid; expected a subset of {', '.join(map(str, BITS))}.")
     if code not in CODES:
         raise FhoptError(f"code {code!r} is unknown; expected one of {', '.join(CODES)}.")
     if code == TRELLIS and device is not None and find_device(device).kind == "gpu":
-        raise FhoptError(f"trellis codes are for CPUs, and {device} is a GPU. Use --code {UNIFORM}.")
+        raise FhoptError(f"trellis codes require a CPU, but {device} is a GPU. Use --code {UNIFORM}.")
     if not grain_of(bits, device).levels:
         raise FhoptError(
-            f"bits {list(bits)} make no kernel for {device}; expected some of {', '.join(map(str, GPU_BITS))}, or no "
-            "device."
+            f"bits {list(bits)} have no kernel for {device}; expected a subset of "
+            f"{', '.join(map(str, GPU_BITS))}. Change the bits, or drop --device."
         )
 
 

@@ -193,8 +193,8 @@ def _full_width(sites: Mapping[str, AttentionSite], bases: CandidateBases) -> tu
         which = next((w for w in layouts if w != "input"), None)
         if which is None:
             raise FhoptError(
-                f"ratio 1 keeps every channel of {name}, and these statistics are of the layout input alone; "
-                "expected another one. Calibrate again with --layout identity."
+                f"ratio 1 stores every channel of {name}, but the statistics have only the layout input; "
+                "expected another layout. Calibrate again with --layout identity."
             )
         plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
     return tuple(plans)
@@ -208,9 +208,9 @@ def _lossless(
         return None
     if mean_tokens:
         raise FhoptError(
-            "these statistics are of differences from the means of sequences, and a plan of the layout input without "
-            "bits needs the constant part of keys and values, too; expected statistics without means. Calibrate again "
-            "with --mean-tokens 0."
+            "these statistics have sequence means subtracted, but an unquantized plan with layout input "
+            "needs the means of keys and values; expected statistics without subtracted means. Calibrate "
+            "again with --mean-tokens 0."
         )
     plans = []
     for s in statistics.values():

@@ -217,8 +217,9 @@ def model_cost(
     unknown = set(planned) - {s.name for s in all_sites}
     if unknown:
         raise FhoptError(
-            f"the plan has {len(unknown)} sites that the model lacks, such as {min(unknown)!r}; "
-            f"expected some of the model's {len(all_sites)}. Fit a plan for this model: fhopt fit MODEL."
+            f"the plan has {len(unknown)} sites that the model does not have, such as {min(unknown)!r}; "
+            f"expected only sites among the model's {len(all_sites)}. Fit a plan for this model: fhopt fit "
+            "MODEL."
         )
     if plan is None:
         return _sum([site_cost(s, itemsize=itemsize) for s in all_sites], 0, parameters, itemsize)

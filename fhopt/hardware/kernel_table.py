@@ -152,8 +152,8 @@ def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
         sites.setdefault(kernel, []).append(site)
     if not sites:
         raise FhoptError(
-            f"none of the plan's {len(plan.sites)} sites keeps latents; there is no kernel to write. Fit a plan with a "
-            "ratio above 1."
+            f"the plan has no kernel to write: none of its {len(plan.sites)} sites caches latents. Fit a plan "
+            "with a ratio above 1."
         )
     return sites
 
@@ -321,14 +321,14 @@ def markdown(kernels: Kernels) -> str:
     lines = [
         f"# Attention on latents: {_about(kernels)}",
         "",
-        "Bytes and operations: of one cached token at one site. Roofline: one step at one site by the peak figures of "
-        "the device, a bound.",
+        "Bytes and operations: per cached token and site. Roofline: lower bound of the time of one step at "
+        "one site, from the device's peak bandwidth and throughput.",
     ]
     if kernels.triton:
         lines.append(
-            f"Registers of a thread, shared memory of a block, instructions: as Triton {kernels.triton} compiled them. "
-            "Instructions: of warps, for one cached token in one latent head. Reads: of global memory, in a round of "
-            "the loop. Configuration: tokens x query rows of a tile."
+            "Registers per thread, shared memory per block, instructions: as compiled by Triton "
+            f"{kernels.triton}. Instructions: per warp, cached token and latent head. Reads: global-memory "
+            "loads per loop iteration. Configuration: tokens x query rows per tile."
         )
     lines += ["", *_markdown_table(*cells(kernels))]
     if rejected := _rejections(kernels):

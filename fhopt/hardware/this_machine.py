@@ -141,7 +141,7 @@ def _gpus() -> tuple[tuple[GpuFacts, ...], str]:
         return tuple(_gpu(index) for index in range(count)), ""
     said = str(caught[0].message).splitlines()[0] if caught else ""
     has_driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")
-    return (), (said or f"torch {torch.__version__} finds none") if has_driver else ""
+    return (), (said or f"torch {torch.__version__} finds no GPU") if has_driver else ""
 
 
 def _gpu(index: int) -> GpuFacts:
@@ -181,12 +181,15 @@ def findings(machine: Machine) -> tuple[Finding, ...]:
 def _on_cpu(machine: Machine) -> list[Finding]:
     found = []
     if machine.compiler_fault:
-        words = f"{machine.compiler_fault} Decoding on the CPU runs on plain torch operations, which is slower."
+        words = f"{machine.compiler_fault} CPU decoding runs on plain torch operations, which is slower."
         found.append(Finding(SLOW, words, "Install g++ (or clang++) with its headers."))
     else:
-        found.append(Finding(GOOD, f"Decoding on the CPU runs on generated C++ kernels ({machine.kernels})."))
+        found.append(Finding(GOOD, f"CPU decoding runs on generated C++ kernels ({machine.kernels})."))
         if not any(f"products of {numbers}" in machine.kernels for numbers in ("bytes", "words")):
-            words = "Kernels convert quantized values to floats, where CPUs with AVX2 multiply words, with VNNI bytes."
+            words = (
+                "Kernels convert quantized values to floats; CPUs with AVX2 multiply 16-bit integers, and CPUs "
+                "with VNNI multiply 8-bit integers."
+            )
             found.append(Finding(SLOW, words))
     variable = next((name for name in _THREAD_VARIABLES if os.environ.get(name)), None)
     if variable and machine.threads < machine.cores:
@@ -197,26 +200,26 @@ def _on_cpu(machine: Machine) -> list[Finding]:
 
 def _on_gpus(machine: Machine) -> list[Finding]:
     if machine.gpu_fault:
-        words = f"There is a GPU driver, but torch cannot use a GPU: {machine.gpu_fault}."
-        return [Finding(MISSING, words, "Install the build of torch for your driver: https://pytorch.org/get-started")]
+        words = f"A GPU driver is installed, but torch cannot use a GPU: {machine.gpu_fault}."
+        return [Finding(MISSING, words, "Install the torch build for your driver: https://pytorch.org/get-started")]
     found = []
     for gpu in machine.gpus:
         if gpu.triton_fault:
-            words = f"Generated Triton kernels do not run on {gpu.name} ({gpu.triton_fault}); torch operations do."
-            found.append(Finding(SLOW, words, "Install the triton that this torch was released with."))
+            words = f"Triton kernels do not run on {gpu.name} ({gpu.triton_fault}); torch operations are used instead."
+            found.append(Finding(SLOW, words, "Install the triton version that this torch was released with."))
         else:
-            found.append(Finding(GOOD, f"Generated Triton kernels run on {gpu.name}."))
+            found.append(Finding(GOOD, f"Triton kernels run on {gpu.name}."))
     return found
 
 
 def _storage(machine: Machine) -> list[Finding]:
     found = []
     if machine.free_gb < _FREE_GB:
-        words = f"Only {machine.free_gb:.1f} GB of memory are free."
+        words = f"Only {machine.free_gb:.1f} GB of memory is free."
         found.append(Finding(SLOW, words, "End other programs, or load models with --dtype bfloat16."))
     if machine.cache_fault:
-        words = f"The kernel cache cannot be used ({machine.cache_fault}): each process compiles its kernels again."
-        cure = f"Set {CACHE_VARIABLE} to a folder that you, and nobody else, may write to."
+        words = f"The kernel cache is unusable ({machine.cache_fault}): each process compiles its kernels again."
+        cure = f"Set {CACHE_VARIABLE} to a folder that only you can write to."
         found.append(Finding(SLOW, words, cure))
     return found
 

@@ -142,7 +142,7 @@ def _check_loaded(model: torch.nn.Module, _: Any) -> None:
     try:
         check_fingerprint(_applied(model).whole_plan, Weights(model), type(model).__name__)
     except FhoptError as error:
-        warnings.warn(f"weights were loaded while a plan is applied: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"weights were loaded while a plan was applied: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _layer_index(module: torch.nn.Module, index: int) -> int:
@@ -231,7 +231,7 @@ def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
         return model.get_submodule(name.partition("#")[0])
     except AttributeError as error:
         raise FhoptError(
-            f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for it."
+            f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for this model."
         ) from error
 
 
@@ -277,8 +277,8 @@ def _check_attention(cache: Any, applied: _Applied) -> None:
     name = applied.config.get_text_config(decoder=True)._attn_implementation
     if name == "flex_attention":
         raise FhoptError(
-            "attention 'flex_attention' cannot read the latents of the applied plan; expected 'fhopt', 'sdpa' or "
-            "'eager'. Call model.set_attn_implementation('fhopt'), or remove the plan with fhopt.unapply(model)."
+            "attention 'flex_attention' does not support latents; expected 'fhopt', 'sdpa' or 'eager'. Call "
+            "model.set_attn_implementation('fhopt'), or remove the plan with fhopt.unapply(model)."
         )
     _warn(
         applied,
@@ -404,6 +404,6 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
 def _unused(cache: Any) -> str:
     name = type(cache).__name__
     return (
-        f"a cache of class {name} is used without the applied plan; expected a DynamicCache or a StaticCache. Leave "
-        "out `cache` and `cache_implementation` to compress by the plan, or call fhopt.unapply(model)."
+        f"a cache of class {name} bypasses the applied plan; expected a DynamicCache or a StaticCache. Drop "
+        "`cache` and `cache_implementation` to use the plan, or call fhopt.unapply(model)."
     )

@@ -43,7 +43,7 @@ def latent_attention_forward(
         return attended, None
     unknown = [name for name in ("head_mask", "output_attentions") if kwargs.get(name) not in (None, False)]
     if unknown:
-        raise FhoptError(f"attention on latents has no {unknown[0]}. Call fhopt.unapply(model), or leave it out.")
+        raise FhoptError(f"attention on latents does not support {unknown[0]}. Drop it, or call fhopt.unapply(model).")
     keys, values, latents = read_offered(key, value)
     queries, tokens = query.shape[2], keys.shape[2] if latents is None else latents.length(keys)
     causal = kwargs.get("is_causal")

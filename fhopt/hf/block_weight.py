@@ -23,7 +23,7 @@ from fhopt.codegen.cpu.skinny_linear import BlockedWeight
 from fhopt.hf.skinny_products import product
 
 PART = 1 << 21  # elements of a weight dequantized at once
-_NOT_WRITTEN = "{} would write to a weight in blocks of a GGUF file; load the file dequantized."
+_NOT_WRITTEN = "{} would write to a block-quantized GGUF weight; expected read-only use. Load the file dequantized."
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
 
@@ -66,13 +66,17 @@ class BlockWeight(Tensor):
         values, numbers = blocks.values, gguf_blocks.FORMATS.get(blocks.format, (0, 0))[0]
         if not numbers or blocks.width % numbers or not values.is_cpu:
             raise ValueError(
-                f"a weight of width {blocks.width} in blocks of format {blocks.format} on {values.device}; expected a "
-                f"format of {sorted(gguf_blocks.FORMATS)}, whole blocks, the CPU."
+                f"a weight of width {blocks.width} in GGUF format {blocks.format} on {values.device} is not "
+                f"supported; expected a format of {sorted(gguf_blocks.FORMATS)}, whole blocks, and the CPU. "
+                "Load the file dequantized."
             )
         size = gguf_blocks.blocked_row_bytes(blocks.format, blocks.width)
         if values.dtype != torch.uint8 or values.dim() != 2 or values.shape[1] != size or not values.is_contiguous():
             shape = tuple(values.shape)
-            raise ValueError(f"blocks are {values.dtype} {shape}; expected torch.uint8 [N, {size}], dense.")
+            raise ValueError(
+                f"blocks are {values.dtype} {shape}; expected contiguous torch.uint8 [N, {size}]. Load the file "
+                "dequantized."
+            )
         made: BlockWeight = Tensor._make_wrapper_subclass(cls, blocks.shape, dtype=dtype, device=values.device)
         made.gguf_blocks = blocks
         return made
@@ -207,7 +211,10 @@ def embedding(
     """Dequantize the rows of a `BlockWeight` at the indices `input` -> [..., K]."""
     blocks: BlockedWeight | None = getattr(weight, "gguf_blocks", None)
     if blocks is None or max_norm is not None:
-        raise RuntimeError("an embedding with a weight in blocks has plain numbers of rows, and no largest norm.")
+        raise RuntimeError(
+            "an embedding with a block-quantized weight supports only plain row indices without max_norm. Load "
+            "the file dequantized."
+        )
     return rows_of(blocks, weight.dtype, which=input.reshape(-1)).view(*input.shape, blocks.width)
 
 

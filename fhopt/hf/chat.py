@@ -33,7 +33,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Message], name: str) -> list[
     except Exception as error:  # templates raise arbitrary exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FhoptError(
-            f"the chat template of {name} refuses this conversation ({reason}). Leave --system out, or use fhopt "
+            f"the chat template of {name} rejects this conversation ({reason}). Drop --system, or use fhopt "
             "generate --raw."
         ) from error
     return [int(token) for token in made["input_ids"]]

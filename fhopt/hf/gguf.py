@@ -44,7 +44,7 @@ def load_gguf(
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise FhoptError(f"{path} is not a file; expected a GGUF file.")
+        raise FhoptError(f"{path} is not a file; expected a GGUF file. Check the path.")
     check_packages()
     check_gguf_size(path)
     codegen.register_kernels()
@@ -59,8 +59,8 @@ def load_gguf(
     progress("kernels", 0, 1)
     if not codegen.prepare_blocks():
         raise FhoptError(
-            "no C++ compiler was found, and weights in blocks are multiplied by compiled kernels. Install g++ (or "
-            "clang++), or load the file dequantized."
+            "no C++ compiler was found, and block-quantized weights require compiled kernels. Install g++ "
+            "(or clang++), or load the file dequantized."
         )
     model.config.name_or_path = str(path.parent)
     return model.eval().requires_grad_(False), tokenizer
@@ -92,7 +92,7 @@ def _fill(model: Any, path: Path, dtype: torch.dtype) -> None:
     model.tie_weights()
     absent = [name for name, weight in model.named_parameters() if weight.is_meta]
     if absent:
-        raise FhoptError(f"{path} has no {absent[0]}. Load it dequantized, or fetch the file again.")
+        raise FhoptError(f"{path} has no {absent[0]}. Load it dequantized, or download the file again.")
 
 
 def _names_and_process(model: Any, path: Path, reader: Any) -> tuple[Mapping[str, str], Process]:
@@ -106,8 +106,8 @@ def _names_and_process(model: Any, path: Path, reader: Any) -> tuple[Mapping[str
         from transformers import __version__
 
         raise FhoptError(
-            f"transformers {__version__} does not say which weights of {type(model).__name__} are in {path} ({error}). "
-            "Load the file dequantized."
+            f"transformers {__version__} has no mapping of {path} to the weights of {type(model).__name__} "
+            f"({error}). Load the file dequantized."
         ) from error
 
     def process(numbers: Any, name: str) -> Any:

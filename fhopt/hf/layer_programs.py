@@ -136,7 +136,7 @@ class LayerPrograms:
             candidate.later.add(later)
             if len(candidate.later) == len(REHEARSALS):
                 return candidate.program, recording
-        raise UnsupportedError("what it does depends on the length of the cache")
+        raise UnsupportedError("its operations depend on the cache length")
 
 
 def _lowered(trace: LayerTrace) -> _Candidate:
@@ -212,7 +212,7 @@ class LayerState:
         # Older versions of transformers override `__call__`, which differs only in training.
         name = getattr(call, "__qualname__", "")
         if not _is_run(layer) or not (call is CALL or name == "GradientCheckpointingLayer.__call__"):
-            raise UnsupportedError("something else is called in its place")
+            raise UnsupportedError("its forward method was replaced")
         return [(vars(layer), "forward", forward), (vars(layer), "_compiled_call_impl", None)]
 
     def held(self) -> list[Entry]:
@@ -276,7 +276,7 @@ class LayerState:
             return self._bound(key, pattern.program, recording, args, kwargs)
         except UnsupportedError as error:
             self.known.unlike.add(key)
-            log.info("%s is rehearsed on its own: %s", type(self.layer).__name__, error)
+            log.info("%s is traced on its own: %s", type(self.layer).__name__, error)
             return None
 
     def _bound(
@@ -286,7 +286,7 @@ class LayerState:
         """Bind a program to the layer. Raises UnsupportedError if it does not reproduce the recording."""
         bound = BoundProgram(self.layer, program, recording, args, kwargs)
         if not bound.agrees(recording):
-            raise UnsupportedError("its program gives other numbers")
+            raise UnsupportedError("its program gives other results")
         bound.arguments = self.shared.arguments.setdefault(bound.arguments, bound.arguments)
         self.known.bound[key] = [b for b in self.known.bound.get(key, ()) if b.is_current()] + [bound]
         return bound

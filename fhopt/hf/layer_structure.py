@@ -93,7 +93,7 @@ class WeightPlace:
             raise UnsupportedError(f"a weight of type {type(tensor).__name__}")
         read = tensor if kept is None else kept.parts[self.place]
         if _looks(kept) != self.looks:
-            raise UnsupportedError("a weight that is kept in another way than that of a layer that is built alike")
+            raise UnsupportedError("a weight that is stored differently in a layer of the same structure")
         return Weight(holder, self.name, tensor, read.data_ptr(), kept)
 
 

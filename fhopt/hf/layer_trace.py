@@ -141,7 +141,7 @@ class _Recorder(TorchDispatchMode):
         if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
             raise UnsupportedError(f"a tensor of type {type(x).__name__}")
         if path is None and weight is None:
-            raise UnsupportedError("a tensor that is no argument of the layer and no weight of it")
+            raise UnsupportedError("a tensor that is neither an argument nor a weight of the layer")
         number = self._add(x, "weight" if path is None else "input")
         if path is not None:
             self.inputs[number] = path
@@ -201,11 +201,11 @@ class _Recorder(TorchDispatchMode):
             raise UnsupportedError("attention on other keys than the cache returned")
         sinks = options.get("s_aux")
         if options.get("position_bias") is not None or (sinks is not None and id(sinks) not in self.named):
-            raise UnsupportedError("attention with a bias of positions, or with sinks that are no weight")
+            raise UnsupportedError("attention with a position bias, or with sink logits that are not a weight")
         mask_path = None if mask is None else self.paths.get(id(mask))
         cache = next((path for path, x in self.arguments.items() if _is_cache(x)), None)
         if (mask is not None and mask_path is None) or cache is None:
-            raise UnsupportedError("attention with a mask that is no argument of the layer")
+            raise UnsupportedError("attention with a mask that is not an argument of the layer")
         refs = tuple(Ref(self._number(x)) for x in (query, *pending[:2]))
         if sinks is not None:
             self._number(sinks)
@@ -221,7 +221,7 @@ class _Recorder(TorchDispatchMode):
         first, extra = _parted(result)
         is_plain = isinstance(first, Tensor) and (extra < 0 or all(x is None for x in result[1:]))
         if not is_plain or id(first) not in self.numbers or not first.is_contiguous():
-            raise UnsupportedError("a layer that returns more than a tensor")
+            raise UnsupportedError("a layer that returns more than one tensor")
         if self.attention is None:
             raise UnsupportedError("a layer without attention on the cache")
         number = self.numbers[id(first)]
@@ -256,7 +256,7 @@ def _beside_the_cache(
     try:
         return forward(*map(replaced, args), **{name: replaced(x) for name, x in kwargs.items()})
     except Exception as error:  # the layer uses the cache in a way that the mock does not support
-        raise UnsupportedError(f"it fails beside the cache ({type(error).__name__}: {error})") from error
+        raise UnsupportedError(f"its dry run fails ({type(error).__name__}: {error})") from error
 
 
 @dataclass(eq=False)
@@ -283,9 +283,9 @@ def observe(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         result = _beside_the_cache(forward, args, kwargs, seen.updated, 0)
     first, extra = _parted(result)
     if seen.calls != 1 or seen.updates != 1 or seen.attention is None:
-        raise UnsupportedError("it calls cache or attention in another way than a layer that is built alike")
+        raise UnsupportedError("it calls the cache or attention differently from a layer of the same structure")
     if extra != like.extra or not isinstance(first, Tensor):
-        raise UnsupportedError("it returns something else than a layer that is built alike")
+        raise UnsupportedError("it returns something else than a layer of the same structure")
     return Observation(seen.borders, seen.attention, first, extra)
 
 

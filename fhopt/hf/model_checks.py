@@ -34,11 +34,10 @@ def _check_cache(model: torch.nn.Module) -> None:
     takes_one = not {"cache", "past_key_values"}.isdisjoint(taken)
     own = keeps_own_cache(model)
     if own or not takes_one:
-        what = "a cache of its own" if own else "no KV cache"
+        what = "its own kind of cache" if own else "no KV cache"
         raise FhoptError(
-            f"{type(model).__name__} keeps {what}; expected a model "
-            "that generates with a DynamicCache of transformers. Use torch.compile(model, backend='flashhead') for "
-            "this model."
+            f"{type(model).__name__} uses {what}; expected a model that generates with a transformers "
+            "DynamicCache. Use torch.compile(model, backend='flashhead') for this model."
         )
 
 
@@ -48,8 +47,8 @@ def check_fitted_weights(model: torch.nn.Module, plan: LatentPlan) -> None:
     weights = Weights(model)
     if weights.absent:
         raise FhoptError(
-            f"{weights.absent[0]} of {type(model).__name__} is on the meta device: it has no numbers. Load the weights "
-            "first, with device_map where they are more than one device holds."
+            f"{weights.absent[0]} of {type(model).__name__} is on the meta device, without values; expected "
+            "loaded weights. Load them first, with device_map if they do not fit on one device."
         )
     check_fingerprint(plan, weights, type(model).__name__)
     check_segments(network.config, plan.segment, type(model).__name__)
@@ -63,11 +62,12 @@ def check_cache_plan(held: LatentPlan, applied: LatentPlan) -> None:
     names, known = ({p.site.name for p in plan.sites} for plan in (held, applied))
     if held is not applied and (len(prints) > 1 or not names & known):
         raise FhoptError(
-            "the cache was made by a plan for another model. Make one for this model: "
-            "fhopt.LatentCache(plan, model.config), with a plan that was fitted for it."
+            "the cache was created with a plan for another model. Create one with a plan for this model: "
+            "fhopt.LatentCache(plan, model.config)."
         )
     if held is not applied and len({p.sites[0].site.kv_heads for p in (held, applied)}) > 1:
         raise FhoptError(
-            f"the cache keeps {held.sites[0].site.kv_heads} kv heads, the model has {applied.sites[0].site.kv_heads} "
-            "of them in this process. Make the cache by fhopt.hf.apply.latent_cache(model)."
+            f"the cache has {held.sites[0].site.kv_heads} kv heads; expected "
+            f"{applied.sites[0].site.kv_heads}, as in this process. Create the cache with "
+            "fhopt.hf.apply.latent_cache(model)."
         )

@@ -42,10 +42,12 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
     file, plan = Path(path), applied_plan(model)
     latent = [layer for layer in _layers(cache).values() if isinstance(layer, LATENT_LAYERS)]
     if not latent or not all(layer.is_initialized for layer in latent):
-        raise FhoptError("the cache holds no latents yet; expected one that a model with a plan applied has filled.")
+        raise FhoptError(
+            "the cache has no latents; expected a cache filled by a model with an applied plan. Run the prompt first."
+        )
     if any(layer.plan is not plan and layer.plan.digest() != plan.digest() for layer in latent):
         raise FhoptError(
-            "the cache was filled by another plan than the one applied. Apply that plan, or fill a new cache."
+            "the cache was filled with another plan than the applied one. Apply that plan, or fill a new cache."
         )
     tensors: dict[str, Tensor] = {}
     layers = {name: _describe(name, layer, tensors) for name, layer in _layers(cache).items()}
@@ -57,7 +59,7 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
     try:
         write_tensors(file, about, tensors, KEY)
     except (OSError, SafetensorError, ValueError) as error:
-        raise FhoptError(f"cannot write {file}: {error}. Choose a place that you may write to.") from error
+        raise FhoptError(f"cannot write {file}: {error}. Choose a writable location.") from error
     return file
 
 
@@ -76,12 +78,12 @@ def load_cache(
     _check(file, about, _identity(model, applied_plan(model)))
     length = about.get("max_cache_len")
     if options.get("max_cache_len", length) != length:
-        raise FhoptError(f"{file} has max_cache_len={length}, not {options['max_cache_len']}. Leave the option out.")
+        raise FhoptError(f"{file} has max_cache_len={length}; expected {options['max_cache_len']}. Drop max_cache_len.")
     try:
         cache = latent_cache(model, **({"max_cache_len": length} | options))
         layers = _layers(cache)
         if layers.keys() != about["layers"].keys():
-            raise ValueError(f"{len(about['layers'])} layers, the cache of this model has {len(layers)}")
+            raise ValueError(f"it has {len(about['layers'])} layers; expected {len(layers)}")
         for name, layer in layers.items():
             target = torch.device(device or devices.get(name, first))
             own = {n: t.to(target) for n, t in tensors.items() if n.startswith(f"{name}.")}
@@ -121,14 +123,14 @@ def _weights(model: torch.nn.Module) -> str:
 
 def _check(file: Path, about: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     cures = {
-        "plan": ("plan", "Apply the plan that it was made with."),
-        "dtype": ("dtype", "Load the model in the dtype that it had."),
-        "model": ("model", "Load the model that filled it."),
+        "plan": ("plan", "Apply the plan that the file was saved with."),
+        "dtype": ("dtype", "Load the model in the file's dtype."),
+        "model": ("model", "Load the model that filled the cache."),
     }
     for key, (what, cure) in cures.items():
         if about.get(key) != expected[key]:
             raise FhoptError(
-                f"{file} belongs to another {what} ({str(about.get(key))[:14]}, expected {expected[key][:14]}). {cure}"
+                f"{file} belongs to another {what}: {str(about.get(key))[:14]}; expected {expected[key][:14]}. {cure}"
             )
 
 
@@ -149,16 +151,17 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         about, tensors = read_tensors(file, KEY)
         if not about:
-            raise FhoptError(f"{file} is not a cache of fhopt; expected a file that save_cache wrote.")
+            raise FhoptError(
+                f"{file} is not an fhopt cache; expected a file written by save_cache. Choose another file."
+            )
         if about.get("version") not in VERSIONS:
             raise FhoptError(
-                f"{file} has version {about.get('version')}, this fhopt reads versions {VERSIONS}. "
-                "Fill the cache again."
+                f"{file} has version {about.get('version')}; expected one of {VERSIONS}. Fill the cache again."
             )
         check_digest(about, tensors)
     except OSError as error:
         raise FhoptError(
-            f"cannot read {file}: {error.strerror or error}. Expected a file that save_cache wrote."
+            f"cannot read {file}: {error.strerror or error}; expected a file written by save_cache. Check the path."
         ) from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FhoptError(f"{file} is damaged ({error}). Fill the cache again.") from error
@@ -185,7 +188,9 @@ def _describe(name: str, layer: Any, tensors: dict[str, Tensor]) -> dict[str, An
 
 def _restore(file: Path, name: str, layer: Any, item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     if item["class"] != type(layer).__name__:
-        raise FhoptError(f"{file}: layer {name} is a {item['class']}, expected {type(layer).__name__}.")
+        raise FhoptError(
+            f"{file}: layer {name} is a {item['class']}; expected {type(layer).__name__}. Fill the cache again."
+        )
     state = {k: _unpack(v, tensors) for k, v in item["state"].items()}
     if isinstance(layer, LATENT_LAYERS):
         layer.restore(state)
@@ -209,8 +214,8 @@ def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return ["plain", value]
     raise FhoptError(
-        f"a cache with {name} of type {type(value).__name__} cannot be saved. Save one that `generate()` or "
-        "`fhopt.hf.apply.latent_cache` made."
+        f"a cache with {name} of type {type(value).__name__} cannot be saved. Save a cache created by "
+        "`generate()` or `fhopt.hf.apply.latent_cache`."
     )
 
 

@@ -42,14 +42,12 @@ class FhoptQuantizer(HfQuantizer):  # type: ignore[misc]
         folders = {file.parent for file in files}
         if len(folders) != 1:
             raise FhoptError(
-                f"weights of a rewritten model come from {len(folders)} folders; expected one, that `fhopt rewrite` "
-                "wrote. Give from_pretrained the folder and no weights of your own."
+                f"weights of a rewritten folder come from {len(folders)} folders; expected the folder written "
+                "by `fhopt rewrite`. Pass only this folder to from_pretrained."
             )
         self.folder = rewritten_folder.read_folder(next(iter(folders)))
         if {file.name for file in files} != self.folder.weight_files:
-            raise rewritten_folder.damaged(
-                self.folder.path, "other weights were about to be read than those of the folder"
-            )
+            raise rewritten_folder.damaged(self.folder.path, "weights of another folder were about to be loaded")
         return model
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:

@@ -25,28 +25,28 @@ class Sampling:
     def check(self, positions: int | None = None) -> None:
         """Raise FhoptError for invalid values. positions: of the model, if known."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise FhoptError(f"{self.max_new_tokens} new tokens are not possible; expected 1 or more.")
+            raise FhoptError(f"max_new_tokens {self.max_new_tokens} is invalid; expected 1 or greater.")
         if not 0 <= self.temperature < float("inf"):
-            raise FhoptError(f"temperature {self.temperature:g} is not possible; expected 0 (greedy) or more.")
+            raise FhoptError(f"temperature {self.temperature:g} is invalid; expected 0 (greedy) or greater.")
         if not 0 < self.top_p <= 1:
-            raise FhoptError(f"top-p {self.top_p:g} is not possible; expected more than 0, and at most 1 (all tokens).")
+            raise FhoptError(f"top-p {self.top_p:g} is invalid; expected a value above 0 and at most 1 (all tokens).")
         if not 0 <= self.seed < 2**63:
-            raise FhoptError(f"seed {self.seed} is not possible; expected 0 to 2^63 - 1.")
+            raise FhoptError(f"seed {self.seed} is invalid; expected 0 to 2^63 - 1.")
         if positions is not None and (self.max_new_tokens or 0) >= positions:
             raise FhoptError(
-                f"{self.max_new_tokens} new tokens and a prompt do not fit: the model has {positions} positions. Ask "
-                "for fewer: --max-new-tokens."
+                f"{self.max_new_tokens} new tokens leave no room for a prompt: the model has {positions} "
+                "positions. Lower --max-new-tokens."
             )
 
     def room(self, prompt: int, positions: int | None) -> int:
         """Return how many tokens to generate after `prompt` tokens. Raises FhoptError if empty or too long."""
         if not prompt:
-            raise FhoptError("the prompt has no tokens; expected some text.")
+            raise FhoptError("the prompt has no tokens; expected text. Pass a longer prompt.")
         least = 1 if self.max_new_tokens is None else self.max_new_tokens
         if positions is not None and prompt + least > positions:
             raise FhoptError(
-                f"{prompt} tokens of the prompt and {least} new ones do not fit: the model has {positions} positions. "
-                "Shorten the prompt or --max-new-tokens; in a chat, /reset begins anew."
+                f"{prompt} prompt tokens and {least} new tokens exceed the model's {positions} positions. "
+                "Shorten the prompt or lower --max-new-tokens; in a chat, use /reset."
             )
         if self.max_new_tokens is not None:
             return self.max_new_tokens

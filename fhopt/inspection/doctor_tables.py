@@ -15,8 +15,8 @@ from fhopt.inspection.tables import light_table
 from fhopt.plan.display import quantity, times
 
 _LEGEND = (
-    "Faster: a decode step, at most, by the bytes of weights and KV cache to read. Fits: tokens beside the weights, in "
-    "memory that is free now. Pays: the context from which attention is faster, by roofline."
+    "Faster: upper bound on the decode speedup, assuming decode is memory-bound. Fits: largest context in "
+    "free memory, after the weights. Pays: break-even context length of attention (roofline)."
 )
 
 
@@ -32,15 +32,15 @@ def _machine_table(machine: Machine) -> Table:
     table.add_row("cores", f"{machine.cores}; {machine.threads} thread{'s' * (machine.threads > 1)} used")
     table.add_row("memory", f"{machine.free_gb:,.1f} of {machine.memory_gb:,.1f} GB free")
     table.add_row("memory read", f"{machine.read_gb_s:,.1f} GB/s, measured now")
-    table.add_row("C++ compiler", Text(machine.compiler or "none that works"))
+    table.add_row("C++ compiler", Text(machine.compiler or "none works"))
     for gpu in machine.gpus:
         table.add_row("GPU", Text(_gpu_words(gpu)))
     if not machine.gpus:
-        table.add_row("GPU", "none that torch can use")
+        table.add_row("GPU", "torch can use none")
     installed = [f"{name} {version}" for name, version in machine.versions.items() if version]
     table.add_row("versions", Text(", ".join(installed)))
     size = quantity(machine.cache_bytes, "B")
-    state = "cannot be used" if machine.cache_fault else "writable"
+    state = "unusable" if machine.cache_fault else "writable"
     table.add_row("kernel cache", Text(f"{machine.cache_folder or 'no folder'}, {size}, {state}"))
     return table
 
@@ -81,7 +81,7 @@ def _caches_table(prospects: Prospects) -> Table:
     table.add_column("KV cache, whole model", no_wrap=True)
     for one in caches:
         table.add_column(one.cache, justify="right", no_wrap=True)
-    table.add_row("bytes per token", *(f"{one.bytes_per_token:,.0f}" for one in caches))
+    table.add_row("bytes/token", *(f"{one.bytes_per_token:,.0f}" for one in caches))
     table.add_row("smaller", *_gains(caches, [one.ratio for one in caches]))
     for number, tokens in enumerate(prospects.contexts):
         table.add_row(f"faster at {tokens:,} tokens", *_gains(caches, [c.speedups[number] for c in caches]))

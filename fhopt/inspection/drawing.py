@@ -95,12 +95,12 @@ class Drawing:
         """Write the SVG. Raises FhoptError."""
         path = Path(path)
         if path.suffix.lower() != ".svg":
-            raise FhoptError(f"{path} is not an SVG file; expected a name that ends in .svg.")
+            raise FhoptError(f"{path} is not an SVG file name; expected one that ends in .svg. Rename it.")
         try:
             with appearing(path) as staging:
                 staging.write_text(self.svg, encoding="utf-8")
         except OSError as error:
-            raise FhoptError(f"cannot write {path}: {error.strerror}. Choose another place.") from error
+            raise FhoptError(f"cannot write {path}: {error.strerror}. Choose another location.") from error
         return path
 
     def _repr_html_(self) -> str:

@@ -92,9 +92,7 @@ def site_graph(graph: nx.DiGraph, name: str) -> nx.DiGraph:
     """Return one site with its inputs and outputs. Raises FhoptError if the graph contains no node of it."""
     inside = site_nodes(graph, name)
     if not inside:
-        raise FhoptError(
-            f"no node of this graph was traced in {name!r}; its site cannot be selected. Leave out --site."
-        )
+        raise FhoptError(f"no node of this graph was traced in {name!r}, so its site cannot be selected. Drop --site.")
     around = {m for n in inside for m in (*graph.predecessors(n), *graph.successors(n))}
     return graph.subgraph(inside | around).copy()
 
@@ -113,7 +111,7 @@ def write_graph(graph: nx.DiGraph, path: Path, title: str) -> Path:
             else:
                 staging.write_text(_drawn(graph, title, kind), encoding="utf-8")
     except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a writable location.") from error
     return path
 
 
@@ -126,8 +124,8 @@ def node_link(graph: nx.DiGraph) -> dict[str, Any]:
 def _drawn(graph: nx.DiGraph, title: str, kind: str) -> str:
     if kind == ".svg" and len(graph) > MAX_DRAWN:
         raise FhoptError(
-            f"the graph has {len(graph):,} nodes; expected at most {MAX_DRAWN:,} to draw. Give --site NAME, or write "
-            "a .dot, .graphml or .json file."
+            f"the graph has {len(graph):,} nodes; expected at most {MAX_DRAWN:,} to draw. Pass --site NAME, "
+            "or write a .dot, .graphml or .json file."
         )
     agraph = agraph_of(graph, title)
     return laid_out(agraph) + "\n" if kind == ".svg" else agraph.to_string()

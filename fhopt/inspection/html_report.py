@@ -156,7 +156,7 @@ def write(report: HtmlReport, path: Path) -> Path:
         with appearing(path) as staging:
             staging.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a writable location.") from error
     return path
 
 

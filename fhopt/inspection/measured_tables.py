@@ -19,14 +19,14 @@ from fhopt.plan.display import quantity, rate, times
 
 def summary_table(result: Mapping[str, Any]) -> Table:
     """Tabulate the demo's measurements, exact and with the plan."""
-    table = Table(title=f"{result['model']}: exact KV cache and latents", title_justify="left")
+    table = Table(title=f"{result['model']}: full-precision KV cache and latents", title_justify="left")
     table.add_column("")
     for name in ("exact", "plan", "change"):
         table.add_column(name, justify="right")
     tokens = result["bytes_counted_at_tokens"]
     per_token = result["bytes_per_token"]
     table.add_row(
-        f"KV cache bytes per token, everything included, at {tokens:,} tokens (16-bit)",
+        f"KV cache bytes/token, everything included, at {tokens:,} tokens (16-bit)",
         f"{per_token['exact']:,.0f}",
         f"{per_token['plan']:,.0f}",
         f"{per_token['exact'] / per_token['plan']:.2f}x smaller",
@@ -41,7 +41,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         table.add_row(f"perplexity, {text}", f"{values['exact']:.4f}", f"{values['plan']:.4f}", f"{change:+.2%}")
     for length, speed in result["speed_by_context"].items():
         table.add_row(
-            f"tokens per second after {int(length):,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
+            f"decode tok/s at a {int(length):,}-token context", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
             f"{speed['plan'] / speed['exact']:.2f}x",
         )  # fmt: skip
     return table
@@ -56,21 +56,21 @@ def evaluation_tables(result: Mapping[str, Any]) -> Group:
 
 
 def _perplexity_table(texts: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    table = Table(title=f"Perplexity: {title} (95 % intervals)", title_justify="left")
-    for name in ("text", "tokens", "exact", "plan", "increase", "KL, nats per token"):
+    table = Table(title=f"Perplexity: {title} (95% CI)", title_justify="left")
+    for name in ("text", "tokens", "exact", "plan", "increase", "KL, nats/token"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for text, row in texts.items():
         cells = [text, f"{row['tokens']:,}", f"{row['exact']:.4f}"]
         if "plan" in row:
-            increase = f"{row['increase_percent']:+.2f} %" + interval_words(row["increase_percent_ci"], "+.2f")
+            increase = f"{row['increase_percent']:+.2f}%" + interval_words(row["increase_percent_ci"], "+.2f")
             cells += [f"{row['plan']:.4f}", increase, f"{row['kl']:.4f}" + interval_words(row["kl_ci"], ".4f")]
         table.add_row(*cells)
     return table
 
 
 def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    table = Table(title=f"Correct answers: {title} (95 % intervals)", title_justify="left")
-    for name in ("task", "tokens", "depth", "items", "exact", "plan", "log-probability, plan - exact"):
+    table = Table(title=f"Correct answers: {title} (95% CI)", title_justify="left")
+    for name in ("task", "tokens", "depth", "items", "exact", "plan", "log-probability, plan - full precision"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, whole in tasks.items():
         table.add_row(task, "all", "all", *_answers(whole))
@@ -81,13 +81,13 @@ def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
 
 
 def _depth(percent: int | None) -> str:
-    return "spread" if percent is None else f"{percent} %"
+    return "spread" if percent is None else f"{percent}%"
 
 
 def _answers(results: Mapping[str, Any]) -> list[str]:
     """Return the cells of a row: items, rates, change."""
     rates = [results["exact"], results["plan"]]
-    shown = ["" if r is None else f"{100 * r['rate']:.0f} %" + _percents(r["rate_ci"]) for r in rates]
+    shown = ["" if r is None else f"{100 * r['rate']:.0f}%" + _percents(r["rate_ci"]) for r in rates]
     change = results["log_prob_change"]
     text = "" if change is None else f"{change:+.3f}" + interval_words(results["log_prob_change_ci"], "+.3f")
     return [str(results["exact"]["items"]), *shown, text]
@@ -99,19 +99,19 @@ def _percents(interval: tuple[float, float]) -> str:
 
 def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: str) -> Group:
     """Tabulate the formulas of a decode step, its cost on devices, and the max speedup of a whole step."""
-    bound = "Largest possible speedup of a whole decode step that is bound by memory: (W + KV) / (W + KV/c)"
+    bound = "Upper bound on the speedup of a memory-bound decode step: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
 def throughput_heading(result: Mapping[str, Any]) -> str:
     """Return a one-line description of a `fhopt bench` run."""
-    weights = ", weights in blocks" if result["weights_in_blocks"] else ""
+    weights = ", block-quantized weights" if result["weights_in_blocks"] else ""
     return f"{result['model']}: {result['dtype']}{weights} on {result['device']}, medians of {result['rounds']} rounds"
 
 
 def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are over the full-precision cache."""
-    columns = ("prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes")
+    columns = ("prefill,\ntok/s", "first\ntoken", "decode,\ntok/s", "KV cache,\nbytes")
     return _by_case(throughput_heading(result), columns, result["rows"], _throughput_cells)
 
 
@@ -120,7 +120,7 @@ PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayer
 
 def parts_table(result: Mapping[str, Any]) -> Table:
     """Tabulate the time breakdown of a decode step in `fhopt bench`, a row per context, batch and KV cache."""
-    title = "Milliseconds of a decode step; -: no layer is one call of machine code with its cache"
+    title = "Time of a decode step in ms; -: no layer runs as one native call with its cache"
     return _by_case(title, ("step", *PARTS.values(), "around", "layers\ncounted"), result["rows"], _parts_cells)
 
 
@@ -207,7 +207,10 @@ def _figures(comparison: CostComparison, title: str) -> Table:
             )  # fmt: skip
             labels = [""] * len(labels)
         table.add_section()
-    table.caption, table.caption_justify = "Upper bounds: kernels reach a part of the peak figures.", "left"
+    table.caption, table.caption_justify = (
+        "These are upper bounds: kernels reach only part of the peak throughput.",
+        "left",
+    )
     if not all(row.figures.fits for row in comparison.rows):
         table.caption += " ! weights and KV cache do not fit into the device's memory."
     return table

@@ -45,7 +45,7 @@ def write_explorer(graphs: Iterable[Snapshot], path: Path, inspection: Inspectio
             with appearing(target) as staging:
                 staging.write_text(json.dumps(value), encoding="utf-8")
     except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a writable location.") from error
     return list(texts)
 
 
@@ -61,7 +61,7 @@ def _about(inspected: InspectedSite) -> dict[str, str]:
         "H / G / D": f"{site.heads} / {site.kv_heads} / {site.key_dim}",
         "rotation": inspected.rope,
         "mask": inspected.mask,
-        "bytes per token, exact": f"{inspected.exact_bytes:,}",
+        "bytes/token, full precision": f"{inspected.exact_bytes:,}",
     }
     if inspected.plan is not None:
         facts |= {"layout": inspected.plan.layout, "bytes per token": f"{inspected.plan.bytes:,}"}
@@ -105,7 +105,7 @@ def convert(path: Path) -> dict[str, Any]:
         graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FhoptError(
-            f"{path} is not a {EXPLORER_GRAPH} file ({error}); expected one of fhopt inspect MODEL --graph "
+            f"{path} is not a {EXPLORER_GRAPH} file ({error}). Write one with: fhopt inspect MODEL --graph "
             f"NAME{EXPLORER_GRAPH}."
         ) from error
     return {"graphCollections": [build.GraphCollection(label=held["model"], graphs=graphs, graphSorting="name_asc")]}

@@ -14,5 +14,5 @@ def need(module: str, what: str, extra: str = "report") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise FhoptError(
-            f"{module} is not installed ({error}); {what} needs it. Install it with: pip install 'fhopt[{extra}]'"
+            f"{module} is not installed ({error}); {what} requires it. Install it with: pip install 'fhopt[{extra}]'"
         ) from error

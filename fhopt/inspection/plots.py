@@ -35,7 +35,7 @@ def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path
     for column, side in enumerate(SIDES):
         _spectrum(figure, axes[0][column], calibration, plan, column)
         _bits(figure, axes[1][column], plan, column)
-        axes[0][column].set_title(f"spectrum of {side}: loss of dropping a channel (nats per token)")
+        axes[0][column].set_title(f"spectrum of {side}: KL of dropping a channel (nats/token)")
         axes[1][column].set_title(f"bits per channel of {side}")
     _sensitivity(axes[2][0], calibration, plan)
     _size(axes[2][1], plan)
@@ -53,7 +53,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         with appearing(path) as staging:
             figure.savefig(staging, dpi=120)
     except OSError as error:
-        raise FhoptError(f"cannot draw {path}: {error}. Choose a .png, .svg or .pdf that you may write to.") from error
+        raise FhoptError(f"cannot write {path}: {error}. Choose a writable .png, .svg or .pdf file.") from error
 
 
 def _grid(rows: list[list[float]]) -> Matrix:
@@ -75,7 +75,7 @@ def _spectrum(figure: Figure, axes: Axes, calibration: Calibration, plan: Latent
         np.maximum(matrix, top * 1e-8), aspect="auto", norm=LogNorm(top * 1e-8, top), interpolation="nearest"
     )
     figure.colorbar(image, ax=axes)
-    axes.set(xlabel="channel, by decreasing loss", ylabel="site")
+    axes.set(xlabel="channel, by decreasing KL", ylabel="site")
 
 
 def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
@@ -102,7 +102,7 @@ def _sensitivity(axes: Axes, calibration: Calibration, plan: LatentPlan) -> None
     axes.set(
         yscale="log",
         xlabel="site",
-        ylabel="nats per token",
+        ylabel="nats/token",
         title="sensitivity: expected loss with 2 bits in every channel",
     )
     axes.legend()

@@ -134,13 +134,13 @@ def kept_exact(sites: Sequence[AttentionSite], layers: Sequence[CacheLayer] = ()
 def _reason(layer: CacheLayer, sites: Sequence[AttentionSite]) -> str:
     """Return why a layer stays exact; "" if a plan may compress it."""
     if layer.window and not layer.sliding:
-        return f"only the newest {layer.window:,} tokens are kept ({layer.mask or 'sliding'} window)"
+        return f"caches only the newest {layer.window:,} tokens ({layer.mask or 'sliding'} window)"
     if not layer.is_full and not layer.numbers:
-        return "a state of fixed size is kept (linear attention)" if layer.state_bytes else "no tokens are kept"
+        return "caches a fixed-size state (linear attention)" if layer.state_bytes else "caches no tokens"
     if not layer.is_full:
-        return "the KV cache of this layer has a form of its own"
+        return "uses its own kind of KV cache"
     if layer.name and not any(layer.has(site.name) for site in sites):
-        return "no attention was recognized in it; see fhopt explain"
+        return "no attention found; see fhopt explain"
     return ""
 
 

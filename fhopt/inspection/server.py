@@ -62,8 +62,8 @@ class Viewer:
             except Exception as error:  # shown on the page
                 reason = " ".join(str(error).split())[:REASON]
                 self.failure = (
-                    f"the report could not be built ({type(error).__name__}: {reason}). "
-                    "`fhopt report` with the same arguments shows where."
+                    f"the report could not be built ({type(error).__name__}: {reason}). Run `fhopt report` "
+                    "with the same arguments to see where."
                 )
             self.made_for = written
         finally:
@@ -143,7 +143,7 @@ def listen(port: int = 0) -> socket.socket:
         listening.listen()  # from now on, connections queue until served
     except OSError as error:
         listening.close()
-        raise FhoptError(f"port {port} cannot be used: {error.strerror}. Give another --port, or none.") from error
+        raise FhoptError(f"port {port} is unusable: {error.strerror}. Choose another --port, or drop it.") from error
     return listening
 
 

@@ -89,7 +89,7 @@ class Snapshots:
         """Return the graph after a pass; of several, one with the site, or the largest. Raises FhoptError."""
         results = [snapshot for snapshot in self.taken if snapshot.stage == stage]
         if not results:
-            raise FhoptError(f"no pass called {stage!r} ran; expected all or one of {', '.join(self.stages)}.")
+            raise FhoptError(f"pass {stage!r} did not run; expected all, or one of {', '.join(self.stages)}.")
         if site is not None:
             results = [snapshot for snapshot in results if site_nodes(snapshot.network, site)] or results
         return max(results, key=lambda snapshot: len(snapshot.network))

@@ -141,29 +141,33 @@ def _nats(value: float | None) -> str:
 def _totals(inspection: Inspection) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("sites", str(len(inspection.sites)))
-    table.add_row("exact KV cache", f"{inspection.exact_bytes:,} bytes per token in 16 bits")
+    table.add_row("full-precision KV cache", f"{inspection.exact_bytes:,} bytes/token in 16 bits")
     exact = inspection.cache
     if exact.exact_bytes != exact.tokens * sum(site.exact_bytes for site in inspection.sites):  # some store less
         table.add_row("", f"at {exact.tokens:,} tokens: {exact.exact_bytes / 1e6:,.1f} MB, all layers")
-    table.add_row("exact decode step, bytes", Text(group_digits(inspection.formulas.bytes)))
-    table.add_row("exact decode step, operations", Text(group_digits(inspection.formulas.operations)))
+    table.add_row("full-precision decode step, bytes", Text(group_digits(inspection.formulas.bytes)))
+    table.add_row("full-precision decode step, operations", Text(group_digits(inspection.formulas.operations)))
     if inspection.plan is not None:
         plan = inspection.plan
-        size = f"{plan.bytes_per_token:,.1f} bytes per token, everything included, at {plan.tokens:,} tokens"
+        size = f"{plan.bytes_per_token:,.1f} bytes/token, everything included, at {plan.tokens:,} tokens"
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
         if plan.cache.exact_layers:
-            table.add_row("", f"{plan.cache.exact_layers} layers stay exact. Whole model: {plan.cache.words} smaller")
+            table.add_row(
+                "", f"{plan.cache.exact_layers} layers stay in full precision. Whole model: {plan.cache.words} smaller"
+            )
         table.add_row("expected loss", plan.expected_words)
         if plan.warning:
             table.add_row("warning", plan.warning)
-        table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
+        table.add_row("attention sinks", f"first {plan.sinks} tokens, in full precision")
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
         if plan.mean_tokens:
-            table.add_row("means", f"of the first {plan.mean_tokens} tokens of a sequence, taken off what is quantized")
+            table.add_row(
+                "means", f"of the first {plan.mean_tokens} tokens of a sequence, subtracted before quantizing"
+            )
         if plan.segment:
             table.add_row("segments", f"quantized keys are relative to segments of {plan.segment} tokens")
         if plan.has_trellis:
-            table.add_row("codes", "trellis codes where a channel has up to 4 bits, for CPUs")
+            table.add_row("codes", "trellis codes for channels of up to 4 bits (CPU only)")
         table.add_row("keys, values", "channels of a latent head x mean bits. Bit groups and formulas: --site NAME")
         table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized")
     return table
@@ -173,18 +177,18 @@ def _quality(card: QualityCard) -> Group:
     """Tabulate a quality card: what a plan was calibrated on, and its measured quality."""
     calibrated = f"Calibrated on {card.tokens:,} tokens: {', '.join(card.calibrated_on) or 'unknown'}."
     if not card.texts and not card.tasks:
-        return Group(calibrated, "Its loss was not measured; fhopt eval MODEL --plan PLAN --record does.")
-    table = Table(title="Quality card (95 % intervals)", title_justify="left")
-    for name in ("measured on", "tokens or items", "exact", "plan", "change", "KL, nats per token"):
+        return Group(calibrated, "Its quality was not measured. Measure it with: fhopt eval MODEL --plan PLAN --record")
+    table = Table(title="Quality card (95% CI)", title_justify="left")
+    for name in ("measured on", "tokens or items", "exact", "plan", "change", "KL, nats/token"):
         table.add_column(name, justify="left" if name == "measured on" else "right")
     for text in card.texts:
-        change = f"{text.increase_percent:+.2f} %" + interval_words(text.increase_percent_ci, "+.2f")
+        change = f"{text.increase_percent:+.2f}%" + interval_words(text.increase_percent_ci, "+.2f")
         table.add_row(
             Text(text.name), f"{text.tokens:,}", f"{text.exact:.4f}", f"{text.plan:.4f}", change, f"{text.kl:.4f}"
         )
     for task in card.tasks:
         change = f"{task.plan - task.exact:+.1f} points"
-        table.add_row(Text(task.name), f"{task.items:,}", f"{task.exact:.1f} %", f"{task.plan:.1f} %", change, "")
+        table.add_row(Text(task.name), f"{task.items:,}", f"{task.exact:.1f}%", f"{task.plan:.1f}%", change, "")
     return Group(calibrated, table)
 
 
@@ -199,8 +203,8 @@ def _one_site(site: InspectedSite) -> Table:
         table.add_row(f"projection {role}", Text(" + ".join(parameters)))
     table.add_row("cache", site.site.cache)
     table.add_row("source", Text(site.site.source or "unknown"))
-    table.add_row("exact decode step, bytes", Text(group_digits(site.formulas.bytes)))
-    table.add_row("exact decode step, operations", Text(group_digits(site.formulas.operations)))
+    table.add_row("full-precision decode step, bytes", Text(group_digits(site.formulas.bytes)))
+    table.add_row("full-precision decode step, operations", Text(group_digits(site.formulas.operations)))
     if site.plan is not None:
         _add_plan(table, site.plan)
     return table
@@ -215,7 +219,7 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
             side.side, f"{side.latent_heads} latent heads of {side.width}: {side.words}, {side.bytes:,} bytes{lost}"
         )
     table.add_row("bytes per quantized token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
-    table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
+    table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats/token")
     if plan.page_share < 1:
         table.add_row("pages read", f"{plan.page_read:.0%}, at most {plan.page_share:.0%}; formulas count all pages")
     table.add_row("decode step with the plan, bytes", Text(group_digits(plan.formulas.bytes)))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PANELS = (
-    ("prefill_tokens_per_second", "prefill, tokens per second", 1.0),
-    ("decode_tokens_per_second", "decode, tokens per second", 1.0),
+    ("prefill_tokens_per_second", "prefill throughput, tok/s", 1.0),
+    ("decode_tokens_per_second", "decode throughput, tok/s", 1.0),
     ("time_to_first_token_s", "time to first token, s", 1.0),
     ("cache_bytes", "KV cache, MB", 1e6),
 )

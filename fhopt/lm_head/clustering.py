@@ -55,8 +55,8 @@ def balanced_kmeans(
     total = rows.shape[0]
     if not 1 <= count <= total or count * capacity < total:
         raise FhoptError(
-            f"{count} clusters of {capacity} cannot hold {total} rows; expected 1 to {total} clusters with room for "
-            "all. Choose more clusters, or leave the number out."
+            f"{count} clusters of {capacity} cannot hold {total} rows; expected 1 to {total} clusters with "
+            "room for all. Choose more clusters, or drop --clusters."
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)

@@ -62,7 +62,7 @@ def measure_head(
     Raises FhoptError if the texts are too short, or no kernel can be compiled.
     """
     if cpu_lm_head.LIBRARY.load() is None:
-        raise FhoptError("No C++ compiler was found: the head would stay dense. Install g++ (or clang++) first.")
+        raise FhoptError("no C++ compiler was found, so the head would stay dense. Install g++ (or clang++).")
     count = max(1, -(-positions // context))
     ids = tokens.held_out_ids(loaded.tokenizer, texts, count=count, length=context)
     captured, site = site_and_graph(loaded, context)

@@ -47,22 +47,23 @@ def find_head(captured: Captured) -> HeadSite:
     program, stage = captured.program, FindHead()
     if captured.result < 0:
         raise FhoptError(
-            "no head was found: this graph does not compute the main output of the model. Expected logits that are one "
-            "product of hidden states with a parameter."
+            "no head was found: this graph does not compute the model's main output; expected logits from "
+            "one matmul of hidden states with a parameter. Use another model."
         )
     Functionalize().run(program)
     output = next(n for n in program.graph.nodes if n.op == "output")
     node = output.args[0][captured.result]
     if node not in stage.candidates(program):
         raise FhoptError(
-            "no head was found: the main output of the model is not a matrix of logits. Expected one product of hidden "
-            "states with a parameter."
+            "no head was found: the model's main output is not a matrix of logits; expected one matmul of "
+            "hidden states with a parameter. Use another model."
         )
     try:
         return stage.match(node, program, Roles(program), Evaluator(program))
     except Miss as miss:
         raise FhoptError(
-            f"no head was found: {miss.reason}. Expected logits that are one product of hidden states with a parameter."
+            f"no head was found: {miss.reason}; expected logits from one matmul of hidden states with a "
+            "parameter. Use another model."
         ) from miss
 
 
@@ -177,12 +178,17 @@ def site_for(weight: Tensor, bias: str = "") -> HeadSite:
 
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise FhoptError(f"the head is {weight.dtype}; expected float32, bfloat16 or float16. Load the model in one.")
+        raise FhoptError(
+            f"the head is {weight.dtype}; expected float32, bfloat16 or float16. Load the model in one of these dtypes."
+        )
     tensors = [weight] if bias is None else [weight, bias]
     if not all(bool(part.isfinite().all()) for x in tensors for part in x.split(CHUNK)):
-        raise FhoptError("the weight of the head holds numbers that are not finite. Load an undamaged checkpoint.")
+        raise FhoptError("the head's weight has non-finite values. Load an undamaged checkpoint.")
     if weight.shape[1] > WIDEST:
-        raise FhoptError(f"hidden states of {weight.shape[1]} numbers are too wide; expected at most {WIDEST}.")
+        raise FhoptError(
+            f"hidden size {weight.shape[1]} is too large for a retrieval head; expected at most {WIDEST}. Use the "
+            "dense head."
+        )
 
 
 # --------------------------------------------------------------------------------------------------- moments

@@ -27,7 +27,7 @@ from fhopt.passes.recognize.find_lm_head import HeadSite
 
 VERSION = 2
 TENSORS = ("codes", "transform", "centre", "centroids", "radii")  # of `Codes`
-_CURE = "Make the head again with: fhopt head"
+_CURE = "Fit the head again with: fhopt head"
 _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
 
 
@@ -102,16 +102,17 @@ class Head:
             tensors = load_file(folder / FILES[1])
         except OSError as error:
             raise FhoptError(
-                f"cannot read {folder}: {error.strerror or error}. Expected a folder of `fhopt head`."
+                f"cannot read {folder}: {error.strerror or error}; expected a folder written by `fhopt head`. "
+                "Check the path."
             ) from error
         except (SafetensorError, ValueError, RecursionError) as error:
             raise FhoptError(f"{folder} is damaged ({error}). {_CURE}") from error
         if not isinstance(content, dict) or content.get("version") != VERSION:
             version = content.get("version") if isinstance(content, dict) else None
-            raise FhoptError(f"{folder} has version {version}, expected {VERSION}. {_CURE}")
+            raise FhoptError(f"{folder} has version {version}; expected {VERSION}. {_CURE}")
         try:
             if content.pop("digest", None) != digest(content, tensors):
-                raise ValueError("its content is not what was written")
+                raise ValueError("its digest does not match its content")
             return _checked(_from_content(content, tensors))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise FhoptError(f"{folder} is damaged ({error!r}). {_CURE}") from error
@@ -143,7 +144,7 @@ def _checked(head: Head) -> Head:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
     rows = codes.codes[:, -4 * BLOCK :].contiguous().view(torch.int32).flatten()
     if not torch.equal(rows[rows >= 0].sort().values, torch.arange(site.vocabulary, dtype=torch.int32)):
-        raise ValueError("the blocks do not hold every row once")
+        raise ValueError("the blocks do not contain each row exactly once")
     if blocks % count or codes.rank % 8 or codes.lead % 8 or not 0 <= codes.lead <= codes.rank:
         raise ValueError(f"{blocks} blocks, {count} clusters, rank {codes.rank}, lead {codes.lead}")
     if codes.vocabulary != site.vocabulary or codes.rank < site.width or not 1 <= head.probes <= count:
@@ -152,7 +153,7 @@ def _checked(head: Head) -> Head:
     tensors = (numbers, codes.centre, codes.centroids, codes.radii, codes.transform)
     finite = all(bool(x.isfinite().all()) for x in tensors if x is not None)
     if not finite or not all(math.isfinite(x) and x >= 0 for x in (codes.transform_norm, codes.largest, head.spread)):
-        raise ValueError("numbers that are not finite")  # a NaN bound would wrongly exclude rows
+        raise ValueError("non-finite values")  # a NaN bound would wrongly exclude rows
     return head
 
 

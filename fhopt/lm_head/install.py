@@ -49,16 +49,17 @@ def apply_head(model: nn.Module, head: Head, **options: Any) -> nn.Module:
     assert weight is not None
     if head.fingerprint != head_fingerprint(weight, bias):
         raise FhoptError(
-            f"the head was made for another {site.weight} ({head.dtype}, {head.site.vocabulary} rows) than this "
-            f"{str(weight.dtype).removeprefix('torch.')} one. Make one for these weights with: fhopt head"
+            f"the head was fitted for another {site.weight} ({head.dtype}, {head.site.vocabulary} rows) than "
+            f"the model's ({str(weight.dtype).removeprefix('torch.')}). Fit one for these weights with: fhopt "
+            "head"
         )
     if isinstance(owner, nn.Linear) and owner.weight is weight and owner.bias is not bias:
         raise FhoptError(
-            f"{site.bias} is added to the output of {site.module} by another operation. Expected it as the bias of "
-            "that layer, where the search includes it."
+            f"{site.bias} is added to the output of {site.module} by a separate operation; expected it as the "
+            "bias of that layer. Move it there."
         )
     if cpu_lm_head.LIBRARY.load() is None:
-        log.warning("No C++ compiler was found: the head stays dense. Install g++ (or clang++) and start again.")
+        log.warning("No C++ compiler was found: the head stays dense. Install g++ (or clang++) and restart.")
     module = RetrievalHead(head, weight, bias, **options)
     setattr(model, KEPT, _install(model, owner, site, module))
     return model
@@ -84,8 +85,8 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as error:
         raise FhoptError(
-            f"the head was made for a model with the module {path}, which {type(model).__name__} does not have. Make "
-            "one for this model with: fhopt head"
+            f"the head was fitted for a model with the module {path}, which {type(model).__name__} does not "
+            "have. Fit one for this model with: fhopt head"
         ) from error
 
 
@@ -120,6 +121,6 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
         return model.get_parameter(name)
     except AttributeError as error:
         raise FhoptError(
-            f"the head was made for a model with the parameter {name}, which {type(model).__name__} does not have. "
-            "Make one for this model with: fhopt head"
+            f"the head was fitted for a model with the parameter {name}, which {type(model).__name__} does "
+            "not have. Fit one for this model with: fhopt head"
         ) from error

@@ -132,6 +132,6 @@ class HeadHooks:
 def _warn_unrecognized(name: str) -> None:
     """Warn, once per class, that its matmul with the weight was not recognized."""
     log.warning(
-        "A forward of %s computed its logits by an unknown operation: that head is dense. Call "
-        "fhopt.lm_head.RetrievalHead there, or write linear(hidden, weight).", name,
+        "%s computed its logits with an unknown operation, so its head stays dense. Call "
+            "fhopt.lm_head.RetrievalHead there, or write linear(hidden, weight).", name,
     )  # fmt: skip

@@ -82,7 +82,7 @@ def _is_fresh(weight: Tensor, stamp: list[int]) -> bool:
 @functools.cache
 def _warn_of_change() -> None:
     """Warn, once per process, that a head no longer matches its weight."""
-    log.warning("The weight of a head has changed since it was fitted: it is read densely. Fit it again: fhopt head.")
+    log.warning("The head's weight has changed since it was fitted, so the head stays dense. Fit it again: fhopt head.")
 
 
 def can_search(hidden: Tensor, weight: Tensor) -> bool:
@@ -212,10 +212,12 @@ def _check_search(search: Search, head: Head) -> None:
     vocabulary = head.site.vocabulary
     if not 1 <= search.keep <= vocabulary or search.budget < search.keep:
         raise FhoptError(
-            f"keep={search.keep} and budget={search.budget} are not possible; expected a keep of 1 to {vocabulary} "
-            "and a budget that is not smaller."
+            f"keep={search.keep}, budget={search.budget} is invalid; expected keep from 1 to {vocabulary} and "
+            "budget of at least keep."
         )
     if not 0 <= search.margin < math.inf:
-        raise FhoptError(f"margin={search.margin} is not possible; expected a number of at least 0.")
+        raise FhoptError(f"margin={search.margin} is invalid; expected at least 0.")
     if not 0 <= search.probes <= head.clusters:
-        raise FhoptError(f"probes={search.probes} is not possible; expected at most {head.clusters}, the clusters.")
+        raise FhoptError(
+            f"probes={search.probes} is invalid; expected at most {head.clusters}, the number of clusters."
+        )

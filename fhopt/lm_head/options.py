@@ -30,7 +30,7 @@ class HeadOptions:
     def check(self) -> None:
         """Raise FhoptError for options out of range."""
         if self.bits not in BITS:
-            raise FhoptError(f"bits {self.bits!r} is not possible; expected one of {', '.join(BITS)}.")
+            raise FhoptError(f"bits {self.bits!r} is invalid; expected one of {', '.join(BITS)}.")
         for name in ("sequences", "context", "iterations"):
             if getattr(self, name) < 1:
                 raise FhoptError(f"{name} is {getattr(self, name)}; expected at least 1.")

@@ -20,7 +20,7 @@ from fhopt.errors import FhoptError
 from fhopt.models.cache_layers import cache_layers
 from fhopt.passes.graph.program import Program, copy_program
 
-SKIPPED = "it skips functions of torch and of the standard library, and those under torch.compiler.disable"
+SKIPPED = "Dynamo skips functions of torch and of the standard library, and those under torch.compiler.disable"
 
 
 @dataclass
@@ -49,12 +49,13 @@ def capture(
     captured = capture_graphs(model, args, kwargs, reset)
     if len(captured) != 1:
         raise FhoptError(
-            f"{type(model).__name__} falls into {len(captured)} graphs; expected one. Look at the breaks with "
-            "TORCH_LOGS=graph_breaks, and capture a part without them; models that generate have fewer with "
-            "use_cache=False."
+            f"{type(model).__name__} has {len(captured) - 1} graph breaks; expected one graph. List them with "
+            "TORCH_LOGS=graph_breaks, and capture a part without them; use_cache=False avoids some."
         )
     if captured[0].result < 0:
-        raise FhoptError("the model returns no tensor that its graph computes; expected logits or hidden states.")
+        raise FhoptError(
+            "the model returns no tensor computed by its graph; expected logits or hidden states. Return them."
+        )
     return captured[0]
 
 
@@ -115,8 +116,8 @@ def _record_graphs(
         breaks = [reason for reason in _graph_breaks() if reason not in known]
     except torch._dynamo.exc.TorchDynamoException as error:
         raise FhoptError(
-            f"{type(model).__name__} could not be captured ({_cause(error)}). Rewrite what is named "
-            "there, or capture a part of the model."
+            f"{type(model).__name__} could not be captured ({_cause(error)}). Rewrite the code named there, "
+            "or capture a part of the model."
         ) from error
     except Exception as error:  # the model rejected these inputs
         raise FhoptError(
@@ -130,8 +131,8 @@ def _record_graphs(
     if not seen:
         why = _cause(breaks[0]) if breaks else SKIPPED
         raise FhoptError(
-            f"{type(model).__name__} runs, but torch.compile traced no graph of it ({why}). Move its attention into a "
-            "module of your own without that."
+            f"{type(model).__name__} runs, but torch.compile traced no graph ({why}). Move its attention into "
+            "your own module."
         )
     return result
 
@@ -162,7 +163,9 @@ def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[
 def from_exported(exported: torch.export.ExportedProgram) -> Captured:
     """Return an exported program's lifted graph with its example inputs. Raises FhoptError without inputs."""
     if exported.example_inputs is None:
-        raise FhoptError("the .pt2 program holds no example inputs; expected one saved by torch.export.save.")
+        raise FhoptError(
+            "the .pt2 program has no example inputs; expected a program saved with torch.export.save. Save it again."
+        )
     signature = exported.graph_signature
     args, kwargs = exported.example_inputs
     user = list(torch.utils._pytree.tree_leaves((args, kwargs)))

@@ -54,7 +54,10 @@ def limit_bytes() -> int:
     except ValueError:
         limit = -1.0
     if not 0 <= limit < float("inf"):
-        raise FhoptError(f"{LIMIT_VARIABLE}={text!r}; expected a number of gigabytes. 0 keeps no converted models.")
+        raise FhoptError(
+            f"{LIMIT_VARIABLE}={text!r} is invalid; expected a number of gigabytes. Set it to 0 to store no "
+            "converted models."
+        )
     return round(1e9 * limit)
 
 
@@ -92,8 +95,8 @@ def keep(file: Path, dtype: torch.dtype, model: Any, tokenizer: Any) -> None:
         free = shutil.disk_usage(folder).free
         if needed > limit or 2 * needed > free:
             raise OSError(
-                f"it has {needed / 1e9:.1f} GB, the limit {LIMIT_VARIABLE} is {limit / 1e9:.0f} GB, and the disk has "
-                f"{free / 1e9:.1f} GB free, of which half may be used"
+                f"it needs {needed / 1e9:.1f} GB, {LIMIT_VARIABLE} allows {limit / 1e9:.0f} GB, and half of "
+                f"the {free / 1e9:.1f} GB of free disk space may be used"
             )
         _make_room(limit - needed)
         with appearing_folder(folder / _name(file, dtype)) as staging:
@@ -102,8 +105,8 @@ def keep(file: Path, dtype: torch.dtype, model: Any, tokenizer: Any) -> None:
     except (OSError, RuntimeError, FhoptError) as error:
         warn_once(
             "converted models",
-            f"The converted model of {file} could not be kept ({error}); the next command converts it again. "
-            f"{LIMIT_VARIABLE}=0 says that none shall be kept.",
+            f"The converted model of {file} could not be stored ({error}); the next command converts it "
+            f"again. Set {LIMIT_VARIABLE}=0 to store none.",
         )
 
 

@@ -37,8 +37,9 @@ def example_arguments(model: Any) -> dict[str, Tensor]:
     arguments = {n: make() for n, make in makers.items() if n in accepted and (n == main or n in _PAIRED)}
     if main not in arguments:
         raise FhoptError(
-            f"{type(model).__name__} takes {main}, for which fhopt has no example; expected one of "
-            f"{', '.join(makers)}. Write a function that returns (module, args, kwargs): MODEL may be module:function."
+            f"{type(model).__name__} takes {main}, for which fhopt has no example input; expected one of "
+            f"{', '.join(makers)}. Write a function that returns (module, args, kwargs), and pass it as "
+            "python.module:function."
         )
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
         arguments |= {"decoder_input_ids": ids[:, :4]}

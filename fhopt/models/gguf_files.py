@@ -45,7 +45,7 @@ def check_packages() -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FhoptError(
-                f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
+                f"{package} is not installed; GGUF files require it. Install it with: pip install 'fhopt[hf]'"
             )
 
 
@@ -57,8 +57,8 @@ def not_read(path: Path) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FhoptError(
-            f"{path} could not be read as a GGUF model ({reason}). Fetch the file again, or convert it with "
-            "llama.cpp's own script."
+            f"{path} could not be read as a GGUF model ({reason}). Download the file again, or convert it "
+            "with llama.cpp's script."
         ) from error
 
 

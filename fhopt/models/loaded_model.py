@@ -67,7 +67,5 @@ class LoadedModel:
     def language_model(self) -> torch.nn.Module:
         """Return the module. Raises FhoptError unless it is a causal language model with a tokenizer."""
         if self.module is None or self.tokenizer is None or not hasattr(self.module, "generate"):
-            raise FhoptError(
-                f"{self.name} is not a causal language model with a tokenizer; expected one, such as `demo`."
-            )
+            raise FhoptError(f"{self.name} is not a causal language model with a tokenizer. Pass one, such as `demo`.")
         return self.module

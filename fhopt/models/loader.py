@@ -116,8 +116,8 @@ def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) ->
     path = folder_of(name)
     if path is None:
         raise FhoptError(
-            f"{name!r} is not a folder; --device-map places models of Hugging Face folders. Save it as one, or leave "
-            "--device-map out."
+            f"{name!r} is not a folder; --device-map requires a Hugging Face folder. Save the model as one, "
+            "or drop --device-map."
         )
     return _load_folder(path, dtype, placement)
 
@@ -165,7 +165,7 @@ def _load_exported(path: Path) -> LoadedModel:
     except Exception as error:  # the loader raises many types for a damaged archive
         raise FhoptError(
             f"{path} could not be read as an exported program ({_one_line(error)}). Save it again with "
-            "torch.export.save, by this version of torch."
+            "torch.export.save and this torch version."
         ) from error
     finally:
         log.disabled = before
@@ -213,7 +213,8 @@ def _load_function(name: str) -> LoadedModel:
 
 def _not_loaded(path: Path, error: Exception) -> FhoptError:
     return FhoptError(
-        f"{path} could not be loaded ({_one_line(error)}). Expected a complete folder of a model that transformers has."
+        f"{path} could not be loaded ({_one_line(error)}); expected the complete folder of a model that "
+        "transformers supports. Download it again."
     )
 
 

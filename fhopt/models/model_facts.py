@@ -65,8 +65,8 @@ def check_length(model: Any, tokens: int) -> None:
     positions = positions_of(model)
     if positions is not None and tokens > positions:
         raise FhoptError(
-            f"{tokens} tokens are to be read at once; the model has {positions} positions. Read fewer: --context or "
-            "--lengths."
+            f"a context of {tokens} tokens is too long; expected at most {positions}, the model's limit. "
+            "Lower --context or --lengths."
         )
 
 
@@ -107,6 +107,6 @@ def check_segments(config: Any, segment: int, name: str) -> None:
     """Raise FhoptError if the model's positions do not allow keys relative to segments."""
     if segment and counts_in_images(config):
         raise FhoptError(
-            f"{name}: positions are those in images (mrope_section), and segments of {segment} tokens need one for "
-            "each token; expected plans without segments. Fit with --segment 0."
+            f"{name}: segments of {segment} tokens do not support image positions (mrope_section). Fit with "
+            "--segment 0."
         )

@@ -39,8 +39,8 @@ def check_plan_place(path: Path) -> None:
     check_folder(path, PLAN_FILES)
     if is_part_of_model(path):
         raise FhoptError(
-            f"{path} is the plan of the rewritten model {path.parent}, which opens with no other; expected a folder of "
-            "its own. Write the plan elsewhere, then: fhopt rewrite MODEL --plan PLAN -o FOLDER."
+            f"{path} is the plan of the rewritten folder {path.parent}, which opens only with its own plan. "
+            "Write the plan elsewhere, then: fhopt rewrite MODEL --plan PLAN -o FOLDER."
         )
 
 
@@ -79,14 +79,16 @@ def _check_file(path: Path) -> None:
         raise FhoptError(f"{path} {why}; expected {kind}. MODEL may be {FORMS}.") from error
     if found != start:
         what = "a GGUF model" if path.suffix == ".gguf" else "an exported program"
-        raise FhoptError(f"{path} could not be read as {what}: it begins with {found!r}. Expected {kind}.")
+        raise FhoptError(f"{path} could not be read as {what}: it begins with {found!r}; expected {kind}.")
 
 
 def _check_function(name: str) -> None:
     """Check that the package of `package.module:function` can be found, without importing it."""
     package = name.partition(":")[0].partition(".")[0]
     if not package.isidentifier():
-        raise FhoptError(f"{name!r} cannot be imported: {package!r} is no name. Expected python.module:function.")
+        raise FhoptError(
+            f"{name!r} cannot be imported: {package!r} is not a module name; expected python.module:function."
+        )
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:
@@ -114,7 +116,7 @@ def _check_folder(path: Path) -> None:
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
-        raise FhoptError(f"{path} cannot be read ({error.strerror}). Give a folder that you may read.") from error
+        raise FhoptError(f"{path} cannot be read ({error.strerror}). Pass a readable folder.") from error
     if CONFIG not in names:
         raise FhoptError(f"{path} has no {CONFIG}; expected a Hugging Face model folder. MODEL may be {FORMS}.")
     for file in (path / name for name in names):
@@ -140,7 +142,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FhoptError(f"{file} is not JSON ({type(error).__name__}). {COPY}") from error
     if not isinstance(config, dict):
-        raise FhoptError(f"{file} holds a {type(config).__name__}, expected an object. {COPY}")
+        raise FhoptError(f"{file} holds a {type(config).__name__}; expected an object. {COPY}")
     return config
 
 
@@ -151,8 +153,8 @@ def _check_tokenizer(path: Path, config: Mapping[str, Any], names: Iterable[str]
     has_tokenizer = any(n.startswith(_TOKENIZERS) or n.endswith((".model", ".tiktoken")) for n in names)
     if is_causal and not has_tokenizer and not config.get("is_encoder_decoder"):
         raise FhoptError(
-            f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json beside a language model. "
-            f"{COPY}"
+            f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json next to a language "
+            f"model. {COPY}"
         )
 
 
@@ -162,12 +164,12 @@ def _check_weights(path: Path) -> None:
         try:
             read_header(file)
         except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
-            raise FhoptError(f"{file} is not a whole safetensors file ({error}). {COPY}") from error
+            raise FhoptError(f"{file} is not a complete safetensors file ({error}). {COPY}") from error
     pickles = [] if files else sorted(file for pattern in PICKLED for file in path.glob(pattern))
     for file in pickles:
         check_pickled_tensors(file)
     if not files and not pickles and not any(path.glob("*.gguf")):
-        raise FhoptError(f"{path} has no weights; expected *.safetensors beside its {CONFIG}. {COPY}")
+        raise FhoptError(f"{path} has no weights; expected *.safetensors next to its {CONFIG}. {COPY}")
 
 
 def check_pickled_tensors(file: Path) -> None:
@@ -177,12 +179,12 @@ def check_pickled_tensors(file: Path) -> None:
             named = sorted(name for name in _globals(content) if name.split(".")[0] not in _TENSOR_MODULES)
     except Exception as error:  # other files raise many types
         raise FhoptError(
-            f"{file} is not a file of weights ({type(error).__name__}). Expected *.safetensors. {COPY}"
+            f"{file} is not a weights file ({type(error).__name__}); expected *.safetensors. {COPY}"
         ) from error
     if named:
         raise FhoptError(
-            f"{file} is a pickle that would call {named[0][:60]}, and fhopt runs nothing that a file holds. Expected "
-            "weights in safetensors: those of a model that you trust are written so by its save_pretrained."
+            f"{file} is a pickle that would call {named[0][:60]}; expected weights in safetensors, because "
+            "fhopt runs no code from files. Convert a model that you trust with its save_pretrained."
         )
 
 

@@ -36,10 +36,7 @@ def folder_of(name: str) -> Path | None:
 
 def no_chat_template(name: str) -> FhoptError:
     """Make the error for a model without a chat template."""
-    return FhoptError(
-        f"{name} has no chat template; expected one for a chat, and without it use `fhopt generate {name} --raw "
-        "PROMPT`, which continues a text."
-    )
+    return FhoptError(f"{name} has no chat template, which a chat requires. Use `fhopt generate {name} --raw PROMPT`.")
 
 
 def check_text_model(name: str) -> None:
@@ -53,8 +50,7 @@ def check_text_model(name: str) -> None:
         _check_causal(folder)
     elif name != "demo" and Path(name).suffix != ".gguf":
         raise FhoptError(
-            f"{name} has no tokenizer, so it cannot read or write text. Expected a language model: demo, a Hugging "
-            "Face folder, or a GGUF file."
+            f"{name} has no tokenizer; expected a language model. Pass demo, a Hugging Face folder, or a GGUF file."
         )
 
 
@@ -62,7 +58,10 @@ def _check_causal(folder: Path) -> None:
     names = _read(folder / CONFIG).get("architectures") or []
     is_causal = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
     if names and not is_causal and not (folder / MANIFEST).is_file():
-        raise FhoptError(f"{folder} is a {names[0]}, which writes no text. Expected a causal language model.")
+        raise FhoptError(
+            f"{folder} is a {names[0]}, which does not generate text; expected a causal language model. Pass "
+            "another MODEL."
+        )
 
 
 def stored_facts(name: str) -> StoredFacts:

@@ -73,7 +73,7 @@ def read_folder(path: Path) -> RewrittenFolder:
     tensors = _check_weights(path, _weight_files(files))
     plan = _read_plan(path)
     if plan.digest() != manifest["plan"]:
-        raise damaged(path, "its plan is not the one that it was written with")
+        raise damaged(path, "its plan is not the one it was written with")
     return RewrittenFolder(path, plan, config, manifest, tensors)
 
 
@@ -89,7 +89,7 @@ def save_again(plan: LatentPlan, place: Path) -> None:
     path = itself.parent
     held = read_folder(path)
     if held.plan.digest() != plan.digest():
-        raise FhoptError(f"{path} holds another plan; expected the one that it was rewritten with. Rewrite the model.")
+        raise FhoptError(f"{path} has another plan; expected the one it was rewritten with. Rewrite the model.")
     plan.save(itself)
     described = describe_files(path, [f"{PLAN}/{name}" for name in PLAN_FILES])
     manifest = {**held.manifest, "files": held.manifest["files"] | described}
@@ -100,8 +100,8 @@ def save_again(plan: LatentPlan, place: Path) -> None:
 def damaged(path: Path, why: str) -> FhoptError:
     """Make the error for an unusable folder."""
     return FhoptError(
-        f"{path} is damaged or was altered: {one_line(why, REASON)}. Expected what `fhopt rewrite` wrote; write or "
-        "copy it again."
+        f"{path} is damaged or was altered: {one_line(why, REASON)}; expected it as `fhopt rewrite` wrote it. "
+        "Write or copy it again."
     )
 
 
@@ -119,21 +119,20 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"{name} is not JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
-        raise damaged(path, f"{name} holds a {type(value).__name__}, expected an object")
+        raise damaged(path, f"{name} holds a {type(value).__name__}; expected an object")
     return value
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not is_rewritten(path):
         raise FhoptError(
-            f"{path} is not a rewritten model: it has no {MANIFEST}. Expected a folder that `fhopt rewrite MODEL "
-            "--plan PLAN -o FOLDER` wrote."
+            f"{path} is not a rewritten folder: it has no {MANIFEST}. Write one with: fhopt rewrite MODEL "
+            "--plan PLAN -o FOLDER."
         )
     manifest = read_json(path, MANIFEST)
     if manifest.get("version") != VERSION:
         raise FhoptError(
-            f"{path} has version {one_line(manifest.get('version'), 20)}; expected {VERSION}, which this fhopt reads. "
-            "Rewrite the model."
+            f"{path} has version {one_line(manifest.get('version'), 20)}; expected {VERSION}. Rewrite the model."
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):
@@ -158,7 +157,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(method, dict) or method.get("quant_method") != METHOD or method.get("version") != VERSION:
         raise damaged(path, f"{CONFIG} does not name the method {METHOD!r}, version {VERSION}")
     if "auto_map" in config:
-        raise damaged(path, f"{CONFIG} asks for code of its own (auto_map), which is never run")
+        raise damaged(path, f"{CONFIG} asks for custom code (auto_map), which fhopt never runs")
     if "transformers_weights" in config:
         raise damaged(path, f"{CONFIG} names other weights (transformers_weights)")
     for name, value in _counts(config):
@@ -216,14 +215,14 @@ def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         except (OSError, ValueError) as error:
             raise damaged(path, f"{name} is missing ({error})") from error
         if not (path / name).is_file() or size != about.get("bytes"):
-            raise damaged(path, f"{name} has {size} bytes, expected {str(about.get('bytes'))[:20]}")
+            raise damaged(path, f"{name} has {size} bytes; expected {str(about.get('bytes'))[:20]}")
     try:
         present = describe_files(path, files)
     except OSError as error:
         raise damaged(path, f"{error.filename} cannot be read ({error.strerror})") from error
     for name, about in files.items():
         if present[name]["sha256"] != about.get("sha256"):
-            raise damaged(path, f"the SHA-256 of {name} is another")
+            raise damaged(path, f"the SHA-256 of {name} does not match")
 
 
 def _is_plain(name: str) -> bool:
@@ -257,7 +256,7 @@ def _check_index(path: Path, held: Mapping[str, str], names: frozenset[str]) -> 
             raise damaged(path, f"there is neither {INDEX} nor {ONE_FILE} alone")
         return
     if (path / ONE_FILE).exists():
-        raise damaged(path, f"{INDEX} and {ONE_FILE} exclude each other")
+        raise damaged(path, f"{INDEX} and {ONE_FILE} are mutually exclusive")
     listed = read_json(path, INDEX)
     if not isinstance(listed.get("metadata"), dict) or not isinstance(listed.get("weight_map"), dict):
         raise damaged(path, f"{INDEX} has no weight_map and metadata")
@@ -282,7 +281,7 @@ def _read_plan(path: Path) -> LatentPlan:
     for site_plan in plan.sites:
         bases = (site_plan.key.encode, site_plan.key.decode, site_plan.value.encode, site_plan.value.decode)
         if not all(b.dtype == torch.float32 for b in bases):
-            raise damaged(path, f"{site_plan.site.name} has bases of other types than float32")
+            raise damaged(path, f"{site_plan.site.name} has bases that are not float32")
     return plan
 
 
@@ -305,9 +304,9 @@ def check_weights(folder: RewrittenFolder, model: torch.nn.Module) -> None:
     """
     for name, weight in named_weights(model):
         if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
-            raise damaged(folder.path, f"{name} holds non-finite numbers")
+            raise damaged(folder.path, f"{name} has non-finite values")
     dtypes = {w.dtype for w in model.parameters()}
     if torch.float16 in dtypes and folder.manifest.get("dtype") != "float16":
         return
     if weights_print(model) != folder.manifest["weights"]:
-        raise damaged(folder.path, "its weights are not those that it was written with")
+        raise damaged(folder.path, "its weights are not those it was written with")

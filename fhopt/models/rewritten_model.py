@@ -45,8 +45,8 @@ def _model_class(folder: RewrittenFolder) -> Any:
     is_model = isinstance(kind, type) and issubclass(kind, hf.PreTrainedModel)
     if not is_model or kind.config_class is None:
         raise FhoptError(
-            f"{folder.path} is a {name[:60]!r}, which transformers {hf.__version__} does not have. Expected one of its "
-            "models; a newer version may have it."
+            f"{folder.path} is a {name[:60]!r}, which transformers {hf.__version__} does not have. Install a "
+            "newer transformers."
         )
     if folder.config.get("model_type") != kind.config_class.model_type:
         raise rewritten_folder.damaged(folder.path, f"{name} is not a {str(folder.config.get('model_type'))[:40]!r}")

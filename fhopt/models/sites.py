@@ -26,5 +26,7 @@ def explain_sites(loaded: LoadedModel) -> passes_outcome.Outcome:
     """Capture the model and find its attention sites, possibly none, over all graphs of its forward pass."""
     captured = loaded.captures()
     if not captured:
-        raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")
+        raise FhoptError(
+            f"{loaded.name} has no tensor operations to capture. Pass a module that computes with tensors."
+        )
     return pipeline.merge_outcomes([pipeline.find_attentions(graph.program, assume_finite=True) for graph in captured])

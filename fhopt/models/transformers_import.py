@@ -14,7 +14,8 @@ def transformers() -> Any:
         module = importlib.import_module("transformers")
     except ImportError as error:
         raise FhoptError(
-            "transformers is not installed; this needs the extra hf. Install it with: pip install 'fhopt[hf]'"
+            "transformers is not installed; this command requires the extra hf. Install it with: pip install "
+            "'fhopt[hf]'"
         ) from error
     module.utils.logging.set_verbosity_error()
     module.utils.logging.disable_progress_bar()

@@ -143,8 +143,8 @@ def agree(failure: str = "") -> None:
 def _lost(error: RuntimeError) -> Lost:
     reason = (str(error).strip() or "no message").splitlines()[0][:200]
     return Lost(
-        f"another process has ended, or cannot be reached ({reason}). Look at its own output; then start all again: "
-        "a calibration goes on where it was."
+        f"another process has ended or is unreachable ({reason}). Check its output, then restart all "
+        "processes; an interrupted calibration resumes."
     )
 
 

@@ -31,7 +31,9 @@ def placement(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     if importlib.util.find_spec("accelerate") is None:
-        raise FhoptError("--device-map needs accelerate. Install it with: pip install 'fhopt[hf]'")
+        raise FhoptError(
+            "accelerate is not installed; --device-map requires it. Install it with: pip install 'fhopt[hf]'"
+        )
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns about weights that are placed already
     if text.endswith(".json"):
         return {"device_map": _read(Path(text))}
@@ -48,7 +50,7 @@ def share_memory(memory: Memory, rank: int, count: int) -> dict[int | str, int]:
     numbers = sorted(d for d in memory if isinstance(d, int))
     if numbers and len(numbers) < count:
         raise FhoptError(
-            f"{count} processes for {len(numbers)} GPUs; expected at most one process for each. Start fewer: "
+            f"{count} processes exceed {len(numbers)} GPUs; expected at most one process per GPU. Lower "
             "--nproc-per-node."
         )
     own = numbers[rank * len(numbers) // count : (rank + 1) * len(numbers) // count]
@@ -69,8 +71,8 @@ def _device(text: str, rank: int) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise FhoptError(
-            f"unknown device {text!r} ({str(error).splitlines()[0]}); expected {', '.join(BY_ACCELERATE)}"
-            ", cpu, cuda, or a JSON file that maps modules to devices."
+            f"device {text!r} is unknown ({str(error).splitlines()[0]}); expected {', '.join(BY_ACCELERATE)}, "
+            "cpu, cuda, or a JSON file that maps modules to devices."
         ) from error
     return device
 
@@ -79,7 +81,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         modules = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise FhoptError(f"{path} is not a JSON file ({error}); expected one object of modules and devices.") from error
+        raise FhoptError(
+            f"{path} is not a JSON file ({error}); expected one object that maps modules to devices."
+        ) from error
     if not isinstance(modules, dict) or not all(isinstance(v, (int, str)) for v in modules.values()):
-        raise FhoptError(f'{path} holds no device map; expected {{"model.layers.0": 0, "lm_head": "cpu", ...}}.')
+        raise FhoptError(f'{path} is not a device map; expected {{"model.layers.0": 0, "lm_head": "cpu", ...}}.')
     return modules

@@ -100,8 +100,8 @@ def shard_site(plan: SitePlan, share: Share) -> SitePlan:
     site, count = plan.site, share.count
     if site.kv_heads % count or site.heads % count:
         raise FhoptError(
-            f"{site.name}: {site.heads} query heads and {site.kv_heads} kv heads are spread over {count} processes; "
-            "expected a number of processes that divides both. Use fewer processes."
+            f"{site.name}: {count} processes do not divide {site.heads} query heads and {site.kv_heads} kv "
+            "heads; expected a common divisor. Use fewer processes."
         )
     heads = replace(site, heads=site.heads // count, kv_heads=site.kv_heads // count)
     key, key_heads = _shard_side(plan.key, share, site)
@@ -117,8 +117,8 @@ def _shard_side(side: SidePlan, share: Share, site: AttentionSite) -> tuple[Side
     groups, count, n = side.groups, share.count, site.kv_heads // side.groups
     if groups % count and count % groups:
         raise FhoptError(
-            f"{site.name}: {groups} latent heads in {count} processes; expected numbers of which one divides the "
-            f"other. Fit a plan with a latent for each kv head (--layout head), or use another number of processes."
+            f"{site.name}: {groups} latent heads do not divide evenly over {count} processes; expected that "
+            "one number divides the other. Fit a plan with --layout head, or use another number of processes."
         )
     latent = _latent_heads(groups, share)
     bases = side.encode[latent].contiguous(), side.decode[share.part(site.kv_heads)].contiguous()
@@ -147,8 +147,9 @@ def check_whole(model: torch.nn.Module) -> None:
     """Raise FhoptError for a sharded model."""
     if is_sharded(model):
         raise FhoptError(
-            f"{type(model).__name__} is spread over several processes; calibration expects a whole model in each. Load "
-            "it with device_map (docs/distributed.md); the plan can be applied to the spread model."
+            f"{type(model).__name__} is sharded over several processes; expected a whole model in each "
+            "process for calibration. Load it with device_map (docs/distributed.md); the plan can be applied "
+            "to the sharded model."
         )
 
 
@@ -166,8 +167,9 @@ def find_share(model: torch.nn.Module, site: AttentionSite) -> Share | None:
     if len({None if share is None else (share.rank, share.count) for share in shares.values()}) > 1:
         counts = ", ".join(f"{role} over {1 if s is None else s.count}" for role, s in shares.items())
         raise FhoptError(
-            f"{site.name}: projections are spread over different numbers of processes ({counts}); expected all alike, "
-            f"by heads. Spread q, k and v column by column over a divisor of the {site.kv_heads} kv heads."
+            f"{site.name}: projections are sharded over different numbers of processes ({counts}); expected "
+            f"the same number for each. Shard q, k and v by columns over a divisor of the {site.kv_heads} kv "
+            "heads."
         )
     return shares["k"]
 
@@ -213,7 +215,7 @@ def _share_by(weight: DTensor, outputs: int, width: int, site: AttentionSite, na
     if len(dims) != 1 or site.kv_heads % mesh.size(dims[0]):
         processes = " x ".join(str(mesh.size(d)) for d, p in enumerate(placements) if _splits(p))
         raise FhoptError(
-            f"{name} gives {width} of {outputs} features here, spread over {processes} processes; expected whole heads "
-            f"in each, of the {site.kv_heads} kv heads of {site.name}. Use a number of processes that divides them."
+            f"{name} computes {width} of {outputs} features in each of {processes} processes; expected whole "
+            f"kv heads of {site.name}. Use a number of processes that divides its {site.kv_heads} kv heads."
         )
     return Share(mesh.get_local_rank(dims[0]), mesh.size(dims[0]), mesh.get_group(dims[0]))

@@ -92,7 +92,7 @@ class CacheSize:
     @property
     def words(self) -> str:
         """Summary of the whole model: `33.0 MB exact, 15.6 MB with the plan: 2.12x`."""
-        sizes = f"{self.exact_bytes / 1e6:,.1f} MB exact, {self.plan_bytes / 1e6:,.1f} MB with the plan"
+        sizes = f"{self.exact_bytes / 1e6:,.1f} MB in full precision, {self.plan_bytes / 1e6:,.1f} MB with the plan"
         return f"{sizes} at {self.tokens:,} tokens: {self.ratio:.2f}x"
 
 

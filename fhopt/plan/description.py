@@ -98,14 +98,14 @@ def parse_description(content: bytes) -> dict[str, Any]:
     """Parse the JSON object of plan.json. Raises ValueError, RecursionError."""
     description = json.loads(content, object_pairs_hook=_once)
     if not isinstance(description, dict):
-        raise ValueError(f"plan.json holds a {type(description).__name__}, expected an object")
+        raise ValueError(f"plan.json holds a {type(description).__name__}; expected an object")
     return description
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("one object has a duplicate name")
     return found
 
 

@@ -29,9 +29,9 @@ class ExpectedLoss:
     def words(self) -> str:
         """The loss as text."""
         if self.interval is None:
-            return f"{self.nats:.3g} nats per token (not checked on held-out text)"
+            return f"{self.nats:.3g} nats/token (not checked on held-out text)"
         low, high = self.interval
-        return f"{self.nats:.2g} nats per token ({low:.2g} to {high:.2g} on texts of other kinds)"
+        return f"{self.nats:.2g} nats/token ({low:.2g} to {high:.2g} on text from other domains)"
 
 
 def expected_loss(plan: LatentPlan) -> ExpectedLoss | None:
@@ -52,6 +52,7 @@ def calibration_warning(plan: LatentPlan) -> str | None:
     if tokens >= least:
         return None
     return (
-        f"The bases were fitted to {tokens:,} tokens; expected at least {least:,} for latents of {width:,} numbers, or "
-        f"texts of other kinds lose more. Calibrate with --sequences {-(-least // context)}."
+        f"The bases were fitted to {tokens:,} tokens; expected at least {least:,} for latents of {width:,} "
+        "channels. With fewer, quality falls on text from other domains. Calibrate with --sequences "
+        f"{-(-least // context)}."
     )

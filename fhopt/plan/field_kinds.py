@@ -82,7 +82,7 @@ def site_kind(value: Any, where: str) -> None:
             f"within {value['key_dim']} channels"
         )
     if len(rope["angles"]) != count // 2:
-        raise WrongField(f"{where}.rope.angles has {len(rope['angles'])} numbers; expected {count // 2}")
+        raise WrongField(f"{where}.rope.angles has {len(rope['angles'])} values; expected {count // 2}")
 
 
 # --------------------------------------------------------------------------------------------------- provenance
@@ -137,7 +137,7 @@ def _loss_check(value: Any, where: str) -> None:
     """Check the losses of plans of increasing size on a held-out text."""
     record({"text": text, "predicted_nats": several(_NATS), "nats": several(_NATS)})(value, where)
     if not 0 < len(value["nats"]) == len(value["predicted_nats"]):
-        raise WrongField(f"{where}.nats has {len(value['nats'])} numbers; expected one for each of predicted_nats")
+        raise WrongField(f"{where}.nats has {len(value['nats'])} values; expected as many as predicted_nats")
 
 
 provenance_kind = record(

@@ -46,8 +46,8 @@ def check_fingerprint(plan: LatentPlan, parameters: Mapping[str, Tensor], model:
             else "Fit a plan for this one: fhopt fit MODEL."
         )
         raise FhoptError(
-            f"the plan was fitted to another model than {model} (to {plan.provenance.get('model', 'an unnamed one')}; "
-            f"fingerprint {str(expected)[:12]} does not match). {fix}"
+            f"the plan was not fitted to {model}, but to {plan.provenance.get('model', 'an unnamed model')} "
+            f"(fingerprint {str(expected)[:12]} does not match). {fix}"
         )
 
 

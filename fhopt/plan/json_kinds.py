@@ -158,7 +158,7 @@ def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = Non
         for name, item in value.items():
             kind = needed.get(name) or optional.get(name) or rest
             if kind is None:
-                raise WrongField(f"{_at(where, name)} is not a field of it; expected {_few([*needed, *optional])}")
+                raise WrongField(f"{_at(where, name)} is not a known field; expected {_few([*needed, *optional])}")
             text(name, where)
             kind(item, _at(where, name))
 
@@ -168,7 +168,7 @@ def record(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = Non
 def check_plain(value: Any, where: str, depth: int = 0) -> None:
     """Check any JSON value of limited depth; numbers need not be finite."""
     if depth > DEEPEST:
-        raise WrongField(f"{where[:SHOWN]}... has more than {DEEPEST} values within each other; expected fewer")
+        raise WrongField(f"{where[:SHOWN]}... is nested more than {DEEPEST} levels deep; expected fewer")
     if isinstance(value, (dict, list)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             text(str(name), where)
@@ -192,6 +192,6 @@ def _wrong(value: Any, where: str, expected: str) -> WrongField:
     try:
         found = repr(value)[: SHOWN + 1]
     except ValueError:  # an integer with more digits than Python prints
-        found = "a number of thousands of digits"
+        found = "a number with thousands of digits"
     found = found if len(found) <= SHOWN else f"{found[:SHOWN]}..."
     return WrongField(f"{where or 'the file'} is {found}; expected {expected}")

@@ -62,13 +62,13 @@ class LatentPlan:
         """Raise FhoptError if latents exclude means or keys are relative to segments, which `what` does not support."""
         if self.mean_tokens:
             raise FhoptError(
-                f"{what} has no means of a sequence, and the latents of this plan are differences from them (of "
-                f"{self.mean_tokens} tokens). Fit a plan without: fhopt fit MODEL --mean-tokens 0."
+                f"{what} does not support sequence means, which this plan uses "
+                f"(mean_tokens={self.mean_tokens}). Refit with: fhopt fit MODEL --mean-tokens 0."
             )
         if self.segment:
             raise FhoptError(
-                f"{what} does not turn queries, and the keys of this plan are relative to segments of {self.segment} "
-                "tokens. Fit a plan without: fhopt fit MODEL --segment 0."
+                f"{what} does not support segments, which this plan uses (segment={self.segment}). Refit "
+                "with: fhopt fit MODEL --segment 0."
             )
 
     @property
@@ -79,7 +79,10 @@ class LatentPlan:
     def check_uniform(self, what: str) -> None:
         """Raise FhoptError if latents have trellis codes, which `what` does not support."""
         if self.has_trellis:
-            raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
+            raise FhoptError(
+                f"{what} does not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code "
+                "uniform."
+            )
 
     @property
     def segment(self) -> int:
@@ -92,7 +95,7 @@ class LatentPlan:
             if plan.site.name == name:
                 return plan
         raise FhoptError(
-            f"the plan has no site named {name!r}; it has {len(self.sites)} sites, the first is "
+            f"the plan has no site named {name!r}; expected one of its {len(self.sites)} sites, such as "
             f"{self.sites[0].site.name!r}. Fit a plan for this model: fhopt fit MODEL."
         )
 

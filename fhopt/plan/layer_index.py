@@ -26,8 +26,9 @@ def cached_sites(plan: LatentPlan, kind: str = "self", layers: Mapping[str, int]
         index = layers[site.site.name]
         if index in by_index:
             raise FhoptError(
-                f"the plan names two sites of layer {index}, {by_index[index].site.name} and {site.site.name}; a cache "
-                "keeps one. Use torch.compile(model, backend='flashhead') for this model."
+                f"the plan names two sites of layer {index}, {by_index[index].site.name} and "
+                f"{site.site.name}; expected one per layer. Use torch.compile(model, backend='flashhead') for "
+                "this model."
             )
         by_index[index] = site
     return by_index
@@ -42,7 +43,7 @@ def layer_indices(sites: Iterable[AttentionSite]) -> dict[str, int]:
     for name, path in numbers.items():
         if not path:
             raise FhoptError(
-                f"site {name!r} has no layer number in its name; expected one like 'model.layers.3.self_attn'."
+                f"site {name!r} has no layer number in its name; expected a name like 'model.layers.3.self_attn'."
             )
     columns = range(min(map(len, numbers.values()), default=0))
     distinct = [c for c in columns if len({path[c] for path in numbers.values()}) == len(numbers)]

@@ -49,8 +49,8 @@ def read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
     description = parse_description(text)
     if description.get("version") not in PLAN_VERSIONS:
         raise FhoptError(
-            f"{folder} has plan version {one_line(description.get('version'), 20)}; this fhopt reads versions "
-            f"{' and '.join(map(str, PLAN_VERSIONS))}. Fit the plan again with this version."
+            f"{folder} has plan version {one_line(description.get('version'), 20)}; expected version "
+            f"{' or '.join(map(str, PLAN_VERSIONS))}. Fit the plan again with this fhopt."
         )
     check_description(description)
     if not is_intact(description, blob):
@@ -64,7 +64,7 @@ def altered(folder: Path) -> FhoptError:
 
 
 def _read(folder: Path) -> tuple[bytes, bytes]:
-    cure = "Expected a folder with plan.json and plan.safetensors, as `fhopt fit MODEL -o FOLDER` writes."
+    cure = "Write a plan with: fhopt fit MODEL -o FOLDER."
     try:
         if folder.is_file():
             check_no_pickle(folder, cure)

@@ -128,7 +128,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
     fields = {name: description[name] for name in ("sinks", "recent", "block", "provenance", "window_bits")}
     fields["sites"] = tuple(_site_plan(item, tensors) for item in description["sites"])
     if tensors.left:
-        raise WrongField(f"tensor {min(tensors.left)[:60]!r} belongs to none of its sites; expected bases and sketches")
+        raise WrongField(f"tensor {min(tensors.left)[:60]!r} belongs to no site; expected bases and sketches")
     fields |= {"pages": _page_plan(description.get("pages")), "mean_tokens": description.get("mean_tokens", 0)}
     return fields, description["digest"]
 

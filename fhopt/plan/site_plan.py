@@ -197,8 +197,8 @@ class SitePlan:
 def no_pages() -> FhoptError:
     """Make the error for page selection with keys relative to segments."""
     return FhoptError(
-        "keys relative to segments have no page selection; expected a plan without. Fit, or calibrate, with "
-        "--segment 0."
+        "page selection does not support segments; expected a plan without them. Refit, or calibrate again, "
+        "with --segment 0."
     )
 
 

@@ -38,9 +38,9 @@ class ResidualWindow:
         is_size = 0 <= self.sinks <= MAX_WINDOW and all(1 <= n <= MAX_WINDOW for n in (self.recent, self.block))
         if not is_size or self.bits not in (8, 16):
             raise FhoptError(
-                f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.bits}: "
-                f"expected sinks of at least 0, recent and block of at least 1, at most {MAX_WINDOW:,} tokens of each, "
-                "and a window of 8 or 16 bits."
+                f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.bits} is "
+                "invalid; expected sinks of at least 0, recent and block of at least 1, at most "
+                f"{MAX_WINDOW:,} each, and window_bits of 8 or 16."
             )
 
     @property

@@ -70,13 +70,15 @@ def _source(
     """Return the model and data that the plan is fitted to. Raises FhoptError."""
     if batches is not None:
         if model is None or request.calibration is not None:
-            raise FhoptError("batches come with a model and without statistics; expected both. Pass one of the two.")
+            raise FhoptError(
+                "batches require a model and exclude statistics. Pass a model, and either batches or statistics."
+            )
         return batches_source(model, batches)
     if not request.needs_model:
         return text_source(None)
     if model is None or tokenizer is None:
         raise FhoptError(
-            "found neither a tokenizer nor batches; expected the tokenizer of a language model, or `batches=`, keyword "
-            "arguments for any other module."
+            "neither a tokenizer nor batches was passed; expected a language model's tokenizer, or "
+            "`batches=` with keyword arguments for any other module. Pass one of them."
         )
     return text_source(LoadedModel(type(model).__name__, model, tokenizer))

@@ -126,8 +126,8 @@ def _for_source(request: PlanRequest, source: FitSource) -> PlanRequest:
     """Check a request against the model, before anything slow starts. Raises FhoptError."""
     if request.runs_model and source.loaded is None:
         raise FhoptError(
-            "max loss and pages are measured on text, and there are only batches or statistics; expected a causal "
-            "language model and its tokenizer. Leave them out, or pass the model and the tokenizer."
+            "max_loss and pages require text; expected a causal language model and its tokenizer. Pass both, "
+            "or drop max_loss and pages."
         )
     if request.calibration is not None and source.loaded is not None:
         request.calibration.check_model(source.loaded)

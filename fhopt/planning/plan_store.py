@@ -98,8 +98,8 @@ def find_plan(name: str) -> StoredPlan:
     ]
     if len(matches) != 1:
         several = ", ".join(e.name for e in matches[:4])
-        why = f"it matches {len(matches)} plans: {several}" if matches else f"it matches none of {len(known)} plans"
-        raise FhoptError(f"{name!r} does not name one plan: {why}. `fhopt plans` lists them.")
+        why = f"it matches {len(matches)} plans: {several}" if matches else f"it matches no plan among {len(known)}"
+        raise FhoptError(f"{name!r} does not name one plan: {why}. List the plans with: fhopt plans.")
     return matches[0]
 
 

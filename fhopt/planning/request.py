@@ -94,20 +94,21 @@ def _read_size(
     """Return the loss target, or None. Raises FhoptError unless the options set exactly one size."""
     if len(ratios) > 1:
         raise FhoptError(
-            f"--ratio was given {len(ratios)} times, and a plan has one size; expected it once. For plans of several "
-            f"sizes from one calibration: fhopt plans fit MODEL {' '.join(f'--ratio {ratio:g}' for ratio in ratios)}, "
-            "or fhopt calibrate, and fhopt fit --statistics for each."
+            f"--ratio was passed {len(ratios)} times; expected it once, since a plan has one ratio. To fit "
+            "several plans from one calibration, use: fhopt plans fit MODEL "
+            f"{' '.join(f'--ratio {ratio:g}' for ratio in ratios)}, or fhopt calibrate, and fhopt fit "
+            "--statistics for each."
         )
     if bool(ratios) + (bytes_per_token is not None) + (max_loss is not None) > 1:
-        raise FhoptError("ratio, bytes per token and max loss each choose the size; expected one of them. Set one.")
+        raise FhoptError("ratio, bytes_per_token and max_loss are mutually exclusive. Set only one of them.")
     if max_loss is None:
         if gate_texts:
-            raise FhoptError("gate data is the text for max loss; expected both or neither. Set max loss, such as 1%.")
+            raise FhoptError("gate_data requires max_loss. Set max_loss, such as 1%, or drop gate_data.")
         return None
     if has_pages:
         raise FhoptError(
-            "max loss is measured with all pages read; expected it, or pages and mass. Find the ratio first, then fit "
-            "with that ratio and pages, and measure that plan: fhopt eval."
+            "max_loss excludes pages and mass, because it is measured without page selection. Find the ratio "
+            "first, then fit with that ratio and pages, and measure the plan with: fhopt eval."
         )
     gate = Gate(read_loss(max_loss), tuple(gate_texts))
     gate.check()
@@ -120,8 +121,8 @@ def _read_statistics(file: Path, given: Collection[str]) -> tuple[Calibration, d
     if conflicts:
         option = "data" if conflicts[0] == "texts" else conflicts[0].replace("_", "-")
         raise FhoptError(
-            f"--{option} belongs to the calibration, which --statistics has done; expected one of the two. Calibrate "
-            f"again with it: fhopt calibrate MODEL --{option} ... -o FILE."
+            f"--{option} and --statistics are mutually exclusive, because --{option} applies to calibration. "
+            f"Calibrate again with: fhopt calibrate MODEL --{option} ... -o FILE."
         )
     from fhopt.calibration.statistics_file import load_statistics
 

@@ -108,8 +108,10 @@ class CapturedModel:
             if not plan.site(site.name).is_exact:
                 sites[name] = plan.site(site.name)
         if not sites:
-            why = "; ".join(sorted(reasons)) or "every site of the plan is exact"
-            raise FhoptError(f"there is nothing to heal: {why}. Expected a plan for this model that loses something.")
+            why = "; ".join(sorted(reasons)) or "every site of the plan is unquantized and full width"
+            raise FhoptError(
+                f"there is nothing to heal: {why}; expected a lossy plan for this model. Use the plan unchanged."
+            )
         return CapturedModel(captured, plan, sites)
 
     @torch.no_grad()

@@ -69,8 +69,8 @@ def heal(
     checkpoint.remove()
     if not after.kl < before.kl:
         raise FhoptError(
-            f"healing moved the loss from {before.kl:.4g} to {after.kl:.4g} nats per held-out token; expected it to "
-            "fall. Read more tokens, or text that is more like the model's use, or raise the ridge."
+            f"healing changed the held-out KL from {before.kl:.4g} to {after.kl:.4g} nats/token; expected a "
+            "decrease. Use more tokens or text closer to the model's use, or raise --ridge."
         )
     return _with_provenance(healed, _record(plan, options, ids, before, after))
 
@@ -132,7 +132,7 @@ def read(reader: CapturedModel, ids: Tensor, checkpoint: Checkpoint, progress: P
         reader.read(ids[row : row + 1], equations)
         if not all(bool(x.isfinite().all()) for x in equations.error.values()):
             checkpoint.remove()
-            raise FhoptError("keys or values of the model are not finite on this text. Use another dtype or text.")
+            raise FhoptError("the model's keys or values are not finite on this text. Use another dtype or text.")
         progress(HEALING.name, row + 1, len(ids))
         if (row + 1) % SAVE_EVERY == 0 or row + 1 == len(ids):
             checkpoint.save(equations.tensors(), row + 1)

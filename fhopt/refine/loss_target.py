@@ -60,9 +60,9 @@ def smallest_plan(
     if best is None:
         mildest = min(trials)
         raise FhoptError(
-            f"no plan passes {gate.max_loss:.2%}: at {mildest:.3g}x perplexity rises by "
-            f"{trials[mildest].increase_percent:+.2f} % ({_range(trials[mildest])}) on {ids.numel()} held-out tokens. "
-            "Allow more loss, measure on more tokens, or calibrate on more text."
+            f"no plan passes {gate.max_loss:.2%}: at {mildest:.3g}x perplexity changes by "
+            f"{trials[mildest].increase_percent:+.2f}% ({_range(trials[mildest])}) on {ids.numel()} held-out "
+            "tokens. Raise --max-loss, or calibrate on more text."
         )
     plan = plan_from_calibration(calibration, replace(options, ratio=best))
     progress("gate", rounds, rounds)
@@ -86,7 +86,7 @@ def held_out(loaded: LoadedModel, options: FitOptions, gate: Gate) -> Tensor:
 
 def _range(comparison: Comparison) -> str:
     low, high = comparison.increase_percent_ci or (float("nan"), float("nan"))
-    return f"95 % between {low:+.2f} and {high:+.2f}"
+    return f"95% CI {low:+.2f} to {high:+.2f}"
 
 
 def _largest(values: tuple[float, ...], passes: Callable[[float], bool]) -> float | None:

@@ -43,18 +43,17 @@ class HealOptions:
         """Raise FhoptError for invalid values, before anything slow starts."""
         if self.context < 2 or self.held_out < 1:
             raise FhoptError(
-                f"context={self.context}, held_out={self.held_out}: expected sequences of at least 2 tokens, and one "
-                "to measure on."
+                f"context={self.context}, held_out={self.held_out} is invalid; expected a context of at least "
+                "2 and held_out of at least 1."
             )
         if self.sequences < MIN_SEQUENCES:
             raise FhoptError(
-                f"{self.tokens} tokens make {max(0, self.sequences)} sequences of {self.context}; expected at least "
-                f"{MIN_SEQUENCES}. Read more tokens, or in a shorter context."
+                f"{self.tokens} tokens make {max(0, self.sequences)} sequences of {self.context}; expected at "
+                f"least {MIN_SEQUENCES}. Raise --tokens, or lower --context."
             )
         if not 0 < self.ridge < math.inf:
             raise FhoptError(
-                f"a ridge of {self.ridge:g} is not possible; expected a finite share of what is read above 0, such as "
-                f"{HealOptions.ridge:g}."
+                f"ridge {self.ridge:g} is invalid; expected a finite number above 0, such as {HealOptions.ridge:g}."
             )
 
     def check_plan(self, plan: LatentPlan) -> None:
@@ -62,8 +61,8 @@ class HealOptions:
         first = plan.sinks + plan.recent
         if self.context <= first and all(p.site.kind == "self" for p in plan.sites):
             raise FhoptError(
-                f"a context of {self.context} tokens has none beyond sinks and recent tokens of the plan; expected "
-                f"more than {first}. Read a longer context."
+                f"a context of {self.context} tokens is covered by the plan's sinks and residual window; "
+                f"expected more than {first}. Raise --context."
             )
 
 
@@ -86,8 +85,7 @@ class Gate:
         """Raise FhoptError for limits that no plan or every plan passes."""
         if not 0 < self.max_loss < 1:
             raise FhoptError(
-                f"a loss of {self.max_loss:.3g} is not possible; expected a share above 0 and below 1, such as 1% or "
-                "0.01."
+                f"max_loss {self.max_loss:.3g} is invalid; expected a share above 0 and below 1, such as 1% or 0.01."
             )
 
 
@@ -96,4 +94,4 @@ def read_loss(loss: float | str) -> float:
     try:
         return parse_share(loss) if isinstance(loss, str) else float(loss)
     except (TypeError, ValueError):
-        raise FhoptError(f"{loss!r} is not a share; expected a number such as 1% or 0.01.") from None
+        raise FhoptError(f"max_loss {loss!r} is invalid; expected a share such as 1% or 0.01.") from None

@@ -35,7 +35,8 @@ def allocate_lifts(curves: Mapping[str, Curves], sites: Sequence[SitePlan], shar
     budget, used = share * sum(size.values()), sum(size[n] * _share(curves.get(n), now[n]) for n in size)
     if used > budget * (1 + 1e-9):
         raise FhoptError(
-            f"pages {share:g}: sites read at least {used / sum(size.values()):.3g} of their bytes. Ask for more."
+            f"pages {share:g} is too small; expected at least {used / sum(size.values()):.3g} of the bytes. "
+            "Raise --pages."
         )
     while gains := [
         gain for n in size if now[n] < ALL for gain in _gains(curves[n], now[n], size[n], budget - used, n)

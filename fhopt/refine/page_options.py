@@ -50,17 +50,19 @@ class PagingOptions:
         """
         if not 0 < self.share <= 1 or not 0 < self.limit <= 1 or not 0 < (self.mass or 1.0) <= 1:
             raise FhoptError(
-                f"pages {self.share:g}, mass {self.mass}, limit {self.limit:g}: expected shares above 0 and at most 1, "
-                "such as --pages 1/8 or --mass 0.99."
+                f"pages {self.share:g}, mass {self.mass}, limit {self.limit:g} is invalid; expected shares "
+                "above 0 and at most 1, such as --pages 1/8 or --mass 0.99."
             )
         if self.tokens < 1 or block % self.tokens:
-            raise FhoptError(f"pages of {self.tokens} tokens: expected a divisor of the plan's block, {block}.")
+            raise FhoptError(
+                f"a page size of {self.tokens} tokens is invalid; expected a divisor of the plan's block, {block}."
+            )
         if self.sketch < WORD or self.sketch % WORD:
-            raise FhoptError(f"sketches of {self.sketch} bytes: expected a multiple of {WORD}.")
+            raise FhoptError(f"a sketch size of {self.sketch} bytes is invalid; expected a multiple of {WORD}.")
         if self.context < self.needed(exact, block) or self.sequences < 1:
             raise FhoptError(
-                f"{self.sequences} sequences of {self.context} tokens: expected one or more, of at least "
-                f"{self.needed(exact, block)} tokens, so that there are pages to choose from. Use longer sequences."
+                f"{self.sequences} sequences of {self.context} tokens are too short for page selection; "
+                f"expected at least one sequence of {self.needed(exact, block)} tokens. Use longer sequences."
             )
 
     def needed(self, exact: int, block: int) -> int:
@@ -91,8 +93,8 @@ def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: in
     positions = positions_of(loaded.language_model())
     if positions is not None and positions < options.needed(exact, block):
         raise FhoptError(
-            f"{loaded.name} has {positions} positions; expected {options.needed(exact, block)} or more to calibrate "
-            "pages on. Leave --pages and --mass out."
+            f"{loaded.name} has {positions} positions; expected at least {options.needed(exact, block)} to "
+            "calibrate page selection. Drop --pages and --mass."
         )
     limited = options if positions is None else replace(options, context=min(options.context, positions))
     limited.check(block, exact)
@@ -107,5 +109,7 @@ def read_page_share(text: float | str) -> float:
     except (TypeError, ValueError):
         share = 0.0
     if not 0 < share <= 1:
-        raise FhoptError(f"{text!r} is not a share; expected one such as 1/8, 0.125 or 12.5%, above 0 and at most 1.")
+        raise FhoptError(
+            f"{text!r} is not a share; expected a value above 0 and at most 1, such as 1/8, 0.125 or 12.5%."
+        )
     return share

@@ -73,8 +73,8 @@ def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> Laten
                 seen[layer.site.site.name].see(layer.packed_keys.unpack(0, layer.quantized))
     if all(moments.energy is None for moments in seen.values()):
         raise FhoptError(
-            f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "
-            "pages are not selected. Use the plan without pages."
+            f"no attention of {type(model).__name__} supports page selection: the model computes attention in "
+            "its own code; expected calls of transformers' attention interface. Use the plan without pages."
         )
     made = {name: _sketch(moments, size) for name, moments in seen.items()}
     return replace(plan, sites=tuple(replace(s, sketch=made.get(s.site.name)) for s in plan.sites))

@@ -112,11 +112,11 @@ def device_step(layer: LayerRows, device: torch.device) -> DeviceStep | None:
 def _objection(layer: LayerRows, device: torch.device) -> str:
     """Return why a layer has no kernels on a device; empty if it has."""
     if device.type != "cuda":
-        return f"there are no kernels for {device.type}, only for CUDA and ROCm."
+        return f"kernels exist only for CUDA and ROCm, not for {device.type}."
     if not has_triton():
-        return "Triton is not installed. Install it: pip install 'triton>=3.6'."
+        return "Triton is not installed. Install it with: pip install 'triton>=3.6'."
     if layer.rotation is not None:
-        return "no kernel turns queries for segments. Fit the plan with --segment 0."
+        return "GPU kernels do not support segments. Refit with --segment 0."
     if layer.dtype not in DTYPES:
-        return f"no kernel reads {layer.dtype}; expected one of {', '.join(map(str, DTYPES))}."
+        return f"no kernel supports {layer.dtype}; expected one of {', '.join(map(str, DTYPES))}."
     return ""

@@ -26,18 +26,19 @@ def check_served_folder(folder: RewrittenFolder, hf_config: Any) -> None:
         one = site.site
         if (one.kind, one.mask) != ("self", "causal") or one.window or one.sinks or one.softcap:
             raise FhoptError(
-                f"{one.name} is {one.kind} attention with a mask of kind {one.mask!r}"
+                f"{one.name} is {one.kind} attention with a {one.mask!r} mask"
                 f"{', a sliding window' if one.window else ''}{', sink logits' if one.sinks else ''}"
-                f"{', a softcap' if one.softcap else ''}; in vLLM a plan serves causal self-attention to all tokens "
-                "only. Serve the original exactly, or use fhopt with transformers."
+                f"{', a softcap' if one.softcap else ''}; "
+                "expected causal self-attention to all tokens in vLLM. Serve the original model, or use "
+                "fhopt with transformers."
             )
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     layers = int(getattr(text, "num_hidden_layers", 0) or 0)
     known = len(layer_indices([site.site for site in plan.sites]))
     if layers and known != layers:
         raise FhoptError(
-            f"the plan of {folder.path} has {known} of {layers} layers; in vLLM it must have all. Serve the original "
-            "exactly, or use fhopt with transformers."
+            f"the plan of {folder.path} covers {known} of {layers} layers; expected all of them in vLLM. "
+            "Serve the original model, or use fhopt with transformers."
         )
 
 
@@ -46,27 +47,27 @@ def check_engine(plan: LatentPlan, config: Any) -> None:
     cache, parallel = config.cache_config, config.parallel_config
     speculative = getattr(config.speculative_config, "method", None)
     found = [
-        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", "the plan says how keys and values are "
-         "stored"),
+        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}",
+         "the plan determines how keys and values are stored"),
         (parallel.pipeline_parallel_size > 1, f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
          "a plan is served by one process, or by several with --tensor-parallel-size"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism", "blocks of a plan are not split"),
-        (speculative not in (None, "ngram"), f"speculative decoding by {speculative!r}", "the draft model has no plan; "
-         "ngram needs none"),
-        (config.kv_transfer_config is not None, "a KV connector", "it does not know the caches of a plan"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism", "a plan's blocks cannot be split"),
+        (speculative not in (None, "ngram"), f"speculative decoding by {speculative!r}",
+         "the draft model has no plan; ngram does not need one"),
+        (config.kv_transfer_config is not None, "a KV connector", "it does not support a plan's caches"),
         (bool(config.scheduler_config.disable_hybrid_kv_cache_manager), "--disable-hybrid-kv-cache-manager",
          "a plan has several caches"),
     ]  # fmt: skip
     for is_found, what, why in found:
         if is_found:
-            raise FhoptError(f"{what} is not supported for a model with a plan of fhopt: {why}. Leave it out.")
+            raise FhoptError(f"{what} is not supported with an fhopt plan: {why}. Drop it.")
     if config.device_config.device_type != "cpu":
         plan.check_uniform("vLLM on a GPU")
     longest = config.model_config.max_model_len
     if plan.segment and longest > MAX_TOKENS:
         raise FhoptError(
-            f"--max-model-len {longest}: queries of a plan with segments are turned up to {MAX_TOKENS} tokens. "
-            "Expected no more, or a plan without: fhopt fit MODEL --segment 0."
+            f"--max-model-len {longest} exceeds the limit for plans with segments; expected at most "
+            f"{MAX_TOKENS}. Lower it, or refit with: fhopt fit MODEL --segment 0."
         )
     for site in plan.sites:
         local_site(site, parallel.tensor_parallel_size, 0)
@@ -79,8 +80,9 @@ def local_site(site: SitePlan, count: int, rank: int) -> SitePlan:
     groups, heads = {site.key.groups, site.value.groups}, site.site.kv_heads
     if groups != {heads} or site.is_shared or heads % count:
         raise FhoptError(
-            f"--tensor-parallel-size {count}: {site.site.name} has {heads} kv heads in {max(groups)} latents; expected "
-            f"a latent for each kv head and a divisor of {heads}. Fit a plan with --layout head, or use one process."
+            f"--tensor-parallel-size {count} does not fit {site.site.name}, with {heads} kv heads in "
+            f"{max(groups)} latent heads; expected one latent per kv head and a divisor of {heads}. Refit "
+            "with --layout head, or use one process."
         )
     return shard_site(site, Share(rank % count, count))
 
@@ -99,6 +101,6 @@ def check_layer(layer: Any, name: str) -> None:
     for what, is_found in found:
         if is_found:
             raise FhoptError(
-                f"{name} has {what}, which a plan does not serve in vLLM. Serve the original exactly, or use fhopt "
-                "with transformers."
+                f"{name} has {what}, which plans do not support in vLLM. Serve the original model, or use "
+                "fhopt with transformers."
             )

@@ -53,8 +53,8 @@ def check_version(version: str) -> None:
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if not FROM <= numbers < BEFORE:
         raise FhoptError(
-            f"vLLM {version} is installed; this fhopt serves plans in {_text(FROM)} up to, but not, {_text(BEFORE)}. "
-            "Install one of these: pip install 'fhopt[vllm]'."
+            f"vLLM {version} is not supported; expected at least {_text(FROM)} and below {_text(BEFORE)}. "
+            "Install it with: pip install 'fhopt[vllm]'."
         )
 
 

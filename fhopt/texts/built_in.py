@@ -37,8 +37,8 @@ def _source_of(module: str) -> str:
     text = spec.loader.get_source(module) if spec is not None and isinstance(spec.loader, InspectLoader) else None
     if text is None:
         raise FhoptError(
-            f"this interpreter has no source of the module {module}; the text `source` is not available. Give a file "
-            "instead, or `topics`."
+            f"the text `source` is unavailable: this interpreter has no source of the module {module}. Pass a "
+            "file, or `topics`."
         )
     return text
 
@@ -99,8 +99,8 @@ def read_license() -> str:
     printer: Any = getattr(builtins, "license", None)
     if printer is None:
         raise FhoptError(
-            "this interpreter was started without the site module; the text `license` is not available. Give a file "
-            "instead, or `topics`."
+            "the text `license` is unavailable: this interpreter runs without the site module. Pass a file, "
+            "or `topics`."
         )
     printer._Printer__setup()
     return "\n".join(printer._Printer__lines)

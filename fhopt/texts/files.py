@@ -21,9 +21,9 @@ IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 KEYS = ("text", "content", "messages")
 RECORD = 'a string, or an object with "text", "content" or "messages" (a list of {"role": string, "content": string})'
 BUILT_IN = ("topics", "source", "license", "docstrings", "mixture", "scripture")  # fhopt/texts/built_in.py
-_CURE = "Write what it gives to a file, and give that."
+_CURE = "Write its output to a file, and pass that file."
 _SEPARATOR = "\n\n"
-_KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value",
+_KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a boolean",
           int: "a number", float: "a number"}  # fmt: skip
 
 
@@ -37,8 +37,8 @@ def check_text(name: str) -> None:
             check_regular(path, cure=_CURE)
     except OSError as error:
         raise FhoptError(
-            f"cannot read {name}: {error.strerror}. Expected a text file, JSON lines, a Parquet file, a folder of "
-            f"them, a folder written by save_to_disk, or one of {', '.join(BUILT_IN)}."
+            f"cannot read {name}: {error.strerror}; expected a text file, JSON lines, a Parquet file, a "
+            f"folder of them, a folder written by save_to_disk, or one of {', '.join(BUILT_IN)}."
         ) from error
 
 
@@ -82,8 +82,8 @@ def _plain(path: Path, limit: int) -> Iterator[str]:
 def _without_nul(text: str, path: Path) -> str:
     if "\0" in text:
         raise FhoptError(
-            f"{path} is binary: it has NUL bytes; expected text in UTF-8. Give a file of text; one in UTF-16 is "
-            "converted by: iconv -f UTF-16 -t UTF-8"
+            f"{path} is binary: it has NUL bytes; expected UTF-8 text. Pass a text file; convert UTF-16 with: "
+            "iconv -f UTF-16 -t UTF-8"
         )
     return text
 
@@ -100,7 +100,7 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def _parse(line: str, where: str) -> Any:
-    cure = "Correct or remove the line; a file that is one JSON list becomes lines with: jq -c '.[]'"
+    cure = "Correct or remove the line; convert a file with one JSON list with: jq -c '.[]'"
     if len(line) == LONGEST_LINE:
         raise FhoptError(f"{where} has {LONGEST_LINE} characters or more; expected {RECORD}. {cure}")
     try:
@@ -154,8 +154,8 @@ def _table(path: Path) -> Iterator[str]:
         raise
     except Exception as error:  # the libraries raise anything for a damaged file
         raise FhoptError(
-            f"{path} could not be read: {' '.join(str(error).split())}. Expected a Parquet file, or a folder written "
-            "by save_to_disk of a Dataset or DatasetDict. Write it again."
+            f"{path} could not be read: {' '.join(str(error).split())}; expected a Parquet file, or a folder "
+            "written by save_to_disk of a Dataset or DatasetDict. Write it again."
         ) from error
 
 
@@ -165,8 +165,8 @@ def _saved_rows(folder: Path) -> Iterator[dict[str, Any]]:
         splits = sorted(p.parent.name for p in folder.glob("*/dataset_info.json"))
         if "train" not in splits:
             raise FhoptError(
-                f"{folder} has the splits {', '.join(splits) or 'none'}; expected one called train. Give the folder "
-                "of one split."
+                f"{folder} has the splits {', '.join(splits) or 'none'}; expected one called train. Pass the "
+                "folder of one split."
             )
         folder = folder / "train"
     rows = datasets.load_from_disk(str(folder.resolve())).with_format(None)
@@ -199,6 +199,6 @@ def _data_library(name: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise FhoptError(
-            f"{package} cannot be imported ({error}); Parquet files and saved data sets need it. Install it with: "
-            "pip install 'fhopt[data]'"
+            f"{package} cannot be imported ({error}); Parquet files and saved datasets require it. Install it "
+            "with: pip install 'fhopt[data]'"
         ) from error

@@ -62,8 +62,9 @@ def read_text(name: str, limit: int = LIMIT) -> str:
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise FhoptError(
-            f"cannot read {getattr(error, 'filename', None) or name}: {why}. Expected a text file, JSON lines, a "
-            f"Parquet file, a folder of them, a folder written by save_to_disk, or one of {', '.join(built_in)}."
+            f"cannot read {getattr(error, 'filename', None) or name}: {why}; expected a text file, JSON "
+            "lines, a Parquet file, a folder of them, a folder written by save_to_disk, or one of "
+            f"{', '.join(built_in)}."
         ) from error
     if not text:
         raise FhoptError(
@@ -91,7 +92,7 @@ def held_out_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: in
 
 def _in_turn(tokenizer: Any, texts: Sequence[str], half: int, count: int, length: int) -> Tensor:
     if not texts:
-        raise FhoptError("there is no text to read; expected at least one. Give a file or topics.")
+        raise FhoptError("no text was passed; expected at least one. Pass a file, or `topics`.")
     which = ("first", "second")[half]
     shares = [len(range(i, count, len(texts))) for i in range(len(texts))]
     parts = [
@@ -119,8 +120,8 @@ def sequences(tokenizer: Any, text: str, *, count: int, length: int, what: str) 
         if (available := len(ids)) >= needed:
             return torch.as_tensor(ids[:needed]).reshape(count, length)
     raise FhoptError(
-        f"{what} has {available} tokens; expected at least {needed} ({count} sequences of {length}). Give a longer "
-        f"text (of which {LIMIT} characters are read), fewer or shorter sequences, or, to calibrate, further texts."
+        f"{what} has {available} tokens; expected at least {needed} ({count} sequences of {length}). Use a "
+        f"longer text (up to {LIMIT} characters), more texts, or fewer or shorter sequences."
     )
 
 

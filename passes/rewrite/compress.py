@@ -95,7 +95,9 @@ class Compress:
         fitted = self._fitted(node, site, weights)
         plan = fitted.site
         if site.cache != "none":
-            raise Miss("the graph reads an exact KV cache; for a compressed one use LatentCache (fhopt.apply)", node)
+            raise Miss(
+                "the graph reads a full-precision KV cache; for a compressed one use LatentCache (fhopt.apply)", node
+            )
         if site.sinks:
             raise Miss("the attention has sink logits besides its keys; expected none, latents do not hold them", node)
         if node.kwargs.get("dropout"):

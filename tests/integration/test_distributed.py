@@ -198,7 +198,7 @@ def test_a_process_that_raises_ends_all_with_its_error(here: Path) -> None:
 
 def test_a_process_that_dies_ends_the_others(here: Path) -> None:
     (first,) = acted(here, "ends")
-    assert first.code == 2 and "another process has ended, or cannot be reached" in first.err
+    assert first.code == 2 and "another process has ended or is unreachable" in first.err
     assert not (here / "failed").exists()
 
 

@@ -132,7 +132,7 @@ def test_perplexity_with_pages_is_measured_and_worse_than_with_all_pages(llama: 
         pytest.param("latents", 12, marks=pytest.mark.slow),
         pytest.param("window of 8 bits", 12, marks=pytest.mark.slow),
         pytest.param("pages", 1, marks=pytest.mark.slow),
-        ("pages with a limit", 1),
+        ("PagePlan.limit", 1),
     ],
 )
 def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: FittedModel, kind: str, queries: int) -> None:

@@ -123,7 +123,7 @@ def test_a_compiled_graph_refuses_more_tokens_than_fit_and_changes_nothing(llama
         for i in (28, 29):
             step(input_ids=ids[:, i : i + 1], **cached(cache), use_cache=True)
         state = [t.clone() for layer in cache.layers for t in layer.tensors]
-        with pytest.raises(RuntimeError, match="a static cache of 30 tokens cannot take 1 more"):
+        with pytest.raises(RuntimeError, match="a static cache of 30 tokens has no room for 1 more"):
             step(input_ids=ids[:, 30:], **cached(cache), use_cache=True)
     fhopt.unapply(model)
     assert int(cache.get_seq_length()) == 30

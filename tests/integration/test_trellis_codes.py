@@ -109,11 +109,11 @@ def test_a_rewritten_graph_runs_with_it(llama: FittedModel) -> None:
 
 def test_a_gpu_and_exports_refuse_it_in_one_sentence(llama: FittedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = llama.plan(6, code=TRELLIS, window_bits=16)
-    with pytest.raises(FhoptError, match="an exported module reads no trellis codes"):
+    with pytest.raises(FhoptError, match="an exported module does not support trellis codes"):
         export_module(LoadedModel("llama", llama.model, None), plan)
-    with pytest.raises(FhoptError, match=r"an exported decode step reads no trellis codes.*--code uniform"):
+    with pytest.raises(FhoptError, match=r"an exported decode step does not support trellis codes.*--code uniform"):
         ExportedStep(llama.model, plan)
     elsewhere = [SimpleNamespace(device=torch.device("cuda"))]
     monkeypatch.setattr(llama.model, "parameters", lambda: iter(elsewhere))
-    with pytest.raises(FhoptError, match="a GPU reads no trellis codes"):
+    with pytest.raises(FhoptError, match="GPU kernels do not support trellis codes"):
         fhopt.apply(llama.model, plan)

@@ -104,7 +104,7 @@ FIELDS_OF_PLANS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("sites", 0, "site", "projections"), {"k": [HALF]}, r"sites\.0\.site\.projections\.k\.0 is '\\udc80'; "),
     (("sites", 0, "site", "projections"), {HALF: ["k"]}, r"projections is '\\udc80'; "),
     (("sites", 0, "site", "rope", "angles", 0), 1e300, r"rope\.angles\.0 is 1e\+300; "),
-    (("sites", 0, "site", "rope", "angles"), [0.5], r"rope\.angles has 1 numbers; expected 6"),
+    (("sites", 0, "site", "rope", "angles"), [0.5], r"rope\.angles has 1 values; expected 6"),
     (("sites", 0, "site", "rope", "offset"), 5, r"rope\.rotary_dim is 12 from channel 5; "),
     (("sites", 0, "site", "rope", "blocks"), 5, r"rope\.rotary_dim is 12 from channel 2; "),
     (("sinks",), 10**9, r"sinks is 1000000000; "),
@@ -113,10 +113,10 @@ FIELDS_OF_PLANS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("provenance", "cache_layers"), 5, r"provenance\.cache_layers is 5; "),
     (("provenance", "cache_layers"), [1], r"provenance\.cache_layers\.0 is 1; "),
     (("provenance", "cache_layers", 0, "window"), "64", r"cache_layers\.0\.window is '64'; "),
-    (("provenance", "cache_layers", 0, "more"), 1, r"cache_layers\.0\.more is not a field of it; "),
+    (("provenance", "cache_layers", 0, "more"), 1, r"cache_layers\.0\.more is not a known field; "),
     (("provenance", "model"), HALF, r"provenance\.model is '\\udc80'; "),
     (("provenance", "note"), {"a": [HALF]}, r"provenance\.note\.a\.0 is '\\udc80'; "),
-    (("provenance", "loss_checks", 0, "nats"), [], r"loss_checks\.0\.nats has 0 numbers; "),
+    (("provenance", "loss_checks", 0, "nats"), [], r"loss_checks\.0\.nats has 0 values; "),
 )
 
 
@@ -137,7 +137,7 @@ def test_a_field_of_a_plan_out_of_its_range_is_refused(
 
 TENSORS_OF_PLANS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "not a number": (lambda x: x * math.nan, "non-finite numbers"),
-    "too large": (lambda x: x * 1e30, "non-finite numbers, or some above"),
+    "too large": (lambda x: x * 1e30, "non-finite values or values above"),
     "half precision": (lambda x: x.half(), r"torch\.float16; expected float32"),
     "integers": (lambda x: x.long(), r"torch\.int64; expected float32"),
     "no latent heads": (lambda x: x[:0], "have shapes"),
@@ -189,7 +189,7 @@ FIELDS_OF_STATISTICS: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
     (("sites", 0, "softcap"), 2.0**63, r"sites\.0\.softcap is 9\.2\S+; "),
     (("sites", 0, "projections", "k"), [HALF], r"projections\.k\.0 is '\\udc80'; "),
     (("sites", 0, "key_dim"), (1 << 20) - 2, r"tensor \S+ is torch\.float32 of shape"),
-    (("sites", 0, "more"), 1, r"sites\.0\.more is not a field of it; "),
+    (("sites", 0, "more"), 1, r"sites\.0\.more is not a known field; "),
     (("provenance", "cache_layers"), {"a": 1}, r"provenance\.cache_layers is \{'a': 1\}; "),
     (("prints", "fingerprint"), None, r"prints\.fingerprint is None; "),
 )
@@ -209,13 +209,13 @@ def test_a_field_of_statistics_out_of_its_range_is_refused(
 TENSORS_OF_STATISTICS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
     ("key.moment", lambda x: x * math.nan, "non-finite numbers"),
     ("key.moment", lambda x: x[:, :1, :1], r"of shape \(1, 1, 1\); expected"),
-    ("key.moment", lambda x: -x, "negative squares"),
+    ("key.moment", lambda x: -x, "negative diagonal"),
     ("value.metric", lambda x: x.half(), r"is torch\.float16"),
     ("key.count", lambda x: -x, "expected a count from 0"),
     ("key.count", lambda x: x.double(), r"is torch\.float64"),
     ("band.0.encode", lambda x: x[:, :, :-1], "of shape"),
     ("band.1.decode", lambda x: x * math.inf, "non-finite numbers"),
-    ("band.0.variance", lambda x: -x, "negative numbers"),
+    ("band.0.variance", lambda x: -x, "negative values"),
     ("band.0.variance", lambda x: x[:, :0], "has 0 channels"),
     ("band.key.tokens", lambda x: x - (1 << 40), "expected a count from 0"),
     ("band.key.2", lambda x: x.flatten(), "of shape"),

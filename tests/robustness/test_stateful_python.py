@@ -125,7 +125,7 @@ class ModelStates(RuleBasedStateMachine):
 
     def put(self, plan: LatentPlan, **options: bool) -> None:
         if self.negated:
-            assert "another model" in refused(lambda: fhopt.apply(self.model, plan, **options))
+            assert "not fitted to" in refused(lambda: fhopt.apply(self.model, plan, **options))
             return
         assert fhopt.apply(self.model, plan, **options) is self.model
         if self.own_attention:  # an attention set next to the plan stays when the plan is removed

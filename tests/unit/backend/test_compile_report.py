@@ -10,5 +10,5 @@ from fhopt.errors import FhoptError
 
 
 def test_a_report_before_the_first_call_says_what_to_do() -> None:
-    with pytest.raises(FhoptError, match="call it once"):
+    with pytest.raises(FhoptError, match="call the model once"):
         fhopt.report(torch.nn.Linear(2, 2))

@@ -143,7 +143,7 @@ def test_reset_forgets_everything_and_the_next_call_compiles_again() -> None:
     compiled(ids)
     assert fhopt.report(compiled).graphs
     torch._dynamo.reset()  # called by torch.compiler.reset
-    with pytest.raises(FhoptError, match="nothing of LlamaForCausalLM has been compiled"):
+    with pytest.raises(FhoptError, match="fhopt has not compiled LlamaForCausalLM"):
         fhopt.report(compiled)
     compiled(ids)
     assert len(fhopt.report(compiled).graphs) == 1

@@ -81,7 +81,7 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
     with caplog.at_level(logging.WARNING, logger="fhopt"):
         assert not warnings_of(compiled, lambda model: gather(model, 5))
     messages = [r.message for r in caplog.records if r.name == "fhopt"]
-    assert len(messages) == 2 and "runs exactly until 4096 tokens of its calls are recorded" in messages[0]
+    assert len(messages) == 2 and "runs in exact mode until 4096 tokens are recorded" in messages[0]
     assert "new sequences are cached as latents" in messages[1] and "perplexity" in messages[1]
     found = fhopt.report(compiled)
     assert found.state == compile_report.COMPRESSED and "held-out tokens" in found.events[-1]
@@ -126,7 +126,7 @@ def test_a_model_without_a_cache_is_not_recorded() -> None:
     with torch.no_grad():
         compiled(x, x, x)
     found = fhopt.report(compiled)
-    assert found.state == compile_report.EXACT and "not a language model of transformers" in found.events[0]
+    assert found.state == compile_report.EXACT and "not a transformers language model" in found.events[0]
 
 
 def test_a_failing_fit_does_not_fail_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def warnings_of(compiled: Any, calls: Callable[[Any], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         calls(compiled)
-    return [str(w.message) for w in caught if "stays exact" in str(w.message)]
+    return [str(w.message) for w in caught if "stays in exact mode" in str(w.message)]
 
 
 @torch.no_grad()
@@ -212,11 +212,11 @@ def function() -> Callable[..., Any]:
 
 NEVER: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
     "function": (function, twice, "belongs to no module"),
-    "module": (Wrapper, twice, "Wrapper is not a language model of transformers"),
+    "module": (Wrapper, twice, "Wrapper is not a transformers language model"),
     "gradients": (
         tiny_llama,
         with_gradients,
-        "calls that record gradients are not recorded. Call the model inside torch.no",
+        "cannot record calls with gradients. Call the model inside torch.no",
     ),
     "no ids": (tiny_llama, with_embeddings, "calls of LlamaForCausalLM without token ids"),
 }
@@ -263,7 +263,7 @@ def test_a_second_target_for_a_model_is_not_ignored_silently() -> None:
     model = tiny_llama()
     assert not warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 4}), twice)
     messages = warnings_of(torch.compile(model, backend="flashhead", options={"ratio": 8}), twice)
-    assert len(messages) == 1 and "recorded with ratio=4, not ratio=8. Call torch.compiler.reset()" in messages[0]
+    assert len(messages) == 1 and "for ratio=4, not for ratio=8. Call torch.compiler.reset()" in messages[0]
 
 
 def test_a_fit_for_a_model_with_a_plan_warns() -> None:
@@ -295,7 +295,7 @@ def test_training_is_not_recorded() -> None:
         ({"ratio": True}, "option ratio is True; expected a number"),
         ({"max_loss": True}, "option max_loss is True; expected a number"),
         ({"ratio": "four"}, "expected numbers"),
-        ({"ratio": 1, "max_loss": 0.1}, "ratio=1 and max_loss exclude each other"),
+        ({"ratio": 1, "max_loss": 0.1}, "ratio=1 and max_loss are mutually exclusive"),
         ({"strict": True}, "option strict requires a plan"),
         ({"weights": "trust"}, "option weights requires a plan"),
         ({"skinny_products": "no"}, "expected True or False"),

@@ -52,7 +52,7 @@ def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_old_one(llama: Fitted
         forward(compiled, token_ids(1, 40))
         llama.plan(4).save(path)
         ids = token_ids(1, 41)
-        with pytest.warns(RuntimeWarning, match="has changed since it was read"):
+        with pytest.warns(RuntimeWarning, match="has changed since it was loaded"):
             found = forward(compiled, ids)
         torch.testing.assert_close(found, forward(llama.model, ids), rtol=1e-4, atol=1e-4)
 

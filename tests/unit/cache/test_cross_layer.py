@@ -23,11 +23,11 @@ def test_cross_layers_take_their_tokens_once() -> None:
     keys, values = torch.randn(1, 4, SOURCE, 16), torch.randn(1, 4, SOURCE, 16)
     assert layer.update(keys, values)[0] is keys
     state = [t.clone() for t in layer.tensors]
-    with pytest.raises(FhoptError, match=r"holds 30 tokens and does not grow.*reset"):
+    with pytest.raises(FhoptError, match=r"is full with 30 tokens.*reset"):
         layer.update(keys, values)
     assert all(map(torch.equal, layer.tensors, state))
     layer.reset()
-    with pytest.raises(FhoptError, match="Is this the model"):
+    with pytest.raises(FhoptError, match="Use a plan that was fitted for this model"):
         layer.update(keys[:, :3], values)
     layer.update(keys, values)
     torch.testing.assert_close(layer.keys.reconstruct(), keys)

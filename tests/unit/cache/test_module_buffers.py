@@ -98,7 +98,7 @@ def test_a_buffer_of_zeros_restarts() -> None:
         torch.testing.assert_close(call(compiled, new, start), call(plain, new, start), **CLOSE)
     assert all(cache.untyped_storage().nbytes() < cache.nbytes / 40 for cache in caches(model))
     caches(model)[0].zero_()
-    with pytest.raises(FhoptError, match="only one was filled anew"):
+    with pytest.raises(FhoptError, match="only one of its two buffers was refilled"):
         call(compiled, ids[:, 21:22], 21)
 
 

@@ -73,7 +73,7 @@ class StaticStates(RuleBasedStateMachine):
 
     def refuse(self) -> None:
         new = torch.zeros(self.batch, 2, 1, 16).double(), torch.zeros(self.batch, 2, 1, 8).double()
-        with pytest.raises(FhoptError, match="cannot take 1 more"):
+        with pytest.raises(FhoptError, match="has no room for 1 more"):
             self.layer.update(*new)
         self.check()
 
@@ -226,7 +226,7 @@ def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_layer_st
     with torch.no_grad():
         llama.model(token_ids(1, 45), **cached(cache))
         state = [t.clone() for layer in cache.layers for t in layer.tensors]
-        with pytest.raises(FhoptError, match=r"50 tokens cannot take 6 more, it holds 45.*max_cache_len"):
+        with pytest.raises(FhoptError, match=r"50 tokens has no room for 6 more; it already holds 45.*max_cache_len"):
             llama.model(token_ids(1, 6), **cached(cache))
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [45, 45]
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
@@ -278,6 +278,6 @@ def test_an_empty_cache_takes_another_batch_and_a_filled_one_does_not(llama: Fit
             expected = llama.model(ids, use_cache=False).logits
             found = torch.cat([llama.model(part, **cached(cache)).logits for part in ids.split(20, 1)], 1)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-            with pytest.raises(FhoptError, match="Use one cache for each batch"):
+            with pytest.raises(FhoptError, match="Use one cache per batch"):
                 llama.model(token_ids(batch + 1, 1), **cached(cache))
             cache.reset()

@@ -71,7 +71,7 @@ def test_nothing_is_written_without_a_checkpoint_folder(
 def test_a_checkpoint_of_other_options_is_refused(llama: FittedModel, tmp_path: Path) -> None:
     options = interrupted(llama, tmp_path)
     for other in (replace(options, seed=1), replace(options, sequences=7), replace(options, texts=("others",))):
-        with pytest.raises(FhoptError, match=r"state\.moments is of another calibration"):
+        with pytest.raises(FhoptError, match=r"state\.moments belongs to another calibration"):
             measure(llama.captured, other)
     with pytest.raises(FhoptError, match="another calibration"):
         run.calibrate(CalibrationData(llama.captured, sequences(), {}, "another model"), options)

@@ -22,12 +22,12 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 def test_no_batch_at_all_is_refused(llama: FittedModel) -> None:
-    with pytest.raises(FhoptError, match="no calibration batch"):
+    with pytest.raises(FhoptError, match="there are no calibration batches"):
         measure(llama.captured, count=0)
 
 
 def test_batches_that_leave_none_for_choosing_bits_are_refused(llama: FittedModel) -> None:
-    with pytest.raises(FhoptError, match="bits are chosen by others"):
+    with pytest.raises(FhoptError, match="leave none for the bit allocation"):
         measure(llama.captured, count=6)
 
 
@@ -103,7 +103,7 @@ def test_keys_are_relative_to_segments_in_plans_with_means(llama: FittedModel) -
 
 @pytest.mark.parametrize("segment", [-64, 100, 32, 1 << 20])
 def test_segments_without_kernel_support_are_refused(segment: int) -> None:
-    with pytest.raises(FhoptError, match=f"segments of {segment} tokens; expected 0, for none, or a multiple of 64 up"):
+    with pytest.raises(FhoptError, match=f"segment is {segment}; expected 0 .none. or a multiple of 64 up"):
         replace(OPTIONS, segment=segment).check_sizes()
 
 

@@ -30,7 +30,7 @@ def test_a_description_is_returned(tmp_path: Path) -> None:
     ("about", "tail", "reason"),
     [
         ({"version": 1}, b"", "has no statistics"),
-        ({"levels": [], "version": 3}, b"", "has statistics of version 3"),
+        ({"levels": [], "version": 3}, b"", "has statistics version 3"),
         ({"levels": [], "version": 1}, b"more", "is damaged"),
         ([1], b"", "has no statistics"),
     ],
@@ -44,7 +44,7 @@ def test_a_file_other_than_statistics_is_not_overwritten(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "notes").write_text("years of work")
     for name in ("fifo", "notes"):
-        with pytest.raises(FhoptError, match="exists and holds other things"):
+        with pytest.raises(FhoptError, match="exists and is not a statistics file"):
             check_file(tmp_path / name)
 
 

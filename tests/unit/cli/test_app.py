@@ -7,9 +7,11 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from command_models import call, make_unwritable
@@ -26,8 +28,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a broken program": (["inspect", "{tmp}/broken.pt2"], "could not be read"),
     "a function that is not there": (["inspect", "json:nothing"], "cannot be imported"),
     "a function that returns no model": (["inspect", "command_models:not_a_model"], "expected (module, args)"),
-    "ratio 0": (["fit", "demo", "--ratio", "0", "-o", "{tmp}/plan"], "ratio 0 is not possible"),
-    "ratio 0 for the demo": (["demo", "--ratio", "0", "--out", "{tmp}/out"], "ratio 0 is not possible"),
+    "ratio 0": (["fit", "demo", "--ratio", "0", "-o", "{tmp}/plan"], "ratio 0 is invalid"),
+    "ratio 0 for the demo": (["demo", "--ratio", "0", "--out", "{tmp}/out"], "ratio 0 is invalid"),
     "too few tokens": (["fit", "demo", "--context", "20", "-o", "{tmp}/plan"], "expected at least 512"),
     "a plan that is not there": (["inspect", "demo", "--plan", "{tmp}/plan"], "is not a plan"),
     "an encoder to fit": (["fit", "command_models:encoder", "-o", "{tmp}/plan"], "not a causal language model"),
@@ -45,6 +47,21 @@ def test_help_lists_every_command_once_in_a_line_of_80_columns(monkeypatch: pyte
     for lines in COMMANDS.values():
         for name, line in lines.items():
             assert any(found.split() == [name, *line.split()] for found in text.splitlines()), name
+
+
+def commands_in(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        yield (*path, name)
+        if isinstance(command, click.Group):
+            yield from commands_in(command, (*path, name))
+
+
+@pytest.mark.parametrize("command", list(commands_in(main)), ids=" ".join)
+def test_the_help_of_every_command_fits_80_columns(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = call(*command, "--help")
+    assert result.exit_code == 0 and result.output.startswith("Usage: ")
+    assert [line for line in result.output.splitlines()[1:] if len(line) > 80 or line.endswith("...")] == []
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -28,7 +28,7 @@ def test_a_plan_path_may_not_exist_yet_but_must_not_be_another_file(tmp_path: Pa
     os.mkfifo(tmp_path / "plan.json")
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(FhoptError, match=r"Expected a folder with plan\.json"):
+        with pytest.raises(FhoptError, match=r"Write a plan with: fhopt fit"):
             arguments.COMING_PLAN.convert(str(path), None, None)
 
 
@@ -41,7 +41,7 @@ def test_other_values_are_refused(tmp_path: Path) -> None:
         (arguments.DEVICE, "x", "device 'x' is unknown"),
         (arguments.TEXT, str(tmp_path / "fifo"), "is a FIFO"),
         (arguments.TEXT, "nothing", "cannot read nothing"),
-        (arguments.EXPORTED, str(tmp_path), "is not a rewritten model"),
+        (arguments.EXPORTED, str(tmp_path), "is not a rewritten folder"),
     ):
         with pytest.raises(FhoptError, match=reason):
             kind.convert(value, None, None)

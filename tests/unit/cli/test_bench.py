@@ -55,7 +55,7 @@ def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
     assert found["weights_in_blocks"] and found["complete"] and [row["cache"] for row in found["rows"]] == ["exact"]
     assert "weights in blocks" in call("bench", str(path), *options).stdout
     refused = call("bench", str(folder), *options)
-    assert refused.exit_code == 2 and "--keep-blocks is for GGUF files" in refused.stderr
+    assert refused.exit_code == 2 and "--keep-blocks requires a GGUF file" in refused.stderr
 
 
 def test_a_table_is_printed_and_the_contexts_end_with_the_model(folder: Path) -> None:

@@ -54,8 +54,8 @@ def test_commands_forget_show_and_leave(folder: Path) -> None:
     first, again = result.stdout.splitlines()
     assert first == again and len(first) == 6
     lines = result.stderr.splitlines()
-    assert lines[0] == "no turn yet" and lines[1].endswith("tokens in the KV cache") and "prefill" in lines[2]
-    assert "decode" in lines[3] and lines[4].startswith("exact KV cache: ")
+    assert lines[0] == "no turns yet" and lines[1].endswith("tokens in the KV cache") and "prefill" in lines[2]
+    assert "decode" in lines[3] and lines[4].startswith("full-precision KV cache: ")
     assert lines[5].startswith("unknown command /what; expected one of")
 
 
@@ -127,13 +127,13 @@ def opened() -> Iterator[Opener]:
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(spaced: Path, opened: Opener) -> None:
     terminal = opened(spaced, "--max-new-tokens", 19_000)
-    assert "exact KV cache. /stats, /reset, /quit" in terminal.wait("> ")
+    assert "full-precision KV cache. /stats, /reset, /quit" in terminal.wait("> ")
     terminal.type("hello\n")
     terminal.wait("hello")
     terminal.wait(" ")  # in the answer
     terminal.interrupt("> ")
     terminal.type("/stats\n")
-    assert "decode" in terminal.wait("exact KV cache: ")
+    assert "decode" in terminal.wait("full-precision KV cache: ")
     terminal.wait("> ")
     terminal.type("\x04")
     assert terminal.end() == 0

@@ -20,9 +20,9 @@ def run(*arguments: Any) -> Any:
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
-    assert "not a rewritten model" in run(tmp_path, "--target", "mlir").stderr
+    assert "not a rewritten folder" in run(tmp_path, "--target", "mlir").stderr
     (tmp_path / "fhopt.json").write_text("{}")  # options are checked before its contents
-    assert "expected mlir, iree-cpu" in run(tmp_path, "--target", "nothing").stderr
+    assert "expected one of mlir, iree-cpu" in run(tmp_path, "--target", "nothing").stderr
 
 
 # --------------------------------------------------------------------------------------------------- programs
@@ -43,7 +43,7 @@ def test_the_command_writes_programs_and_does_not_change_other_folders(tmp_path:
         "--json",
     ]
     refused = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "model")])
-    assert refused.exit_code == 2 and "holds other things" in refused.stderr
+    assert refused.exit_code == 2 and "is not an export" in refused.stderr
     done = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"path": str(tmp_path / "out")}

@@ -26,23 +26,23 @@ from fhopt.plan.site import AttentionSite
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ratio", "4", "--max-loss", "1%"), "each choose the size"),
+        (("--ratio", "4", "--max-loss", "1%"), "mutually exclusive"),
         (("--ratio", "4", "--ratio", "8"), "fhopt plans fit MODEL --ratio 4 --ratio 8, or"),
-        (("--ratio", "4", "--bytes-per-token", "100"), "each choose the size"),
+        (("--ratio", "4", "--bytes-per-token", "100"), "mutually exclusive"),
         (("--max-loss", "much"), "is not a share"),
-        (("--max-loss", "0"), "is not possible"),
+        (("--max-loss", "0"), "is invalid"),
         (("--layout", "mla"), "is unknown"),
         (("--sequences", "1", "--context", "200"), "more or longer sequences"),
         (("--rate-sequences", "0"), "one more sequence"),
         (("--recent", "0"), "recent and block of at least 1"),
-        (("--tokens", "100"), "none beyond sinks and window"),
-        (("--explain", "picture"), "is not a picture"),
-        (("--explain", "."), "is not a picture"),
-        (("--gate-data", "source"), "both or neither"),
-        (("--max-loss", "1%", "--pages", "1/8"), "with all pages read"),
-        (("--max-loss", "1%", "--mass", "0.9"), "with all pages read"),
+        (("--tokens", "100"), "covered by sinks and residual window"),
+        (("--explain", "picture"), "is not an image file name"),
+        (("--explain", "."), "is not an image file name"),
+        (("--gate-data", "source"), "gate_data requires max_loss"),
+        (("--max-loss", "1%", "--pages", "1/8"), "without page selection"),
+        (("--max-loss", "1%", "--mass", "0.9"), "without page selection"),
         (("--device", "abacus"), "abacus"),
-        (("--code", "trellis", "--device", "h100"), "trellis codes are for CPUs"),
+        (("--code", "trellis", "--device", "h100"), "trellis codes require a CPU"),
     ],
 )
 def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_context_that_a_plan_is_made_for(
 def test_a_size_below_the_least_is_refused_before_the_calibration(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     result = call("fit", str(tmp_path / "model"), *SAMPLE, "--ratio", "100", "-o", str(tmp_path / "plan"))
-    assert result.exit_code == 2 and "the least possible is" in result.stderr, result.output
+    assert result.exit_code == 2 and "expected at least" in result.stderr, result.output
     assert os.listdir(tmp_path) == ["model"]
 
 
@@ -111,7 +111,7 @@ def test_it_warns_of_a_plan_that_is_slow_on_a_cpu(
     site = AttentionSite("a", {}, "self", 16, kv_heads, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")
     plan = fit_plan.fit_ratio(empty_statistics([site]), ratio=4, layout=layout, context=64)
     _show_device(plan, 8192, as_json=False)
-    assert ("1 of 1 sites have one latent for all kv heads" in capsys.readouterr().out) is told
+    assert ("1 of 1 sites share one latent across all kv heads" in capsys.readouterr().out) is told
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -70,11 +70,11 @@ def test_the_expected_loss_is_an_interval_wherever_it_is_printed(folder: Path) -
     known = told["expected_loss"]
     assert known["least"] < known["nats"] < known["most"] and told["warning"] is None
     result = call("fit", "--statistics", str(folder / "stats"), "-o", str(folder / "plan"))
-    assert f"expected loss: {known['nats']:.2g} nats per token (" in result.output
+    assert f"expected loss: {known['nats']:.2g} nats/token (" in result.output
     shown = call("inspect", str(folder / "model"), "--plan", str(folder / "plan"), "--json")
     plan = json.loads(shown.stdout)["plan"]
     assert plan["expected_interval"] == [known["least"], known["most"]]
-    assert plan["expected_words"].endswith("on texts of other kinds)")
+    assert plan["expected_words"].endswith("on text from other domains)")
 
 
 def test_a_plan_equals_that_of_fit(folder: Path) -> None:
@@ -110,10 +110,10 @@ def test_sizes_layouts_devices_and_losses_come_from_the_same_file(folder: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--sinks", "4"), "--sinks belongs to the calibration"),
-        (("--data", "source"), "--data belongs to the calibration"),
+        (("--sinks", "4"), "--sinks and --statistics are mutually exclusive"),
+        (("--data", "source"), "--data and --statistics are mutually exclusive"),
         (("--layout", "freq"), "no bases of the layout freq"),
-        (("--ratio", "900"), "the least possible is"),
+        (("--ratio", "900"), "expected at least"),
     ],
 )
 def test_options_set_by_the_statistics_cannot_be_changed(
@@ -132,7 +132,7 @@ def test_statistics_of_another_model_are_refused_if_a_model_is_run(folder: Path)
 
 def test_neither_a_model_nor_statistics_is_refused(tmp_path: Path) -> None:
     result = call("fit", "-o", str(tmp_path / "plan"))
-    assert result.exit_code == 2 and "found no MODEL" in result.stderr, result.output
+    assert result.exit_code == 2 and "MODEL is missing" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_calibration_that_cannot_work_is_refused_at_once(
 
 def test_files_of_other_things_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    for name, message in (("notes", "holds other things"), (".", "is a folder")):
+    for name, message in (("notes", "is not a statistics file"), (".", "is a folder")):
         result = call("calibrate", "demo", "-o", str(tmp_path / name))
         assert result.exit_code == 2 and message in result.stderr, result.output
     assert (tmp_path / "notes").read_text() == "mine"

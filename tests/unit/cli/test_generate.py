@@ -32,7 +32,7 @@ def test_standard_output_has_the_text_and_standard_error_the_statistics(folder: 
     assert len(result.stdout) == 21 and result.stdout.endswith("\n")
     read, decoded, size = result.stderr.splitlines()
     assert read.startswith("12 prompt tokens (chat template): first token after") and "decode" in decoded
-    assert size == "exact KV cache: 15.9 kB"
+    assert size == "full-precision KV cache: 15.9 kB"
 
 
 def test_a_terminal_shows_the_text_then_the_statistics(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_ctrl_c_stops_and_still_prints_the_statistics(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, lines
-    assert text.endswith("\n") and "decode" in lines and "exact KV cache" in lines and "Traceback" not in lines
+    assert text.endswith("\n") and "decode" in lines and "full-precision KV cache" in lines and "Traceback" not in lines
 
 
 def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
@@ -128,6 +128,6 @@ def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
     assert kept.exit_code == 0 and kept.stdout == whole.stdout
     for command in ("generate", "chat"):
         refused = call(command, str(folder), "--keep-blocks", *(["hello"] if command == "generate" else []))
-        assert refused.exit_code == 2 and "--keep-blocks is for GGUF files" in refused.stderr
+        assert refused.exit_code == 2 and "--keep-blocks requires a GGUF file" in refused.stderr
     elsewhere = call("generate", str(path), *options, "--keep-blocks", "--device-map", "auto")
-    assert elsewhere.exit_code == 2 and "--keep-blocks is for CPUs" in elsewhere.stderr
+    assert elsewhere.exit_code == 2 and "--keep-blocks runs only on CPUs" in elsewhere.stderr

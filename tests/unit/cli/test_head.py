@@ -58,16 +58,16 @@ def test_without_json_the_output_is_text(tmp_path: Path) -> None:
     result = call("head", str(tmp_path / "model"), *SAMPLE[:-1], "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
     assert "lm_head.weight: 97 x 64, float32" in result.output
-    assert "100.00 % equal to the dense head" in result.output
+    assert "100.00% equal to the dense head" in result.output
 
 
 def test_mistakes_get_one_line(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
     for arguments, why in (
-        (("head", "demo", "--bits", "3", "-o", str(tmp_path / "head")), "bits '3' is not possible"),
+        (("head", "demo", "--bits", "3", "-o", str(tmp_path / "head")), "bits '3' is invalid"),
         (("head", "demo", "--clusters", "0", "-o", str(tmp_path / "head")), "clusters is 0"),
-        (("head", "demo", "-o", str(tmp_path / "full")), "holds other things"),
+        (("head", "demo", "-o", str(tmp_path / "full")), "is not a plan"),
         (("head", "command_models:encoder", "-o", str(tmp_path / "head")), "is not a causal language model"),
     ):
         result = call(*arguments)

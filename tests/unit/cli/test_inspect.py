@@ -70,9 +70,9 @@ def test_inspect_describes_one_site_and_writes_its_graph(importable: str, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--stage", "input"), "expected both, or --graph alone"),
+        (("--stage", "input"), "--stage requires --graph"),
         (("--graph", "graph.png"), "not a graph file"),
-        (("--site", "nowhere"), "there is no site named 'nowhere'"),
+        (("--site", "nowhere"), "site 'nowhere' does not exist"),
         (("--device", "abacus"), "abacus"),
     ],
 )

@@ -41,13 +41,19 @@ def call(*arguments: object) -> Any:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "an unknown task": (["--tasks", "copy,poetry"], "unknown task 'poetry'; expected some of perplexity, passkey"),
+    "an unknown task": (
+        ["--tasks", "copy,poetry"],
+        "task 'poetry' is unknown; expected a comma-separated list of perplexity, passkey",
+    ),
     "a task of RULER without room": (["--tasks", "ruler", "--lengths", "200"], "no room for the task niah_single"),
-    "lengths that are words": (["--lengths", "long"], "lengths 'long' are not numbers of tokens"),
-    "a length of 0": (["--lengths", "0"], "not numbers of tokens"),
-    "a context without room": (["--tasks", "digits", "--lengths", "200"], "Give longer --lengths"),
-    "a task beyond the model": (["--tasks", "copy", "--lengths", "700"], "the model has 512 positions"),
-    "perplexity beyond the model": (["--context", "900"], "the model has 512 positions"),
+    "lengths that are words": (
+        ["--lengths", "long"],
+        "--lengths 'long' is invalid; expected comma-separated token counts",
+    ),
+    "a length of 0": (["--lengths", "0"], "expected comma-separated token counts"),
+    "a context without room": (["--tasks", "digits", "--lengths", "200"], "Use longer --lengths"),
+    "a task beyond the model": (["--tasks", "copy", "--lengths", "700"], "expected at most 512, the model's limit"),
+    "perplexity beyond the model": (["--context", "900"], "expected at most 512, the model's limit"),
     "a plan that is not there": (["--plan", "nowhere"], "is not a plan"),
 }
 
@@ -104,13 +110,13 @@ def test_a_rewritten_folder_opens_after_its_plan_has_recorded_and_accepts_no_oth
     assert [text.name for text in quality_card(read_folder(rewritten).plan).texts] == ["license"]
     for command in (["fit", "demo"], ["heal", "demo", "--plan", str(rewritten / "plan")]):
         refused = CliRunner().invoke(main, [*command, "-o", str(rewritten / "plan")])
-        assert refused.exit_code == 2 and "is the plan of the rewritten model" in refused.stderr, refused.output
+        assert refused.exit_code == 2 and "is the plan of the rewritten folder" in refused.stderr, refused.output
     read_folder(rewritten)
 
 
 def test_nothing_is_recorded_without_a_plan(folder: Path) -> None:
     result = call(folder, "--record")
-    assert result.exit_code == 2 and "--record writes into a plan" in result.stderr
+    assert result.exit_code == 2 and "--record requires a plan" in result.stderr
 
 
 def test_needles_all_over_a_context_have_no_depth() -> None:

@@ -32,14 +32,14 @@ def test_stages_take_their_shares_of_the_job_and_of_the_time_left() -> None:
     job = Job({"loading": 1, "moments": 3, "rates": 6}, clock)
     assert job.seconds_left() is None
     job("loading", 0, 1)
-    assert job.fraction == 0 and job.words() == "loading: 0 %, 0 s so far"
+    assert job.fraction == 0 and job.words() == "loading: 0%, 0 s so far"
     clock.time += 10
     job("moments", 0, 12)
     assert job.fraction == 0.1 and job.seconds_left() == 30 + 60  # 10 s per share
     clock.time += 20
     job("moments", 4, 12)
     assert job.fraction == 0.2 and job.seconds_left() == 40 + 6 * 15  # its own pace; 15 s per share so far
-    assert job.words() == "moments 4 of 12: 20 %, 2 min 10 s left"
+    assert job.words() == "moments 4 of 12: 20%, 2 min 10 s left"
     clock.time += 15
     assert job.seconds_left() < 40 + 6 * 30  # type: ignore[operator]
     job("rates", 8, 8)
@@ -51,9 +51,9 @@ def test_a_stage_that_takes_longer_than_its_share_promises_nothing() -> None:
     job = Job({"loading": 1, "finding attention": 1}, clock)
     clock.time += 10
     job("finding attention", 0, 1)
-    assert job.words() == "finding attention: 50 %, 10 s left"
+    assert job.words() == "finding attention: 50%, 10 s left"
     clock.time += 25
-    assert job.words() == "finding attention: 50 %, 35 s so far"
+    assert job.words() == "finding attention: 50%, 35 s so far"
 
 
 def test_a_resumed_job_does_not_count_earlier_work() -> None:
@@ -96,7 +96,7 @@ def test_without_a_terminal_lines_are_printed_at_intervals(
         while shown.count("\n") < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
             shown += capsys.readouterr().err
-    assert shown.startswith("loading: 0 %, ") and shown.endswith(" s so far\n") and shown.count("\n") >= 2
+    assert shown.startswith("loading: 0%, ") and shown.endswith(" s so far\n") and shown.count("\n") >= 2
 
 
 def test_a_job_that_ends_at_once_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

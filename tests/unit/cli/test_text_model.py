@@ -22,25 +22,28 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a program without a tokenizer": (["chat", "a.pt2"], "expected a program saved"),
     "a GGUF file that is not there": (["bench", "{tmp}/a.gguf"], "expected a GGUF file"),
     "no chat template, asked for": (["generate", "{mute}", "x", "--chat"], "has no chat template"),
-    "no chat template": (["chat", "{mute}"], "without it use `fhopt generate {mute} --raw PROMPT`"),
+    "no chat template": (["chat", "{mute}"], "Use `fhopt generate {mute} --raw PROMPT`"),
     "no prompt": (["generate", "{chatty}"], "found no prompt"),
     "two prompts": (["generate", "{chatty}", "x", "--file", "y"], "found a PROMPT and --file"),
     "an empty prompt": (["generate", "{chatty}", " "], "the prompt is empty"),
     "a prompt file that is not there": (["generate", "{chatty}", "--file", "{tmp}/no"], "cannot read the prompt"),
-    "a prompt longer than the model": (["generate", "{chatty}", "x" * 600], "do not fit: the model has 512"),
+    "a prompt longer than the model": (["generate", "{chatty}", "x" * 600], "exceed the model's 512"),
     "negative tokens": (["generate", "{chatty}", "x", "--max-new-tokens", "-1"], "-1 new tokens"),
     "more tokens than the model has": (["chat", "{chatty}", "--max-new-tokens", "512"], "the model has 512 positions"),
     "a negative temperature": (["chat", "{chatty}", "--temperature", "-1"], "temperature -1"),
     "no such plan": (["generate", "{chatty}", "x", "--plan", "{tmp}/no"], "is not a plan"),
     "a folder that is no plan": (["generate", "{chatty}", "x", "--plan", "{tmp}"], "is not a plan"),
-    "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "fitted to another model"),
-    "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "expected one of the two"),
-    "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "the model has 512 positions"),
-    "contexts that are words": (["bench", "{chatty}", "--contexts", "long"], "not a list of positive numbers"),
-    "a negative batch": (["bench", "{chatty}", "--batches", "-1"], "not a list of positive numbers"),
+    "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "plan was not fitted to"),
+    "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "mutually exclusive"),
+    "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "expected at most 512"),
+    "contexts that are words": (
+        ["bench", "{chatty}", "--contexts", "long"],
+        "expected comma-separated positive integers",
+    ),
+    "a negative batch": (["bench", "{chatty}", "--batches", "-1"], "expected comma-separated positive integers"),
     "negative rounds": (["bench", "{chatty}", "--rounds", "-1"], "-1 rounds"),
-    "a plot that is no picture": (["bench", "{chatty}", "-o", "{tmp}/plot.txt"], "is not a picture"),
-    "a plan of another model to measure": (["bench", "{other}", "--plan", "{plan}"], "fitted to another model"),
+    "a plot that is no picture": (["bench", "{chatty}", "-o", "{tmp}/plot.txt"], "is not an image file name"),
+    "a plan of another model to measure": (["bench", "{other}", "--plan", "{plan}"], "plan was not fitted to"),
 }
 
 
@@ -93,18 +96,20 @@ def test_a_rewritten_folder_brings_its_plan(llama: FittedModel, folders: dict[st
     given = read_model_plan(str(folders["chatty"]), tmp_path / "new")
     assert given is not None and given.digest() == plan.digest()
     save_plan(tmp_path / "plan", llama)
-    with pytest.raises(FhoptError, match="expected one of the two"):
+    with pytest.raises(FhoptError, match="mutually exclusive"):
         read_model_plan(str(tmp_path / "new"), tmp_path / "plan", exact=True)
 
 
 def test_statistics_are_short_lines() -> None:
     stopped = Generated((), "", 9, 9, (), None, 1)
-    assert statistics(stopped, "exact KV cache", "float32") == ["9 prompt tokens: stopped before the first token"]
+    assert statistics(stopped, "full-precision KV cache", "float32") == [
+        "9 prompt tokens: stopped before the first token"
+    ]
     done = Generated((1, 2, 3), "abc", 9, 4, (0.5, 0.75, 1.0), None)
-    first, decoded = statistics(done, "exact KV cache", "float32", "raw")
+    first, decoded = statistics(done, "full-precision KV cache", "float32", "raw")
     read, _, speed = first.partition(": ")
-    assert read == "9 prompt tokens (raw), 4 of them new"
-    assert speed == "first token after 500 ms, prefill 8 tokens/s" and decoded == "3 tokens, decode 4 tokens/s"
+    assert read == "9 prompt tokens (raw), 4 of them prefilled"
+    assert speed == "first token after 500 ms, prefill 8 tok/s" and decoded == "3 tokens, decode 4 tok/s"
 
 
 @pytest.mark.parametrize(

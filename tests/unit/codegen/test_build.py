@@ -64,7 +64,7 @@ def test_a_generated_cpp_file_compiles_without_a_warning(flag: str, tmp_path: Pa
 
 
 def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(FhoptError, match=r"no renderer for 'fortran'.*cpp, torch"):
+    with pytest.raises(FhoptError, match=r"target 'fortran' has no renderer.*cpp, torch"):
         render_kernel(CASES["one token"].spec(), "fortran")
 
 
@@ -85,10 +85,10 @@ def test_a_file_contains_code_only_for_its_planes(target: str, bits: int) -> Non
 @pytest.mark.parametrize(
     ("tiers", "width", "dtype", "reason"),
     [
-        (((7, 8, 0.3),), 8, "float32", "cannot become a kernel"),
+        (((7, 8, 0.3),), 8, "float32", "have no kernel"),
         (((4, 12, 0.3),), 12, "float32", "multiples of 8"),
         (((4, 16, 0.3),), 24, "float32", "do not add up"),
-        ((), 24, "float64", "no kernel reads uncoded float64"),
+        ((), 24, "float64", "no kernel supports unquantized float64"),
     ],
 )
 def test_a_spec_without_kernel_support_is_refused(

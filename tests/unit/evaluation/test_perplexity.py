@@ -111,5 +111,5 @@ def test_logits_are_returned_from_the_requested_position_on(fitted: FittedModel,
 
 def test_more_tokens_than_positions_are_refused(llama: FittedModel) -> None:
     model_facts.check_length(llama.model, 512)
-    with pytest.raises(FhoptError, match="513 tokens are to be read at once; the model has 512 positions"):
+    with pytest.raises(FhoptError, match="a context of 513 tokens is too long; expected at most 512"):
         model_facts.check_length(llama.model, 513)

@@ -16,13 +16,13 @@ def test_the_names_are_those_of_the_tasks() -> None:
 def test_groups_and_names_are_chosen_in_order() -> None:
     assert task_choice.parse_tasks("copy,perplexity") == ["perplexity", "copy"]
     assert task_choice.parse_tasks("ruler") == list(task_choice.RULER)
-    with pytest.raises(FhoptError, match="unknown task 'x'"):
+    with pytest.raises(FhoptError, match="task 'x' is unknown"):
         task_choice.parse_tasks("copy,x")
 
 
 def test_lengths_are_numbers() -> None:
     assert task_choice.read_lengths("512, 64,512") == (512, 64)
-    with pytest.raises(FhoptError, match="are not numbers of tokens"):
+    with pytest.raises(FhoptError, match="expected comma-separated token counts"):
         task_choice.read_lengths("512,-1")
 
 

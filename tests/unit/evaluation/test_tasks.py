@@ -204,5 +204,5 @@ def test_a_context_without_room_says_how_long_it_must_be(tokenizer: Any) -> None
 
 def test_a_context_longer_than_the_model_is_refused(llama: FittedModel, tokenizer: Any) -> None:
     written = write_items(tokenizer, ["copy"], TaskOptions(lengths=(512,), window=16))
-    with pytest.raises(FhoptError, match="the model has 512 positions"):
+    with pytest.raises(FhoptError, match="expected at most 512, the model's limit"):
         run_tasks(llama.model, written, None)

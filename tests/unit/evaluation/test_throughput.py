@@ -78,5 +78,5 @@ def test_out_of_memory_is_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: fail(*args, **kwargs))
-    with pytest.raises(FhoptError, match="a context of 40 tokens at batch 1 does not fit"):
+    with pytest.raises(FhoptError, match="a context of 40 tokens at batch size 1 does not fit"):
         list(measure_throughput(model, {"exact": None}, OPTIONS))

@@ -17,7 +17,7 @@ def test_default_contexts_end_with_the_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ThroughputOptions((9000,)), "a context of 9000 tokens is too long: the model has 4096 positions"),
+        (ThroughputOptions((9000,)), "a context of 9000 tokens is too long; expected at most 4096"),
         (ThroughputOptions((64,)), "no room for a prompt"),
         (ThroughputOptions(decode=0), "0 tokens to generate"),
         (ThroughputOptions(rounds=-2), "-2 rounds"),

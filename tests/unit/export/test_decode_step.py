@@ -55,7 +55,7 @@ def test_plans_and_models_without_such_a_step_are_refused(llama: FittedModel) ->
     plan = llama.plan(4)
     with pytest.raises(FhoptError, match="position_ids"):
         decode_step.ExportedStep(torch.nn.Linear(1, 1), plan)
-    with pytest.raises(FhoptError, match="another model"):
+    with pytest.raises(FhoptError, match="not fitted to"):
         decode_step.ExportedStep(tiny_llama(), plan.with_provenance(fingerprint="0"))
-    with pytest.raises(FhoptError, match="one for each layer"):
+    with pytest.raises(FhoptError, match="one site per layer"):
         decode_step.ExportedStep(llama.model, LatentPlan(plan.sites[:1], 4, 8, 8))

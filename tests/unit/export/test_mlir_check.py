@@ -62,7 +62,7 @@ def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
     plan = llama.plan(4)
     monkeypatch.setattr(SiteAttention, "_latent_logits", decompressing)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
-    assert any("a contraction makes" in fault and "stepping.py:" in fault for fault in found.faults)
+    assert any("a contraction produces" in fault and "stepping.py:" in fault for fault in found.faults)
     assert any("multiplications" in fault for fault in found.faults)
 
 
@@ -75,7 +75,7 @@ def test_other_dialects_than_linalg_are_refused(llama: FittedModel) -> None:
     plan = llama.plan(4)
     with pytest.raises(FhoptError, match="no MLIR"):
         verifying.verify_text("module {", plan)
-    with pytest.raises(FhoptError, match="operations of torch"):
+    with pytest.raises(FhoptError, match="torch operations"):
         verifying.verify_text(str(mlir.lower_step(llama.model, plan, "torch").step), plan)
     with pytest.raises(FhoptError, match="no contraction"):
         verifying.verify_text("module { func.func @step(%x: tensor<?xf32>) { return } }", plan)

@@ -17,7 +17,7 @@ def test_the_card_lists_provenance_loss_and_bytes(llama: FittedModel, tmp_path: 
     measured = Comparison(10.0, 10.1, 1.0, (0.5, 1.5), 0.01, None, 2047)
     written(tmp_path / "out", llama.model, plan, losses={"source": measured})
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| source | 2,047 | 10.0000 | 10.1000 | +1.00 % (+0.50 to +1.50) | 0.0100 |" in card
+    assert "| source | 2,047 | 10.0000 | 10.1000 | +1.00% (+0.50 to +1.50) | 0.0100 |" in card
     assert plan.digest() in card and "topics (576 tokens)" in card
     assert f"| 8,192 | {plan.exact_token_bytes():,} | {plan.cache_bytes(8192) / 8192:,.0f} |" in card
 
@@ -28,5 +28,5 @@ def test_the_card_shows_measurements_recorded_in_the_plan(llama: FittedModel, tm
     plan = with_measured(llama.plan(4), {"law": law}, {"copy": task})
     written(tmp_path / "out", llama.model, plan, losses={})
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| law | 1,023 | 5.0000 | 5.1000 | +2.00 % | 0.0200 |" in text
-    assert "| copy | 20 | 90.0 % | 85.0 % |" in text and "Not measured" not in text
+    assert "| law | 1,023 | 5.0000 | 5.1000 | +2.00% | 0.0200 |" in text
+    assert "| copy | 20 | 90.0% | 85.0% |" in text and "Not measured" not in text

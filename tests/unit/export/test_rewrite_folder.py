@@ -101,7 +101,7 @@ def test_unsupported_models_are_refused_before_anything_is_written(llama: Fitted
     plan, out = llama.plan(4), tmp_path / "out"
     with pytest.raises(FhoptError, match="expected one"):
         written(out, torch.nn.Linear(2, 2), plan)
-    with pytest.raises(FhoptError, match="fitted to another model"):
+    with pytest.raises(FhoptError, match="plan was not fitted to"):
         written(out, tiny_llama(vocab_size=98), plan.with_provenance(fingerprint="0" * 64))
     quantized = tiny_llama()
     quantized.config.quantization_config = {"quant_method": "awq"}
@@ -109,7 +109,7 @@ def test_unsupported_models_are_refused_before_anything_is_written(llama: Fitted
         written(out, quantized, plan)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    with pytest.raises(FhoptError, match="holds other things"):
+    with pytest.raises(FhoptError, match="is not a rewritten folder"):
         written(tmp_path / "full", llama.model, plan)
     assert not out.exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["letter.txt"]
 

@@ -17,8 +17,8 @@ def test_a_target_of_the_table_is_accepted(name: str) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target("bogus"), "unknown target 'bogus'; expected mlir, iree-cpu, .*iree-metal"),
-        (Target("mlir", arch="sm_90"), "--arch names"),
+        (Target("bogus"), "target 'bogus' is unknown; expected one of mlir, iree-cpu, .*iree-metal"),
+        (Target("mlir", arch="sm_90"), "--arch requires an IREE target"),
         (Target("iree-cpu", dialect="torch"), "IREE compiles linalg"),
     ],
 )

@@ -13,16 +13,16 @@ from fhopt.fitting import choices
 
 @pytest.mark.parametrize("ratio", [0.5, 1000.0, math.nan, math.inf, -1.0])
 def test_an_invalid_ratio_is_refused(ratio: float) -> None:
-    with pytest.raises(FhoptError, match="is not possible; expected a number from 1"):
+    with pytest.raises(FhoptError, match="is invalid; expected a number from 1"):
         choices.check_options(ratio, choices.AUTO, choices.BITS)
 
 
 def test_invalid_layouts_and_bits_are_refused() -> None:
     with pytest.raises(FhoptError, match="layout 'x' is unknown"):
         choices.check_layouts(["x"])
-    with pytest.raises(FhoptError, match=r"bits \[7\] are not possible"):
+    with pytest.raises(FhoptError, match=r"bits \[7\] are invalid"):
         choices.check_options(4.0, choices.AUTO, (7,))
-    with pytest.raises(FhoptError, match="make no kernel for h100"):
+    with pytest.raises(FhoptError, match="have no kernel for h100"):
         choices.check_options(4.0, choices.AUTO, (3,), "h100")
 
 

@@ -151,8 +151,8 @@ def test_the_trade_of_loss_for_time_is_reported(capsys: pytest.CaptureFixture[st
     kept = LatentPlan.load(tmp_path / "plan")
     _show_plan(kept, 8192, tmp_path / "plan", {}, as_json=False)
     more = nats(plan) / plan.provenance["time"]["predicted_nats_without"] - 1
-    said = f"for cpu-avx2: attention in {plan.provenance['time']['share']:.2f} of the time, expected loss"
-    assert f"{said} {100 * more:+.0f} %" in capsys.readouterr().out
+    said = f"for cpu-avx2: attention {1 / plan.provenance['time']['share']:.2f}x faster, expected loss"
+    assert f"{said} {100 * more:+.0f}%" in capsys.readouterr().out
     _show_plan(kept, 8192, tmp_path / "plan", {}, as_json=True)
     assert json.loads(capsys.readouterr().out)["time"] == plan.provenance["time"]
     _show_plan(_fit(_bases((1.0, 1.5, 20.0), 1.0), None), 8192, tmp_path / "plan", {}, as_json=False)

@@ -180,7 +180,7 @@ def test_the_maximum_gain_of_a_step_is_that_of_its_bytes(batch: int, ratio: floa
 
 
 def test_a_plan_for_other_sites_is_refused() -> None:
-    with pytest.raises(FhoptError, match=r"1 sites that the model lacks, such as 'layer\.attention'"):
+    with pytest.raises(FhoptError, match=r"1 sites that the model does not have, such as 'layer\.attention'"):
         model_cost([replace(SITE, name="another")], PLAN)
 
 

@@ -106,8 +106,8 @@ def test_json_says_what_the_table_says(saved: Path, tmp_path: Path) -> None:
             f"{config['num_stages']} stages",
             "rejected": str(len(row["rejected"])),
         }
-        assert len(row["rejected"]) > 2 and {x["reason"] for x in row["rejected"]} == {"spills 12 bytes a thread"}
-    lines = (out / "kernels.md").read_text().count("| spills 12 bytes a thread |")
+        assert len(row["rejected"]) > 2 and {x["reason"] for x in row["rejected"]} == {"spills 12 bytes per thread"}
+    lines = (out / "kernels.md").read_text().count("| spills 12 bytes per thread |")
     assert lines == sum(len(row["rejected"]) for row in content["kernels"])
 
 
@@ -118,7 +118,7 @@ def test_the_terminal_shows_the_same_cells(saved: Path, tmp_path: Path, plan: La
     head, rows = cells(write_kernels(plan, tmp_path / "again", Options("a100-80", candidates=0)))
     for word in (*head, *(cell for row in rows for cell in row)):
         assert word in result.stdout, word
-    assert "spills 12 bytes a thread" in result.stdout
+    assert "spills 12 bytes per thread" in result.stdout
     assert "2 files and kernels.md written to" in result.stdout
 
 
@@ -207,7 +207,7 @@ def test_a_plan_without_latents_has_no_kernels(plan: LatentPlan, tmp_path: Path)
     (only,) = (site for site in plan.sites if site.site.mask == "sliding")
     sliding = dataclasses.replace(plan, sites=(only,))
     result = call(sliding.save(tmp_path / "sliding"), "--device", "cpu", "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "none of the plan's 1 sites keeps latents" in result.stderr
+    assert result.exit_code == 2 and "none of its 1 sites caches latents" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_plan_without_latents_has_no_kernels(plan: LatentPlan, tmp_path: Path)
     [
         (["{plan}", "--device", "v100", "--out", "{tmp}/out"], "expected one of h100, h200, a100-80, a10, l4, 4090"),
         (["{tmp}/none", "--device", "h100", "--out", "{tmp}/out"], "is not a plan"),
-        (["{plan}", "--device", "cpu", "--out", "{tmp}/full"], "exists and holds other things"),
+        (["{plan}", "--device", "cpu", "--out", "{tmp}/full"], "exists and is not a plan"),
         (["{plan}", "--device", "cpu", "--out", "{tmp}/file/below"], "Choose another folder"),
     ],
 )

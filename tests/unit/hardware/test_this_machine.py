@@ -77,7 +77,7 @@ def test_a_compiler_that_fails_counts_as_missing(monkeypatch: pytest.MonkeyPatch
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     COMPILER._identity.cache_clear()
-    assert "refused a generated file: error: no headers" in examine().compiler_fault
+    assert "failed to compile a generated file: error: no headers" in examine().compiler_fault
 
 
 def test_a_complete_machine_has_only_good_news() -> None:
@@ -87,8 +87,8 @@ def test_a_complete_machine_has_only_good_news() -> None:
 @pytest.mark.parametrize(
     ("change", "state", "words", "cure"),
     [
-        ({"compiler_fault": "No C++ compiler."}, SLOW, "No C++ compiler. Decoding on the CPU", "Install g++"),
-        ({"kernels": "NEON: products of 4 floats"}, SLOW, "convert quantized values to floats", ""),
+        ({"compiler_fault": "No C++ compiler."}, SLOW, "No C++ compiler. CPU decoding", "Install g++"),
+        ({"kernels": "NEON: 4-lane float dot products"}, SLOW, "convert quantized values to floats", ""),
         ({"gpu_fault": "the driver is too old"}, MISSING, "the driver is too old", "pytorch.org"),
         ({"gpus": (replace(GPU, triton_fault="no cc"),)}, SLOW, "(no cc)", "Install the triton"),
         ({"free_gb": 0.5}, SLOW, "Only 0.5 GB", "--dtype bfloat16"),

@@ -43,7 +43,7 @@ def test_sink_logits_take_weight_and_add_no_value() -> None:
 
 
 def test_options_that_attention_on_latents_lacks_are_refused() -> None:
-    with pytest.raises(FhoptError, match="attention on latents has no output_attentions"):
+    with pytest.raises(FhoptError, match="attention on latents does not support output_attentions"):
         latent_attention_forward(MODULE, *tensors(1), None, output_attentions=True)
 
 

@@ -171,7 +171,7 @@ def test_unknown_formats_and_partial_blocks_are_refused() -> None:
         BlockedWeight(values, 7, 256),
         BlockedWeight(values.to("meta"), 12, 256),
     ):
-        with pytest.raises(ValueError, match="whole blocks, the CPU"):
+        with pytest.raises(ValueError, match="whole blocks, and the CPU"):
             BlockWeight(blocks, torch.float32)
 
 
@@ -179,7 +179,7 @@ def test_unknown_formats_and_partial_blocks_are_refused() -> None:
     "values", [torch.zeros(4, 143, dtype=torch.uint8), torch.zeros(4, 144), torch.zeros(144, dtype=torch.uint8)]
 )
 def test_other_bytes_are_refused(values: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"expected torch.uint8 \[N, 144\]"):
+    with pytest.raises(ValueError, match=r"expected contiguous torch.uint8 \[N, 144\]"):
         BlockWeight(BlockedWeight(values, 12, 256), torch.float32)
 
 

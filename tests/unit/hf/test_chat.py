@@ -94,11 +94,11 @@ def test_a_turn_without_room_changes_nothing() -> None:
 
 
 def test_a_model_without_a_template_names_an_alternative() -> None:
-    with pytest.raises(FhoptError, match=r"has no chat template; .*fhopt generate model --raw"):
+    with pytest.raises(FhoptError, match=r"has no chat template, .*fhopt generate model --raw"):
         chat(tiny_llama(), None).ask("hello", print)
 
 
 def test_a_template_that_refuses_is_named() -> None:
     refusing = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(FhoptError, match=r"refuses this conversation \(System role not supported\).*--system"):
+    with pytest.raises(FhoptError, match=r"rejects this conversation \(System role not supported\).*--system"):
         chat(tiny_llama(), refusing).ask("hello", print)

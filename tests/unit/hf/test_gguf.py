@@ -138,7 +138,7 @@ def test_errors_name_the_problem(tmp_path: Path, saved: Callable[..., Path], mon
         fhopt.load_gguf(broken)
     path = saved(ALL)
     monkeypatch.setattr(gguf_loader, "_READER", "transformers.there_is_no_such_module")
-    with pytest.raises(FhoptError, match="does not say which weights"):
+    with pytest.raises(FhoptError, match=r"has no mapping of .* to the weights"):
         fhopt.load_gguf(path)
 
 
@@ -160,7 +160,7 @@ def test_the_program_of_a_format_is_only_for_that_format(saved: Callable[..., Pa
     place = weight_places(
         first.self_attn.q_proj, {0: Weight(held, "weight", held["weight"], blocks.values.data_ptr(), blocks)}
     )
-    with pytest.raises(UnsupportedError, match="kept in another way"):
+    with pytest.raises(UnsupportedError, match="stored differently"):
         weights_at(second.self_attn.q_proj, place)
 
 

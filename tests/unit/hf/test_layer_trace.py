@@ -89,12 +89,12 @@ def test_layers_with_the_same_operations_have_equal_traces() -> None:
 @pytest.mark.parametrize(
     ("oddity", "reason"),
     [
-        ("stranger", "no argument of the layer and no weight"),
+        ("stranger", "neither an argument nor a weight of the layer"),
         ("layers", "asks the cache for layers"),
         ("twice", "two writes"),
         ("no attention", "without attention"),
         ("other keys", "other keys than the cache returned"),
-        ("two results", "more than a tensor"),
+        ("two results", "more than one tensor"),
     ],
 )
 def test_obstacles_to_a_program_are_named(oddity: str, reason: str) -> None:
@@ -105,7 +105,7 @@ def test_obstacles_to_a_program_are_named(oddity: str, reason: str) -> None:
 def test_a_layer_that_fails_with_a_mock_cache_is_reported() -> None:
     register_attention()
     layer = _Layer()
-    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"fails beside the cache \(RuntimeError"):
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"its dry run fails \(RuntimeError"):
         rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, 0)
 
 

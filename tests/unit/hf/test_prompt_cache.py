@@ -214,7 +214,7 @@ def test_invalid_saves_are_refused_and_leave_no_file(llama: FittedModel, tmp_pat
         fhopt.save_cache(model, DynamicCache(), path)
     fhopt.apply(model, llama.plan(4))
     for cache in (latent_cache(model), DynamicCache(config=model.config)):
-        with pytest.raises(FhoptError, match="holds no latents"):
+        with pytest.raises(FhoptError, match="has no latents"):
             fhopt.save_cache(model, cache, path)
     cache = filled(model, token_ids(1, 40))
     with pytest.raises(FhoptError, match="cannot write"):

@@ -38,7 +38,7 @@ def shown(what: object, width: int) -> str:
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_machine_fits_a_terminal_with_every_fix(width: int) -> None:
     text = shown(machine_report(MACHINE, findings(MACHINE)), width)
-    assert "none that works" in text and "192; 1 thread used" in text and "12.3 MB, writable" in text
+    assert "none works" in text and "192; 1 thread used" in text and "12.3 MB, writable" in text
     assert "Install g++ (or clang++) with its headers." in text and "pip install 'fhopt[hf]'" in text
     assert "NVIDIA H100 80GB HBM3 (sm_90), 84.1 of 85.0 GB free, with Triton kernels" in text
     assert "transformers None" not in text
@@ -50,7 +50,7 @@ def test_a_model_on_two_devices_fits_a_terminal(width: int) -> None:
     made = site_prospects("model", SITES, places, 8_000_000_000, LAYERS, positions=131_072, missed=1)
     text = shown(prospects_report(made), width)
     assert "16.0 GB, 2 bytes each" in text and "2; 1 not rewritten, see fhopt explain" in text
-    assert "1 layer: only the newest 512 tokens are kept (sliding window)" in text
+    assert "1 layer: caches only the newest 512 tokens (sliding window)" in text
     assert "context that fits, h100" in text and "pays on CPU" in text
     assert "faster at 32,768 tokens" in text
 

@@ -67,16 +67,16 @@ def test_sites_of_one_shape_are_computed_once_and_those_of_two_separately(llama:
 def test_a_plan_of_another_model_is_refused(llama: FittedModel, gpt2: FittedModel) -> None:
     loaded = sample_reports.loaded(llama)
     plan = gpt2.plan(4).with_provenance(fingerprint="another")
-    with pytest.raises(FhoptError, match="another model"):
+    with pytest.raises(FhoptError, match="not fitted to"):
         site_facts(loaded, find_sites(loaded), plan)
 
 
 def test_a_site_is_found_by_its_name_in_full_or_as_tables_shorten_it(llama: FittedModel) -> None:
     found = site_facts(sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), devices=("h100",))
     assert found.site("1") is found.site(found.sites[1].site.name) is found.sites[1]
-    with pytest.raises(FhoptError, match=r"no site named '7'; found 2, the first is 'model\.layers\.0"):
+    with pytest.raises(FhoptError, match=r"site '7' does not exist; found 2 sites, the first is 'model\.layers\.0"):
         found.site("7")
-    with pytest.raises(FhoptError, match=r"found 0\. fhopt inspect"):
+    with pytest.raises(FhoptError, match=r"found 0 sites\. List them with: fhopt inspect"):
         replace(found, sites=()).site("1")
 
 

@@ -53,7 +53,7 @@ def test_one_file_is_written_for_each_stage(snapshots: tuple[Snapshots, LatentPl
 
 def test_unsupported_graph_files_are_refused(snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path) -> None:
     taken, _ = snapshots
-    with pytest.raises(FhoptError, match="expected all or one of input, decompose"):
+    with pytest.raises(FhoptError, match="expected all, or one of input, decompose"):
         taken.after("dream")
     with pytest.raises(FhoptError, match="not a graph file"):
         check_graph(tmp_path / "graph.png")

@@ -149,7 +149,7 @@ def test_the_command_writes_one_file_and_its_json_is_that_of_the_page(tmp_path: 
 
 def test_an_unwritable_path_is_refused(tiny: HtmlReport, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FhoptError, match="that you may write to"):
+    with pytest.raises(FhoptError, match="Choose a writable location"):
         html_report.write(tiny, tmp_path / "file" / "report.html")
 
 

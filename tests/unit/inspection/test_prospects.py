@@ -48,7 +48,7 @@ def test_weights_that_do_not_fit_leave_room_for_no_token() -> None:
 def test_layers_with_a_short_window_stay_exact_and_lower_the_ratio_of_the_whole_model() -> None:
     layers = [*FULL[:2], *(replace(one, window=16, mask="sliding") for one in FULL[2:])]
     found = site_prospects("m", SITES, [PLACE], layers=layers)
-    assert found.kept_exact == (KeptExact(2, "only the newest 16 tokens are kept (sliding window)"),)
+    assert found.kept_exact == (KeptExact(2, "caches only the newest 16 tokens (sliding window)"),)
     assert 3.9 < found.caches[1].ratio < 4
     alone = site_prospects("m", [replace(s, mask="sliding", window=16) for s in SITES], [PLACE])
     assert alone.caches[2].ratio == 1 and alone.caches[2].pays[0].verdict == "never"
@@ -65,8 +65,8 @@ def test_layers_with_a_longer_window_are_compressed() -> None:
     [
         (CacheLayer("layers.0", is_full=False, state_bytes=64), "linear attention"),
         (CacheLayer("layers.0", is_full=False), "no tokens"),
-        (CacheLayer("layers.0", is_full=False, numbers=3), "a form of its own"),
-        (CacheLayer("other.0", numbers=3), "no attention was recognized"),
+        (CacheLayer("layers.0", is_full=False, numbers=3), "its own kind of KV cache"),
+        (CacheLayer("other.0", numbers=3), "no attention found"),
     ],
 )
 def test_what_stays_exact_has_its_reason(layer: CacheLayer, reason: str) -> None:

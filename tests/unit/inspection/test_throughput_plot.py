@@ -32,5 +32,5 @@ def test_a_line_is_drawn_for_each_cache_and_batch(
 
 
 def test_an_unknown_image_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match=r"expected a file that ends in \.png"):
+    with pytest.raises(FhoptError, match=r"expected one that ends in \.png"):
         plot_throughput(result(1), tmp_path / "plot.txt")

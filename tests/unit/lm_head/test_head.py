@@ -52,7 +52,7 @@ def damage(folder: Path, change: Any, signed: bool) -> None:
     [
         (lambda t, c: t.pop("codes"), "is damaged"),
         (lambda t, c: t.update(codes=t["codes"][:, :-1].contiguous()), "codes is torch.uint8"),
-        (lambda t, c: t.update(codes=torch.zeros_like(t["codes"])), "do not hold every row once"),
+        (lambda t, c: t.update(codes=torch.zeros_like(t["codes"])), "do not contain each row exactly once"),
         (lambda t, c: t["codes"][:, -256:-64].fill_(255), "not finite"),
         (lambda t, c: t["transform"].fill_(math.nan), "not finite"),
         (lambda t, c: t.update(radii=t["radii"].double()), "radii is torch.float64"),
@@ -72,7 +72,7 @@ def test_a_damaged_head_is_refused(change: Any, why: str, tmp_path: Path) -> Non
 def test_a_head_with_a_changed_value_is_refused(tmp_path: Path) -> None:
     folder = made(weights("random", 97, 24), skewed(50, 24)).save(tmp_path / "head")
     damage(folder, lambda t, c: t["centroids"][0, 0].add_(1), signed=False)
-    with pytest.raises(FhoptError, match=r"its content is not what was written.*Make the head again"):
+    with pytest.raises(FhoptError, match=r"its digest does not match its content.*Fit the head again"):
         Head.load(folder)
 
 

@@ -20,7 +20,7 @@ pytestmark = needs_compiler
 def test_a_head_of_other_weights_is_refused() -> None:
     model, other = tiny_llama(), tiny_llama(vocab_size=98)
     _, head = applied(model)
-    with pytest.raises(FhoptError, match=r"made for another lm_head\.weight"):
+    with pytest.raises(FhoptError, match=r"fitted for another lm_head\.weight"):
         apply_head(other, head)
     with pytest.raises(FhoptError, match=r"parameter lm_head\.weight, which Linear does not have"):
         apply_head(nn.Linear(2, 2), head)
@@ -41,5 +41,5 @@ def test_a_bias_added_after_the_layer_is_refused_with_a_fix() -> None:
     model = Behind()
     site = find_head(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.output.weight.detach(), model.shift.detach())
-    with pytest.raises(FhoptError, match=r"shift is added to the output of output.*Expected it as the bias"):
+    with pytest.raises(FhoptError, match=r"shift is added to the output of output.*expected it as the bias"):
         apply_head(model, head)

@@ -12,7 +12,7 @@ from fhopt.lm_head.options import HeadOptions
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (HeadOptions(bits="3"), "bits '3' is not possible"),
+        (HeadOptions(bits="3"), "bits '3' is invalid"),
         (HeadOptions(clusters=0), "clusters is 0"),
         (HeadOptions(sequences=0), "sequences is 0"),
     ],

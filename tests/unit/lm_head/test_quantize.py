@@ -165,7 +165,7 @@ def test_weights_that_cannot_be_quantized_are_refused() -> None:
     weight[3, 3] = math.nan
     with pytest.raises(FhoptError, match="not finite"):
         made(weight)
-    with pytest.raises(FhoptError, match="bits '5' is not possible"):
+    with pytest.raises(FhoptError, match="bits '5' is invalid"):
         made(weights("random", 30, 8), bits="5")
     with pytest.raises(FhoptError, match="clusters is 0"):
         made(weights("random", 30, 8), clusters=0)

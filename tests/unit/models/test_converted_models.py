@@ -104,7 +104,7 @@ def test_without_a_limit_nothing_is_stored_and_a_model_that_is_too_large_is_repo
         load_model(str(file))
     assert not converted_models.converted_models()
     monkeypatch.setenv("FHOPT_MODELS_GB", "1e-6")
-    with pytest.warns(RuntimeWarning, match="could not be kept .*the limit FHOPT_MODELS_GB"):
+    with pytest.warns(RuntimeWarning, match="could not be stored .*FHOPT_MODELS_GB allows"):
         load_model(str(file))
     assert not converted_models.converted_models()
     monkeypatch.setenv("FHOPT_MODELS_GB", "many")
@@ -117,6 +117,6 @@ def test_a_folder_that_others_may_write_to_is_not_used(
 ) -> None:
     load_model(str(file))
     (tmp_path / "cache" / "models").chmod(0o777)
-    with pytest.warns(RuntimeWarning, match="could not be kept .*others may write to it"):
+    with pytest.warns(RuntimeWarning, match="could not be stored .*others may write to it"):
         load_model(str(file))
     assert len(conversions) == 2

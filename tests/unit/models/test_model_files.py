@@ -105,7 +105,7 @@ def test_a_pickle_of_tensors_is_weights(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "a.bin")
     check_pickled_tensors(tmp_path / "a.bin")
     (tmp_path / "b.bin").write_text("text")
-    with pytest.raises(FhoptError, match="is not a file of weights"):
+    with pytest.raises(FhoptError, match="is not a weights file"):
         check_pickled_tensors(tmp_path / "b.bin")
 
 
@@ -128,7 +128,7 @@ def test_a_program_with_pickled_objects_is_refused_and_nothing_is_run(tmp_path: 
         ("{tmp}/b.pt2", "could not be read as an exported program"),
         ("{tmp}/text", "it is a file of another kind"),
         ("no_such_package.at_all:f", "No module named 'no_such_package'"),
-        (":f", "is no name"),
+        (":f", "is not a module name"),
     ],
 )
 def test_other_files_are_refused(name: str, reason: str, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_models_other_than_language_models_are_refused(name: str, message: str, 
 
 def test_a_folder_of_an_encoder_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"architectures": ["BertModel"]}, tokenizer={})
-    with pytest.raises(FhoptError, match="is a BertModel, which writes no text"):
+    with pytest.raises(FhoptError, match="is a BertModel, which does not generate text"):
         check_text_model(str(tmp_path))
 
 

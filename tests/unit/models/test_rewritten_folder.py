@@ -186,16 +186,16 @@ HARM: dict[Callable[[Path], None], str] = {
     index_outside: "other.safetensors",
     manifest_outside: "not a file of this folder",
     absolute_manifest: "not a file of this folder",
-    code_of_its_own: "never run",
+    code_of_its_own: "fhopt never runs",
     class_of_another_kind: "Trainer",
     adapter: "adapter_config",
-    other_weights: "weights are not those|fitted to another model",
+    other_weights: "weights are not those|was not fitted to",
     weights_not_numbers: "non-finite",
     a_tensor_less: "missing keys|weights are not those",
-    cut_short: "bytes, expected",
+    cut_short: "bytes; expected",
     one_bit: "SHA-256",
     other_plan: "not the one",
-    fingerprint: "fitted to another model",
+    fingerprint: "was not fitted to",
     steps: "key.0.2 is nan",
     text_for_a_number: "site.scale is",
     many_layers: "has num_hidden_layers 1e\\+09; expected at most",
@@ -239,7 +239,7 @@ def test_pickles_and_code_next_to_the_model_are_never_loaded(name: str, forged: 
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match="not a rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten folder"):
         fhopt.load(tmp_path)
-    with pytest.raises(FhoptError, match="not a rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten folder"):
         fhopt.load(tmp_path / "absent")

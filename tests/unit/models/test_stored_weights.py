@@ -48,7 +48,7 @@ def test_weights_in_several_files_and_another_dtype_pass(plan: LatentPlan, llama
 
 def test_other_weights_are_refused(plan: LatentPlan, llama: FittedModel, tmp_path: Path) -> None:
     llama.model.save_pretrained(tmp_path)
-    with pytest.raises(FhoptError, match="fitted to another model"):
+    with pytest.raises(FhoptError, match="plan was not fitted to"):
         check_stored(plan, altered(tmp_path))
 
 

@@ -108,5 +108,5 @@ def test_the_gradient_passes_unchanged() -> None:
 def test_a_gpu_refuses_in_one_sentence() -> None:
     from fhopt.codegen.gpu.packing import device_table
 
-    with pytest.raises(FhoptError, match=r"reads no trellis codes.*--code uniform"):
+    with pytest.raises(FhoptError, match=r"not support trellis codes.*--code uniform"):
         device_table((2,), (32,), (-0.025,), torch.device("cpu"))

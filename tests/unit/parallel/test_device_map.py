@@ -20,7 +20,7 @@ def test_processes_of_a_machine_share_its_gpus_and_its_memory() -> None:
     shares = [device_map.share_memory(memory, rank, 3) for rank in range(3)]
     assert sorted(d for s in shares for d in s if isinstance(d, int)) == [0, 1, 2, 3]
     assert device_map.share_memory({"cpu": 100}, 0, 4) == {"cpu": 25}
-    with pytest.raises(FhoptError, match=r"8 processes for 4 GPUs.*--nproc-per-node"):
+    with pytest.raises(FhoptError, match=r"8 processes exceed 4 GPUs.*--nproc-per-node"):
         device_map.share_memory(memory, 0, 8)
 
 

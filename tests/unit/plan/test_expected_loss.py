@@ -14,7 +14,7 @@ def test_a_plan_of_an_older_version_prints_its_available_data(llama: FittedModel
     plan = llama.plan(4)
     loss = expected_loss(plan)
     assert loss is not None and loss.interval is None and loss.nats == plan.provenance["predicted_nats"]
-    assert loss.words.endswith("nats per token (not checked on held-out text)")
+    assert loss.words.endswith("nats/token (not checked on held-out text)")
     assert expected_loss(replace(plan, provenance={})) is None
 
 
@@ -22,7 +22,7 @@ def test_a_checked_plan_prints_an_interval(llama: FittedModel) -> None:
     known = {"nats": 8.7e-4, "least": 2.9e-4, "most": 2.6e-3}
     loss = expected_loss(llama.plan(4).with_provenance(**{EXPECTED: known}))
     assert loss is not None and loss.interval == (2.9e-4, 2.6e-3)
-    assert loss.words == "0.00087 nats per token (0.00029 to 0.0026 on texts of other kinds)"
+    assert loss.words == "0.00087 nats/token (0.00029 to 0.0026 on text from other domains)"
 
 
 @pytest.mark.parametrize(("sequences", "warns"), [(1, True), (2, True), (3, False)])

@@ -19,7 +19,7 @@ def test_a_plan_recognizes_its_model_in_any_dtype_and_refuses_another(llama: Fit
     other = tiny_llama()
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
-    with pytest.raises(FhoptError, match=r"another model than another \(to tiny; fingerprint"):
+    with pytest.raises(FhoptError, match=r"not fitted to another, but to tiny \(fingerprint"):
         fingerprint.check_fingerprint(plan.with_provenance(model="tiny"), dict(other.named_parameters()), "another")
 
 

@@ -42,7 +42,7 @@ def _single(side: SidePlan) -> SidePlan:
 
 def test_a_folder_with_other_files_is_not_overwritten(llama: FittedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FhoptError, match="holds other things"):
+    with pytest.raises(FhoptError, match="is not a plan"):
         llama.plan(4).save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -92,18 +92,18 @@ def test_invalid_bit_groups_are_refused(tier: BitGroup) -> None:
     [
         (PagePlan(3, (0.5,), (1.0,)), "expected a divisor of the plan's block, 8"),
         (PagePlan(0, (0.5,), (1.0,)), "expected a divisor of the plan's block, 8"),
-        (PagePlan(4, (0.5, 0.5), (1.0,)), "pages for 2 and 1 sites, the plan has 1"),
+        (PagePlan(4, (0.5, 0.5), (1.0,)), "pages have 2 shares and 1 masses; expected 1"),
         (PagePlan(4, (0.0,), (1.0,)), "above 0 and at most 1"),
         (PagePlan(4, (0.5,), (1.5,)), "above 0 and at most 1"),
         (PagePlan(4, (0.5,), (1.0,), limit=math.nan), "above 0 and at most 1"),
-        (PagePlan(4, (0.5,), (1.0,), least=-1), "least from 0 on"),
-        (PagePlan(4, (0.5,), (1.0,), fill=((0.5,),)), r"filled for \[1\] heads"),
-        (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, -0.5, 0.0),)), "expected numbers from 0 on"),
-        (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, math.nan, 0.0),)), "expected numbers from 0 on"),
-        (PagePlan(4, (0.5,), (1.0,), limit=0.5, fill=((0.5,) * 4,)), "expected one of both"),
-        (PagePlan(4, (0.5,), (1.0,), lifts=(1.0, 1.0)), "expected numbers from 0 on for 1 sites"),
-        (PagePlan(4, (0.5,), (1.0,), lifts=(-1.0,)), "expected numbers from 0 on for 1 sites"),
-        (PagePlan(4, (0.5,), (1.0,), lifts=(math.inf,)), "expected numbers from 0 on for 1 sites"),
+        (PagePlan(4, (0.5,), (1.0,), least=-1), "least of at least 0"),
+        (PagePlan(4, (0.5,), (1.0,), fill=((0.5,),)), r"entries for \[1\] heads"),
+        (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, -0.5, 0.0),)), "expected numbers of at least 0"),
+        (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, math.nan, 0.0),)), "expected numbers of at least 0"),
+        (PagePlan(4, (0.5,), (1.0,), limit=0.5, fill=((0.5,) * 4,)), "are mutually exclusive"),
+        (PagePlan(4, (0.5,), (1.0,), lifts=(1.0, 1.0)), "expected 1 numbers of at least 0"),
+        (PagePlan(4, (0.5,), (1.0,), lifts=(-1.0,)), "expected 1 numbers of at least 0"),
+        (PagePlan(4, (0.5,), (1.0,), lifts=(math.inf,)), "expected 1 numbers of at least 0"),
         (PagePlan(4, (0.5,), (1.0,)), "no sketches to select pages by"),
     ],
 )
@@ -117,9 +117,9 @@ def test_invalid_pages_are_refused(pages_of_plan: PagePlan, reason: str) -> None
     [
         ({"channels": torch.zeros(1, 8, dtype=torch.int64)}, "sketches have shapes"),
         ({"channels": torch.zeros(2, 8)}, "sketches have shapes"),
-        ({"channels": torch.full((2, 8), 16)}, "beyond the 16 that there are"),
-        ({"mean": torch.full((2, 16), math.inf)}, "no positive numbers"),
-        ({"deviation": torch.zeros(2, 16)}, "no positive numbers"),
+        ({"channels": torch.full((2, 8), 16)}, "beyond the latent's 16"),
+        ({"mean": torch.full((2, 16), math.inf)}, "invalid means or deviations"),
+        ({"deviation": torch.zeros(2, 16)}, "invalid means or deviations"),
         ({"tiers": (BitGroup(3, 8, 1.0),)}, "bits of"),
         ({"tiers": (BitGroup(2, 8, 0.0),)}, "bits of"),
         ({"tiers": (BitGroup(2, 8, 1.0), BitGroup(2, 8, 1.0))}, "sketches have shapes"),
@@ -143,17 +143,20 @@ def test_cross_attention_cannot_select_pages() -> None:
     ("change", "reason"),
     [
         (lambda plan: replace(plan, sites=(replace(plan.sites[0], segment=100),)), "expected a multiple of 64"),
-        (lambda plan: replace(plan, sites=(replace(plan.sites[0], site=SITE),)), "only quantized keys that turn"),
+        (
+            lambda plan: replace(plan, sites=(replace(plan.sites[0], site=SITE),)),
+            "segments require quantized keys with RoPE",
+        ),
         (
             lambda plan: replace(
                 plan, sites=(replace(plan.sites[0], site=replace(plan.sites[0].site, mask="sliding", window=64)),)
             ),
-            "only quantized keys that turn",
+            "segments require quantized keys with RoPE",
         ),
-        (lambda plan: in_segments(random_plan("head")), "only quantized keys that turn"),
-        (lambda plan: replace(plan, pages=PagePlan(4, (0.5,), (1.0,))), "no page selection"),
-        (lambda plan: plan.check_no_means("an exported step"), "does not turn queries"),
-        (lambda plan: SlidingLatentLayer(plan, plan.sites[0], 64), "not relative to segments"),
+        (lambda plan: in_segments(random_plan("head")), "segments require quantized keys with RoPE"),
+        (lambda plan: replace(plan, pages=PagePlan(4, (0.5,), (1.0,))), "page selection does not support segments"),
+        (lambda plan: plan.check_no_means("an exported step"), "does not support segments"),
+        (lambda plan: SlidingLatentLayer(plan, plan.sites[0], 64), "expected none in sliding-window attention"),
     ],
 )
 def test_invalid_segments_are_refused(change: Callable[[LatentPlan], Any], reason: str) -> None:

@@ -32,7 +32,7 @@ def test_blocks_are_quantized_once_they_are_older_than_the_recent_tokens(window:
 
 @pytest.mark.parametrize("numbers", [(-1, 8, 8), (4, 0, 8), (4, 8, 0), (4, 8, 8, 4)])
 def test_invalid_numbers_are_refused(numbers: tuple[int, ...]) -> None:
-    with pytest.raises(FhoptError, match=r"sinks=.*, window_bits=.*: expected sinks of at least 0"):
+    with pytest.raises(FhoptError, match=r"sinks=.*, window_bits=.* is invalid; expected sinks of at least 0"):
         ResidualWindow(*numbers)
 
 

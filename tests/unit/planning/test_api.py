@@ -70,7 +70,7 @@ def test_statistics_give_plans_without_a_model(folder: Path, loaded: LoadedModel
         fhopt.fit(loaded.module, loaded.tokenizer, ratio=8, **SMALL),
     ]
     assert plans[0].digest() == plans[1].digest()
-    with pytest.raises(FhoptError, match="--sinks belongs to the calibration"):
+    with pytest.raises(FhoptError, match="--sinks and --statistics are mutually exclusive"):
         fhopt.fit(None, statistics=tmp_path / "s.stats", sinks=4)
 
 
@@ -92,9 +92,9 @@ def test_a_maximum_loss_and_pages_are_accepted(loaded: LoadedModel, monkeypatch:
     ("values", "message"),
     [
         (dict(), "neither a tokenizer nor batches"),
-        (dict(batches=[], max_loss=0.1), "measured on text"),
+        (dict(batches=[], max_loss=0.1), "require text"),
         (dict(batches=[]), "there are no batches"),
-        (dict(batches=[], ratioo=4), "ratioo: no such option"),
+        (dict(batches=[], ratioo=4), "fit has no option ratioo"),
     ],
 )
 def test_missing_arguments_are_named(values: dict[str, Any], message: str) -> None:

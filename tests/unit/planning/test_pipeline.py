@@ -92,7 +92,7 @@ def test_recorded_calls_are_fitted_without_a_tokenizer(loaded: LoadedModel) -> N
 
 def test_a_loss_target_needs_a_language_model() -> None:
     source = pipeline.batches_source(torch.nn.Linear(2, 2), [])
-    with pytest.raises(FhoptError, match="measured on text"):
+    with pytest.raises(FhoptError, match="require text"):
         pipeline.fit_plan(source, PlanRequest(FitOptions(), gate=Gate(0.01)))
 
 

@@ -116,7 +116,7 @@ def test_an_interrupted_healing_resumes_and_gives_the_same_plan(
 def test_a_checkpoint_of_another_healing_is_refused(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
     options = interrupted(model, plan, tmp_path)
     for other in (replace(options, tokens=8 * CONTEXT), replace(options, texts=("source",))):
-        with pytest.raises(FhoptError, match=r"state is of another healing .* Remove it"):
+        with pytest.raises(FhoptError, match=r"state belongs to another healing .* Remove it"):
             heal(model, plan, other)
     with pytest.raises(FhoptError, match="of another healing"):
         heal(model, replace(plan, recent=9), options)
@@ -142,13 +142,13 @@ def test_a_damaged_checkpoint_is_refused(
     [
         (dict(tokens=3 * CONTEXT), "tokens make 3 sequences of 64; expected at least 4"),
         (dict(tokens=-1), "tokens make 0 sequences"),
-        (dict(context=1), "expected sequences of at least 2 tokens"),
-        (dict(held_out=0), "one to measure on"),
-        (dict(ridge=0.0), "a ridge of 0 is not possible"),
-        (dict(ridge=float("nan")), "a ridge of nan is not possible"),
-        (dict(ridge=math.inf), "a ridge of inf is not possible"),
-        (dict(context=12), "has none beyond sinks and recent tokens of the plan; expected more than 12"),
-        (dict(context=1024), "the model has 512 positions"),
+        (dict(context=1), "expected a context of at least 2"),
+        (dict(held_out=0), "held_out of at least 1"),
+        (dict(ridge=0.0), "ridge 0 is invalid"),
+        (dict(ridge=float("nan")), "ridge nan is invalid"),
+        (dict(ridge=math.inf), "ridge inf is invalid"),
+        (dict(context=12), "is covered by the plan's sinks and residual window; expected more than 12"),
+        (dict(context=1024), "expected at most 512, the model's limit"),
         (dict(tokens=10**7), "expected at least"),  # more than the text has
         (dict(texts=("absent.txt",)), "cannot read absent.txt"),
     ],
@@ -164,14 +164,14 @@ def test_options_that_cannot_work_are_refused(
 def test_a_plan_without_loss_is_refused(model: LoadedModel) -> None:
     _, outcome = found(model.language_model())
     plan = fit_plan.exact_plan(outcome.sites.values(), recent=8)
-    with pytest.raises(FhoptError, match="there is nothing to heal: every site of the plan is exact"):
+    with pytest.raises(FhoptError, match="there is nothing to heal: every site of the plan is unquantized"):
         heal(model, plan, OPTIONS)
 
 
 def test_a_plan_of_another_model_is_refused(model: LoadedModel, plan: LatentPlan) -> None:
     weights = dict(loaded(tiny_llama(num_key_value_heads=4)).language_model().named_parameters())
     other = fingerprint.fingerprint(weights, [s.site for s in plan.sites])
-    with pytest.raises(FhoptError, match="fitted to another model than tiny"):
+    with pytest.raises(FhoptError, match="the plan was not fitted to tiny"):
         heal(model, plan.with_provenance(fingerprint=other), OPTIONS)
 
 
@@ -179,7 +179,7 @@ def test_a_loss_that_does_not_fall_is_refused(
     model: LoadedModel, plan: LatentPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fhopt.refine.heal.solved", lambda plan, *_: plan)
-    with pytest.raises(FhoptError, match=r"healing moved the loss from .* raise the ridge"):
+    with pytest.raises(FhoptError, match=r"healing changed the held-out KL from .* raise --ridge"):
         heal(model, plan, OPTIONS)
 
 

@@ -13,18 +13,18 @@ from fhopt.refine.options import Gate, HealOptions, read_loss
 
 def test_losses_are_shares() -> None:
     assert read_loss("1%") == 0.01
-    with pytest.raises(FhoptError, match="'low' is not a share"):
+    with pytest.raises(FhoptError, match="max_loss 'low' is invalid"):
         read_loss("low")
-    with pytest.raises(FhoptError, match="is not possible"):
+    with pytest.raises(FhoptError, match="is invalid"):
         Gate(math.nan).check()
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (HealOptions(context=1), "expected sequences of at least 2 tokens"),
+        (HealOptions(context=1), "expected a context of at least 2"),
         (HealOptions(tokens=1), "make 0 sequences"),
-        (HealOptions(ridge=math.inf), "expected a finite share"),
+        (HealOptions(ridge=math.inf), "expected a finite number"),
     ],
 )
 def test_an_invalid_healing_is_refused(options: HealOptions, reason: str) -> None:

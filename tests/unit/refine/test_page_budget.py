@@ -68,5 +68,5 @@ def test_unmeasured_sites_read_everything_and_leave_less_for_others() -> None:
     a, b = [s.site.name for s in plan.sites]
     curves = {a: falling(1.0, 0.1, torch.Generator().manual_seed(0)), b: Curves()}
     assert allocate_lifts(curves, plan.sites, 0.9)[b] == ALL
-    with pytest.raises(FhoptError, match="sites read at least"):
+    with pytest.raises(FhoptError, match="is too small; expected at least"):
         allocate_lifts(curves, plan.sites, 0.25)

@@ -55,7 +55,7 @@ def test_sequences_are_as_long_as_the_model_and_the_texts_allow(lettered: Any) -
         with pytest.raises(FhoptError, match="tokens"):
             for_model(loaded, PagingOptions(sequences=10_000), 16, exact)
     short = LoadedModel("short", tiny_llama(max_position_embeddings=needed - 1), lettered)
-    with pytest.raises(FhoptError, match=f"short has {needed - 1} positions; expected {needed} or more"):
+    with pytest.raises(FhoptError, match=f"short has {needed - 1} positions; expected at least {needed}"):
         for_model(short, PagingOptions(), 16, exact)
 
 

@@ -35,7 +35,7 @@ def layer_of(plan: LatentPlan, dtype: torch.dtype = torch.float32) -> LayerCache
     ("device", "dtype", "has_triton", "reason"),
     [
         ("xpu", torch.float32, True, "there are no kernels for xpu"),
-        ("cuda", torch.float64, True, "no kernel reads torch.float64"),
+        ("cuda", torch.float64, True, "no kernel supports torch.float64"),
         ("cuda", torch.float32, False, "pip install 'triton"),
     ],
 )

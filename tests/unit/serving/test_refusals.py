@@ -47,7 +47,7 @@ def test_trellis_codes_are_served_on_cpus_only() -> None:
     ring = random_plan("head", (BitGroup(4, 16, -0.031),))
     refusals.check_engine(ring, config())
     refusals.check_engine(PLAN, config(device_type="cuda"))
-    with pytest.raises(FhoptError, match="vLLM on a GPU reads no trellis codes"):
+    with pytest.raises(FhoptError, match="vLLM on a GPU does not support trellis codes"):
         refusals.check_engine(ring, config(device_type="cuda"))
 
 
@@ -58,7 +58,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "speculative decoding by 'eagle' is not supported": {"method": "eagle"},
     "a KV connector is not supported": {"kv_transfer_config": object()},
     "--disable-hybrid-kv-cache-manager is not supported": {"disable_hybrid_kv_cache_manager": True},
-    "--tensor-parallel-size 3: layers.0 has 2 kv heads in 2 latents": {"tensor_parallel_size": 3},
+    "--tensor-parallel-size 3 does not fit layers.0, with 2 kv heads in 2 latent heads": {"tensor_parallel_size": 3},
 }
 
 
@@ -77,7 +77,7 @@ def test_the_maximum_sequence_length_is_that_of_rotated_queries() -> None:
 
 
 def test_one_latent_of_all_heads_is_not_split() -> None:
-    with pytest.raises(FhoptError, match=r"2 kv heads in 1 latents.*--layout head"):
+    with pytest.raises(FhoptError, match=r"2 kv heads in 1 latent heads.*--layout head"):
         refusals.check_engine(random_plan("input", CODED), config(tensor_parallel_size=2))
 
 
@@ -105,7 +105,7 @@ def with_site(**changes: Any) -> LatentPlan:
         ({"window": 64}, "a sliding window"),
         ({"softcap": 30.0}, "a softcap"),
         ({"sinks": True}, "sink logits"),
-        ({"mask": "none"}, "a mask of kind 'none'"),
+        ({"mask": "none"}, "a 'none' mask"),
         ({"kind": "cross"}, "cross attention"),
     ],
 )
@@ -116,7 +116,7 @@ def test_attention_of_other_kinds_is_refused(changes: dict[str, Any], what: str)
 
 def test_a_plan_must_have_all_layers() -> None:
     refusals.check_served_folder(folder(PLAN), SimpleNamespace(num_hidden_layers=1))
-    with pytest.raises(FhoptError, match="has 1 of 2 layers"):
+    with pytest.raises(FhoptError, match="covers 1 of 2 layers"):
         refusals.check_served_folder(folder(PLAN), SimpleNamespace(num_hidden_layers=2))
 
 

@@ -24,7 +24,7 @@ def test_versions_in_the_range_are_supported(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0", ""])
 def test_others_are_refused_with_a_fix(version: str) -> None:
-    with pytest.raises(FhoptError, match=r"serves plans in 0\.32 up to, but not, 0\.33.*pip install"):
+    with pytest.raises(FhoptError, match=r"expected at least 0\.32 and below 0\.33.*pip install"):
         versions.check_version(version)
 
 

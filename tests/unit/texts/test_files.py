@@ -59,7 +59,7 @@ def test_a_folder_named_like_a_built_in_text_must_be_given_as_a_path(
 @pytest.mark.parametrize("content", [b"\x7fELF\0\0", "text".encode("utf-16")], ids=["program", "UTF-16"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_binary_files_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match=rf"{name} is binary: it has NUL bytes; expected text in UTF-8.*iconv"):
+    with pytest.raises(FhoptError, match=rf"{name} is binary: it has NUL bytes; expected UTF-8 text.*iconv"):
         tokens.read_text(written(tmp_path / name, content))
 
 

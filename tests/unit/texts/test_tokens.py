@@ -54,5 +54,5 @@ def test_a_text_too_short_for_its_share_reports_its_tokens_and_a_fix(tmp_path: P
 
 
 def test_an_empty_list_of_texts_is_refused() -> None:
-    with pytest.raises(FhoptError, match="no text to read; expected at least one"):
+    with pytest.raises(FhoptError, match="no text was passed; expected at least one"):
         tokens.calibration_ids(words, [], count=4, length=4)

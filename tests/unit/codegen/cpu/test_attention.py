@@ -92,7 +92,7 @@ def test_without_a_compiler_the_reference_decodes_trellis_codes() -> None:
     case = TRELLIS_CASES["trellis codes beside others"]
     x = inputs(case)
     assert_same(without_compiler(case.spec())(*x, None, **case.options()), expected(case, x, None))
-    with pytest.raises(FhoptError, match="torch operations reads no trellis codes"):
+    with pytest.raises(FhoptError, match="torch operations does not support trellis codes"):
         build_torch(case.spec())
 
 

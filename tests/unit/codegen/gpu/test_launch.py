@@ -51,7 +51,7 @@ def test_a_kernel_that_spills_is_reported_once_with_a_fix(monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(even)  # rows as fitted for a GPU: another plan would not help
-    with pytest.warns(RuntimeWarning, match=r"keeps 32 bytes a thread in memory.* fhopt fit MODEL --device"):
+    with pytest.warns(RuntimeWarning, match=r"spills 32 bytes of registers per thread.* fhopt fit MODEL --device"):
         call(odd)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -62,7 +62,7 @@ def test_a_kernel_that_spills_is_reported_once_with_a_fix(monkeypatch: pytest.Mo
     ("change", "features", "message"),
     [
         pytest.param({"key": lambda x: x[..., :-1]}, {}, "key has shape", id="row"),
-        pytest.param({"key": lambda x: x.float()}, {}, "codes are torch.uint8", id="type"),
+        pytest.param({"key": lambda x: x.float()}, {}, "expected torch.uint8", id="type"),
         pytest.param({"value_scale": lambda x: None}, {}, "value_scale is none", id="scale"),
         pytest.param({"query": lambda x: x[..., :-1]}, {}, "build their kernel", id="query"),
         pytest.param({}, {"softcap": 3.0}, "build their kernel", id="softcap"),

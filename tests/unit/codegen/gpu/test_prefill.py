@@ -159,7 +159,7 @@ def test_heads_are_padded_to_matmul_sizes() -> None:
 
 
 def test_other_tiers_are_refused() -> None:
-    with pytest.raises(FhoptError, match="cannot become a kernel"):
+    with pytest.raises(FhoptError, match="have no kernel"):
         render_prefill(KernelSpec(((7, 16, 0.1),), (), 16, 16, "float32", False))
 
 
@@ -169,9 +169,9 @@ def test_other_tiers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({3: None}, "key_decode is none; codes need a decoder", id="no decoder"),
+        pytest.param({3: None}, "key_decode is missing; expected a decoder", id="no decoder"),
         pytest.param({6: torch.zeros(2, 16, 8)}, r"value_decode has shape \(2, 16, 8\).*\[G, D, 64\]", id="width"),
-        pytest.param({3: torch.zeros(3, 24, 64)}, "there are 3 heads of keys and 2 of values", id="heads"),
+        pytest.param({3: torch.zeros(3, 24, 64)}, "there are 3 key heads and 2 value heads", id="heads"),
         pytest.param({0: torch.zeros(2, 4, 5, 64)}, r"\[B, H, S, 24\].*not absorbed", id="query"),
         pytest.param({0: torch.zeros(2, 3, 5, 24)}, "H a multiple of 2", id="query heads"),
         pytest.param({1: torch.zeros(2, 1, 40, 31, dtype=torch.uint8)}, "key has shape", id="row"),

@@ -94,10 +94,10 @@ def test_tensor_memory_limits_blocks_of_blackwell() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"spilled": 8}, "spills 8 bytes a thread"),
-        ({"shared": 227 * 1024 + 1}, "needs 232,449 bytes of shared memory, a block may have 232,448"),
-        ({"tensor_columns": 640}, "needs 640 columns of tensor memory, there are 512"),
-        ({"num_warps": 32, "registers": 72}, "needs 73,728 registers, there are 65,536"),
+        ({"spilled": 8}, "spills 8 bytes per thread"),
+        ({"shared": 227 * 1024 + 1}, "needs 232,449 bytes of shared memory; a block may have 232,448"),
+        ({"tensor_columns": 640}, "needs 640 columns of tensor memory; there are 512"),
+        ({"num_warps": 32, "registers": 72}, "needs 73,728 registers; there are 65,536"),
         ({"error": "CompilationError: no"}, "does not compile: CompilationError: no"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_compile_error_is_a_result_like_others() -> None:
 def test_a_kernel_that_crashes_the_compiler_is_a_result_and_is_not_cached(own_cache: Path) -> None:
     deadly = product(text=KERNELS + "\nimport os, sys\nsys.stderr.write('that was it')\nos._exit(3)\n")
     first, dead, last = compile_kernels([product(), deadly, product(32)], H100)
-    assert dead.error == "the compiler died: that was it"
+    assert dead.error == "the compiler crashed: that was it"
     assert not objection(first, H100) and not objection(last, H100)
     assert len(list(own_cache.glob("*.json"))) == 2
 
@@ -174,7 +174,7 @@ def test_results_are_cached_by_source_arguments_and_architecture(monkeypatch: py
 def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     gpu_resources.triton_version.cache_clear()
-    with pytest.raises(FhoptError, match=r"Triton is not installed\. Install it: pip install 'triton>=3\.6'"):
+    with pytest.raises(FhoptError, match=r"Triton is not installed; .* Install it with: pip install 'triton>=3\.6'"):
         compile_kernels([product()], H100)
     gpu_resources.triton_version.cache_clear()
 
@@ -184,5 +184,5 @@ def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 def test_a_request_for_more_shared_memory_than_exists_is_noticed() -> None:
     large, small = compile_kernels([product(128, num_stages=8), product(128, num_stages=2)], H100)
     assert not large.error and large.shared > H100.block_shared
-    assert objection(large, H100) == f"needs {large.shared:,} bytes of shared memory, a block may have 232,448"
+    assert objection(large, H100) == f"needs {large.shared:,} bytes of shared memory; a block may have 232,448"
     assert not objection(small, H100)

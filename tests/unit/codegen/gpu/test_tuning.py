@@ -136,7 +136,7 @@ def test_a_candidate_that_is_too_large_is_rejected_with_its_reason(compiled: Com
     assert choice.best is not None and choice.best.config == small
     reasons = {v.config: v.reason for v in choice.verdicts}
     assert reasons[small] == ""
-    assert reasons[large] == "needs 300,000 bytes of shared memory, a block may have 232,448"
+    assert reasons[large] == "needs 300,000 bytes of shared memory; a block may have 232,448"
     assert reasons[plain] == "uses no tensor core"
 
 
@@ -176,7 +176,7 @@ def test_a_limited_number_of_candidates_is_compiled_evenly_spaced_from_the_first
 def test_nothing_is_chosen_if_nothing_fits(compiled: Compiler) -> None:
     compiled({Config(64, 16, 4, 3): dataclasses.replace(SMALL, spilled=4)})
     choice = tune_kernel(SPECS[0], 4, H100)
-    assert choice.best is None and [v.reason for v in choice.verdicts] == ["spills 4 bytes a thread"]
+    assert choice.best is None and [v.reason for v in choice.verdicts] == ["spills 4 bytes per thread"]
     assert tuned_config(SPECS[0], 4, "h100") is None
 
 
@@ -215,7 +215,7 @@ def test_tuning_stores_the_fastest_for_device_and_spec(compiled: Compiler) -> No
     found = tune(SPECS[0], WORKLOAD, **stopwatch({one: 2.0, two: 1.0, three: 0.5}, calls))
     assert calls == [one, two]  # kernels that spill are not run
     assert found.best == two and found.times_ms == {one: 2.0, two: 1.0}
-    assert found.rejected == {three: "spills 4 bytes a thread", four: "does not run: out of resource"}
+    assert found.rejected == {three: "spills 4 bytes per thread", four: "does not run: out of resource"}
     assert tuned_config(SPECS[0], WORKLOAD.rows, H100_NAME) == two
     assert tuned_config(SPECS[0], 64, H100_NAME) is None
     assert tuned_config(SPECS[1], WORKLOAD.rows, H100_NAME) is None
