@@ -28,7 +28,7 @@ from fhopt.cli.app import main as commands
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WORDS, MAX_MEAN = 40, 20  # of a sentence; of the mean of a text
 MIN_SENTENCES = 5  # of a text whose mean counts
-GENERATED = ("docs/reference/errors.md", "docs/reference/left_alone.md")  # messages are checked in the code instead
+GENERATED = ("docs/reference/errors.md", "docs/reference/not_rewritten.md")  # messages are checked in the code instead
 _UNITS = r"(?:nats|bytes|tokens|ms|milliseconds|seconds|steps|cents)"
 BANNED = {  # regular expression -> the term to use, in code and in texts for users
     r"in place of": "instead of; versus",
@@ -78,7 +78,7 @@ def phrases(*tables: dict[str, str]) -> re.Pattern[str]:
 
 _PHRASES = phrases(BANNED, BANNED_FOR_USERS)
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|etc|cf|al|Fig|Eq|No)\.$")
-_END = re.compile(r"[.!?][)\"'*]*\s+(?=[^a-z])")
+_END = re.compile(r"[.!?][)\"'*]*\s+(?=[^a-z]|fhopt\b)")
 _WORD = re.compile(r"[^\s]*\w[^\s]*")
 
 

@@ -35,7 +35,7 @@ def families(rows: Iterable[WideRow]) -> dict[str, list[WideRow]]:
 def _cells(members: Sequence[WideRow]) -> list[str]:
     expected = sum(row.expected for row in members)
     found = sum(min(row.found, row.expected) for row in members)
-    share = f"{100 * found / expected:.1f} %" if expected else "-"
+    share = f"{100 * found / expected:.1f}%" if expected else "-"
     counts = [str(sum(row.status == status for row in members)) for status in STATUSES]
     worst = max((row.max_error for row in members if row.status != "wrong"), default=0.0)
     return [str(len(members)), str(expected), str(found), share, str(sum(r.explained for r in members)), *counts,

@@ -15,70 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fhopt", "passes", "codegen", "benchmarks", "tests", "docs")
 PHRASES = language_report.phrases(language_report.BANNED)
-PENDING = (  # texts that are still to be rewritten: this list only gets shorter
-    "docs/attention.md",
-    "docs/comparison.md",
-    "docs/distributed.md",
-    "docs/explanation/algebra.md",
-    "docs/explanation/architecture.md",
-    "docs/explanation/exactness.md",
-    "docs/explanation/finding.md",
-    "docs/explanation/how_it_works.md",
-    "docs/explanation/page_selection.md",
-    "docs/gpu.md",
-    "docs/howto/check_the_machine.md",
-    "docs/howto/choose_bytes.md",
-    "docs/howto/compare_engines.md",
-    "docs/howto/export.md",
-    "docs/howto/fit_for_a_device.md",
-    "docs/howto/generate.md",
-    "docs/howto/heal.md",
-    "docs/howto/index.md",
-    "docs/howto/read_less.md",
-    "docs/howto/serve_with_vllm.md",
-    "docs/howto/small_weights.md",
-    "docs/howto/threads.md",
-    "docs/index.md",
-    "docs/inspection.md",
-    "docs/limits.md",
-    "docs/measurements.md",
-    "docs/quality.md",
-    "docs/reference/glossary.md",
-    "docs/reference/options.md",
-    "docs/results.md",
-    "docs/rewriting.md",
-    "docs/tutorials/encoder.md",
-    "docs/tutorials/language_model.md",
-    "docs/tutorials/own_model.md",
-    "docs/versions.md",
-    "docs/zoo.md",
-    "docs/zoo_plans.md",
-    "docs/zoo_wide.md",
-    "fhopt bench --help",
-    "fhopt calibrate --help",
-    "fhopt chat --help",
-    "fhopt eval --help",
-    "fhopt fit --help",
-    "fhopt generate --help",
-    "fhopt heal --help",
-    "fhopt inspect --help",
-    "fhopt kernels --help",
-    "fhopt plans fit --help",
-    "fhopt report --help",
-    "fhopt/cli/text_model.py",
-    "fhopt/evaluation/throughput_options.py",
-    "fhopt/files.py",
-    "fhopt/fitting/choices.py",
-    "fhopt/hf/sampling.py",
-    "fhopt/lm_head/module.py",
-    "fhopt/lm_head/options.py",
-    "fhopt/models/model_files.py",
-    "fhopt/parallel/tensor_parallel.py",
-    "fhopt/plan/validation.py",
-    "fhopt/planning/api.py",
-    "fhopt/planning/request.py",
-    "fhopt/refine/options.py",
-)
 
 
 def texts(source: str) -> Iterator[tuple[int, str]]:
@@ -163,12 +99,7 @@ def findings(user_texts: list[language_report.Text]) -> dict[str, list[str]]:
 
 
 def test_texts_for_users_follow_the_style_guide(findings: dict[str, list[str]]) -> None:
-    unexpected = {name: found for name, found in findings.items() if name not in PENDING}
-    assert unexpected == {}, "rewrite these; all findings of a text: python docs/language_report.py NAME"
-
-
-def test_pending_texts_do_not_follow_it_yet(findings: dict[str, list[str]]) -> None:
-    assert [name for name in PENDING if name not in findings] == [], "remove these from PENDING"
+    assert findings == {}, "rewrite these; all findings of a text: python docs/language_report.py NAME"
 
 
 def test_every_kind_of_text_is_checked(user_texts: list[language_report.Text]) -> None:
