@@ -13,7 +13,7 @@ from fhopt.hf.sampling import MAX_NEW_TOKENS, Sampling
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (Sampling(0), "0 new tokens"),
+        (Sampling(0), "max_new_tokens 0 is invalid"),
         (Sampling(temperature=-1), "temperature -1"),
         (Sampling(temperature=float("nan")), "temperature nan"),
         (Sampling(top_p=0), "top-p 0"),
