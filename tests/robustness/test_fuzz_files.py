@@ -107,7 +107,7 @@ def head_of(folder: Path) -> Any:
 # Contents of folders that affect results.
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "plan": lambda folder: LatentPlan.load(folder).digest(),
-    "rewritten folder": numbers_of,
+    "rewritten model": numbers_of,
     "head": head_of,
 }
 
