@@ -42,7 +42,7 @@ def latent_layers(
         raise FhoptError("the plan has no site in any layer that this model caches. Fit a plan for this model.")
     if last >= len(plain):
         raise FhoptError(
-            f"the plan names layer {last}, but the model has only {len(plain)} layers. Fit a plan for this model."
+            f"the plan names layer {last}; expected a layer below {len(plain)}. Fit a plan for this model."
         )
     made = [_latent_layer(plan, sites[i], old, kind, absorb) if i in sites else old for i, old in enumerate(plain)]
     for layer in [layer for layer in made if isinstance(layer, StaticLatentLayer)][1:]:

@@ -136,7 +136,7 @@ def test_a_field_of_a_plan_out_of_its_range_is_refused(
 
 
 TENSORS_OF_PLANS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "not a number": (lambda x: x * math.nan, "non-finite numbers"),
+    "not a number": (lambda x: x * math.nan, "non-finite values"),
     "too large": (lambda x: x * 1e30, "non-finite values or values above"),
     "half precision": (lambda x: x.half(), r"torch\.float16; expected float32"),
     "integers": (lambda x: x.long(), r"torch\.int64; expected float32"),
@@ -207,14 +207,14 @@ def test_a_field_of_statistics_out_of_its_range_is_refused(
 
 
 TENSORS_OF_STATISTICS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
-    ("key.moment", lambda x: x * math.nan, "non-finite numbers"),
+    ("key.moment", lambda x: x * math.nan, "non-finite values"),
     ("key.moment", lambda x: x[:, :1, :1], r"of shape \(1, 1, 1\); expected"),
     ("key.moment", lambda x: -x, "negative diagonal"),
     ("value.metric", lambda x: x.half(), r"is torch\.float16"),
     ("key.count", lambda x: -x, "expected a count from 0"),
     ("key.count", lambda x: x.double(), r"is torch\.float64"),
     ("band.0.encode", lambda x: x[:, :, :-1], "of shape"),
-    ("band.1.decode", lambda x: x * math.inf, "non-finite numbers"),
+    ("band.1.decode", lambda x: x * math.inf, "non-finite values"),
     ("band.0.variance", lambda x: -x, "negative values"),
     ("band.0.variance", lambda x: x[:, :0], "has 0 channels"),
     ("band.key.tokens", lambda x: x - (1 << 40), "expected a count from 0"),

@@ -287,7 +287,7 @@ def test_training_is_not_recorded() -> None:
     [
         ({"calibration_tokens": 10}, "at least 4,096"),
         ({"max_loss": 2}, "expected a share"),
-        ({"max_loss": "much"}, "is not a share"),
+        ({"max_loss": "much"}, "is invalid; expected a share"),
         ({"ratio": 0.5}, "expected 1"),
         ({"ratio": 0}, "expected 1"),
         ({"ratio": -1}, "expected 1"),

@@ -53,7 +53,7 @@ def test_weights_of_a_gguf_file_may_stay_in_their_blocks(
     options = ("--contexts", "40", "--decode", "4", "--rounds", "1", "--keep-blocks")
     found: dict[str, Any] = json.loads(call("bench", str(path), *options, "--json").stdout)
     assert found["weights_in_blocks"] and found["complete"] and [row["cache"] for row in found["rows"]] == ["exact"]
-    assert "weights in blocks" in call("bench", str(path), *options).stdout
+    assert "block-quantized weights" in call("bench", str(path), *options).stdout
     refused = call("bench", str(folder), *options)
     assert refused.exit_code == 2 and "--keep-blocks requires a GGUF file" in refused.stderr
 
@@ -71,7 +71,7 @@ def test_step_parts_are_printed_on_request(folder: Path, llama: FittedModel, tmp
     options = ("bench", str(folder), *sizes, "--plan", str(save_plan(tmp_path / "a", llama)))
     plain, parts, as_json = call(*options), call(*options, "--parts"), call(*options, "--json")
     assert parts.exit_code == 0, parts.output
-    assert "attention" not in plain.stdout and "Milliseconds of a decode step" in parts.stdout
+    assert "attention" not in plain.stdout and "Time of a decode step in ms" in parts.stdout
     rows = [line.split() for line in parts.stdout.split("Milliseconds")[1].splitlines()]
     ((_, _, step, *others),) = [cells for cells in rows if cells[:2] == ["200", "exact"]]
     assert others == ["-"] * 6 and float(step) > 0

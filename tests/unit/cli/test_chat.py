@@ -61,7 +61,9 @@ def test_commands_forget_show_and_leave(folder: Path) -> None:
 
 def test_a_piped_turn_without_room_ends_the_command(folder: Path) -> None:
     result = talk(folder, lines="x" * 20_001 + "\n")
-    assert result.exit_code == 2 and "do not fit" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert (
+        result.exit_code == 2 and "exceed the model" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    )
 
 
 class Terminal:
@@ -154,7 +156,7 @@ def test_an_error_of_a_turn_does_not_end_the_chat(tmp_path: Path, opened: Opener
     terminal = opened(save_text_model(tmp_path), "--json")
     terminal.wait("> ")
     terminal.type("x" * 600 + "\n")
-    terminal.wait("do not fit")
+    terminal.wait("exceed the model")
     terminal.type("/quit\n")
     assert terminal.end() == 0
 

@@ -29,7 +29,7 @@ from fhopt.plan.site import AttentionSite
         (("--ratio", "4", "--max-loss", "1%"), "mutually exclusive"),
         (("--ratio", "4", "--ratio", "8"), "fhopt plans fit MODEL --ratio 4 --ratio 8, or"),
         (("--ratio", "4", "--bytes-per-token", "100"), "mutually exclusive"),
-        (("--max-loss", "much"), "is not a share"),
+        (("--max-loss", "much"), "is invalid; expected a share"),
         (("--max-loss", "0"), "is invalid"),
         (("--layout", "mla"), "is unknown"),
         (("--sequences", "1", "--context", "200"), "more or longer sequences"),

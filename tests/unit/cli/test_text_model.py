@@ -28,7 +28,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "an empty prompt": (["generate", "{chatty}", " "], "the prompt is empty"),
     "a prompt file that is not there": (["generate", "{chatty}", "--file", "{tmp}/no"], "cannot read the prompt"),
     "a prompt longer than the model": (["generate", "{chatty}", "x" * 600], "exceed the model's 512"),
-    "negative tokens": (["generate", "{chatty}", "x", "--max-new-tokens", "-1"], "-1 new tokens"),
+    "negative tokens": (["generate", "{chatty}", "x", "--max-new-tokens", "-1"], "max_new_tokens -1 is invalid"),
     "more tokens than the model has": (["chat", "{chatty}", "--max-new-tokens", "512"], "the model has 512 positions"),
     "a negative temperature": (["chat", "{chatty}", "--temperature", "-1"], "temperature -1"),
     "no such plan": (["generate", "{chatty}", "x", "--plan", "{tmp}/no"], "is not a plan"),

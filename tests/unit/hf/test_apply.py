@@ -45,7 +45,7 @@ def test_a_plan_for_another_model_is_refused(llama: FittedModel) -> None:
         fhopt.apply(tiny_gpt2(), llama.plan(4))
     with pytest.raises(FhoptError, match="not a transformers model"):
         fhopt.apply(torch.nn.Linear(2, 2), llama.plan(4))
-    with pytest.raises(FhoptError, match="the model has 1"):
+    with pytest.raises(FhoptError, match="expected a layer below 1"):
         LatentCache(llama.plan(4), tiny_llama(num_hidden_layers=1).config)
 
 
@@ -184,7 +184,7 @@ def test_caches_of_other_classes_are_used_without_the_plan_with_a_warning(llama:
 
     with applied(llama) as model:
         found, messages = layers_after(model, cache=Own(config=model.config))
-        assert found == {"DynamicLayer"} and "a cache of class Own is used" in messages[0]
+        assert found == {"DynamicLayer"} and "a cache of class Own bypasses" in messages[0]
         with pytest.warns(RuntimeWarning, match="class Paged bypasses the applied plan"):
             applying._use_latents(model, (), {"input_ids": token_ids(1, 8), "cache": Paged()})
 

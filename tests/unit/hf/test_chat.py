@@ -88,7 +88,7 @@ def test_a_turn_without_room_changes_nothing() -> None:
     talk = chat(tiny_llama())
     talk.ask("hello", print)
     held, messages = list(talk.held), list(talk.messages)
-    with pytest.raises(FhoptError, match=r"do not fit.*/reset"):
+    with pytest.raises(FhoptError, match=r"exceed the model.*/reset"):
         talk.ask("x" * 600, print)
     assert talk.held == held and talk.messages == messages and talk.cache.get_seq_length() == len(held)
 

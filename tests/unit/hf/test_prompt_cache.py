@@ -154,7 +154,7 @@ def saved(llama: FittedModel, tmp_path: Path) -> Any:
 
 def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: FittedModel, saved: Path) -> None:
     fhopt.apply(llama.model, llama.plan(4, window_bits=16))
-    with pytest.raises(FhoptError, match=r"belongs to another plan .*Apply the plan"):
+    with pytest.raises(FhoptError, match=r"belongs to another plan: .*Apply the plan"):
         fhopt.load_cache(llama.model, saved)
     fhopt.unapply(llama.model)
     with pytest.raises(FhoptError, match="no plan is applied"):
@@ -167,7 +167,7 @@ def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: FittedModel,
     with torch.no_grad():
         other.model.layers[0].self_attn.k_proj.weight.neg_()
     fhopt.apply(other, llama.plan(4))
-    with pytest.raises(FhoptError, match=r"belongs to another model .*Load the model"):
+    with pytest.raises(FhoptError, match=r"belongs to another model: .*Load the model"):
         fhopt.load_cache(other, saved)
 
 
@@ -182,7 +182,7 @@ def test_damaged_and_other_files_are_refused_in_one_sentence(llama: FittedModel,
     with pytest.raises(FhoptError, match=r"is damaged.*Fill the cache again"):
         fhopt.load_cache(model, other)
     save_file({"x": torch.zeros(2)}, other)
-    with pytest.raises(FhoptError, match="is not a cache"):
+    with pytest.raises(FhoptError, match="is not an fhopt cache"):
         fhopt.load_cache(model, other)
     about, tensors = described(saved), load_file(saved)
     save_file(tensors, other, {"fhopt_cache": json.dumps(about | {"version": 99})})

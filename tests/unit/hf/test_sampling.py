@@ -13,7 +13,7 @@ from fhopt.hf.sampling import MAX_NEW_TOKENS, Sampling
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (Sampling(0), "0 new tokens"),
+        (Sampling(0), "max_new_tokens 0 is invalid"),
         (Sampling(temperature=-1), "temperature -1"),
         (Sampling(temperature=float("nan")), "temperature nan"),
         (Sampling(top_p=0), "top-p 0"),
@@ -31,7 +31,7 @@ def test_new_tokens_are_limited_by_the_request_or_by_the_model() -> None:
     assert Sampling(5).room(95, 100) == 5 and Sampling().room(95, 100) == 5
     assert Sampling().room(95, None) == MAX_NEW_TOKENS and Sampling(900).room(95, None) == 900
     for sampling, prompt in ((Sampling(6), 95), (Sampling(), 100)):
-        with pytest.raises(FhoptError, match="do not fit"):
+        with pytest.raises(FhoptError, match="exceed the model"):
             sampling.room(prompt, 100)
     with pytest.raises(FhoptError, match="has no tokens"):
         Sampling().room(0, 100)

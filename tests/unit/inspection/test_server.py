@@ -78,7 +78,7 @@ def test_a_report_is_made_once_and_served(tmp_path: Path) -> None:
 def test_it_listens_only_on_this_machine_and_refuses_other_names() -> None:
     listening = server.listen()
     assert listening.getsockname()[0] == "127.0.0.1"
-    with pytest.raises(FhoptError, match="cannot be used"):
+    with pytest.raises(FhoptError, match="is unusable"):
         second = socket.socket()
         second.bind(("127.0.0.1", 0))
         second.listen()

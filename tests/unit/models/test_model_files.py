@@ -68,14 +68,14 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "reason"),
     [
         ("a FIFO", "is a FIFO; expected a regular file"),
-        ("cut short", "is not a whole safetensors file"),
+        ("cut short", "is not a complete safetensors file"),
         ("no weights", "has no weights"),
         ("no tokenizer", "has no tokenizer"),
         ("a loop", "cannot be read"),
         ("a device", "is a device; expected a regular file"),
         ("no JSON", "is not JSON"),
         ("a folder", "is a folder; expected a regular file"),
-        ("a list", "holds a list, expected an object"),
+        ("a list", "holds a list; expected an object"),
     ],
 )
 def test_an_unreadable_folder_is_refused(how: str, reason: str, tmp_path: Path) -> None:

@@ -118,9 +118,9 @@ def test_a_checkpoint_of_another_healing_is_refused(model: LoadedModel, plan: La
     for other in (replace(options, tokens=8 * CONTEXT), replace(options, texts=("source",))):
         with pytest.raises(FhoptError, match=r"state belongs to another healing .* Remove it"):
             heal(model, plan, other)
-    with pytest.raises(FhoptError, match="of another healing"):
+    with pytest.raises(FhoptError, match="to another healing"):
         heal(model, replace(plan, recent=9), options)
-    with pytest.raises(FhoptError, match="of another healing"):
+    with pytest.raises(FhoptError, match="to another healing"):
         heal(replace(model, name="other"), plan, options)
 
 

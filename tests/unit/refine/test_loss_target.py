@@ -41,7 +41,7 @@ def test_a_loss_is_parsed_as_percent_or_number(text: str, share: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "one", "1%%", "%"])
 def test_a_text_that_is_not_a_loss_is_refused(text: str) -> None:
-    with pytest.raises(FhoptError, match="is not a share"):
+    with pytest.raises(FhoptError, match="is invalid; expected a share"):
         read_loss(text)
 
 
