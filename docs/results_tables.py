@@ -259,43 +259,37 @@ def coverage(results: Results) -> str:
 
 
 def tasks(results: Results) -> str:
-    """Format right answers and what an answer lost, a row for each task; then KL by generated position."""
+    """Format accuracy with n and 95% intervals, a row for each task; then KL by generated position."""
     size = re.compile(r"@([0-9.]+)x$")
 
     def order(impl: str) -> tuple[float, str]:
         return float(known[1]) if (known := size.search(impl)) else float("inf"), impl
 
     plans = sorted({row["impl"] for row in results.rows} - {"exact"}, key=order)
-    impls = ["exact", *plans]
     found = {(row["case"], row["impl"], row["metric"]): row["value"] for row in results.rows}
 
-    def cases(metric: str) -> list[str]:
-        return list(dict.fromkeys(row["case"] for row in results.of(metric)))
-
-    def cell(case: str, impl: str, metric: str, show: Callable[[float], str]) -> str:
-        value = found.get((case, impl, metric))
-        return "-" if value is None else show(value)
-
-    def right(case: str, impl: str) -> str:
-        change = found.get((case, impl, "log_prob_change"))
-        behind = "" if change is None else f" ({change:+.3f})"
-        return cell(case, impl, "accuracy_percent", lambda value: f"{value:.1f}") + behind
+    def accuracy(case: str, impl: str) -> str:
+        rate, low, high = (
+            found.get((case, impl, metric))
+            for metric in ("accuracy_percent", "accuracy_change_low", "accuracy_change_high")
+        )
+        return "-" if rate is None else f"{rate:.1f}%" + ("" if low is None else f" ({low:+.1f} to {high:+.1f})")
 
     answers = [
-        [case, cell(case, "exact", "items", number), *(right(case, impl) for impl in impls)]
-        for case in cases("accuracy_percent")
+        [case, number(found[case, "exact", "items"]), *(accuracy(case, impl) for impl in ["exact", *plans])]
+        for case in sorted({row["case"] for row in results.of("accuracy_percent")})
     ]
-    lost = [
-        [case, *(cell(case, impl, "kl_nats", lambda value: f"{value:.5f}") for impl in plans)]
-        for case in cases("kl_nats")
+    drift = [
+        [case, *("-" if kl is None else f"{kl:.5f}" for kl in (found.get((case, impl, "kl_nats")) for impl in plans))]
+        for case in dict.fromkeys(row["case"] for row in results.of("kl_nats"))
         if "@" in case
     ]
     return "\n\n".join(
         [
-            "Right answers, % (in brackets: change of the right answer's log-probability, nats a token):",
-            table(["task", "items", *impls], answers),
-            "KL from the exact cache, nats a token, up to so many generated tokens:",
-            table(["text", *plans], lost),
+            "Accuracy (in parentheses: 95% interval of the change from full precision, in percentage points):",
+            table(["task", "n", "full precision", *plans], answers),
+            "KL from the full-precision cache, nats/token, by the number of generated tokens:",
+            table(["text", *plans], drift),
         ]
     )
 
