@@ -37,7 +37,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .NOTPARALLEL:  # one pip at a time
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format clean
+.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-quality-contexts bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -134,6 +134,9 @@ bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as model
 
 bench-quality: $(BENCH)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
 	$(BIN)/python -m benchmarks.quality.perplexity
+
+bench-quality-contexts: $(BENCH)  ## KL and perplexity by context length while decoding (QUICK=1: small; MODEL=FOLDER)
+	$(BIN)/python -m benchmarks.quality.contexts $(if $(MODEL),--model $(MODEL))
 
 bench-calibration: $(BENCH)  ## loss of plans against the tokens that they were fitted to (QUICK=1: small)
 	$(BIN)/python -m benchmarks.quality.calibration_curve

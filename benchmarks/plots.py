@@ -10,9 +10,10 @@ import click
 
 from benchmarks.cpu import decode
 from benchmarks.engines import report as engines_report
-from benchmarks.quality import calibration_curve, healing
+from benchmarks.gpu import report as gpu_report
+from benchmarks.quality import calibration_curve, contexts, healing
 from benchmarks.quality import report as quality_report
-from benchmarks.recording import Draw, plot
+from benchmarks.recording import RESULTS, Draw, plot
 from benchmarks.serving import plans_in_vllm
 from benchmarks.zoo import compiled, curated, finding_time
 
@@ -22,15 +23,22 @@ PLOTS: dict[str, Draw] = {
     "decode": decode.draw,
     "decode-contexts": decode.draw,
     "finding": finding_time.draw,
+    "gpu": gpu_report.draw,
     "healing": healing.draw,
     "peers": engines_report.draw,
     "quality": quality_report.draw,
     "quality-Qwen2.5-Coder-1.5B-Instruct": quality_report.draw,
     "quality-Qwen2.5-Coder-1.5B-Instruct-float32": quality_report.draw,
     "quality-SmolLM2-135M-Instruct": quality_report.draw,
+    "quality_contexts": contexts.draw,
     "serving": plans_in_vllm.draw,
     "zoo": curated.draw,
 }  # by results file
+
+
+def measured() -> list[str]:
+    """Return the names of plots whose results file exists."""
+    return [name for name in PLOTS if (RESULTS / f"{name}.json").exists()]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,7 +47,7 @@ def main(names: tuple[str, ...]) -> None:
     """Redraw the plots of the results files NAME, all if none is named."""
     if unknown := sorted({*names} - {*PLOTS}):
         raise click.BadParameter(f"{', '.join(unknown)} has no plot; expected one of {', '.join(PLOTS)}.")
-    for name in names or PLOTS:
+    for name in names or measured():
         click.echo(plot(name, PLOTS[name]))
 
 

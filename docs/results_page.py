@@ -18,6 +18,7 @@ from results_tables import (
     attention,
     by_case,
     compiled_zoo,
+    contexts,
     coverage,
     decode,
     engines,
@@ -67,6 +68,12 @@ SECTIONS = {
         "after: [comparison](comparison.md)). `source`, `docstrings`, `topics` and `mixture` are of the kinds that "
         "calibrate; `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `fr` and `de` are manuals.",
         quality_and_kl,
+    ),
+    "quality_contexts": Section(
+        "Quality by context length while decoding", "make bench-quality-contexts",
+        "Default plans compared with the full-precision cache. The scored tokens of held-out text are decoded one by "
+        "one after contexts of each length, and are the same at every length of a model. In parentheses: 95% "
+        "intervals.", contexts,
     ),
     "calibration_curve": Section(
         "How many tokens calibrate", "make bench-calibration",
