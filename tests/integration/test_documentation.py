@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf_models import save_text_gguf
+from PIL import Image
 from small_models import tiny_llama
 from text_models import save_text_model
 
@@ -188,6 +189,14 @@ def test_the_picture_of_water_filling_gives_bits_to_channels_above_the_level_onl
     power = torch.logspace(0, -4, 50)
     bits = script("drawings").filled_bits(power, 0.002)
     assert torch.equal(bits > 0, power > 0.002)
+
+
+@pytest.mark.parametrize("picture", sorted((DOCS / "pictures").glob("*.png")), ids=lambda path: path.stem)
+def test_a_screenshot_is_not_older_than_the_page(picture: Path) -> None:
+    with Image.open(picture) as image:
+        stamp = image.info.get("Source")
+    assert stamp == script("screenshots").ui_hash(), "run: python docs/screenshots.py --plan demo/plan"
+    assert picture.stat().st_size < 100_000
 
 
 def labels(svg: str) -> list[str]:
