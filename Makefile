@@ -37,7 +37,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .NOTPARALLEL:  # one pip at a time
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit docs format clean
+.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-quality-contexts bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -135,6 +135,9 @@ bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as model
 bench-quality: $(BENCH)  ## quality against bytes, plans and other small caches (QUICK=1: small)
 	$(BIN)/python -m benchmarks.quality.perplexity
 
+bench-quality-contexts: $(BENCH)  ## KL and perplexity by context length while decoding (QUICK=1: small; MODEL=FOLDER)
+	$(BIN)/python -m benchmarks.quality.contexts $(if $(MODEL),--model $(MODEL))
+
 bench-calibration: $(BENCH)  ## loss of plans against the tokens that they were fitted to (QUICK=1: small)
 	$(BIN)/python -m benchmarks.quality.calibration_curve
 
@@ -180,6 +183,9 @@ sanitize: $(TEST)  ## the tests of C++ kernels under AddressSanitizer and UBSan 
 
 bench-attention: $(BENCH)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)
 	$(BIN)/python -m benchmarks.cpu.attention
+
+plots: $(BENCH)  ## redraw the plots of benchmarks/results from its JSON files, without a measurement
+	$(BIN)/python -m benchmarks.plots
 
 docs: $(DOCS)  ## the documentation, into build/docs: warnings and broken links are errors
 	$(BIN)/python docs/error_catalogue.py

@@ -1,9 +1,10 @@
 """Recording of benchmark results: one JSON file, one table, one plot.
 
     rows = [Row("llama@2048", "fhopt", "time_ms", 1.2, "ms", baseline=1.5, ratio=1.25), ...]
-    record("decode", rows)  ->  benchmarks/results/decode.json, benchmarks/results/decode.png, and a printed table
+    record("decode", rows, draw)  ->  benchmarks/results/decode.json, benchmarks/results/decode.png, a printed table
 
-The file names machine, versions and commit of the measurement. A value that is not finite is null in it.
+The file names machine, versions and commit of the measurement. A value that is not finite is null in it. A plot is
+drawn from the file only, so that `python -m benchmarks.plots` can redraw it without a measurement.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import hashlib
 import json
 import math
 import os
@@ -56,35 +58,68 @@ class Row:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A results file: what it was measured on, and its rows (those without a value have NaN)."""
+
+    name: str
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: str
+    rows: tuple[Row, ...]
+
+    @property
+    def hardware(self) -> str:
+        """Return CPU, vector unit and threads, or the GPU."""
+        on = self.machine
+        threads = f"{on['threads']} thread" + ("s" if on["threads"] != 1 else "")
+        return str(on.get("gpu") or f"{on['cpu']} ({on['cpu_capability']}), {threads}")
+
+    def of(self, metric: str) -> list[Row]:
+        """Return the rows of one metric that have a value."""
+        return [row for row in self.rows if row.metric == metric and math.isfinite(row.value)]
+
+
+Draw = Callable[["Figure", Measured], None]
+
+
 def is_quick() -> bool:
     """Return whether QUICK=1 requests a small version of the benchmark, of under a minute."""
     return os.environ.get("QUICK", "") == "1"
 
 
 def record(
-    name: str, rows: Sequence[Row], draw: Callable[[Figure], None] | None = None, summary: Table | None = None,
+    name: str, rows: Sequence[Row], draw: Draw | None = None, summary: Table | None = None,
     further: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
-    """Write `results/<name>.json` and `.png`, print a table, and return the file's path.
+    """Write `results/<name>.json`, with `draw` also `.png`, print a table, and return the file's path.
 
-    draw: fills the plot; without it, bars show every metric. summary: printed instead of the table of all rows.
-    further: versions of packages in other processes.
+    draw: fills the plot from the file. summary: printed instead of the table of all rows. further: versions of packages
+    in other processes.
     """
     path = write(name, rows, further)
     console = screen()
     console.print(summary or table(name, rows))
-    picture = plot(name, draw or (lambda figure: bars(figure, rows)))
+    picture = plot(name, draw) if draw else None
     console.print(f"{name}: {_shown(path)}" + (f", {_shown(picture)}" if picture else ""))
-    if picture is None:
+    if draw and picture is None:
         console.print("No plot: matplotlib is not installed; pip install 'fhopt[bench]' brings it.", markup=False)
     return path
 
 
+def read(name: str) -> Measured:
+    """Read `results/<name>.json`."""
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    known = {field.name for field in dataclasses.fields(Row)}
+    rows = [{key: value for key, value in row.items() if key in known} for row in content["rows"]]
+    parsed = (Row(**row | {"value": math.nan if row["value"] is None else row["value"]}) for row in rows)
+    return Measured(name, content["machine"], content["versions"], content["commit"], tuple(parsed))
+
+
 def kept_rows(name: str, is_measured_anew: Callable[[str], bool]) -> list[Row]:
     """Return the rows of an earlier run in `results/<name>.json`, except for cases that are re-measured."""
-    file = RESULTS / f"{name}.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    return [Row(**row) for row in rows if row["value"] is not None and not is_measured_anew(row["case"])]
+    rows = read(name).rows if (RESULTS / f"{name}.json").exists() else ()
+    return [row for row in rows if math.isfinite(row.value) and not is_measured_anew(row.case)]
 
 
 def process_bytes(trim: bool = True) -> int:
@@ -218,33 +253,22 @@ def table(name: str, rows: Iterable[Row]) -> Table:
     return out
 
 
-def plot(name: str, draw: Callable[[Figure], None]) -> Path | None:
-    """Plot `results/<name>.png`; None if matplotlib is not installed."""
+def plot(name: str, draw: Draw) -> Path | None:
+    """Plot `results/<name>.json` as `<name>.png`; None if matplotlib is not installed.
+
+    The picture holds the hash of the file that it was drawn from.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return None
     figure = Figure(figsize=(9.0, 5.0), dpi=120, layout="constrained")
-    draw(figure)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    draw(figure, read(name))
     path = RESULTS / f"{name}.png"
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Source": data_hash(name), "Software": None})
     return path
 
 
-def bars(figure: Figure, rows: Sequence[Row]) -> None:
-    """Plot a panel per metric, a group of bars per case, a bar per implementation."""
-    metrics = {row.metric: row.unit for row in rows}
-    panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
-    for panel, (metric, unit) in zip(panels, metrics.items(), strict=True):
-        shown = [row for row in rows if row.metric == metric]
-        cases = list(dict.fromkeys(row.case for row in shown))
-        impls = list(dict.fromkeys(row.impl for row in shown))
-        width = 0.8 / len(impls)
-        for index, impl in enumerate(impls):
-            values = {row.case: row.value for row in shown if row.impl == impl}
-            at = [position + width * (index - (len(impls) - 1) / 2) for position in range(len(cases))]
-            panel.bar(at, [values.get(case, math.nan) for case in cases], width, label=impl)
-        panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
-        panel.set_ylabel(f"{metric} ({unit})" if unit else metric)
-    panels[0].legend()
+def data_hash(name: str) -> str:
+    """Return the hash of the results that a plot of `results/<name>.json` shows."""
+    return hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()[:16]

@@ -3,7 +3,7 @@
     python docs/drawings.py            writes docs/pictures/*.svg
 
 The two attention sites are drawn from a small model and a plan made by hand; the others from the text below. Numbers in
-them are shapes, not measurements.
+them are shapes and defaults, not measurements.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import fhopt
+from fhopt.calibration.options import FitOptions
 from fhopt.inspection.drawing import COLOURS, Diagram
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline
@@ -139,10 +140,18 @@ def cache() -> str:
     panel.set_axis_off()
     panel.set_xlim(0, 100)
     panel.set_ylim(0, 40)
+    options = FitOptions()
+    recent = options.recent_tokens
     parts = (
-        (2, 16, "attention", "attention sinks", "first 4, exact"),
-        (19, 54, "cache", "quantized tokens", "packed latents, blocks of 64"),
-        (74, 24, "rotation", "residual window", "newest 256 to 320, 8 bits"),
+        (2, 16, "attention", "attention sinks", f"first {options.sinks}, exact"),
+        (19, 54, "cache", "quantized tokens", f"packed latents, blocks of {options.block}"),
+        (
+            74,
+            24,
+            "rotation",
+            "recent window",
+            f"newest {recent} to {recent + options.block}, {options.window_bits} bits",
+        ),
     )
     for left, width, role, title, text in parts:
         _box(panel, left, 25, width, 9, role)
@@ -159,7 +168,10 @@ def cache() -> str:
         panel.text(left + width / 2, 10, text, ha="center", va="center")
         left += width
     panel.text(
-        13, 2.5, "key latent of one token: bit groups of channels, most important first; values alike", color="#52525b"
+        13,
+        2.5,
+        "key latent of one token: bit groups of channels, most important first; values likewise",
+        color="#52525b",
     )
     return _svg(figure)
 
@@ -176,22 +188,26 @@ def filling() -> str:
     """Draw reverse water-filling: the cost of each channel, and its bits."""
     figure = _figure(7.0, 3.2)
     panel = figure.subplots()
-    power = torch.logspace(0, -4, 32)  # of channels in a basis that orders them
-    level = 0.002
-    bits = (0.5 * torch.log2(power / level)).clamp_min(0).round()
+    power, level = torch.logspace(0, -4, 32), 0.002  # of channels in a basis that orders them
+    bits = filled_bits(power, level)
     colours = [COLOURS["latent"][1] if b > 0 else COLOURS["io"][1] for b in bits]
     panel.bar(range(len(power)), power.tolist(), color=colours)
     panel.axhline(level, color=COLOURS["cache"][1])
-    words = "water level: the error of every kept channel, and more than dropping any other costs"
-    panel.set_title(words, fontsize=9, color=COLOURS["cache"][1])
+    panel.set_title("Reverse water-filling: channels above the line get bits", fontsize=9)
+    panel.text(32, level * 1.5, "water level", fontsize=8, color=COLOURS["cache"][1], ha="right", va="bottom")
     for at, count in enumerate(bits.int().tolist()):
         panel.text(at, float(power[at]) * 1.15, str(count), ha="center", fontsize=7)
     panel.set_yscale("log")
-    panel.set_xlabel("channel of the latent; above it: bits")
+    panel.set_xlabel("channel of the latent, most important first (number on the bar: its bits)")
     panel.set_ylabel("cost of dropping it")
     panel.set_yticks([])
     panel.set_yticks([], minor=True)
     return _svg(figure)
+
+
+def filled_bits(power: torch.Tensor, level: float) -> torch.Tensor:
+    """Return the bits that bring the error of each channel down to `level`: none for channels below it."""
+    return (0.5 * torch.log2(power / level)).clamp_min(0).ceil()
 
 
 def _figure(width: float, height: float) -> Any:

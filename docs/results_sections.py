@@ -11,6 +11,7 @@ from results_tables import (
     attention,
     by_case,
     compiled_zoo,
+    contexts,
     coverage,
     decode,
     engines,
@@ -82,6 +83,11 @@ QUALITY = {
         "Trellis codes: Qwen2.5-Coder-1.5B", f"{CODES_COMMAND} --model FOLDER",
         "Default plans without a device: uniform codes at 4x, trellis codes at 8x. Calibrated in BF16, measured in "
         "FP32. `en` and `prose` are from another calibration.", means,
+    ),
+    "quality_contexts": Section(
+        "Quality by context length while decoding", "make bench-quality-contexts",
+        "Default plans compared with the full-precision cache. Scored tokens of held-out text are decoded one by one "
+        "after contexts of each length; they are the same at every length. In parentheses: 95% intervals.", contexts,
     ),
     "calibration_curve": Section(
         "Calibration tokens", "make bench-calibration",

@@ -137,6 +137,26 @@ def by_case(results: Results) -> str:
 # ------------------------------------------------------------------------------------------------- tables of benchmarks
 
 
+def contexts(results: Results) -> str:
+    """Format KL and perplexity increase of each plan, a row for each model, dtype and context length."""
+    found = {(row["case"], row["impl"], row["metric"]): row["value"] for row in results.rows}
+    plans = list(dict.fromkeys(row["impl"] for row in results.rows))
+
+    def cell(case: str, plan: str, metric: str, form: str) -> str:
+        value, low, high = (found.get((case, plan, name)) for name in (metric, f"{metric}_low", f"{metric}_high"))
+        interval = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+        return "-" if value is None else f"{value:{form}}{interval}"
+
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in results.rows):
+        model, _, context = case.rpartition("/")
+        first = (model, f"{int(context):,}", number(found[case, plans[0], "tokens"]))
+        kl = (cell(case, plan, "kl", ".4f") for plan in plans)
+        lines.append([*first, *kl, *(cell(case, plan, "increase_percent", "+.2f") for plan in plans)])
+    headings = [*(f"KL {plan}, nats/token" for plan in plans), *(f"perplexity {plan}, %" for plan in plans)]
+    return table(["model", "context", "n", *headings], lines)
+
+
 def attention(results: Results) -> str:
     """Format one table for each shape, in milliseconds."""
     shapes = list(dict.fromkeys(row["case"].split(", T=")[0] for row in results.rows))

@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from benchmarks import recording
 from benchmarks.cpu.attention_contenders import AttentionContender, contenders
-from benchmarks.cpu.attention_report import COPY, draw, line, promised, summary
+from benchmarks.cpu.attention_report import COPY, line, promised, summary
 from benchmarks.cpu.attention_shapes import BATCHES, DTYPES, SHAPES, TOKENS, AttentionCase, cases
 from benchmarks.recording import Row, is_quick, record
 from fhopt.codegen.dispatch import register_kernels
@@ -109,7 +109,7 @@ def main(
             left_out += [f"{case.name}: {one.name} ({one.error})" for one in measured if one.error]
             progress.console.print(line(case, rows), markup=False)
     left_out.append("llama.cpp (llama-cpp-python has no wheel: it would be a build of another project)")
-    record(out, rows, lambda figure: draw(figure, rows), summary(rows))
+    record(out, rows, summary=summary(rows))
     for what, target, speedup in promised(rows):
         click.echo(f"{what}: {speedup:.2f}x, target {target:.1f}x")
     for what in left_out:

@@ -1,17 +1,13 @@
-"""Table and plot of benchmarks/cpu/attention.py."""
+"""Table of benchmarks/cpu/attention.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from benchmarks.cpu.attention_shapes import AttentionCase
 from benchmarks.recording import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 PROMISES = {  # speedup over the best of torch, at 32,768 tokens, batch 1, for either number of threads
     ("GQA 32/8x128", "float32", "8x"): 5.0,
@@ -73,30 +69,6 @@ def _group(case: str) -> str:
 def _label(case: str) -> tuple[str, str, str]:
     _, tokens, batch, _, threads = case.split(", ")
     return tokens, batch, threads
-
-
-def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Plot speedups over torch at the longest context: a panel per shape and dtype, a bar per implementation."""
-    shown = [row for row in rows if row.metric == "time_ms"]
-    longest = max(int(row.case.split(", ")[1][2:]) for row in shown)
-    shown = [row for row in shown if f"T={longest}," in row.case and ", B=1, " in row.case]
-    groups = list(dict.fromkeys(_group(row.case) for row in shown))
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    names = list(dict.fromkeys(row.impl for row in shown))
-    threads = list(dict.fromkeys(_label(row.case)[2] for row in shown))
-    height = 0.8 / len(threads)
-    for panel, group in zip(panels, groups, strict=True):
-        for index, count in enumerate(threads):
-            bars = {r.impl: r for r in shown if _group(r.case) == group and _label(r.case)[2] == count}
-            at = [i + height * (index - (len(threads) - 1) / 2) for i, name in enumerate(names) if name in bars]
-            values = [bars[name].ratio or 0.0 for name in names if name in bars]
-            panel.barh(at, values, height, label=count)
-        panel.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
-        panel.set_title(group.replace(", ", "\n"), fontsize=8)
-        panel.set_yticks(range(len(names)), names, fontsize=7)
-    panels[0].invert_yaxis()
-    panels[0].legend(fontsize=7)
-    figure.supxlabel(f"speed-up over the fastest implementation in torch, T={longest:,}, B=1", fontsize=9)
 
 
 def line(case: AttentionCase, rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """Benchmark of the resident memory of SmolLM2's KV caches at 8,192 tokens, measured on the process.
 
-    python -m benchmarks.cpu.memory          writes benchmarks/results/memory.json and memory.png; about 15 minutes
+    python -m benchmarks.cpu.memory          writes benchmarks/results/memory.json; about 15 minutes
     python -m benchmarks.cpu.memory --quick  1,024 tokens, plain 4 bits instead of fitted plans (also QUICK=1)
 
 Every cache has its own process. The model, in bfloat16, prefills in chunks of 512 tokens and decodes the last 64 one by
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
@@ -38,9 +38,6 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 from fhopt.planning.pipeline import calibrate_source, text_source
 from fhopt.texts import tokens as texts_tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 TOKENS, CHUNK, SINGLE = 8192, 512, 64
 RATIOS = (4.0, 5.3, 8.0)
@@ -155,21 +152,6 @@ def summary(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def draw(figure: Figure, results: dict[str, dict[str, Any]]) -> None:
-    """Plot the regions of each cache as bars, and the growth of the process."""
-    axes, bottom = figure.subplots(), [0.0] * len(results)
-    for region in REGIONS:
-        sizes = [r["regions"][region] / 2**20 for r in results.values()]
-        axes.bar(list(results), sizes, bottom=bottom, label=region, width=0.6)
-        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
-    resident = [r["resident_bytes"] / 2**20 for r in results.values()]
-    axes.plot(list(results), resident, "k_", markersize=40, label="growth of the process")
-    for x, height in enumerate(resident):
-        axes.annotate(f"{height:.1f}", (x, height), textcoords="offset points", xytext=(0, 4), ha="center")
-    axes.set(ylabel="MiB", title="KV caches of SmolLM2-135M, bfloat16: bytes held, and growth of the process")
-    axes.legend()
-
-
 @click.command()
 @click.option("--quick", is_flag=True, help="1,024 tokens, a plan without calibration.")
 @click.option("--only", help="Measure this plan (a folder, or 'exact') in this process and print JSON.")
@@ -187,7 +169,7 @@ def main(quick: bool, only: str | None, plan_paths: tuple[str, ...], tokens: int
     with tempfile.TemporaryDirectory() as folder:
         paths = {Path(p).name: Path(p) for p in plan_paths} or plans(Path(folder), quick)
         results = {name: in_a_process(str(path), tokens) for name, path in ({EXACT: EXACT} | paths).items()}
-    record("memory", rows_of(results), lambda figure: draw(figure, results), summary(results))
+    record("memory", rows_of(results), summary=summary(results))
     words_by_plan = verdicts(results)
     for name, words in words_by_plan.items():
         click.echo(f"{name}: resident bytes are {words}")

@@ -41,7 +41,7 @@ from benchmarks.engines.catalog import EngineConfig
 from benchmarks.engines.environments import ENVIRONMENTS, OWN, ModelForms, Unavailable, interpreter, last_error, prompts
 from benchmarks.engines.protocol import EngineReport, EngineRequest
 from benchmarks.engines.rounds import EngineCase, Setting, in_a_process, packages, run_rounds, variables
-from benchmarks.recording import RESULTS, ROOT, Row, is_quick, record
+from benchmarks.recording import ROOT, Row, is_quick, record
 
 CONTEXTS, BATCHES = (512, 2048, 8000), (1,)
 NEW_TOKENS, ROUNDS, MINUTES, LIMIT_S = 32, 3, 20.0, 300.0
@@ -135,10 +135,10 @@ def sizes(build: Path, names: Sequence[str]) -> dict[str, int]:
 def write(rows: Sequence[Row], versions: dict[str, str], name: str) -> None:
     """Write the results with those of earlier runs in other cases, and print a table and the failures."""
     unit = report.about(recording.machine())
-    every = report.compared(report.merged(report.earlier(RESULTS / f"{name}.json"), rows))
+    every = report.compared(report.merged(report.earlier(name), rows))
     now = {(row.case, row.impl) for row in rows}
     table = report.summary([row for row in every if (row.case, row.impl) in now], unit)
-    record(name, every, lambda figure: report.draw(figure, every, unit), table, versions)
+    record(name, every, report.draw, table, versions)
     for text in report.shown_failures(rows):
         click.echo(f"not run: {text}")
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -14,14 +12,14 @@ from rich.table import Table
 from benchmarks import recording
 from benchmarks.engines.catalog import OURS, SMALL_WEIGHTS
 from benchmarks.engines.rounds import METRICS, EngineCase, Outcomes, figures
-from benchmarks.recording import Row
+from benchmarks.palette import describe, sorted_bars
+from benchmarks.recording import Measured, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 INSTALLED = "installation"  # case for the sizes of environments
 HIGHER = {metric.name: metric.higher for metric in METRICS}
-MARKERS = "osv^DP*Xph"
 SHOWN = {
     "decode_tokens_per_second": "decode, tokens/s",
     "prefill_tokens_per_second": "prompt, tokens/s",
@@ -79,10 +77,9 @@ def merged(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     return [row for row in earlier if (row.case, row.impl) not in known] + list(rows)
 
 
-def earlier(file: Path) -> list[Row]:
+def earlier(name: str) -> list[Row]:
     """Return the rows of a former run, including failures."""
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    return [Row(**{**row, "value": math.nan if row["value"] is None else row["value"]}) for row in rows]
+    return list(recording.read(name).rows) if (recording.RESULTS / f"{name}.json").exists() else []
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
@@ -149,50 +146,42 @@ def about(machine: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------- plot
 
 
-def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
-    """Plot decode speed against context: a panel per model, batch and vector unit, a line per implementation.
-
-    title: the machine of the last measurement, if there are several.
-    """
-    shown = [r for r in rows if r.metric == METRICS[0].name and math.isfinite(r.value)]
-    groups: dict[tuple[str, int, str], list[Row]] = {}
+def draw(figure: Figure, results: Measured) -> None:
+    """Plot decode throughput at the longest context that every vector unit has, a panel per unit, sorted."""
+    shown = [row for row in results.of(METRICS[0].name) if row.impl not in SMALL_WEIGHTS]
+    model = CaseName.read(shown[0].case).model
+    speeds: dict[str, dict[int, dict[str, float]]] = {}
     for row in shown:
         case = CaseName.read(row.case)
-        groups.setdefault((case.model, case.batch, case.vector_unit), []).append(row)
-    if not groups:
-        return
-    figure.set_size_inches(3.7 * len(groups) + 2.2, 4.8)
-    figure.suptitle(f"decode speed; {title} was measured last", fontsize=9)
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    implementations = list(dict.fromkeys(row.impl for row in shown))
-    lines: dict[str, Any] = {}
-    for panel, ((model, batch, unit), here) in zip(panels, groups.items(), strict=True):
-        lines |= _lines(panel, here, implementations)
-        panel.set_title(f"{model}, batch {batch}, {unit}", fontsize=8)
-    legend = [lines[impl] for impl in implementations]
-    panels[-1].legend(legend, implementations, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if (case.model, case.batch) == (model, 1):
+            speeds.setdefault(case.vector_unit, {}).setdefault(case.context, {})[row.impl] = row.value
+    context = max(set.intersection(*(set(contexts) for contexts in speeds.values())))
+    panels = figure.subplots(1, len(speeds), squeeze=False)[0]
+    figure.set_size_inches(10.5, 3.6)
+    gains = []
+    for panel, (unit, contexts) in zip(panels, sorted(speeds.items(), reverse=True), strict=True):
+        best = _fastest_caches(contexts[context])
+        sorted_bars(panel, best, "decode throughput, tokens/s")
+        panel.set_title(UNITS.get(unit, unit), fontsize=9)
+        ours, others = ([v for name, v in best.items() if is_ours(name) is mine] for mine in (True, False))
+        gains.append(max(ours) / max(others))
+    about = f"{model}, 16-bit weights, batch 1, each engine with its fastest KV-cache type"
+    several = "; one of the panels is from another CPU with as many threads" if len(speeds) > 1 else ""
+    gain = " to ".join(dict.fromkeys(f"{gain:.1f}x" for gain in sorted(gains)))
+    finding = f"At a {context:,}-token context fhopt decodes {gain} faster than the best other engine"
+    describe(figure, finding, about + several, results)
 
 
-def _lines(panel: Any, rows: Sequence[Row], implementations: Sequence[str]) -> dict[str, Any]:
-    """Plot a line per implementation: fhopt's are thick, those of one engine share a marker."""
-    engines: dict[str, str] = {}
-    lines = {}
-    panel.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
-    for index, impl in enumerate(implementations):
-        points = sorted((CaseName.read(row.case).context, row.value) for row in rows if row.impl == impl)
-        marker = engines.setdefault(impl.split()[0], MARKERS[len(engines) % len(MARKERS)])
-        if not points:
-            continue
-        style, width = ("-", 2.5) if is_ours(impl) else ("--", 1.0)
-        color = f"C{index % 10}"
-        line = panel.plot(*zip(*points, strict=True), style, marker=marker, label=impl, linewidth=width, color=color)
-        lines[impl] = line[0]
-    contexts = sorted({CaseName.read(row.case).context for row in rows})
-    panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    panel.set_xticks([], minor=True)
-    for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        axis("{x:g}")
-    return lines
+UNITS = {"AVX512": "CPU with AVX-512", "AVX2": "CPU with AVX2 only"}
+
+
+def _fastest_caches(speeds: Mapping[str, float]) -> dict[str, float]:
+    """Keep the fastest KV-cache type of each other engine, and all plans of fhopt."""
+    best: dict[str, tuple[float, str]] = {}
+    for impl, speed in speeds.items():
+        engine = impl if is_ours(impl) else impl.split()[0]
+        best[engine] = max(best.get(engine, (0.0, "")), (speed, impl))
+    return {impl: speed for speed, impl in best.values()}
 
 
 def shown_failures(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from benchmarks import recording
 from benchmarks.gpu.timing import TimedDevice
-from benchmarks.recording import Row
+from benchmarks.palette import TEXT, color_of, describe, plain
+from benchmarks.recording import Measured, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -25,13 +27,10 @@ class GpuReport:
     mark: str
     rows: list[Row] = field(default_factory=list)
     notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # cases by (implementation, note)
-    places: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # shape, batch and tokens of a case
 
     def case(self, shape: str, batch: int, tokens: int) -> str:
         """Return the name of a case."""
-        name = f"{self.mark}{shape}, batch {batch}, {tokens:,} tokens"
-        self.places[name] = shape, batch, tokens
-        return name
+        return f"{self.mark}{shape}, batch {batch}, {tokens:,} tokens"
 
     def add(self, rows: Sequence[Row]) -> None:
         """Add the rows of a case."""
@@ -101,22 +100,31 @@ def markdown(report: GpuReport, machine: TimedDevice, copy: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(figure: Figure, report: GpuReport) -> None:
+CASE = re.compile(r"(.+), batch (\d+), ([\d,]+) tokens")
+
+
+def draw(figure: Figure, results: Measured) -> None:
     """Plot speedups over the fastest dense implementation by tokens: a panel per shape, a line per latent and batch."""
-    shown = [row for row in report.rows if row.metric == "time_ms" and row.ratio is not None]
-    names = list(dict.fromkeys(report.places[row.case][0] for row in shown))
-    panels = figure.subplots(1, max(1, len(names)), squeeze=False, sharey=True)[0]
-    for panel, name in zip(panels, names, strict=False):
-        lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
-        for row in shown:
-            shape, batch, tokens = report.places[row.case]
-            if shape == name and row.ratio is not None:
-                lines.setdefault((row.impl, batch), []).append((tokens, row.ratio))
+    panels_of: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
+    for row in results.of("time_ms"):
+        if row.ratio is not None and (match := CASE.fullmatch(row.case)):
+            lines = panels_of.setdefault(match[1], {})
+            lines.setdefault((row.impl, match[2]), []).append((int(match[3].replace(",", "")), row.ratio))
+    panels = figure.subplots(1, max(1, len(panels_of)), squeeze=False, sharey=True)[0]
+    for panel, (shape, lines) in zip(panels, panels_of.items(), strict=False):
         for (impl, batch), points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker=".", label=f"{impl}, batch {batch}")
+            panel.plot(*zip(*points, strict=True), marker=".", label=f"{impl}, batch {batch}", color=color_of(impl))
         panel.set_xscale("log", base=2)
-        panel.set_title(report.mark + name, fontsize=9)
-        panel.set_xlabel("tokens")
-        panel.axhline(1, color="grey", linewidth=0.5)
+        panel.set_title(shape, fontsize=9)
+        panel.set_xlabel("context length, tokens")
+        panel.axhline(1, color=TEXT, linewidth=0.5)
         panel.legend(fontsize=6)
-    panels[0].set_ylabel("times the fastest dense way")
+        plain(panel)
+    panels[0].set_ylabel("speedup over the fastest dense implementation")
+    best = max((row.ratio or 0.0 for row in results.of("time_ms")), default=0.0)
+    describe(
+        figure,
+        f"Decode attention is up to {best:.1f}x faster than the fastest dense implementation",
+        "one query token",
+        results,
+    )

@@ -91,7 +91,7 @@ def measure(machine: TimedDevice, sizes: RunSizes, report: GpuReport) -> None:
             for tokens in sizes.step_tokens:
                 measure_steps(machine, report, network, batch, tokens)
     (recording.RESULTS / f"{report.file}.md").write_text(markdown(report, machine, copy), encoding="utf-8")
-    record(report.file, report.rows, lambda figure: draw(figure, report), summary(report))
+    record(report.file, report.rows, draw, summary(report))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def kept_results(name: str, measured: Sequence[QualityResult]) -> list[QualityRe
     results = []
     for (impl, size), figures in _figures(name).items():
         held = int(COUNTED_AT * next(iter(figures.values()))["bytes_per_token"])
-        result: Any = QualityResult(Implementation(impl, _family(impl), held, float(size.removesuffix("x"))))
+        result: Any = QualityResult(Implementation(impl, family_of(impl), held, float(size.removesuffix("x"))))
         result.by_text = {text: _comparison(figures[text.name], now) for text, now in texts.items()}
         result.mean = _mean([c for text, c in result.by_text.items() if text.is_unseen])
         results.append(result)
@@ -65,7 +65,7 @@ def _exact(row: Mapping[str, float]) -> float:
     return row["perplexity"] / (1 + row[INCREASE] / 100)
 
 
-def _family(impl: str) -> str:
+def family_of(impl: str) -> str:
     """Return the family of a method, a prefix of its name."""
     families = (family for family in FAMILIES if impl == family or impl.startswith(f"{family}-"))
     return max(families, key=len, default=impl)

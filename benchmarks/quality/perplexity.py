@@ -87,7 +87,7 @@ def main(
         results += kept_results(name, results) if kept else []
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    record(name, rows(results), lambda figure: draw(figure, results, loaded.name), summary(results))
+    record(name, rows(results), draw, summary(results))
     screen().print(contest_table(results))
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.table import Table
 
+from benchmarks.palette import FHOPT, OTHER, OTHERS, describe, plain
 from benchmarks.quality.comparison import Contest, contests, size_name
+from benchmarks.quality.former_results import family_of
 from benchmarks.quality.measurement import COUNTED_AT, OURS, QualityResult
-from fhopt.evaluation.statistics import Comparison
+from benchmarks.recording import Measured
+from fhopt.calibration.options import DEFAULT_TEXTS
+from fhopt.evaluation.statistics import Comparison, Interval, bootstrap_interval
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 
@@ -81,36 +87,119 @@ def _interval(comparison: Comparison) -> str:
     return f"{_percent(low)[:-2]} to {_percent(high)[:-2]}"
 
 
-def draw(figure: Figure, results: Sequence[QualityResult], model: str) -> None:
-    """Plot both quality metrics against bytes, a line per family; model: its name."""
-    left, right = figure.subplots(1, 2, sharex=True)
-    _lines(left, results, lambda comparison: comparison.kl)
-    _lines(right, results, lambda comparison: comparison.increase_percent)
-    left.set(yscale="log", ylabel="KL(exact || cache), nats per token")
-    right.set_yscale("symlog", linthresh=0.1)  # noise can make an increase negative
-    right.set_ylabel("increase of perplexity, % (linear below 0.1)")
-    right.set_ylim(bottom=min(-0.1, 1.5 * min(result.mean.increase_percent for result in results)))
-    right.axhline(0, color="black", linewidth=0.5)
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xlabel(f"times smaller than a 16-bit cache, at {COUNTED_AT:,} tokens")
-        ticks = [2, 3, 4, 5, 6, 8, 10, 12]
-        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=7)
-    figure.suptitle(f"{model}: loss of smaller KV caches, mean of texts unlike the calibration text")
+@dataclass(frozen=True)
+class QualityLine:
+    """The points of one family of caches: compression ratios, mean KL over held-out domains, and its 95% interval."""
+
+    family: str
+    ratios: tuple[float, ...]
+    kl: tuple[float, ...]
+    intervals: tuple[Interval, ...]
+
+    def gap(self, other: QualityLine) -> float:
+        """Return the mean of log(KL) minus that of `other` at the same or nearest ratio; infinite if none is near."""
+        first, last = other.ratios[0] / COMPARABLE_RATIO, other.ratios[-1] * COMPARABLE_RATIO
+        near = [(ratio, kl) for ratio, kl in zip(self.ratios, self.kl, strict=True) if first <= ratio <= last]
+        if not near:
+            return math.inf
+        at = np.interp(np.log([ratio for ratio, _ in near]), np.log(other.ratios), np.log(other.kl))
+        return float(np.mean(np.log([kl for _, kl in near]) - at))
 
 
-def _lines(axes: Axes, results: Sequence[QualityResult], loss: Callable[[Comparison], float]) -> None:
-    """Plot the points of each family, joined in order of size; fhopt's line is heavier.
+def quality_lines(results: Measured) -> list[QualityLine]:
+    """Return a line for each family: fhopt first, then the others from the lowest KL to the highest."""
+    seen = SEEN_BY_DEMO if results.name == "quality" else DEFAULT_TEXTS
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in results.of("kl"):
+        text, _, size = row.case.rpartition("@")
+        if text not in seen:
+            found.setdefault(family_of(row.impl), {}).setdefault(float(size[:-1]), []).append(max(row.value, MIN_KL))
+    lines = []
+    for family, sizes in found.items():
+        points = [(ratio, values) for ratio, values in sorted(sizes.items()) if ratio >= MIN_RATIO]
+        if points:
+            means = tuple(sum(values) / len(values) for _, values in points)
+            ends = (bootstrap_interval(values, [1] * len(values)) for _, values in points)
+            intervals = tuple(end or (mean, mean) for end, mean in zip(ends, means, strict=True))
+            lines.append(QualityLine(family, tuple(ratio for ratio, _ in points), means, intervals))
+    ours = next(line for line in lines if line.family == OURS)
+    return sorted(lines, key=lambda line: (line is not ours, line.gap(ours)))
 
-    There are ten colors: an eleventh family reuses the first one, with dashes and squares.
-    """
-    for number, family in enumerate(dict.fromkeys(result.impl.family for result in results)):
-        members = sorted((r for r in results if r.impl.family == family), key=lambda r: r.impl.ratio)
-        line, marker = (("-", "o"), ("--", "s"))[number // 10 % 2]
-        style: dict[str, Any] = dict(color=f"C{number % 10}", linestyle=line, marker=marker, linewidth=1.2)
-        if family == OURS:
-            style |= dict(linewidth=2.5, zorder=3, color="black")
-        axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], label=family, **style)
+
+MIN_RATIO, MIN_KL = 1.8, 1e-6
+COMPARABLE_RATIO = 1.25  # between sizes that are compared
+LABELED = 6  # other methods with a color and a label, those with the lowest KL
+
+
+def draw(figure: Figure, results: Measured) -> None:
+    """Plot KL against compression, a line per family; fhopt and the best others are labeled at their ends."""
+    from matplotlib.ticker import LogLocator
+
+    axes = figure.subplots()
+    ours, *others = lines = quality_lines(results)
+    colors = dict(zip((line.family for line in others[:LABELED]), OTHERS, strict=False))
+    for line in reversed(lines):
+        color = FHOPT if line is ours else colors.get(line.family, OTHER)
+        low, high = ([abs(end[side] - kl) for end, kl in zip(line.intervals, line.kl, strict=True)] for side in (0, 1))
+        width = 2.6 if line is ours else 1.3 if line.family in colors else 0.7
+        bars = (low, high) if line is ours or line.family in colors else None
+        axes.errorbar(
+            line.ratios, line.kl, bars, color=color, linewidth=width, elinewidth=0.6, marker="o", markersize=3
+        )
+    axes.set(xscale="log", yscale="log", ylabel="KL divergence from the full-precision cache, nats/token")
+    axes.set_xlabel(f"compression of the KV cache relative to 16 bits, at {COUNTED_AT:,} tokens")
+    ticks = [tick for tick in (2, 3, 4, 5, 6, 8, 10, 12, 16) if tick <= max(max(line.ratios) for line in lines)]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.02)
+    plain(axes)
+    _label_ends(axes, [(line, FHOPT if line is ours else colors[line.family]) for line in lines[: 1 + LABELED]])
+    gain = math.exp(others[0].gap(ours)) if others else 0.0
+    model = results.name.removeprefix("quality").removeprefix("-") or "SmolLM2-135M-Instruct"
+    grays = ", ".join(METHODS.get(line.family, line.family) for line in others[LABELED:])
+    about = f"{model}; mean over held-out text domains with its 95% bootstrap interval" + (
+        f"; gray: {grays}" if grays else ""
+    )
+    finding = f"At about the same size, fhopt's KL divergence is {gain:.1f}x lower than the next best method's"
+    describe(
+        figure,
+        finding if gain > 1 else "KL divergence of compressed KV caches by size",
+        about,
+        results,
+    )
+
+
+def _label_ends(axes: Any, lines: Sequence[tuple[QualityLine, str]]) -> None:
+    """Write the name of each line next to its last point; a label moves up if it would touch one below it."""
+    low, high = (math.log10(end) for end in axes.get_ylim())
+    height, placed = (high - low) / 20, list[tuple[float, float]]()
+    for line, color in sorted(lines, key=lambda pair: pair[0].kl[-1]):
+        right, at = line.ratios[-1], math.log10(line.kl[-1])
+        near = [up for x, up in placed if max(x, right) < 1.5 * min(x, right) and abs(at - up) < height]
+        at = max(near) + height if near else at
+        placed.append((right, at))
+        weight = "bold" if line.family == OURS else None
+        name = METHODS.get(line.family, line.family)
+        axes.text(right * 1.03, 10**at, name, color=color, fontsize=9, va="center", fontweight=weight)
+    axes.set_xlim(right=1.25 * max(line.ratios[-1] for line, _ in lines))
+
+
+SEEN_BY_DEMO = ("topics",)  # text that calibrates in perplexity.py without --model
+METHODS = {
+    "kivi": "KIVI",
+    "turboquant": "TurboQuant",
+    "quarot": "QuaRot",
+    "kvtc": "KVTC",
+    "oscar": "OSCAR",
+    "aatc": "AATC",
+    "q4_0-hadamard": "llama.cpp q4_0, rotated",
+    "rtn": "round to nearest",
+    "quanto": "QuantizedCache, quanto",
+    "hqq": "QuantizedCache, HQQ",
+    "low-rank": "low rank per head",
+    "snapkv": "SnapKV",
+    "expected-attention": "Expected Attention",
+}  # names of families in the plot; others by their own name

@@ -1,6 +1,6 @@
 """Benchmark of the retrieval head against the dense head on a CPU: time, bytes, agreement, certificates.
 
-    python -m benchmarks.retrieval.lm_head          benchmarks/results/retrieval_head.json and .png; about 20 minutes
+    python -m benchmarks.retrieval.lm_head          benchmarks/results/retrieval_head.json; about 20 minutes
     python -m benchmarks.retrieval.lm_head --quick  few positions and a small random head (also QUICK=1)
 
 Cases: the head of SmolLM2 (49,152 x 576) in float32 and bfloat16, with its hidden states on text that was not used for
@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -33,9 +32,6 @@ from fhopt.lm_head.head import Head
 from fhopt.lm_head.module import dense
 from fhopt.models.loader import load_model
 from fhopt.texts import tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 TEXTS = ("topics", "source", "docstrings")
 BATCHES = (1, 4, 16)
@@ -195,24 +191,6 @@ def summary(rows: Sequence[Row]) -> Table:
     return table
 
 
-def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Plot speedups over the best dense head, a group of bars per case and batch."""
-    timed = [row for row in rows if row.metric == "time_ms"]
-    labels = list(dict.fromkeys(row.case for row in timed))
-    impls = list(dict.fromkeys(_kind(row) for row in timed))
-    panel = figure.subplots()
-    width = 0.8 / len(impls)
-    for index, impl in enumerate(impls):
-        values = {row.case: row.ratio or 0.0 for row in timed if _kind(row) == impl}
-        at = [place + width * (index - (len(impls) - 1) / 2) for place in range(len(labels))]
-        panel.bar(at, [values.get(label, 0.0) for label in labels], width, label=impl)
-    panel.axhline(1.0, color="black", linewidth=0.8)
-    panel.set_yscale("log")
-    panel.set_ylabel("speed-up over the best dense head")
-    panel.set_xticks(range(len(labels)), [label.replace(", ", "\n", 1) for label in labels], rotation=90, fontsize=7)
-    panel.legend(fontsize=7)
-
-
 def _kind(row: Row) -> str:
     """Return the name of the implementation without the number of clusters."""
     return "fhopt, some clusters" if "clusters" in row.impl else row.impl
@@ -236,7 +214,7 @@ def main(quick: bool, threads: int) -> None:
         results = measure(make(), 5 if quick else ROUNDS)
         rows += [replace(row, case=f"{row.case}, {threads} threads") if threads > 1 else row for row in results]
         screen().print(summary(results))
-    record("retrieval_head", rows, lambda figure: draw(figure, rows), summary(rows))
+    record("retrieval_head", rows, summary=summary(rows))
 
 
 def _random(dtype: torch.dtype) -> Callable[[], HeadCase]:

@@ -1,6 +1,6 @@
 """Benchmark of page selection at one page in eight: quality and savings, against the same plan with all pages.
 
-    python -m benchmarks.retrieval.page_selection                  results/retrieval*.json and .png, a file per part
+    python -m benchmarks.retrieval.page_selection                  results/retrieval*.json, a file per part
     python -m benchmarks.retrieval.page_selection --quick          a short context, one text, few items (also QUICK=1)
     python -m benchmarks.retrieval.page_selection --plan FOLDER    this fitted plan, with or without pages
     python -m benchmarks.retrieval.page_selection --part operator  perplexity, tasks or operator; repeatable
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -54,9 +54,6 @@ from fhopt.planning.pipeline import fit_to_text
 from fhopt.refine import page_budget, page_options, page_sketches
 from fhopt.system import cores
 from fhopt.texts import tokens as texts_tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 TEXTS = ("source", "docstrings", "scripture")
 CALIBRATION = ("topics", "source")  # first halves; measurements use second halves
@@ -276,29 +273,6 @@ def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPla
     )
 
 
-def draw(figure: Figure, rows: list[Row]) -> None:
-    """Plot the measured metrics, a panel each: perplexity relative to all pages, correct items, milliseconds."""
-    shown = {m: [r for r in rows if r.metric == m and (m != "perplexity" or r.impl == PAGED)] for m in METRICS}
-    shown = {metric: here for metric, here in shown.items() if here}
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for panel, (metric, here) in zip(panels, shown.items(), strict=True):
-        values = [100 * (r.ratio or 1.0) - 100 if metric == "perplexity" else r.value for r in here]
-        labels = [r.case if metric == "perplexity" else f"{_short(r.case)}, {r.impl}" for r in here]
-        panel.barh(labels, values)
-        panel.set_title(METRICS[metric], fontsize=9)
-        panel.tick_params(labelsize=7)
-        panel.invert_yaxis()
-
-
-def _short(case: str) -> str:
-    """Return the first words of a case, and its threads."""
-    first, *_, last = case.split(", ")
-    return f"{first}, {last}" if "threads" in last else first
-
-
-METRICS = {"perplexity": "perplexity, % over all pages", "right": "share of items right", "time_ms": "attention, ms"}
-
-
 PARTS = {"perplexity": "retrieval", "tasks": "retrieval_tasks", "operator": "retrieval_operator"}  # and their files
 
 
@@ -361,7 +335,7 @@ def main(
                 click.echo(f"{row.case}: {row.impl}, {row.metric} {row.value:.5g}", err=True)
         except FhoptError as error:
             raise click.ClickException(str(error)) from error
-        record(PARTS[part] + ("-quick" if quick else ""), rows, functools.partial(draw, rows=rows))
+        record(PARTS[part] + ("-quick" if quick else ""), rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from typing import Any
 
 import click
 
-from benchmarks.recording import Row, child_environment, is_quick, record
+from benchmarks.palette import color_of, describe, plain
+from benchmarks.recording import Measured, Row, child_environment, is_quick, record
 
 EXACT = "exact"
 LENGTH = 8192  # tokens per request for the concurrency
@@ -236,30 +237,28 @@ def load_rows(found: dict[str, dict[str, float]]) -> list[Row]:
     return rows
 
 
-PANELS = (
-    ("concurrency", "requests in 1 GiB", "linear"),
-    ("decode_tokens_per_second", "tokens decoded a second", "linear"),
-    ("time_to_first_token_ms", "ms until all have a first token", "log"),
-    ("requests_per_minute", "requests/min, 512 MiB", "linear"),
-)
+PANELS = {
+    "concurrency": "concurrent requests of 8,192 tokens\nin 1 GiB of KV cache",
+    "requests_per_minute": "requests/min under load\n(32 requests of 512 to 8,000 tokens, 512 MiB)",
+}
 
 
-def draw(figure: Any, rows: list[Row]) -> None:
-    """Plot a panel of bars per metric except the likelihood, whose differences are too small to see."""
-    names = list(dict.fromkeys(row.impl for row in rows))
-    figure.set_size_inches(14, 3.6)
-    for axes, (metric, title, scale) in zip(figure.subplots(1, 4, width_ratios=(1, 3, 3, 1)), PANELS, strict=True):
-        mine = {(row.case, row.impl): row.value for row in rows if row.metric == metric}
-        cases = list(dict.fromkeys(case for case, _ in mine))
-        for i, name in enumerate(names):
-            places = [at + 0.8 * (i + 0.5) / len(names) - 0.4 for at in range(len(cases))]
-            values = [mine.get((case, name), 0) for case in cases]
-            axes.bar(places, values, 0.8 / len(names), label=name)
-        axes.set_xticks(range(len(cases)), [] if len(cases) == 1 else cases)
-        axes.set_yscale(scale)
-        axes.set_title(title, fontsize=10)
-        if metric == "decode_tokens_per_second":
-            axes.legend(fontsize=8, loc="upper right")
+def draw(figure: Any, results: Measured) -> None:
+    """Plot how many requests fit, and how many are served per minute under load."""
+    shown = {metric: results.of(metric) for metric in PANELS if results.of(metric)}
+    figure.set_size_inches(10, 2.8)
+    for axes, (metric, rows) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        names = ["vLLM, full precision" if row.impl == EXACT else row.impl.replace("@", " ") for row in rows]
+        bars = axes.barh(names, [row.value for row in rows], color=[color_of(name) for name in names])
+        axes.bar_label(bars, [f"{row.value:.1f}" for row in rows], padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(PANELS[metric], fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0.12)
+        plain(axes)
+    gain = max(row.ratio or 0.0 for row in results.of("concurrency"))
+    about = "vLLM for CPUs, SmolLM2-135M-Instruct, bfloat16; 4x-cpu: a 4x plan fitted for this CPU"
+    describe(figure, f"Up to {gain:.1f}x more requests fit into the same memory", about, results)
 
 
 @click.command()
@@ -287,7 +286,7 @@ def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, what: str
         loads = {} if quick else {name: in_a_process("load", path) for name, path in folders.items()}
         likelihoods = {} if quick else {name: in_a_process("likelihood", path) for name, path in folders.items()}
     rows = rows_of(results, held) + load_rows(loads) + likelihood_rows(likelihoods)
-    record("serving", rows, draw=lambda figure: draw(figure, rows))
+    record("serving", rows, draw)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
 
 from benchmarks.recording import Row, process_bytes, record
 from benchmarks.soak.runs import VARIANTS, VOCABULARY, broken, prepared, run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 LAP, MIN_LAPS, WARM = 1200, 8, 0.25  # tokens per variant and lap; min laps; share of warm-up laps
 MAX_SLOPE = 1e6  # bytes per hour
@@ -97,13 +94,5 @@ def endure(minutes: float) -> list[str]:
         ("slope_error", error, "bytes/h"),
     )
     rows = [Row("mixed generation", "fhopt", metric, float(value), unit) for metric, value, unit in figures]
-    record("endurance", rows, lambda figure: draw_memory(figure, course))
+    record("endurance", rows)
     return endured(course)
-
-
-def draw_memory(figure: Figure, course: list[Lap]) -> None:
-    """Plot bytes of the process over time."""
-    panel = figure.subplots()
-    panel.plot([lap.minutes for lap in course], [lap.resident / 1e6 for lap in course], marker=".", linewidth=0.8)
-    panel.set(xlabel="minutes", ylabel="MB of the process", title="mixed generation, repeated")
-    panel.set_ylim(0, 1.2 * max(lap.resident for lap in course) / 1e6)

@@ -1,8 +1,8 @@
 """Soak test: generate 200,000 tokens with latent caches through every cache operation, and compare with a reference.
 
-    python -m benchmarks.soak.suite               benchmarks/results/soak.json and .png; fails if a promise breaks
+    python -m benchmarks.soak.suite               benchmarks/results/soak.json; fails if a promise breaks
     python -m benchmarks.soak.suite --quick       a twentieth of the tokens (also QUICK=1)
-    python -m benchmarks.soak.suite --minutes 60  the same mixed with generate(), repeatedly: endurance.json and .png
+    python -m benchmarks.soak.suite --minutes 60  the same mixed with generate(), repeatedly: endurance.json
 
 A small model samples tokens one by one, in batches, mixed with prefill of several tokens, crops (short ones and ones
 deep into quantized blocks), reordered, repeated and selected sequences, and resets. After every call the logits of the
@@ -20,17 +20,13 @@ after the warm-up is above 1 MB per hour by more than two of its standard errors
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import click
 import torch
 
 from benchmarks.recording import Row, is_quick, record
 from benchmarks.soak.endurance import endure
-from benchmarks.soak.runs import MAX_APART, VARIANTS, Course, broken, drift, growth, run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+from benchmarks.soak.runs import VARIANTS, Course, broken, drift, growth, run
 
 
 def rows_of(name: str, course: Course) -> list[Row]:
@@ -44,22 +40,6 @@ def rows_of(name: str, course: Course) -> list[Row]:
         ("tokens_per_second", course.tokens[-1] / course.seconds, "1/s"),
     )
     return [Row(name, "fhopt", metric, float(value), unit) for metric, value, unit in figures]
-
-
-def draw(figure: Figure, courses: dict[str, Course]) -> None:
-    """Plot differences of logits, and bytes relative to the allowed bytes, over the tokens of each run."""
-    above, below = figure.subplots(2, 1, sharex=True)
-    for name, course in courses.items():
-        stride = max(1, len(course.tokens) // 400)
-        cut = range(0, len(course.tokens) - stride + 1, stride)
-        at = [course.tokens[i] for i in cut]
-        above.plot(at, [max(course.apart[i : i + stride]) for i in cut], label=name, linewidth=0.8)
-        below.plot(at, [max(course.over[i : i + stride]) for i in cut], linewidth=0.8)
-    above.axhline(MAX_APART, color="black", linestyle=":", linewidth=0.8)
-    above.set(yscale="log", ylabel="largest difference of logits", title="latent caches against a plain reference")
-    above.legend(fontsize="small", ncols=3)
-    below.axhline(1, color="black", linestyle=":", linewidth=0.8)
-    below.set(xlabel="tokens generated", ylabel="bytes held / bytes allowed", ylim=(0, 1.1))
 
 
 @click.command()
@@ -80,7 +60,7 @@ def main(quick: bool, minutes: float | None) -> None:
         failed |= bool(problems := broken(variant, course))
         click.echo(f"{variant.name}: {'; '.join(problems) or 'every promise holds'}")
     rows = [row for name, course in courses.items() for row in rows_of(name, course)]
-    record("soak", rows, lambda figure: draw(figure, courses))
+    record("soak", rows)
     sys.exit(failed)
 
 

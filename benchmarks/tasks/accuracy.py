@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -246,47 +245,12 @@ def main(
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
     whole = _beside_former(name, rows)
-    record(name, whole, draw=lambda figure: draw(figure, whole), summary=table(name, rows))
+    record(name, whole, summary=table(name, rows))
 
 
 def _beside_former(name: str, rows: list[Row]) -> list[Row]:
     """Return the rows of cases from earlier runs, and of this run."""
     return kept_rows(name, {row.case for row in rows}.__contains__) + rows
-
-
-def draw(figure: Any, rows: list[Row]) -> None:
-    """Plot accuracy of every task, by model, and KL by the position of the generated token, if measured."""
-    accuracy = [row for row in rows if row.metric == "accuracy_percent"]
-    positions = [row for row in rows if row.metric == "kl_nats" and "generation@" in row.case]
-    panels = [
-        (draw_part, part) for draw_part, part in ((_draw_accuracy, accuracy), (_draw_positions, positions)) if part
-    ]
-    figure.set_size_inches(6.5 * max(1, len(panels)), 5)
-    for (draw_part, part), axes in zip(panels, figure.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):
-        draw_part(axes, part)
-
-
-def _draw_accuracy(axes: Any, rows: list[Row]) -> None:
-    cases, impls = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("case", "impl"))
-    height = 0.8 / len(impls)
-    for i, impl in enumerate(impls):
-        values = {row.case: row.value for row in rows if row.impl == impl}
-        where = [n + height * i for n, case in enumerate(cases) if case in values]
-        axes.barh(where, [values[c] for c in cases if c in values], height=height, label=impl)
-    axes.set_yticks([n + 0.4 for n in range(len(cases))], [case.replace("/", "\n") for case in cases], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("right answers, %")
-    axes.legend(fontsize=7)
-
-
-def _draw_positions(axes: Any, rows: list[Row]) -> None:
-    for key in dict.fromkeys((row.case.partition("/")[0], row.impl) for row in rows):
-        line = [(int(r.case.rpartition("@")[2]), r.value) for r in rows if (r.case.partition("/")[0], r.impl) == key]
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", label=" ".join(key))
-    axes.set_xlabel("generated tokens")
-    axes.set_ylabel("KL from the exact cache, nats a token")
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Line and branch coverage of fhopt by package, and the modules with too little of it.
 
-    python -m benchmarks.testing.coverage_table                    measure; benchmarks/results/coverage.json and .png
+    python -m benchmarks.testing.coverage_table                    measure; benchmarks/results/coverage.json
     python -m benchmarks.testing.coverage_table --part fhopt/plan  measure this part only (repeatable), report on all
     python -m benchmarks.testing.coverage_table --no-run           report on earlier measurements
     python -m benchmarks.testing.coverage_table --list             name the parts
@@ -21,16 +21,13 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.table import Table
 
 from benchmarks.recording import Row, record, screen
 from benchmarks.testing.coverage_runs import PartRun, TestPart, combined, is_current, kept, package_of, parts, run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 MIN_PERCENT = 90.0  # % of all lines
 LISTED_BELOW = 80.0  # % of the lines of a module
@@ -97,20 +94,6 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [packages, modules]
 
 
-def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Plot a pair of bars per package."""
-    panel = figure.subplots()
-    names = list(dict.fromkeys(row.case for row in rows if row.metric == "lines"))
-    for i, metric in enumerate(("lines", "branches")):
-        values = {row.case: row.value for row in rows if row.metric == metric}
-        at = [x + 0.4 * i for x, name in enumerate(names) if name in values]
-        panel.bar(at, [values[name] for name in names if name in values], 0.38, label=metric)
-    panel.set_xticks([x + 0.2 for x in range(len(names))], names, rotation=90, fontsize=7)
-    panel.set_ylabel("% covered")
-    panel.set_ylim(0, 100)
-    panel.legend(loc="lower right")
-
-
 # --------------------------------------------------------------------------------------------------- command
 
 
@@ -168,7 +151,7 @@ def main(
     if waiting:
         screen().print(packages)  # do not record partial results: they would pass for complete ones
     else:
-        record("coverage", rows, lambda figure: draw(figure, rows), packages)
+        record("coverage", rows, summary=packages)
     screen().print(modules)
     sentences = problems(rows, [done.part.name for done in runs if done.state == "failed"], waiting)
     click.echo("\n".join(sentences), err=True)

@@ -41,7 +41,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fhopt
-from benchmarks.recording import Row, is_quick, record, screen
+from benchmarks.palette import FHOPT, OTHER, TEXT, describe, plain
+from benchmarks.recording import Measured, Row, is_quick, record, screen
 from benchmarks.zoo.compiled_modes import train
 from benchmarks.zoo.compiled_results import TOLERANCE, CompiledResult, CompilerResult, ZooTask
 from benchmarks.zoo.compiled_tasks import tasks
@@ -141,7 +142,7 @@ def main(only: str | None, quick: bool, is_traced: bool) -> None:
         results = list(_checked(chosen))
     if only is None:
         name = "compiled-zoo-traced" if is_traced else "compiled-zoo"
-        record(name, rows(results), lambda figure: draw(figure, results), summary(results))
+        record(name, rows(results), draw, summary(results))
     else:
         screen().print(summary(results))
     failed = [result for result in results if result.failures]
@@ -225,19 +226,42 @@ def _both(results: Sequence[CompiledResult], metric: str) -> str:
     return " / ".join(format(over(of), form) if of else "-" for of in figures)
 
 
-def draw(figure: Figure, results: Iterable[CompiledResult]) -> None:
-    """Plot the differences of outputs and gradients from eager's, for flashhead and inductor, sorted."""
+def draw(figure: Figure, results: Measured) -> None:
+    """Plot the largest differences of outputs and gradients from eager mode for each use, flashhead and inductor."""
+    figure.set_size_inches(10, 6.5)
     panels = figure.subplots(1, 2, sharey=True)
-    known = [r for r in compared(results) if not r.seen["flashhead"].refusal]
-    for panel, name in zip(panels, ("max_error", "max_gradient_error"), strict=True):
-        for compiler in ("flashhead", "inductor"):
-            errors = sorted(max(result.figure(name, compiler), 1e-9) for result in known)
-            panel.plot(errors, label=compiler)
-        panel.axhline(TOLERANCE, color="black", linestyle=":", label="allowed in float32")
-        panel.set(yscale="log", xlabel="tasks, sorted", title=name.replace("_", " "))
-        panel.legend()
-    panels[0].set_ylabel("largest relative difference (0 is drawn as 1e-9)")
-    figure.suptitle("The zoo, compiled: differences from eager")
+    cases = sorted(
+        {row.case for row in results.of("max_error")}, key=lambda case: (not is_half(case), case), reverse=True
+    )
+    labels = [case.replace("_", " ") + (" (16-bit)" if is_half(case) else "") for case in cases]
+    names = {"max_error": "outputs", "max_gradient_error": "gradients"}
+    for panel, (metric, name) in zip(panels, names.items(), strict=True):
+        rows = {row.case: row for row in results.of(metric)}
+        at = [index for index, case in enumerate(cases) if case in rows]
+        shown = [rows[cases[index]] for index in at]
+        for color, values, label, size in (
+            (OTHER, [row.baseline or 0.0 for row in shown], "inductor", 50),
+            (FHOPT, [row.value for row in shown], "fhopt", 18),
+        ):
+            panel.scatter([max(value, MIN_ERROR) for value in values], at, size, color, label=label, zorder=2)
+        panel.axvline(TOLERANCE, color=TEXT, linestyle=":", linewidth=1, label="tolerance in float32")
+        panel.set_yticks(range(len(cases)), labels, fontsize=7.5)
+        panel.set(xscale="log", title=name, xlabel=f"largest relative difference from eager mode (0: {MIN_ERROR:.0e})")
+        panel.grid(alpha=0.2)
+        plain(panel)
+    panels[0].legend(frameon=False, fontsize=8)
+    worst = max(row.value for row in results.of("max_error") if not is_half(row.case))
+    count = sum(int(row.value) for row in results.of("tasks"))
+    about = f"{count:,} tasks on tiny random models, ratio 1; 16-bit tasks round differently"
+    describe(figure, f"Compiled with fhopt, float32 outputs match eager mode to {worst:.0e}", about, results)
+
+
+MIN_ERROR = 1e-9  # smaller differences are drawn as this one
+
+
+def is_half(case: str) -> bool:
+    """Return whether the tasks of a case round to 16 bits."""
+    return case.endswith(("/bfloat16", "/autocast"))
 
 
 if __name__ == "__main__":

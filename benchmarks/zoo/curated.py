@@ -25,7 +25,8 @@ from model_zoo.checking import TOLERANCE, ZooResult, check, entries
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.recording import ROOT, Row, commit, is_quick, machine, record, screen, versions
+from benchmarks.palette import FHOPT, TEXT, describe, plain
+from benchmarks.recording import ROOT, Measured, Row, commit, is_quick, machine, record, screen, versions
 from fhopt.plan.site import AttentionSite
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(only: str | None, quick: bool) -> None:
         raise click.BadParameter(f"no entry of the zoo has {only!r} in its label.", param_hint="--only")
     results = [check(entry) for entry in track(sample(chosen) if quick else chosen, "the zoo", transient=True)]
     if only is None:
-        record("zoo", rows(results), lambda figure: draw(figure, results), summary(results))
+        record("zoo", rows(results), draw, summary(results))
     else:
         screen().print(summary(results))
     if only is None and not quick:
@@ -136,20 +137,21 @@ def _explained(results: Iterable[ZooResult]) -> str:
     return f"{given} others not rewritten, each with a reason (required: at least {least})"
 
 
-def draw(figure: Figure, results: Sequence[ZooResult]) -> None:
-    """Plot the distance of outputs and gradients from the captured graph's, and the detection time."""
-    errors, times = figure.subplots(1, 2)
-    for name, values in (
-        ("outputs and caches", [result.max_error for result in results]),
-        ("gradients", [result.max_gradient_error for result in results]),
-    ):
-        errors.plot(sorted(max(value, 1e-9) for value in values), label=name)
-    errors.axhline(TOLERANCE, color="black", linestyle=":", label="allowed")
-    errors.set(yscale="log", xlabel="entries, sorted", ylabel="largest relative difference (0 is drawn as 1e-9)")
-    errors.legend()
-    times.scatter([result.nodes for result in results], [result.seconds_find for result in results], s=8)
-    times.set(xlabel="nodes of the graph", ylabel="seconds to find", yscale="log")
-    figure.suptitle("fhopt over its zoo: a point is one forward pass of one model")
+def draw(figure: Figure, results: Measured) -> None:
+    """Plot the largest difference of outputs and caches from the captured graph's, sorted."""
+    axes = figure.subplots()
+    errors = sorted(row.value for row in results.of("max_error"))
+    axes.plot([max(value, MIN_ERROR) for value in errors], color=FHOPT, linewidth=2)
+    axes.axhline(TOLERANCE, color=TEXT, linestyle=":", linewidth=1)
+    axes.text(0, TOLERANCE * 1.2, f"tolerance of the tests, {TOLERANCE:.0e}", color=TEXT, fontsize=8, va="bottom")
+    ylabel = f"largest relative difference ({MIN_ERROR:.0e}: bit-identical)"
+    axes.set(yscale="log", xlabel="forward passes, sorted by difference", ylabel=ylabel, xlim=0)
+    plain(axes)
+    about = f"{len(errors)} forward passes of tiny random models, float32, outputs and caches"
+    describe(figure, f"Rewritten graphs match the originals to {max(errors):.1e}", about, results)
+
+
+MIN_ERROR = 1e-9  # smaller differences are drawn as this one
 
 
 # --------------------------------------------------------------------------------------------------- page

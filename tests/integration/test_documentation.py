@@ -16,12 +16,15 @@ from xml.etree import ElementTree
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from gguf_models import save_text_gguf
+from PIL import Image
 from small_models import tiny_llama
 from text_models import save_text_model
 
 import fhopt
+from fhopt.calibration.options import FitOptions
 from fhopt.cli.app import main
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +226,29 @@ def test_drawings_match_their_script(tmp_path: Path) -> None:
     for name, text in drawings.items():
         kept = (DOCS / "pictures" / name).read_text()
         assert labels(text) == labels(kept), f"{name}: run: python docs/drawings.py"
+
+
+def test_the_picture_of_a_cache_shows_the_default_sinks_window_and_blocks() -> None:
+    options = FitOptions()
+    recent, block = options.recent_tokens, options.block
+    shown = labels((DOCS / "pictures" / "cache.svg").read_text())
+    assert f"first {options.sinks}, exact" in shown
+    assert f"packed latents, blocks of {block}" in shown
+    assert f"newest {recent} to {recent + block}, {options.window_bits} bits" in shown
+
+
+def test_the_picture_of_water_filling_gives_bits_to_channels_above_the_level_only() -> None:
+    power = torch.logspace(0, -4, 50)
+    bits = script("drawings").filled_bits(power, 0.002)
+    assert torch.equal(bits > 0, power > 0.002)
+
+
+@pytest.mark.parametrize("picture", sorted((DOCS / "pictures").glob("*.png")), ids=lambda path: path.stem)
+def test_a_screenshot_is_not_older_than_the_page(picture: Path) -> None:
+    with Image.open(picture) as image:
+        stamp = image.info.get("Source")
+    assert stamp == script("screenshots").ui_hash(), "run: python docs/screenshots.py --plan demo/plan"
+    assert picture.stat().st_size < 100_000
 
 
 def labels(svg: str) -> list[str]:
