@@ -162,7 +162,7 @@ def test_two_models_that_share_an_embedding_have_separate_reports() -> None:
     with torch.no_grad():
         compiled(teacher, student, token_ids(1, 20))
     assert fhopt.report(student).state == compile_report.GATHERING
-    with pytest.raises(fhopt.FhoptError, match="nothing of LlamaForCausalLM"):
+    with pytest.raises(fhopt.FhoptError, match="has not compiled LlamaForCausalLM"):
         fhopt.report(teacher)
 
 
@@ -256,7 +256,7 @@ def test_layers_compiled_one_by_one_warn_once() -> None:
     for layer in model.model.layers:
         layer.compile(backend="flashhead", options={"ratio": 4})
     messages = warnings_of(model, twice)
-    assert len(messages) == 1 and "LlamaDecoderLayer is not a language model" in messages[0]
+    assert len(messages) == 1 and "LlamaDecoderLayer is not a transformers language model" in messages[0]
 
 
 def test_a_second_target_for_a_model_is_not_ignored_silently() -> None:
