@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.recording import Measured
+from benchmarks.recording import ResultsFile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -14,7 +14,7 @@ FHOPT = "#d1490c"
 FHOPT_TINTS = {"exact": "#f3b391", "4x": "#e5804f", "8x": FHOPT}  # shades of the one color, by size
 OTHER = "#a3a8b0"
 TEXT = "#52565e"
-OTHERS = ("#2f6db5", "#3f8f5b", "#7b5ea7", "#8a6d1f", "#2b8f96", "#a8477f")  # if single methods must be told apart
+OTHERS = ("#2f6db5", "#3f8f5b", "#7b5ea7", "#8a6d1f", "#2b8f96", "#a8477f")  # to distinguish single methods
 
 
 def color_of(impl: str) -> str:
@@ -22,7 +22,7 @@ def color_of(impl: str) -> str:
     return FHOPT if impl.startswith("fhopt") else OTHER
 
 
-def describe(figure: Figure, finding: str, about: str, results: Measured) -> None:
+def describe(figure: Figure, finding: str, about: str, results: ResultsFile) -> None:
     """Set the title to the finding, and the caption to what was measured and on which hardware."""
     figure.suptitle(finding, x=0.01, ha="left", fontsize=11, fontweight="bold")
     caption = textwrap.fill(f"{about}; {results.hardware}", int(17 * figure.get_figwidth()))

@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ResultsFile:
     """A results file: what it was measured on, and its rows (those without a value have NaN)."""
 
     name: str
@@ -80,7 +80,7 @@ class Measured:
         return [row for row in self.rows if row.metric == metric and math.isfinite(row.value)]
 
 
-Draw = Callable[["Figure", Measured], None]
+Draw = Callable[["Figure", ResultsFile], None]
 
 
 def is_quick() -> bool:
@@ -107,13 +107,13 @@ def record(
     return path
 
 
-def read(name: str) -> Measured:
+def read(name: str) -> ResultsFile:
     """Read `results/<name>.json`."""
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     known = {field.name for field in dataclasses.fields(Row)}
     rows = [{key: value for key, value in row.items() if key in known} for row in content["rows"]]
     parsed = (Row(**row | {"value": math.nan if row["value"] is None else row["value"]}) for row in rows)
-    return Measured(name, content["machine"], content["versions"], content["commit"], tuple(parsed))
+    return ResultsFile(name, content["machine"], content["versions"], content["commit"], tuple(parsed))
 
 
 def kept_rows(name: str, is_measured_anew: Callable[[str], bool]) -> list[Row]:

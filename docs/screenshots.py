@@ -29,7 +29,7 @@ SHOTS = {
     "spectrum": (f"#site-{SITE} .chart", 600),
     "kernel": (f"#site-{SITE} pre.code", 640),
 }  # picture: what it shows, and its height
-COLORS = 128
+COLORS = 256
 
 
 def ui_hash() -> str:

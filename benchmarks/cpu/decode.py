@@ -39,7 +39,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fhopt
 from benchmarks.palette import TEXT, color_of, describe, plain
-from benchmarks.recording import Measured, Row, is_quick, record
+from benchmarks.recording import ResultsFile, Row, is_quick, record
 from fhopt.cache.report import cache_bytes
 from fhopt.hf.apply import latent_cache
 from fhopt.models.loaded_model import LoadedModel
@@ -252,7 +252,7 @@ def in_plot(impl: str) -> str:
     return SHOWN.get(impl, impl.replace(", growing", eager).replace(", static", compiled))
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot speedups over the baseline of the rows as bars, a panel per case, with milliseconds per decode step."""
     shown = results.of("step_ms")
     columns = list(dict.fromkeys(row.case for row in shown))

@@ -13,7 +13,7 @@ from benchmarks import recording
 from benchmarks.engines.catalog import OURS, SMALL_WEIGHTS
 from benchmarks.engines.rounds import METRICS, EngineCase, Outcomes, figures
 from benchmarks.palette import describe, sorted_bars
-from benchmarks.recording import Measured, Row
+from benchmarks.recording import ResultsFile, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -146,7 +146,7 @@ def about(machine: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------- plot
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot decode throughput at the longest context that every vector unit has, a panel per unit, sorted."""
     shown = [row for row in results.of(METRICS[0].name) if row.impl not in SMALL_WEIGHTS]
     model = CaseName.read(shown[0].case).model

@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks import recording
 from benchmarks.gpu.timing import TimedDevice
 from benchmarks.palette import TEXT, color_of, describe, plain
-from benchmarks.recording import Measured, Row
+from benchmarks.recording import ResultsFile, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -103,7 +103,7 @@ def markdown(report: GpuReport, machine: TimedDevice, copy: float) -> str:
 CASE = re.compile(r"(.+), batch (\d+), ([\d,]+) tokens")
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot speedups over the fastest dense implementation by tokens: a panel per shape, a line per latent and batch."""
     panels_of: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
     for row in results.of("time_ms"):

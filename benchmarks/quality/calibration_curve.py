@@ -21,7 +21,7 @@ import torch
 from benchmarks.palette import FHOPT, FHOPT_TINTS, describe, plain
 from benchmarks.quality.caches import ours
 from benchmarks.quality.measurement import TEXTS, QualityResult, QualityText, measure, progress_bar, read_texts
-from benchmarks.recording import Measured, Row, is_quick, kept_rows, record, table
+from benchmarks.recording import ResultsFile, Row, is_quick, kept_rows, record, table
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import plan_from_calibration
 from fhopt.errors import FhoptError
@@ -93,7 +93,7 @@ def main(model: str, dtype: str, texts: tuple[str, ...], context: int, counts: t
     record(f"{NAME}-quick" if quick else NAME, whole, draw, table(NAME, rows))
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot KL against calibration tokens, a line per plan."""
     axes = figure.subplots()
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.contexts                 SmolLM2: benchmarks/results/quality_contexts.json and .png
     python -m benchmarks.quality.contexts --model FOLDER  another model; its results are added to the file
-    python -m benchmarks.quality.contexts --quick         short contexts, one window (also QUICK=1)
+    python -m benchmarks.quality.contexts --quick         short contexts, one window, 4x (also QUICK=1)
 
 A window of held-out text ends with the scored tokens, so that every context length is measured on the same tokens: the
 context is the text just before them. It is processed in blocks, each query attending to what it would attend to while
@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.palette import FHOPT, FHOPT_TINTS, describe, plain
 from benchmarks.quality.caches import fit_plans
 from benchmarks.quality.measurement import progress_bar
-from benchmarks.recording import Measured, Row, is_quick, kept_rows, record, screen, table
+from benchmarks.recording import ResultsFile, Row, is_quick, kept_rows, record, screen, table
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, read_steps, switched
@@ -46,7 +46,7 @@ CONTEXTS = (600, 1500, 3000, 6000, 16000)
 RATIOS = (4.0, 8.0)
 TEXTS = ("topics", "source", "docstrings", "scripture")  # their second halves; plans are fitted to first halves
 WINDOWS, SCORED = 8, 256
-QUICK_CONTEXTS, QUICK_SCORED = (336, 600), 64
+QUICK_CONTEXTS, QUICK_SCORED, QUICK_RATIOS = (336, 600), 64, (4.0,)
 METRICS = {"kl": "nats/token", "increase_percent": "%"}  # attributes of `Comparison`
 
 
@@ -131,7 +131,7 @@ def measure(
     return rows
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot KL and perplexity increase over the context length, a line per plan and model, with 95% intervals."""
     found = {(row.case, row.impl, row.metric): row.value for row in results.rows}
     labels = {"kl": "KL divergence, nats/token", "increase_percent": "perplexity increase, %"}
@@ -188,7 +188,7 @@ def main(
         loaded = load_model(model, getattr(torch, dtype))
         able = able_contexts(loaded.language_model(), contexts, scored)
         ids = windows(loaded, texts, count, max(able) + scored)
-        plans = fit_plans(loaded, RATIOS, options)
+        plans = fit_plans(loaded, QUICK_RATIOS if quick else RATIOS, options)
         rows = measure(loaded, plans, ids, able, scored, chunk)
     except FhoptError as error:
         raise click.ClickException(str(error)) from error

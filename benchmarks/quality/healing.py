@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.cpu.memory import plain_plan
 from benchmarks.palette import FHOPT, FHOPT_TINTS, TEXT, describe, plain
-from benchmarks.recording import Measured, Row, is_quick, record
+from benchmarks.recording import ResultsFile, Row, is_quick, record
 from fhopt.calibration.options import FitOptions
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import BOOTSTRAP_TOKENS, Interval, TokenCosts, bootstrap_interval
@@ -125,7 +125,7 @@ def summary(results: Results) -> Table:
     return table
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot KL and perplexity increase of each text, before and after, with intervals."""
     found = {(row.case, row.impl, row.metric): row.value for row in results.rows}
     texts = [case for case, impl, metric in found if (impl, metric) == ("healed", "kl_left")]

@@ -14,7 +14,7 @@ from benchmarks.palette import FHOPT, OTHER, OTHERS, describe, plain
 from benchmarks.quality.comparison import Contest, contests, size_name
 from benchmarks.quality.former_results import family_of
 from benchmarks.quality.measurement import COUNTED_AT, OURS, QualityResult
-from benchmarks.recording import Measured
+from benchmarks.recording import ResultsFile
 from fhopt.calibration.options import DEFAULT_TEXTS
 from fhopt.evaluation.statistics import Comparison, Interval, bootstrap_interval
 
@@ -106,7 +106,7 @@ class QualityLine:
         return float(np.mean(np.log([kl for _, kl in near]) - at))
 
 
-def quality_lines(results: Measured) -> list[QualityLine]:
+def quality_lines(results: ResultsFile) -> list[QualityLine]:
     """Return a line for each family: fhopt first, then the others from the lowest KL to the highest."""
     seen = SEEN_BY_DEMO if results.name == "quality" else DEFAULT_TEXTS
     found: dict[str, dict[float, list[float]]] = {}
@@ -131,7 +131,7 @@ COMPARABLE_RATIO = 1.25  # between sizes that are compared
 LABELED = 6  # other methods with a color and a label, those with the lowest KL
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot KL against compression, a line per family; fhopt and the best others are labeled at their ends."""
     from matplotlib.ticker import LogLocator
 

@@ -36,7 +36,7 @@ from typing import Any
 import click
 
 from benchmarks.palette import color_of, describe, plain
-from benchmarks.recording import Measured, Row, child_environment, is_quick, record
+from benchmarks.recording import ResultsFile, Row, child_environment, is_quick, record
 
 EXACT = "exact"
 LENGTH = 8192  # tokens per request for the concurrency
@@ -243,7 +243,7 @@ PANELS = {
 }
 
 
-def draw(figure: Any, results: Measured) -> None:
+def draw(figure: Any, results: ResultsFile) -> None:
     """Plot how many requests fit, and how many are served per minute under load."""
     shown = {metric: results.of(metric) for metric in PANELS if results.of(metric)}
     figure.set_size_inches(10, 2.8)

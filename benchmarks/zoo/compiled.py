@@ -42,7 +42,7 @@ from torch._dynamo.utils import counters
 
 import fhopt
 from benchmarks.palette import FHOPT, OTHER, TEXT, describe, plain
-from benchmarks.recording import Measured, Row, is_quick, record, screen
+from benchmarks.recording import ResultsFile, Row, is_quick, record, screen
 from benchmarks.zoo.compiled_modes import train
 from benchmarks.zoo.compiled_results import TOLERANCE, CompiledResult, CompilerResult, ZooTask
 from benchmarks.zoo.compiled_tasks import tasks
@@ -226,7 +226,7 @@ def _both(results: Sequence[CompiledResult], metric: str) -> str:
     return " / ".join(format(over(of), form) if of else "-" for of in figures)
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot the largest differences of outputs and gradients from eager mode for each use, flashhead and inductor."""
     figure.set_size_inches(10, 6.5)
     panels = figure.subplots(1, 2, sharey=True)

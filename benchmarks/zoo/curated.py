@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.palette import FHOPT, TEXT, describe, plain
-from benchmarks.recording import ROOT, Measured, Row, commit, is_quick, machine, record, screen, versions
+from benchmarks.recording import ROOT, ResultsFile, Row, commit, is_quick, machine, record, screen, versions
 from fhopt.plan.site import AttentionSite
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _explained(results: Iterable[ZooResult]) -> str:
     return f"{given} others not rewritten, each with a reason (required: at least {least})"
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot the largest difference of outputs and caches from the captured graph's, sorted."""
     axes = figure.subplots()
     errors = sorted(row.value for row in results.of("max_error"))

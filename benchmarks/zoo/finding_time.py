@@ -22,7 +22,7 @@ import click
 import torch
 
 from benchmarks.palette import FHOPT, FHOPT_TINTS, describe, plain
-from benchmarks.recording import Measured, Row, is_quick, record
+from benchmarks.recording import ResultsFile, Row, is_quick, record
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline
 
@@ -73,7 +73,7 @@ def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return times[0] - times[1]
 
 
-def draw(figure: Figure, results: Measured) -> None:
+def draw(figure: Figure, results: ResultsFile) -> None:
     """Plot seconds over nodes, a line per attention implementation."""
     axes = figure.subplots()
     nodes = {row.case: row.value for row in results.of("nodes")}

@@ -125,10 +125,10 @@ def spectrum() -> Spec:
             "x": {
                 "field": "channel",
                 "type": "ordinal",
-                "title": "channel, by decreasing loss",
+                "title": "channels, by cost",
                 "axis": {"labelOverlap": True, "labelAngle": 0},
             },
-            "y": _quantity("exponent", "nats per token, 10^", axis={"tickCount": 5}, scale={"zero": False}),
+            "y": _quantity("exponent", "log10(nats/token)", axis={"tickCount": 5}, scale={"zero": False}),
             "y2": {"field": "floor"},
             "color": {
                 "field": "bits",

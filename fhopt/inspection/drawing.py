@@ -39,6 +39,7 @@ COLOURS = {
     "cache": ("#ffe4e6", "#be123c"),
     "attention": ("#ede9fe", "#7c3aed"),
 }
+PAIRINGS = {"half": "half-split"}  # names of RoPE layouts in drawings; others by their own name
 FONT = "Helvetica,Arial,sans-serif"
 _GRAPH = dict(rankdir="TB", bgcolor="transparent", nodesep="0.28", ranksep="0.32", margin="0.05", fontname=FONT)
 _NODE = dict(shape="box", style="filled,rounded", fontname=FONT, fontsize="12", margin="0.14,0.07", height="0.3")
@@ -176,8 +177,12 @@ def _projected(site: AttentionSite) -> Diagram:
         drawn.node(role, "weight", _projection(site, role), f"{heads} x {dim}")
         drawn.edge("source" if is_cross and role != "q" else "x", role)
     if site.rope is not None or site.key_norm:
-        what = [*(["norm"] if site.key_norm else []), *(["rotation"] if site.rope is not None else [])]
-        turned = f"{site.rope.rotary_dim} of {site.key_dim}, {site.rope.pairing}" if site.rope is not None else ""
+        what = [*(["norm"] if site.key_norm else []), *(["RoPE"] if site.rope is not None else [])]
+        turned = (
+            f"{site.rope.rotary_dim} of {site.key_dim}, {PAIRINGS.get(site.rope.pairing, site.rope.pairing)}"
+            if site.rope is not None
+            else ""
+        )
         for role in ("q", "k"):
             drawn.node(f"{role}_turned", "rotation", " and ".join(what), turned)
             drawn.edge(role, f"{role}_turned")

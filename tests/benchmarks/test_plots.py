@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import plots, recording
 from benchmarks.cpu import decode
 from benchmarks.palette import FHOPT
-from benchmarks.recording import RESULTS, Measured, Row, data_hash, read
+from benchmarks.recording import RESULTS, ResultsFile, Row, data_hash, read
 
 MACHINE = {"cpu": "a CPU", "cpu_capability": "AVX2", "threads": 1, "gpu": None}
 
@@ -60,7 +60,7 @@ def test_only_fhopt_has_its_color() -> None:
         for impl, value in {"eager, sdpa": 4.0, "grouped by hand, inductor": 2.0, "fhopt exact": 1.0}.items()
     )
     figure = Figure(layout="constrained")
-    decode.draw(figure, Measured("decode", MACHINE, {}, "", rows))
+    decode.draw(figure, ResultsFile("decode", MACHINE, {}, "", rows))
     colors = [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches]
     assert [color == FHOPT for color in colors] == [False, False, True]
 
