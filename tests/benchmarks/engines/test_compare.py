@@ -180,7 +180,6 @@ def test_a_run_replaces_its_own_results_in_the_file_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
     first = {(SMALL, FAST.name): EngineOutcome(error="no compiler"), (LONG, SDPA.name): EngineOutcome([REPORT])}
     compare.write(engines_report.rows_of(first, "AVX2"), {"torch": "1"}, "peers")
     second = {(SMALL, FAST.name): EngineOutcome([REPORT]), (SMALL, PLAN.name): EngineOutcome([REPORT])}
@@ -199,7 +198,6 @@ def test_skipped_engines_are_in_the_file_the_table_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
     outcomes = {(SMALL, FAST.name): EngineOutcome(error="no compiler"), (SMALL, SDPA.name): EngineOutcome([REPORT])}
     compare.write(engines_report.rows_of(outcomes, "AVX2"), {}, "peers")
     row = next(row for row in json.loads((tmp_path / "peers.json").read_text())["rows"] if row["impl"] == FAST.name)
