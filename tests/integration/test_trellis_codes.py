@@ -115,5 +115,5 @@ def test_a_gpu_and_exports_refuse_it_in_one_sentence(llama: FittedModel, monkeyp
         ExportedStep(llama.model, plan)
     elsewhere = [SimpleNamespace(device=torch.device("cuda"))]
     monkeypatch.setattr(llama.model, "parameters", lambda: iter(elsewhere))
-    with pytest.raises(FhoptError, match="GPU kernels do not support trellis codes"):
+    with pytest.raises(FhoptError, match="a GPU does not support trellis codes"):
         fhopt.apply(llama.model, plan)
