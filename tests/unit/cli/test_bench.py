@@ -72,7 +72,7 @@ def test_step_parts_are_printed_on_request(folder: Path, llama: FittedModel, tmp
     plain, parts, as_json = call(*options), call(*options, "--parts"), call(*options, "--json")
     assert parts.exit_code == 0, parts.output
     assert "attention" not in plain.stdout and "Time of a decode step in ms" in parts.stdout
-    rows = [line.split() for line in parts.stdout.split("Milliseconds")[1].splitlines()]
+    rows = [line.split() for line in parts.stdout.split("Time of a decode step in ms")[1].splitlines()]
     ((_, _, step, *others),) = [cells for cells in rows if cells[:2] == ["200", "exact"]]
     assert others == ["-"] * 6 and float(step) > 0
     ((_, step, *others),) = [cells for cells in rows if cells[:1] == ["a"]]
