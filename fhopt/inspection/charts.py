@@ -64,10 +64,10 @@ def sensitivity() -> Spec:
         mark={"type": "point", "filled": True, "size": 45},
         encoding={
             "x": _site_axis(),
-            "y": _quantity("nats", "nats per token", scale=_log(), axis=_ticks(".0e")),
+            "y": _quantity("nats", "nats/token", scale=_log(), axis=_ticks(".0e")),
             "color": _side_colour(),
             "shape": {"field": "kind", "type": "nominal", "title": None, "legend": {"orient": "top"}},
-            "tooltip": _tips(site="site", side="side", kind="with", nats="nats per token"),
+            "tooltip": _tips(site="site", side="side", kind="with", nats="nats/token"),
         },
     )
 
@@ -76,8 +76,8 @@ def curve() -> Spec:
     """Chart expected KL against size, with the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
     encoding = {
         "x": _quantity("bytes_per_token", "bytes per token, everything included", scale=_log(), axis=_ticks("~s")),
-        "y": _quantity("nats", "expected loss, nats per token", scale=_log(), axis=_ticks(".0e")),
-        "tooltip": _tips(ratio="ratio", bytes_per_token="bytes per token", nats="nats per token"),
+        "y": _quantity("nats", "expected loss, nats/token", scale=_log(), axis=_ticks(".0e")),
+        "tooltip": _tips(ratio="ratio", bytes_per_token="bytes per token", nats="nats/token"),
     }
     text = {"field": "label", "type": "nominal"}
     return _spec(
@@ -137,7 +137,7 @@ def spectrum() -> Spec:
                 "scale": {"domain": [0, 1, 2, 3, 4, 5, 6, 8, 16], "scheme": "viridis"},
                 "legend": {"orient": "top", "columns": 5, "symbolSize": 60},
             },
-            "tooltip": _tips(channel="channel", nats="nats per token", bits="bits"),
+            "tooltip": _tips(channel="channel", nats="nats/token", bits="bits"),
         },
     ) | {"height": 150}
 
@@ -175,6 +175,6 @@ def all_charts() -> dict[str, Spec]:
         "curve": curve(),
         "roofline": roofline(),
         "spectrum": spectrum(),
-        "spectra": heat("spectra", "nats per token", True),
+        "spectra": heat("spectra", "nats/token", True),
         "bits": heat("bits", "bits", False),
     }

@@ -146,7 +146,7 @@ def test_writes_to_it_are_refused() -> None:
         lambda: layer.weight.data.add_(1),
         lambda: layer.load_state_dict({"weight": torch.zeros(50, 512)}),
     ):
-        with pytest.raises(RuntimeError, match="load the file dequantized"):
+        with pytest.raises(RuntimeError, match="Load the file dequantized"):
             write()
     assert torch.equal(layer.weight.dequantize(), before)
 

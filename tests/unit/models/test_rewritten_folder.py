@@ -241,5 +241,5 @@ def test_pickles_and_code_next_to_the_model_are_never_loaded(name: str, forged: 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FhoptError, match="not a rewritten folder"):
         fhopt.load(tmp_path)
-    with pytest.raises(FhoptError, match="not a rewritten folder"):
+    with pytest.raises(FhoptError, match="is not a folder on this machine"):
         fhopt.load(tmp_path / "absent")
