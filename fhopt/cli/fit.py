@@ -222,9 +222,6 @@ def fit_command(
             "fhopt fit demo -o PLAN."
         )
 
-    if not as_json and request.calibration is None and request.options.mean_tokens and not request.options.is_lossless:
-        click.echo(NOT_EXPORTED, err=True)
-
     from fhopt.parallel.device_map import placement
 
     where = placement(device_map)
@@ -263,12 +260,15 @@ def _fitted(
     from fhopt.inspection import progress_file
     from fhopt.planning.pipeline import fit_in_first_process, text_source
 
+    source = text_source(loaded)
+    if not as_json and request.calibration is None and request.options.mean_tokens and not request.options.is_lossless:
+        click.echo(NOT_EXPORTED, err=True)
     shares = (CALIBRATING if request.calibration is None else {}) | {"plan": 1.0}
     shares |= ({"gate": 10.0} if request.gate else {}) | ({"pages": 10.0} if request.pages else {})
     kept = progress_file.ProgressFile(progress_file.beside(beside))
     with progress_bar(as_json, shares) as shown, kept.kept(shown) as progress:
         shown("finding attention" if request.calibration is None else "plan", 0, 1)
-        return fit_in_first_process(text_source(loaded), request, progress, calibration={"dtype": dtype})
+        return fit_in_first_process(source, request, progress, calibration={"dtype": dtype})
 
 
 def _is_given(context: click.Context, name: str) -> bool:

@@ -177,8 +177,8 @@ def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") ->
     lines = [f"{read}: {rates}", f"{len(done.ids):,} tokens{decode}"]
     if values["cache_bytes"]:
         size, exact = (quantity(values[name], "B") for name in ("cache_bytes", "exact_cache_bytes"))
-        size = _size_words(values["ratio"])
-        than = f", full precision {exact} in {dtype}: {size}" if kind != "full-precision KV cache" else ""
+        words = _size_words(values["ratio"])
+        than = f", full precision {exact} in {dtype}: {words}" if kind != "full-precision KV cache" else ""
         lines.append(f"{kind}: {size}{than}")
     return lines
 

@@ -220,9 +220,7 @@ class Inspection:
             if name in wanted:
                 return self.sites[wanted.index(name)]
         first = f", the first is {names[0]!r}" if names else ""
-        raise FhoptError(
-            f"site {name!r} does not exist; found {len(names)} sites{first}. List them with: fhopt inspect MODEL."
-        )
+        raise FhoptError(f"site {name!r} does not exist; found {len(names)} sites{first}. Run fhopt inspect MODEL.")
 
     def as_json(self) -> dict[str, Any]:
         """Return one object for programs."""

@@ -57,7 +57,12 @@ class FittedPlan:
 
 
 def text_source(loaded: LoadedModel | None) -> FitSource:
-    """Fit a causal language model to text. loaded: None if the request has a calibration and does not run a model."""
+    """Fit a causal language model to text. loaded: None if the request has a calibration and does not run a model.
+
+    Raises FhoptError if it is no causal language model with a tokenizer.
+    """
+    if loaded is not None:
+        loaded.language_model()
 
     def read(options: FitOptions) -> CalibrationData:
         assert loaded is not None, "a request without a calibration comes with a model"

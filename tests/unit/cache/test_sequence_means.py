@@ -190,5 +190,5 @@ def test_an_operation_that_cannot_add_them_back_says_so(plan: LatentPlan) -> Non
     ):
         plan.check_no_means("an exported step")
     replace(plan, mean_tokens=0).check_no_means("an exported step")
-    with pytest.raises(FhoptError, match="mean_tokens is -1"):
+    with pytest.raises(FhoptError, match="mean_tokens -1"):
         replace(plan, mean_tokens=-1)

@@ -121,7 +121,7 @@ def test_random_choices_depend_only_on_batch_number_and_seed(llama: FittedModel)
 
 
 def test_a_batch_of_another_shape_is_refused(llama: FittedModel) -> None:
-    with pytest.raises(FhoptError, match=r"input_ids of shape \(1, 95\), expected \(1, 96\)"):
+    with pytest.raises(FhoptError, match=r"input_ids of shape \(1, 95\); expected \(1, 96\)"):
         collect.collect(llama.captured, llama.outcome, numbered(1, 95), **FAR)
 
 

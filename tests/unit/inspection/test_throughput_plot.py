@@ -27,7 +27,7 @@ def test_a_line_is_drawn_for_each_cache_and_batch(
     svg = plot_throughput(result(*batches), tmp_path / "plot.svg").read_text()
     for _, title, _ in PANELS:
         assert f">{title}</text>" in svg
-    assert "m: float32, weights in blocks on cpu, medians of 3 rounds" in svg
+    assert "m: float32, block-quantized weights on cpu, medians of 3 rounds" in svg
     assert (">p, batch 4</text>" in svg) == (len(batches) > 1) and ">2,048</text>" in svg
 
 

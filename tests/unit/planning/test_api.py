@@ -23,7 +23,7 @@ from fhopt.refine.options import RATIOS
 
 SMALL: dict[str, Any] = dict(sequences=6, rate_sequences=2, context=256, recent=64)
 FLAGS = ["--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64"]
-OF_THE_COMMAND = {"model", "explain", "out", "device_map", "dtype", "as_json"}  # loading, output
+OF_THE_COMMAND = {"model", "explain", "kept", "out", "device_map", "dtype", "as_json"}  # loading, output
 RENAMED = {"texts": "text", "gate_texts": "gate_text", "statistics_file": "statistics", "ratios": "ratio"}
 
 
@@ -94,7 +94,7 @@ def test_a_maximum_loss_and_pages_are_accepted(loaded: LoadedModel, monkeypatch:
         (dict(), "neither a tokenizer nor batches"),
         (dict(batches=[], max_loss=0.1), "require text"),
         (dict(batches=[]), "there are no batches"),
-        (dict(batches=[], ratioo=4), "fit has no option ratioo"),
+        (dict(batches=[], ratioo=4), "'ratioo' is not an option of a fit; expected 'ratio'"),
     ],
 )
 def test_missing_arguments_are_named(values: dict[str, Any], message: str) -> None:

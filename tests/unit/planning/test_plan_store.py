@@ -53,7 +53,7 @@ def test_plans_of_another_model_are_reported(llama: FittedModel, gpt2: FittedMod
     print_ = fingerprint(dict(llama.model.named_parameters()), [s.site for s in fitted.sites])
     kept = plan_store.add(fitted.with_provenance(fingerprint=print_))
     assert not plan_store.verify_plan(kept, LoadedModel("llama", llama.model)).fault
-    assert "another model than gpt2" in plan_store.verify_plan(kept, LoadedModel("gpt2", gpt2.model)).fault
+    assert "not fitted to gpt2" in plan_store.verify_plan(kept, LoadedModel("gpt2", gpt2.model)).fault
 
 
 def test_pruning_removes_the_damaged_the_old_and_leftovers(own_folder: Path) -> None:

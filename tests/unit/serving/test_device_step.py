@@ -34,7 +34,7 @@ def layer_of(plan: LatentPlan, dtype: torch.dtype = torch.float32) -> LayerCache
 @pytest.mark.parametrize(
     ("device", "dtype", "has_triton", "reason"),
     [
-        ("xpu", torch.float32, True, "there are no kernels for xpu"),
+        ("xpu", torch.float32, True, "kernels exist only for CUDA and ROCm, not for xpu"),
         ("cuda", torch.float64, True, "no kernel supports torch.float64"),
         ("cuda", torch.float32, False, "pip install 'triton"),
     ],
