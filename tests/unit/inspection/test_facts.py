@@ -76,7 +76,7 @@ def test_a_site_is_found_by_its_name_in_full_or_as_tables_shorten_it(llama: Fitt
     assert found.site("1") is found.site(found.sites[1].site.name) is found.sites[1]
     with pytest.raises(FhoptError, match=r"site '7' does not exist; found 2 sites, the first is 'model\.layers\.0"):
         found.site("7")
-    with pytest.raises(FhoptError, match=r"found 0 sites\. List them with: fhopt inspect"):
+    with pytest.raises(FhoptError, match=r"found 0 sites\. Run fhopt inspect"):
         replace(found, sites=()).site("1")
 
 
