@@ -242,7 +242,7 @@ def rows() -> list[WideRow]:
 
 def test_the_page_counts_by_family_and_lists_reasons() -> None:
     text = wide_report.page(rows(), {"torch": "2"}, "abc", 3)
-    assert "| decoders, eager | 2 | 6 | 5 | 83.3 % | 1 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0e+00 |" in text
+    assert "| decoders, eager | 2 | 6 | 5 | 83.3% | 1 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0e+00 |" in text
     assert "| heads are mixed by N | OddForCausalLM |" in text and "RwkvModel" not in text
     assert "3 further classes have not been tried yet" in text
 
