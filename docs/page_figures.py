@@ -15,7 +15,17 @@ from typing import Any
 
 import quality_tables
 from quality_tables import CacheQuality, nats, percent
-from results_tables import RESULTS, ROOT, Results, compiled_zoo, number, table
+from results_tables import (
+    RESULTS,
+    ROOT,
+    Results,
+    compiled_zoo,
+    engine_throughput,
+    fill_blocks,
+    number,
+    read_results,
+    table,
+)
 from results_tables import zoo as zoo_table
 from results_tables import zoo_wide as zoo_wide_table
 
@@ -29,7 +39,6 @@ MODELS = {
     "quality-Qwen2.5-Coder-1.5B-Instruct-codes": "Qwen2.5-Coder-1.5B",
     "quality-Qwen2.5-Coder-1.5B-Instruct-float32": "Qwen2.5-Coder-1.5B, `--device cpu`",
 }  # files of the comparison of models
-SMALL_WEIGHTS = re.compile("Q4_0|int[48]")
 
 
 def plans(results: Results) -> dict[float, CacheQuality]:
@@ -40,13 +49,13 @@ def plans(results: Results) -> dict[float, CacheQuality]:
 
 def quality(folder: Path) -> str:
     """Format plans of default options with the best comparable method."""
-    results = _read(folder, SMOLLM2)
+    results = read_results(folder, SMOLLM2)
     lines = []
     for size, plan in sorted(plans(results).items()):
         other = quality_tables.best_other(results, plan)
         against = "none of this size"
         if other:
-            against = f"{other.kl / plan.kl:.1f}x ({quality_tables.shown(other.name)}, {other.size:g}x)"
+            against = f"{other.kl / plan.kl:.1f}x ({other.shown}, {other.size:g}x)"
         lines.append([f"{size:g}x", f"{percent(plan.rise)} ({percent(plan.worst_rise)})", nats(plan.kl), against])
     return table(
         ["compression", "perplexity, mean (worst text)", "KL, nats/token", "KL of the best other method"], lines
@@ -55,7 +64,7 @@ def quality(folder: Path) -> str:
 
 def expected_quality(folder: Path) -> str:
     """Format what each size costs, without other methods."""
-    found = plans(_read(folder, SMOLLM2))
+    found = plans(read_results(folder, SMOLLM2))
     lines = (
         [f"{size:g}x", percent(plan.rise), percent(plan.worst_rise), nats(plan.kl)]
         for size, plan in sorted(found.items())
@@ -67,7 +76,7 @@ def models(folder: Path) -> str:
     """Format 4x and 8x plans of every model, with KIVI at 3 bits."""
     lines = []
     for file, name in MODELS.items():
-        results = _read(folder, file)
+        results = read_results(folder, file)
         kivi = [c for c in quality_tables.caches(results) if c.name == "kivi-3bit"]
         four, eight = (plans(results)[size] for size in (4.0, 8.0))
         lines.append([
@@ -79,7 +88,7 @@ def models(folder: Path) -> str:
 
 def trellis(folder: Path) -> str:
     """Format uniform and trellis codes of one calibration."""
-    found = {(c.size, c.name): c for c in quality_tables.caches(_read(folder, f"{SMOLLM2}-codes"))}
+    found = {(c.size, c.name): c for c in quality_tables.caches(read_results(folder, f"{SMOLLM2}-codes"))}
     lines = []
     for size in sorted({size for size, _ in found}):
         uniform, code = (found[size, f"fhopt, {name}"] for name in ("uniform", "trellis"))
@@ -93,7 +102,7 @@ def trellis(folder: Path) -> str:
 def calibration(folder: Path) -> str:
     """Format KL by the number of calibration tokens."""
     by_case: dict[str, dict[tuple[str, str], float]] = {}
-    for row in _read(folder, "calibration_curve").rows:
+    for row in read_results(folder, "calibration_curve").rows:
         by_case.setdefault(row["case"], {})[row["impl"], row["metric"]] = row["value"]
     lines = (
         [f"{int(case.split('/')[1]):,}", case.split("/")[0].split(", ")[1], nats(found["fhopt@4x", "kl_nats"]),
@@ -105,7 +114,7 @@ def calibration(folder: Path) -> str:
 
 def tasks(folder: Path) -> str:
     """Format accuracy of tasks with at least ten items."""
-    results = _read(folder, "tasks")
+    results = read_results(folder, "tasks")
     cells = {(row["case"], row["impl"], row["metric"]): row["value"] for row in results.rows}
     lines = []
     for row in results.of("items"):
@@ -125,7 +134,7 @@ def decode(folder: Path) -> str:
     """Format the latency of a decode step at each context, batch 1."""
     steps: dict[int, dict[str, dict[str, Any]]] = {}
     for name in ("decode-contexts", "decode"):
-        for row in _read(folder, name).of("step_ms"):
+        for row in read_results(folder, name).of("step_ms"):
             if row["case"].startswith("batch 1, float32"):
                 tokens = int(re.sub(r"\D", "", row["case"].removeprefix("batch 1, float32")))
                 steps.setdefault(tokens, {})[row["impl"]] = row
@@ -139,19 +148,13 @@ def decode(folder: Path) -> str:
 
 def engines(folder: Path) -> str:
     """Format decode and prompt throughput beside the fastest other engine, 16-bit weights, batch 1."""
-    rows = [row for row in _read(folder, "peers").rows if not SMALL_WEIGHTS.search(row["impl"]) and row["value"]]
-    lines = []
+    results, lines = read_results(folder, "peers"), []
     for unit in ("AVX512", "AVX2"):
-        for metric, words in (("decode", "decode"), ("prefill", "prompt")):
+        for stage, words in (("decode", "decode"), ("prefill", "prompt")):
             for context in (512, 2048, 8000):
-                case = f"SmolLM2-135M-Instruct/{context}/1/{unit}"
-                found = {
-                    row["impl"]: row["value"]
-                    for row in rows
-                    if row["case"] == case and row["metric"] == f"{metric}_tokens_per_second"
-                }
-                if "fhopt 4x" in found:
-                    lines.append([f"{UNITS[unit]}, {words}", f"{context:,}", *_race(found)])
+                speeds = engine_throughput(results, f"SmolLM2-135M-Instruct/{context}/1/{unit}", stage)
+                if "fhopt 4x" in speeds:
+                    lines.append([f"{UNITS[unit]}, {words}", f"{context:,}", *_race(speeds)])
     return table(["CPU, phase", "context", "exact mode", "4x", "8x", "fastest other engine"], lines)
 
 
@@ -162,14 +165,14 @@ def _race(found: dict[str, float]) -> list[str]:
     """Return throughputs of fhopt, and of the fastest other engine."""
     other = max((name for name in found if not name.startswith("fhopt")), key=lambda name: found[name])
     ours = (found[name] for name in ("fhopt exact", "fhopt 4x", "fhopt 8x"))
-    return [*(f"{x:,.0f} ({x / found[other]:.2f}x)" for x in ours), f"{found[other]:,.0f} ({other.split()[0]})"]
+    return [*(f"{x:,.0f} ({x / found[other]:.2f}x)" for x in ours), f"{found[other]:,.0f} ({other})"]
 
 
 def small_weights(folder: Path) -> str:
     """Format throughput of 4-bit weights on both models, AVX-512 and AVX2."""
     names = ("fhopt 4x", "fhopt 4x, Q4_0", "llama.cpp Q4_0, K/V f16", "ik_llama Q4_0, K/V q8_0")
     cases: dict[str, dict[tuple[str, str], float]] = {}
-    for row in _read(folder, "peers").rows:
+    for row in read_results(folder, "peers").rows:
         if row["case"].count("/") == 3 and row["case"].split("/")[2] == "1" and row["value"] and row["impl"] in names:
             cases.setdefault(row["case"], {})[row["impl"], row["metric"]] = row["value"]
     lines = []
@@ -191,7 +194,7 @@ def _pair(found: dict[tuple[str, str], float], name: str) -> str:
 
 def memory(folder: Path) -> str:
     """Format how much a process grows."""
-    results = _read(folder, "memory")
+    results = read_results(folder, "memory")
     rows = (("full precision", "exact", "exact"), ("4x", "4x", "fhopt"))
     lines = (
         [
@@ -208,14 +211,14 @@ SERVED = {"exact": "no plan", "fhopt@4x": "4x", "fhopt@4x-cpu": "4x, `--layout h
 
 def capacity(folder: Path) -> str:
     """Format how many requests vLLM serves at once."""
-    rows = _read(folder, "serving").of("concurrency")
+    rows = read_results(folder, "serving").of("concurrency")
     lines = ([SERVED[row["impl"]], f"{row['value']:.2f}", f"{row['ratio']:.2f}x"] for row in rows)
     return table(["served with", "8,192-token requests in 1 GiB", "relative"], lines)
 
 
 def serving(folder: Path) -> str:
     """Format throughput and time to first token in vLLM, relative to vLLM without a plan."""
-    results = _read(folder, "serving")
+    results = read_results(folder, "serving")
     cells = {(row["case"], row["impl"], row["metric"]): row["ratio"] for row in results.rows}
     cases = dict.fromkeys(row["case"] for row in results.of("decode_tokens_per_second"))
     impls = list(SERVED)[1:]
@@ -231,7 +234,7 @@ SERVED_METRICS = ("decode_tokens_per_second", "time_to_first_token_ms")
 
 def load(folder: Path) -> str:
     """Format throughput and latency of vLLM under load."""
-    results = _read(folder, "serving")
+    results = read_results(folder, "serving")
     cells = {(row["impl"], row["metric"]): row["value"] for row in results.rows}
     lines = (
         [name, f"{cells[impl, 'requests_per_minute']:.1f}", f"{cells[impl, 'mean_first_token_ms'] / 1000:.0f} s",
@@ -244,7 +247,7 @@ def load(folder: Path) -> str:
 def page_selection(folder: Path) -> str:
     """Format the change in perplexity by text, and right answers, when one page in eight is attended to."""
     cells: dict[str, dict[str, float]] = {}
-    for row in _read(folder, "retrieval").rows:
+    for row in read_results(folder, "retrieval").rows:
         if row["impl"] == "one page in eight" and "last" in row["case"]:
             cells.setdefault(row["case"], {})[row["metric"]] = row["value"]
     lines = (
@@ -261,17 +264,17 @@ def page_selection(folder: Path) -> str:
 
 def zoo(folder: Path) -> str:
     """Format the totals of the curated zoo."""
-    return zoo_table(_read(folder, "zoo"))
+    return zoo_table(read_results(folder, "zoo"))
 
 
 def zoo_wide(folder: Path) -> str:
     """Format the families of the wide zoo."""
-    return zoo_wide_table(_read(folder, "zoo_wide"))
+    return zoo_wide_table(read_results(folder, "zoo_wide"))
 
 
 def found(folder: Path) -> str:
     """Format how many attentions are found in both zoos."""
-    curated, wide = _read(folder, "zoo"), _read(folder, "zoo_wide").rows
+    curated, wide = read_results(folder, "zoo"), read_results(folder, "zoo_wide").rows
     sums = [sum(row["value"] for row in curated.of(f"sites_{what}")) for what in ("expected", "found")]
     counts = [sum(r["baseline"] for r in wide), sum(min(r["value"], r["baseline"]) for r in wide)]
     silent = sum(row["status"] == "silent" for row in wide)
@@ -284,7 +287,7 @@ def found(folder: Path) -> str:
 
 def compiled(folder: Path) -> str:
     """Format the totals of the compiled zoo."""
-    return compiled_zoo(_read(folder, "compiled-zoo-traced"))
+    return compiled_zoo(read_results(folder, "compiled-zoo-traced"))
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -298,15 +301,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 
 def filled(text: str, folder: Path = RESULTS) -> str:
     """Return the text of a page with new blocks."""
-
-    def block(match: re.Match[str]) -> str:
-        return f"{match[1]}\n\n{BLOCKS[match[2]](folder)}\n\n{match[3]}"
-
-    return re.sub(r"(<!-- figures: (\w+) -->)\n.*?(<!-- end -->)", block, text, flags=re.S)
-
-
-def _read(folder: Path, name: str) -> Results:
-    return Results.read(folder / f"{name}.json")
+    return fill_blocks(text, BLOCKS, folder, gap="\n\n")
 
 
 def main() -> None:

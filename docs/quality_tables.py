@@ -21,6 +21,21 @@ CALIBRATED = {
     "quality-Qwen2.5-Coder-0.5B-Instruct": (*BUILT_IN, "python.txt"),
 }  # texts from calibration domains, by results file; for other files: BUILT_IN
 RISE = "perplexity_increase_percent"
+NAMES = {
+    "kivi": "KIVI",
+    "rtn": "round-to-nearest, by token and head",
+    "quanto": "`QuantizedCache`, quanto",
+    "hqq": "`QuantizedCache`, hqq",
+    "low-rank": "low rank for each head",
+    "turboquant": "TurboQuant",
+    "quarot": "QuaRot",
+    "kvtc": "KVTC",
+    "oscar": "OSCAR",
+    "aatc": "AATC",
+    "q4_0-hadamard": "llama.cpp q4_0, rotated",
+    "snapkv": "SnapKV",
+    "expected-attention": "Expected Attention",
+}  # families of caches in the files, as their papers spell them; others by their own name
 COLUMNS = (RISE, f"{RISE}_low", f"{RISE}_high", "kl")
 
 
@@ -43,6 +58,17 @@ class CacheQuality:
     def is_plan(self) -> bool:
         """Say whether this is a plan of fhopt."""
         return self.name.startswith("fhopt")
+
+    @property
+    def family(self) -> str:
+        """Return the name without its size."""
+        return re.sub(r"-(?:[\d.]+(?:bit|x)?|bytes)$", "", self.name)
+
+    @property
+    def shown(self) -> str:
+        """Format the name `kivi-3bit` as `KIVI, 3 bits`."""
+        bits = re.search(r"-([\d.]+)bit$", self.name)
+        return NAMES.get(self.family, self.family) + (f", {bits[1]} bits" if bits else "")
 
 
 def caches(results: Results) -> list[CacheQuality]:
@@ -110,22 +136,3 @@ def best_other(results: Results, plan: CacheQuality, near: float = 1.25) -> Cach
     """
     others = [c for c in caches(results) if not c.is_plan and plan.size / near <= c.size]
     return min(others, key=lambda cache: cache.kl, default=None)
-
-
-def shown(name: str) -> str:
-    """Format `kivi-3bit` as `KIVI, 3-bit`."""
-    family = re.sub(r"-(?:[\d.]+(?:bit|x)?|bytes)$", "", name)
-    bits = re.search(r"-([\d.]+)bit$", name)
-    return SPELLED.get(family, family) + (f", {bits[1]}-bit" if bits else "")
-
-
-SPELLED = {
-    "kivi": "KIVI",
-    "rtn": "round-to-nearest",
-    "turboquant": "TurboQuant",
-    "quarot": "QuaRot",
-    "kvtc": "KVTC",
-    "oscar": "OSCAR",
-    "aatc": "AATC",
-    "q4_0-hadamard": "llama.cpp q4_0, rotated",
-}  # families of caches as their papers spell them

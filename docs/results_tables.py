@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SMALL_WEIGHTS = re.compile("Q4_0|int[48]")  # in names of engines, of 4 or 8 bits
 MAX_ROWS = 40  # of a benchmark that has no table of its own
 HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 16 bits
 
@@ -42,6 +43,30 @@ class Results:
     def value(self, metric: str, case: str, impl: str) -> float:
         """Return one figure."""
         return next(float(r["value"]) for r in self.of(metric) if (r["case"], r["impl"]) == (case, impl))
+
+
+def read_results(folder: Path, name: str) -> Results:
+    """Read the results file of a benchmark."""
+    return Results.read(folder / f"{name}.json")
+
+
+def engine_throughput(results: Results, case: str, stage: str) -> dict[str, float]:
+    """Return tok/s of each engine with 16-bit weights and its fastest KV-cache type. stage: decode or prefill."""
+    speeds: dict[str, float] = {}
+    for row in results.of(f"{stage}_tokens_per_second"):
+        if row["case"] == case and not SMALL_WEIGHTS.search(row["impl"]) and row["value"]:
+            name = row["impl"] if row["impl"].startswith("fhopt") else row["impl"].split()[0]
+            speeds[name] = max(row["value"], speeds.get(name, 0.0))
+    return speeds
+
+
+def fill_blocks(text: str, blocks: Mapping[str, Callable[[Path], str]], folder: Path, gap: str) -> str:
+    """Return a text with new blocks between `<!-- figures: NAME -->` and `<!-- end -->`. gap: around each block."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}{gap}{blocks[match[2]](folder)}{gap}{match[3]}"
+
+    return re.sub(r"(<!-- figures: (\w+) -->)\n.*?(<!-- end -->)", block, text, flags=re.S)
 
 
 # ------------------------------------------------------------------------------------------------------ parts of tables
