@@ -80,9 +80,7 @@ def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolera
     draws = [d for d in DRAWS if d != LARGE or not overflows]
     differences, slopes = [], []
     for draw in draws:
-        size = 30.0 if draw == LARGE else 1.0
-        values = {n: size * (random_like(n, i) + 0.1 * i) for i, n in enumerate(region.inputs)}
-        known = {**random_sides(region, roles, draw), **values}
+        known = {**random_sides(region, roles, draw), **_random_operands(region, draw)}
         differentiable = draw != LARGE and node_needs_gradient(core.output)
         leaves = [v for n, v in known.items() if differentiable and _is_float(v) and node_needs_gradient(n)]
         for leaf in leaves:
@@ -104,15 +102,19 @@ def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolera
     return Checked(len(draws), max(differences), max(slopes, default=None))
 
 
+def _random_operands(region: Region, draw: str) -> dict[fx.Node, Tensor]:
+    size = 30.0 if draw == LARGE else 1.0
+    return {n: size * (random_like(n, i) + 0.1 * i) for i, n in enumerate(region.inputs)}
+
+
 def _check_cancelled(core: Core, region: Region, roles: Roles, base: Evaluator) -> None:
     """Raise Miss for a side value that cancels unless it is 0, such as x in e * x / (e * x).sum(-1)."""
-    values = {n: random_like(n, i) + 0.1 * i for i, n in enumerate(region.inputs)}
-    known = {**random_sides(region, roles, MILD), **values}
+    sides, operands = random_sides(region, roles, MILD), _random_operands(region, MILD)
     factors = Counter(node for node, _ in core.factors)
-    for side in known.keys() - values.keys():
-        if factors[side] == 1 or not _is_float(known[side]) or is_binary(side):
+    for side, value in sides.items():
+        if factors[side] == 1 or not _is_float(value) or is_binary(side):
             continue
-        drawn = {**known, side: torch.zeros_like(known[side])}
+        drawn = {**sides, side: torch.zeros_like(value), **operands}
         old, new = region.run(drawn), _canonical(core, drawn, base, False)
         if bool((new.isfinite() & ~old.isfinite()).any()):
             raise Miss(
