@@ -20,10 +20,13 @@ def one_line(text: object, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in words[:limit])
 
 
-def unknown_name(name: str, known: Iterable[str], what: str) -> FhoptError:
-    """Make the error for a misspelled name, with the nearest known one, or all if none is near. what: kind of name."""
+def unknown_name(name: str, known: Iterable[str], what: str, further: Iterable[str] = ()) -> FhoptError:
+    """Make the error for a misspelled name, with the nearest one, or all known ones if none is near.
+
+    what: kind of name. further: names that are near enough to suggest, but too many to list.
+    """
     names = sorted(known)
-    near = get_close_matches(name, names, n=1)
+    near = get_close_matches(name, [*names, *further], n=1)
     expected = f"{near[0]!r}" if near else f"one of {', '.join(names)}"
     return FhoptError(f"{name!r} is not {what}; expected {expected}. Check the spelling.")
 

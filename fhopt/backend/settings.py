@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ def _check_names(theirs: Mapping[str, Any]) -> None:
     known = config.get_config_copy().keys()
     for name in theirs:
         if name.replace("-", "_") not in known:
-            near = get_close_matches(name, [*OPTIONS, *known], n=1)
-            raise unknown_name(name, near or OPTIONS, "an option of fhopt or of inductor")
+            raise unknown_name(name, OPTIONS, "an option of fhopt or of inductor", known)
 
 
 def _check_combination(ours: Mapping[str, Any], is_exact: bool) -> None:

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,20 +51,23 @@ def _described_bytes(file: BinaryIO) -> int:
             (alignment,) = _unpack(file, "I")
         else:
             _skip(file, kind)
-    ends = [_tensor_end(file) for _ in range(tensors)]
+    blocks = importlib.import_module("gguf").GGML_QUANT_SIZES
+    ends = [_tensor_end(file, blocks) for _ in range(tensors)]
     return -(-file.tell() // alignment) * alignment + max(ends, default=0)
 
 
-def _tensor_end(file: BinaryIO) -> int:
-    """Read the description of a tensor and return where its data end, from the start of all data."""
-    gguf: Any = importlib.import_module("gguf")
+def _tensor_end(file: BinaryIO, blocks: Mapping[int, tuple[int, int]]) -> int:
+    """Read the description of a tensor and return where its data end, from the start of all data.
+
+    blocks: elements and bytes of a block, by tensor type.
+    """
     file.seek(_unpack(file, "Q")[0], os.SEEK_CUR)  # name
     (dimensions,) = _unpack(file, "I")
     if dimensions > _MAX_DIMENSIONS:
         raise ValueError(f"{dimensions} dimensions")
     shape = _unpack(file, f"{dimensions}Q")
     kind, offset = _unpack(file, "IQ")
-    elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    elements, block_bytes = blocks[kind]
     return int(offset + math.prod(shape) // elements * block_bytes)
 
 
