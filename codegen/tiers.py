@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
-from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis, trellis_unsupported
 
 Tiers = tuple[tuple[int, int, float], ...]  # bit groups (bits, width, step) in channel order; empty: not quantized
 PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), for the head of a generated file
@@ -41,9 +41,7 @@ def check_uniform(spec: KernelSpec, what: str) -> None:
     """Raise FhoptError as `check_spec` does, and if `spec` has trellis codes, which `what` does not support."""
     check_spec(spec)
     if spec_has_trellis(spec):
-        raise FhoptError(
-            f"{what} does not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code uniform."
-        )
+        raise trellis_unsupported(what)
 
 
 def is_scaled(tiers: Tiers) -> bool:

@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fhopt.codegen.cpu.packing import can_pack, can_unpack, tier_table
-from fhopt.errors import FhoptError
 from fhopt.ops.packing import pack_reference, unpack_reference
-from fhopt.plan.site_plan import is_trellis
+from fhopt.plan.site_plan import is_trellis, trellis_unsupported
 
 BLOCK_T, BLOCK_G = 16, 8
 _jit: Callable[..., Any] = triton.jit
@@ -97,10 +96,7 @@ def device_table(
 ) -> Tensor:
     """Create the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
     if groups_have_trellis(bits, steps):
-        raise FhoptError(
-            "GPU kernels do not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code "
-            "uniform."
-        )
+        raise trellis_unsupported("a GPU")
     lines, channel, byte = [], 0, 0
     for b, w in zip(bits, widths, strict=True):
         lines.append((b, w, channel, byte))

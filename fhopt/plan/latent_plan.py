@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fhopt.errors import FhoptError
-from fhopt.plan.site_plan import PagePlan, SitePlan
+from fhopt.plan.site_plan import PagePlan, SitePlan, trellis_unsupported
 from fhopt.plan.validation import check_parts
 from fhopt.plan.window import COUNTED_AT, ResidualWindow
 
@@ -79,10 +79,7 @@ class LatentPlan:
     def check_uniform(self, what: str) -> None:
         """Raise FhoptError if latents have trellis codes, which `what` does not support."""
         if self.has_trellis:
-            raise FhoptError(
-                f"{what} does not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code "
-                "uniform."
-            )
+            raise trellis_unsupported(what)
 
     @property
     def segment(self) -> int:

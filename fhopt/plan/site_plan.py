@@ -30,6 +30,13 @@ def is_trellis(bits: int, step: float) -> bool:
     return bits < 16 and step < 0
 
 
+def trellis_unsupported(what: str) -> FhoptError:
+    """Make the error for trellis codes in a place, `what`, that does not support them."""
+    return FhoptError(
+        f"{what} does not support trellis codes, which this plan uses. Refit with: fhopt fit MODEL --code uniform."
+    )
+
+
 def is_step(bits: int, step: float) -> bool:
     """Return whether a quantization step is valid for a bit group of `bits` bits."""
     if bits < 16 and step < 0:
