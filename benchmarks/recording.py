@@ -116,10 +116,10 @@ def read(name: str) -> ResultsFile:
     return ResultsFile(name, content["machine"], content["versions"], content["commit"], tuple(parsed))
 
 
-def kept_rows(name: str, is_measured_anew: Callable[[str], bool]) -> list[Row]:
+def kept_rows(name: str, is_remeasured: Callable[[str], bool]) -> list[Row]:
     """Return the rows of an earlier run in `results/<name>.json`, except for cases that are re-measured."""
     rows = read(name).rows if (RESULTS / f"{name}.json").exists() else ()
-    return [row for row in rows if math.isfinite(row.value) and not is_measured_anew(row.case)]
+    return [row for row in rows if math.isfinite(row.value) and not is_remeasured(row.case)]
 
 
 def process_bytes(trim: bool = True) -> int:

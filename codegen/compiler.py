@@ -138,7 +138,7 @@ _UNITS = (
         _BYTES | {"__AVX512BF16__", "__AMX_BF16__"},
         "AVX-512 VNNI: 8-bit integer and 16-lane float dot products; AMX for BF16 prefill",
     ),
-    (_BYTES, "AVX-512 VNNI: products of bytes, and of 16 floats"),
+    (_BYTES, "AVX-512 VNNI: 8-bit integer and 16-lane float dot products"),
     ({"__AVX512F__"}, "AVX-512 without VBMI: 16-bit integer and 16-lane float dot products"),
     ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, "AVX2 with VNNI: 16-bit integer and 8-lane float dot products"),
     ({"__AVX2__", "__F16C__"}, "AVX2: 16-bit integer and 8-lane float dot products"),

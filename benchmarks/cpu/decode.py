@@ -333,11 +333,11 @@ def summary_line(case: str, rows: list[Row]) -> str:
 def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
     """Fit plans as `fhopt fit` does; quick ones for the current CPU type."""
     from fhopt.calibration.options import FitOptions
-    from fhopt.hardware.this_cpu import most_alike
+    from fhopt.hardware.this_cpu import closest_cpu
     from fhopt.planning.pipeline import fit_to_text
 
     if quick:
-        return [fit_to_text(loaded, FitOptions(device=most_alike(), sequences=2, rate_sequences=1)).plan]
+        return [fit_to_text(loaded, FitOptions(device=closest_cpu(), sequences=2, rate_sequences=1)).plan]
     return [fit_to_text(loaded, FitOptions(ratio=ratio)).plan for ratio in RATIOS]
 
 

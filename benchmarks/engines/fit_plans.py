@@ -17,7 +17,7 @@ from benchmarks.cpu import memory
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import plan_from_calibration
 from fhopt.fitting import fit_plan
-from fhopt.hardware.this_cpu import most_alike
+from fhopt.hardware.this_cpu import closest_cpu
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.sites import find_sites
@@ -29,7 +29,7 @@ RATIOS = (4.0, 8.0)  # fitted together: calibration dominates the time
 
 def fitted(loaded: LoadedModel, ratios: tuple[float, ...]) -> dict[str, LatentPlan]:
     """Fit plans of several ratios to one calibration, by name."""
-    options = FitOptions(ratio=ratios[0], device=most_alike())
+    options = FitOptions(ratio=ratios[0], device=closest_cpu())
     calibration = calibrate_source(text_source(loaded), options)
     return {f"{ratio:g}x": plan_from_calibration(calibration, replace(options, ratio=ratio)) for ratio in ratios}
 

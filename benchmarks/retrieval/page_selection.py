@@ -43,7 +43,7 @@ from fhopt.codegen import dispatch
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, step_bounds, switched
 from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, score_answer, write_items
-from fhopt.hardware.this_cpu import most_alike
+from fhopt.hardware.this_cpu import closest_cpu
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument, check_length
@@ -264,7 +264,7 @@ def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
     """Return the plan with page selection, calibrated now if it has none."""
     small: dict[str, Any] = dict(sequences=2, rate_sequences=1) if quick else {}
-    plan = LatentPlan.load(path) if path else fit_to_text(loaded, FitOptions(device=most_alike(), **small)).plan
+    plan = LatentPlan.load(path) if path else fit_to_text(loaded, FitOptions(device=closest_cpu(), **small)).plan
     if plan.pages is not None:
         return plan
     sized: dict[str, Any] = dict(sequences=1, context=2048) if quick else {}

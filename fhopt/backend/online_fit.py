@@ -223,7 +223,7 @@ def _device(model: Any) -> torch.device:
 def _made_for(device: torch.device) -> str | None:
     """Return the device of the cost model that a plan is fitted for. Plans for all GPUs are the same."""
     if device.type == "cpu":
-        return this_cpu.most_alike()
+        return this_cpu.closest_cpu()
     return "h100" if device.type == "cuda" else None
 
 

@@ -18,7 +18,7 @@ from fhopt.evaluation import decode_speed
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import Comparison
 from fhopt.files import check_writable
-from fhopt.hardware.this_cpu import most_alike
+from fhopt.hardware.this_cpu import closest_cpu
 from fhopt.hf.apply import apply, unapply
 from fhopt.inspection import html_report
 from fhopt.inspection.measured_tables import summary_table
@@ -42,7 +42,7 @@ def run_demo(
     """Run the demo, write plan and report into `out`, and return the results that `fhopt demo --json` prints."""
     start = time.perf_counter()
     options = calibration_options.FitOptions(
-        ratio=ratio, sequences=SEQUENCES, rate_sequences=RATE_SEQUENCES, device=most_alike()
+        ratio=ratio, sequences=SEQUENCES, rate_sequences=RATE_SEQUENCES, device=closest_cpu()
     )  # speed is measured on this CPU
     options.check()
     html_report.check_report_packages()

@@ -292,14 +292,14 @@ def _check_places(out: Path, picture: Path | None, kept: Path | None) -> None:
 def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
     """Report layouts that were chosen by KL only and are slow on a CPU."""
     from fhopt.fitting.candidates import SLOW, is_slow
-    from fhopt.hardware.this_cpu import most_alike
+    from fhopt.hardware.this_cpu import closest_cpu
 
     slow = sum(len(site.key.encode) == 1 and is_slow(site.site, tokens) for site in plan.sites)
     if slow and not as_json:
         output_console(as_json).print(
             f"{slow} of {len(plan.sites)} sites share one latent across all kv heads, which makes attention "
                 f"on this CPU more than {SLOW:g}x slower than one latent per head. Refit for this CPU: --device "
-                f"{most_alike()}; for a GPU: --device h100.",
+                f"{closest_cpu()}; for a GPU: --device h100.",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 

@@ -90,7 +90,7 @@ def is_slow(site: AttentionSite, tokens: int) -> bool:
 
     def seconds(groups: int) -> float:
         widths = [int(USED * site.kv_heads * size / groups) for size in (site.key_dim, site.value_dim)]
-        return _seconds(find_device(this_cpu.most_alike()), site, groups, widths, tokens)
+        return _seconds(find_device(this_cpu.closest_cpu()), site, groups, widths, tokens)
 
     return seconds(1) > SLOW * seconds(site.kv_heads)
 

@@ -140,7 +140,7 @@ def vector_units() -> tuple[str, ...]:
     return tuple(words for flag, words in _UNITS.items() if flag in known)
 
 
-def most_alike() -> str:
+def closest_cpu() -> str:
     """Return the CPU in the device table whose kernels use the same instructions on quantized values as this one's."""
     return "cpu" if {"AVX-512 VNNI", "AVX-512 VBMI"} <= set(vector_units()) else "cpu-avx2"
 

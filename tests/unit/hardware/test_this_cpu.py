@@ -90,7 +90,7 @@ def test_the_cpu_of_the_table_has_the_same_instructions(
     flags: str, alike: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(this_cpu, "reported", lambda field: flags if field == "flags" else "")
-    assert this_cpu.most_alike() == alike
+    assert this_cpu.closest_cpu() == alike
     assert find_device(alike).kind == "cpu"
 
 
