@@ -56,7 +56,7 @@ def test_a_mixture_whose_token_changes_its_expert_is_checked_with_all_experts(
     row = plans.attempt(mixture, 4.0)
     assert row.status == "works" and row.measured <= 5 * row.expected and checked[0] < checked[1]
     assert row.why == ["a token changes its expert: 7.7e-02 nats, expected 2.0e-03"]
-    assert "In these, a token changed its expert" in plans.page([row])
+    assert "a token was routed to another expert" in plans.page([row])
     assert plans._with_all_experts(Candidate("LlamaForCausalLM", "llama", DECODERS, ()), row) is row
 
 
