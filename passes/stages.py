@@ -61,8 +61,8 @@ def failure(stage: str, error: Exception, node: fx.Node) -> Miss:
     """Return a Miss for an unexpected exception of a pass at `node`."""
     text = (str(error).splitlines() or [""])[0]
     return Miss(
-        f"pass {stage} failed here, a fault of fhopt ({type(error).__name__}: {text}); it runs as it is written. "
-        "Report it with the source line",
+        f"pass {stage} failed here because of a bug in fhopt ({type(error).__name__}: {text}); the code runs "
+        "unchanged. Report it with the source line",
         node,
     )
 

@@ -113,7 +113,7 @@ def _sites(compiled: Any) -> int:
         graphs = fhopt.report(compiled).graphs
     except FhoptError:  # of another compiler
         return 0
-    return sum(site.how != "left alone" for graph in graphs for site in graph.sites)
+    return sum(site.how != "not rewritten" for graph in graphs for site in graph.sites)
 
 
 def traced() -> AbstractContextManager[Any]:

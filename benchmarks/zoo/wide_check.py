@@ -25,7 +25,7 @@ DOUBLE_TOLERANCE = 1e-9  # float64, in models that amplify rounding
 IS_NO_ATTENTION = ("not the softmax of an attention", "no product of the weights with values")
 BAD = ("silent", "wrong", "crashed")  # statuses that must not occur
 AMPLIFIED = "compared in float64: in float32 the model itself amplifies rounding"
-FAULT = "a fault of fhopt"  # in the reason of a site on which a pass failed
+FAULT = "a bug in fhopt"  # in the reason of a site on which a pass failed
 
 
 @dataclass

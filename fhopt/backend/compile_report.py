@@ -30,7 +30,7 @@ EXACT, PLANNED, GATHERING, COMPRESSED, REJECTED = "exact", "by a plan", "gatheri
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or `left alone` (not rewritten).
+    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "not rewritten".
 
     certificate: why the rewrite holds for all values; None if nothing was rewritten.
     """
@@ -104,13 +104,13 @@ def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
         yield SiteRecord(name, outcome.compressed[name])
     yield from (SiteRecord(name, "latents of the cache") for name in outcome.reading)
     for missed in reasons.values():
-        how, proof = outcome.lowered.get(missed.node, "left alone"), outcome.certificates.get(missed.node)
+        how, proof = outcome.lowered.get(missed.node, "not rewritten"), outcome.certificates.get(missed.node)
         yield SiteRecord(missed.node, how, missed.reason, missed.source, proof)
 
 
 def _table(report: CompileReport) -> Table:
     table = Table(title=_title(report), title_justify="left")
-    for heading in ("site", "graphs", "became", "because"):
+    for heading in ("site", "graphs", "rewritten as", "reason"):
         table.add_column(heading, overflow="fold")
     counted: dict[SiteRecord, int] = {}
     for graph in report.graphs:
@@ -130,7 +130,7 @@ def report_html(report: CompileReport) -> str:
     """Return the HTML of a report for notebooks: sites and events."""
     rows = dict.fromkeys((s.name, s.how, s.reason, s.source) for graph in report.graphs for s in graph.sites)
     events = "".join(f"<li>{html.escape(event)}</li>" for event in report.events)
-    return html_titled(_title(report), html_table(("site", "became", "because", "source"), rows)) + (
+    return html_titled(_title(report), html_table(("site", "rewritten as", "reason", "source"), rows)) + (
         f"<ul>{events}</ul>" if events else ""
     )
 

@@ -129,7 +129,7 @@ class Evaluator(fx.Interpreter):
         scopes = [scope for scope in transform_scopes(self.program.graph) if not scope.nodes.isdisjoint(order)]
         for scope in scopes:
             if not scope.only_maps:
-                raise Miss(f"{node.name} is computed by {scope.name}; expected plain operations", node)
+                raise Miss(f"{node.name} is computed by {scope.name}; expected ATen operations", node)
         if not scopes:
             return order
         return sorted(self._ancestors([node, *(n for scope in scopes for n in scope.nodes)]), key=_position)

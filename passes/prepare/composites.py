@@ -220,7 +220,7 @@ def flash_attn_func(
 ) -> Tensor:  # fmt: skip
     """Compute FlashAttention-2: [B, S, H, D] x [B, T, G, D] -> [B, S, H, D]; the last query attends to the last key."""
     if return_attn_probs:
-        raise Miss("the attention probabilities are requested; expected the output alone")
+        raise Miss("the attention probabilities are requested; expected only the output")
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
     left, right = window_size[0], 0 if causal else window_size[1]
     if not softcap and alibi_slopes is None:
@@ -307,7 +307,7 @@ def sageattn(
 ) -> Tensor:  # fmt: skip
     """Compute SageAttention without its rounding. Layouts: HND [B, H, S, D], NHD [B, S, H, D]."""
     if return_lse:
-        raise Miss("the log-sum-exp is requested; expected the output alone")
+        raise Miss("the log-sum-exp is requested; expected only the output")
     if quantisation.get("attn_mask") is not None:
         raise Miss("a mask is passed; expected none")
     tokens_first = tensor_layout == "NHD"

@@ -200,7 +200,7 @@ def _check_results(node: fx.Node, body: fx.Graph) -> None:
     for candidate, value in pairs:
         if isinstance(candidate, fx.Node) and isinstance(value, Tensor) and fake(candidate).dtype != value.dtype:
             raise Miss(
-                f"the plain operations of {op_name(node)} return {fake(candidate).dtype}; expected {value.dtype}", node
+                f"the decomposition of {op_name(node)} returns {fake(candidate).dtype}; expected {value.dtype}", node
             )
 
 
@@ -213,7 +213,7 @@ def _check_users(node: fx.Node, result: Any) -> None:
             raise Miss(f"the results of {op_name(node)} are used as a tuple; expected uses of single results", user)
         index = user.args[1]
         if not (isinstance(index, int) and index < len(result) and isinstance(result[index], fx.Node)):
-            raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not compute", user)
+            raise Miss(f"result {index} of {op_name(node)} is used, which its decomposition does not compute", user)
 
 
 # --------------------------------------------------------------------------------------------------- insertion

@@ -1,4 +1,4 @@
-"""flex_attention in plain operations, for `decompose`.
+"""flex_attention in ATen operations, for `decompose`.
 
     before                                          after
     o, lse, max = flex_attention(q, k, v, f,        s = matmul(q, k.transpose(-2, -1)) * c

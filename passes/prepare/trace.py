@@ -1,4 +1,4 @@
-"""Tracing of composites on fake values into a graph of plain operations.
+"""Tracing of composites on fake values into a graph of ATen operations.
 
     trace_composite(composites.baddbmm, node, program)  -> graph(input, batch1, batch2): bmm, mul, add
     trace_flex(node, program)                           -> graph(q, k, v, ...): matmul, mul, softmax, matmul

@@ -77,7 +77,7 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
         probe = coordinates(example_shape(product.node), position)
         placed = moved(base, {product.node: probe}, region.nodes, softmax.scores)
         if placed is None:
-            raise Miss("the path from the product of queries and keys to the softmax is unknown", softmax.scores)
+            raise Miss("the path from the query-key matmul to the softmax is not recognized", softmax.scores)
         row = axis_values(placed, softmax.axis)
         row = row[row >= 0]
         if row.numel() == probe.shape[position] and bool((row == torch.arange(row.numel())).all()):
@@ -85,10 +85,10 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
     wide = [x for x in labels if example_shape(product.node)[product.axes.index(x)] > 1]
     if not wide and len(labels) > 1:
         raise Miss(
-            "there is one key alone, whose weight is always 1; expected several, as of a larger input", softmax.scores
+            "there is only one key, whose weight is always 1; expected several, as with a larger input", softmax.scores
         )
     if len(wide or labels) != 1:
-        raise Miss("the softmax does not run over the keys of this product", softmax.scores)
+        raise Miss("the softmax does not run over the keys of this matmul", softmax.scores)
     return (wide or labels)[0]
 
 
@@ -216,7 +216,7 @@ def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -
     for atom, position, split in _places(product.axes, axes):
         placed = moved(base, {product.node: coordinates(sizes, position, split)}, region.nodes, end)
         if placed is None:
-            raise Miss("the path of the weights to the second product is unknown", end)
+            raise Miss("the path from the attention weights to the second matmul is not recognized", end)
         probes[atom] = placed
     return _with_single(read_layout(probes), probes, example_shape(end), end)
 
@@ -239,7 +239,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
     """
     placed = [a for axis in layout for a in axis]
     if len(set(placed)) != len(placed):
-        raise Miss("an axis of the scores is split before the second product", node)
+        raise Miss("an axis of the scores is split before the second matmul", node)
     left = [a for a in probes if a not in placed and not bool(probes[a].any())]
     axes = [[left.pop(0)] if not a and size == 1 and left else [*a] for a, size in zip(layout, sizes, strict=True)]
     order = [*probes]
@@ -257,7 +257,7 @@ def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, S
     check_operands(mix.right)
     held = dict(zip(mix.left_axes, weights, strict=True))
     if len(mix.summed) != 1 or held[next(iter(mix.summed))] != (axes.keys,):
-        raise Miss("the second product does not sum over the keys alone", mix.node)
+        raise Miss("the second matmul does not sum over the keys only", mix.node)
     channels = [x for x in mix.right_axes if x and x not in mix.left_axes and x in mix.axes]
     for label, size in zip(mix.right_axes, shape(mix.right) or (), strict=True):
         if isinstance(size, int) and label in channels:
@@ -271,5 +271,5 @@ def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, S
     result = tuple(atoms.get(x, ()) for x in mix.axes)
     whole = (batch, groups + shares, tuple(axes.queries), last)
     if sorted(a for axis in result for a in axis) != sorted(a for axis in whole for a in axis):
-        raise Miss("the second product sums over heads or queries, or adds axes", mix.node)
+        raise Miss("the second matmul sums over heads or queries, or adds axes", mix.node)
     return value, axes.steps(whole, result)

@@ -65,7 +65,8 @@ class FindAttention:
         if latent:
             full = int(k[1]) * (int(k[3]) + int(v[3]))
             raise Miss(
-                f"already latent: keys and values of {full} numbers per token come from {latent}; expected wider ones",
+                f"already latent: keys and values of {full} elements per token are expanded from {latent}; "
+                "expected projections of the hidden states",
                 node,
             )
         affine, rope = self._classify(key, cuts["k"], roles, base)

@@ -96,14 +96,14 @@ class FindHead:
         if example_shape(hidden)[-1] != weight.shape[1] or example_shape(node)[-1] != weight.shape[0]:
             raise Miss(
                 f"the weight of the head is stored as {tuple(weight.shape)}; expected one row of "
-                f"{example_shape(hidden)[-1]} numbers for each of {example_shape(node)[-1]} tokens of the vocabulary",
+                f"{example_shape(hidden)[-1]} elements for each of {example_shape(node)[-1]} tokens of the vocabulary",
                 node,
             )
         region, x = Region(base, [hidden], node), random_like(hidden)
         zero = region.run({hidden: torch.zeros_like(x)})
         expected = torch.nn.functional.linear(x, weight.detach().double())
         if not self._same(region.run({hidden: x}) - zero, expected):
-            raise Miss("the head is not the product of hidden states with a parameter as it is stored", node)
+            raise Miss("the head is not a matmul of hidden states and a stored parameter", node)
 
     def _after(self, product: fx.Node, logits: fx.Node, base: Evaluator) -> tuple[float, float, Tensor | None]:
         """Return (scale, softcap, bias added after the product [V] or None). Raises Miss."""
@@ -117,23 +117,25 @@ class FindHead:
             raise Miss(f"the part between head and logits could not be run ({error})", logits) from error
         if start.numel() != zeros.numel() or start.shape[-1] != zeros.shape[-1]:
             shape = tuple(zeros.shape)
-            raise Miss(f"the logits have shape {tuple(start.shape)}; expected that of the products, {shape}", logits)
+            raise Miss(f"the logits have shape {tuple(start.shape)}; expected {shape}, as of the matmul", logits)
         added = start.reshape(-1, start.shape[-1])
         if not bool(added.isfinite().all()) or not self._same(added, added[:1].expand_as(added)):
             raise Miss(
-                "what is added to the products differs between positions or is not finite; expected one bias", logits
+                "the tensor added to the logits differs between positions or is not finite; expected one bias", logits
             )
         x = random_like(product)
         slope = float(((region.run({product: NEAR * x}) - start).flatten() / (NEAR * x).flatten()).median())
         scale, cap = slope, float((region.run({product: torch.full_like(x, FAR)}) - start).flatten()[0])
         if not slope > 0:
-            raise Miss(f"the logits are {slope:.3g} times the products; expected a positive factor", logits)
+            raise Miss(f"the logits are {slope:.3g} times the matmul; expected a positive factor", logits)
         softcap = cap if cap < 0.5 * slope * FAR else 0.0
         for size in (1.0, 30.0):  # in the linear and the flat part of a cap
             result = region.run({product: size * x}) - start
             scaled = scale * size * x.reshape(result.shape)
             if not self._same(result, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
-                raise Miss("the logits are not softcap * tanh(scale * product / softcap) or scale * product", logits)
+                raise Miss(
+                    "the logits are not softcap * tanh(scale * x / softcap) or scale * x, where x is the matmul", logits
+                )
         if softcap and bool((added != 0).any()):
             raise Miss("a bias is added to logits with a softcap; expected no bias", logits)
         return _plain(scale), _plain(softcap), added[0] if bool((added != 0).any()) else None
@@ -148,7 +150,7 @@ def _only_projection(node: fx.Node, roles: Roles) -> Projection:
         raise Miss("no projection leads to the logits; expected a language-model head", node)
     if len(cut.projections) > 1:
         names = ", ".join(cut.names[:4])
-        raise Miss(f"logits come from {len(cut.projections)} products ({names}); expected one head", node)
+        raise Miss(f"logits come from {len(cut.projections)} matmuls ({names}); expected one head", node)
     return cut.projections[0]
 
 
@@ -165,7 +167,7 @@ def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
         raise Miss(f"{name} is not a matrix; expected a weight [vocabulary, width]", projection.node)
     vocabulary = example_shape(projection.node)[-1]
     if vocabulary < MIN_VOCABULARY:
-        raise Miss(f"the last product has {vocabulary} outputs; expected a vocabulary", projection.node)
+        raise Miss(f"the last matmul has {vocabulary} outputs; expected a vocabulary", projection.node)
     place = {"linear": 2, "addmm": 0}.get(op_name(projection.node))
     bias = None if place is None else argument(projection.node, place, "bias")
     root = view_root(bias) if isinstance(bias, fx.Node) else None
@@ -180,7 +182,7 @@ def _added_bias(product: fx.Node, logits: fx.Node, program: Program, value: Tens
             if known:
                 break
             return name
-    raise Miss("a tensor that is not one parameter is added to the products; expected one bias", logits)
+    raise Miss("a tensor other than one parameter is added to the logits; expected one bias", logits)
 
 
 def _is_tied(program: Program, weight: str) -> bool:

@@ -46,7 +46,7 @@ def narrowest_latents(key: fx.Node, value: fx.Node, roles: Roles, base: Evaluato
     width = sum(numbers_per_token(n, key) for n in cut)
     if width >= sum(own):
         raise Miss(
-            f"no latent is narrower than keys and values: they have {sum(own)} numbers per token, the latent {width}",
+            f"no latent is narrower than keys and values: they have {sum(own)} elements per token, the latent {width}",
             key,
         )
     return tuple(sorted(cut, key=lambda n: (n not in alone[1], n)))

@@ -90,12 +90,12 @@ class Normalize:
         softmax = read_softmax(node, roles, base)
         misses: list[Miss] = []
         for product in _products_before(softmax, roles, base):
-            reached = "softmax, product of queries and keys"
+            reached = "softmax, query-key matmul"
             try:
                 for mix, on_left in _mixes_after(softmax, roles):
-                    reached = "softmax, both products"
+                    reached = "softmax, both matmuls"
                     core = _assemble(softmax, product, mix if on_left else mix.swapped(), roles, base)
-                    reached = "softmax, both products, scores, layout"
+                    reached = "softmax, both matmuls, scores, layout"
                     _undo_repetition(core, base)
                     core.conditions = self._conditions(core, softmax)
                     check_canonical(core, roles, base, self.tolerance)
@@ -162,7 +162,7 @@ def _match_call(node: fx.Node, roles: Roles, base: Evaluator) -> Core:
 
 
 def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
-    """Derive the axes of a call from the product of queries and keys that it computes. Raises Miss."""
+    """Derive the axes of a call from the query-key matmul that it computes. Raises Miss."""
     nodes = (core.query.node, core.key.node, core.value.node)
     shapes = [example_shape(n) for n in nodes]
     outer = range(len(shapes[0]) - 2)
@@ -199,9 +199,9 @@ def _products_before(softmax: Softmax, roles: Roles, base: Evaluator | None = No
     learned = learned_product(barrier, softmax, roles, base) if barrier is not None and base is not None else None
     if learned is not None:
         return [learned]
-    what = "no product precedes it; expected a product of queries and keys"
+    what = "no matmul precedes it; expected a matmul of queries and keys"
     if barrier is not None:
-        what = f"it is over the projection by {barrier.names[0]}; expected a product of queries and keys"
+        what = f"it is over the projection by {barrier.names[0]}; expected a matmul of queries and keys"
         if _search_products(barrier.activation, roles)[0]:
             what = f"the scores pass through the weight {barrier.names[0]}, which mixes heads"
     raise Miss(f"not the softmax of an attention: {what}", softmax.scores, "softmax")
@@ -247,23 +247,24 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
                 frontier.append(user)
     if results:
         return results
-    reached = "softmax, product of queries and keys"
+    reached = "softmax, query-key matmul"
     step = next((u for node in sorted(known) for u in node.users if u not in known and _meets_product(u, roles)), None)
     if step is not None:
         raise Miss(
-            f"the weights pass through {op_name(step)} before the second product; expected steps that keep each weight",
+            f"the weights pass through {op_name(step)} before the second matmul; expected steps that "
+            "preserve each weight",
             softmax.weights,
             reached,
         )
     users = [u for node in sorted(known) for u in node.users if roles.projection(u) is not None]
     if any(_meets_product(after, roles) for user in users for after in user.users):
         raise Miss(
-            "the weights are multiplied by a parameter before the second product, as where heads are mixed (talking "
-            "heads, DeepViT); expected steps that keep each weight",
+            "the weights are multiplied by a parameter before the second matmul, as if heads are mixed (talking "
+            "heads, DeepViT); expected steps that preserve each weight",
             softmax.weights,
             reached,
         )
-    raise Miss("no product of the weights with values follows the softmax", softmax.weights, reached)
+    raise Miss("no matmul of the weights and values follows the softmax", softmax.weights, reached)
 
 
 def _meets_product(start: fx.Node, roles: Roles) -> bool:
@@ -299,7 +300,7 @@ def _other_weights(node: fx.Node, roles: Roles) -> Miss:
         return Miss("", node)
     if any(mix.node is score.node for mix, _ in mixes for score in scores):
         return Miss("", node)
-    return Miss(f"the weights are computed by {op_name(node)}; expected a softmax", node, "scores, both products")
+    return Miss(f"the weights are computed by {op_name(node)}; expected a softmax", node, "scores, both matmuls")
 
 
 def _sides_of(product: Contraction, known: set[fx.Node]) -> Iterator[tuple[Contraction, bool]]:
@@ -351,7 +352,7 @@ def _query_and_key(product: Contraction, axes: Axes) -> tuple[Operand, Operand]:
 
 
 def _dropout(weights: fx.Node, mix: Contraction) -> float:
-    """Return the active dropout probability between the softmax and the second product."""
+    """Return the active dropout probability between the softmax and the second matmul."""
     node, rate = mix.left, 0.0
     while node is not weights and node.all_input_nodes:
         if op_name(node) in DROPOUT and argument(node, 2, "training", "train", default=True):
@@ -383,7 +384,7 @@ def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> No
             core.bias_steps = steps + gain
         elif scores.sinks or math.prod(size) != math.prod(end):
             raise Miss(
-                "the axes of the scores change before the softmax; expected the order of the product", core.output
+                "the axes of the scores are permuted before the softmax; expected the order of the matmul", core.output
             )
         else:
             core.bias_steps = (("reshape", (_sizes(product.node),)), *steps, *gain)

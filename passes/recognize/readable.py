@@ -58,7 +58,7 @@ def left_out(program: Program, read: Collection[fx.Node]) -> list[Miss]:
     Dynamo omits scaled_dot_product_attention of jagged tensors from its graphs, so that only its operands are visible.
     """
     results = [
-        Miss(f"calls of {op_name(n)} are not read; expected softmax or scaled_dot_product_attention", n)
+        Miss(f"calls of {op_name(n)} are not supported; expected softmax or scaled_dot_product_attention", n)
         for n in program.graph.nodes
         if n.op.startswith("call_") and n not in read and _NAMED.search(op_name(n)) and not _is_ours(n)
     ]

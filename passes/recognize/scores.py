@@ -85,7 +85,7 @@ def _measured(
     numbers = random_like(product, 7)
     placed = moved(region.base, {product: numbers}, region.nodes, region.end)
     if keys is None or placed is None:
-        raise Miss(f"the path of the scores through {_names(region)} is unknown", region.end)
+        raise Miss(f"the path of the scores through {_names(region)} is not recognized", region.end)
     columns = (axis_values(keys, axis) >= 0).nonzero().flatten()
     result.sinks, result.start = keys.shape[axis] - columns.numel(), int(columns[0]) if columns.numel() else 0
     zero = _run(region, {product: torch.zeros_like(numbers), **sides})

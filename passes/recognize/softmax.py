@@ -36,7 +36,7 @@ class Softmax:
     """A softmax, weights = softmax(scores) over `axis`.
 
     extra: zero logits that the sum also includes (softmax plus one). divider: the node that normalizes the weights, if
-    that happens only after the second product. gain: factor of the scores (for a base other than e). shift: subtracted
+    that happens only after the second matmul. gain: factor of the scores (for a base other than e). shift: subtracted
     from the scores, constant along the axis. overflows: the exponentials are not finite for large scores, nor is the
     model's result.
     """
@@ -134,7 +134,7 @@ def _read_hand_written(node: fx.Node, roles: Roles, base: Evaluator) -> Softmax:
         return _checked(softmax, roles, base)
     return Softmax(
         scores, node, axis, divider=weights, gain=gain, shift=shift, overflows=overflows
-    )  # normalized after the second product; checked as part of the core
+    )  # normalized after the second matmul; checked as part of the core
 
 
 def _without_shift(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node | None]:

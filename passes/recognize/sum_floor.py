@@ -28,8 +28,8 @@ def check_floor(exponential: fx.Node, total: fx.Node, divider: fx.Node) -> None:
     if raised is None or (_is_shifted(exponential) and _is_whole(exponential, total) and _number(raised) <= SMALL):
         return
     raise Miss(
-        f"{op_name(raised)} holds the sum of the exponentials up, which small scores fall below; expected scores minus "
-        "their maximum, or the sum alone",
+        f"{op_name(raised)} bounds the sum of the exponentials from below, which changes results for small "
+        "scores; expected scores minus their maximum, or an unbounded sum",
         raised,
     )
 

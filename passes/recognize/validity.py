@@ -147,7 +147,7 @@ class _Prover:
         for side in self._side_tensors(node) if name not in SIZE_OF | JOINS else ():
             if not is_fixed(side):
                 raise Miss(
-                    f"{name} takes elements by {side.name}, which may hold other places in another call; expected an "
+                    f"{name} gathers by the index {side.name}, whose values may change between calls; expected an "
                     "index made of literals",
                     node,
                 )
@@ -211,7 +211,7 @@ class _Prover:
         limit = torch.finfo(fake(source).dtype).max if fake(source).dtype.is_floating_point else 0.0
         if lower > max(low, -limit) or upper < min(high, limit):
             raise Miss(
-                f"{name} changes values beyond its bounds, which the values here may cross; expected bounds that "
+                f"{name} clips values beyond its bounds, which values here may cross; expected bounds that "
                 "nothing crosses",
                 node,
             )
@@ -220,7 +220,9 @@ class _Prover:
 
     def _shift(self, node: fx.Node, name: str) -> str:
         if name not in SHIFTS | SAME | CASTS | MOVEMENT | BOUNDS:
-            raise Miss(f"{name} computes what is subtracted before the softmax; expected a maximum or a mean", node)
+            raise Miss(
+                f"{name} computes the offset that is subtracted before the softmax; expected a maximum or a mean", node
+            )
         return "shift: constant along the axis of the softmax, which does not change it"
 
     # ---------------------------------------------------------------------------------------------- weights
@@ -238,8 +240,8 @@ class _Prover:
             name, "divided by" if name in DIVISION else f"changed ({name}) by"
         )
         raise Miss(
-            f"the weights are {verb} {others[0].name}, which may hold other values in another call; expected weights "
-            "that the second product takes unchanged",
+            f"the weights are {verb} {others[0].name}, whose values may change between calls; expected weights "
+            "that reach the second matmul unchanged",
             node,
         )
 

@@ -38,7 +38,7 @@ def compiled_twice(
 
 def explanations(sites: Sequence[SiteRecord]) -> list[str]:
     """Return why attentions were not rewritten."""
-    return [site.reason for site in sites if site.how == "left alone"]
+    return [site.reason for site in sites if site.how == "not rewritten"]
 
 
 def _compared(

@@ -171,4 +171,13 @@ FOUND: dict[str, AttentionProgram] = {
     """,
         inputs=(*_QKV, Input("factor", "", values=("ones", "normal", "zeros"))),
     ),
+    "weights divided by their sum plus 1e-6, more than rounding in float64": AttentionProgram(
+        """
+    def program(q, k, v):
+        p = (q @ k.mT * 0.5).softmax(-1)
+        return p / (p.sum(-1, keepdim=True) + 1e-6) @ v
+    """,
+        inputs=_QKV,
+        dtype="float64",
+    ),
 }

@@ -196,7 +196,7 @@ def test_a_pass_that_fails_on_a_rewritten_site_is_a_crash(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(FindAttention, "match", fail)
     row = checked()
-    assert row.status == "crashed" and "a fault of fhopt (ValueError: no)" in row.why[0]
+    assert row.status == "crashed" and "a bug in fhopt (ValueError: no)" in row.why[0]
 
 
 def test_a_class_with_non_finite_outputs_does_not_judge_the_finder() -> None:

@@ -84,7 +84,7 @@ def test_a_second_result_in_use_is_not_rewritten() -> None:
     found = reason(traced(call, *torch.randn(3, B, H, S, D)))
     assert (
         found
-        == "result 1 of _scaled_dot_product_flash_attention_for_cpu is used, which its plain operations do not compute"
+        == "result 1 of _scaled_dot_product_flash_attention_for_cpu is used, which its decomposition does not compute"
     )
 
 
@@ -106,7 +106,7 @@ def test_a_result_of_another_dtype_is_not_rewritten() -> None:
     program = traced(lambda m, q, k: torch.baddbmm(m, q, k.mT), *torch.randn(3, 2, S, S))
     (node,) = (n for n in program.graph.nodes if op_name(n) == "baddbmm")
     node.meta["example_value"] = fake(node).double()
-    assert reason(program) == "the plain operations of baddbmm return torch.float32; expected torch.float64"
+    assert reason(program) == "the decomposition of baddbmm returns torch.float32; expected torch.float64"
 
 
 def test_a_composite_that_makes_a_constant_is_not_rewritten() -> None:

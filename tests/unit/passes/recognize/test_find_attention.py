@@ -196,7 +196,8 @@ def test_a_model_that_caches_latents_is_not_rewritten_with_a_reason() -> None:
     site, outcome = site_of("deepseek_v3")
     assert site is None
     assert {m.reason for m in outcome.missed} == {
-        "already latent: keys and values of 160 numbers per token come from 32; expected wider ones"
+        "already latent: keys and values of 160 elements per token are expanded from 32; "
+        "expected projections of the hidden states"
     }
 
 

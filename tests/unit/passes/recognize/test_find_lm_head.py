@@ -105,15 +105,15 @@ def test_a_head_that_is_a_module_is_named_and_one_that_is_not_belongs_to_the_mod
 
 
 MISSES: dict[str, tuple[Finish, str]] = {
-    "two": (lambda m, x: m.output(x) + m.other(x), "logits come from 2 products"),
+    "two": (lambda m, x: m.output(x) + m.other(x), "logits come from 2 matmuls"),
     "none": (lambda m, x: x * m.shift[:C], "no projection leads to the logits"),
     "negative": (lambda m, x: -m.other(x), "expected a positive factor"),
     "log_softmax": (lambda m, x: m.other(x).log_softmax(-1), "differs between positions|softcap \\* tanh"),
     "relu": (lambda m, x: m.other(x).relu(), "expected a positive factor|softcap \\* tanh"),
     "masked": (lambda m, x: m.other(x).masked_fill(torch.arange(V) > 40, -torch.inf), "is not finite"),
-    "part": (lambda m, x: m.other(x)[:, -1], "expected that of the products"),
+    "part": (lambda m, x: m.other(x)[:, -1], "as of the matmul"),
     "made": (lambda m, x: F.linear(x, m.output.weight + m.other.weight), "the weight of the head is computed from"),
-    "normed": (lambda m, x: F.linear(x, F.normalize(m.other.weight)), "a parameter as it is stored"),
+    "normed": (lambda m, x: F.linear(x, F.normalize(m.other.weight)), "and a stored parameter"),
     "stored": (lambda m, x: x[..., :8] @ m.embedding.weight.view(8, -1), "is stored as"),
     "constant": (lambda m, x: m.other(x) + torch.arange(V), "expected one bias"),
     "twice": (lambda m, x: m.output(x) + m.shift, "expected one bias"),

@@ -108,7 +108,7 @@ def of_raw_tokens(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", [router, of_raw_tokens])
 def test_a_softmax_over_a_projection_is_not_rewritten(form: Callable[[Any, Tensor], Tensor]) -> None:
     reasons = explanations(compiled_twice(Pooling(form, S, WIDTH).eval(), inputs(), inputs()))
-    reason = "it is over the projection by queries; expected a product of queries and keys"
+    reason = "it is over the projection by queries; expected a matmul of queries and keys"
     assert len(reasons) == 2 and all(reason in r for r in reasons)
 
 

@@ -157,7 +157,7 @@ def sum_that_misses(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / (2 + e.sum(-1, keepdim=True))) @ v
 
 
-BOTH, FIRST = "softmax, both products", "softmax, product of queries and keys"
+BOTH, FIRST = "softmax, both matmuls", "softmax, query-key matmul"
 REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "between channels": (
         lambda m, q, k, v: ((q.mT @ k * 0.25).softmax(-1) @ v.mT).mT,
@@ -180,18 +180,18 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     ),
     "heads mixed after": (  # as in the re-attention of DeepViT
         lambda m, q, k, v: torch.einsum("bhst,hg->bgst", (q @ k.mT).softmax(-1), m.o.weight[:H, :H]) @ v,
-        "multiplied by a parameter before the second product", FIRST,
+        "multiplied by a parameter before the second matmul", FIRST,
     ),
     "weights without values": (
         lambda m, q, k, v: (q @ k.mT).softmax(-1).sum(-1, keepdim=True) * v,
-        "no product of the weights with values", FIRST,
+        "no matmul of the weights and values", FIRST,
     ),
-    "weights skewed": (weights_skewed, "pass through pad before the second product", FIRST),
+    "weights skewed": (weights_skewed, "pass through pad before the second matmul", FIRST),
     "weights gated": (
         lambda m, q, k, v: ((q @ k.mT).softmax(-1) * m.o.bias[:T]) @ v,
         "the weights are multiplied by getitem", f"{BOTH}, scores, layout",
     ),
-    "summed over queries": (lambda m, q, k, v: (q @ k.mT).softmax(-1).mT @ v, "does not sum over the keys alone", BOTH),
+    "summed over queries": (lambda m, q, k, v: (q @ k.mT).softmax(-1).mT @ v, "does not sum over the keys only", BOTH),
     "over a projection": (
         lambda m, q, k, v: (q @ m.o.weight[:D, :T]).softmax(-1) @ v,
         "over the projection by o.weight", "softmax",
@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "sum that misses": (sum_that_misses, "are not a softmax", ""),
     "sigmoid weights": (
         lambda m, q, k, v: (q @ k.mT).sigmoid() @ v,
-        "computed by sigmoid; expected a softmax", "scores, both products",
+        "computed by sigmoid; expected a softmax", "scores, both matmuls",
     ),
 }  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_a_mixture_of_experts_router_is_not_attention() -> None:
 
     _, result = outcome(Router().eval(), torch.randn(2, 5, 16))
     assert not result.sites
-    assert "over the projection by gate.weight; expected a product of queries and keys" in result.missed[0].reason
+    assert "over the projection by gate.weight; expected a matmul of queries and keys" in result.missed[0].reason
 
 
 def test_attention_without_projections_is_not_a_site() -> None:
@@ -332,7 +332,7 @@ def test_two_attentions_of_one_module_have_different_names() -> None:
 def test_attention_to_a_single_key_is_not_rewritten_with_a_reason() -> None:
     _, result = outcome(_Block(scale_after).eval(), torch.randn(2, 1, H * D))
     assert not result.sites
-    assert "one key alone, whose weight is always 1" in result.missed[0].reason
+    assert "only one key, whose weight is always 1" in result.missed[0].reason
 
 
 LONG = 72  # tokens: more than the check by execution runs on

@@ -76,7 +76,7 @@ def test_calls_named_like_attention_are_explained() -> None:
     graph.output(graph.call_method("relu", (unknown,)))
     (miss,) = left_out(Program(fx.GraphModule({}, graph), {"x": None}), [y])
     assert miss.node is unknown
-    assert miss.reason == "calls of block_attention are not read; expected softmax or scaled_dot_product_attention"
+    assert miss.reason == "calls of block_attention are not supported; expected softmax or scaled_dot_product_attention"
 
 
 def test_integer_queries_and_keys_are_not_rewritten() -> None:

@@ -101,4 +101,4 @@ def test_a_floor_reached_by_small_scores_is_not_rewritten(
     powers: Callable[[Tensor], Tensor], weights: Callable[[Tensor], Tensor]
 ) -> None:
     reasons = explanations(compiled_twice(attention(powers, weights), tensors(), of_small_scores()))
-    assert len(reasons) == 2 and all("holds the sum of the exponentials up" in reason for reason in reasons)
+    assert len(reasons) == 2 and all("bounds the sum of the exponentials from below" in reason for reason in reasons)

@@ -66,10 +66,10 @@ AFTER_SOFTMAX: dict[str, Any] = {  # program, values of the first call, of the s
         torch.zeros((), dtype=NUMBER), torch.tensor(0.1, dtype=NUMBER), "pass through add",
     ),
     "weights by index": (
-        lambda q, k, v, i: scores(q, k).softmax(-1)[..., i] @ v, torch.arange(T), torch.randperm(T), "takes elements by"
+        lambda q, k, v, i: scores(q, k).softmax(-1)[..., i] @ v, torch.arange(T), torch.randperm(T), "gathers by the index"
     ),
     "keys by index": (
-        lambda q, k, v, i: scores(q, k)[..., i].softmax(-1) @ v, torch.arange(T), torch.randperm(T), "takes elements by"
+        lambda q, k, v, i: scores(q, k)[..., i].softmax(-1) @ v, torch.arange(T), torch.randperm(T), "gathers by the index"
     ),
 }  # fmt: skip
 IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the second, reason
@@ -78,7 +78,7 @@ IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the secon
         torch.tensor(60.0, dtype=NUMBER), torch.tensor(0.5, dtype=NUMBER), "minimum",
     ),
     "clamp": (lambda q, k, v, c: (scores(q, k) * c).clamp(-50, 50).softmax(-1) @ v, *(
-        torch.tensor(x, dtype=NUMBER) for x in (1.0, 200.0)), "changes values beyond its bounds"
+        torch.tensor(x, dtype=NUMBER) for x in (1.0, 200.0)), "clips values beyond its bounds"
     ),
     "where by scores": (
         lambda q, k, v, c: torch.where(scores(q, k) * c < 40, scores(q, k) * c, 40.0).softmax(-1) @ v, *(
@@ -94,7 +94,7 @@ IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the secon
 def test_a_value_without_effect_in_the_first_call_is_not_dropped(name: str) -> None:
     program, first, second, reason = (AFTER_SOFTMAX | IN_SCORES)[name]
     sites = compiled_twice(program, (*operands(), first), (*operands(1), second), tolerance=1e-12)
-    assert sites and all(site.how == "left alone" for site in sites), sites
+    assert sites and all(site.how == "not rewritten" for site in sites), sites
     assert all(reason in text for text in explanations(sites)), sites
 
 
@@ -172,7 +172,7 @@ WITHOUT_GRADIENT: dict[str, Program] = {
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
 def test_gradients_stop_where_the_model_stops_them(name: str) -> None:
     sites = compiled_twice(WITHOUT_GRADIENT[name], operands(), operands(1), gradients=True, tolerance=1e-12)
-    assert all(site.how == "left alone" for site in sites)
+    assert all(site.how == "not rewritten" for site in sites)
 
 
 def test_a_detached_tensor_is_rewritten_if_there_are_no_gradients() -> None:
@@ -248,7 +248,7 @@ def test_another_mask_after_the_softmax_is_not_confused_with_the_one_before() ->
         return scores(q, k).masked_fill(~before, -torch.inf).softmax(-1).masked_fill(~after, 0.0) @ v
 
     sites = compiled_twice(program, (*operands(), KEEP, KEEP), (*operands(1), KEEP, SOMETHING), tolerance=1e-12)
-    assert all(site.how == "left alone" for site in sites)
+    assert all(site.how == "not rewritten" for site in sites)
 
 
 # --------------------------------------------------------------------------------------------------- overflow
