@@ -28,7 +28,7 @@ from fhopt.passes.graph.nodes import (
 from fhopt.passes.prepare.memory import node_needs_gradient
 from fhopt.passes.recognize.canonical import Core, columns_around, inverse_order
 from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, is_binary, random_sides
-from fhopt.passes.recognize.empty_rows import empty_rows_give_nan
+from fhopt.passes.recognize.empty_rows import bias_may_be_infinite, empty_rows_give_nan
 from fhopt.passes.recognize.layout import arrange
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.scores import Scores
@@ -72,7 +72,13 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
 def _prove(core: Core, region: Region, roles: Roles) -> None:
     """Prove the form, and record the output of rows without keys. Raises Miss."""
     proof = prove(region, core.softmax, roles)
-    core.steps, core.zeroed = tuple(proof.steps), proof.zeroed
+    core.steps, core.zeroed = tuple(proof.steps), proof.zeroed is not None
+    if proof.zeroed is not None and core.scores is not None and bias_may_be_infinite(core.scores.region, proof.zeroed):
+        raise Miss(
+            "the bias may be -inf in rows whose weights are set to zero again, where the model gives NaN; expected a "
+            "finite bias",
+            proof.zeroed,
+        )
     if core.softmax is None or core.scores is None or core.sinks or proof.zeroed or proof.hides_nan:
         return
     mask = core.mask.node if core.mask is not None else None

@@ -37,27 +37,47 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
     if all(is_fixed(side) for side in sides):
         zero = torch.zeros(example_shape(scores.inputs[0]), dtype=torch.float64)
         return bool((scores.run({scores.inputs[0]: zero}) == -math.inf).all(softmax.axis).any())
-    levels, lowest = 0, -scores.overflow_limit
+    levels = 0
     for node in _mask_computation(scores):
-        if node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node):
+        if _may_be_infinite(node, scores):
             return True
-        if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
-            return True
-        literals = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
-        if -math.inf in literals or any(v < lowest for v in literals):
-            return True
-        levels += sum(v <= ABSORBING for v in literals)
+        levels += sum(v <= ABSORBING for v in _literals(node))
     return levels > 1
 
 
-def _mask_computation(scores: Region) -> Iterator[fx.Node]:
-    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms."""
+def bias_may_be_infinite(scores: Region, fill: fx.Node) -> bool:
+    """Return whether a bias of scores may be -inf for all keys of a query, apart from the scores masked by `fill`."""
+    return any(_may_be_infinite(n, scores) for n in _mask_computation(scores, floats=True) if n is not fill)
+
+
+def _may_be_infinite(node: fx.Node, scores: Region) -> bool:
+    """Return whether an operation or input of a bias computation may give -inf."""
+    if node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node):
+        return True
+    if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
+        return True
+    return any(v == -math.inf or v < -scores.overflow_limit for v in _literals(node))
+
+
+def _literals(node: fx.Node) -> list[float]:
+    return [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
+
+
+def _mask_computation(scores: Region, floats: bool = False) -> Iterator[fx.Node]:
+    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms.
+
+    floats: without conditions, and without biases of literals that leave each query a key.
+    """
     seen, stack = {*scores.inputs}, [*scores.nodes]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node in seen or (floats and (not is_floating(node) or _leaves_keys(node, scores))):
             continue
         seen.add(node)
         if node.op in {"placeholder", "get_attr"} or op_name(node) in MASKING:
             yield node
             stack.extend(n for n in node.all_input_nodes if isinstance(fake(n), Tensor))
+
+
+def _leaves_keys(node: fx.Node, scores: Region) -> bool:
+    return is_fixed(node) and bool((scores.base.value(node) > -math.inf).any(-1).all())

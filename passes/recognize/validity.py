@@ -67,11 +67,12 @@ _RANGES: dict[str, Interval] = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "exp
 class Proof:
     """The steps of a proof.
 
-    zeroed: masked weights are set to zero again, so rows without keys give zero. hides_nan: NaN weights become zero.
+    zeroed: the node that masks scores whose weights are set to zero again, so that rows without keys give zero.
+    hides_nan: NaN weights become zero.
     """
 
     steps: list[ReplacedNode]
-    zeroed: bool = False
+    zeroed: fx.Node | None = None
     hides_nan: bool = False
 
 
@@ -233,7 +234,7 @@ class _Prover:
         if not others:
             return ""  # literals; the numerical check finds those that change anything
         if name in MULTIPLICATION and len(others) == 1 and self._hides(others[0], keeps=True):
-            self.proof.zeroed = True
+            self.proof.zeroed = self.fills[0]
             self._inherit(node)
             return "selection: the mask that hid these scores"
         verb = {"mul": "multiplied by", "multiply": "multiplied by", "pow": "raised to", "add": "added to"}.get(
@@ -259,7 +260,7 @@ class _Prover:
                 f"{op_name(node)} replaces weights after the softmax; expected zeros by the mask that hid the scores",
                 node,
             )
-        self.proof.zeroed = True
+        self.proof.zeroed = self.fills[0]
         self._inherit(node)
         return "selection: the mask that hid these scores"
 

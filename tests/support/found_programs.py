@@ -180,4 +180,30 @@ FOUND: dict[str, AttentionProgram] = {
         inputs=_QKV,
         dtype="float64",
     ),
+    "weights set to zero again, in rows where a bias is -inf": AttentionProgram(
+        """
+    def program(q, k, v, keep, bias):
+        s = (q @ k.mT + bias).masked_fill(~keep, torch.finfo(q.dtype).min)
+        return (s.softmax(-1) * keep) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("keep", "B H S T", values=("all", "most", "random and whole rows")),
+            Input("bias", "B H S T", values=("zeros", "normal", "0 or -inf")),
+        ),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+    ),
+    "weights masked by -inf set to zero again, in rows where a bias is -inf": AttentionProgram(
+        """
+    def program(q, k, v, hidden, bias):
+        s = (q @ k.mT + bias).masked_fill(hidden, float("-inf"))
+        return s.softmax(-1).masked_fill(hidden, 0.0) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("hidden", "B H S T", values=("none", "few", "random and whole rows")),
+            Input("bias", "B H S T", values=("zeros", "normal", "0 or -inf")),
+        ),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+    ),
 }

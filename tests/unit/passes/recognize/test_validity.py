@@ -66,10 +66,10 @@ AFTER_SOFTMAX: dict[str, Any] = {  # program, values of the first call, of the s
         torch.zeros((), dtype=NUMBER), torch.tensor(0.1, dtype=NUMBER), "pass through add",
     ),
     "weights by index": (
-        lambda q, k, v, i: scores(q, k).softmax(-1)[..., i] @ v, torch.arange(T), torch.randperm(T), "gathers by the index"
+        lambda q, k, v, i: scores(q, k).softmax(-1)[..., i] @ v, torch.arange(T), torch.randperm(T), "gathers by"
     ),
     "keys by index": (
-        lambda q, k, v, i: scores(q, k)[..., i].softmax(-1) @ v, torch.arange(T), torch.randperm(T), "gathers by the index"
+        lambda q, k, v, i: scores(q, k)[..., i].softmax(-1) @ v, torch.arange(T), torch.randperm(T), "gathers by"
     ),
 }  # fmt: skip
 IN_SCORES: dict[str, Any] = {  # program, values of the first call, of the second, reason
