@@ -117,17 +117,25 @@ def nan_of_values(result: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(seen, result, poison * mean)
 
 
-def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Restrict a bias to `allowed` (bool), except in rows without visible keys, which retain it less its maximum.
+def visible(bias: Tensor, allowed: Tensor) -> Tensor:
+    """Restrict a bias to visible keys: allowed (bool), and with a bias above those of all other keys of the row.
 
-    In such rows finite values overwrite the scores and determine the weights. A key is visible if it is allowed and its
-    bias is not -inf.
+    The scores of other keys are overwritten by finite values, which win where every allowed key has a lower bias.
     """
-    visible = restricted(bias, allowed)
+    overwritten = bias.masked_fill(allowed, -math.inf).amax(-1, keepdim=True)
+    return restricted(bias, allowed & (bias > overwritten))
+
+
+def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
+    """Restrict a bias to `visible` keys, except in rows without any, which retain it less its maximum.
+
+    In such rows finite values overwrite the scores and determine the weights.
+    """
+    seen = visible(bias, allowed)
     levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would swamp the logarithm of a sum
-    return torch.where(open_rows(visible), visible, levels)
+    return torch.where(open_rows(seen), seen, levels)
 
 
 def seeing(query: Tensor, bias: Tensor, allowed: Tensor) -> Tensor:
-    """Zero queries [B,H,S,D] without visible keys (as in `with_levels`), so that their scores are the bias."""
-    return query * open_rows(restricted(bias, allowed)).to(query.dtype)
+    """Zero queries [B,H,S,D] without `visible` keys, so that their scores are the bias."""
+    return query * open_rows(visible(bias, allowed)).to(query.dtype)

@@ -27,8 +27,8 @@ from fhopt.passes.graph.nodes import (
 )
 from fhopt.passes.prepare.memory import node_needs_gradient
 from fhopt.passes.recognize.canonical import Core, columns_around, inverse_order
-from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, is_binary, random_sides
-from fhopt.passes.recognize.empty_rows import bias_may_be_infinite, empty_rows_give_nan
+from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, MIXED, has_several_masks, is_binary, random_sides
+from fhopt.passes.recognize.empty_rows import bias_may_be_infinite, empty_rows_give_nan, has_close_levels
 from fhopt.passes.recognize.layout import arrange
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.scores import Scores
@@ -79,6 +79,12 @@ def _prove(core: Core, region: Region, roles: Roles) -> None:
             "finite bias",
             proof.zeroed,
         )
+    if core.scores is not None and core.hides and has_close_levels(core.scores.region):
+        raise Miss(
+            "a bias may have about the value that overwrites masked scores, so that both kinds of keys share the "
+            "weights of a row; expected one mask value, or values that differ by more than 4x",
+            core.output,
+        )
     if core.softmax is None or core.scores is None or core.sinks or proof.zeroed or proof.hides_nan:
         return
     mask = core.mask.node if core.mask is not None else None
@@ -89,6 +95,7 @@ def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolera
     """Compare the region and the canonical op on every draw. Raises Miss on a difference."""
     overflows = core.softmax is not None and core.softmax.overflows
     draws = [d for d in DRAWS if d != LARGE or not overflows]
+    draws += [MIXED] * has_several_masks(region)
     differences, slopes = [], []
     for draw in draws:
         known = {**random_sides(region, roles, draw), **_random_operands(region, draw)}
@@ -209,7 +216,7 @@ def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, diffe
             mask, sinks, allowed = (None if m is None else _by_head(m, core.order) for m in (mask, sinks, allowed))
         if allowed is not None and mask is not None:
             query = masks.seeing(query, mask, allowed) if core.levels else query
-            mask = (masks.with_levels if core.levels else masks.restricted)(mask, allowed)
+            mask = (masks.with_levels if core.levels else masks.visible)(mask, allowed)
         result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
         if core.empty_is_nan and mask is not None:
             blocks = core.blocks

@@ -19,6 +19,7 @@ MILD, SIGNED, LARGE = "mild", "signed", "large"
 DRAWS = (MILD, SIGNED, LARGE)
 """How values of a check are drawn: positive factors and masks that hide some keys; numbers of both signs, and rows that
 see nothing or everything; operands 30 times larger, zeros among the side values, and rows that see nothing."""
+MIXED = "mixed"  # for several masks: rows in which each key is hidden by one mask or another
 SELECTING = frozenset({"index", "gather", "take_along_dim", "written", "index_fill", "index_copy", "blank_scores"})
 
 
@@ -69,6 +70,9 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
 
     A mask of one element has both values in some draw.
     """
+    if draw == MIXED and numbers.dim():  # even or odd keys, chosen for each row
+        is_even = torch.arange(numbers.shape[-1], device=numbers.device) % 2 == 0
+        return (numbers[..., :1] > 0) ^ is_even
     mask = numbers > -0.5
     if mask.numel() > 1 and bool(mask.all()):
         mask = numbers > numbers.min()  # an all-True mask would go undetected
@@ -82,6 +86,12 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
         rows[:1] = False
     rows[1:2] = True
     return rows.reshape(mask.shape)
+
+
+def has_several_masks(region: Region) -> bool:
+    """Return whether several booleans, or floats made from them, enter a region."""
+    sides = [n for n in region.sides if isinstance(fake(n), Tensor) and not is_fixed(n)]
+    return sum(fake(n).dtype == torch.bool or is_binary(n) for n in sides) > 1
 
 
 def is_binary(side: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fhopt.passes.graph.evaluate import Region, example_shape
 from fhopt.passes.graph.nodes import fake, is_floating, op_name
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
-from fhopt.passes.recognize.node_roles import is_fixed
+from fhopt.passes.recognize.node_roles import is_fixed, view_root
 from fhopt.passes.recognize.scores import ABSORBING
 from fhopt.passes.recognize.softmax import Softmax
 from fhopt.passes.recognize.validity import BOUNDS, CASTS, GROWS, NEW, SAME, SELECTION
@@ -20,6 +20,8 @@ MASK_NAMES = (
     "rsub neg log log2 log1p tril triu zeros ones full tensor scalar_tensor logical_not logical_and logical_or "
     "bitwise_not bitwise_and bitwise_or and_ or_ invert eq ne lt le gt ge arange index gather cumsum"
 )
+CLOSE = 4.0  # ratio of levels
+MASKS = 1e3  # the smallest number that hides scores
 MASKING = MOVEMENT | JOINS | SELECTION | CASTS | BOUNDS | GROWS | SAME | NEW | frozenset(MASK_NAMES.split())
 
 
@@ -47,7 +49,33 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
 
 def bias_may_be_infinite(scores: Region, fill: fx.Node) -> bool:
     """Return whether a bias of scores may be -inf for all keys of a query, apart from the scores masked by `fill`."""
-    return any(_may_be_infinite(n, scores) for n in _mask_computation(scores, floats=True) if n is not fill)
+
+    def is_finite(node: fx.Node) -> bool:
+        return _is_condition(node) or (is_fixed(node) and bool((scores.base.value(node) > -math.inf).any(-1).all()))
+
+    return any(_may_be_infinite(n, scores) for n in _mask_computation(scores, is_finite) if n is not fill)
+
+
+def has_close_levels(scores: Region) -> bool:
+    """Return whether a bias may be close to the value that overwrites scores: keys of both kinds then share weights."""
+    fills = [n for n in scores.nodes if op_name(n) in SELECTION]
+    sources = {view_root(a) for n in fills for a in n.all_input_nodes if is_floating(a)} - {*scores.nodes}
+    written = [size for n in (*fills, *sources) for size in _large_numbers(n, scores)]
+    others = {*scores.nodes, *sources}
+    added = [
+        size for n in _mask_computation(scores, _is_condition) if n not in others for size in _large_numbers(n, scores)
+    ]
+    return any(size / CLOSE <= other <= size * CLOSE for size in written for other in added)
+
+
+def _large_numbers(node: fx.Node, scores: Region) -> list[float]:
+    """Return the absolute values of a node's numbers that are large enough for a mask."""
+    if op_name(node) in MOVEMENT | {"arange"}:
+        return []
+    if is_fixed(node) and is_floating(node):
+        return [size for size in scores.base.value(node).double().abs().unique().tolist() if MASKS <= size < math.inf]
+    numbers = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if type(v) in (int, float)]
+    return [float(abs(v)) for v in numbers if MASKS <= abs(v) < math.inf]
 
 
 def _may_be_infinite(node: fx.Node, scores: Region) -> bool:
@@ -63,21 +91,18 @@ def _literals(node: fx.Node) -> list[float]:
     return [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
 
 
-def _mask_computation(scores: Region, floats: bool = False) -> Iterator[fx.Node]:
-    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms.
+def _is_condition(node: fx.Node) -> bool:
+    return not is_floating(node)
 
-    floats: without conditions, and without biases of literals that leave each query a key.
-    """
+
+def _mask_computation(scores: Region, excludes: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
+    """Yield the nodes a bias is computed from, back to inputs and to non-mask operations: products, lookups, norms."""
     seen, stack = {*scores.inputs}, [*scores.nodes]
     while stack:
         node = stack.pop()
-        if node in seen or (floats and (not is_floating(node) or _leaves_keys(node, scores))):
+        if node in seen or (excludes is not None and excludes(node)):
             continue
         seen.add(node)
         if node.op in {"placeholder", "get_attr"} or op_name(node) in MASKING:
             yield node
             stack.extend(n for n in node.all_input_nodes if isinstance(fake(n), Tensor))
-
-
-def _leaves_keys(node: fx.Node, scores: Region) -> bool:
-    return is_fixed(node) and bool((scores.base.value(node) > -math.inf).any(-1).all())

@@ -206,4 +206,44 @@ FOUND: dict[str, AttentionProgram] = {
         ),
         calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
     ),
+    "every key of a row masked, by a bias of -1e30 or an overwritten score of -1e9": AttentionProgram(
+        """
+    def program(q, k, v, hidden, blocked):
+        s = (q @ k.mT * 0.5 + hidden * -1e30).masked_fill(blocked, -1e9)
+        return s.softmax(-1) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("hidden", "B H S T", values=("none", "few", "most")),
+            Input("blocked", "B H S T", values=("none", "few", "most")),
+        ),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+    ),
+    "every key of a row masked, by a bias of -1e9 or an overwritten score of -1e9": AttentionProgram(
+        """
+    def program(q, k, v, hidden, blocked):
+        s = (q @ k.mT * 0.5 + hidden * -1e9).masked_fill(blocked, -1e9)
+        return s.softmax(-1) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("hidden", "B H S T", values=("none", "few", "most")),
+            Input("blocked", "B H S T", values=("none", "few", "most")),
+        ),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+        dtype="float64",
+    ),
+    "weights of scores masked by -1e9 set to zero again, where the bias of all others is -1e30": AttentionProgram(
+        """
+    def program(q, k, v, hidden, blocked):
+        s = (q @ k.mT * 0.5 + hidden * -1e30).masked_fill(blocked, -1e9)
+        return s.softmax(-1).masked_fill(blocked, 0.0) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("hidden", "B H S T", values=("none", "few", "most")),
+            Input("blocked", "B H S T", values=("none", "few", "most")),
+        ),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+    ),
 }
