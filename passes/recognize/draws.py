@@ -76,10 +76,12 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
     mask = numbers > -0.5
     if mask.numel() > 1 and bool(mask.all()):
         mask = numbers > numbers.min()  # an all-True mask would go undetected
+    elif mask.numel() > 1 and not bool(mask.any()):
+        mask = numbers >= numbers.max()
     if draw == MILD:
         return mask
     if mask.dim() < 1:
-        return ~mask if draw == LARGE else mask
+        return ~mask if draw == SIGNED else mask
     rows = mask.reshape(-1, mask.shape[-1]) if mask.numel() else mask
     rows = rows.clone()
     if draw == LARGE or len(rows) > 1:

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.certificate import ReplacedNode
-from fhopt.passes.graph.evaluate import Region
+from fhopt.passes.graph.evaluate import Region, example_shape
 from fhopt.passes.graph.nodes import SOFTMAX, argument, fake, is_floating, op_name, source_line
 from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
@@ -180,6 +180,13 @@ class _Prover:
                 raise Miss(f"{name} selects by {condition.name}, which depends on the scores; expected a mask", node)
         if node in self.weights:
             return self._zero(node, conditions[0] if conditions else None)
+        single = next((c for c in conditions if not is_fixed(c) and math.prod(example_shape(c)) == 1), None)
+        if single is not None:
+            raise Miss(
+                f"{name} selects by {single.name}, a single boolean that hides every score or none; expected "
+                "a mask with a value for each key",
+                node,
+            )
         self.fills.append(node)
         self._inherit(node, joins=True)
         return "selection: by a mask that does not depend on the operands"

@@ -246,4 +246,19 @@ FOUND: dict[str, AttentionProgram] = {
         ),
         calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
     ),
+    "every score or none masked by a single boolean, with gradients": AttentionProgram(
+        """
+    def program(q, k, v, hidden, bias):
+        s = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, q.shape[:2])
+        return s.masked_fill(hidden, torch.finfo(s.dtype).min).softmax(-1) @ v
+    """,
+        inputs=(
+            Input("q", "B H S D"),
+            Input("k", "B H T D"),
+            Input("v", "B H T D"),
+            Input("hidden", "", values=("none", "all", "none")),
+            Input("bias", "B H S T", held="buffer", grad=False),
+        ),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=5, D=4)),) * 3,
+    ),
 }
