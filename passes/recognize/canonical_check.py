@@ -79,7 +79,8 @@ def _prove(core: Core, region: Region, roles: Roles) -> None:
             "finite bias",
             proof.zeroed,
         )
-    if core.scores is not None and core.hides and has_close_levels(core.scores.region):
+    has_gradient = node_needs_gradient(core.output)
+    if core.scores is not None and core.hides and has_close_levels(core.scores.region, has_gradient):
         raise Miss(
             "a bias may have about the value that overwrites masked scores, so that both kinds of keys share the "
             "weights of a row; expected one mask value, or values that differ by more than 4x",

@@ -49,15 +49,21 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
 
 def bias_may_be_infinite(scores: Region, fill: fx.Node) -> bool:
     """Return whether a bias of scores may be -inf for all keys of a query, apart from the scores masked by `fill`."""
+    values = {*fill.all_input_nodes} - {*scores.nodes, *scores.inputs}  # that overwrite scores
 
     def is_finite(node: fx.Node) -> bool:
-        return _is_condition(node) or (is_fixed(node) and bool((scores.base.value(node) > -math.inf).any(-1).all()))
+        if node in values or _is_condition(node):
+            return True
+        return is_fixed(node) and bool((scores.base.value(node) > -math.inf).any(-1).all())
 
     return any(_may_be_infinite(n, scores) for n in _mask_computation(scores, is_finite) if n is not fill)
 
 
-def has_close_levels(scores: Region) -> bool:
-    """Return whether a bias may be close to the value that overwrites scores: keys of both kinds then share weights."""
+def has_close_levels(scores: Region, has_gradient: bool) -> bool:
+    """Return whether a bias may be close to the value that overwrites scores: keys of both kinds then share weights.
+
+    A larger bias may absorb that value, which only gradients reveal.
+    """
     fills = [n for n in scores.nodes if op_name(n) in SELECTION]
     sources = {view_root(a) for n in fills for a in n.all_input_nodes if is_floating(a)} - {*scores.nodes}
     written = [size for n in (*fills, *sources) for size in _large_numbers(n, scores)]
@@ -65,7 +71,7 @@ def has_close_levels(scores: Region) -> bool:
     added = [
         size for n in _mask_computation(scores, _is_condition) if n not in others for size in _large_numbers(n, scores)
     ]
-    return any(size / CLOSE <= other <= size * CLOSE for size in written for other in added)
+    return any(size / CLOSE <= x and (has_gradient or x <= size * CLOSE) for size in written for x in added)
 
 
 def _large_numbers(node: fx.Node, scores: Region) -> list[float]:

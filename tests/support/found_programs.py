@@ -261,4 +261,14 @@ FOUND: dict[str, AttentionProgram] = {
         ),
         calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=5, D=4)),) * 3,
     ),
+    "gradients of a row whose bias of -1e30 absorbs an overwritten score of -1e9": AttentionProgram(
+        """
+    def program(q, k, v, hidden):
+        s = (q @ k.mT * 0.5).clone()
+        s[..., 0] = -1e9
+        return (s + hidden * -1e30).softmax(-1) @ v
+    """,
+        inputs=(*_QKV, Input("hidden", "B H S T", values=("none", "most", "all"))),
+        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=3, D=4)),) * 3,
+    ),
 }
