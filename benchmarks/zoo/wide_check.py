@@ -22,7 +22,7 @@ from fhopt.passes.outcome import Explanation
 
 TOLERANCE = 1e-4  # float32, other summation orders, through two layers and a softmax
 DOUBLE_TOLERANCE = 1e-9  # float64, in models that amplify rounding
-IS_NO_ATTENTION = ("not the softmax of an attention", "no product of the weights with values")
+IS_NO_ATTENTION = ("not the softmax of an attention", "no matmul of the weights and values")
 BAD = ("silent", "wrong", "crashed")  # statuses that must not occur
 AMPLIFIED = "compared in float64: in float32 the model itself amplifies rounding"
 FAULT = "a bug in fhopt"  # in the reason of a site on which a pass failed

@@ -126,16 +126,15 @@ def visible(bias: Tensor, allowed: Tensor) -> Tensor:
     return restricted(bias, allowed & (bias > overwritten))
 
 
-def with_levels(bias: Tensor, allowed: Tensor) -> Tensor:
-    """Restrict a bias to `visible` keys, except in rows without any, which retain it less its maximum.
+def with_levels(bias: Tensor, seen: Tensor) -> Tensor:
+    """Return a bias as restricted by `visible` (`seen`), except in rows without visible keys: it less its maximum.
 
     In such rows finite values overwrite the scores and determine the weights.
     """
-    seen = visible(bias, allowed)
     levels = bias - bias.amax(-1, keepdim=True)  # -1e9 in float32 would swamp the logarithm of a sum
     return torch.where(open_rows(seen), seen, levels)
 
 
-def seeing(query: Tensor, bias: Tensor, allowed: Tensor) -> Tensor:
-    """Zero queries [B,H,S,D] without `visible` keys, so that their scores are the bias."""
-    return query * open_rows(visible(bias, allowed)).to(query.dtype)
+def seeing(query: Tensor, seen: Tensor) -> Tensor:
+    """Zero queries [B,H,S,D] without keys in a mask, so that their scores are the bias."""
+    return query * open_rows(seen).to(query.dtype)

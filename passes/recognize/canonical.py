@@ -121,8 +121,10 @@ def insert_canonical(program: Program, core: Core) -> fx.Node:
         operands = _one_dtype(program, operands)
         mask, sinks, allowed = _insert_mask(program, core, operands)
         if allowed is not None and mask is not None:
-            operands[0] = call(program, masks.seeing, (operands[0], mask, allowed)) if core.levels else operands[0]
-            mask = call(program, masks.with_levels if core.levels else masks.visible, (mask, allowed))
+            bias, mask = mask, call(program, masks.visible, (mask, allowed))
+            if core.levels:
+                operands[0] = call(program, masks.seeing, (operands[0], mask))
+                mask = call(program, masks.with_levels, (bias, mask))
         options = {k: v for k, v in core.options.items() if v}
         rest = (mask, sinks) if sinks is not None else (mask,) if mask is not None else ()
         node = call(program, torch.ops.fhopt.attention.default, (*operands, *rest), options)

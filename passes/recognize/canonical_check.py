@@ -216,8 +216,9 @@ def _canonical(core: Core, values: Mapping[fx.Node, Any], base: Evaluator, diffe
             query = query[:, list(core.order)]
             mask, sinks, allowed = (None if m is None else _by_head(m, core.order) for m in (mask, sinks, allowed))
         if allowed is not None and mask is not None:
-            query = masks.seeing(query, mask, allowed) if core.levels else query
-            mask = (masks.with_levels if core.levels else masks.visible)(mask, allowed)
+            bias, mask = mask, masks.visible(mask, allowed)
+            if core.levels:
+                query, mask = masks.seeing(query, mask), masks.with_levels(bias, mask)
         result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
         if core.empty_is_nan and mask is not None:
             blocks = core.blocks

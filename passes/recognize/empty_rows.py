@@ -1,4 +1,4 @@
-"""Queries without allowed keys: whether they can occur, and what the model's softmax gives for them."""
+"""Queries without allowed keys: whether they can occur, and what the model's softmax and mask values give for them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def empty_rows_give_nan(softmax: Softmax, scores: Region, form: str, mask: fx.No
     for node in _mask_computation(scores):
         if _may_be_infinite(node, scores):
             return True
-        levels += sum(v <= ABSORBING for v in _literals(node))
+        levels += sum(v <= ABSORBING for v in _literals(node, float))
     return levels > 1
 
 
@@ -80,8 +80,7 @@ def _large_numbers(node: fx.Node, scores: Region) -> list[float]:
         return []
     if is_fixed(node) and is_floating(node):
         return [size for size in scores.base.value(node).double().abs().unique().tolist() if MASKS <= size < math.inf]
-    numbers = [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if type(v) in (int, float)]
-    return [float(abs(v)) for v in numbers if MASKS <= abs(v) < math.inf]
+    return [abs(v) for v in _literals(node, int, float) if MASKS <= abs(v) < math.inf]
 
 
 def _may_be_infinite(node: fx.Node, scores: Region) -> bool:
@@ -90,11 +89,12 @@ def _may_be_infinite(node: fx.Node, scores: Region) -> bool:
         return True
     if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
         return True
-    return any(v == -math.inf or v < -scores.overflow_limit for v in _literals(node))
+    return any(v == -math.inf or v < -scores.overflow_limit for v in _literals(node, float))
 
 
-def _literals(node: fx.Node) -> list[float]:
-    return [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
+def _literals(node: fx.Node, *types: type) -> list[float]:
+    """Return the numbers among a node's arguments that have one of these types."""
+    return [v for v in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if type(v) in types]
 
 
 def _is_condition(node: fx.Node) -> bool:

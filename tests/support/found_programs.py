@@ -5,6 +5,12 @@ from __future__ import annotations
 from graph_programs import AttentionProgram, Call, CallSizes, Input
 
 _QKV = (Input("q", "B H S D"), Input("k", "B H T D"), Input("v", "B H T D"))
+_TWO_MASKS = (
+    *_QKV,
+    Input("hidden", "B H S T", values=("none", "few", "most")),
+    Input("blocked", "B H S T", values=("none", "few", "most")),
+)
+_TWO_KEYS = (Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3  # random masks often hide both
 
 FOUND: dict[str, AttentionProgram] = {
     "weights filled with zero where a mask is true in later calls": AttentionProgram(
@@ -191,7 +197,7 @@ FOUND: dict[str, AttentionProgram] = {
             Input("keep", "B H S T", values=("all", "most", "random and whole rows")),
             Input("bias", "B H S T", values=("zeros", "normal", "0 or -inf")),
         ),
-        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+        calls=_TWO_KEYS,
     ),
     "weights masked by -inf set to zero again, in rows where a bias is -inf": AttentionProgram(
         """
@@ -204,7 +210,7 @@ FOUND: dict[str, AttentionProgram] = {
             Input("hidden", "B H S T", values=("none", "few", "random and whole rows")),
             Input("bias", "B H S T", values=("zeros", "normal", "0 or -inf")),
         ),
-        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+        calls=_TWO_KEYS,
     ),
     "every key of a row masked, by a bias of -1e30 or an overwritten score of -1e9": AttentionProgram(
         """
@@ -212,12 +218,8 @@ FOUND: dict[str, AttentionProgram] = {
         s = (q @ k.mT * 0.5 + hidden * -1e30).masked_fill(blocked, -1e9)
         return s.softmax(-1) @ v
     """,
-        inputs=(
-            *_QKV,
-            Input("hidden", "B H S T", values=("none", "few", "most")),
-            Input("blocked", "B H S T", values=("none", "few", "most")),
-        ),
-        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+        inputs=_TWO_MASKS,
+        calls=_TWO_KEYS,
     ),
     "every key of a row masked, by a bias of -1e9 or an overwritten score of -1e9": AttentionProgram(
         """
@@ -225,12 +227,8 @@ FOUND: dict[str, AttentionProgram] = {
         s = (q @ k.mT * 0.5 + hidden * -1e9).masked_fill(blocked, -1e9)
         return s.softmax(-1) @ v
     """,
-        inputs=(
-            *_QKV,
-            Input("hidden", "B H S T", values=("none", "few", "most")),
-            Input("blocked", "B H S T", values=("none", "few", "most")),
-        ),
-        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+        inputs=_TWO_MASKS,
+        calls=_TWO_KEYS,
         dtype="float64",
     ),
     "weights of scores masked by -1e9 set to zero again, where the bias of all others is -1e30": AttentionProgram(
@@ -239,12 +237,8 @@ FOUND: dict[str, AttentionProgram] = {
         s = (q @ k.mT * 0.5 + hidden * -1e30).masked_fill(blocked, -1e9)
         return s.softmax(-1).masked_fill(blocked, 0.0) @ v
     """,
-        inputs=(
-            *_QKV,
-            Input("hidden", "B H S T", values=("none", "few", "most")),
-            Input("blocked", "B H S T", values=("none", "few", "most")),
-        ),
-        calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=2, D=4)),) * 3,
+        inputs=_TWO_MASKS,
+        calls=_TWO_KEYS,
     ),
     "every score or none masked by a single boolean, with gradients": AttentionProgram(
         """
@@ -253,9 +247,7 @@ FOUND: dict[str, AttentionProgram] = {
         return s.masked_fill(hidden, torch.finfo(s.dtype).min).softmax(-1) @ v
     """,
         inputs=(
-            Input("q", "B H S D"),
-            Input("k", "B H T D"),
-            Input("v", "B H T D"),
+            *_QKV,
             Input("hidden", "", values=("none", "all", "none")),
             Input("bias", "B H S T", held="buffer", grad=False),
         ),

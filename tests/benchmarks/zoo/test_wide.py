@@ -156,6 +156,12 @@ def test_an_attention_neither_found_nor_explained_is_a_silent_miss(monkeypatch: 
     assert checked().status == "silent"
 
 
+def test_texts_of_reasons_are_those_of_the_passes() -> None:
+    page = Path(__file__).parents[3] / "docs" / "reference" / "not_rewritten.md"
+    reasons = " ".join(page.read_text().lower().split())
+    assert all(text in reasons for text in (*wide_check.IS_NO_ATTENTION, wide_check.FAULT))
+
+
 def test_a_false_reason_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.errors import Miss
     from fhopt.passes.recognize.normalize import Normalize

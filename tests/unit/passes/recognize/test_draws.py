@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from fhopt.models.capture import capture
 from fhopt.passes.graph.evaluate import Evaluator, Region
-from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, random_sides
+from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, MIXED, random_sides
 from fhopt.passes.recognize.node_roles import Roles
 
 
@@ -50,3 +50,8 @@ def test_a_mask_hides_some_element_even_if_it_has_few() -> None:
 def test_large_draws_have_a_fully_masked_row() -> None:
     values = drawn(LARGE, torch.ones(1, 4, dtype=torch.bool))
     assert not next(v for v in values.values() if v.dtype == torch.bool).logical_not().any()
+
+
+def test_mixed_draws_hide_every_other_key_of_each_row() -> None:
+    mask = next(v for v in drawn(MIXED, torch.ones(3, 4, dtype=torch.bool)).values() if v.dtype == torch.bool)
+    assert torch.equal(mask[..., 1:], ~mask[..., :-1])
