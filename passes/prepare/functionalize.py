@@ -41,6 +41,7 @@ from fhopt.passes.prepare.memory import (
     named_callable,
     node_needs_gradient,
     plain_operation,
+    storages,
 )
 
 
@@ -89,16 +90,27 @@ def written(
 
     path: views, first to last. operation: name of the op that changes its first argument in place, or its `out` if
     `kwargs` has one. A name without a dot is a method's, any other is qualified. Traceable and differentiable.
+    Raises RuntimeError if the view would be a copy.
     """
-    options = dict(kwargs or {})
-    view = result = _copy(base)
-    for name, others, view_options in path:
-        view = named_callable(name)(view, *others, **view_options)
+    options, path = dict(kwargs or {}), tuple(path)
+    result = _copy(base)
+    view = _view(result, path)
+    if storages(view) != storages(result):  # a reshape of other strides than in the traced graph copies
+        result = base.clone(memory_format=torch.contiguous_format)
+        view = _view(result, path)
+        if storages(view) != storages(result):
+            raise RuntimeError(f"{operation} writes to a copy; expected a view of strides {base.stride()}")
     if "out" in options:
         named_callable(operation)(*args, **{**options, "out": view})
     else:
         named_callable(operation)(view, *args, **options)
     return result
+
+
+def _view(tensor: Tensor, path: Iterable[Step]) -> Tensor:
+    for name, others, options in path:
+        tensor = named_callable(name)(tensor, *others, **options)
+    return tensor
 
 
 def _copy(base: Tensor) -> Tensor:

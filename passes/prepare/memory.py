@@ -283,7 +283,7 @@ class GraphMemory:
         """Add a node to the tree of its storage, and record its write."""
         visible = write is not None and not write.hidden
         value, source = fake(node), write.target if write and visible else first_tensor(node)
-        keys = set() if node.op == "output" else _storages(value)
+        keys = set() if node.op == "output" else storages(value)
         if not keys and (value is None or _tensors(value)) and node.users:
             self._spoil(self._keys(node.all_input_nodes), f"what {node.name} returns is not known")
         for key in keys:
@@ -371,7 +371,7 @@ def node_needs_gradient(node: fx.Node) -> bool:
     return any(tensor.requires_grad for tensor in _tensors(fake(node)))
 
 
-def _storages(value: Any) -> set[int]:
+def storages(value: Any) -> set[int]:
     """Return the storages of the tensors in a fake value; none if a tensor has no storage."""
     try:
         return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}

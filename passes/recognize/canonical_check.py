@@ -27,7 +27,7 @@ from fhopt.passes.graph.nodes import (
 )
 from fhopt.passes.prepare.memory import node_needs_gradient
 from fhopt.passes.recognize.canonical import Core, columns_around, inverse_order
-from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, MIXED, has_several_masks, is_binary, random_sides
+from fhopt.passes.recognize.draws import DRAWS, LARGE, MILD, is_binary, mask_draws, random_sides
 from fhopt.passes.recognize.empty_rows import bias_may_be_infinite, empty_rows_give_nan, has_close_levels
 from fhopt.passes.recognize.layout import arrange
 from fhopt.passes.recognize.node_roles import Roles
@@ -96,7 +96,7 @@ def _run_draws(core: Core, region: Region, roles: Roles, base: Evaluator, tolera
     """Compare the region and the canonical op on every draw. Raises Miss on a difference."""
     overflows = core.softmax is not None and core.softmax.overflows
     draws = [d for d in DRAWS if d != LARGE or not overflows]
-    draws += [MIXED] * has_several_masks(region)
+    draws += mask_draws(region)
     differences, slopes = [], []
     for draw in draws:
         known = {**random_sides(region, roles, draw), **_random_operands(region, draw)}

@@ -5,6 +5,7 @@ A numerical check must not depend on the example values of one call, except thos
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ DRAWS = (MILD, SIGNED, LARGE)
 """How values of a check are drawn: positive factors and masks that hide some keys; numbers of both signs, and rows that
 see nothing or everything; operands 30 times larger, zeros among the side values, and rows that see nothing."""
 MIXED = "mixed"  # for several masks: rows in which each key is hidden by one mask or another
+INDEPENDENT = 3  # masks that the draws "0", "1", "00", "01", ... set to all False or all True; further ones repeat them
 SELECTING = frozenset({"index", "gather", "take_along_dim", "written", "index_fill", "index_copy", "blank_scores"})
 
 
@@ -31,6 +33,7 @@ def random_sides(region: Region, roles: Roles, draw: str = MILD) -> dict[fx.Node
     """
     values: dict[fx.Node, Any] = {}
     order: dict[int, int] = {}
+    masks: dict[int, int] = {}
     for index, side in enumerate(region.sides):
         if is_fixed(side):
             continue
@@ -38,7 +41,8 @@ def random_sides(region: Region, roles: Roles, draw: str = MILD) -> dict[fx.Node
         if isinstance(value, Tensor):
             number, is_complement = condition_key(side, roles)
             seed = 100 + order.setdefault(number, len(order))
-            drawn = _drawn(side, value.dtype, seed, draw, _selects(side, region))
+            bit = draw[masks.setdefault(number, len(masks)) % len(draw)] if draw.isdigit() and _is_mask(side) else ""
+            drawn = _drawn(side, value.dtype, seed, bit or draw, _selects(side, region))
             if drawn is not None:
                 values[side] = _complement(drawn) if is_complement else drawn
         elif _is_number(side, region):
@@ -59,7 +63,7 @@ def _drawn(side: fx.Node, dtype: torch.dtype, seed: int, draw: str, selects: boo
             return _mask(numbers, draw).double()
         if draw == MILD:
             return numbers.abs() * 0.5 + 0.5
-        return numbers if draw == SIGNED else numbers * (numbers.abs() > 0.3)
+        return numbers * (numbers.abs() > 0.3) if draw == LARGE else numbers
     if dtype.is_complex or selects:
         return None
     return (numbers * 2).round().to(dtype)
@@ -70,6 +74,8 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
 
     A mask of one element has both values in some draw.
     """
+    if draw.isdigit():
+        return torch.full_like(numbers, draw == "1", dtype=torch.bool)
     if draw == MIXED and numbers.dim():  # even or odd keys, chosen for each row
         is_even = torch.arange(numbers.shape[-1], device=numbers.device) % 2 == 0
         return (numbers[..., :1] > 0) ^ is_even
@@ -90,10 +96,16 @@ def _mask(numbers: Tensor, draw: str) -> Tensor:
     return rows.reshape(mask.shape)
 
 
-def has_several_masks(region: Region) -> bool:
-    """Return whether several booleans, or floats made from them, enter a region."""
-    sides = [n for n in region.sides if isinstance(fake(n), Tensor) and not is_fixed(n)]
-    return sum(fake(n).dtype == torch.bool or is_binary(n) for n in sides) > 1
+def mask_draws(region: Region) -> list[str]:
+    """Return further draws for the masks of a region: each all True or all False, in all combinations, and MIXED."""
+    count = sum(_is_mask(n) for n in region.sides if isinstance(fake(n), Tensor) and not is_fixed(n))
+    constant = map("".join, itertools.product("01", repeat=min(count, INDEPENDENT)))
+    return [*constant, *[MIXED] * (count > 1)] if count else []
+
+
+def _is_mask(side: fx.Node) -> bool:
+    """Return whether a side is boolean, or a float tensor made from booleans."""
+    return fake(side).dtype == torch.bool or (fake(side).is_floating_point() and is_binary(side))
 
 
 def is_binary(side: fx.Node) -> bool:

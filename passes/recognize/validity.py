@@ -48,6 +48,8 @@ ANALYTIC_NAMES = (
 )
 ANALYTIC = frozenset(ANALYTIC_NAMES.split())
 SELECTION = frozenset({"masked_fill", "where", "index_fill", "written"})
+WRITE_NAMES = "setitem copy fill zero masked_fill index_fill index_copy index_put scatter masked_scatter tril triu"
+WRITES = frozenset(WRITE_NAMES.split())  # in-place operations that replace elements, whatever their values
 SIZE_OF = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})  # use only the form of their second tensor
 NEW_NAMES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty blank_scores"
 NEW = frozenset(NEW_NAMES.split())
@@ -174,6 +176,10 @@ class _Prover:
         return op_name(node) in EXPONENTIAL and source is not None and self.softmax.shift in source.all_input_nodes
 
     def _selection(self, node: fx.Node, name: str) -> str:
+        if name == "written" and (operation := _written_operation(node)) not in WRITES:
+            if operation not in ANALYTIC or node in self.weights:
+                raise Miss(f"{operation} changes elements in place; expected a mask, or sums and products", node)
+            return "analytic: checked at random points"
         conditions = _conditions(node, name)
         for condition in conditions:
             if condition in self.flows:
@@ -415,6 +421,11 @@ def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
     else:
         found = [n for n in node.all_input_nodes if n is not node.args[0] and not is_floating(n)]
     return [n for n in found if isinstance(n, fx.Node)]
+
+
+def _written_operation(node: fx.Node) -> str:
+    """Return the operation that a node `written` applies, without its underscore."""
+    return str(node.args[2]).rpartition(".")[2].removesuffix("_")
 
 
 def _choices(node: fx.Node) -> tuple[Any, Any]:

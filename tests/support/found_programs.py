@@ -263,4 +263,34 @@ FOUND: dict[str, AttentionProgram] = {
         inputs=(*_QKV, Input("hidden", "B H S T", values=("none", "most", "all"))),
         calls=(Call(sizes=CallSizes(B=2, H=4, G=4, S=5, T=3, D=4)),) * 3,
     ),
+    "two scores of the first query scaled through a view, under a mask of few keys": AttentionProgram(
+        """
+    def program(q, k, v, hidden):
+        s = ((q @ k.repeat_interleave(2, 1).mT) * 0.5).contiguous()
+        s.flatten(2)[..., :2].mul_(0.5)
+        s = s.masked_fill(hidden, float("-inf"))
+        return s.softmax(-1) @ v.repeat_interleave(2, 1)
+    """,
+        inputs=(
+            Input("q", "B H S D"),
+            Input("k", "B G T D"),
+            Input("v", "B G T D"),
+            Input("hidden", "B 1 1 T", values=("none", "few", "most")),
+        ),
+        calls=(Call(sizes=CallSizes(B=1, H=4, G=2)),) * 3,
+        dtype="float64",
+    ),
+    "some scores clamped in place to a bound that the first call does not reach": AttentionProgram(
+        """
+    def program(q, k, v, hidden):
+        s = q @ k.mT
+        s[..., :2].clamp_(min=-50.0)
+        return s.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    """,
+        inputs=(
+            Input("q", "B H S D", values=("normal", "large")),
+            *_QKV[1:],
+            Input("hidden", "B 1 1 T", values=("none", "few", "most")),
+        ),
+    ),
 }

@@ -255,3 +255,15 @@ def test_a_write_to_a_copy_does_not_change_its_base(base: Tensor) -> None:
     result = written(base, (("t", (), {}), ("operator.getitem", (0,), {})), "add_", (1.0,))
     assert base.sum() == 0
     assert result.tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_written_writes_through_a_reshape_that_would_copy_a_base_of_these_strides() -> None:
+    base = torch.randn(2, 3, 4).transpose(1, 2)
+    result = written(base, (("flatten", (1,), {}), ("operator.getitem", ((..., slice(2)),), {})), "zero_")
+    assert torch.equal(result.flatten(1)[:, 2:], base.flatten(1)[:, 2:])
+    assert not result.flatten(1)[:, :2].any()
+
+
+def test_written_raises_for_a_path_that_copies() -> None:
+    with pytest.raises(RuntimeError, match="zero_ writes to a copy"):
+        written(torch.randn(2, 3, 4), (("transpose", (1, 2), {}), ("flatten", (1,), {})), "zero_")

@@ -55,3 +55,9 @@ def test_large_draws_have_a_fully_masked_row() -> None:
 def test_mixed_draws_hide_every_other_key_of_each_row() -> None:
     mask = next(v for v in drawn(MIXED, torch.ones(3, 4, dtype=torch.bool)).values() if v.dtype == torch.bool)
     assert torch.equal(mask[..., 1:], ~mask[..., :-1])
+
+
+def test_draws_of_constant_masks_show_every_key_or_none() -> None:
+    for draw in ("0", "1"):
+        mask = next(v for v in drawn(draw, torch.ones(3, 4, dtype=torch.bool)).values() if v.dtype == torch.bool)
+        assert bool(mask.all()) or not bool(mask.any())

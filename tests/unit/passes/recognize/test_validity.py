@@ -302,4 +302,4 @@ def test_a_certificate_names_every_node_and_its_rule() -> None:
     assert all("test_validity.py" in step.source for step in site.certificate.steps)
     text = site.certificate.lines("attention")
     assert text[0] == "attention: q [2, 4, 9, 8], k [2, 4, 9, 8], v [2, 4, 9, 8]"
-    assert "rows without keys give NaN" in text[-2] and text[-1].startswith("  3 sets of random values")
+    assert "rows without keys give NaN" in text[-2] and text[-1].startswith("  5 sets of random values")
