@@ -68,10 +68,16 @@ def has_close_levels(scores: Region, has_gradient: bool) -> bool:
     sources = {view_root(a) for n in fills for a in n.all_input_nodes if is_floating(a)} - {*scores.nodes}
     written = [size for n in (*fills, *sources) for size in _large_numbers(n, scores)]
     others = {*scores.nodes, *sources}
-    added = [
-        size for n in _mask_computation(scores, _is_condition) if n not in others for size in _large_numbers(n, scores)
-    ]
+    bias = [n for n in _mask_computation(scores, _is_condition) if n not in others]
+    added = [size for n in bias for size in _large_numbers(n, scores)]
+    if any(_is_given(n, scores) for n in bias) and any(has_gradient or size < -ABSORBING for size in written):
+        return True
     return any(size / CLOSE <= x and (has_gradient or x <= size * CLOSE) for size in written for x in added)
+
+
+def _is_given(node: fx.Node, scores: Region) -> bool:
+    """Return whether a node is a float input or buffer of the model, whose values may be anything."""
+    return node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node)
 
 
 def _large_numbers(node: fx.Node, scores: Region) -> list[float]:
@@ -85,9 +91,7 @@ def _large_numbers(node: fx.Node, scores: Region) -> list[float]:
 
 def _may_be_infinite(node: fx.Node, scores: Region) -> bool:
     """Return whether an operation or input of a bias computation may give -inf."""
-    if node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node):
-        return True
-    if op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
+    if _is_given(node, scores) or op_name(node) in {"log", "log2", "log1p"} or node.op == "get_attr":
         return True
     return any(v == -math.inf or v < -scores.overflow_limit for v in _literals(node, float))
 

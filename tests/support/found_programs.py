@@ -293,4 +293,18 @@ FOUND: dict[str, AttentionProgram] = {
             Input("hidden", "B 1 1 T", values=("none", "few", "most")),
         ),
     ),
+    "a bias that is an input and has the value that overwrites scores in later calls": AttentionProgram(
+        """
+    def program(q, k, v, additive, hidden):
+        s = q @ k.mT + additive
+        return s.masked_fill(hidden, -1e4).softmax(-1) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("additive", "B 1 S T", values=("zeros", "0 or lowest", "0 or -1e4")),
+            Input("hidden", "B H S T", values=("none", "few", "most")),
+        ),
+        calls=_TWO_KEYS,
+        dtype="float64",
+    ),
 }

@@ -34,6 +34,8 @@ def as_own(function: types.FunctionType, names: dict[str, Any]) -> types.Functio
 NAMES = dict(vars(fuse_attention))  # of functions that call each other
 NAMES |= {n: as_own(f, NAMES) for n, f in NAMES.items() if re.fullmatch(r"_sfdp_pattern_\d+", n)}
 
+SEVERAL_LEVELS = "_sfdp_pattern_19_half"  # overwrites scores by -65504, and adds a mask that may have about this value
+
 
 class Projected(nn.Module):
     """A pattern applied to projections of its operands."""
@@ -89,6 +91,9 @@ def check(name: str, is_projected: bool) -> None:
         found = torch.compile(call, backend="flashhead", options=options, dynamic=False)(*inputs)
     outcome = last_outcome()
     assert outcome is not None
+    if name.startswith(SEVERAL_LEVELS):
+        assert not outcome.lowered and "a bias may have about the value" in outcome.missed[0].reason
+        return
     assert len(outcome.sites) == is_projected, outcome.missed
     assert len(outcome.lowered) == 1, outcome.missed
     results = [expected, found] if isinstance(expected, Tensor) else [expected[0], found[0]]
