@@ -146,8 +146,18 @@ def call_method(program: Program, name: str, *args: Any) -> fx.Node:
 
 
 def _described(node: fx.Node, value: Any) -> fx.Node:
-    node.meta["example_value"] = node.meta["val"] = value
+    node.meta["example_value"] = node.meta["val"] = inheriting_gradient(node, value)
     return node
+
+
+def inheriting_gradient(node: fx.Node, value: Any) -> Any:
+    """Make the fake value of an inserted node, computed by `on_fakes`, require a gradient if one of its inputs does."""
+    sources = [fake(n) for n in node.all_input_nodes] if op_name(node) != "detach" else []
+    if any(isinstance(x, Tensor) and x.requires_grad for x in sources):
+        for tensor in torch.utils._pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
+                tensor.requires_grad_()
+    return value
 
 
 def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> fx.Node:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph.nodes import copy_node, fake, fake_mode, on_fakes, op_name
+from fhopt.passes.graph.nodes import copy_node, fake, fake_mode, inheriting_gradient, on_fakes, op_name
 from fhopt.passes.graph.program import Program
 from fhopt.passes.prepare.memory import (
     RANDOM,
@@ -215,7 +215,7 @@ class _Rewriting:
             self._update(node)
             version = self.version[self.memory.storage[node]]
             if version:  # the fake value must share memory with what the node is a view of now
-                value = self._evaluate(node.op, node.target, node.args, node.kwargs)
+                value = inheriting_gradient(node, self._evaluate(node.op, node.target, node.args, node.kwargs))
                 node.meta.update(example_value=value, val=value)
             self.known[node] = (version, node)
 
@@ -312,6 +312,7 @@ class _Rewriting:
     def _make(self, op: str, target: Any, args: Any, kwargs: Any, value: Any, origin: fx.Node) -> fx.Node:
         """Create a node with its fake value and the metadata of `origin`."""
         node = self.graph.create_node(op, target, tuple(args), dict(kwargs))
+        value = inheriting_gradient(node, value)
         node.meta = {**origin.meta, "example_value": value, "val": value}
         return node
 

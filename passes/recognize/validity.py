@@ -34,7 +34,7 @@ from fhopt.passes.graph.nodes import SOFTMAX, argument, fake, is_floating, op_na
 from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
-from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
+from fhopt.passes.recognize.scores import DIVISION, MASKED, MULTIPLICATION
 from fhopt.passes.recognize.softmax import EXPONENTIAL, Softmax
 
 INDEXED = frozenset({"index", "gather", "take_along_dim", "index_select", "getitem", "take"})
@@ -191,6 +191,14 @@ class _Prover:
             raise Miss(
                 f"{name} selects by {single.name}, a single boolean that hides every score or none; expected "
                 "a mask with a value for each key",
+                node,
+            )
+        index = next((c for c in conditions if not is_fixed(c) and fake(c).dtype != torch.bool), None)
+        value = self._literal(_new_value(node, name)) if index is not None else -math.inf
+        if index is not None and (value is None or value > MASKED):
+            raise Miss(
+                f"{name} replaces scores at the index {index.name}, whose values may change between calls; expected a "
+                "mask value, such as -inf",
                 node,
             )
         self.fills.append(node)
@@ -426,6 +434,15 @@ def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
 def _written_operation(node: fx.Node) -> str:
     """Return the operation that a node `written` applies, without its underscore."""
     return str(node.args[2]).rpartition(".")[2].removesuffix("_")
+
+
+def _new_value(node: fx.Node, name: str) -> Any:
+    """Return the value that an `index_fill` or `written` puts at an index."""
+    if name == "index_fill":
+        return argument(node, 3, "value")
+    operands: Any = node.args[3]
+    options: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("kwargs", {})
+    return operands[-1] if operands else options.get("value")
 
 
 def _choices(node: fx.Node) -> tuple[Any, Any]:

@@ -307,4 +307,30 @@ FOUND: dict[str, AttentionProgram] = {
         calls=_TWO_KEYS,
         dtype="float64",
     ),
+    "scores set to zero at an index of keys that are masked in the first call": AttentionProgram(
+        """
+    def program(q, k, v, zero, hidden):
+        s = q @ k.mT
+        s[..., zero[:2]] = 0.0
+        s[..., hidden[:2]] = float("-inf")
+        return s.softmax(-1) @ v
+    """,
+        inputs=(
+            *_QKV,
+            Input("zero", "T", values=("in order", "shuffled", "shuffled"), below="T"),
+            Input("hidden", "T", values=("in order", "shuffled", "shuffled"), below="T"),
+        ),
+    ),
+    "scores written in place, and then scaled without gradients": AttentionProgram(
+        """
+    def program(q, k, v, hidden):
+        s = q @ k.mT
+        s.masked_fill_(hidden, float("-inf"))
+        with torch.no_grad():
+            s = s * 1.5
+        return s.softmax(-1) @ v
+    """,
+        inputs=(*_QKV, Input("hidden", "B H S T", values=("none", "few", "few"))),
+        calls=(Call(CallSizes(T=6)),) * 3,
+    ),
 }
