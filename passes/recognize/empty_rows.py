@@ -13,8 +13,9 @@ from fhopt.passes.graph.nodes import fake, is_floating, op_name
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import is_fixed, view_root
 from fhopt.passes.recognize.scores import ABSORBING
+from fhopt.passes.recognize.selections import SELECTION
 from fhopt.passes.recognize.softmax import Softmax
-from fhopt.passes.recognize.validity import BOUNDS, CASTS, GROWS, NEW, SAME, SELECTION
+from fhopt.passes.recognize.validity import BOUNDS, CASTS, GROWS, NEW, SAME
 
 MASK_NAMES = (
     "rsub neg log log2 log1p tril triu zeros ones full tensor scalar_tensor logical_not logical_and logical_or "

@@ -30,11 +30,19 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.passes.certificate import ReplacedNode
 from fhopt.passes.graph.evaluate import Region, example_shape
-from fhopt.passes.graph.nodes import SOFTMAX, argument, fake, is_floating, op_name, source_line
+from fhopt.passes.graph.nodes import SOFTMAX, argument, fake, op_name, source_line
 from fhopt.passes.prepare.flex import body_of, score_mod
 from fhopt.passes.recognize.layout import JOINS, MOVEMENT
 from fhopt.passes.recognize.node_roles import Roles, condition_key, is_fixed
 from fhopt.passes.recognize.scores import DIVISION, MASKED, MULTIPLICATION
+from fhopt.passes.recognize.selections import (
+    REPLACING,
+    SELECTION,
+    choices_of,
+    conditions_of,
+    new_value,
+    written_operation,
+)
 from fhopt.passes.recognize.softmax import EXPONENTIAL, Softmax
 
 INDEXED = frozenset({"index", "gather", "take_along_dim", "index_select", "getitem", "take"})
@@ -47,9 +55,6 @@ ANALYTIC_NAMES = (
     "scaled_dot_product_attention attention vecdot linalg_vecdot linalg_matmul linalg_multi_dot chain_matmul"
 )
 ANALYTIC = frozenset(ANALYTIC_NAMES.split())
-SELECTION = frozenset({"masked_fill", "where", "index_fill", "written"})
-WRITE_NAMES = "setitem copy fill zero masked_fill index_fill index_copy index_put scatter masked_scatter tril triu"
-WRITES = frozenset(WRITE_NAMES.split())  # in-place operations that replace elements, whatever their values
 SIZE_OF = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})  # use only the form of their second tensor
 NEW_NAMES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty blank_scores"
 NEW = frozenset(NEW_NAMES.split())
@@ -176,11 +181,11 @@ class _Prover:
         return op_name(node) in EXPONENTIAL and source is not None and self.softmax.shift in source.all_input_nodes
 
     def _selection(self, node: fx.Node, name: str) -> str:
-        if name == "written" and (operation := _written_operation(node)) not in WRITES:
+        if name == "written" and (operation := written_operation(node)) not in REPLACING:
             if operation not in ANALYTIC or node in self.weights:
                 raise Miss(f"{operation} changes elements in place; expected a mask, or sums and products", node)
             return "analytic: checked at random points"
-        conditions = _conditions(node, name)
+        conditions = conditions_of(node, name)
         for condition in conditions:
             if condition in self.flows:
                 raise Miss(f"{name} selects by {condition.name}, which depends on the scores; expected a mask", node)
@@ -194,7 +199,7 @@ class _Prover:
                 node,
             )
         index = next((c for c in conditions if not is_fixed(c) and fake(c).dtype != torch.bool), None)
-        value = self._literal(_new_value(node, name)) if index is not None else -math.inf
+        value = self._literal(new_value(node, name)) if index is not None else -math.inf
         if index is not None and (value is None or value > MASKED):
             raise Miss(
                 f"{name} replaces scores at the index {index.name}, whose values may change between calls; expected a "
@@ -212,7 +217,7 @@ class _Prover:
         for inner in graph.nodes:
             if inner.op in {"placeholder", "output"} or not flows & set(inner.all_input_nodes):
                 continue
-            name, conditions = op_name(inner), _conditions(inner, op_name(inner))
+            name, conditions = op_name(inner), conditions_of(inner, op_name(inner))
             selects = name in {"masked_fill", "where"} and not flows & set(conditions)
             if not selects and name not in ANALYTIC | CASTS | SAME:
                 raise Miss(f"the score function of flex attention calls {name}; expected analytic functions", node)
@@ -269,13 +274,13 @@ class _Prover:
 
     def _keeps(self, node: fx.Node) -> bool:
         """Return whether a selection passes the operand through if its condition is true."""
-        return op_name(node) == "where" and _choices(node)[0] in self.flows
+        return op_name(node) == "where" and choices_of(node)[0] in self.flows
 
     def _zero(self, node: fx.Node, condition: fx.Node | None) -> str:
         """Return the rule for weights set to zero where scores were masked. Raises Miss."""
         keeps = self._keeps(node)
         value = argument(node, 2, "value") if op_name(node) == "masked_fill" else None
-        value = _choices(node)[int(keeps)] if op_name(node) == "where" else value
+        value = choices_of(node)[int(keeps)] if op_name(node) == "where" else value
         if condition is None or self._literal(value) != 0 or not self._hides(condition, keeps):
             raise Miss(
                 f"{op_name(node)} replaces weights after the softmax; expected zeros by the mask that hid the scores",
@@ -290,7 +295,7 @@ class _Prover:
         if len(self.fills) != 1 or self.softmax is None or op_name(self.softmax.weights) not in SOFTMAX:
             return False
         fill = self.fills[0]
-        hidden = _conditions(fill, op_name(fill))
+        hidden = conditions_of(fill, op_name(fill))
         if len(hidden) != 1 or fake(fill).shape != fake(self.softmax.weights).shape:
             return False
         between = Region(self.region.base, [fill], self.softmax.weights).nodes
@@ -416,37 +421,3 @@ def _weight_nodes(region: Region, softmax: Softmax | None) -> set[fx.Node]:
         if node not in found and any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found - {softmax.weights}
-
-
-def _conditions(node: fx.Node, name: str) -> list[fx.Node]:
-    """Return the tensors that select which elements are replaced."""
-    if name == "masked_fill":
-        found = [argument(node, 1, "mask")]
-    elif name == "where":
-        found = [argument(node, 0, "condition")] if node.op == "call_function" else [argument(node, 1, "condition")]
-    elif name == "index_fill":
-        found = [argument(node, 2, "index")]
-    else:
-        found = [n for n in node.all_input_nodes if n is not node.args[0] and not is_floating(n)]
-    return [n for n in found if isinstance(n, fx.Node)]
-
-
-def _written_operation(node: fx.Node) -> str:
-    """Return the operation that a node `written` applies, without its underscore."""
-    return str(node.args[2]).rpartition(".")[2].removesuffix("_")
-
-
-def _new_value(node: fx.Node, name: str) -> Any:
-    """Return the value that an `index_fill` or `written` puts at an index."""
-    if name == "index_fill":
-        return argument(node, 3, "value")
-    operands: Any = node.args[3]
-    options: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("kwargs", {})
-    return operands[-1] if operands else options.get("value")
-
-
-def _choices(node: fx.Node) -> tuple[Any, Any]:
-    """Return the values that a `where` selects if its condition is true, and if it is false."""
-    if node.op == "call_method":
-        return node.args[0], argument(node, 2, "other")
-    return argument(node, 1, "input", "self"), argument(node, 2, "other")

@@ -100,6 +100,7 @@ WITHOUT_A_FILE = {
     "passes/recognize/canonical": SPELLINGS,
     "passes/recognize/canonical_check": SPELLINGS,
     "passes/recognize/empty_rows": "unit/passes/recognize/test_validity.py",
+    "passes/recognize/selections": "unit/passes/recognize/test_validity.py",
     "passes/recognize/kept_latents": "unit/passes/rewrite/test_absorb_projection.py",
     "passes/recognize/kv_head_repetition": SPELLINGS,
     "passes/recognize/latent_expansion": "unit/passes/rewrite/test_absorb_projection.py",
