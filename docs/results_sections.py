@@ -191,6 +191,12 @@ DETECTION = {
         "Tasks that eager mode and Inductor complete, with `ratio: 1`. Differences are relative to eager mode, which "
         "in 16 bits rounds as well.", compiled_zoo,
     ),
+    "fuzz_graphs": Section(
+        "Random attention programs", "make fuzz-graphs",
+        "Random programs, each compiled once and compared with eager mode in three calls with other values: outputs, "
+        "gradients, NaN ([what else is checked](../explanation/exactness.md)). Not rewritten: the reason is one of "
+        "[these](../reference/not_rewritten.md). Repeated: drawn before.", by_case,
+    ),
     "finding": Section("Detection time", "make bench-find", "Seconds and graph nodes.", by_case),
 }  # fmt: skip
 
