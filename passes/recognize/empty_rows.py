@@ -70,8 +70,9 @@ def has_close_levels(scores: Region, has_gradient: bool) -> bool:
     written = [size for n in (*fills, *sources) for size in _large_numbers(n, scores)]
     others = {*scores.nodes, *sources}
     bias = [n for n in _mask_computation(scores, _is_condition) if n not in others]
+    given = [n for n in bias if _is_given(n, scores) and not _is_small_table(n, scores)]
     added = [size for n in bias for size in _large_numbers(n, scores)]
-    if any(_is_given(n, scores) for n in bias) and any(has_gradient or size < -ABSORBING for size in written):
+    if given and any(has_gradient or size < -ABSORBING for size in written):
         return True
     return any(size / CLOSE <= x and (has_gradient or x <= size * CLOSE) for size in written for x in added)
 
@@ -79,6 +80,12 @@ def has_close_levels(scores: Region, has_gradient: bool) -> bool:
 def _is_given(node: fx.Node, scores: Region) -> bool:
     """Return whether a node is a float input or buffer of the model, whose values may be anything."""
     return node.op == "placeholder" and is_floating(node) and not scores.base.program.is_parameter(node)
+
+
+def _is_small_table(node: fx.Node, scores: Region) -> bool:
+    """Return whether a node is a buffer of a model whose values are too small for a mask, such as ALiBi biases."""
+    is_buffer = node.name in scores.base.program.buffers
+    return is_buffer and bool((scores.base.value(node).abs() < MASKS).all())
 
 
 def _large_numbers(node: fx.Node, scores: Region) -> list[float]:

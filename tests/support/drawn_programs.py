@@ -80,6 +80,8 @@ class ProgramWriter:
         held = "buffer" if held == "parameter" and not can_have_gradient else held
         if held == "parameter":  # parameters are finite: docs/explanation/exactness.md
             values = tuple("0 or lowest" if name == "0 or -inf" else name for name in values)
+        if held != "argument" and not values[0].startswith("0 or "):  # a small bias does not become a mask: same page
+            values = tuple("normal" if name.startswith("0 or ") else name for name in values)
         grad = can_have_gradient and held != "buffer" and self.draw(st.sampled_from([True, True, True, False]))
         self.inputs.append(Input(name, shape, values, held=held, below=below, grad=grad))
 
