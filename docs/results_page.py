@@ -73,10 +73,21 @@ def made_on(results: Results) -> str:
     return f"*Measured on {device}; {known}; commit {commit[:12]}{state}. All values: {file}.*"
 
 
+def outdated(made: dict[str, str]) -> list[Path]:
+    """Return the files in docs/results that this program wrote once and does not write any more."""
+    files = [*DOCS.glob("results/*.md"), *DOCS.glob("results/*.csv")]
+    return [
+        f for f in files if f.relative_to(DOCS).as_posix() not in made and (f.suffix == ".csv" or NOTE in f.read_text())
+    ]
+
+
 def main() -> None:
-    """Write the pages."""
-    for path, text in pages().items():
-        (DOCS / path).write_text(text, encoding="utf-8")
+    """Write the pages, and delete those without results."""
+    made = pages()
+    for path in outdated(made):
+        path.unlink()
+    for name, text in made.items():
+        (DOCS / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -149,8 +149,11 @@ def test_values_in_a_message_become_names() -> None:
 
 
 def test_the_pages_of_results_match_the_files() -> None:
-    for name, text in script("results_page").pages().items():
+    program = script("results_page")
+    made = program.pages()
+    for name, text in made.items():
         assert (DOCS / name).read_text() == text, f"{name}: run: python docs/results_page.py"
+    assert program.outdated(made) == [], "run: python docs/results_page.py"
 
 
 def test_results_of_an_unknown_benchmark_are_shown(tmp_path: Path) -> None:
