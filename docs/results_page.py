@@ -34,7 +34,7 @@ def pages(folder: Path = RESULTS) -> dict[str, str]:
     others = {name: Section(name, "make help", "", by_case) for name in results if name not in known}
     shown = dict(PAGES) | ({"others": ResultsPage("Others", "Further results.", others)} if others else {})
     out = {f"results/{name}.md": page_text(name, page, results, folder) for name, page in shown.items()}
-    per_text = {n: found for n, found in results.items() if n.startswith("quality") and n != "quality_contexts"}
+    per_text = {name: found for name, found in results.items() if name.partition("-")[0] == "quality"}
     out |= {f"results/{name}.csv": as_csv(found) for name, found in per_text.items()}
     return {"results.md": index(shown)} | out
 
