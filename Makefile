@@ -37,7 +37,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .NOTPARALLEL:  # one pip at a time
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans bench-find bench-quality bench-quality-contexts bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format clean
+.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans zoo-programs bench-find bench-quality bench-quality-contexts bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -129,6 +129,9 @@ zoo-wide: $(BENCH)  ## find attention in every class of transformers, made small
 zoo-plans: $(BENCH)  ## fit, apply and generate with a plan on every decoder of the wide zoo (QUICK=1: a sample)
 	$(BIN)/python -m benchmarks.zoo.plans
 
+zoo-programs: $(BENCH)  ## decode with and without a program on every decoder of the wide zoo (QUICK=1: a sample)
+	$(BIN)/python -m benchmarks.zoo.programs
+
 bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
 	$(BIN)/python -m benchmarks.zoo.finding_time
 
@@ -177,9 +180,9 @@ sanitize: $(TEST)  ## the tests of C++ kernels under AddressSanitizer and UBSan 
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0 \
 	$(BIN)/python -m pytest -q -x --sanitize -p no:xdist -p no:cacheprovider \
-		tests/unit/codegen/cpu tests/unit/codegen/layers tests/unit/codegen/test_dispatch.py \
-		tests/unit/codegen/test_compiler.py tests/unit/hf/test_block_weight.py tests/unit/hf/test_gguf.py tests/unit/hf/test_layer_programs.py tests/unit/hf/test_cache_steps.py \
-		tests/unit/hf/test_step_chain.py tests/unit/hf/test_steps_ahead.py tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
+		tests/unit/codegen/cpu tests/unit/codegen/programs tests/unit/codegen/test_dispatch.py \
+		tests/unit/codegen/test_compiler.py tests/unit/hf/test_block_weight.py tests/unit/hf/test_gguf.py tests/unit/decode/test_programs.py tests/unit/decode/test_cache_steps.py \
+		tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
 
 bench-attention: $(BENCH)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)
 	$(BIN)/python -m benchmarks.cpu.attention

@@ -9,7 +9,7 @@
   for them, `wait_for_kernels()` for every library that a call needs.
 - `dispatch_linear(x, w, b)`: a linear layer in eager mode, if faster than torch's (dispatch.py); `prepare_linear()`
   waits for its kernels; `start_blocks()` and `prepare_blocks()` build those for weights in GGUF blocks.
-- `layer_programs_are_built()`: whether layers may run as layer programs (layers/program.py).
+- `programs_are_built()`: whether decode steps may run as programs (programs/program.py).
 - `register_kernels()`: register the kernels of all ops; nothing else does.
 """
 
@@ -17,9 +17,9 @@ from fhopt.codegen.build import build_kernel, render_kernel
 from fhopt.codegen.dispatch import (
     build_all,
     dispatch_linear,
-    layer_programs_are_built,
     prepare_blocks,
     prepare_linear,
+    programs_are_built,
     register_kernels,
     start_blocks,
     start_builds,
@@ -30,9 +30,9 @@ __all__ = [
     "build_all",
     "build_kernel",
     "dispatch_linear",
-    "layer_programs_are_built",
     "prepare_blocks",
     "prepare_linear",
+    "programs_are_built",
     "register_kernels",
     "render_kernel",
     "start_blocks",

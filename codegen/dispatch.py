@@ -22,7 +22,7 @@ from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu import prefill as cpu_prefill
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
-from fhopt.codegen.layers import program as layer_program
+from fhopt.codegen.programs import program as decode_program
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import registry
@@ -68,7 +68,7 @@ def start_builds() -> None:
     for library in (cpu_packing.LIBRARY, cpu_prefill.LIBRARY):
         builder.start(library.name, library.load)
     builder.start(graph_kernels.LIBRARY.name, graph_kernels.serve_linear)
-    builder.start(layer_program.LIBRARY.name, layer_program.is_built)
+    builder.start(decode_program.LIBRARY.name, decode_program.is_built)
 
 
 def build_all() -> None:
@@ -183,9 +183,9 @@ def prepare_blocks() -> bool:
     return _has_blocks()
 
 
-def layer_programs_are_built() -> bool:
-    """Return whether layer programs can run; not while their library is being built in the background."""
-    return bool(builder.get(layer_program.LIBRARY.name, layer_program.is_built, layer_program.compiles_layers))
+def programs_are_built() -> bool:
+    """Return whether decode programs can run; not while their library is being built in the background."""
+    return bool(builder.get(decode_program.LIBRARY.name, decode_program.is_built, decode_program.compiles_programs))
 
 
 def dispatch_latent_attention(

@@ -15,7 +15,9 @@ from results_sections import PAGES, ResultsPage, Section
 from results_tables import RESULTS, ROOT, Results, by_case
 
 DOCS = ROOT / "docs"
-INVENTORIES = {"detection": ("zoo", "zoo_wide", "zoo_plans")}  # pages that benchmarks write, below a page
+INVENTORIES = {
+    "detection": ("zoo", "zoo_wide", "zoo_plans", "zoo_programs")
+}  # pages that benchmarks write, below a page
 NOTE = "<!-- Made by docs/results_page.py from benchmarks/results. Do not edit. -->"
 INDEX = f"""{NOTE}
 

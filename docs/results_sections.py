@@ -19,6 +19,7 @@ from results_tables import (
     tasks,
     zoo,
     zoo_plans,
+    zoo_programs,
     zoo_wide,
 )
 
@@ -185,6 +186,11 @@ DETECTION = {
         "Plans on every decoder of transformers", "make zoo-plans",
         "A plan is fitted to random tokens, applied and decoded, and compared with the original model "
         "([refusals with their reasons](zoo_plans.md)).", zoo_plans,
+    ),
+    "zoo_programs": Section(
+        "Decode programs on every decoder of transformers", "make zoo-programs",
+        "How the decode step of each class with a 4x plan runs, compared with the original forward "
+        "([reasons](zoo_programs.md)).", zoo_programs,
     ),
     "compiled-zoo-traced": Section(
         "The zoo through torch.compile", "make compiled-zoo",

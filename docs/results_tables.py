@@ -247,6 +247,18 @@ def zoo_plans(results: Results) -> str:
     return table(["", "as expected", "KL above expected", "refused", "wrong", "crashed", "does not generate"], lines)
 
 
+def zoo_programs(results: Results) -> str:
+    """Format how many classes run their decode step as one program, in segments, or by the original forward."""
+    titles = {
+        "whole": "one program", "segments": "segments", "original": "original forward", "wrong": "other logits",
+        "crashed": "crashed", "refused": "takes no plan", "not built": "does not generate",
+    }  # fmt: skip
+    found = [row["status"] for row in results.rows]
+    largest = max((row["value"] for row in results.rows), default=0.0)
+    lines = [[str(found.count(status)) for status in titles] + [f"{largest:.1e}"]]
+    return table([*titles.values(), "max relative error"], lines)
+
+
 def head(results: Results) -> str:
     """Format times, then certificates and agreement with the dense head."""
     others = tuple(row for row in results.rows if row["metric"] != "time_ms")

@@ -113,10 +113,11 @@ def _layers(cache: Any) -> list[Any]:
 
 def _fitted(model: Any, ratio: float) -> LatentPlan:
     options = replace(OPTIONS, ratio=ratio)
-    return run.plan_from_calibration(run.calibrate(of_batches(model, _batches(model)), options), options)
+    return run.plan_from_calibration(run.calibrate(of_batches(model, batches(model)), options), options)
 
 
-def _batches(model: Any) -> Iterator[dict[str, Any]]:
+def batches(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield batches of random tokens to calibrate a model with."""
     generator = torch.Generator().manual_seed(2)
     more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     for _ in range(OPTIONS.sequences + OPTIONS.rate_sequences):

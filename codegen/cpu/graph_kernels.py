@@ -92,6 +92,22 @@ def _linear_kernel_fake(
 torch.library.register_fake("fhopt::linear_kernel", _linear_kernel_fake, lib=_LIB)
 
 
+def _unpack_rows(values: Tensor, format: int, width: int, which: Tensor, dtype: torch.dtype) -> Tensor:
+    blocks = skinny_linear.BlockedWeight(values, format, width)
+    found = gguf_blocks.unpack_rows(blocks, dtype, which=which)
+    assert found is not None, "its library is loaded"
+    return found
+
+
+def _unpack_rows_fake(values: Tensor, format: int, width: int, which: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.new_empty((which.shape[0], width), dtype=dtype)
+
+
+_LIB.define("unpack_rows(Tensor values, int format, int width, Tensor which, ScalarType dtype) -> Tensor")
+_LIB.impl("unpack_rows", _unpack_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::unpack_rows", _unpack_rows_fake, lib=_LIB)
+
+
 # --------------------------------------------------------------------------------------------------- graphs
 
 

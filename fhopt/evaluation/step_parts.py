@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fhopt.hf.cache_steps import Spent, timed_steps
+from fhopt.codegen.programs.native_step import Spent
+from fhopt.decode.cache_steps import timed_steps
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 
+from fhopt.decode.programs import drop_programs, use_programs
 from fhopt.errors import FhoptError
-from fhopt.hf.attention_interface import IMPLEMENTATION, register_attention
-from fhopt.hf.layer_programs import drop_programs, use_programs
+from fhopt.hf.attention_interface import IMPLEMENTATION, latent_attention_forward, register_attention
 from fhopt.hf.model_checks import check_cache_plan, check_decoder, check_fitted_weights
-from fhopt.hf.skinny_products import replace_products, restore_products
+from fhopt.hf.skinny_products import is_replaced, replace_products, restore_products
 from fhopt.models.model_facts import (
     cache_argument,
     encoder_path,
@@ -50,12 +50,12 @@ class _Applied:
     interface: bool  # attention goes through the registry, and the code before it does not need full-length keys
     reader: Any  # shared by the caches of this model
     config: Any  # the model's
-    fast: tuple[bool, bool]  # skinny_products, layer_programs
+    fast: tuple[bool, bool]  # skinny_products, decode_program
     warned: set[str] = field(default_factory=set)  # messages already issued
 
 
 def apply(
-    model: torch.nn.Module, plan: PlanOrPath, skinny_products: bool = True, layer_programs: bool = True
+    model: torch.nn.Module, plan: PlanOrPath, skinny_products: bool = True, decode_program: bool = True
 ) -> torch.nn.Module:
     """Switch `model` to a latent KV cache as described by `plan`. Returns the model.
 
@@ -74,8 +74,8 @@ def apply(
     skinny_products: on CPU, use fhopt's GEMV/skinny-GEMM kernel for up to 16 rows, and its GEMM kernel for more rows in
     16-bit dtypes without native support (fhopt/hf/skinny_products.py), even if the plan compresses no site; False keeps
     torch's matmuls.
-    layer_programs: on CPU, run the decode step of consecutive decoder layers as one native call
-    (fhopt/hf/layer_programs.py) once a layer has been traced; False keeps torch's operations.
+    decode_program: on CPU, run the decode step of the model as one program (fhopt/decode/), which the first decode step
+    captures; False keeps torch's operations.
 
     Kernels that are not built yet compile in the background during the first calls; `prepare` waits for them.
     """
@@ -104,15 +104,15 @@ def apply(
     network._fhopt_applied = _Applied(
         whole_plan, plan, hooks, before, layers, cache_argument(network), parameters, is_set=interface,
         interface=interface and all(site.mask != "relative" for site in sites), reader=LatentReader(),
-        config=network.config, fast=(skinny_products, layer_programs),
+        config=network.config, fast=(skinny_products, decode_program),
     )  # fmt: skip
     fhopt.codegen.register_kernels()
     if _reads_latents(network):
         fhopt.codegen.start_builds()
     if skinny_products:
         replace_products(network)
-    if layer_programs and network._fhopt_applied.interface:
-        use_programs(network, plan)
+    if decode_program and network._fhopt_applied.interface:
+        use_programs(network, tuple(_module_names(sites)), latent_attention_forward, _uses_own_attention, is_replaced)
     return model
 
 
@@ -233,6 +233,14 @@ def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
         raise FhoptError(
             f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for this model."
         ) from error
+
+
+def _module_names(sites: list[AttentionSite]) -> dict[str, None]:
+    return dict.fromkeys(site.name.partition("#")[0] for site in sites)
+
+
+def _uses_own_attention(model: Any) -> bool:
+    return _uses_latents(model.config)
 
 
 def _uses_latents(config: Any) -> bool:

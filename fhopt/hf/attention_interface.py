@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +16,12 @@ from torch import Tensor
 from fhopt.attention import exact_tokens
 from fhopt.attention.attend import attend
 from fhopt.attention.offered_latents import read_offered
+from fhopt.attention.recorded import recorded
 from fhopt.errors import FhoptError
 from fhopt.ops import algebra, attention, masks, prefill_attention
 
 IMPLEMENTATION = "fhopt"
 WATCH = "fhopt_watch"  # attribute of a module: a function that replaces its full-precision attention
-rehearsed = threading.local()  # .attention replaces `latent_attention_forward` in this thread during tracing
 
 
 def latent_attention_forward(
@@ -36,7 +35,7 @@ def latent_attention_forward(
     broadcastable to [B,H,S,T]; s_aux [H], sink logits. Returns [B,S,H,D], and None for the attention weights. Raises
     FhoptError for unsupported options.
     """
-    stand_in = None if torch.compiler.is_compiling() else getattr(rehearsed, "attention", None)
+    stand_in = None if torch.compiler.is_compiling() else getattr(recorded, "attention", None)
     if stand_in is not None:
         options = dict(scaling=scaling, dropout=dropout, softcap=softcap, position_bias=position_bias, s_aux=s_aux)
         attended: Tensor = stand_in(module, query, key, value, attention_mask, options | kwargs)
@@ -135,7 +134,7 @@ def _is_causal(of: dict[str, Any]) -> bool:
     if of.get("mask_function") is not causal_mask_function or of.get("local_size") is not None:
         return False
     numbers: list[Any] = [of.get(name) for name in ("q_offset", "q_length", "kv_offset", "kv_length")]
-    if not of.get("allow_is_causal_skip") or not all(type(n) is int for n in numbers):
+    if not of.get("allow_is_causal_skip") or not all(isinstance(n, int) for n in numbers):
         return False
     at_the_end = numbers[0] + numbers[1] == numbers[2] + numbers[3]
     return at_the_end and (padding is None or (padding.device.type == "cpu" and bool(padding.all())))

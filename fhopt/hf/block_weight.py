@@ -215,7 +215,12 @@ def embedding(
             "an embedding with a block-quantized weight supports only plain row indices without max_norm. Load "
             "the file dequantized."
         )
-    return rows_of(blocks, weight.dtype, which=input.reshape(-1)).view(*input.shape, blocks.width)
+    which = input.reshape(-1)
+    if gguf_blocks.LIBRARY.load() is None or weight.dtype not in skinny_linear.DTYPES:
+        rows = rows_of(blocks, weight.dtype, which=which)
+    else:  # an operator, which captures of a graph see
+        rows = torch.ops.fhopt.unpack_rows(blocks.values, blocks.format, blocks.width, which, weight.dtype)
+    return rows.view(*input.shape, blocks.width)
 
 
 _OWN: dict[Any, Callable[..., Tensor]] = {

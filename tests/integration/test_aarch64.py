@@ -26,7 +26,7 @@ from fhopt.codegen.cpu import (
     skinny_linear,
     wide_linear,
 )
-from fhopt.codegen.layers import program
+from fhopt.codegen.programs import program
 
 gguf = pytest.importorskip("gguf")
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

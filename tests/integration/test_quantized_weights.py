@@ -15,8 +15,8 @@ from torch import Tensor
 import fhopt
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.codegen.cpu import skinny_linear, wide_linear
+from fhopt.decode.programs import decode_programs
 from fhopt.errors import FhoptError
-from fhopt.hf.layer_programs import program_reasons
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -139,9 +139,10 @@ def test_int8_layers_are_programs(plan: LatentPlan) -> None:
     for _ in range(2):
         outputs = []
         for programs in (False, True):
-            fhopt.prepare(fhopt.apply(model, _of_any(plan), layer_programs=programs))
+            fhopt.prepare(fhopt.apply(model, _of_any(plan), decode_program=programs))
             outputs.append(logits(model, LatentCache(plan), ids, list(range(40, 60))))
-        assert set(program_reasons(model).values()) == {""}
+        state = decode_programs(model)
+        assert state is not None and len(state.programs) == 1 and state.programs[0].native_calls == 1
         assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
         model.model.layers[0].mlp.up_proj = in_bytes(torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False)))[0]
 

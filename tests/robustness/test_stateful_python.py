@@ -25,9 +25,9 @@ from small_models import MAKERS, FittedModel, cached, numbered, token_ids
 from torch import Tensor
 
 import fhopt
+from fhopt.decode.programs import STATE, decode_programs
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import latent_cache
-from fhopt.hf.layer_programs import STATE
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -65,9 +65,9 @@ def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
 
 
 def runs_programs(model: Any) -> bool:
-    """Whether layers run as programs, which need a library that other tests of the process may have built."""
-    states = (vars(module).get(STATE) for module in model.modules())
-    return any(state.known.bound for state in states if state is not None)
+    """Whether steps run as programs, which need a library that other tests of the process may have built."""
+    state = decode_programs(model)
+    return state is not None and state.has_program
 
 
 def cache_of(output: Any) -> Any:
@@ -121,7 +121,7 @@ class ModelStates(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from([*PLANS]), products=st.booleans(), programs=st.booleans())
     def apply(self, name: str, products: bool, programs: bool) -> None:
-        self.put(self.plans[name], skinny_products=products, layer_programs=programs)
+        self.put(self.plans[name], skinny_products=products, decode_program=programs)
 
     def put(self, plan: LatentPlan, **options: bool) -> None:
         if self.negated:

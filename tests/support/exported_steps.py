@@ -24,7 +24,7 @@ from fhopt.plan.site_plan import BitGroup, SidePlan, SitePlan
 
 def by_the_model(model: Any, plan: LatentPlan, ids: Tensor) -> list[Tensor]:
     """Return each token's logits from the model with a latent cache."""
-    fhopt.apply(model, decode_step.unrounded(plan), layer_programs=False)  # layer programs may round differently
+    fhopt.apply(model, decode_step.unrounded(plan), decode_program=False)  # programs may round differently
     cache = latent_cache(model)
     with torch.no_grad():
         found = [model(ids[:, i : i + 1], **cached(cache)).logits for i in range(ids.shape[1])]

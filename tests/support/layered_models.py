@@ -19,7 +19,7 @@ def four_layers() -> Any:
 
 def model_of(programs: bool = True) -> Any:
     model, plan = four_layers(), coded(plans(four_layers, 8))
-    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+    return fhopt.prepare(fhopt.apply(model, plan, decode_program=programs))
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

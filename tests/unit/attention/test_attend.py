@@ -45,7 +45,7 @@ def test_a_decode_step_on_a_cpu_is_one_native_call(
 ) -> None:
     """The native call agrees with its parts; a model without supported sites never makes it."""
     plan, ids, model = fitted.plan(4, **options), token_ids(2, 60), copy.deepcopy(fitted.model).to(dtype)
-    fhopt.apply(model, plan, skinny_products=False, layer_programs=False)
+    fhopt.apply(model, plan, skinny_products=False, decode_program=False)
     served: list[bool] = []
 
     def watched(*operands: Any, **numbers: Any) -> Tensor | None:
@@ -70,7 +70,7 @@ def test_it_is_so_from_the_first_tokens_on(fitted: FittedModel) -> None:
     """While all tokens are attention sinks or in the window, which attention loads without unpacking."""
     plan, ids = fitted.plan(4), token_ids(2, 20)
     assert plan.window.first_length >= 20
-    fhopt.apply(fitted.model, plan, layer_programs=False)
+    fhopt.apply(fitted.model, plan, decode_program=False)
     rebuilt = logits(fitted.model, LatentCache(plan, absorb=False), ids, list(range(1, 20)))
     before = graph_kernels.call_attend_latents
     calls: list[bool] = []

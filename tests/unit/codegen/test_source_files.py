@@ -60,7 +60,7 @@ import fhopt.codegen
 from fhopt.codegen import render_kernel
 from fhopt.codegen.cpu import block_tables, graph_kernels, lm_head, packing, pages, skinny_linear, wide_linear
 from fhopt.codegen.gpu import prefill
-from fhopt.codegen.layers import program
+from fhopt.codegen.programs import program
 from fhopt.plan import KernelSpec
 
 spec = KernelSpec(((4, 16, 0.25),), ((3, 16, 0.5), (16, 8, 0.0)), 16, 24, "bfloat16", True)

@@ -74,7 +74,7 @@ def test_the_model_is_left_unchanged(llama: FittedModel) -> None:
     ids, outer = token_ids(1, 40), llama.plan(2)
     token_costs(llama.model, ids, llama.plan(4))
     assert not hasattr(llama.model, "_fhopt_applied") and llama.model.config._attn_implementation == "sdpa"
-    fhopt.apply(llama.model, outer, skinny_products=False, layer_programs=False)
+    fhopt.apply(llama.model, outer, skinny_products=False, decode_program=False)
     try:
         token_costs(llama.model, ids, llama.plan(4))
         assert llama.model._fhopt_applied.plan is outer and llama.model._fhopt_applied.fast == (False, False)

@@ -11,11 +11,11 @@ from layered_models import LAYERS, four_layers
 from needs import needs_compiler
 from small_models import token_ids
 
+from fhopt.decode.cache_steps import _timed, timed_steps
 from fhopt.evaluation.perplexity import decode_options, new_cache, switched
 from fhopt.evaluation.step_parts import StepParts, step_clock
 from fhopt.evaluation.throughput import _timed_call
 from fhopt.hf.apply import prepare
-from fhopt.hf.cache_steps import _timed, timed_steps
 
 
 def _noted(plan: Any, steps: int) -> Any:

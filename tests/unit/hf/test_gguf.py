@@ -18,13 +18,10 @@ import fhopt
 from fhopt import codegen
 from fhopt.codegen.cpu import gguf_blocks
 from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
-from fhopt.codegen.layers.trace import UnsupportedError
+from fhopt.decode.programs import decode_programs
 from fhopt.errors import FhoptError
 from fhopt.hf import gguf as gguf_loader
 from fhopt.hf.block_weight import BlockWeight
-from fhopt.hf.layer_programs import program_reasons
-from fhopt.hf.layer_structure import structure_of, weight_places, weights_at
-from fhopt.hf.layer_trace import Weight
 from fhopt.models.gguf_files import read_gguf
 
 gguf: Any = pytest.importorskip("gguf")
@@ -83,7 +80,7 @@ def test_matrices_with_a_kernel_stay_in_blocks(saved: Callable[..., Path]) -> No
 
 
 @covering(1, kinds={"all": ALL, "mixed": MIXED, "unlike": UNLIKE}, dtype=[torch.float32, torch.bfloat16, torch.float16])
-def test_a_plan_of_the_dequantized_model_applies_and_layers_run_as_programs(
+def test_a_plan_of_the_dequantized_model_applies_and_decodes_as_a_program(
     kinds: dict[str, str], dtype: torch.dtype, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts use the same matmuls as the dequantized model; otherwise a last bit could change a code."""
@@ -96,9 +93,8 @@ def test_a_plan_of_the_dequantized_model_applies_and_layers_run_as_programs(
     fhopt.prepare(fhopt.apply(model, plan))
     found = logits(model).float()
     assert float((found - expected.float()).norm() / expected.float().norm()) < TOLERANCES[dtype]
-    assert set(program_reasons(model).values()) == {""}
-    held = [vars(layer)["_fhopt_layer_programs"].known.bound for layer in model.model.layers]
-    assert all(held), "a program is bound"
+    state = decode_programs(model)
+    assert state is not None and [program.native_calls for program in state.programs] == [1]
 
 
 def test_files_without_quantized_weights_are_supported(saved: Callable[..., Path]) -> None:
@@ -146,22 +142,6 @@ def test_without_a_compiler_a_file_is_refused(saved: Callable[..., Path], monkey
     monkeypatch.setattr(codegen, "prepare_blocks", lambda: False)
     with pytest.raises(FhoptError, match="Install g"):
         fhopt.load_gguf(saved(ALL))
-
-
-def test_the_program_of_a_format_is_only_for_that_format(saved: Callable[..., Path]) -> None:
-    """The weights differ only in their bytes: those of another layer may be longer or shorter."""
-    model, _ = fhopt.load_gguf(saved(UNLIKE), torch.float32)
-    first, second = model.model.layers
-    x = {"hidden_states": torch.ones(1, 1, 64)}
-    assert structure_of(first.self_attn.q_proj, (), x) != structure_of(second.self_attn.q_proj, (), x)
-    assert structure_of(first.self_attn.k_proj, (), x) == structure_of(second.self_attn.k_proj, (), x)
-    held = first.self_attn.q_proj._parameters
-    blocks = held["weight"].gguf_blocks
-    place = weight_places(
-        first.self_attn.q_proj, {0: Weight(held, "weight", held["weight"], blocks.values.data_ptr(), blocks)}
-    )
-    with pytest.raises(UnsupportedError, match="stored differently"):
-        weights_at(second.self_attn.q_proj, place)
 
 
 def test_a_file_without_a_weight_is_refused(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
