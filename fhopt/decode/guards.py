@@ -55,14 +55,14 @@ class ModelGuards:
 
 
 def is_open(model: torch.nn.Module, is_own: Any) -> bool:
-    """Return whether no hook, wrapper or mode of a model's submodules would be bypassed by a program.
+    """Return whether no hook or wrapper of a submodule would be bypassed by a program.
 
     is_own: tells modules whose `forward` fhopt replaced. Modules of other packages, such as adapters that can be
     switched on and off, are not open.
     """
     home = type(model).__module__.partition(".")[0]
     for module in model.modules():
-        if module._backward_hooks or module.training:
+        if module._backward_hooks:
             return False
         if module is not model:  # its own hooks run around a program
             is_replaced = "forward" in vars(module) and not is_own(module)

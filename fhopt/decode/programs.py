@@ -127,7 +127,7 @@ class DecodePrograms:
         if known.tried[key] >= MAX_TRIED or not programs_are_built():
             return None
         if not is_open(self.model, self._is_own):
-            self.reason = "a submodule is hooked, wrapped, in training, or of another package"
+            self.reason = "a submodule is hooked, wrapped, or of another package"
             return None
         known.tried[key] += 1
         if key[0][1] > 1 and known.tried[key] <= MAX_TRIED // 2:  # short prompts, which may not recur
