@@ -1,20 +1,17 @@
-"""Time breakdown of decode steps: matmuls with weights, attention, LM head, overhead.
+"""Time breakdown of decode steps: matmuls with weights, attention, overhead.
 
-    with step_clock(model) as clock:
+    with step_clock() as clock:
         for ...: run a step; clock.note(its seconds)
     clock.parts()                                       -> StepParts, means of the steps; None: unknown
 
-The breakdown covers decoder layers that run, with their cache, as one native call (fhopt/hf/cache_steps.py), as most
-layers with a plan do on a CPU. Each layer reads the clock about ten times.
+The breakdown covers the native calls of decode programs (fhopt/decode/). Each layer reads the clock about ten times.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from fhopt.codegen.programs.native_step import Spent
 from fhopt.decode.cache_steps import timed_steps
@@ -24,18 +21,15 @@ from fhopt.decode.cache_steps import timed_steps
 class StepParts:
     """Milliseconds of a decode step, for all sequences of a batch: `total`, and the parts that add up to it.
 
-    For layers that run as one native call with their caches: weights, matmuls with weights; attention, on their KV
-    caches; rest, everything else, such as norms and RoPE. In a layer with experts only the attention is such a call.
-    Discarded work that ran ahead is included. output: the LM head; None if it is not called as a module. around:
-    embeddings, masks, Python, sampling, quantization of a full block, all other layers, and in a plan's first step the
-    tracing of layers.
+    In native calls: weights, matmuls with weights, the LM head included; attention, on KV caches; rest, everything
+    else, such as norms and RoPE. around: embeddings, masks, Python, sampling, quantization of a full block, operations
+    that run as in the model, and in a plan's first step its capture.
     """
 
     total: float
     weights: float
     attention: float
     rest: float
-    output: float | None
     around: float
 
 
@@ -44,7 +38,6 @@ class StepClock:
 
     def __init__(self, spent: Spent) -> None:
         self._spent, self._steps, self.seconds = spent, 0, 0.0
-        self._output, self._outputs, self._start = 0.0, 0, 0.0
 
     def note(self, seconds: float) -> None:
         """Add a step with its total time."""
@@ -52,40 +45,21 @@ class StepClock:
         self.seconds += seconds
 
     def layers(self) -> float:
-        """Return the mean number of layers per step that ran as one native call."""
+        """Return the mean number of layers per step whose attention was in a native call."""
         return self._spent.layers / max(1, self._steps)
 
     def parts(self) -> StepParts | None:
-        """Return the means of all noted steps; None if no layer ran as one native call."""
+        """Return the means of all noted steps; None if no layer was in a native call."""
         spent = self._spent
         if not spent.layers or not self._steps:
             return None
-        linear, attention = spent.linear, spent.attention
-        around = self.seconds - spent.total - self._output
-        seconds = (self.seconds, linear, attention, spent.total - linear - attention, self._output, around)
-        total, weights, attention, rest, output, around = (1e3 * part / self._steps for part in seconds)
-        given = output if self._outputs else None
-        return StepParts(total, weights, attention, rest, given, around)
-
-    def _begin_output(self, *_: Any) -> None:
-        self._start = time.perf_counter()
-
-    def _end_output(self, *_: Any) -> None:
-        self._output += time.perf_counter() - self._start
-        self._outputs += 1
+        rest = spent.total - spent.linear - spent.attention
+        seconds = (self.seconds, spent.linear, spent.attention, rest, self.seconds - spent.total)
+        return StepParts(*(1e3 * part / self._steps for part in seconds))
 
 
 @contextmanager
-def step_clock(model: Any) -> Iterator[StepClock]:
-    """Time the decode steps of a transformers model on a CPU inside the context; one clock at a time."""
-    output = model.get_output_embeddings()
+def step_clock() -> Iterator[StepClock]:
+    """Time the decode steps of this thread on a CPU inside the context; one clock at a time."""
     with timed_steps() as spent:
-        clock = StepClock(spent)
-        hooks = [] if output is None else [
-            output.register_forward_pre_hook(clock._begin_output), output.register_forward_hook(clock._end_output)
-        ]  # fmt: skip
-        try:
-            yield clock
-        finally:
-            for hook in hooks:
-                hook.remove()
+        yield StepClock(spent)

@@ -133,7 +133,7 @@ def _measure_once(
     options = decode_options(model, cache)
     token, prefill = _timed_call(model, ids, options)
     report(decode)
-    with step_clock(model) as clock:
+    with step_clock() as clock:
         for step in range(decode):
             token, took = _timed_call(model, token, options)
             clock.note(took)

@@ -115,12 +115,12 @@ def throughput_table(result: Mapping[str, Any]) -> Table:
     return _by_case(throughput_heading(result), columns, result["rows"], _throughput_cells)
 
 
-PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayers", "output": "output\nlayer"}
+PARTS = {"weights": "weights", "attention": "attention", "rest": "rest of\nlayers"}
 
 
 def parts_table(result: Mapping[str, Any]) -> Table:
     """Tabulate the time breakdown of a decode step in `fhopt bench`, a row per context, batch and KV cache."""
-    title = "Time of a decode step in ms; -: no layer runs as one native call with its cache"
+    title = "Time of a decode step in ms; -: no attention is in a native call"
     return _by_case(title, ("step", *PARTS.values(), "around", "layers\ncounted"), result["rows"], _parts_cells)
 
 
@@ -147,7 +147,7 @@ def _parts_cells(row: Mapping[str, Any]) -> list[str]:
     if parts is None:
         return [f"{1e3 * row['batch'] / row['decode_tokens_per_second']:.2f}", *["-"] * (len(PARTS) + 2)]
     times_ms = [parts[name] for name in ("total", *PARTS, "around")]
-    return [*["-" if ms is None else f"{ms:.2f}" for ms in times_ms], f"{row['layers_counted']:.3g}"]
+    return [*[f"{ms:.2f}" for ms in times_ms], f"{row['layers_counted']:.3g}"]
 
 
 def _throughput_cells(row: Mapping[str, Any]) -> list[str]:

@@ -74,9 +74,9 @@ def test_step_parts_are_printed_on_request(folder: Path, llama: FittedModel, tmp
     assert "attention" not in plain.stdout and "Time of a decode step in ms" in parts.stdout
     rows = [line.split() for line in parts.stdout.split("Time of a decode step in ms")[1].splitlines()]
     ((_, _, step, *others),) = [cells for cells in rows if cells[:2] == ["200", "exact"]]
-    assert others == ["-"] * 6 and float(step) > 0
+    assert others == ["-"] * 5 and float(step) > 0
     ((_, step, *others),) = [cells for cells in rows if cells[:1] == ["a"]]
-    assert len(others) == 6 and sum(map(float, others[:5])) == pytest.approx(float(step), abs=0.05)
+    assert len(others) == 5 and sum(map(float, others[:4])) == pytest.approx(float(step), abs=0.05)
     exact, plan = json.loads(as_json.stdout)["rows"]
     assert exact["step_milliseconds"] is None and plan["step_milliseconds"]["attention"] > 0
 
@@ -101,7 +101,7 @@ def test_a_plan_may_have_the_name_of_the_exact_cache(
 def row(context: int, batch: int, cache: str) -> dict[str, Any]:
     figures = dict(prefill_tokens_per_second=14_000.3, decode_tokens_per_second=123.4, time_to_first_token_s=10.3)
     gains = dict(prefill_speedup=0.86, decode_speedup=12.31, ratio=14.04)
-    parts = dict(total=137.77, weights=71.37, attention=38.48, rest=1.15, output=None, around=26.77)
+    parts = dict(total=137.77, weights=71.37, attention=38.48, rest=1.15, around=26.77)
     about = dict(step_milliseconds=None if cache == "exact" else parts, layers_counted=30.0)
     return dict(context=context, batch=batch, cache=cache, cache_bytes=123_456_789, **figures, **gains, **about)
 
