@@ -226,7 +226,9 @@ def test_transformers_refuses_it_too_once_fhopt_is_imported(harm: Callable[[Path
     from transformers import LlamaForCausalLM
 
     harm(forged)
-    with nothing_runs(), pytest.raises(FhoptError):
+    # transformers 5.25 and newer check the names of shards by themselves, before fhopt does
+    refusal = (FhoptError, ValueError) if harm is index_outside else FhoptError
+    with nothing_runs(), pytest.raises(refusal):
         LlamaForCausalLM.from_pretrained(forged)
     assert not (forged / "was-run").exists()
 
