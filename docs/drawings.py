@@ -133,6 +133,32 @@ def passes() -> str:
     return diagram.svg
 
 
+STEP = (
+    ("tokens", "io", "token ids [B, 1]"),
+    ("prologue", "io", "eager stage", "embedding, positions"),
+    ("first", "weight", "segment 0", "rotary angles; norm, q, k, v", "and rotation of layer 0"),
+    ("attend 0", "attention", "attention of layer 0", "append to the cache, attend"),
+    ("middle", "weight", "segment 1", "output projection, norm, MLP;", "norm, q, k, v, rotation of layer 1"),
+    ("attend 1", "attention", "attention of layer 1", "append to the cache, attend"),
+    ("more", "io", "...", "equal layers share their instructions"),
+    ("last", "weight", "last segment", "output projection, norm, MLP;", "last norm, LM head"),
+    ("logits", "io", "logits [B, 1, V]"),
+)
+
+
+def decode_step() -> str:
+    """Draw the stages of a decode program: what runs eagerly, and what is one native call."""
+    diagram = Diagram()
+    for name, role, *lines in STEP:
+        diagram.node(name, role, *lines)
+    for (source, *_), (target, *_) in itertools.pairwise(STEP):
+        diagram.edge(source, target, "one native call begins" if target == "first" else "")
+    for layer in (0, 1):
+        diagram.node(f"cache {layer}", "cache", f"KV cache of layer {layer}", "latents, recent window")
+        diagram.edge(f"cache {layer}", f"attend {layer}")
+    return diagram.svg
+
+
 def cache() -> str:
     """Draw the parts of a latent KV cache, and the packed latent of one token."""
     figure = _figure(8.4, 3.3)
@@ -228,7 +254,10 @@ def _svg(figure: Any) -> str:
 
 def drawings() -> dict[str, str]:
     """Return all drawings by file name."""
-    others = {"rotation": rotation, "stages": stages, "passes": passes, "cache": cache, "filling": filling}
+    others = {
+        "rotation": rotation, "stages": stages, "passes": passes, "decode_step": decode_step, "cache": cache,
+        "filling": filling,
+    }  # fmt: skip
     return site_drawings() | {f"{name}.svg": draw() for name, draw in others.items()}
 
 

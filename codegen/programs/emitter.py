@@ -72,8 +72,13 @@ class Emitter:
 
     def emit(self, instruction: Instruction) -> Value:
         """Append an instruction; return its result."""
+        self._note_source(instruction)
         self.instructions.append(instruction)
         return instruction.out
+
+    def _note_source(self, instruction: Instruction) -> None:
+        assert self.node is not None
+        instruction.source = self.node.name
 
     def in_arena(self, value: Value) -> Value:
         """Return a value as floats in the arena; an external is loaded once, only the elements of its view."""
@@ -163,6 +168,7 @@ class Emitter:
         earlier = self._same_input(product)
         if earlier is None:
             return self.emit(product)
+        self._note_source(product)
         earlier.joined.append(product)
         return out
 

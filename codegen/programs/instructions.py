@@ -40,7 +40,10 @@ class Value:
 
 @dataclass(eq=False)
 class Instruction:
-    """An instruction; fields as in `PackedInstruction`. joined: further matmuls of the same input."""
+    """An instruction; fields as in `PackedInstruction`.
+
+    source: name of the fx node that it computes. joined: further matmuls of the same input.
+    """
 
     code: Code
     sizes: tuple[int, ...]
@@ -53,7 +56,8 @@ class Instruction:
     bias: int = -1
     scale: int = -1
     weight_row: int = 0
-    joined: list[Instruction] = field(default_factory=list)  # further matmuls of the same input
+    source: str = ""
+    joined: list[Instruction] = field(default_factory=list)
 
     @property
     def touched(self) -> list[Buffer]:

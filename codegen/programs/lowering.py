@@ -46,6 +46,7 @@ def lower_segment(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequen
             raise LoweringError(node, str(error)) from error
     stored: list[Stored] = []
     for node in outputs:
+        emitter.node = node
         try:
             stored.append(_store(emitter, node))
         except UnsupportedError as error:
@@ -53,7 +54,8 @@ def lower_segment(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequen
     arena = place(emitter.instructions)
     instructions = [one for i in emitter.instructions for one in packed(i)]
     array = (PackedInstruction * len(instructions))(*instructions)
-    return SegmentProgram(array, tuple(stored), arena, emitter.externals)
+    sources = tuple(one.source for i in emitter.instructions for one in (i, *i.joined))
+    return SegmentProgram(array, sources, tuple(stored), arena, emitter.externals)
 
 
 def segment_key(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Hashable:

@@ -32,10 +32,12 @@ class Stored:
 class SegmentProgram:
     """Instructions as C++ reads them. Externals are the segment's inputs, followed by the tensors that it writes.
 
-    arena: floats that a run needs. externals: their count.
+    sources: of each instruction, the name of the fx node that it computes. arena: floats that a run needs. externals:
+    their count.
     """
 
     instructions: ctypes.Array[PackedInstruction]
+    sources: tuple[str, ...]
     stored: tuple[Stored, ...]
     arena: int
     externals: int

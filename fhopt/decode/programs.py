@@ -22,6 +22,7 @@ from fhopt.codegen import programs_are_built
 from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.codegen.programs.errors import UnsupportedError
 from fhopt.decode.capture import capture_step
+from fhopt.decode.dump import dump_program
 from fhopt.decode.guards import is_open
 from fhopt.decode.program import DecodeProgram
 from fhopt.decode.recording_cache import cached_tokens
@@ -142,6 +143,7 @@ class DecodePrograms:
             log.info("%s runs operation by operation: %s", type(self.model).__name__, error)
             return None
         current = [p for p in known.programs.get(key, ()) if p.program.guards.hold()]
+        dump_program(self.model, program)
         known.programs[key] = [KnownProgram(CallSignature(args, kwargs, length), program), *current]
         return program
 

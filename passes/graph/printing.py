@@ -12,10 +12,11 @@ from fhopt.passes.graph.nodes import fake, op_name
 
 def print_graph(graph: fx.Graph) -> str:
     """Print a graph, one line per node: `%name: dtype[shape] = op(args)`. Used for dumps, goldens and comparisons."""
-    return "\n".join(_line(node) for node in graph.nodes) + "\n"
+    return "\n".join(map(print_node, graph.nodes)) + "\n"
 
 
-def _line(node: fx.Node) -> str:
+def print_node(node: fx.Node) -> str:
+    """Print one node as `print_graph` does."""
     value = fake(node)
     kind = f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else ""
     arguments = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf_models import save_text_gguf
+from needs import needs_compiler
 from PIL import Image
 from small_models import tiny_llama
 from text_models import save_text_model
@@ -229,6 +230,16 @@ def test_drawings_match_their_script(tmp_path: Path) -> None:
     for name, text in drawings.items():
         kept = (DOCS / "pictures" / name).read_text()
         assert labels(text) == labels(kept), f"{name}: run: python docs/drawings.py"
+
+
+@needs_compiler
+def test_the_shown_decode_program_has_the_instructions_of_today() -> None:
+    def segment(text: str) -> list[list[str]]:
+        part = text.partition("segment 1: ")[2].partition("\n\n")[0]
+        return re.findall(r"^ {4} *(\d+) (\w+) +(\[.*?\])", part, re.M)
+
+    kept, now = (DOCS / "explanation" / "decode_step.txt").read_text(), script("decode_dump").dump()
+    assert segment(kept) == segment(now) != [], "run: python docs/decode_dump.py"
 
 
 def test_the_picture_of_a_cache_shows_the_default_sinks_window_and_blocks() -> None:
