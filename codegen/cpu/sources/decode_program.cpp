@@ -105,7 +105,8 @@ INLINE Floats exponential_of_less(Floats x) { return exp2(x * float(LOG2E)); }  
 
 INLINE Floats sigmoid(Floats x) {
     const Floats e = exponential_of_less(x > 0.0f ? -x : x);
-    return (x > 0.0f ? Floats{} + 1.0f : e) / (e + 1.0f);
+    const Floats y = (x > 0.0f ? Floats{} + 1.0f : e) / (e + 1.0f);
+    return x == x ? y : x;  // exp2 does not keep NaN on every CPU
 }
 
 // Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: to 1.5e-7.
