@@ -130,7 +130,7 @@ zoo-plans: $(BENCH)  ## fit, apply and generate with a plan on every decoder of 
 	$(BIN)/python -m benchmarks.zoo.plans
 
 zoo-programs: $(BENCH)  ## decode with and without a program on every decoder of the wide zoo (QUICK=1: a sample)
-	$(BIN)/python -m benchmarks.zoo.programs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo.programs
 
 bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
 	$(BIN)/python -m benchmarks.zoo.finding_time

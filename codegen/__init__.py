@@ -9,7 +9,8 @@
   for them, `wait_for_kernels()` for every library that a call needs.
 - `dispatch_linear(x, w, b)`: a linear layer in eager mode, if faster than torch's (dispatch.py); `prepare_linear()`
   waits for its kernels; `start_blocks()` and `prepare_blocks()` build those for weights in GGUF blocks.
-- `programs_are_built()`: whether decode steps may run as programs (programs/program.py).
+- `programs_are_built()`, `programs_can_be_built()`: whether decode steps may run as programs now, or later
+  (programs/program.py).
 - `register_kernels()`: register the kernels of all ops; nothing else does.
 """
 
@@ -20,6 +21,7 @@ from fhopt.codegen.dispatch import (
     prepare_blocks,
     prepare_linear,
     programs_are_built,
+    programs_can_be_built,
     register_kernels,
     start_blocks,
     start_builds,
@@ -33,6 +35,7 @@ __all__ = [
     "prepare_blocks",
     "prepare_linear",
     "programs_are_built",
+    "programs_can_be_built",
     "register_kernels",
     "render_kernel",
     "start_blocks",

@@ -185,7 +185,16 @@ def prepare_blocks() -> bool:
 
 def programs_are_built() -> bool:
     """Return whether decode programs can run; not while their library is being built in the background."""
-    return bool(builder.get(decode_program.LIBRARY.name, decode_program.is_built, decode_program.compiles_programs))
+    return bool(_built_programs())
+
+
+def programs_can_be_built() -> bool:
+    """Return whether decode programs can run now, or once their library is built; False without a compiler."""
+    return _built_programs() is not False
+
+
+def _built_programs() -> Any:
+    return builder.get(decode_program.LIBRARY.name, decode_program.is_built, decode_program.compiles_programs)
 
 
 def dispatch_latent_attention(

@@ -1,9 +1,15 @@
-"""Compiled `generate` of transformers models: `torch.compile(model, backend="flashhead").generate(...)`.
+"""Calls of wrappers: `torch.compile(model, backend="flashhead")(...)` and its methods, such as `generate`.
+
+Decode steps of a model with a plan run as a decode program, as without torch.compile: Dynamo does not trace them, and
+inductor does not compile them. All other calls are compiled.
 
 The wrapper from `torch.compile(model)` has the methods of the wrapped model. They call the model instead of the
 wrapper, so `generate` silently runs uncompiled code. After `install`, methods of this backend's wrappers run with the
 model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.compile()` sets permanently). Outside of
 such a method the model is unchanged. Wrappers of other backends are not affected.
+
+Attributes and calls of wrappers can be intercepted only in `torch._dynamo.eval_frame.OptimizedModule`, which is
+private: tests fail if it changes.
 """
 
 from __future__ import annotations
@@ -18,16 +24,18 @@ from typing import Any
 
 import torch
 
+from fhopt.decode.programs import decode_programs
+
 BACKEND = "flashhead"
 _lock = threading.Lock()
 _inside: ContextVar[Mapping[int, Any]] = ContextVar("inside", default=MappingProxyType({}))  # compiled calls, by model
 
 
 def install() -> None:
-    """Make methods of this backend's wrappers call compiled code. Idempotent."""
+    """Make methods of this backend's wrappers call compiled code, and decode steps run as programs. Idempotent."""
     from torch._dynamo.eval_frame import OptimizedModule
 
-    before = OptimizedModule.__getattr__
+    before, call = OptimizedModule.__getattr__, OptimizedModule.__call__
     if getattr(before, "_is_of_fhopt", False):
         return
 
@@ -39,8 +47,23 @@ def install() -> None:
             return _compiling(value, self)
         return value
 
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self._modules.get("_orig_mod")
+        has_hooks = self._forward_hooks or self._forward_pre_hooks
+        if _runs_program(model, args, kwargs) and not has_hooks and _is_ours(self):
+            return model(*args, **kwargs)
+        return call(self, *args, **kwargs)
+
     compiled_attribute._is_of_fhopt = True  # type: ignore[attr-defined]
     OptimizedModule.__getattr__ = compiled_attribute  # type: ignore[method-assign]
+    OptimizedModule.__call__ = run  # type: ignore[method-assign]
+
+
+def _runs_program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of a model is a decode step that its decode programs take."""
+    programs = None if torch.compiler.is_compiling() else decode_programs(model)
+    return programs is not None and programs.takes(args, kwargs)
 
 
 def _is_ours(wrapper: Any) -> bool:
@@ -107,7 +130,12 @@ class _Dispatch:
 def _compiled_call(model: Any, wrapper: Any) -> Any:
     held = wrapper.__dict__.get("_fhopt_call")
     if held is None:
-        held = wrapper.__dict__["_fhopt_call"] = wrapper.dynamo_ctx(model._call_impl)
+        plain, compiled = model._call_impl, wrapper.dynamo_ctx(model._call_impl)
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            return (plain if _runs_program(model, args, kwargs) else compiled)(*args, **kwargs)
+
+        wrapper.__dict__["_fhopt_call"] = held
     return held
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook  # no public way to ask for hooks on all modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # no public way to ask for a mode
 
-from fhopt.codegen import programs_are_built
+from fhopt.codegen import programs_are_built, programs_can_be_built
 from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.codegen.programs.errors import UnsupportedError
 from fhopt.decode.capture import capture_step
@@ -89,17 +89,34 @@ class DecodePrograms:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
+        found = self._step_of(args, kwargs)
+        if found is not None:
+            is_done, result = self._step(found[0], args, kwargs, *found[1:])
+            if is_done:
+                return result
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call is a decode step that runs as a program, or that may be captured as one."""
+        found = self._step_of(args, kwargs)
+        if found is None:
+            return False
+        key, _, length = found
+        known = self._known.programs.get(key, ())
+        if any(x.signature.fits(args, kwargs, length) and x.program.holds(length) for x in known):
+            return True
+        return self._known.tried[key] < MAX_TRIED and is_open(self.model, self._is_own) and programs_can_be_built()
+
+    def _step_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, int] | None:
+        """Return tokens' shape and dtype, cache, and its length, of a call that may be a decode step; else None."""
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if ids is None:
             ids = kwargs.get("inputs_embeds")
-        if isinstance(ids, Tensor) and not torch.is_grad_enabled() and _is_step(ids) and self._may_run():
-            cache = cache_of(args, kwargs)
-            length = 0 if cache is None else cached_tokens(cache)
-            if length:
-                is_done, result = self._step(ids, args, kwargs, cache, length)
-                if is_done:
-                    return result
-        return type(self.model).forward(self.model, *args, **kwargs)
+        if not isinstance(ids, Tensor) or torch.is_grad_enabled() or not _is_step(ids) or not self._may_run():
+            return None
+        cache = cache_of(args, kwargs)
+        length = 0 if cache is None else cached_tokens(cache)
+        return ((ids.shape, ids.dtype), cache, length) if length else None
 
     def _may_run(self) -> bool:
         if self.model.training or torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
@@ -109,9 +126,8 @@ class DecodePrograms:
         return self._is_in_use(self.model)
 
     def _step(
-        self, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, length: int
+        self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, length: int
     ) -> tuple[bool, Any]:
-        key = ids.shape, ids.dtype
         for known in self._known.programs.get(key, ()):
             if known.signature.fits(args, kwargs, length) and known.program.holds(length):
                 is_done, result = known.program.run(args, kwargs, cache, length)

@@ -46,7 +46,7 @@ def test_five_hundred_steps_of_smollm2_compile_nothing_more_and_give_the_eager_t
     model: Any = loaded.language_model()
     del model.model.layers[LAYERS:]
     model.config.num_hidden_layers = LAYERS
-    fhopt.apply(model, plain_plan(loaded))
+    fhopt.apply(model, plain_plan(loaded), decode_program=False)
     ids = tokens.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=PROMPT)
     options: dict[str, Any] = dict(
         max_new_tokens=FIRST + MORE,
