@@ -15,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 MEMORY = 5 << 30  # bytes of private memory that a job may allocate
 
 
@@ -49,6 +51,7 @@ def _how(code: int | None) -> str:
 
 def _work(job: Callable[[], Any], pipe: Connection, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    torch.set_num_threads(torch.get_num_threads())  # replaces the forked thread pool; autograd's thread may abort on it
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         result = job()
     pipe.send(result)
