@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 T, D = 9, 8
+ROUNDING = 1e-4  # scores of -140 are off by 2e-5 in float32, in eager mode too; how much differs between processors
 
 
 def shifted(s: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def attention(powers: Callable[[Tensor], Tensor], weights: Callable[[Tensor], Te
 
 
 def of_small_scores() -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of about -60, whose exponentials are all below any floor."""
+    """Scores of -60 to -140, whose exponentials are all below any floor."""
     q, k, v = tensors()
     return q.abs() * 4 + 5, -k.abs() - 4, v
 
@@ -86,7 +87,7 @@ def of_small_scores() -> tuple[Tensor, Tensor, Tensor]:
 def test_a_floor_below_the_largest_exponential_is_never_reached(
     powers: Callable[[Tensor], Tensor], weights: Callable[[Tensor], Tensor]
 ) -> None:
-    sites = compiled_twice(attention(powers, weights), tensors(), of_small_scores())
+    sites = compiled_twice(attention(powers, weights), tensors(), of_small_scores(), tolerance=ROUNDING)
     assert [site.how for site in sites] == ["torch", "torch"]
 
 
