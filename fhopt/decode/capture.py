@@ -25,7 +25,15 @@ from torch.fx import Graph, Node
 from fhopt.codegen.programs.errors import UnsupportedError
 from fhopt.decode.length import LengthGuard
 from fhopt.decode.opaque_modules import failed_module
-from fhopt.decode.recording import CacheRef, HeldWeight, RecordedOp, StepRecording, ValueRef, record_step
+from fhopt.decode.recording import (
+    CacheRef,
+    HeldWeight,
+    RecordedOp,
+    RecordedValue,
+    StepRecording,
+    ValueRef,
+    record_step,
+)
 from fhopt.decode.recording_cache import cached_tokens
 
 OFFSET = 5  # tokens by which the second recording's cache is longer
@@ -90,6 +98,8 @@ class _Builder:
         self._first, self._second, self._tokens = first, second, length
         self._graph = Graph()
         self._nodes: dict[int, Node] = {}
+        for number, pair in enumerate(zip(first.values, second.values, strict=False)):
+            self._add_source(number, *pair)
         self._cache = self._placeholder("cache", None)
         self._length = self._placeholder("length", length)
         self._lengths: dict[int, Node] = {0: self._length}  # by what is added
@@ -189,27 +199,26 @@ class _Builder:
             self._lengths[number] = node
         return self._lengths[number]
 
-    def _value(self, number: int, other: int) -> Node:
-        """Return the node of a value; arguments, weights and constants get placeholders at first use."""
-        if number in self._nodes:
-            return self._nodes[number]
-        recorded, again = self._first.values[number], self._second.values[other]
+    def _add_source(self, number: int, recorded: RecordedValue, again: RecordedValue) -> None:
+        """Add the placeholder of a value that no operation made, if it is the same in both recordings."""
         source, value = recorded.source, recorded.value
+        if source is None or type(source) is not type(again.source):
+            return
         if isinstance(source, HeldWeight):
-            node = self._placeholder_before(source.name, value, weight=source)
+            node = self._placeholder(source.name, value, weight=source)
         elif isinstance(source, tuple):
             dynamic = value.shape != again.value.shape
-            node = self._placeholder_before("argument", value, path=source, is_dynamic=dynamic)
-        elif source == "constant" and torch.equal(value, again.value):
-            node = self._placeholder_before("constant", value, constant=value)
+            node = self._placeholder("argument", value, path=source, is_dynamic=dynamic)
+        elif torch.equal(value, again.value):
+            node = self._placeholder("constant", value, constant=value)
         else:
-            raise UnsupportedError("a tensor that is made of the cache length")
+            return
         self._nodes[number] = node
-        return node
 
-    def _placeholder_before(self, name: str, value: Any, **meta: Any) -> Node:
-        with self._graph.inserting_before(self._cache):
-            return self._placeholder(name, value, **meta)
+    def _value(self, number: int, other: int) -> Node:
+        if number != other or number not in self._nodes:
+            raise UnsupportedError("a tensor that is made of the cache length")
+        return self._nodes[number]
 
 
 def _guards(first: list[LengthGuard], second: list[LengthGuard]) -> list[LengthGuard] | None:
