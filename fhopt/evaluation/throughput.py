@@ -28,7 +28,8 @@ from fhopt.hf.apply import prepare
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
 
-WARM_STEPS = 2  # decode steps of the untimed warm-up, in which kernels are compiled
+WARM_STEPS = 2  # untimed decode steps before a measurement, in which kernels are compiled and programs captured
+WARM_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def measure_throughput(
         for _ in range(options.rounds):
             for name, plan in caches.items():
                 with switched(model, plan), _enough_memory(context, batch):
+                    _decode_few(model, plan, ids[:, :WARM_TOKENS])
                     found[name].append(_measure_once(model, plan, ids, options.decode, report))
                 done += steps
                 report(0)
@@ -140,6 +142,15 @@ def _measure_once(
             report(decode + step + 1)
     (batch, tokens), sizes = ids.shape, (cache_bytes(cache), exact_cache_bytes(cache))
     return _Round(batch * tokens, batch * decode, prefill, clock.seconds, *sizes, clock.parts(), clock.layers())
+
+
+@torch.inference_mode()
+def _decode_few(model: Any, plan: LatentPlan | None, ids: Tensor) -> None:
+    """Prefill token ids [B, T] and run `WARM_STEPS` decode steps: a program is captured once per plan and batch."""
+    options = decode_options(model, new_cache(model, plan, each_query=False))
+    token, _ = _timed_call(model, ids, options)
+    for _ in range(WARM_STEPS):
+        token, _ = _timed_call(model, token, options)
 
 
 def _timed_call(model: Any, ids: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, float]:
