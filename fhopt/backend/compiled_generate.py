@@ -9,7 +9,8 @@ model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.comp
 such a method the model is unchanged. Wrappers of other backends are not affected.
 
 Attributes and calls of wrappers can be intercepted only in `torch._dynamo.eval_frame.OptimizedModule`, which is
-private: tests fail if it changes.
+private: tests fail if it changes. Dynamo skips the file of that class, so it must skip the functions here as well:
+guards read attributes of wrappers, and a compiled function around a wrapper may call it after a graph break.
 """
 
 from __future__ import annotations
@@ -20,15 +21,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fhopt.decode.programs import decode_programs
 
 BACKEND = "flashhead"
+_F = TypeVar("_F", bound=Callable[..., Any])
 _lock = threading.Lock()
 _inside: ContextVar[Mapping[int, Any]] = ContextVar("inside", default=MappingProxyType({}))  # compiled calls, by model
+
+
+def _skipped(function: _F) -> _F:
+    """Make Dynamo skip the function itself, but not what it calls."""
+    skipped: _F = torch.compiler.disable(function, recursive=False)
+    return skipped
+
+
+def _untraced(function: _F) -> _F:
+    """Make Dynamo skip the function and all that it calls."""
+    untraced: _F = torch.compiler.disable(function)
+    return untraced
 
 
 def install() -> None:
@@ -39,6 +53,7 @@ def install() -> None:
     if getattr(before, "_is_of_fhopt", False):
         return
 
+    @_skipped
     @functools.wraps(before)
     def compiled_attribute(self: Any, name: str) -> Any:
         value = before(self, name)
@@ -47,6 +62,7 @@ def install() -> None:
             return _compiling(value, self)
         return value
 
+    @_skipped
     @functools.wraps(call)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = self._modules.get("_orig_mod")
@@ -60,12 +76,14 @@ def install() -> None:
     OptimizedModule.__call__ = run  # type: ignore[method-assign]
 
 
+@_untraced
 def _runs_program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a call of a model is a decode step that its decode programs take."""
     programs = None if torch.compiler.is_compiling() else decode_programs(model)
     return programs is not None and programs.takes(args, kwargs)
 
 
+@_untraced
 def _is_ours(wrapper: Any) -> bool:
     from torch._dynamo.eval_frame import innermost_backend
 

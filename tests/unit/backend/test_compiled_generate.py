@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import fhopt
+from fhopt.backend import compiled_generate
 from fhopt.errors import FhoptError
 
 
@@ -41,6 +42,27 @@ def test_generate_of_a_wrapper_runs_compiled_code_and_leaves_the_model_inside_un
     before = graphs()
     assert torch.equal(generated(model, ids), expected) and graphs() == before
     assert torch.equal(generated(compiled, ids), expected) and graphs() == before  # nothing is compiled twice
+
+
+@pytest.mark.parametrize("backend", ["eager", "flashhead"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_dynamo_never_traces_calls_and_attributes_of_wrappers(backend: str, breaks: bool) -> None:
+    """It traced them when guards read attributes of a wrapper, and raised an AssertionError for `_orig_mod`."""
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    compiled_generate.install()
+    wrapper = torch.compile(linear, backend=backend)
+
+    def around(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        if breaks:
+            torch._dynamo.graph_break()
+        return torch.as_tensor(wrapper(y)) * 2
+
+    compiled = torch.compile(around, backend="eager")
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        assert torch.equal(compiled(x), 2 * linear(x + 1))
+    assert graphs() == 1 + breaks and sum(counters["graph_break"].values()) == breaks
 
 
 def test_a_failing_method_leaves_the_model_unchanged() -> None:

@@ -19,6 +19,7 @@ from fhopt.backend import compile_report
 from fhopt.backend.online_fit import FitTarget, TokenStream, without_padding
 from fhopt.backend.settings import Settings
 from fhopt.cache.report import cache_report
+from fhopt.decode.programs import decode_programs
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import applied_plan
 
@@ -90,8 +91,8 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
     output = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
     assert any(row["kind"] != "exact" for row in cache_report(output.past_key_values))
     assert not warnings_of(compiled, lambda model: generate(model, ids))
-    latent = [s for g in fhopt.report(compiled).graphs for s in g.sites if s.how == "latents of the cache"]
-    assert {s.name for s in latent} == {f"model.layers.{i}.self_attn" for i in (0, 1)}
+    programs = decode_programs(model)
+    assert programs is not None and programs.has_program  # decode steps run as a program and are not compiled
     fhopt.unapply(model)
     assert torch.equal(generate(model, ids), exact)
 
