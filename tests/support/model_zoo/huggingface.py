@@ -306,8 +306,9 @@ DECODERS = [
     _decoder("bloom", "Bloom", SPECIAL | dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS),
              implementations=EAGER),
     _decoder("falcon", "Falcon", TEXT, kv_heads=1),
-    # Two key groups, repeated for all heads before rotation and caching.
-    _decoder("falcon_new", "Falcon", TEXT | dict(new_decoder_architecture=True, num_kv_heads=KV_HEADS)),
+    # Two key groups; older versions repeat them for all heads before rotation and caching.
+    _decoder("falcon_new", "Falcon", TEXT | dict(new_decoder_architecture=True, num_kv_heads=KV_HEADS),
+             kv_heads=KV_HEADS if has_transformers(5, 25) else HEADS),
     _decoder("falcon_alibi", "Falcon", TEXT | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True),
              steps=("prefill", "decode")),
     _decoder("mpt", "Mpt", SPECIAL | dict(
