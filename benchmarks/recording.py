@@ -30,12 +30,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fhopt.codegen.background import builder
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-builder.waits = True  # measure kernels rather than their fallbacks during the build
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("fhopt", "torch", "transformers", "triton", "numpy")

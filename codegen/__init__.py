@@ -5,12 +5,11 @@
 - `build_kernel(spec)`: the callable CPU kernel, compiled once for all specs and cached on disk (build.py,
   cpu/launch.py; for GPUs gpu/launch.py).
 - `fhopt::pack` and `fhopt::unpack` need no spec: one C++ file (cpu/packing.py), two Triton kernels (gpu/packing.py).
-- `start_builds()`: compile the CPU libraries in the background (background.py), once per machine; `build_all()` waits
-  for them, `wait_for_kernels()` for every library that a call needs.
+- `start_builds()`: compile the CPU libraries in threads (background.py), once per machine; `build_all()` waits for
+  them, and a call for the libraries that it needs.
 - `dispatch_linear(x, w, b)`: a linear layer in eager mode, if faster than torch's (dispatch.py); `prepare_linear()`
   waits for its kernels; `start_blocks()` and `prepare_blocks()` build those for weights in GGUF blocks.
-- `programs_are_built()`, `programs_can_be_built()`: whether decode steps may run as programs now, or later
-  (programs/program.py).
+- `programs_are_built()`: whether decode steps may run as programs (programs/program.py).
 - `register_kernels()`: register the kernels of all ops; nothing else does.
 """
 
@@ -21,11 +20,9 @@ from fhopt.codegen.dispatch import (
     prepare_blocks,
     prepare_linear,
     programs_are_built,
-    programs_can_be_built,
     register_kernels,
     start_blocks,
     start_builds,
-    wait_for_kernels,
 )
 
 __all__ = [
@@ -35,10 +32,8 @@ __all__ = [
     "prepare_blocks",
     "prepare_linear",
     "programs_are_built",
-    "programs_can_be_built",
     "register_kernels",
     "render_kernel",
     "start_blocks",
     "start_builds",
-    "wait_for_kernels",
 ]

@@ -1,9 +1,10 @@
-"""Background compilation of kernel libraries; until a library is built, its callers run plain torch operations.
+"""Compilation of kernel libraries by threads, before calls need them; a call waits for those that it needs.
 
     first call     -> the library is in the file cache: load it       -> its kernel
-                   -> it is not: a compiler starts                    -> None, until it is built
+                   -> it is not: a compiler runs, a line tells so     -> its kernel, once it is built
 
-There are few libraries, and they serve every plan: they are built once per machine. Compilers are run by daemon
+There are few libraries, and they serve every plan: they are built once per machine. Plain torch operations would take
+up to 50 times as long as a kernel, and compete with the compilers: waiting is faster. Compilers are run by daemon
 threads: if the process ends first, they are stopped, finished libraries stay in the file cache, and the next process
 builds the rest.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,6 +29,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores
 
 PATIENCE = 5.0  # seconds to wait at exit for stopped compilers
+QUIET = 1.0  # seconds to wait for a library before a line tells so
 log = logging.getLogger(__name__)
 
 
@@ -35,8 +39,7 @@ class Builder:
     Each library has a name, a function that builds it, and a function that says whether building runs a compiler.
     """
 
-    def __init__(self, waits: bool = False) -> None:
-        self.waits = waits  # calls block until the library is built
+    def __init__(self) -> None:
         self._built: dict[str, Any] = {}  # an exception if building failed
         self.forget_threads()
 
@@ -47,28 +50,24 @@ class Builder:
         self._asked = set(self._built)
         self._threads: list[threading.Thread] = []  # that will check the queue again
 
-    def kernel(self, spec: KernelSpec) -> LatentKernel | None:
-        """Return the kernel of `spec`; None while the kernel library is being built in the background.
+    def kernel(self, spec: KernelSpec) -> LatentKernel:
+        """Return the kernel of `spec`. Raises what `codegen.build` raises."""
+        self.load_attention()
+        return build_kernel(spec)
 
-        Raises what `codegen.build` raises.
-        """
-        return build_kernel(spec) if self.has_attention() else None
-
-    def has_attention(self) -> bool:
-        """Return whether the kernel library is built, or failed to build; False while it is being built."""
-        return bool(self.get(NAME, _build_attention, needs_compiler))
+    def load_attention(self) -> None:
+        """Build the kernel library, unless it is built. Raises what `codegen.build` raises."""
+        self.get(NAME, _build_attention, needs_compiler)
 
     def get(self, name: str, job: Callable[[], Any], compiles: Callable[[], bool]) -> Any:
-        """Return the result of the job with that name; None while it is running in the background.
+        """Return the result of the job with that name, once it has run.
 
-        compiles: whether the job is slow; if not, it runs at once. Raises what the job raised.
+        compiles: whether the job runs a compiler; if not, this thread runs it. Raises what the job raised.
         """
-        if name not in self._built and not self.waits and name not in self._asked and not compiles():
+        if name not in self._built and name not in self._asked and not compiles():
             self._built[name] = job()
         if name not in self._built:
             self.start(name, job)
-            if not self.waits:
-                return None
             self.wait([name])
         found = self._built[name]
         if isinstance(found, BaseException):
@@ -93,9 +92,20 @@ class Builder:
         self.start(NAME, _build_attention)
 
     def wait(self, names: Iterable[str] | None = None) -> None:
-        """Wait for jobs, for all requested ones if none are named."""
+        """Wait for jobs, for all requested ones if none are named; lines on stderr tell of a long wait."""
+        awaited = None if names is None else set(names)
+
+        def left() -> set[str]:
+            return (self._asked if awaited is None else awaited) - self._built.keys()
+
+        began = time.monotonic()
         with self._lock:
-            self._lock.wait_for(lambda: (self._asked if names is None else set(names)) <= self._built.keys())
+            if self._lock.wait_for(lambda: not left(), QUIET):
+                return
+            kernels = ", ".join(sorted(left()))
+            _tell(f"fhopt compiles kernels for this CPU, once per machine, in up to a minute: {kernels}")
+            self._lock.wait_for(lambda: not left())
+        _tell(f"fhopt compiled kernels in {time.monotonic() - began:.0f} s: {kernels}")
 
     def _work(self) -> None:
         while True:
@@ -120,6 +130,11 @@ class Builder:
         compiler.stop()
         for thread in threads:
             thread.join(PATIENCE)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _build_attention() -> bool:

@@ -5,9 +5,7 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,18 +81,8 @@ def prepare_linear() -> None:
     builder.wait([graph_kernels.LIBRARY.name])
 
 
-@contextmanager
-def wait_for_kernels() -> Iterator[None]:
-    """Make every call inside the context wait for the kernels it needs, as in measurements."""
-    before, builder.waits = builder.waits, True
-    try:
-        yield
-    finally:
-        builder.waits = before
-
-
 def dispatch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Compute a linear layer with a compiled kernel; None if none is applicable, or it is not built yet.
+    """Compute a linear layer with a compiled kernel; None if none is applicable, or none can be built.
 
     x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may also be int8, or in GGUF
     blocks (`skinny_linear.quantized`). Kernels take few rows (cpu/skinny_linear.py), more with blocks
@@ -125,9 +113,10 @@ def dispatch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
 def dispatch_attend_latents(*operands: Any, **options: Any) -> Tensor | None:
     """Attend to a KV cache in one native call; see `fhopt.attention.attend.attend_latents_reference`.
 
-    None if it is not applicable, or its libraries are not built yet.
+    None if it is not applicable.
     """
-    if not builder.has_attention() or not _has_ops():
+    builder.load_attention()
+    if not _has_ops():
         return None
     return graph_kernels.call_attend_latents(CacheOperands(*operands), options)
 
@@ -135,7 +124,7 @@ def dispatch_attend_latents(*operands: Any, **options: Any) -> Tensor | None:
 def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:
     """Round rows into a window in one native call; see `ops.packing.round_rows_into_reference`.
 
-    Returns whether it did: not if its library is not built yet, or values are 64-bit.
+    Returns whether it did: not if its library cannot be built, or values are 64-bit.
     """
     if x.dtype not in _DTYPES or not _has_ops():
         return False
@@ -149,7 +138,7 @@ def pack_window(
 ) -> float | None:  # fmt: skip
     """Encode and pack window tokens in one native call; see `ops.encode_rows.pack_window_reference`.
 
-    None if its library is not built yet, or a type has no native code.
+    None if its library cannot be built, or a type has no native code.
     """
     table = cpu_packing.tier_table(tuple(tiers.bits), tuple(tiers.widths), tuple(tiers.steps))
     if table is None or dtype not in _DTYPES or basis.dtype != torch.float32 or not _has_ops():
@@ -162,12 +151,12 @@ def pack_window(
 
 
 def _has_ops() -> bool:
-    """Return whether the C++ ops are callable; not while they are being built in the background."""
+    """Return whether the C++ ops are callable; they are without a compiler only if built before."""
     return bool(builder.get(graph_kernels.LIBRARY.name, graph_kernels.serve_linear, graph_kernels.compiles_linear))
 
 
 def _has_blocks() -> bool:
-    """Return whether matmuls with GGUF blocks are callable; not while they are being built."""
+    """Return whether matmuls with GGUF blocks are callable; they are without a compiler only if built before."""
     return bool(builder.get(gguf_blocks.LIBRARY.name, graph_kernels.serve_blocks, graph_kernels.compiles_blocks))
 
 
@@ -184,17 +173,8 @@ def prepare_blocks() -> bool:
 
 
 def programs_are_built() -> bool:
-    """Return whether decode programs can run; not while their library is being built in the background."""
-    return bool(_built_programs())
-
-
-def programs_can_be_built() -> bool:
-    """Return whether decode programs can run now, or once their library is built; False without a compiler."""
-    return _built_programs() is not False
-
-
-def _built_programs() -> Any:
-    return builder.get(decode_program.LIBRARY.name, decode_program.is_built, decode_program.compiles_programs)
+    """Return whether decode programs can run; False without a compiler."""
+    return bool(builder.get(decode_program.LIBRARY.name, decode_program.is_built, decode_program.compiles_programs))
 
 
 def dispatch_latent_attention(
@@ -244,7 +224,7 @@ def dispatch_latent_attention(
 def _known_kernel(
     query: Tensor, key: Tensor, value: Tensor, sides: tuple[Sequence[float], ...], softcap: bool
 ) -> LatentKernel:
-    """Return the kernel of these options, built once; plain torch operations until it is built.
+    """Return the kernel of these options, built once.
 
     sides: bits, widths and steps of keys, then of values.
     """
@@ -255,9 +235,7 @@ def _known_kernel(
     options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap, place, *tiers)
     kernel = _kernels.get(options)
     if kernel is None:
-        kernel, is_built = _kernel(query, key, value, tiers, softcap)
-        if is_built:
-            _kernels[options] = kernel
+        kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap)
     return kernel
 
 
@@ -275,29 +253,20 @@ def dispatch_attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | Non
 
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
-) -> tuple[LatentKernel, bool]:
-    """Return (kernel of these options, True), or (its substitute, False) while it is being built.
-
-    The reference if no kernel can be built.
-    """
+) -> LatentKernel:
+    """Return the kernel of these options; the reference if no kernel can be built."""
     key_tiers, value_tiers = (tuple(zip(*tiers[i : i + 3], strict=True)) for i in (0, 3))
     uncoded = {x.dtype for x, coded in ((key, key_tiers), (value, value_tiers)) if not coded}
     if not uncoded <= _DTYPES.keys():
-        return latent_attention_reference, True
+        return latent_attention_reference
     dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # used only for uncoded sides
     width = int(sum(tiers[4])) or value.shape[-1]
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
     if query.is_cpu:
-        kernel = builder.kernel(spec)
-        return (_stand_in(spec), False) if kernel is None else (kernel, True)
+        return builder.kernel(spec)
     if not has_triton():
-        return without_compiler(spec), True
-    return build_triton(replace(spec, dtype=_DTYPES[query.dtype])), True
-
-
-@functools.cache
-def _stand_in(spec: KernelSpec) -> LatentKernel:
-    return without_compiler(spec)
+        return without_compiler(spec)
+    return build_triton(replace(spec, dtype=_DTYPES[query.dtype]))
 
 
 def _pack_by_triton(

@@ -126,16 +126,10 @@ def kernel_cache() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernels_are_waited_for() -> None:
-    """Wait for kernel builds: the fallback used during a background build has its own tests."""
-    importlib.import_module("fhopt.codegen.background").builder.waits = True
-
-
-@pytest.fixture(scope="session", autouse=True)
 def no_lines_of_progress() -> None:
-    """Turn off progress lines, so that command output does not depend on machine speed; progress has its own tests."""
-    progress: Any = importlib.import_module("fhopt.cli.progress")
-    progress.SECONDS = 1e6
+    """Turn off progress lines, so that output does not depend on machine speed; progress has its own tests."""
+    background, progress = map(importlib.import_module, ("fhopt.codegen.background", "fhopt.cli.progress"))
+    vars(background)["QUIET"] = vars(progress)["SECONDS"] = 1e6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,7 +161,7 @@ def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run latent attention on torch operations, for tests of anything but generated C++."""
     dispatch, background = (importlib.import_module(f"fhopt.codegen.{name}") for name in ("dispatch", "background"))
     monkeypatch.setattr(background, "build_kernel", build.without_compiler)
-    monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
+    monkeypatch.setattr(dispatch, "builder", background.Builder())
     monkeypatch.setattr(dispatch, "_kernels", {})
 
 

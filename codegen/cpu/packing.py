@@ -1,6 +1,6 @@
 """Pack and unpack latents on CPUs: `fhopt::pack` and `fhopt::unpack` in one C++ file for all plans.
 
-It is compiled at the first call, in the background; the reference serves until then. Bit groups are arguments, not
+It is compiled at the first call; the reference serves where it cannot be. Bit groups are arguments, not
 text: a row is passed over twice at most, and knowing its bit groups beforehand gains little. The results are those of
 `fhopt.ops.pack_reference` and `unpack_reference` bit for bit, whatever the number of threads: every number is rounded
 where torch rounds it, and squares are added in the order of torch on x86 (where torch has another order, a scale may be
@@ -81,7 +81,7 @@ def unpack_cpu(
 
 
 def _built() -> tuple[Any, Any] | None:
-    """Return `LIBRARY.load()`; None also while it is being compiled, in the background."""
+    """Return `LIBRARY.load()`; None if it cannot be compiled."""
     functions: tuple[Any, Any] | None = builder.get(LIBRARY.name, LIBRARY.load, LIBRARY.compiles)
     return functions
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook  # no public way to ask for hooks on all modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # no public way to ask for a mode
 
-from fhopt.codegen import programs_are_built, programs_can_be_built
+from fhopt.codegen import programs_are_built
 from fhopt.codegen.cpu.skinny_linear import MAX_ROWS
 from fhopt.codegen.programs.errors import UnsupportedError
 from fhopt.decode.capture import capture_step
@@ -105,7 +105,7 @@ class DecodePrograms:
         known = self._known.programs.get(key, ())
         if any(x.signature.fits(args, kwargs, length) and x.program.holds(length) for x in known):
             return True
-        return self._known.tried[key] < MAX_TRIED and is_open(self.model, self._is_own) and programs_can_be_built()
+        return self._known.tried[key] < MAX_TRIED and is_open(self.model, self._is_own) and programs_are_built()
 
     def _step_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, int] | None:
         """Return tokens' shape and dtype, cache, and its length, of a call that may be a decode step; else None."""

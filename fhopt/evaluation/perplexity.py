@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fhopt.evaluation.statistics import Score, TokenCosts
 from fhopt.hardware.float_products import with_fast_products
-from fhopt.hf.apply import apply, held_plan, unapply, waiting_for_kernels
+from fhopt.hf.apply import apply, held_plan, unapply
 from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.cache_size import recorded_layers, sliding_windows
@@ -53,15 +53,11 @@ def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -
 
 @contextmanager
 def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
-    """Apply `plan` inside the context (None: no plan), and restore the previous plan afterwards.
-
-    Calls inside wait for kernels that are still being compiled.
-    """
+    """Apply `plan` inside the context (None: no plan), and restore the previous plan afterwards."""
     before = getattr(model, "_fhopt_applied", None)
     try:
         (unapply(model) if plan is None else apply(model, plan))
-        with waiting_for_kernels():
-            yield
+        yield
     finally:
         (unapply(model) if before is None else apply(model, before.whole_plan, *before.fast))
 

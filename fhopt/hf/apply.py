@@ -77,7 +77,7 @@ def apply(
     decode_program: on CPU, run the decode step of the model as one program (fhopt/decode/), which the first decode step
     captures; False keeps torch's operations.
 
-    Kernels that are not built yet compile in the background during the first calls; `prepare` waits for them.
+    Kernels that are not built yet start to compile, in threads; the first calls wait for them, or `prepare` does.
     """
     import fhopt.codegen
     from fhopt.attention.offered_latents import LatentReader
@@ -154,25 +154,14 @@ def _layer_index(module: torch.nn.Module, index: int) -> int:
 def prepare(model: torch.nn.Module) -> torch.nn.Module:
     """Wait until the kernels for the plan applied to `model` are built. Returns the model.
 
-    Kernels serve every plan and are cached on disk: a machine builds them once, in about 10 seconds. Without this call
-    they compile in the background during the first calls, which run on torch operations until then: the first token
-    comes immediately, the next ones are slower, and results agree within rounding. Does nothing for a model without a
-    plan.
+    Kernels serve every plan and are cached on disk: a machine builds them once, in 10 to 60 seconds. Without this
+    call, the first tokens wait for them, and a line on stderr tells so. Does nothing for a model without a plan.
     """
     import fhopt.codegen
 
     if _record(model) is not None and _reads_latents(model):
         fhopt.codegen.build_all()
     return model
-
-
-@contextmanager
-def waiting_for_kernels() -> Iterator[None]:
-    """Wait inside the context for kernels that calls need, which speeds up work on many tokens."""
-    import fhopt.codegen
-
-    with fhopt.codegen.wait_for_kernels():
-        yield
 
 
 def _compressed(model: torch.nn.Module) -> list[SitePlan]:

@@ -131,7 +131,7 @@ def is_cpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
 def attend_on_cpu(op: str, query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor] | None:
     """Run the CPU kernel of "open_attention" or "rebuilt_attention", with the arguments of the op.
 
-    Returns None if there is no kernel, it does not support these tensors, or it is not built yet.
+    Returns None if there is no kernel, or it does not support these tensors.
     """
     if not is_cpu_prefill(query, *(x for x in args if isinstance(x, Tensor))):
         return None

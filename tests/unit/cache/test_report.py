@@ -61,7 +61,7 @@ def test_decoding_never_allocates_keys_or_values_of_full_length(
     """
     if kernel == "torch":
         monkeypatch.setattr(background, "build_kernel", build_torch)
-        monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
+        monkeypatch.setattr(dispatch, "builder", background.Builder())
         monkeypatch.setattr(dispatch, "_kernels", {})
         monkeypatch.setattr(manual_attention, "TILE", 64)
     model, plan, length = tiny_llama(max_position_embeddings=4096), llama.plan(4), 3000

@@ -20,7 +20,7 @@ def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})
-    monkeypatch.setattr(DISPATCH, "builder", Builder(waits=True))
+    monkeypatch.setattr(DISPATCH, "builder", Builder())
     build_kernel.cache_clear()
     build._library.cache_clear()
     yield

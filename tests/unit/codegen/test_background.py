@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from needs import needs_compiler
@@ -45,7 +46,7 @@ class Compiler:
             self.built.append(name)
         return name.upper()
 
-    def get(self, builder: Builder, name: str) -> str | None:
+    def get(self, builder: Builder, name: str) -> Any:
         return builder.get(name, self.job(name), lambda: True)
 
 
@@ -55,13 +56,17 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return Compiler()
 
 
-def test_a_library_is_absent_until_it_is_built(compiler: Compiler) -> None:
+@pytest.mark.parametrize(("quiet", "lines"), [(0.01, 2), (30.0, 0)])
+def test_a_call_waits_for_its_library_and_a_line_tells_of_a_long_wait(
+    quiet: float, lines: int, compiler: Compiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(background, "QUIET", quiet)
+    threading.Timer(0.3, compiler.may.set).start()
     builder = Builder()
-    assert compiler.get(builder, "pack") is None and compiler.get(builder, "pack") is None
-    compiler.may.set()
-    builder.wait()
-    assert compiler.get(builder, "pack") == "PACK"
-    assert compiler.built == ["pack"]
+    assert [compiler.get(builder, "pack") for _ in range(2)] == ["PACK", "PACK"] and compiler.built == ["pack"]
+    told = capsys.readouterr()
+    assert told.out == "" and len(told.err.splitlines()) == lines
+    assert all(line.startswith("fhopt compile") and line.endswith(": pack") for line in told.err.splitlines())
 
 
 def test_as_many_are_built_concurrently_as_there_are_cores(compiler: Compiler) -> None:
@@ -77,31 +82,22 @@ def test_as_many_are_built_concurrently_as_there_are_cores(compiler: Compiler) -
     assert [compiler.get(builder, name) for name in NAMES] == [name.upper() for name in NAMES]
 
 
-def test_a_builder_may_wait_for_every_library(compiler: Compiler) -> None:
-    compiler.may.set()
-    assert compiler.get(Builder(waits=True), "pack") == "PACK"
-
-
 def test_a_library_that_needs_no_compiler_is_available_at_once() -> None:
     assert Builder().get("pack", lambda: 7, lambda: False) == 7
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_failed_build_raises_in_every_caller(waits: bool) -> None:
+def test_a_failed_build_raises_in_every_caller() -> None:
     def fails() -> None:
         raise ValueError("no library")
 
-    builder = Builder(waits)
-    if not waits:
-        assert builder.get("pack", fails, lambda: True) is None
-        builder.wait()
+    builder = Builder()
     for _ in range(2):
         with pytest.raises(ValueError, match="no library"):
             builder.get("pack", fails, lambda: True)
 
 
 def test_concurrent_requests_share_one_build(compiler: Compiler) -> None:
-    builder, found = Builder(waits=True), list[str | None]()
+    builder, found = Builder(), list[str]()
     threads = [threading.Thread(target=lambda: found.append(compiler.get(builder, "pack"))) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -115,7 +111,7 @@ def test_a_job_that_ends_in_any_way_is_reported_and_the_next_one_is_built() -> N
     def ends() -> None:
         raise SystemExit("stopped")
 
-    builder = Builder(waits=True)
+    builder = Builder()
     with pytest.raises(SystemExit, match="stopped"):
         builder.get("pack", ends, lambda: True)
     assert builder.get("next", lambda: 7, lambda: True) == 7
@@ -126,7 +122,7 @@ def test_a_job_started_as_a_thread_ends_is_not_lost(count: int, monkeypatch: pyt
     monkeypatch.setattr(background, "cores", lambda: count)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    builder = Builder(waits=True)
+    builder = Builder()
     try:
         for number in range(300):
             for name in (f"{number} a", f"{number} b", f"{number} c"):
@@ -139,7 +135,7 @@ def test_a_job_started_as_a_thread_ends_is_not_lost(count: int, monkeypatch: pyt
 FORKS = """
     import os, signal, threading
     from fhopt.codegen.background import builder
-    may, builder.waits = threading.Event(), True
+    may = threading.Event()
     for number in range(64):
         builder.start(str(number), may.wait)
     child = os.fork()
@@ -160,21 +156,17 @@ def test_a_forked_process_builds_what_its_parent_was_building() -> None:
 
 
 def test_every_spec_is_served_once_the_kernel_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    may = threading.Event()
-    monkeypatch.setattr(background, "load_library", lambda: may.wait(30))
+    loaded = list[int]()
+    monkeypatch.setattr(background, "load_library", lambda: loaded.append(1))
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
-    monkeypatch.setattr(background, "build_kernel", build_torch)
+    monkeypatch.setattr(background, "build_kernel", lambda spec: (build_torch(spec), len(loaded)))
     builder = Builder()
-    assert builder.kernel(SPEC) is None
-    may.set()
-    builder.wait()
-    assert builder.kernel(SPEC) is not None and builder.kernel(replace(SPEC, softcap=True)) is not None
+    assert [builder.kernel(spec)[1] for spec in (SPEC, replace(SPEC, softcap=True))] == [1, 1]  # type: ignore[index]
 
 
 PROGRAM = """
     from fhopt.codegen.background import builder
-    from fhopt.plan.kernel_spec import KernelSpec
-    assert builder.kernel(KernelSpec((), (), 8, 8, "float32", False)) is None
+    builder.start_attention()
 """
 
 

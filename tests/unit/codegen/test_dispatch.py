@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import threading
+import time
 from typing import Any
 
 import pytest
@@ -33,27 +33,26 @@ def read(width: int) -> Tensor:
     return dispatch_latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)[0]
 
 
-def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_build, used = threading.Event(), []
+def test_the_first_call_waits_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = list[str]()
 
-    def watched(spec: KernelSpec) -> LatentKernel:
-        kernel = build_torch(spec)
-        return lambda *args, **options: used.append(spec) or kernel(*args, **options)  # type: ignore[func-returns-value]
+    def load() -> None:
+        time.sleep(0.2)
+        order.append("loaded")
 
-    monkeypatch.setattr(background, "build_kernel", watched)
-    monkeypatch.setattr(background, "load_library", lambda: may_build.wait(30))
+    def built(spec: KernelSpec) -> LatentKernel:
+        order.append(f"{spec.key_width}")
+        return build_torch(spec)
+
+    monkeypatch.setattr(background, "build_kernel", built)
+    monkeypatch.setattr(background, "load_library", load)
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
-    monkeypatch.setattr("fhopt.codegen.cpu.library.CppLibrary.load", lambda _: None)
-    monkeypatch.setattr("fhopt.codegen.cpu.graph_kernels.serve_linear", lambda: False)
     torch.manual_seed(0)
     before = read(12)
-    assert not used and not DISPATCH._kernels
-    may_build.set()
-    DISPATCH.build_all()
     torch.manual_seed(0)
     torch.testing.assert_close(read(12), before)
-    assert used == [KernelSpec((), (), 12, 12, "float32", False)] and len(DISPATCH._kernels) == 1
+    assert order == ["loaded", "12"] and len(DISPATCH._kernels) == 1
 
 
 @pytest.mark.parametrize(("ratio", "starts"), [(4.0, 1), (1.0, 0)])

@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 import platform
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from needs import needs_compiler
 from packed_rows import ALONE, DTYPES, MIXED, Tiers, bits_of, latents, tiers
 from torch import Tensor
 
@@ -52,7 +49,7 @@ def assert_packed(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Uninstall kernels and forget warnings before each test."""
     monkeypatch.setattr("fhopt.system._warned", set())
-    monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", Builder(waits=True))
+    monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", Builder())
     before = {(op, on): registry.use(op, on, None) for op in ("pack", "unpack") for on in ("cpu", "cuda")}
     LOAD.cache_clear()
     yield
@@ -308,20 +305,3 @@ def test_installed_kernels_serve_the_ops(monkeypatch: pytest.MonkeyPatch, compil
 
 def test_the_table_of_bit_groups_is_made_once() -> None:
     assert tier_table((4,), (8,), (0.1,)) is tier_table((4,), (8,), (0.1,))
-
-
-@needs_compiler
-def test_the_reference_runs_until_the_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
-    """The bytes are the same."""
-    may = threading.Event()
-    builder = Builder()
-    monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", builder)
-    monkeypatch.setattr(cpu_library, "_load", lambda library: may.wait(30) and LOAD(library))
-    plan = MIXED[0]
-    latent = torch.randn(1, 2, 9, sum(plan[1]))
-    first = pack_cpu(latent, *plan)
-    assert not builder._built
-    may.set()
-    builder.wait()
-    assert builder._built["pack"] is not None
-    assert_packed(pack_cpu(latent, *plan), first)

@@ -41,7 +41,7 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == UNITS["AVX-512 BF16"] and "AVX-512 BF16" not in vector_units():
         pytest.skip("an instruction set that this CPU does not have")
     monkeypatch.setenv("FHOPT_ISA", request.param)
-    monkeypatch.setattr(prefill, "builder", Builder(waits=True))
+    monkeypatch.setattr(prefill, "builder", Builder())
     monkeypatch.setattr(prefill, "MIN_LANES", 1)
     cpu_library._load.cache_clear()
 
@@ -162,7 +162,7 @@ def test_results_do_not_depend_on_threads_nor_on_how_many_heads_are_packed_at_on
     assert "MAX_BYTES = 1 << 24" in text
     cpu_library._load.cache_clear()
     monkeypatch.setattr(CppLibrary, "text", lambda _: text.replace("MAX_BYTES = 1 << 24", "MAX_BYTES = 1"))
-    monkeypatch.setattr(prefill, "builder", Builder(waits=True))
+    monkeypatch.setattr(prefill, "builder", Builder())
     one_by_one = prefill.open_attention_cpu(query, key, key, None, causal=True, scale=0.1)
     assert alone is not None and several is not None and one_by_one is not None
     for found in (several, one_by_one):
