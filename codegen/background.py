@@ -1,12 +1,11 @@
 """Compilation of kernel libraries by threads, before calls need them; a call waits for those that it needs.
 
     first call     -> the library is in the file cache: load it       -> its kernel
-                   -> it is not: a compiler runs, a line tells so     -> its kernel, once it is built
+                   -> it is not: a compiler runs, lines report it     -> its kernel, once it is built
 
 There are few libraries, and they serve every plan: they are built once per machine. Plain torch operations would take
-up to 50 times as long as a kernel, and compete with the compilers: waiting is faster. Compilers are run by daemon
-threads: if the process ends first, they are stopped, finished libraries stay in the file cache, and the next process
-builds the rest.
+up to 50 times as long as a kernel, and compete with the compilers. Compilers are run by daemon threads: if the process
+ends first, they are stopped, finished libraries stay in the file cache, and the next process builds the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fhopt.codegen import compiler
@@ -29,7 +28,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores
 
 PATIENCE = 5.0  # seconds to wait at exit for stopped compilers
-QUIET = 1.0  # seconds to wait for a library before a line tells so
+QUIET = 1.0  # seconds to wait for a library before a line reports it
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +46,7 @@ class Builder:
         """Drop threads and jobs in a forked process, which has only the thread that forked."""
         self._lock = threading.Condition()
         self._queue: deque[tuple[str, Callable[[], Any]]] = deque()
-        self._asked = set(self._built)
+        self._requested = set(self._built)
         self._threads: list[threading.Thread] = []  # that will check the queue again
 
     def kernel(self, spec: KernelSpec) -> LatentKernel:
@@ -57,14 +56,14 @@ class Builder:
 
     def load_attention(self) -> None:
         """Build the kernel library, unless it is built. Raises what `codegen.build` raises."""
-        self.get(NAME, _build_attention, needs_compiler)
+        self.get(NAME, load_library, needs_compiler)
 
     def get(self, name: str, job: Callable[[], Any], compiles: Callable[[], bool]) -> Any:
         """Return the result of the job with that name, once it has run.
 
         compiles: whether the job runs a compiler; if not, this thread runs it. Raises what the job raised.
         """
-        if name not in self._built and name not in self._asked and not compiles():
+        if name not in self._built and name not in self._requested and not compiles():
             self._built[name] = job()
         if name not in self._built:
             self.start(name, job)
@@ -77,35 +76,34 @@ class Builder:
     def start(self, name: str, job: Callable[[], Any]) -> None:
         """Start a job unless it was requested before."""
         with self._lock:
-            if name in self._asked or name in self._built:
+            if name in self._requested or name in self._built:
                 return
             if len(self._threads) < cores():
                 thread = threading.Thread(target=self._work, name="fhopt-build", daemon=True)
                 thread.start()  # it waits for the lock
                 self._threads.append(thread)
             log.info("building %s", name)
-            self._asked.add(name)
+            self._requested.add(name)
             self._queue.append((name, job))
 
     def start_attention(self) -> None:
         """Start to build the kernel library."""
-        self.start(NAME, _build_attention)
+        self.start(NAME, load_library)
 
-    def wait(self, names: Iterable[str] | None = None) -> None:
-        """Wait for jobs, for all requested ones if none are named; lines on stderr tell of a long wait."""
-        awaited = None if names is None else set(names)
+    def wait(self, names: Collection[str] | None = None) -> None:
+        """Wait for jobs, for all requested ones if none are named; lines on stderr report a long wait."""
 
-        def left() -> set[str]:
-            return (self._asked if awaited is None else awaited) - self._built.keys()
+        def missing() -> set[str]:
+            return set(self._requested if names is None else names) - self._built.keys()
 
         began = time.monotonic()
         with self._lock:
-            if self._lock.wait_for(lambda: not left(), QUIET):
+            if self._lock.wait_for(lambda: not missing(), QUIET):
                 return
-            kernels = ", ".join(sorted(left()))
-            _tell(f"fhopt compiles kernels for this CPU, once per machine, in up to a minute: {kernels}")
-            self._lock.wait_for(lambda: not left())
-        _tell(f"fhopt compiled kernels in {time.monotonic() - began:.0f} s: {kernels}")
+            kernels = ", ".join(sorted(missing()))
+            _report(f"fhopt compiles kernels for this CPU, once per machine: {kernels}")
+            self._lock.wait_for(lambda: not missing())
+        _report(f"fhopt compiled kernels in {time.monotonic() - began:.0f} s: {kernels}")
 
     def _work(self) -> None:
         while True:
@@ -132,14 +130,9 @@ class Builder:
             thread.join(PATIENCE)
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
-
-
-def _build_attention() -> bool:
-    load_library()
-    return True
 
 
 builder = Builder()

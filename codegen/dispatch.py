@@ -77,8 +77,7 @@ def build_all() -> None:
 
 def prepare_linear() -> None:
     """Build the kernels of linear layers, and wait for them."""
-    builder.start(graph_kernels.LIBRARY.name, graph_kernels.serve_linear)
-    builder.wait([graph_kernels.LIBRARY.name])
+    _has_ops()
 
 
 def dispatch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -113,7 +112,7 @@ def dispatch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
 def dispatch_attend_latents(*operands: Any, **options: Any) -> Tensor | None:
     """Attend to a KV cache in one native call; see `fhopt.attention.attend.attend_latents_reference`.
 
-    None if it is not applicable.
+    None if it is not applicable, or its libraries cannot be built.
     """
     builder.load_attention()
     if not _has_ops():
@@ -151,12 +150,12 @@ def pack_window(
 
 
 def _has_ops() -> bool:
-    """Return whether the C++ ops are callable; they are without a compiler only if built before."""
+    """Return whether the C++ ops are callable; False if they cannot be built."""
     return bool(builder.get(graph_kernels.LIBRARY.name, graph_kernels.serve_linear, graph_kernels.compiles_linear))
 
 
 def _has_blocks() -> bool:
-    """Return whether matmuls with GGUF blocks are callable; they are without a compiler only if built before."""
+    """Return whether matmuls with GGUF blocks are callable; False if their libraries cannot be built."""
     return bool(builder.get(gguf_blocks.LIBRARY.name, graph_kernels.serve_blocks, graph_kernels.compiles_blocks))
 
 
@@ -167,8 +166,6 @@ def start_blocks() -> None:
 
 def prepare_blocks() -> bool:
     """Build the libraries for matmuls with GGUF blocks, wait for them, and return whether they are callable."""
-    start_blocks()
-    builder.wait([gguf_blocks.LIBRARY.name])
     return _has_blocks()
 
 

@@ -154,8 +154,9 @@ def _layer_index(module: torch.nn.Module, index: int) -> int:
 def prepare(model: torch.nn.Module) -> torch.nn.Module:
     """Wait until the kernels for the plan applied to `model` are built. Returns the model.
 
-    Kernels serve every plan and are cached on disk: a machine builds them once, in 10 to 60 seconds. Without this
-    call, the first tokens wait for them, and a line on stderr tells so. Does nothing for a model without a plan.
+    Kernels serve every plan and are cached on disk: a machine builds them once, in about half a minute on 2
+    cores. Without this call, the first tokens wait for them, and lines on stderr report it. Does nothing for a model
+    without a plan.
     """
     import fhopt.codegen
 

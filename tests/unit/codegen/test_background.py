@@ -20,6 +20,7 @@ from needs import needs_compiler
 from fhopt.codegen import background
 from fhopt.codegen.background import Builder
 from fhopt.codegen.build import build_torch
+from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAMES = [f"library {number}" for number in range(6)]
@@ -57,16 +58,16 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 
 
 @pytest.mark.parametrize(("quiet", "lines"), [(0.01, 2), (30.0, 0)])
-def test_a_call_waits_for_its_library_and_a_line_tells_of_a_long_wait(
+def test_a_call_waits_for_its_library_and_lines_report_a_long_wait(
     quiet: float, lines: int, compiler: Compiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(background, "QUIET", quiet)
     threading.Timer(0.3, compiler.may.set).start()
     builder = Builder()
     assert [compiler.get(builder, "pack") for _ in range(2)] == ["PACK", "PACK"] and compiler.built == ["pack"]
-    told = capsys.readouterr()
-    assert told.out == "" and len(told.err.splitlines()) == lines
-    assert all(line.startswith("fhopt compile") and line.endswith(": pack") for line in told.err.splitlines())
+    output = capsys.readouterr()
+    assert output.out == "" and len(output.err.splitlines()) == lines
+    assert all(line.startswith("fhopt compile") and line.endswith(": pack") for line in output.err.splitlines())
 
 
 def test_as_many_are_built_concurrently_as_there_are_cores(compiler: Compiler) -> None:
@@ -156,12 +157,18 @@ def test_a_forked_process_builds_what_its_parent_was_building() -> None:
 
 
 def test_every_spec_is_served_once_the_kernel_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = list[int]()
-    monkeypatch.setattr(background, "load_library", lambda: loaded.append(1))
+    order = list[object]()
+
+    def built(spec: KernelSpec) -> LatentKernel:
+        order.append(spec)
+        return build_torch(spec)
+
+    monkeypatch.setattr(background, "load_library", lambda: order.append("library"))
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
-    monkeypatch.setattr(background, "build_kernel", lambda spec: (build_torch(spec), len(loaded)))
-    builder = Builder()
-    assert [builder.kernel(spec)[1] for spec in (SPEC, replace(SPEC, softcap=True))] == [1, 1]  # type: ignore[index]
+    monkeypatch.setattr(background, "build_kernel", built)
+    builder, specs = Builder(), [SPEC, replace(SPEC, softcap=True)]
+    assert None not in [builder.kernel(spec) for spec in specs]
+    assert order == ["library", *specs]
 
 
 PROGRAM = """

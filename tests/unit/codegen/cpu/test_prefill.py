@@ -35,7 +35,7 @@ UNITS = {"this CPU": "", "AVX-512 BF16": "cooperlake", "AVX2": "x86-64-v3", "SSE
 
 @pytest.fixture(autouse=True, params=sampled(UNITS.values(), 4), ids=list(UNITS))
 def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for the kernel, for this CPU or a lesser one, even if 4-float vectors would not pay."""
+    """Use the kernel, for this CPU or a lesser one, even if 4-float vectors would not pay."""
     if request.param and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
     if request.param == UNITS["AVX-512 BF16"] and "AVX-512 BF16" not in vector_units():
