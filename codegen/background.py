@@ -21,8 +21,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from fhopt.codegen import compiler
-from fhopt.codegen.build import build_kernel, load_library, needs_compiler
-from fhopt.codegen.cpu.attention import NAME
+from fhopt.codegen.build import build_kernel
+from fhopt.codegen.cpu.attention import LIBRARY
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores
@@ -56,7 +56,7 @@ class Builder:
 
     def load_attention(self) -> None:
         """Build the kernel library, unless it is built. Raises what `codegen.build` raises."""
-        self.get(NAME, load_library, needs_compiler)
+        self.get(LIBRARY.name, LIBRARY.load, LIBRARY.compiles)
 
     def get(self, name: str, job: Callable[[], Any], compiles: Callable[[], bool]) -> Any:
         """Return the result of the job with that name, once it has run.
@@ -88,7 +88,7 @@ class Builder:
 
     def start_attention(self) -> None:
         """Start to build the kernel library."""
-        self.start(NAME, load_library)
+        self.start(LIBRARY.name, LIBRARY.load)
 
     def wait(self, names: Collection[str] | None = None) -> None:
         """Wait for jobs, for all requested ones if none are named; lines on stderr report a long wait."""

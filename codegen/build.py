@@ -9,19 +9,20 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 
-from fhopt.codegen import compiler, eager
-from fhopt.codegen.compiler import CompileError, compile_and_load, warn_without_compiler
+from fhopt.codegen import eager
+from fhopt.codegen.compiler import has_compiler, vector_unit
 from fhopt.codegen.cpu import attention as cpu_attention
+from fhopt.codegen.cpu.attention import LIBRARY
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu import attention as gpu_attention
 from fhopt.codegen.gpu.launch import TritonKernel
+from fhopt.codegen.prebuilt import load_prebuilt
 from fhopt.codegen.tiers import spec_has_trellis
 from fhopt.errors import FhoptError
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference
@@ -49,11 +50,8 @@ def build_kernel(spec: KernelSpec) -> LatentKernel:
     warning) plain torch operations, for trellis codes the reference. The kernel ignores the arguments for bit groups,
     which `spec` fixes. Raises FhoptError for a spec without a kernel.
     """
-    try:
-        return build_cpp(spec)
-    except CompileError as error:
-        warn_without_compiler(error)
-    return without_compiler(spec)
+    library = LIBRARY.load()
+    return LibraryKernel(library, spec) if library is not None else without_compiler(spec)
 
 
 def without_compiler(spec: KernelSpec) -> LatentKernel:
@@ -61,31 +59,17 @@ def without_compiler(spec: KernelSpec) -> LatentKernel:
     return latent_attention_reference if spec_has_trellis(spec) else build_torch(spec)
 
 
-def needs_compiler() -> bool:
-    """Return whether building a CPU kernel runs a compiler, which takes seconds; it does once per machine."""
-    try:
-        flags = compiler.flags_for_products()
-    except CompileError:  # no compiler
-        return False
-    return compiler.compiles(cpu_attention.NAME, cpu_attention.attention_source(), flags)
+def describe_kernels() -> str:
+    """Describe the vector instructions of the CPU kernels, and whether they are prebuilt or compiled."""
+    target = LIBRARY.prebuilt_for()
+    if target is None or load_prebuilt(LIBRARY.name, LIBRARY.text(), LIBRARY.flags) is None:
+        return vector_unit()
+    return f"{target.unit}, prebuilt for {target.name}"
 
 
-def load_library() -> None:
-    """Compile and load the library of all CPU kernels; on failure, warn once."""
-    try:
-        _library()
-    except CompileError as error:
-        warn_without_compiler(error)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    return compile_and_load(cpu_attention.NAME, cpu_attention.attention_source(), compiler.flags_for_products())
-
-
-def build_cpp(spec: KernelSpec) -> LatentKernel:
-    """Build the C++ kernel of `spec`. Raises CompileError."""
-    return LibraryKernel(_library(), spec)
+def has_kernels() -> bool:
+    """Return whether C++ kernels can run: they are prebuilt, or there is a compiler."""
+    return LIBRARY.prebuilt_for() is not None or has_compiler()
 
 
 def build_torch(spec: KernelSpec) -> LatentKernel:

@@ -18,7 +18,7 @@ from pathlib import Path
 from fhopt.files import appearing
 from fhopt.system import cache_folder, cached_file, text_digest, warn_once, write_text
 
-ISA_VARIABLE = "FHOPT_ISA"  # target instruction set, such as x86-64-v3, to test code for older CPUs
+ISA_VARIABLE = "FHOPT_ISA"  # compile for this instruction set, such as x86-64-v3 or native; no prebuilt libraries
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _running: set[subprocess.Popen[str]] = set()
@@ -98,11 +98,12 @@ def vector_unit() -> str:
         compiler = find_compiler()
     except CompileError:
         return "plain torch operations, no C++ compiler was found"
-    name, macros = Path(compiler).name, _macros(compiler)
-    for needed, words in _UNITS:
-        if needed <= macros:
-            return f"{words}, compiled by {name}"
-    return f"vectors of 4 floats, compiled by {name}"
+    return f"{unit_of(_macros(compiler))}, compiled by {Path(compiler).name}"
+
+
+def unit_of(macros: frozenset[str]) -> str:
+    """Describe the vector unit that kernels use if a compiler defines these macros."""
+    return next((words for needed, words in _UNITS if needed <= macros), "vectors of 4 floats")
 
 
 def flags_for_products() -> tuple[str, ...]:
@@ -133,17 +134,19 @@ def _defined(compiler: str, flag: str) -> frozenset[str]:
 
 # Compiler macros, and the vector instructions that kernels use if they are defined.
 _BYTES = {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"}
+AVX512_VNNI = "AVX-512 VNNI: 8-bit integer and 16-lane float dot products"
+AMX = f"{AVX512_VNNI}; AMX for BF16 prefill"
+AVX2_VNNI = "AVX2 with VNNI: 16-bit integer and 8-lane float dot products"
+AVX2 = "AVX2: 16-bit integer and 8-lane float dot products"
+NEON = "NEON: 4-lane float dot products"
 _UNITS = (
-    (
-        _BYTES | {"__AVX512BF16__", "__AMX_BF16__"},
-        "AVX-512 VNNI: 8-bit integer and 16-lane float dot products; AMX for BF16 prefill",
-    ),
-    (_BYTES, "AVX-512 VNNI: 8-bit integer and 16-lane float dot products"),
+    (_BYTES | {"__AVX512BF16__", "__AMX_BF16__"}, AMX),
+    (_BYTES, AVX512_VNNI),
     ({"__AVX512F__"}, "AVX-512 without VBMI: 16-bit integer and 16-lane float dot products"),
-    ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, "AVX2 with VNNI: 16-bit integer and 8-lane float dot products"),
-    ({"__AVX2__", "__F16C__"}, "AVX2: 16-bit integer and 8-lane float dot products"),
+    ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, AVX2_VNNI),
+    ({"__AVX2__", "__F16C__"}, AVX2),
     ({"__AVX2__"}, "AVX2: 8-lane float dot products"),
-    ({"__ARM_NEON"}, "NEON: 4-lane float dot products"),
+    ({"__ARM_NEON"}, NEON),
 )
 
 
@@ -153,15 +156,19 @@ def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ..
     write_text(source, f"// {' '.join([*compiler, *links])} -fopenmp\n{text}")
     with appearing(library) as target:
         command = [*compiler, str(source), "-o", str(target), *links]
-        failed = _errors([*command, "-fopenmp"])
-        if failed and _errors(command):  # without OpenMP the kernel is single-threaded
-            lines = failed.strip().splitlines()
-            message = next((line for line in lines if "error" in line), lines[0])
-            raise CompileError(f"{compiler[0]} failed to compile a generated file: {message}.")
+        failed = compiler_errors([*command, "-fopenmp"])
+        if failed and compiler_errors(command):  # without OpenMP the kernel is single-threaded
+            raise CompileError(f"{compiler[0]} failed to compile a generated file: {first_error(failed)}.")
 
 
-def _errors(command: list[str]) -> str:
-    """Run the compiler and return its error output if it failed, else ""."""
+def first_error(output: str) -> str:
+    """Return the line of a compiler's output that names the first error."""
+    lines = output.strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0])
+
+
+def compiler_errors(command: list[str]) -> str:
+    """Run a compiler and return its error output if it failed, else "". Raises CompileError if it cannot be started."""
     done = _run(command)
     return (done.stderr or "no message") if done.returncode else ""
 
@@ -193,7 +200,8 @@ def stop() -> None:
 
 def native_flag() -> str:
     """Return the flag that compiles for the CPU of this machine, or for the ISA in FHOPT_ISA."""
-    if isa := os.environ.get(ISA_VARIABLE):
+    isa = os.environ.get(ISA_VARIABLE)
+    if isa and isa != "native":
         return f"-march={isa}"
     arm = platform.machine().lower() in ("arm64", "aarch64")
     return "-mcpu=native" if arm else "-march=native"

@@ -70,6 +70,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def reported(field: str) -> str:
+    """Return a field of the first CPU in /proc/cpuinfo; "" if missing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return ""
+    named = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
+    return next(named, "")
+
+
 def peak_megabytes() -> float:
     """Return the peak memory of this process, in MB of 10^6 bytes."""
     import resource

@@ -1,7 +1,7 @@
 """The C++ kernels of latent attention for CPUs: one readable file without dependencies, compiled once on a machine.
 
-    library()       the file: `new_kernel` makes the table of a `KernelSpec`, `latent_attention` computes by a table
-    render(spec)    the same file, with the table of one spec behind it and a command that compiles it before it
+    LIBRARY                   the file: `new_kernel` makes the table of a `KernelSpec`, `latent_attention` uses it
+    render_attention(spec)    the same file, after a command that compiles it and followed by the table of one spec
 
 What varies with the spec (bit groups, widths, softcap) is data, so that a plan needs no compiler. The file is compiled
 by GCC or Clang for whatever vector unit the host has and called through one struct (`Attention`). Products of floats
@@ -17,23 +17,18 @@ import ctypes
 from string import Template
 from typing import Any
 
-from fhopt.codegen.compiler import FLAGS
+from fhopt.codegen.compiler import FLAGS, flags_for_products
 from fhopt.codegen.cpu.calls.kernels import Tier, Type
-from fhopt.codegen.cpu.source_text import read_cpp
+from fhopt.codegen.cpu.library import CppLibrary
 from fhopt.codegen.tiers import Tiers, check_spec
 from fhopt.plan.kernel_spec import KernelSpec
 
-NAME = "attention"  # of the library
-
-
-def attention_source() -> str:
-    """Read the C++ file that serves every spec."""
-    return read_cpp("attention.cpp")
+LIBRARY = CppLibrary("attention", "attention.cpp", lambda library: library, local_flags=flags_for_products)
 
 
 def render_attention(spec: KernelSpec) -> str:
     """Render the C++ file with the table of `spec`. The same spec gives the same text. Raises FhoptError."""
-    return f"// c++ {' '.join(FLAGS)} -march=native -fopenmp\n{attention_source()}{render_table(spec)}"
+    return f"// c++ {' '.join(FLAGS)} -march=native -fopenmp\n{LIBRARY.text()}{render_table(spec)}"
 
 
 def table_name(spec: KernelSpec) -> str:

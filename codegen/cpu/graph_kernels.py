@@ -399,15 +399,10 @@ def compiles_linear() -> bool:
     return any(library.compiles() for library in (*products, LIBRARY, packing.LIBRARY))
 
 
-def torch_flags() -> tuple[str, ...]:
-    """Return the flags that compile against the stable part of torch's C++ interface."""
+def _torch_here() -> tuple[str, ...]:
+    """Return the paths of torch, and its version, so that each version has a file."""
     root = Path(torch.__file__).parent
-    return "-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"
-
-
-def _flags() -> tuple[str, ...]:
-    """Return the flags of the library: a file for each version of torch."""
-    return (*torch_flags(), f'-DFHOPT_TORCH="{torch.__version__}"')
+    return f"-I{root / 'include'}", f"-L{root / 'lib'}", f'-DFHOPT_TORCH="{torch.__version__}"'
 
 
 def _bind(library: ctypes.CDLL) -> ctypes.CDLL | None:
@@ -423,5 +418,6 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL | None:
 
 LIBRARY = CppLibrary(
     "ops", "graph_kernels.cpp", _bind, "Kernel calls go through Python, which adds about 30 microseconds each.",
-    _flags, ("-ltorch_cpu",),
+    # The stable part of torch's C++ interface, as of torch 2.11, so that one file serves all later versions.
+    ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"), ("-ltorch_cpu",), _torch_here,
 )  # fmt: skip

@@ -138,4 +138,4 @@ def _bind(library: ctypes.CDLL) -> tuple[Any, Any]:
 
 
 # The flag: a product and a sum are rounded one after the other.
-LIBRARY = CppLibrary("pack", "packing.cpp", _bind, flags=lambda: ("-ffp-contract=off",))
+LIBRARY = CppLibrary("pack", "packing.cpp", _bind, flags=("-ffp-contract=off",))

@@ -27,7 +27,7 @@ from fhopt.calibration.loss_check import check_losses
 from fhopt.calibration.offloaded_probe import Dispatched
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.probe import Batch, Probed, probed
-from fhopt.codegen.compiler import has_compiler
+from fhopt.codegen.build import has_kernels
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, codes, fit_plan
 from fhopt.fitting.allocation import STEPS
@@ -116,11 +116,11 @@ def plan_from_calibration(calibration: Calibration, options: FitOptions) -> Late
 def code_of(options: FitOptions, mean_tokens: int) -> str:
     """Resolve the code `auto` for plans whose means are over `mean_tokens` tokens.
 
-    Trellis codes need a CPU, a cache with means, and a compiler, without which finding the rings takes minutes.
+    Trellis codes need a CPU, a cache with means, and compiled kernels, without which finding the rings takes minutes.
     """
     device = options.device
     on_cpu = not torch.accelerator.is_available() if device is None else find_device(device).kind == "cpu"
-    return codes.chosen(options.code, options.ratio, on_cpu and mean_tokens > 0 and has_compiler())
+    return codes.chosen(options.code, options.ratio, on_cpu and mean_tokens > 0 and has_kernels())
 
 
 def calibrate(

@@ -296,12 +296,12 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
             f"--threads {max(counts)} exceeds the number of cores; expected at most {cores()}. Use fewer threads."
         )
 
-    from fhopt.codegen.compiler import vector_unit
+    from fhopt.codegen.build import describe_kernels
     from fhopt.hardware import this_cpu
     from fhopt.inspection.measured_tables import machine_table
 
     results = [this_cpu.measure_cpu(n) if again else this_cpu.measured(n) for n in counts]
-    kernels = vector_unit()
+    kernels = describe_kernels()
     if as_json:
         print_json({"kernels": kernels, "measured": [asdict(one) for one in results]})
         return

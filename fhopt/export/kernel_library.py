@@ -31,7 +31,7 @@ def render_library(specs: Sequence[KernelSpec]) -> dict[str, str]:
     unique = list({spec.name: spec for spec in specs}.values())
     texts = {
         "op.cpp": _op(unique),
-        "attention.cpp": attention.attention_source() + "".join(map(attention.render_table, unique)),
+        "attention.cpp": attention.LIBRARY.text() + "".join(map(attention.render_table, unique)),
     }
     return {name: f"{_COMMAND}\n{text}" for name, text in texts.items()}
 
@@ -66,8 +66,9 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
         compiler = find_compiler()
     except CompileError as error:
         raise FhoptError(f"{error} Install g++ (or clang++), or pass --no-aot.") from error
-    flags = (*FLAGS, "-fopenmp", native_flag(), *graph_kernels.torch_flags())
-    command = [compiler, *flags, *(str(folder / name) for name in files), "-o", str(path), "-ltorch_cpu"]
+    library = graph_kernels.LIBRARY
+    flags = (*FLAGS, "-fopenmp", native_flag(), *library.flags, *library.local_flags())
+    command = [compiler, *flags, *(str(folder / name) for name in files), "-o", str(path), *library.links]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")

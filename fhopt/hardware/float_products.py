@@ -34,8 +34,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fhopt import codegen
-from fhopt.hardware.this_cpu import reported
-from fhopt.system import multiplies_by_loops
+from fhopt.system import multiplies_by_loops, reported
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

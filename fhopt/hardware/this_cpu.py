@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from fhopt.errors import FhoptError
 from fhopt.files import appearing, read_file
-from fhopt.system import cache_folder, cores, make_private, memory_bytes, multiplies_by_loops
+from fhopt.system import cache_folder, cores, make_private, memory_bytes, multiplies_by_loops, reported
 
 VECTOR = 1 << 26  # float32 elements: 256 MB, more than caches hold
 SIDE = 1536  # of square matrices: they fit into the L2 cache, and take some milliseconds
@@ -151,16 +150,6 @@ _UNITS = {  # flags of /proc/cpuinfo
     "avx512_bf16": "AVX-512 BF16", "amx_int8": "AMX INT8", "amx_bf16": "AMX BF16",
     "asimd": "NEON", "asimddp": "NEON DotProd", "i8mm": "NEON I8MM", "bf16": "NEON BF16", "sve": "SVE",
 }  # fmt: skip
-
-
-def reported(field: str) -> str:
-    """Return a field of the first CPU in /proc/cpuinfo; "" if missing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return ""
-    named = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
-    return next(named, "")
 
 
 def multiplies_bfloat16() -> bool:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fhopt.codegen.compiler import CompileError, check_compiler, vector_unit
+from fhopt.codegen.build import describe_kernels
+from fhopt.codegen.compiler import CompileError, check_compiler
 from fhopt.codegen.gpu.gpus import gpu_named
 from fhopt.hardware import this_cpu
 from fhopt.system import CACHE_VARIABLE, cache_fault, cache_folder, cores, generated_bytes, has_triton, memory_bytes
@@ -49,7 +50,8 @@ class GpuFacts:
 class Machine:
     """Hardware and software of a machine. GB are 10^9 bytes; read_gb_s: measured, with `threads` threads.
 
-    kernels: instructions of the CPU kernels. compiler_fault: why none can be compiled, "" if one has just been.
+    kernels: instructions of the CPU kernels, and whether they are prebuilt or compiled; "" if there are none.
+    compiler_fault: why none can be compiled, "" if one has just been.
     gpu_fault: why torch cannot use a GPU that exists. versions: of packages; None for those not installed. cache_fault:
     why the folder of generated kernels cannot be used.
     """
@@ -95,7 +97,7 @@ def examine() -> Machine:
         memory_gb=round(total / 1e9, 1),
         free_gb=round(free / 1e9, 1),
         read_gb_s=round(this_cpu.measure_read(threads), 1),
-        kernels=vector_unit() if not compiler_fault else "plain torch operations",
+        kernels=_kernels(compiler_fault),
         compiler=compiler,
         compiler_fault=compiler_fault,
         gpus=gpus,
@@ -105,6 +107,11 @@ def examine() -> Machine:
         cache_bytes=generated_bytes() if _folder() else 0,
         cache_fault=cache_fault(),
     )
+
+
+def _kernels(compiler_fault: str) -> str:
+    kernels = describe_kernels()
+    return kernels if "prebuilt" in kernels or not compiler_fault else ""
 
 
 def _compiler() -> tuple[str, str]:
@@ -180,12 +187,12 @@ def findings(machine: Machine) -> tuple[Finding, ...]:
 
 def _on_cpu(machine: Machine) -> list[Finding]:
     found = []
-    if machine.compiler_fault:
+    if not machine.kernels:
         words = f"{machine.compiler_fault} CPU decoding runs on plain torch operations, which is slower."
         found.append(Finding(SLOW, words, "Install g++ (or clang++) with its headers."))
     else:
-        found.append(Finding(GOOD, f"CPU decoding runs on generated C++ kernels ({machine.kernels})."))
-        if not any(f"products of {numbers}" in machine.kernels for numbers in ("bytes", "words")):
+        found.append(Finding(GOOD, f"CPU decoding runs on C++ kernels ({machine.kernels})."))
+        if "integer" not in machine.kernels:
             words = (
                 "Kernels convert quantized values to floats; CPUs with AVX2 multiply 16-bit integers, and CPUs "
                 "with VNNI multiply 8-bit integers."

@@ -1,4 +1,4 @@
-"""C++ kernels on ARM: compiled for it; an emulator runs matmuls with GGUF blocks.
+"""The prebuilt kernels for ARM: cross-compiled, loaded and run in an emulator of CPUs that their targets are for.
 
 Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,37 +14,33 @@ import pytest
 import torch
 from quantized_blocks import HALVES, random_rows
 
+from fhopt.codegen.build_prebuilt import LIBRARIES, build_prebuilt, targets_named
 from fhopt.codegen.compiler import FLAGS
-from fhopt.codegen.cpu import (
-    block_tables,
-    gguf_blocks,
-    lm_head,
-    packing,
-    pages,
-    prefill,
-    skinny_linear,
-    wide_linear,
-)
-from fhopt.codegen.programs import program
+from fhopt.codegen.cpu import gguf_blocks
+from fhopt.codegen.cpu.calls.headers import headers
 
 gguf = pytest.importorskip("gguf")
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+SYSTEM = "/usr/aarch64-linux-gnu"  # Debian's libraries for ARM
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which(COMPILER) or not shutil.which(EMULATOR), reason="there is no compiler for ARM"),
 ]
-CPUS = ("neoverse-n1", "cortex-a53")  # with and without int8 dot products
-LIBRARIES: dict[str, Callable[[], str]] = {
-    module.__name__.rpartition(".")[2]: module.LIBRARY.text
-    for module in (block_tables, gguf_blocks, lm_head, packing, pages, prefill, skinny_linear, wide_linear, program)
-}
-# Loads a case, writes its matmul results and the dequantized weight.
+CPUS = {"aarch64-dotprod": "neoverse-n1", "aarch64": "cortex-a53"}  # by target; the latter has no int8 dot products
+# Loads a library and a case, writes its matmul results and the dequantized weight.
 MAIN = r"""
 #include <cstdio>
 #include <vector>
+#include <dlfcn.h>
 
-int main(int, char** files) {
-    FILE *from = std::fopen(files[1], "rb"), *to = std::fopen(files[2], "wb");
+int main(int count, char** files) {
+    void* library = dlopen(files[1], RTLD_NOW);
+    if (!library) return std::fprintf(stderr, "%s\n", dlerror()), 1;
+    if (count < 4) return 0;
+    auto* product = (void (*)(const Skinny*, int64_t))dlsym(library, "block_group");
+    auto* unpack = (void (*)(int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t,
+                             uint8_t*, int64_t, int64_t))dlsym(library, "unpack_blocks");
+    std::FILE *from = std::fopen(files[2], "rb"), *to = std::fopen(files[3], "wb");
     int64_t n[5];  // format, rows, width, columns, bytes of a row of the weight
     if (std::fread(n, 8, 5, from) != 5) return 1;
     std::vector<float> x(n[1] * n[2]), y(n[1] * n[3]), numbers(n[3] * n[2]);
@@ -54,8 +49,8 @@ int main(int, char** files) {
     if (std::fread(weight.data(), 1, weight.size(), from) != weight.size()) return 1;
     const Skinny a{n[1], n[2], n[3], 2, FORMATS * n[0], x.data(), n[2], weight.data(), n[4], nullptr, y.data(),
                    nullptr, 0};
-    block_group(&a, 1);
-    unpack_blocks(n[0], weight.data(), n[4], n[3], n[2], 0, nullptr, n[3], (uint8_t*)numbers.data(), 0, 2);
+    product(&a, 1);
+    unpack(n[0], weight.data(), n[4], n[3], n[2], 0, nullptr, n[3], (uint8_t*)numbers.data(), 0, 2);
     std::fwrite(y.data(), 4, y.size(), to);
     std::fwrite(numbers.data(), 4, numbers.size(), to);
     return std::fclose(to);
@@ -63,21 +58,39 @@ int main(int, char** files) {
 """
 
 
-def compiled(text: str, cpu: str, made: Path, flags: tuple[str, ...] = FLAGS) -> None:
-    made.with_suffix(".cpp").write_text(text)
-    command = [COMPILER, *flags, f"-mcpu={cpu}", "-fopenmp", str(made.with_suffix(".cpp")), "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the libraries of both targets, and the program `run`."""
+    folder = tmp_path_factory.mktemp("prebuilt")
+    build_prebuilt(folder, targets_named(list(CPUS)))
+    (folder / "run.cpp").write_text(headers()["skinny_call.h"].replace("#pragma once\n", "") + MAIN)
+    command = [COMPILER, *(flag for flag in FLAGS if flag != "-shared"), "run.cpp", "-o", "run", "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
+    return folder
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_a_library_compiles(name: str, tmp_path: Path) -> None:
-    compiled(LIBRARIES[name](), "neoverse-n1", tmp_path / "library")
+def emulated(target: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the program on an emulated CPU that the target is for."""
+    command = [EMULATOR, "-L", SYSTEM, "-cpu", CPUS[target], folder / "run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-def test_matmuls_with_blocks_agree_with_float64(cpu: str, tmp_path: Path) -> None:
-    compiled(gguf_blocks.LIBRARY.text() + MAIN, cpu, tmp_path / "products", ("-O3", "-std=c++17", "-static"))
+@pytest.mark.parametrize("target", CPUS)
+def test_every_library_loads(target: str, prebuilt: Path) -> None:
+    files = sorted((prebuilt / target).glob("*.so"))
+    assert [file.stem.rpartition("-")[0] for file in files] == sorted(library.name for library in LIBRARIES)
+    for file in files:
+        done = emulated(target, prebuilt, file)
+        if file.stem.startswith("ops-"):  # needs torch for ARM
+            assert "libtorch_cpu.so: cannot open shared object file" in done.stderr
+        else:
+            assert done.returncode == 0, (file.name, done.stderr)
+
+
+@pytest.mark.parametrize("target", CPUS)
+def test_matmuls_with_blocks_agree_with_float64(target: str, prebuilt: Path, tmp_path: Path) -> None:
+    (library,) = (prebuilt / target).glob("blocks-*.so")
     rows, columns, width = 7, 21, 512
     for format in sorted(HALVES):
         given = random_rows(format, columns, width)
@@ -86,10 +99,10 @@ def test_matmuls_with_blocks_agree_with_float64(cpu: str, tmp_path: Path) -> Non
         blocks = gguf_blocks.interleave_rows(given, format, width).values.numpy()
         sizes = np.array([format, rows, width, columns, blocks.shape[1]], dtype=np.int64)
         (tmp_path / "case").write_bytes(sizes.tobytes() + x.tobytes() + blocks.tobytes())
-        command = [EMULATOR, "-cpu", "max", "products", "case", "result"]
-        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+        done = emulated(target, prebuilt, library, tmp_path / "case", tmp_path / "result")
+        assert done.returncode == 0, done.stderr
         result = np.fromfile(tmp_path / "result", dtype=np.float32)
         products, unpacked = result[: rows * columns].reshape(rows, -1), result[rows * columns :].reshape(columns, -1)
         assert np.allclose(unpacked, numbers, rtol=2e-6)
         size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(numbers, axis=1)
-        assert (np.abs(products - x.astype(np.float64) @ numbers.T) / size).max() <= 1e-4, (format, cpu)
+        assert (np.abs(products - x.astype(np.float64) @ numbers.T) / size).max() <= 1e-4, (format, target)

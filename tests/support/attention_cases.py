@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fhopt.codegen.cpu.attention import LIBRARY
+from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import Tiers
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference
 from fhopt.ops.packing import pack_reference, unpack_reference
@@ -133,6 +135,13 @@ def expected(case: KernelCase, x: Inputs, mask: Tensor | None) -> tuple[Tensor, 
         unpacked.append((rows if scale is None else unpack_reference(rows, scale, bits, widths, steps)).double())
     options = KernelCase(UNCODED, UNCODED, 0, 0, 0, 0, 0, softcap=case.softcap).options()
     return latent_attention_reference(query.double(), unpacked[0], None, unpacked[1], None, mask, **options)  # type: ignore[arg-type]
+
+
+def build_cpp(spec: KernelSpec) -> LatentKernel:
+    """Build the C++ kernel of a spec."""
+    library = LIBRARY.load()
+    assert library is not None, "it cannot be compiled"
+    return LibraryKernel(library, spec)
 
 
 def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:

@@ -75,7 +75,7 @@ def test_small_plans_have_trellis_codes_if_supported(llama: FittedModel, monkeyp
     assert not has_trellis(measured, code="uniform")
     assert run.code_of(replace(OPTIONS, ratio=8, device="h100"), 16) == "uniform"
     with monkeypatch.context() as without:
-        without.setattr(run, "has_compiler", lambda: False)
+        without.setattr(run, "has_kernels", lambda: False)
         assert not has_trellis(measured) and has_trellis(measured, code="trellis")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert not has_trellis(measured) and has_trellis(measured, device="cpu")

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fhopt.codegen import build, build_kernel
+from fhopt.codegen import build_kernel
 from fhopt.codegen.background import Builder
+from fhopt.codegen.cpu import library as cpu_library
 
 DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
@@ -22,7 +23,7 @@ def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(DISPATCH, "_kernels", {})
     monkeypatch.setattr(DISPATCH, "builder", Builder())
     build_kernel.cache_clear()
-    build._library.cache_clear()
+    cpu_library._load.cache_clear()
     yield
     build_kernel.cache_clear()
-    build._library.cache_clear()
+    cpu_library._load.cache_clear()

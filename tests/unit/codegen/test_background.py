@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,8 +164,8 @@ def test_every_spec_is_served_once_the_kernel_library_is_built(monkeypatch: pyte
         order.append(spec)
         return build_torch(spec)
 
-    monkeypatch.setattr(background, "load_library", lambda: order.append("library"))
-    monkeypatch.setattr(background, "needs_compiler", lambda: True)
+    library = SimpleNamespace(name="attention", load=lambda: order.append("library"), compiles=lambda: True)
+    monkeypatch.setattr(background, "LIBRARY", library)
     monkeypatch.setattr(background, "build_kernel", built)
     builder, specs = Builder(), [SPEC, replace(SPEC, softcap=True)]
     assert None not in [builder.kernel(spec) for spec in specs]

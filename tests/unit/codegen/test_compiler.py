@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from attention_cases import CASES, assert_same, expected, inputs
+from attention_cases import CASES, assert_same, build_cpp, expected, inputs
 from needs import needs_compiler
 
-from fhopt.codegen import build, build_kernel
-from fhopt.codegen.build import build_cpp
+from fhopt.codegen import build_kernel
 from fhopt.codegen.compiler import find_compiler, vector_unit
+from fhopt.codegen.cpu import library as cpu_library
 from fhopt.hardware.this_cpu import vector_units
 
 pytestmark = pytest.mark.usefixtures("nothing_built")
@@ -78,7 +78,7 @@ def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
 @needs_compiler
 def test_a_cached_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     build_cpp(CASES["one token"].spec())
-    build._library.cache_clear()
+    cpu_library._load.cache_clear()
     monkeypatch.setattr(COMPILER, "_compile", lambda *_: pytest.fail("compiled again"))
     for case in CASES.values():  # one library contains all
         build_cpp(case.spec())

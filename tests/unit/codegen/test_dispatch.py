@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, UNCODED, KernelCase, assert_same, expected, inputs
+from attention_cases import CASES, UNCODED, KernelCase, assert_same, build_cpp, expected, inputs
 from needs import needs_compiler
 from small_models import FittedModel
 from torch import Tensor
 
 from fhopt.codegen import background
-from fhopt.codegen.build import build_cpp, build_torch
+from fhopt.codegen.build import build_torch
 from fhopt.codegen.dispatch import dispatch_latent_attention, register_kernels
 from fhopt.evaluation.perplexity import switched
 from fhopt.ops import algebra, registry
@@ -45,8 +46,8 @@ def test_the_first_call_waits_for_the_library(monkeypatch: pytest.MonkeyPatch) -
         return build_torch(spec)
 
     monkeypatch.setattr(background, "build_kernel", built)
-    monkeypatch.setattr(background, "load_library", load)
-    monkeypatch.setattr(background, "needs_compiler", lambda: True)
+    library = SimpleNamespace(name="attention", load=load, compiles=lambda: True)
+    monkeypatch.setattr(background, "LIBRARY", library)
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
     torch.manual_seed(0)
     rows, options = torch.randn(1, 1, 3, 12), algebra.uncoded_options()

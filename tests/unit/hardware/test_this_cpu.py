@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from fhopt.cli.app import main
-from fhopt.codegen.compiler import vector_unit
+from fhopt.codegen.build import describe_kernels
 from fhopt.errors import FhoptError
 from fhopt.hardware import this_cpu
 from fhopt.hardware.devices import find_device
@@ -103,9 +103,9 @@ def test_another_name_is_refused(name: str) -> None:
 def test_the_command_prints_the_measurements() -> None:
     result = CliRunner().invoke(main, ["device", "--threads", "1"])
     assert result.exit_code == 0, result.output
-    assert "read, GB/s" in result.output and f"Kernels: {vector_unit()}." in " ".join(result.output.split())
+    assert "read, GB/s" in result.output and f"Kernels: {describe_kernels()}." in " ".join(result.output.split())
     found = json.loads(CliRunner().invoke(main, ["device", "--threads", "1", "--json"]).output)
-    assert found["measured"][0]["threads"] == 1 and found["kernels"] == vector_unit()
+    assert found["measured"][0]["threads"] == 1 and found["kernels"] == describe_kernels()
 
 
 def test_more_threads_than_cores_are_refused_in_one_line() -> None:

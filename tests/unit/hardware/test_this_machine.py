@@ -11,6 +11,7 @@ import pytest
 import torch
 from needs import needs_compiler
 
+from fhopt.codegen.compiler import AVX512_VNNI, NEON
 from fhopt.hardware import this_cpu
 from fhopt.hardware.this_machine import (
     GOOD,
@@ -28,7 +29,7 @@ from fhopt.system import cores
 COMPILER = importlib.import_module("fhopt.codegen.compiler")
 MACHINE = Machine(
     cpu="AMD EPYC", vector_units=("AVX2",), cores=4, threads=4, memory_gb=16.0, free_gb=8.0, read_gb_s=20.0,
-    kernels="AVX-512 VNNI: products of bytes, and of 16 floats, compiled by g++", compiler="g++ 12", compiler_fault="",
+    kernels=f"{AVX512_VNNI}, compiled by g++", compiler="g++ 12", compiler_fault="",
     gpus=(), gpu_fault="", versions=dict.fromkeys(PACKAGES, "1.0"), cache_folder="/cache", cache_bytes=0,
     cache_fault="",
 )  # fmt: skip
@@ -62,7 +63,7 @@ def test_nothing_that_is_missing_stops_the_examination(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(metadata, "version", absent)
     found = examine()
-    assert "No C++ compiler was found" in found.compiler_fault and found.kernels == "plain torch operations"
+    assert "No C++ compiler was found" in found.compiler_fault and found.kernels == ""
     assert found.cache_fault and set(found.versions.values()) - {None} == {
         found.versions["fhopt"],
         found.versions["python"],
@@ -80,6 +81,15 @@ def test_a_compiler_that_fails_counts_as_missing(monkeypatch: pytest.MonkeyPatch
     assert "failed to compile a generated file: error: no headers" in examine().compiler_fault
 
 
+def test_prebuilt_kernels_need_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    prebuilt = f"{AVX512_VNNI}, prebuilt for x86-64-v4-vbmi"
+    monkeypatch.setattr("fhopt.hardware.this_machine.describe_kernels", lambda: prebuilt)
+    found = examine()
+    assert "No C++ compiler was found" in found.compiler_fault and found.kernels == prebuilt
+    assert f"CPU decoding runs on C++ kernels ({prebuilt})." in [one.words for one in findings(found)]
+
+
 def test_a_complete_machine_has_only_good_news() -> None:
     assert {one.state for one in findings(replace(MACHINE, gpus=(GPU,)))} == {GOOD}
 
@@ -87,8 +97,8 @@ def test_a_complete_machine_has_only_good_news() -> None:
 @pytest.mark.parametrize(
     ("change", "state", "words", "cure"),
     [
-        ({"compiler_fault": "No C++ compiler."}, SLOW, "No C++ compiler. CPU decoding", "Install g++"),
-        ({"kernels": "NEON: 4-lane float dot products"}, SLOW, "convert quantized values to floats", ""),
+        ({"compiler_fault": "No C++ compiler.", "kernels": ""}, SLOW, "No C++ compiler. CPU decoding", "Install g++"),
+        ({"kernels": NEON}, SLOW, "convert quantized values to floats", ""),
         ({"gpu_fault": "the driver is too old"}, MISSING, "the driver is too old", "pytorch.org"),
         ({"gpus": (replace(GPU, triton_fault="no cc"),)}, SLOW, "(no cc)", "Install the triton"),
         ({"free_gb": 0.5}, SLOW, "Only 0.5 GB", "--dtype bfloat16"),

@@ -19,7 +19,7 @@ LAYERS = [CacheLayer("layers.0", "sliding", 512, False, 6), CacheLayer("layers.1
 SITES = [replace(SITE, name=f"layers.{i}.attention") for i in range(2)]
 MACHINE = Machine(
     cpu="AMD EPYC 9R14 96-Core Processor", vector_units=("AVX2", "AVX-512 VNNI"), cores=192, threads=1,
-    memory_gb=1622.4, free_gb=1500.1, read_gb_s=412.3, kernels="plain torch operations", compiler="",
+    memory_gb=1622.4, free_gb=1500.1, read_gb_s=412.3, kernels="", compiler="",
     compiler_fault="No C++ compiler was found (looked for g++, clang++, c++).",
     gpus=(GpuFacts("NVIDIA H100 80GB HBM3", "sm_90", "h100", 85.0, 84.1, ""),), gpu_fault="",
     versions={"fhopt": "0.1.0", "torch": "2.15.0", "transformers": None}, cache_folder="/home/somebody/.cache/fhopt",

@@ -27,6 +27,7 @@ from attention_cases import (
     KernelCase,
     Make,
     assert_same,
+    build_cpp,
     expected,
     inputs,
     masks,
@@ -34,9 +35,9 @@ from attention_cases import (
 from needs import covering, needs_compiler, sampled
 from torch import Tensor
 
-from fhopt.codegen.build import build_cpp, build_torch, without_compiler
+from fhopt.codegen.build import build_torch, without_compiler
 from fhopt.codegen.compiler import compile_and_load
-from fhopt.codegen.cpu.attention import attention_source
+from fhopt.codegen.cpu.attention import LIBRARY
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import Tiers, check_spec
 from fhopt.errors import FhoptError
@@ -51,10 +52,10 @@ pytestmark = pytest.mark.usefixtures("nothing_built")
 TARGETS = [pytest.param(build_cpp, id="cpp", marks=needs_compiler), pytest.param(build_torch, id="torch")]
 
 
-@pytest.fixture(params=sampled(["", "x86-64-v3"], 2), ids=["this CPU", "AVX2"])
+@pytest.fixture(params=sampled(["native", "x86-64-v3"], 2), ids=["this CPU", "AVX2"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compile kernels for the CPU's own instruction set or AVX2, so that codes are unpacked as bytes or as words."""
-    if request.param and platform.machine() != "x86_64":
+    if request.param != "native" and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
     monkeypatch.setenv("FHOPT_ISA", request.param)
     return str(request.param)
@@ -74,12 +75,12 @@ def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Ma
 
 @needs_compiler
 @pytest.mark.parametrize("name", TRELLIS_CASES)
-@pytest.mark.parametrize("target", sampled(["", "x86-64-v3", "x86-64-v2", "x86-64"], 4))
+@pytest.mark.parametrize("target", sampled(["native", "x86-64-v3", "x86-64-v2", "x86-64"], 4))
 def test_trellis_codes_are_looked_up_as_by_the_reference(
     name: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Look codes up as bytes, as words, by eights, and one by one."""
-    if target and platform.machine() != "x86_64":
+    if target != "native" and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
     monkeypatch.setenv("FHOPT_ISA", target)
     case = TRELLIS_CASES[name]
@@ -271,7 +272,7 @@ def random_tiers(draw: random.Random) -> Tiers:
 def assert_bytes_and_floats_agree(case: KernelCase) -> None:
     """Compare the byte and float paths in C++ (the same path without AVX2) with the reference."""
     x, spec = inputs(case), case.spec()
-    floats: LatentKernel = LibraryKernel(compile_and_load("attention", attention_source(), ("-DFHOPT_FLOAT",)), spec)
+    floats: LatentKernel = LibraryKernel(compile_and_load(LIBRARY.name, LIBRARY.text(), ("-DFHOPT_FLOAT",)), spec)
     for mask in masks(case):
         wanted = expected(case, x, mask)
         assert_same(floats(*x, mask, **case.options()), wanted)

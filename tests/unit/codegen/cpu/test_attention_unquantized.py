@@ -10,12 +10,13 @@ from attention_cases import (
     KernelCase,
     Make,
     assert_same,
+    build_cpp,
     expected,
     inputs,
 )
 from needs import needs_compiler
 
-from fhopt.codegen.build import build_cpp, build_torch
+from fhopt.codegen.build import build_torch
 from fhopt.ops import algebra
 from fhopt.plan.kernel_spec import KernelSpec
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from needs import needs_compiler
 
+from fhopt.codegen import build_prebuilt, prebuilt
 from fhopt.codegen.cpu import library as cpu_library
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.library import CppLibrary
+from fhopt.codegen.prebuilt import CpuTarget
 
 
 def probe(text: str, monkeypatch: pytest.MonkeyPatch) -> CppLibrary:
@@ -33,10 +36,24 @@ def test_a_library_is_compiled_once_per_machine(monkeypatch: pytest.MonkeyPatch,
 
 
 @needs_compiler
+def test_a_prebuilt_library_is_not_compiled(monkeypatch: pytest.MonkeyPatch, own_cache: Path, tmp_path: Path) -> None:
+    library = probe('extern "C" int answer() { return 42; }\n', monkeypatch)
+    target = CpuTarget("here", platform.machine(), (), frozenset(), "")
+    monkeypatch.setattr(build_prebuilt, "LIBRARIES", (library,))
+    build_prebuilt.build_prebuilt(tmp_path / "prebuilt", (target,))
+    monkeypatch.setattr(prebuilt, "TARGETS", (target,))
+    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path / "prebuilt")
+    monkeypatch.delenv("FHOPT_ISA")
+    monkeypatch.setenv("PATH", "")
+    assert library.prebuilt_for() is target and not library.compiles() and library.load()() == 42
+    assert not own_cache.exists()
+
+
+@needs_compiler
 def test_flags_make_another_library(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     text = 'extern "C" int answer() { return ANSWER; }\n'
     library = probe(text, monkeypatch)
-    one, two = replace(library, flags=lambda: ("-DANSWER=1",)), replace(library, flags=lambda: ("-DANSWER=2",))
+    one, two = replace(library, flags=("-DANSWER=1",)), replace(library, flags=("-DANSWER=2",))
     assert one.load()() == 1 and two.load()() == 2
 
 

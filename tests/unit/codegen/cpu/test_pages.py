@@ -84,7 +84,7 @@ def test_the_kernel_attends_to_the_pages_selected_by_the_reference(
 def test_other_instruction_sets_select_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
     expected = attended(step)
-    monkeypatch.setattr(pages, "LIBRARY", replace(pages.LIBRARY, flags=lambda: flags))
+    monkeypatch.setattr(pages, "LIBRARY", replace(pages.LIBRARY, flags=flags))
     same(attended(step), expected)
 
 
