@@ -61,12 +61,13 @@ $(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(if $(MODELS_$*),$(PIP) --no-deps $(MODELS_$*))
 	@touch $@
 
-# An editable install compiles the kernels (setup.py), with the headers of torch.
-$(VENV)/.has-torch: | $(BIN)/python
-	$(PIP) torch
+# An editable install compiles the kernels (setup.py) if the dependencies are there: the next one after this.
+$(VENV)/.has-dependencies: | $(BIN)/python
+	@echo "Installing the dependencies of fhopt into $(VENV): this takes some minutes the first time."
+	$(PIP) -e .
 	@touch $@
 
-$(DEMO) $(TEST) $(DOCS) $(BENCH) $(WHEEL): | $(VENV)/.has-torch
+$(DEMO) $(TEST) $(DOCS) $(BENCH) $(WHEEL): | $(VENV)/.has-dependencies
 
 # vLLM pins PyTorch and transformers. Its build for CPUs needs that of PyTorch, which an index of PyTorch's own has: name
 # that one in PIP_EXTRA_INDEX_URL where pip does not find it. The audio and video packages that pip chooses are for CUDA

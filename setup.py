@@ -1,7 +1,8 @@
 """The build step that compiles kernels for CPUs; everything else is in pyproject.toml.
 
 FHOPT_TARGETS has the names of targets (codegen/prebuilt.py), separated by spaces. The default is `here`, the target of
-this machine, if it has a compiler and torch; otherwise kernels are compiled at first use. "" builds none.
+this machine, if it has a compiler and the dependencies are installed; otherwise kernels are compiled at first use. ""
+builds none.
 """
 
 from __future__ import annotations

