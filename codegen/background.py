@@ -48,6 +48,8 @@ class Builder:
         self._queue: deque[tuple[str, Callable[[], Any]]] = deque()
         self._requested = set(self._built)
         self._threads: list[threading.Thread] = []  # that will check the queue again
+        self._reported: set[str] = set()  # by a line on stderr, and not all built
+        self._began = 0.0  # of the wait that reported the first of them
 
     def kernel(self, spec: KernelSpec) -> LatentKernel:
         """Return the kernel of `spec`. Raises what `codegen.build` raises."""
@@ -100,10 +102,23 @@ class Builder:
         with self._lock:
             if self._lock.wait_for(lambda: not missing(), QUIET):
                 return
-            kernels = ", ".join(sorted(missing()))
-            _report(f"fhopt compiles kernels for this CPU, once per machine: {kernels}")
+            self._report_start(began)
             self._lock.wait_for(lambda: not missing())
-        _report(f"fhopt compiled kernels in {time.monotonic() - began:.0f} s: {kernels}")
+
+    def _report_start(self, began: float) -> None:
+        """Report all libraries that are being built, those of later waits too, unless a line has."""
+        building = self._requested - self._built.keys() - self._reported
+        if building:
+            _report(f"fhopt compiles kernels for this CPU, once per machine: {', '.join(sorted(building))}")
+            self._began = self._began if self._reported else began
+            self._reported |= building
+
+    def _report_end(self) -> None:
+        """Report that all reported libraries are built."""
+        if self._reported and self._reported <= self._built.keys():
+            kernels = ", ".join(sorted(self._reported))
+            _report(f"fhopt compiled kernels in {time.monotonic() - self._began:.0f} s: {kernels}")
+            self._reported = set()
 
     def _work(self) -> None:
         while True:
@@ -118,6 +133,7 @@ class Builder:
                 built = error
             with self._lock:
                 self._built[name] = built
+                self._report_end()
                 self._lock.notify_all()
 
     def stop(self) -> None:

@@ -71,6 +71,26 @@ def test_a_call_waits_for_its_library_and_lines_report_a_long_wait(
     assert all(line.startswith("fhopt compile") and line.endswith(": pack") for line in output.err.splitlines())
 
 
+def test_one_line_reports_every_library_that_is_being_built(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(background, "QUIET", 0.01)
+    builder = Builder()
+    for name in NAMES:
+        builder.start(name, compiler.job(name))
+    threading.Timer(0.3, compiler.may.set).start()
+    for name in NAMES:
+        builder.wait([name])
+    names = ", ".join(NAMES)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == f"fhopt compiles kernels for this CPU, once per machine: {names}"
+    assert last.startswith("fhopt compiled kernels in ") and last.endswith(f" s: {names}")
+    threading.Timer(0.3, compiler.may.set).start()
+    compiler.may.clear()
+    assert compiler.get(builder, "another") == "ANOTHER"
+    assert [line.endswith(": another") for line in capsys.readouterr().err.splitlines()] == [True, True]
+
+
 def test_as_many_are_built_concurrently_as_there_are_cores(compiler: Compiler) -> None:
     builder = Builder()
     for name in NAMES:
